@@ -1,0 +1,36 @@
+# The commands of the project. VENV and PYTHON can be given: make setup PYTHON=python3.12
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup demo test check bench hub
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -e '.[test]' -c constraints.txt
+	touch $@
+
+demo: setup ## train a LoRA adapter on the embedded base and data, and use it
+	PATH="$(BIN):$$PATH" accelerate launch recipes/lora_vit.py
+	$(BIN)/inlay info runs/lora_vit/adapter
+
+test: setup
+	$(BIN)/pytest
+
+check: setup ## what must be green at every commit
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+bench: setup ## slow measurements, with their results in tests/benchmarks/results
+	$(BIN)/python -m pytest tests/benchmarks -s -o addopts= --import-mode=importlib
+
+hub: setup ## train again what adapters_hub holds, at the recipes' defaults
+	PATH="$(BIN):$$PATH" accelerate launch recipes/lora_vit.py --output_dir runs/hub/lora_vit --overwrite
+	rm -rf adapters_hub/digits-lora-vit-tiny
+	cp -r runs/hub/lora_vit/adapter adapters_hub/digits-lora-vit-tiny
+	$(BIN)/inlay index adapters_hub

@@ -1,0 +1,61 @@
+"""Folders that are written whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def writing(folder: str | Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`; when the block ends without an error it takes its place.
+
+    Until the last moment the old content stands, and a kill between the two renames leaves it as `<name>.old`, from
+    which `recover` brings it back. Files are made readable for the group and others, as the umask allows (safetensors
+    writes mode 0600).
+    """
+    folder = Path(folder)
+    recover(folder)
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        share(new)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        recover(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(folder: str | Path) -> None:
+    """Bring back what `writing` had set aside when it was killed between its two renames."""
+    folder = Path(folder)
+    old = folder.with_name(folder.name + ".old")
+    if old.is_dir():
+        if folder.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(folder)
+
+
+def share(folder: Path) -> None:
+    """Give every file in `folder` the mode that a plain `open` would have given it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON under a temporary name, then rename."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,1 @@
+"""Data: images, text, masks and volumes; synthetic pictures that need no download."""

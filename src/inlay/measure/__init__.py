@@ -1,0 +1,54 @@
+"""What a model holds, computes, takes and gets right: parameters, multiply-accumulates, latency, quality.
+
+All but `footprint` is imported on first use: torch takes a second, evaluate with what it imports several.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+# Not lazy: whoever imported the module of this name first would otherwise find it in place of the function.
+from inlay.measure.footprint import Footprint, footprint
+
+if TYPE_CHECKING:
+    from inlay.measure.costs import cost
+    from inlay.measure.macs import count_macs
+    from inlay.measure.quality import F1, METRICS, Accuracy, classification_metrics
+    from inlay.measure.speed import Latency, latency
+
+__all__ = [
+    "F1",
+    "METRICS",
+    "Accuracy",
+    "Footprint",
+    "Latency",
+    "classification_metrics",
+    "cost",
+    "count_macs",
+    "footprint",
+    "latency",
+]
+
+_HOME = {
+    "count_macs": "macs",
+    "Latency": "speed",
+    "latency": "speed",
+    "METRICS": "quality",
+    "cost": "costs",
+    "Accuracy": "quality",
+    "F1": "quality",
+    "classification_metrics": "quality",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value  # over the module `cost`, which the import has put in place of the function
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

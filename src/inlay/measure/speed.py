@@ -1,0 +1,101 @@
+"""How long one forward pass takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from inlay.errors import InlayError
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of one forward pass over a batch: median, and the range that holds the middle 80 % of the runs."""
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    device: str
+    threads: int
+    batch: int
+    repeats: int
+
+
+def latency(
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    *,
+    repeats: int = 30,
+    warmup: int = 3,
+    budget_s: float = 2.0,
+) -> Latency:
+    """Time single forward passes in eval and inference mode, with the threads that torch uses now.
+
+    Accelerators are waited for before and after each pass; moving inputs to the model's device is not timed.
+    Afterwards every module is in the mode in which it was: a BatchNorm that was held in eval mode stays so.
+
+    More threads than free cores make small models many times slower: on a shared machine look at p10 too.
+    `torch.utils.benchmark.Timer` does not serve: it gives means of blocks, from which no percentiles follow.
+
+    Args:
+        model: Any module, all on one device.
+        inputs: Keyword arguments of its forward; the first dimension of the first is the batch.
+        repeats: Passes to time, at least 1.
+        warmup: Passes before them.
+        budget_s: No pass starts after this many seconds, but one is always timed; see `Latency.repeats`.
+
+    Raises:
+        InlayError: repeats is under 1, or there are no inputs.
+    """
+    if repeats < 1 or not inputs:
+        raise InlayError(
+            f"expected repeats >= 1 and one input or more, but got repeats={repeats} and {len(inputs)} inputs"
+        )
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    times_ms: list[float] = []
+    with _eval_mode(model), torch.inference_mode():
+        deadline = time.perf_counter() + budget_s
+        for run in range(warmup + repeats):
+            start = _now(device)
+            if start > deadline and times_ms:
+                break
+            model(**inputs)
+            end = _now(device)
+            # A warm-up that has used up the budget must do as the measurement.
+            if run >= warmup or end > deadline:
+                times_ms.append((end - start) * 1e3)
+    p10, median, p90 = np.quantile(times_ms, [0.1, 0.5, 0.9]).tolist()
+    return Latency(
+        median_ms=median,
+        p10_ms=p10,
+        p90_ms=p90,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        threads=torch.get_num_threads(),
+        batch=len(next(iter(inputs.values()))),
+        repeats=len(times_ms),
+    )
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has nothing left to do."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,1 @@
+"""Adapters on disk: saved whole, checked before they are believed."""

@@ -1,0 +1,102 @@
+"""The model card (README.md) of a saved adapter."""
+
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+_TASKS = {"image-classification": "AutoModelForImageClassification"}
+_METRICS = {"accuracy": "Accuracy", "f1": "Macro F1", "loss": "Validation loss"}
+
+
+def card(name: str, record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]) -> str:
+    """Markdown with the Hub's YAML header: base, method, data, quality, cost, and how to load it."""
+    base, task = record["base"], record["task"]
+    dataset = metrics.get("dataset") or "unknown data"
+    quality = {k: v for k, v in metrics.get("validation", {}).items() if isinstance(v, int | float)}
+    header = ModelCardData(
+        base_model=base["name"] if _on_hub(base["name"]) else None,
+        base_model_relation="adapter" if _on_hub(base["name"]) else None,
+        library_name="peft",
+        pipeline_tag=task,
+        tags=["inlay", config["peft_type"].lower(), base["model_type"], f"base:{base['name']}"],
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task,
+                dataset,
+                dataset,
+                key,
+                value,
+                dataset_split="validation",
+                metric_name=_METRICS.get(key, key),
+            )
+            for key, value in quality.items()
+        ]
+        or None,
+    )
+    sections = [
+        f"# {name}",
+        f"{config['peft_type']} adapter of `{base['name']}`{_revision(base)} for {task}, trained on `{dataset}`.",
+        "## Results",
+        _table(("metric", "value"), [(_METRICS.get(k, k), f"{v:.4f}") for k, v in quality.items()]) or "Not measured.",
+        "## Cost",
+        _table(
+            ("measure", "value"),
+            [(k.replace("_", " "), _number(v)) for k, v in metrics.get("cost", {}).items()],
+        )
+        or "Not measured.",
+        "## Load",
+        "Checked against the base it was trained on:",
+        f'```python\nfrom inlay import load_adapter, predict\n\nadapter = load_adapter("{name}")  # this folder\n'
+        'print(predict(adapter, ["picture.png"]))\n```',
+        "With peft alone:",
+        _peft_snippet(name, record),
+        "## Labels",
+        ", ".join(f"{i} = {label}" for i, label in enumerate(record["labels"][:50]))
+        + (" ..." if len(record["labels"]) > 50 else ""),
+        "## Training",
+        _table(("setting", "value"), [(k, f"`{v}`") for k, v in metrics.get("training", {}).items()])
+        or "Not recorded.",
+        "Versions: " + ", ".join(f"{k} {v}" for k, v in metrics.get("versions", {}).items()) + ".",
+    ]
+    return f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _on_hub(name: str) -> bool:
+    """True for `user/name` or a canonical Hub name; embedded bases and folders have no page to link to."""
+    return not name.startswith(("builtin:", ".", "/", "~")) and name.count("/") <= 1
+
+
+def _revision(base: dict[str, Any]) -> str:
+    return f" (revision `{base['revision'][:12]}`)" if base.get("revision") else ""
+
+
+def _peft_snippet(name: str, record: dict[str, Any]) -> str:
+    base, count = record["base"], len(record["labels"])
+    lines = ["from peft import PeftModel", f"from transformers import {_TASKS[record['task']]}"]
+    where = f'"{base["name"]}"'
+    if base["name"].startswith("builtin:"):
+        lines.append("from inlay.models import resolve  # only the folder of the embedded base")
+        where = f"resolve({where})"
+    lines += [
+        "",
+        f"base = {_TASKS[record['task']]}.from_pretrained({where}, num_labels={count}, ignore_mismatched_sizes=True)",
+        f'model = PeftModel.from_pretrained(base, "{name}").eval()  # this folder',
+    ]
+    note = ""
+    if base["model_type"].startswith("mobilenet"):
+        note = (
+            "\n\ntransformers' MobileNets read the stride of a convolution before they call it, which peft's wrapper"
+            " does not have: run `from inlay._peft import mirror_convolutions; mirror_convolutions()` first."
+        )
+    return "```python\n" + "\n".join(lines) + "\n```" + note
+
+
+def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    if not rows:
+        return ""
+    return "\n".join([f"| {header[0]} | {header[1]} |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)])
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,176 @@
+"""Read an adapter folder as bytes: what it claims to be, checked before a tensor is touched.
+
+Inside the safetensors metadata, `inlay` holds a JSON record (base, labels, preprocessing, head, golden output), and
+`inlay_sha256` the digest of everything else in the file, so that a flipped bit is found wherever it is.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inlay.errors import InlayError
+
+CONFIG, WEIGHTS, METRICS, CARD = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "metrics.json",
+    "README.md",
+)
+FORMAT = 1  # of the record; raised when an older inlay would read it wrong
+MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format itself
+_DIGEST = "inlay_sha256"
+_WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter folder that holds together.
+
+    Attributes:
+        folder: Where it is.
+        config: adapter_config.json.
+        shapes: Key and shape of every tensor.
+        record: What inlay stored, empty for an adapter saved by plain peft.
+        metrics: metrics.json, empty if there is none.
+        bytes_weights: Size of adapter_model.safetensors.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    record: dict[str, Any]
+    metrics: dict[str, Any]
+    bytes_weights: int
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name
+
+    @property
+    def base_name(self) -> str:
+        """The base it was trained on, as `load_base` takes it; empty if unknown."""
+        return str(self.record.get("base", {}).get("name") or self.config.get("base_model_name_or_path") or "")
+
+    @property
+    def labels(self) -> list[str]:
+        """Class names, empty if unknown."""
+        return list(self.record.get("labels", []))
+
+
+def read_adapter(folder: str | Path) -> AdapterFile:
+    """Read and check an adapter folder without loading tensors or a base.
+
+    Raises:
+        InlayError: Not an adapter folder; a config that is no JSON; weights that are truncated, damaged, pickled, or an
+            LFS pointer; tensor names that are paths; a record of a newer format.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        state = "is not an adapter: it has no " + CONFIG if folder.is_dir() else "does not exist"
+        raise InlayError(f"{folder} {state}; give the folder that save_adapter or peft wrote.")
+    if not (folder / WEIGHTS).is_file():
+        pickled = (
+            " (adapter_model.bin is a pickle, which inlay never opens)"
+            if (folder / "adapter_model.bin").exists()
+            else ""
+        )
+        raise InlayError(f"{folder} has no {WEIGHTS}{pickled}; save the adapter again as safetensors.")
+    config = _json(folder / CONFIG)
+    if not isinstance(config.get("peft_type"), str):
+        raise InlayError(f"{folder / CONFIG} names no peft_type, so it is not an adapter's config.")
+    header = _header(folder / WEIGHTS)
+    metadata = header.pop("__metadata__", {})
+    shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
+    metrics = _json(folder / METRICS) if (folder / METRICS).is_file() else {}
+    size = (folder / WEIGHTS).stat().st_size
+    return AdapterFile(folder, config, shapes, _record(folder, metadata), metrics, size)
+
+
+def sign(data: bytes) -> bytes:
+    """Add the digest to the metadata of a safetensors file given as bytes."""
+    length = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    header.setdefault("__metadata__", {})[_DIGEST] = _digest(header, body)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def _digest(header: dict[str, Any], body: bytes | memoryview) -> str:
+    metadata = {k: v for k, v in header.get("__metadata__", {}).items() if k != _DIGEST}
+    canonical = json.dumps({**header, "__metadata__": metadata}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode() + body).hexdigest()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InlayError(f"{path} is not readable as JSON ({error}); get the adapter again.") from None
+    if not isinstance(content, dict):
+        raise InlayError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
+    return content
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Parse the safetensors header and compare it with the size and the digest of the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(48)
+        length = int.from_bytes(start[:8], "little")
+        if start.startswith(b"version https://git-lfs"):
+            raise InlayError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`.")
+        if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            raise InlayError(f"{path} is a pickle, not safetensors; inlay never opens pickles: save the adapter again.")
+        if size < 10 or length > MAX_HEADER or 8 + length > size:
+            raise InlayError(
+                f"{path} is truncated or not a safetensors file: its header claims {length} bytes, the file has {size}."
+            )
+        file.seek(8)
+        text, body = file.read(length), memoryview(file.read())
+    try:
+        header = json.loads(text)
+        ends = {key: _extent(key, entry) for key, entry in header.items() if key != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InlayError(f"{path} is damaged: its header cannot be read ({error}); get the adapter again.") from None
+    expected = max((end for _, end in ends.values()), default=0)
+    if expected != len(body):
+        raise InlayError(
+            f"{path} is truncated: its tensors need {expected} bytes, {len(body)} are there; get it again."
+        )
+    stored = header.get("__metadata__", {}).get(_DIGEST)
+    if stored is not None and stored != _digest(header, body):
+        raise InlayError(f"{path} is damaged: its content does not match the checksum stored in it; get it again.")
+    return header
+
+
+def _extent(key: str, entry: dict[str, Any]) -> tuple[int, int]:
+    if ".." in key or "/" in key or "\\" in key or not key.isprintable():
+        raise ValueError(f"the tensor name {key!r} is a path")
+    begin, end = (int(offset) for offset in entry["data_offsets"])
+    count = 1
+    for axis in entry["shape"]:
+        count *= int(axis)
+    if not 0 <= begin <= end or end - begin != count * _WIDTHS[entry["dtype"]]:
+        raise ValueError(f"the tensor {key!r} does not fill its bytes")
+    return begin, end
+
+
+def _record(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    if "inlay" not in metadata:
+        return {}
+    try:
+        record = json.loads(metadata["inlay"])
+        version = int(record["format"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InlayError(
+            f"the record inside {folder / WEIGHTS} cannot be read ({error}); get the adapter again."
+        ) from None
+    if version > FORMAT:
+        raise InlayError(
+            f"{folder} was saved in format {version}, this inlay reads up to {FORMAT}: pip install --upgrade inlay."
+        )
+    return record

@@ -1,0 +1,108 @@
+"""Write a trained adapter as one folder."""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+
+from inlay.arch import head_modules
+from inlay.atomic import write_json, writing
+from inlay.errors import InlayError
+from inlay.store import golden
+from inlay.store.card import card
+from inlay.store.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, read_adapter, sign
+from inlay.store.sketch import precision_of, sketch
+
+
+def save_adapter(
+    model: PeftModel, folder: str | Path, *, processor: Any, metrics: dict[str, Any] | None = None
+) -> Path:
+    """Save the active adapter, its head and all that loading must check, as a folder that plain peft reads too.
+
+    adapter_config.json and adapter_model.safetensors are peft's; the safetensors metadata holds the base's
+    name, revision and sketch, the labels, the preprocessing and a golden output. README.md is the model card,
+    metrics.json holds `metrics`. An earlier adapter of that name is replaced in one step. Under several processes the
+    main one writes.
+
+    Args:
+        model: A transformers model wrapped by `get_peft_model`.
+        folder: Where; its last part is the adapter's name.
+        processor: The image processor that it was trained with.
+        metrics: `validation` (scores), `dataset`, `cost`, `training`: shown in the card, stored in metrics.json.
+
+    Raises:
+        InlayError: Not a peft model, weights that are not finite, a folder that holds something else.
+    """
+    folder = Path(folder)
+    if not isinstance(model, PeftModel):
+        raise InlayError(f"save_adapter takes a model wrapped by get_peft_model, got {type(model).__name__}.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / CONFIG).is_file():
+        raise InlayError(f"{folder} exists and is not an adapter; give another folder.")
+    if not PartialState().is_main_process:
+        return folder
+    metrics = {**(metrics or {}), "versions": versions()}
+    with writing(folder) as new:
+        model.save_pretrained(str(new), selected_adapters=[model.active_adapter], save_embedding_layers=False)
+        if model.active_adapter != "default":  # peft puts any other name in a folder of its own
+            for path in (new / model.active_adapter).iterdir():
+                path.rename(new / path.name)
+            (new / model.active_adapter).rmdir()
+        weights = load_file(new / WEIGHTS)
+        for key, value in weights.items():
+            if not torch.isfinite(value).all():
+                raise InlayError(f"the weight {key!r} holds NaN or Inf; nothing was saved.")
+        record = _record(model, processor)
+        data = to_bytes(
+            weights, {"format": "pt", "inlay": json.dumps(record, separators=(",", ":"), ensure_ascii=False)}
+        )
+        (new / WEIGHTS).write_bytes(sign(data))
+        config = _sorted_config(new / CONFIG)
+        write_json(new / METRICS, metrics)
+        (new / CARD).write_text(card(folder.resolve().name, record, config, metrics), encoding="utf-8")
+        read_adapter(new)
+    return folder
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide what an adapter computes."""
+    names = ("inlay", "torch", "transformers", "peft", "accelerate")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _record(model: PeftModel, processor: Any) -> dict[str, Any]:
+    base = model.get_base_model()
+    config = base.config
+    return {
+        "format": FORMAT,
+        "task": "image-classification",
+        "base": {
+            "name": base.name_or_path,
+            "revision": getattr(config, "_commit_hash", None),
+            "model_type": config.model_type,
+            "blocks": getattr(config, "num_hidden_layers", None),
+            "width": getattr(config, "hidden_size", None),
+            "precision": precision_of(model),
+            "sketch": sketch(model),
+        },
+        "labels": [config.id2label[i] for i in sorted(config.id2label)],
+        "head": head_modules(base),
+        "preprocessing": json.loads(processor.to_json_string()),
+        "golden": golden.output(model, processor),
+    }
+
+
+def _sorted_config(path: Path) -> dict[str, Any]:
+    """Sets become lists in a random order in peft's config: sort them, so that equal adapters are equal files."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in config.items():
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            config[key] = sorted(value)
+    write_json(path, config)
+    return config

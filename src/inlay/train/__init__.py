@@ -1,0 +1,1 @@
+"""Training: TrainConfig, and fit, one visible accelerate loop."""

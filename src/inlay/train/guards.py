@@ -1,0 +1,76 @@
+"""What a run does when it is told to stop, or when its numbers stop being numbers."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Stop:
+    """Within the block, SIGTERM and Ctrl-C set `signal` instead of killing; a second Ctrl-C kills as usual."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread (a notebook server, a web worker): signals are not ours there
+                break
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+def blame(model: nn.Module, batch: dict[str, Any]) -> str:
+    """Say where NaN or Inf comes from: the batch, a weight, the first module that puts it out, or a gradient.
+
+    Runs the step once more with hooks, so it costs nothing until it is needed. `model` is unwrapped.
+    """
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor) and _bad(value):
+            rows = [i for i, row in enumerate(value) if _bad(row)]
+            return f"the input {name!r} holds NaN or Inf (rows {rows[:5]} of the batch)"
+    for name, parameter in model.named_parameters():
+        if _bad(parameter):
+            return f"the weight {name!r} is already NaN or Inf"
+    culprits: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(first, torch.Tensor) and _bad(first):
+                culprits.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        loss = model(**batch).loss
+    finally:
+        for handle in handles:
+            handle.remove()
+    if culprits:
+        inside = [name for name, _ in model.get_submodule(culprits[0]).named_parameters()]
+        return f"the output of {culprits[0]!r} (parameters: {', '.join(inside[:4]) or 'none'}) is NaN or Inf"
+    model.zero_grad()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and _bad(parameter.grad):
+            return f"the gradient of {name!r} is NaN or Inf"
+    return "neither input, weights, outputs nor gradients show it when the step is repeated without accelerate"
+
+
+def _bad(values: torch.Tensor) -> bool:
+    return values.is_floating_point() and not bool(torch.isfinite(values).all())

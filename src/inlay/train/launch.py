@@ -1,0 +1,133 @@
+"""Start accelerate, refuse a launch that would silently do something else than was asked, build what a run needs."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    LoggerType,
+    ProjectConfiguration,
+)
+from torch import nn
+from torch.utils.data import DataLoader
+
+from inlay.errors import InlayError
+from inlay.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Collate = Callable[[list[Any]], dict[str, Any]]
+
+_TRACKER_PACKAGES = {"comet_ml": "comet_ml", "dvclive": "dvclive", "clearml": "clearml", "swanlab": "swanlab"}
+
+
+def start(model: torch.nn.Module, config: TrainConfig) -> Accelerator:
+    """The Accelerator of this process, after checks that it will train as asked.
+
+    Raises:
+        InlayError: fp16 on a CPU (accelerate ignores it), several processes that do not see each other, a batch that
+            cannot be shared out evenly, a tracker that is not installed.
+    """
+    if config.tracker is not None:
+        _check_tracker(config.tracker)
+    accelerator = Accelerator(
+        mixed_precision=_precision(model, config),
+        log_with=config.tracker,
+        project_config=ProjectConfiguration(
+            project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / "logs")
+        ),
+        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=torch.cuda.is_available()),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        step_scheduler_with_optimizer=True,
+    )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise InlayError("fp16 needs a GPU: on a CPU accelerate ignores it. Use --precision no, or bf16.")
+    _check_company(accelerator)
+    if config.batch_size % accelerator.num_processes:
+        raise InlayError(
+            f"batch_size {config.batch_size} is the batch of all processes and must divide by their number "
+            f"({accelerator.num_processes}): take a multiple of it."
+        )
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:  # our batches come from a batch sampler, from which accelerate cannot read this number
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size // accelerator.num_processes
+    return accelerator
+
+
+def _precision(model: torch.nn.Module, config: TrainConfig) -> str | None:
+    """None leaves the choice to `accelerate launch`; a half-precision base without one trains in its own dtype."""
+    if config.precision != "auto":
+        return config.precision
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        return None
+    halves = {p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)}
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}[halves.pop()] if halves else None
+
+
+def _check_tracker(name: str) -> None:
+    known = {tracker.value for tracker in LoggerType} - {"all"}
+    if name not in known:
+        raise InlayError(f"unknown tracker {name!r}; accelerate has {', '.join(sorted(known))}.")
+    package = _TRACKER_PACKAGES.get(name, name)
+    if importlib.util.find_spec(package) is None:
+        raise InlayError(f"the tracker {name!r} is not installed: pip install {package}.")
+
+
+def _check_company(accelerator: Accelerator) -> None:
+    """Compare the number of processes that were asked for with those that accelerate sees.
+
+    Two traps: `--multi_gpu` or `--use_fsdp` without a GPU starts processes that each believe to be alone, and
+    `--cpu --num_processes 2` starts one only (it leaves MASTER_ADDR, but no WORLD_SIZE).
+    """
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    lonely = launched and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
+    if asked != accelerator.num_processes or lonely:
+        raise InlayError(
+            f"{asked if asked > 1 else 'several'} processes were asked for, but each would train alone. On CPUs start "
+            "them with: ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 ..."
+        )
+
+
+def build_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW in 32 or 8 bits; biases, norms and other vectors do not decay."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise InlayError("--optimizer adamw8bit needs bitsandbytes: pip install 'inlay[quantize]'.") from None
+    return AdamW8bit(groups, lr=config.learning_rate)
+
+
+def build_loader(
+    data: Any, config: TrainConfig, collate: "Collate | None", accelerator: Accelerator, **order: Any
+) -> Any:
+    """A DataLoader whose batches accelerate shares out among the processes and moves to the device."""
+    loader = DataLoader(
+        data,
+        collate_fn=collate,
+        num_workers=config.workers,
+        worker_init_fn=_own_group,
+        persistent_workers=config.workers > 0 and "batch_size" in order,
+        pin_memory=torch.cuda.is_available(),
+        **order,
+    )
+    return accelerator.prepare_data_loader(loader)
+
+
+def _own_group(worker: int) -> None:
+    """Leave the main process's group: a signal to the group is its business, and it needs workers to end the step."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()

@@ -1,0 +1,325 @@
+"""The training loop: one page, top to bottom, on accelerate."""
+
+import signal
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+
+from inlay.errors import InlayError
+from inlay.train.config import TrainConfig
+from inlay.train.draws import Drawn, Draws
+from inlay.train.evaluation import evaluate_on, rows_of, train_mode
+from inlay.train.guards import Stop, blame
+from inlay.train.launch import build_loader, build_optimizer, start
+from inlay.train.run import Run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import evaluate
+
+    Collate = Callable[[list[Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a run came to.
+
+    Attributes:
+        steps: Optimiser steps taken.
+        metrics: `loss` and the metrics on the validation data, of the best evaluation, whose weights the model has.
+        best_step: The step of that evaluation.
+        history: One row an evaluation: step, training loss since the last one, validation loss and metrics.
+        seconds: Wall-clock time of all steps and evaluations, over all resumptions.
+        steps_per_second: Steps by the time spent in steps alone, of the last process.
+        resumed: True if the run had been finished or interrupted before.
+    """
+
+    steps: int
+    metrics: dict[str, float]
+    best_step: int
+    history: list[dict[str, float]]
+    seconds: float
+    steps_per_second: float
+    resumed: bool = False
+
+
+def fit(
+    model: nn.Module,
+    train_data: Any,
+    validation_data: Any,
+    config: TrainConfig,
+    *,
+    metrics: "Sequence[evaluate.Metric]" = (),
+    collate: "Collate | None" = None,
+    settings: dict[str, Any] | None = None,
+) -> FitResult:
+    """Train what requires a gradient in `model`, and leave the best weights in it.
+
+    A run that is killed goes on from its last checkpoint when it is started again, and ends with the same weights, bit
+    for bit on a CPU, as one that was not. A finished run is read back, not repeated.
+
+    Args:
+        model: Returns an output with `loss` and `logits` when called with a batch (the convention of transformers).
+        train_data: Map-style dataset of dicts. Items are drawn under a seed of their own, so random augmentation that
+            uses Python's, numpy's or torch's global generator is reproducible.
+        validation_data: The same without augmentation, or None: then the last weights are kept.
+        config: How to train.
+        metrics: `evaluate` metrics over `logits.argmax(-1)` and `labels`. The first one decides which evaluation is the
+            best (more is better); without metrics the validation loss does.
+        collate: Makes a batch of a list of items; default `torch.utils.data.default_collate`.
+        settings: Further settings that the run depends on (rank, data ...): a resumption must have the same.
+
+    Raises:
+        InlayError: Nothing to train, an impossible launch, a run folder with other settings, NaN or Inf in loss or
+            gradient, not enough memory for a single example.
+    """
+    accelerator = start(model, config)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable or not len(train_data):
+        raise InlayError(
+            "nothing to train: " + ("the data is empty." if trainable else "no parameter requires a gradient.")
+        )
+    run = Run(config, model, accelerator, {"examples": len(train_data), **(settings or {})})
+    if run.result is not None:
+        accelerator.print(f"{run.folder} holds a finished run: kept as it is (--overwrite trains anew).")
+        run.load_best()
+        return FitResult(**run.result, resumed=True)
+
+    steps = config.steps(len(train_data))
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = build_optimizer(trainable, config)
+    schedule = {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule)
+    scheduler = get_scheduler(schedule, optimizer, round(config.warmup * steps), steps)
+    wrapped, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    resumed = run.resume()
+    order = Draws(len(train_data), config.batch_size, steps, config.seed, done=run.progress.step)
+    loader = build_loader(Drawn(train_data, config.seed), config, collate, accelerator, batch_sampler=order)
+    validation = None
+    if validation_data is not None:
+        validation = build_loader(validation_data, config, collate, accelerator, batch_size=config.batch_size)
+    if config.tracker is not None:
+        accelerator.init_trackers("inlay", config=config.identity())
+    trainer = _Trainer(accelerator, wrapped, optimizer, scheduler, run, config, steps, list(metrics))
+    with Stop() as stop:
+        try:
+            trainer.train(loader, validation, stop, resumed)
+        except RuntimeError as error:
+            if not stop.signal or "DataLoader worker" not in str(error):
+                raise
+            trainer.leave(stop.signal)  # the scheduler's signal has killed the workers too, before the step was done
+    accelerator.end_training()
+    run.load_best()
+    done = run.progress
+    result = FitResult(done.step, done.metrics, done.best_step, done.history, done.seconds, trainer.rate(), resumed)
+    run.finish({k: v for k, v in vars(result).items() if k != "resumed"})
+    return result
+
+
+class _Trainer:
+    """The objects of one run, and what is done with them."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Any,
+        scheduler: Any,
+        run: Run,
+        config: TrainConfig,
+        steps: int,
+        metrics: "list[evaluate.Metric]",
+    ) -> None:
+        self.accelerator, self.model, self.optimizer, self.scheduler = (
+            accelerator,
+            model,
+            optimizer,
+            scheduler,
+        )
+        self.run, self.config, self.steps, self.metrics = run, config, steps, metrics
+        self.eval_every = config.eval_every or max(1, round(steps / config.epochs))
+        self.skipped = 0  # fp16 steps in a row whose gradient overflowed
+        self.step_seconds, self.steps_here = 0.0, 0
+
+    def train(self, loader: Any, validation: Any, stop: Stop, resumed: bool) -> None:
+        progress, config = self.run.progress, self.config
+        hidden = None if self.accelerator.is_local_main_process else True  # None: hidden where there is no terminal
+        bar = tqdm(
+            total=self.steps,
+            initial=progress.step,
+            unit="step",
+            disable=hidden,
+            dynamic_ncols=True,
+            leave=False,
+        )
+        if resumed:
+            self.accelerator.print(f"resumed at step {progress.step} of {self.steps}")
+        train_mode(self.model)
+        losses: list[float] = []
+        begun = time.perf_counter()
+        for batch in loader:
+            at = time.perf_counter()
+            loss, norm, stopped = self._step(batch, progress.step, stop)
+            progress.step += 1
+            losses.append(loss)
+            rate = self.scheduler.get_last_lr()[0]
+            self.run.log({"step": progress.step, "loss": loss, "learning_rate": rate, "gradient_norm": norm})
+            if config.tracker is not None:
+                self.accelerator.log({"loss": loss, "learning_rate": rate, "gradient_norm": norm}, step=progress.step)
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            bar.update()
+            self.step_seconds, self.steps_here = (
+                self.step_seconds + time.perf_counter() - at,
+                self.steps_here + 1,
+            )
+
+            last = progress.step == self.steps
+            evaluated = last or progress.step % self.eval_every == 0
+            if evaluated:
+                self._evaluate(validation, losses, bar)
+                losses = []
+            if evaluated and config.patience is not None and progress.waited >= config.patience:
+                bar.write(f"stopped early: no better evaluation in {config.patience}")
+                last = True
+            progress.seconds, begun = progress.seconds + time.perf_counter() - begun, time.perf_counter()
+            due = progress.step % config.save_every == 0 if config.save_every else evaluated
+            if stopped or (due and not last):
+                self.run.checkpoint()
+            if last:
+                break
+            if stopped:
+                bar.close()
+                self.leave(stopped)
+        bar.close()
+
+    def leave(self, signal_: int) -> None:
+        """End the process as the signal would have, once the run is safe on disk."""
+        self.accelerator.print(
+            f"stopped by {signal.Signals(signal_).name} after step {self.run.progress.step} of {self.steps}; the same "
+            f"command goes on from the checkpoint in {self.run.folder}."
+        )
+        raise SystemExit(128 + signal_)
+
+    def rate(self) -> float:
+        """Steps per second of the steps that this process took, evaluations and start-up left out."""
+        return self.steps_here / self.step_seconds if self.step_seconds else 0.0
+
+    def _step(self, batch: dict[str, Any], step: int, stop: Stop) -> tuple[float, float, int]:
+        """One optimiser step: forward and backward in pieces, clip, update. Gives loss, gradient norm, stop signal."""
+        accelerator, run = self.accelerator, self.run
+        seed = self.config.seed * 1_000_003 + step * accelerator.num_processes + accelerator.process_index
+        while True:
+            torch.manual_seed(seed)  # dropout: a function of the step, so a resumed run draws the same
+            try:
+                loss = self._forward_backward(batch, run.progress.accumulate)
+                break
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                self._back_off(batch, error)
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        norm = torch.zeros(()) if norm is None else norm  # DeepSpeed clips by itself
+        if accelerator.num_processes > 1:  # all must agree on the step after which they stop
+            flags = torch.stack([loss, torch.tensor(float(stop.signal), device=loss.device)])
+            loss, stopped = accelerator.reduce(flags, "sum").unbind()
+            loss, signal_ = loss / accelerator.num_processes, min(int(stopped.item()), signal.SIGTERM)
+        else:
+            signal_ = stop.signal
+        loss_value, norm_value = loss.item(), float(norm)
+        self._check(loss_value, norm_value, batch, step)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return loss_value, norm_value, signal_
+
+    def _forward_backward(self, batch: dict[str, Any], accumulate: int) -> torch.Tensor:
+        """Add the gradient of the mean loss of this process's share of the batch, `accumulate` pieces in turn."""
+        rows = rows_of(batch)
+        size = -(-rows // accumulate)
+        total = torch.zeros((), device=self.accelerator.device)
+        for begin in range(0, rows, size):
+            piece = batch if size >= rows else {k: v[begin : begin + size] for k, v in batch.items()}
+            share = min(size, rows - begin) / rows
+            with nullcontext() if begin + size >= rows else self.accelerator.no_sync(self.model):
+                loss = self.model(**piece).loss * share
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _back_off(self, batch: dict[str, Any], error: RuntimeError) -> None:
+        """Out of memory: halve the pieces. The step is taken anew with the same seed, so the result is the same."""
+        if self.accelerator.num_processes > 1:
+            raise InlayError(
+                f"out of memory in process {self.accelerator.process_index} ({str(error).splitlines()[0]}); with "
+                f"several processes the pieces are not halved on the way: start again with --accumulate "
+                f"{2 * self.run.progress.accumulate}, or --gradient_checkpointing."
+            ) from error
+        if self.run.progress.accumulate >= rows_of(batch):
+            raise InlayError(
+                f"out of memory with a single example ({str(error).splitlines()[0]}); try --gradient_checkpointing, an "
+                "8-bit base, a lower precision or a smaller input."
+            ) from error
+        self.run.progress.accumulate *= 2
+        self.optimizer.zero_grad()
+        clear_device_cache(garbage_collection=True)
+        tqdm.write(
+            f"out of memory: a step is now computed in {self.run.progress.accumulate} pieces, with the same result"
+        )
+
+    def _check(self, loss: float, norm: float, batch: dict[str, Any], step: int) -> None:
+        """Refuse to go on from NaN or Inf; an fp16 gradient may overflow, its scaler skips the step (not for ever)."""
+        finite = loss - loss == 0.0
+        if finite and norm - norm == 0.0:
+            self.skipped = 0
+            return
+        if finite and self.accelerator.mixed_precision == "fp16" and self.skipped < 50:
+            self.skipped += 1
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        model.zero_grad()
+        with self.accelerator.autocast():
+            where = blame(model, batch)
+        raise InlayError(
+            f"training broke at step {step + 1}: loss {loss}, gradient norm {norm}; {where}. "
+            f"The weights of the last checkpoint are untouched. Try a lower --learning_rate, or check the data."
+        )
+
+    def _evaluate(self, loader: Any, losses: list[float], bar: Any) -> None:
+        """Evaluate, keep the weights if they are the best so far, and report one line."""
+        progress = self.run.progress
+        row = {"step": progress.step, "train_loss": sum(losses) / max(1, len(losses))}
+        if loader is not None:
+            scores = evaluate_on(self.model, loader, self.metrics, self.accelerator)
+            # The first metric comes right after the loss; without metrics less loss is better.
+            value = list(scores.values())[1] if self.metrics else -scores["loss"]
+            better = progress.best is None or value > progress.best
+            if better:
+                progress.best, progress.best_step, progress.metrics, progress.waited = (
+                    value,
+                    progress.step,
+                    scores,
+                    0,
+                )
+                self.run.keep_best()
+            else:
+                progress.waited += 1
+            row |= scores
+            self.run.log(row)
+            if self.config.tracker is not None:
+                self.accelerator.log({f"validation_{k}": v for k, v in scores.items()}, step=progress.step)
+        else:
+            better = False
+            progress.best_step, progress.metrics = progress.step, {"train_loss": row["train_loss"]}
+        progress.history.append(row)
+        if self.accelerator.is_main_process:
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if k != "step")
+            bar.write(f"step {progress.step:>5}/{self.steps}  {shown}{'  best' if better else ''}")

@@ -1,0 +1,191 @@
+"""The folder of a run: its settings, its loss curve, the checkpoint it goes on from, the best weights, the result.
+
+    run.json        the settings that decide the weights; a resumption must have the same
+    log.jsonl       one line a step (loss, learning rate, gradient norm) and one an evaluation
+    last/           the state to resume from: trainable weights, optimiser, schedule, scaler, progress
+    best/           trainable weights of the best evaluation
+    finished.json   the result; its presence means that the run is complete
+
+The frozen base is in none of them.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from inlay.atomic import recover, write_json, writing
+from inlay.errors import InlayError
+from inlay.train.config import TrainConfig
+
+WEIGHTS = "trainable.safetensors"
+
+
+@dataclass
+class Progress:
+    """Where a run stands; stored with every checkpoint."""
+
+    step: int = 0
+    accumulate: int = 1
+    best: float | None = None
+    best_step: int = 0
+    waited: int = 0  # evaluations since the best one
+    metrics: dict[str, float] = field(default_factory=dict)  # of the best evaluation
+    history: list[dict[str, float]] = field(default_factory=list)  # one row an evaluation
+    seconds: float = 0.0
+
+
+class Run:
+    """One run folder, opened for training. Only the main process writes."""
+
+    def __init__(
+        self, config: TrainConfig, model: nn.Module, accelerator: Accelerator, settings: dict[str, Any]
+    ) -> None:
+        self.folder = Path(config.output_dir)
+        self.model, self.accelerator = model, accelerator
+        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.progress = Progress(accumulate=config.accumulate)
+        self.result: dict[str, Any] | None = None
+        accelerator.register_save_state_pre_hook(self._save_weights)
+        accelerator.register_load_state_pre_hook(self._load_weights)
+        if accelerator.is_main_process:
+            self._open(config, settings)
+        accelerator.wait_for_everyone()
+        if (self.folder / "finished.json").is_file():
+            self.result = json.loads((self.folder / "finished.json").read_text(encoding="utf-8"))
+
+    def _open(self, config: TrainConfig, settings: dict[str, Any]) -> None:
+        """Make the folder, or check that what is in it is this run."""
+        path, identity = self.folder / "run.json", {**config.identity(), **settings}
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InlayError(f"output_dir must be a folder, but {self.folder} is a file.")
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not path.is_file():
+            raise InlayError(f"{self.folder} holds other files, not a run of inlay; give another --output_dir.")
+        if path.is_file() and config.overwrite:
+            shutil.rmtree(self.folder)
+        if path.is_file():
+            try:
+                stored = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise InlayError(f"{path} is not readable as JSON ({error}); start anew with --overwrite.") from None
+            differing = [k for k in {**stored, **identity} if stored.get(k) != json.loads(json.dumps(identity.get(k)))]
+            if differing:
+                changes = ", ".join(f"{k} {stored.get(k)!r} -> {identity.get(k)!r}" for k in sorted(differing))
+                raise InlayError(
+                    f"{self.folder} holds a run with other settings ({changes}); give another --output_dir, "
+                    "or --overwrite to delete it."
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in ("last", "best"):
+            recover(self.folder / name)
+        write_json(path, identity)
+
+    def resume(self) -> bool:
+        """Bring model, optimiser, schedule and progress to the last checkpoint, if there is one."""
+        last = self.folder / "last"
+        if not last.is_dir():
+            self._truncate_log()
+            return False
+        self.accelerator.load_state(str(last))
+        self.progress = Progress(**json.loads((last / "progress.json").read_text(encoding="utf-8")))
+        self._truncate_log()
+        return True
+
+    def checkpoint(self) -> None:
+        """Write `last/`: all processes take part, the main one renames."""
+        with self._together("last") as folder:
+            self.accelerator.save_state(str(folder))
+            if self.accelerator.is_main_process:
+                write_json(folder / "progress.json", asdict(self.progress))
+
+    def keep_best(self) -> None:
+        """Write `best/` from the weights as they are now."""
+        if self.accelerator.is_main_process:
+            with writing(self.folder / "best") as folder:
+                save_file(self._weights(), folder / WEIGHTS)
+        self.accelerator.wait_for_everyone()
+
+    def load_best(self) -> None:
+        """Put the weights of the best evaluation into the model, where there was one."""
+        path = self.folder / "best" / WEIGHTS
+        if path.is_file():
+            self._fill(load_file(path))
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Mark the run as complete; the state to resume from is no longer needed."""
+        if self.accelerator.is_main_process:
+            write_json(self.folder / "finished.json", result)
+            shutil.rmtree(self.folder / "last", ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def log(self, row: dict[str, float]) -> None:
+        """Append one line to log.jsonl."""
+        if self.accelerator.is_main_process:
+            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def _truncate_log(self) -> None:
+        """Drop what was logged after the checkpoint, as those steps are taken again."""
+        path = self.folder / "log.jsonl"
+        if self.accelerator.is_main_process and path.is_file():
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:  # the line in which the run was killed
+                    continue
+                if row["step"] <= self.progress.step:
+                    kept.append(line)
+            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def _together(self, name: str) -> Any:
+        """`writing` on the main process, the same temporary folder on the others, with barriers on both sides."""
+        return _Together(self.accelerator, self.folder / name)
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        parameters = dict(self.model.named_parameters())
+        return {name: parameters[name].detach().contiguous() for name in self.names}
+
+    def _fill(self, weights: dict[str, torch.Tensor]) -> None:
+        parameters = dict(self.model.named_parameters())
+        if weights.keys() != set(self.names) or any(weights[n].shape != parameters[n].shape for n in weights):
+            raise InlayError(f"the checkpoint in {self.folder} is of another model; give another --output_dir.")
+        with torch.no_grad():
+            for name in self.names:
+                parameters[name].copy_(weights[name])
+
+    def _save_weights(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        if weights:  # empty under FSDP and DeepSpeed, which write shards of their own
+            weights.clear()
+            if self.accelerator.is_main_process:
+                save_file(self._weights(), Path(folder) / WEIGHTS)
+
+    def _load_weights(self, models: list[nn.Module], folder: str) -> None:
+        if models:
+            models.clear()
+            self._fill(load_file(Path(folder) / WEIGHTS))
+
+
+class _Together:
+    """See `Run._together`."""
+
+    def __init__(self, accelerator: Accelerator, folder: Path) -> None:
+        self.accelerator, self.folder = accelerator, folder
+        self.inner = writing(folder) if accelerator.is_main_process else None
+
+    def __enter__(self) -> Path:
+        folder = self.inner.__enter__() if self.inner else self.folder.with_name(self.folder.name + ".new")
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def __exit__(self, *error: Any) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.inner:
+            self.inner.__exit__(*error)
+        self.accelerator.wait_for_everyone()
