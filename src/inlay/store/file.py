@@ -6,6 +6,7 @@ Inside the safetensors metadata, `inlay` holds a JSON record (base, labels, prep
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,12 @@ FORMAT = 1  # of the record; raised when an older inlay would read it wrong
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format itself
 _DIGEST = "inlay_sha256"
 _WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_INCIDENTAL = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
+# What loading reads from the record, with its type.
+_FIELDS: dict[str, dict[str, type]] = {
+    "record": {"base": dict, "labels": list, "head": list, "preprocessing": dict, "golden": list, "config": str},
+    "base": {"name": str, "model_type": str, "precision": str, "sketch": dict},
+}
 
 
 @dataclass(frozen=True)
@@ -64,12 +71,20 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     """Read and check an adapter folder without loading tensors or a base.
 
     Raises:
-        InlayError: Not an adapter folder; a config that is no JSON; weights that are truncated, damaged, pickled, or an
-            LFS pointer; tensor names that are paths; a record of a newer format.
+        InlayError: Not an adapter folder; a config that is no JSON or was changed since; weights that are truncated,
+            damaged, pickled, or an LFS pointer; tensor names that are paths; a record of a newer format.
     """
-    folder = Path(folder)
+    try:
+        return _read(Path(folder))
+    except OSError as error:
+        raise InlayError(f"{folder} cannot be read ({error.strerror}).") from error
+
+
+def _read(folder: Path) -> AdapterFile:
     if not (folder / CONFIG).is_file():
-        state = "is not an adapter: it has no " + CONFIG if folder.is_dir() else "does not exist"
+        state = "does not exist"
+        if folder.exists():
+            state = f"is not an adapter: it has no {CONFIG}" if folder.is_dir() else "is a file"
         raise InlayError(f"{folder} {state}; give the folder that save_adapter or peft wrote.")
     if not (folder / WEIGHTS).is_file():
         pickled = (
@@ -86,15 +101,26 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
     metrics = _json(folder / METRICS) if (folder / METRICS).is_file() else {}
     size = (folder / WEIGHTS).stat().st_size
-    return AdapterFile(folder, config, shapes, _record(folder, metadata), metrics, size)
+    record = _record(folder, metadata)
+    if record and record["config"] != fingerprint(config):
+        raise InlayError(
+            f"{folder / CONFIG} is not what was saved with the weights; get it again, or save the adapter anew."
+        )
+    return AdapterFile(folder, config, shapes, record, metrics, size)
+
+
+def fingerprint(config: dict[str, Any]) -> str:
+    """Digest of what an adapter_config.json says of the computation: names and versions do not count."""
+    counted = {key: value for key, value in config.items() if key not in _INCIDENTAL}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def sign(data: bytes) -> bytes:
-    """Add the digest to the metadata of a safetensors file given as bytes."""
+    """Add the digest to the metadata of a safetensors file given as bytes; equal content gives equal bytes."""
     length = int.from_bytes(data[:8], "little")
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     header.setdefault("__metadata__", {})[_DIGEST] = _digest(header, body)
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + body
 
@@ -121,42 +147,74 @@ def _header(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         start = file.read(48)
         length = int.from_bytes(start[:8], "little")
-        if start.startswith(b"version https://git-lfs"):
-            raise InlayError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`.")
-        if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-            raise InlayError(f"{path} is a pickle, not safetensors; inlay never opens pickles: save the adapter again.")
-        if size < 10 or length > MAX_HEADER or 8 + length > size:
-            raise InlayError(
-                f"{path} is truncated or not a safetensors file: its header claims {length} bytes, the file has {size}."
-            )
+        _check_start(path, start, size)
         file.seek(8)
         text, body = file.read(length), memoryview(file.read())
     try:
-        header = json.loads(text)
-        ends = {key: _extent(key, entry) for key, entry in header.items() if key != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InlayError(f"{path} is damaged: its header cannot be read ({error}); get the adapter again.") from None
-    expected = max((end for _, end in ends.values()), default=0)
-    if expected != len(body):
-        raise InlayError(
-            f"{path} is truncated: its tensors need {expected} bytes, {len(body)} are there; get it again."
-        )
-    stored = header.get("__metadata__", {}).get(_DIGEST)
-    if stored is not None and stored != _digest(header, body):
+        header = json.loads(text, object_pairs_hook=_unique)
+        _check_tiling({key: entry for key, entry in header.items() if key != "__metadata__"}, len(body))
+        metadata = header.get("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata is no table of texts")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise InlayError(f"{path} is damaged: {error}; get it again.") from None
+    if _DIGEST not in metadata and "inlay" in metadata:
+        raise InlayError(f"{path} is damaged: its checksum is gone; get it again.")
+    if _DIGEST in metadata and metadata[_DIGEST] != _digest(header, body):
         raise InlayError(f"{path} is damaged: its content does not match the checksum stored in it; get it again.")
     return header
 
 
-def _extent(key: str, entry: dict[str, Any]) -> tuple[int, int]:
+def _check_start(path: Path, start: bytes, size: int) -> None:
+    """Tell from the first bytes and the size whether it can be safetensors: a length, then a JSON object."""
+    length = int.from_bytes(start[:8], "little")
+    if start.startswith(b"version https://git-lfs"):
+        raise InlayError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`.")
+    # a header of 640 bytes starts like a pickle, too: what comes after its length decides
+    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and start[8:9] != b"{":
+        raise InlayError(f"{path} is a pickle, not safetensors; inlay never opens pickles: save the adapter again.")
+    if size == 0:
+        raise InlayError(f"{path} is empty; get it again.")
+    if size < 10 or length > MAX_HEADER or 8 + length > size:
+        raise InlayError(
+            f"{path} is truncated or not a safetensors file: its header claims {length} bytes, the file has {size}; "
+            "get it again."
+        )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("its header names a tensor twice")
+    return content
+
+
+def _check_tiling(tensors: dict[str, Any], size: int) -> None:
+    """The tensors, in the order of their bytes, fill the body without holes and overlaps: the rule of the format."""
+    extents = sorted(_extent(key, entry) for key, entry in tensors.items())
+    at = 0
+    for begin, end in extents:
+        if begin != at:
+            raise ValueError("its tensors overlap, or leave bytes unused")
+        at = end
+    if at != size:
+        raise ValueError(f"it is truncated: its tensors need {at} bytes, {size} are there")
+
+
+def _extent(key: str, entry: Any) -> tuple[int, int]:
     if ".." in key or "/" in key or "\\" in key or not key.isprintable():
-        raise ValueError(f"the tensor name {key!r} is a path")
-    begin, end = (int(offset) for offset in entry["data_offsets"])
-    count = 1
-    for axis in entry["shape"]:
-        count *= int(axis)
-    if not 0 <= begin <= end or end - begin != count * _WIDTHS[entry["dtype"]]:
-        raise ValueError(f"the tensor {key!r} does not fill its bytes")
-    return begin, end
+        raise ValueError(f"the tensor name {key[:80]!r} is a path")
+    entry = entry if isinstance(entry, dict) else {}
+    shape, offsets, kind = (entry.get(what) for what in ("shape", "data_offsets", "dtype"))
+    if not (_sizes(shape) and _sizes(offsets) and len(offsets) == 2 and isinstance(kind, str) and kind in _WIDTHS):
+        raise ValueError(f"its header does not describe the tensor {key[:80]!r}")
+    if offsets[1] - offsets[0] != math.prod(shape) * _WIDTHS[kind]:
+        raise ValueError(f"the tensor {key[:80]!r} does not fill its bytes")
+    return offsets[0], offsets[1]
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
 def _record(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -164,7 +222,9 @@ def _record(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
         return {}
     try:
         record = json.loads(metadata["inlay"])
-        version = int(record["format"])
+        version = record["format"]
+        if type(version) is not int:
+            raise ValueError("format is no number")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InlayError(
             f"the record inside {folder / WEIGHTS} cannot be read ({error}); get the adapter again."
@@ -173,4 +233,8 @@ def _record(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
         raise InlayError(
             f"{folder} was saved in format {version}, this inlay reads up to {FORMAT}: pip install --upgrade inlay."
         )
+    for where, fields in _FIELDS.items():
+        for field, kind in fields.items():
+            if not isinstance((record if where == "record" else record[where]).get(field), kind):
+                raise InlayError(f"the record inside {folder / WEIGHTS} lacks {field}; save the adapter again.")
     return record

@@ -1,0 +1,138 @@
+"""The `inlay` command. Each verb parses, calls one function of the library and prints; imports wait until it runs."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from inlay.errors import InlayError
+
+app = typer.Typer(
+    name="inlay",
+    help="Adapters for Hugging Face models: look at them, use them, and see what works on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or its Hub id.")]
+BaseOption = Annotated[
+    str | None, typer.Option("--base", help="Load it on this base (builtin:, folder or Hub id), not on its own.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def info(adapter: AdapterArgument, base: BaseOption = None, as_json: JsonOption = False) -> None:
+    """Say what an adapter is; with --base also whether it fits that base, checked by loading it."""
+    from inlay.store.load import fetch, load_adapter
+    from inlay.store.summary import summary
+
+    facts = summary(fetch(adapter))
+    if base is not None:
+        loaded = load_adapter(adapter, base)
+        off = "not stored" if loaded.deviation is None else f"deviation {loaded.deviation:.1e}"
+        facts["fits"] = (
+            f"{base}: yes, golden output {off}" if loaded.verified else f"{base}: it loads, but is unverified"
+        )
+    _show(facts, as_json)
+
+
+@app.command()
+def predict(
+    adapter: AdapterArgument,
+    pictures: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Pictures, or folders of pictures.")],
+    base: BaseOption = None,
+    top: Annotated[int, typer.Option(min=1, help="Classes to name for each picture.")] = 3,
+    merge: Annotated[bool, typer.Option("--merge", help="Fold the adapter into its base first.")] = False,
+    grid: Annotated[Path | None, typer.Option(help="Save a sheet of the pictures and their labels here.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Classify pictures with an adapter."""
+    from inlay.infer.images import draw_sheet, find_pictures
+    from inlay.infer.images import predict as classify
+    from inlay.store.load import load_adapter
+
+    files = find_pictures(pictures)
+    loaded = load_adapter(adapter, base)
+    predictions = classify(loaded.merge() if merge else loaded, files, top=top)
+    if grid is not None:
+        draw_sheet(predictions, files, grid)
+    if as_json:
+        print(json.dumps([vars(p) for p in predictions], indent=2, ensure_ascii=False))
+        return
+    for p in predictions:
+        named = "  ".join(f"{label} {value:.1%}" for label, value in zip(p.labels, p.probabilities, strict=True))
+        print(f"{p.source}: {named}")
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what this machine has and what works on it: devices, precisions, 8-bit, image libraries."""
+    from inlay.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print(json.dumps([vars(f) for f in findings], indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for finding in findings:
+        mark = {True: "[green]yes[/]", False: "[red]no[/]", None: ""}[finding.works]
+        table.add_row(finding.what, mark, finding.remark)
+    Console().print(table)
+
+
+@app.command()
+def index(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of adapters.")] = Path("adapters_hub"),
+) -> None:
+    """Write index.json and the table in README.md of a folder of adapters."""
+    from inlay.store.summary import write_index
+
+    rows = write_index(folder)
+    print(f"{folder}: {len(rows)} adapter{'s' * (len(rows) != 1)}")
+    for row in rows:
+        print(f"  {row['name']}: {row['method']} on {row['base']}")
+
+
+def _show(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in facts.items():
+        if value not in (None, "", [], {}):
+            table.add_row(key.replace("_", " "), _text(value))
+    Console().print(table, markup=False, highlight=False)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value[:12])) + (f" ... ({len(value)})" if len(value) > 12 else "")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence and exit status 2."""
+    try:
+        app()
+    except InlayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # `inlay ... | head`
+        sys.stderr.close()
+        sys.exit(141)

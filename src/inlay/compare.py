@@ -1,0 +1,103 @@
+"""Several methods on one task, over several seeds: quality with its spread, beside what each costs."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from accelerate.utils import set_seed
+
+from inlay.data.images import Augment, ImageView, load_images
+from inlay.errors import InlayError
+from inlay.measure import Accuracy, footprint
+from inlay.methods import METHODS
+from inlay.models import load_base, load_processor
+from inlay.train.config import TrainConfig
+from inlay.train.loop import fit
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One method on one task.
+
+    Attributes:
+        method: Name in METHODS.
+        learning_rate: That it was trained with.
+        trainable: Parameters, head included.
+        accuracies: On the validation data, best evaluation of each run, 0 to 1, one per seed.
+        steps_per_second: Median over the seeds.
+    """
+
+    method: str
+    learning_rate: float
+    trainable: int
+    accuracies: list[float]
+    steps_per_second: float
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over the seeds."""
+        return statistics.mean(self.accuracies)
+
+    @property
+    def spread(self) -> float:
+        """Sample standard deviation over the seeds; 0 for one seed."""
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
+
+
+def compare_images(
+    model: str,
+    dataset: str,
+    train: TrainConfig,
+    *,
+    methods: Sequence[str] = ("probe", "lora", "full"),
+    seeds: Sequence[int] = (0, 1, 2),
+    width: int = 8,
+    augment: Augment = "crop",
+) -> list[Compared]:
+    """Train every method on the same data in the same order, each from the same new head, at its own learning rate.
+
+    The folder `train.output_dir` holds one run per method and seed, so a comparison that is broken off goes on where it
+    was. Seeds change the split (where the data has none), the order, the augmentation and the new weights.
+
+    Raises:
+        InlayError: An unknown method, no seed, or what load_base, load_images and fit raise.
+    """
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown or not methods or not seeds:
+        raise InlayError(
+            f"expected methods among {', '.join(METHODS)} and one seed or more, got {methods} and {seeds}."
+        )
+    rows = []
+    for name in methods:
+        method, accuracies, rates, trainable = METHODS[name], [], [], 0
+        for seed in seeds:
+            set_seed(seed)
+            data = load_images(dataset, seed=seed)
+            processor = load_processor(model)
+            adapted = method.adapt(load_base(model, labels=data.labels), width)
+            folder = Path(train.output_dir) / f"{name}-{seed}"
+            result = fit(
+                adapted,
+                ImageView(data.train, processor, augment),
+                ImageView(data.validation, processor),
+                replace(train, output_dir=str(folder), seed=seed, learning_rate=method.learning_rate),
+                metrics=[Accuracy()],
+                settings={"model": model, "dataset": dataset, "method": name, "width": width, "augment": augment},
+            )
+            accuracies.append(result.metrics["accuracy"])
+            rates.append(result.steps_per_second)
+            trainable = footprint(adapted).trainable
+        rows.append(Compared(name, method.learning_rate, trainable, accuracies, statistics.median(rates)))
+    return rows
+
+
+def table(rows: Sequence[Compared]) -> str:
+    """The comparison as a Markdown table."""
+    lines = ["| method | trained parameters | learning rate | accuracy | steps/s |", "|---|---:|---:|---:|---:|"]
+    for row in rows:
+        accuracy = f"{row.accuracy:.4f} ± {row.spread:.4f}" if len(row.accuracies) > 1 else f"{row.accuracy:.4f}"
+        lines.append(
+            f"| {row.method} | {row.trainable:,} | {row.learning_rate:g} | {accuracy} | {row.steps_per_second:.1f} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Use of a loaded adapter: on pictures."""

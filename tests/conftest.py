@@ -1,0 +1,49 @@
+"""What all tests share: no network, one thread (tiny models are slower on several), one trained adapter."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter of builtin:vit-tiny on digits, not trained but not the identity either."""
+    from accelerate.utils import set_seed
+    from peft import LoraConfig, get_peft_model
+
+    from inlay import load_base, load_processor, save_adapter
+    from inlay.arch import head_modules, lora_targets
+
+    set_seed(1)
+    model = load_base("builtin:vit-tiny", labels=[f"digit {i}" for i in range(10)])
+    config = LoraConfig(r=4, target_modules=lora_targets(model), modules_to_save=head_modules(model))
+    model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    metrics = {"validation": {"accuracy": 0.5}, "dataset": "builtin:digits"}
+    folder = tmp_path_factory.mktemp("hub") / "digits"
+    return save_adapter(model, folder, processor=load_processor("builtin:vit-tiny"), metrics=metrics)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of five pictures in several formats and sizes."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for i, (suffix, size) in enumerate([("png", 8), ("jpg", 40), ("bmp", 32), ("webp", 70), ("png", 33)]):
+        Image.fromarray(generator.integers(0, 256, (size, size + i, 3), dtype=np.uint8)).save(folder / f"{i}.{suffix}")
+    return folder

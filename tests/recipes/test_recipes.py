@@ -1,0 +1,86 @@
+"""The recipes as a user runs them, on the embedded base and data, with few steps."""
+
+import ast
+import json
+import runpy
+import sys
+
+import pytest
+
+from conftest import ROOT
+from inlay import load_adapter, read_adapter
+
+RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+
+
+def run(monkeypatch, name, *arguments):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "recipes" / name), *map(str, arguments)])
+    runpy.run_path(str(ROOT / "recipes" / name), run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, "lora_vit.py", "--output_dir", folder, "--epochs", 0.2, "--workers", 0)
+    return folder
+
+
+def test_lora_vit_trains_measures_and_saves(trained):
+    file = read_adapter(trained / "adapter")
+    assert file.base_name == "builtin:vit-tiny" and file.labels == list("0123456789")
+    trainable = file.metrics["cost"]["trainable_parameters"]
+    assert file.bytes_weights <= 4 * trainable + 8000
+    assert sum(1 for _ in (trained / "log.jsonl").open()) == 10  # nine steps and one evaluation
+    assert 0 <= file.metrics["validation"]["accuracy"] <= 1
+    assert load_adapter(trained / "adapter").deviation < 1e-4
+
+
+def test_lora_vit_keeps_a_finished_run(trained, monkeypatch, capsys):
+    before = (trained / "adapter" / "adapter_model.safetensors").read_bytes()
+    run(monkeypatch, "lora_vit.py", "--output_dir", trained, "--epochs", 0.2, "--workers", 0)
+    assert "finished run: kept" in capsys.readouterr().out
+    assert (trained / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_predict_recipe_reads_what_was_saved(trained, monkeypatch, capsys, tmp_path):
+    run(monkeypatch, "predict.py", "--adapter", trained / "adapter", "--grid", tmp_path / "sheet.png", "--merge")
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("a handwritten") for line in lines) == 16 and (tmp_path / "sheet.png").is_file()
+
+
+def test_compare_vit_prints_one_row_a_method(monkeypatch, capsys, tmp_path):
+    arguments = ["--output_dir", tmp_path / "c", "--epochs", 0.1, "--seeds", 0, 1, "--methods", "probe", "lora"]
+    run(monkeypatch, "compare_vit.py", *arguments, "--workers", 0)
+    rows = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    assert [row["method"] for row in rows] == ["probe", "lora"] and len(rows[0]["accuracies"]) == 2
+    assert 0 < rows[0]["trainable"] < rows[1]["trainable"]
+    assert "| probe |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model", "builtin:none"], "no embedded model"),
+        (["--dataset", "builtin:none"], "builtin:digits"),
+        (["--precision", "fp16"], "needs a GPU"),
+        (["--batch_size", "0"], "batch_size must be"),
+        (["--tracker", "nothing"], "unknown tracker"),
+    ],
+)
+def test_a_mistake_is_one_sentence(monkeypatch, capsys, tmp_path, arguments, sentence):
+    with pytest.raises(SystemExit) as status:
+        run(monkeypatch, "lora_vit.py", "--output_dir", tmp_path / "run", *arguments)
+    err = capsys.readouterr().err
+    assert status.value.code == 2 and "Traceback" not in err
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert sentence in error
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_recipes_keep_their_shape(path):
+    text = path.read_text()
+    imported = {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
+    assert 40 <= len(text.splitlines()) <= 150
+    assert not any(module and module.startswith("recipes") for module in imported), "recipes do not import each other"
+    assert "    # 1. " in text and text.rstrip().splitlines()[-1].lstrip().startswith("run_recipe(main")

@@ -1,0 +1,92 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from inlay import cli
+
+
+def run(capsys, monkeypatch, *arguments):
+    """The command in this process: exit status, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["inlay", *map(str, arguments)])
+    with pytest.raises(SystemExit) as status:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(status.value.code or 0), out, err
+
+
+def test_info_says_what_an_adapter_is(capsys, monkeypatch, digits_adapter):
+    status, out, _ = run(capsys, monkeypatch, "info", digits_adapter, "--json")
+    facts = json.loads(out)
+    assert status == 0
+    assert facts["method"] == "LoRA r=4, alpha=8" and facts["base"] == "builtin:vit-tiny"
+    assert facts["labels"][3] == "digit 3" and facts["validation"] == {"accuracy": 0.5}
+    assert facts["file_kb"] == pytest.approx(
+        (digits_adapter / "adapter_model.safetensors").stat().st_size / 1000, abs=0.1
+    )
+    status, out, _ = run(capsys, monkeypatch, "info", digits_adapter, "--base", "builtin:vit-tiny")
+    assert status == 0 and "yes, golden output deviation" in out
+
+
+def test_predict_prints_json_lines_and_a_sheet(capsys, monkeypatch, digits_adapter, pictures, tmp_path):
+    sheet = tmp_path / "sheet.png"
+    status, out, _ = run(
+        capsys, monkeypatch, "predict", digits_adapter, pictures, "--json", "--grid", sheet, "--top", 2
+    )
+    predictions = json.loads(out)
+    assert status == 0 and sheet.stat().st_size > 1000
+    assert len(predictions) == 5 and all(len(p["labels"]) == 2 for p in predictions)
+    status, merged, _ = run(capsys, monkeypatch, "predict", digits_adapter, pictures, "--merge", "--top", 1)
+    assert status == 0
+    for line, prediction in zip(merged.splitlines(), predictions, strict=True):
+        assert line.startswith(f"{prediction['source']}: {prediction['labels'][0]} ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["info", "{tmp}"], "is not an adapter"),
+        (["info", "{tmp}/none"], "does not exist"),
+        (["predict", "{adapter}", "none.png"], "no picture or folder at 'none.png'"),
+        (["predict", "{adapter}", "{pictures}", "--base", "builtin:none"], "no embedded model 'builtin:none'"),
+        (["index", "{tmp}"], "holds none"),
+    ],
+)
+def test_a_mistake_is_one_sentence(capsys, monkeypatch, tmp_path, digits_adapter, pictures, arguments, sentence):
+    filled = [a.format(tmp=tmp_path, adapter=digits_adapter, pictures=pictures) for a in arguments]
+    status, out, err = run(capsys, monkeypatch, *filled)
+    assert status == 2 and out == "" and sentence in err
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_index_lists_good_and_broken_adapters(capsys, monkeypatch, tmp_path, digits_adapter):
+    import shutil
+
+    shutil.copytree(digits_adapter, tmp_path / "good")
+    shutil.copytree(digits_adapter, tmp_path / "bad")
+    weights = tmp_path / "bad" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    status, _, _ = run(capsys, monkeypatch, "index", tmp_path)
+    rows = json.loads((tmp_path / "index.json").read_text())
+    assert status == 0 and [row["name"] for row in rows] == ["bad", "good"]
+    assert "truncated" in rows[0]["error"] and rows[1]["validation"] == {"accuracy": 0.5}
+    assert "[good](good)" in (tmp_path / "README.md").read_text()
+
+
+def test_doctor_tries_what_it_reports(capsys, monkeypatch):
+    status, out, _ = run(capsys, monkeypatch, "doctor", "--json")
+    findings = {f["what"]: f for f in json.loads(out)}
+    assert status == 0
+    assert findings["torch"]["works"] and "builtin:vit-tiny" in findings["embedded bases"]["remark"]
+    assert isinstance(findings["bf16"]["works"], bool) and isinstance(findings["8-bit base"]["works"], bool)
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, inlay.cli\nsys.argv = ['inlay', '--help']\n"
+        "try: inlay.cli.main()\nexcept SystemExit: pass\n"
+        "print('HEAVY', [m for m in ('torch', 'transformers', 'peft', 'numpy', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "predict" in done.stdout and done.stdout.rstrip().endswith("HEAVY []")
