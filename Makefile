@@ -16,6 +16,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: setup ## train a LoRA adapter on the embedded base and data, and use it
 	PATH="$(BIN):$$PATH" accelerate launch recipes/lora_vit.py
 	$(BIN)/inlay info runs/lora_vit/adapter
+	$(BIN)/python recipes/predict.py --adapter runs/lora_vit/adapter --grid runs/lora_vit/sheet.png
 
 test: setup
 	$(BIN)/pytest
@@ -27,7 +28,8 @@ check: setup ## what must be green at every commit
 	$(BIN)/pytest
 
 bench: setup ## slow measurements, with their results in tests/benchmarks/results
-	$(BIN)/python -m pytest tests/benchmarks -s -o addopts= --import-mode=importlib
+	$(BIN)/python tests/benchmarks/fit_speed.py
+	PATH="$(BIN):$$PATH" accelerate launch recipes/compare_vit.py --overwrite
 
 hub: setup ## train again what adapters_hub holds, at the recipes' defaults
 	PATH="$(BIN):$$PATH" accelerate launch recipes/lora_vit.py --output_dir runs/hub/lora_vit --overwrite

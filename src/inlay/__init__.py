@@ -1,10 +1,13 @@
 """Parameter-efficient fine-tuning of Hugging Face models, with adapters that cannot load wrong."""
 
+import logging
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inlay.data.images import ImageData, ImageView, load_images
+    from inlay.data.images import ImageData, load_images
+    from inlay.data.picture import ImageView
     from inlay.errors import InlayError
     from inlay.infer.images import predict
     from inlay.models import load_base, load_processor
@@ -17,10 +20,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# Said at every start, and nothing that a user could act on: bitsandbytes, which peft imports, misses the optional
+# package `kernels` on CPUs with AVX512-BF16; peft asks transformers for an attribute under its old name.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
 # Importing inlay is cheap; torch and transformers come in with the first of these that is used.
 _WHERE = {
     "ImageData": "data.images",
-    "ImageView": "data.images",
+    "ImageView": "data.picture",
     "InlayError": "errors",
     "TrainConfig": "train.config",
     "fit": "train.loop",

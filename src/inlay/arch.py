@@ -29,8 +29,8 @@ def head_modules(model: nn.Module) -> list[str]:
     heads = [name for name in children if name not in backbone]
     if not backbone or not heads:
         raise InlayError(
-            f"expected a backbone and a task head in {type(model).__name__}, found the children {', '.join(children)}; "
-            "name the head by modules_to_save yourself."
+            f"expected a backbone and a task head in {type(model).__name__}, found the children "
+            f"{', '.join(children) or 'none'}; name the head by modules_to_save yourself."
         )
     return heads
 

@@ -13,14 +13,13 @@ from typing import Any
 def writing(folder: str | Path) -> Iterator[Path]:
     """Yield an empty folder beside `folder`; when the block ends without an error it takes its place.
 
-    Until the last moment the old content stands, and a kill between the two renames leaves it as `<name>.old`, from
-    which `recover` brings it back. Files are made readable for the group and others, as the umask allows (safetensors
-    writes mode 0600).
+    Until the last moment the old content stands, and a kill between the two renames leaves it set aside, from where
+    `recover` brings it back. Files are made readable for the group and others, as the umask allows (safetensors writes
+    mode 0600). A symbolic link stays one: the folder that it points to is replaced.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     recover(folder)
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(new, ignore_errors=True)
+    new, old = pending(folder), _aside(folder)
     new.mkdir(parents=True)
     try:
         yield new
@@ -36,14 +35,25 @@ def writing(folder: str | Path) -> Iterator[Path]:
 
 
 def recover(folder: str | Path) -> None:
-    """Bring back what `writing` had set aside when it was killed between its two renames."""
-    folder = Path(folder)
-    old = folder.with_name(folder.name + ".old")
+    """Bring back what `writing` had set aside when it was killed between its renames, and drop its unfinished work."""
+    folder = Path(folder).resolve()
+    old = _aside(folder)
     if old.is_dir():
         if folder.exists():
             shutil.rmtree(old)
         else:
             old.rename(folder)
+    shutil.rmtree(pending(folder), ignore_errors=True)
+
+
+def pending(folder: str | Path) -> Path:
+    """The folder in which `writing` puts the new content together; a name that no user would give to one of theirs."""
+    folder = Path(folder).resolve()
+    return folder.with_name(f".{folder.name}.inlay-new")
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.inlay-old")
 
 
 def share(folder: Path) -> None:

@@ -27,11 +27,13 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command()
 def info(adapter: AdapterArgument, base: BaseOption = None, as_json: JsonOption = False) -> None:
     """Say what an adapter is; with --base also whether it fits that base, checked by loading it."""
-    from inlay.store.load import fetch, load_adapter
+    from inlay.store.file import fetch
     from inlay.store.summary import summary
 
     facts = summary(fetch(adapter))
     if base is not None:
+        from inlay.store.load import load_adapter
+
         loaded = load_adapter(adapter, base)
         off = "not stored" if loaded.deviation is None else f"deviation {loaded.deviation:.1e}"
         facts["fits"] = (

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from accelerate.utils import set_seed
 
-from inlay.data.images import Augment, ImageView, load_images
+from inlay.data.images import load_images
+from inlay.data.picture import Augment, ImageView
 from inlay.errors import InlayError
 from inlay.measure import Accuracy, footprint
 from inlay.methods import METHODS

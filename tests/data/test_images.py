@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
-from inlay.data.images import ImageView, load_images, open_image
+from inlay.data.images import load_images
+from inlay.data.picture import ImageView, open_image
 from inlay.errors import InlayError
 
 FLOWERS = Path(__file__).parents[2].parent / "shared/data/flowers5/dev"

@@ -4,7 +4,6 @@ import glob
 import hashlib
 import logging
 import os
-import random
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,15 +13,11 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
-import torch
-from PIL import ImageOps
 
-from inlay.data.picture import decode, open_image, random_crop, reason
+from inlay.data.picture import decode, reason
 from inlay.errors import InlayError
 
 logger = logging.getLogger(__name__)
-
-Augment = Literal["none", "crop", "crop-flip"]
 
 VALIDATION = ("validation", "val", "valid", "dev", "test")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "category")
@@ -326,37 +321,6 @@ def _stratified(ids: Sequence[int], labels: Sequence[str], share: float, seed: i
     if single:
         logger.warning("classes with one picture, which stays in training: %s.", _some(single))
     return sorted(held)
-
-
-class ImageView(torch.utils.data.Dataset):
-    """One split as a model wants it: item i is {"pixel_values": float (C, H, W), "labels": int}.
-
-    Decoding, augmentation and the processor run when an item is asked for, so in a DataLoader's workers. All
-    chance comes from Python's `random`: seeded alike, an item is the same in any process.
-
-    Args:
-        rows: A split of `ImageData`.
-        processor: The base model's own Hugging Face image processor.
-        augment: `crop` takes 0.7 to 1 of the area at a ratio of 3/4 to 4/3; `crop-flip` also mirrors half.
-    """
-
-    def __init__(self, rows: datasets.Dataset, processor: Any, augment: Augment = "none") -> None:
-        if augment not in ("none", "crop", "crop-flip"):
-            raise InlayError(f"expected augment 'none', 'crop' or 'crop-flip', but got {augment!r}. Use one.")
-        self.rows, self.processor, self.augment = rows, processor, augment
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[int(index)]
-        image = open_image(row["image"])
-        if self.augment != "none":
-            image = random_crop(image)
-        if self.augment == "crop-flip" and random.random() < 0.5:
-            image = ImageOps.mirror(image)
-        pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
-        return {"pixel_values": pixels.float(), "labels": row["label"]}
 
 
 def _some(names: Sequence[object]) -> str:

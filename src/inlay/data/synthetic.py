@@ -13,7 +13,7 @@ STROKES = ("arc", "spiral", "wave", "hook", "angle", "zigzag", "tee")
 SHAPE_LABELS: tuple[str, ...] = (*(f"{texture} {name}" for name in FILLED for texture in TEXTURES), *STROKES)
 
 _CHUNK = 512  # pictures drawn at a time: the arrays of one shape then stay in the cache
-_DRAWS = 96  # uniform numbers per picture, of which 88 are used
+_DRAWS = 96  # uniform numbers per picture, of which 90 are used
 
 
 def shapes(count: int, *, seed: int, size: int = 32) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
@@ -203,6 +203,7 @@ def _polar(radii: npt.ArrayLike, degrees: npt.ArrayLike) -> Floats:
 
 
 def _xy(*points: tuple[float, float]) -> Floats:
+    """Points (P, 2)."""
     return np.array(points, np.float32)
 
 

@@ -77,7 +77,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     try:
         return _read(Path(folder))
     except OSError as error:
-        raise InlayError(f"{folder} cannot be read ({error.strerror}).") from error
+        raise InlayError(f"{folder} cannot be read ({error.strerror or error}).") from error
 
 
 def _read(folder: Path) -> AdapterFile:
@@ -113,6 +113,22 @@ def fingerprint(config: dict[str, Any]) -> str:
     """Digest of what an adapter_config.json says of the computation: names and versions do not count."""
     counted = {key: value for key, value in config.items() if key not in _INCIDENTAL}
     return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fetch(path: str | Path, revision: str | None = None) -> Path:
+    """A local folder as it is; anything of the form user/name from the Hub or its cache, safetensors only."""
+    folder = Path(path).expanduser()
+    text = str(path)
+    if folder.exists() or text.count("/") != 1 or text.startswith((".", "~", "/")):
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(text, revision=revision, allow_patterns=["*.json", "*.safetensors", "README.md"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InlayError(f"there is no folder {text!r}, and the Hub does not give it ({reason}).") from error
 
 
 def sign(data: bytes) -> bytes:

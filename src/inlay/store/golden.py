@@ -8,8 +8,11 @@ from PIL import Image
 
 OUTPUTS = 64  # logits that are kept
 
-# Largest |difference| relative to the largest |logit|, by the coarser of the two precisions (saved, loaded).
-TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1, "int8": 0.3, "nf4": 1.0}
+# Largest |difference| relative to the largest |logit|, by the coarser of the two precisions (saved, loaded). Measured
+# on three ViTs and a pre-trained MobileNetV2, with and without LoRA: fp32 0, fp16 at most 0.002, bf16 0.10, int8 0.05,
+# NF4 0.27. A base changed by 2 % gives 0.02 to 0.9, another one 0.5 and more: this check is sharp in fp32 and fp16; in
+# the coarser forms it finds what is grossly wrong, and the sketch tells bases apart.
+TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.3, "int8": 0.3, "nf4": 0.8}
 
 
 def picture() -> Image.Image:
@@ -22,19 +25,24 @@ def picture() -> Image.Image:
 @torch.no_grad()
 def output(model: torch.nn.Module, processor: Any) -> list[float]:
     """The first logits of the golden picture, through the whole preprocessing, in eval mode."""
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     weight = next(p for p in model.parameters() if p.is_floating_point())
     pixels = processor(picture(), return_tensors="pt")["pixel_values"].to(weight.device, weight.dtype)  # 1 C H W
+    # accelerate leaves the autocast of mixed precision around a trained model, a loaded one is without
+    autocast = vars(model).pop("forward") if "_original_forward" in vars(model) else None
     try:
         logits = model.eval()(pixel_values=pixels).logits
     finally:
-        model.train(training)
+        for module, mode in modes:
+            module.training = mode
+        if autocast is not None:
+            model.forward = autocast
     return [float(f"{value:.6g}") for value in logits.flatten()[:OUTPUTS].float().tolist()]
 
 
 def deviation(stored: list[float], found: list[float]) -> float:
     """Largest difference relative to the largest stored logit; infinite for another size or for NaN."""
     a, b = np.asarray(stored), np.asarray(found)
-    if a.shape != b.shape or not np.isfinite(b).all():
+    if a.shape != b.shape or not np.isfinite([a, b]).all():
         return float("inf")
     return float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-6))

@@ -1,21 +1,33 @@
 """Load an adapter onto the base that it fits, or say in one sentence why it does not."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from transformers import PreTrainedModel
 
-from inlay._peft import adapter_shapes, fill, inject, known_method
+from inlay._peft import (
+    PeftConfig,
+    PeftModel,
+    adapter_shapes,
+    carries_adapter,
+    changes_base,
+    fill,
+    inject,
+    known_method,
+    release,
+)
 from inlay.arch import head_modules
 from inlay.errors import InlayError
 from inlay.models import Bits, Dtype, load_base, load_processor, processor_from
 from inlay.store import golden
-from inlay.store.file import CONFIG, WEIGHTS, AdapterFile, read_adapter
+from inlay.store.file import CONFIG, WEIGHTS, AdapterFile, fetch, read_adapter
 from inlay.store.sketch import TOLERANCE, distance, precision_of, sketch
 
 
@@ -58,7 +70,7 @@ class LoadedAdapter:
 
 def load_adapter(
     path: str | Path,
-    base: str | PreTrainedModel | None = None,
+    base: str | Path | PreTrainedModel | None = None,
     *,
     revision: str | None = None,
     dtype: Dtype = "float32",
@@ -68,7 +80,8 @@ def load_adapter(
 
     Args:
         path: A folder, or a Hub id.
-        base: A name for `load_base`, or a model (it is wrapped in place); default: the base that the adapter names.
+        base: A name for `load_base`, or a model without an adapter (it is wrapped in place, and left as it was when the
+            adapter does not fit); default: the base that the adapter names.
         revision: Of the adapter, for a Hub id.
         dtype: Of the base, where it is loaded here.
         bits: 8 or 4, where it is loaded here.
@@ -77,46 +90,52 @@ def load_adapter(
         InlayError: Whatever `read_adapter` finds; a method that this peft does not know; a base of another structure or
             with other weights; tensors that are missing, superfluous or of another shape; NaN; another golden output.
     """
-    file = read_adapter(_fetch(path, revision))
+    file = read_adapter(fetch(path, revision))
     _check_method(file)
-    model = base if isinstance(base, PreTrainedModel) else _load_base(file, base, dtype, bits)
+    weights = _weights(file)
+    model = _given(base) if isinstance(base, nn.Module) else _load_base(file, base, dtype, bits)
     if file.record:
         _check_base(file, model)
-        model = _with_head(model, file)
-    weights = load_file(file.folder / WEIGHTS)
-    for key, value in weights.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise InlayError(f"the tensor {key!r} of adapter {file.name!r} holds NaN or Inf; it cannot be used.")
     settings = file.record.get("preprocessing")
     processor = processor_from(settings) if settings else load_processor(model.name_or_path)
-    labels = file.labels or [model.config.id2label[i] for i in sorted(model.config.id2label)]
-    adapted = _attach(file, model, weights)
-    off = _check_golden(file, adapted, processor)
+    undo = _undo(model)
+    try:
+        if file.record:
+            _set_head(model, file)
+        adapted = _attach(file, model, weights)
+        off = _check_golden(file, adapted, processor)
+    except Exception:
+        undo()
+        raise
+    labels = [model.config.id2label[i] for i in sorted(model.config.id2label)]
     return LoadedAdapter(adapted, processor, labels, file, bool(file.record), off)
 
 
-def _load_base(file: AdapterFile, name: str | None, dtype: Dtype, bits: Bits | None) -> PreTrainedModel:
+def _weights(file: AdapterFile) -> dict[str, torch.Tensor]:
+    try:
+        weights = load_file(file.folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise InlayError(f"{file.folder / WEIGHTS} is damaged: {error}; get it again.") from error
+    for key, value in weights.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise InlayError(f"the tensor {key!r} of adapter {file.name!r} holds NaN or Inf; it cannot be used.")
+    return weights
+
+
+def _given(base: nn.Module) -> PreTrainedModel:
+    if not isinstance(base, PreTrainedModel):
+        raise InlayError(f"expected the base as a name or a transformers model, got {type(base).__name__}.")
+    if carries_adapter(base):
+        raise InlayError("this base carries an adapter already; give another copy of it, or unload that one first.")
+    return base
+
+
+def _load_base(file: AdapterFile, name: str | Path | None, dtype: Dtype, bits: Bits | None) -> PreTrainedModel:
     """The base that was asked for, or the one that the adapter names, at the revision that it was trained on."""
     pinned = file.record.get("base", {}).get("revision") if name is None else None
     if not (name or file.base_name):
         raise InlayError(f"adapter {file.name!r} names no base; give base=.")
     return load_base(name or file.base_name, labels=file.labels or None, dtype=dtype, bits=bits, revision=pinned)
-
-
-def _fetch(path: str | Path, revision: str | None) -> Path:
-    """A local folder as it is; anything of the form user/name from the Hub or its cache, safetensors only."""
-    folder = Path(path).expanduser()
-    text = str(path)
-    if folder.exists() or text.count("/") != 1 or text.startswith((".", "~", "/")):
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=["*.json", "*.safetensors", "README.md"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InlayError(f"there is no folder {text!r}, and the Hub does not give it ({reason}).") from error
 
 
 def _check_method(file: AdapterFile) -> None:
@@ -136,9 +155,10 @@ def _check_base(file: AdapterFile, base: PreTrainedModel) -> None:
         ("blocks", getattr(config, "num_hidden_layers", None)),
         ("width", getattr(config, "hidden_size", None)),
     ):
-        if stored[what] != found:
+        if stored.get(what) != found:
             raise InlayError(
-                f"{name} ({what.replace('_', ' ')} {stored[what]}), but this base has {found}. Load it on that base."
+                f"{name} ({what.replace('_', ' ')} {stored.get(what)}), but this base has {found}. "
+                "Load it on the base it names."
             )
     found_sketch = sketch(base)
     for what in ("weights", "parameters"):
@@ -157,32 +177,62 @@ def _check_base(file: AdapterFile, base: PreTrainedModel) -> None:
         )
 
 
-def _with_head(base: PreTrainedModel, file: AdapterFile) -> PreTrainedModel:
+def _set_head(base: PreTrainedModel, file: AdapterFile) -> None:
     """Give a base that was loaded for other labels a head of the adapter's size; its weights come from the file."""
     labels, config = file.labels, base.config
     if len(labels) != config.num_labels:
-        for name in head_modules(base):
-            head = base.get_submodule(name)
-            if not isinstance(head, torch.nn.Linear):
-                raise InlayError(
-                    f"this base was loaded with {config.num_labels} labels, adapter {file.name!r} has {len(labels)}: "
-                    "load it with load_base(name, labels=...)."
-                )
-            fresh = torch.nn.Linear(head.in_features, len(labels), dtype=head.weight.dtype, device=head.weight.device)
+        heads = _head_layers(base)
+        last = [name for name, layer in heads.items() if layer.out_features == config.num_labels]
+        if not last:
+            raise InlayError(
+                f"this base was loaded with {config.num_labels} labels, adapter {file.name!r} has {len(labels)}: "
+                "load it with load_base(name, labels=...)."
+            )
+        for name in last:
+            old = heads[name]
+            fresh = nn.Linear(old.in_features, len(labels), old.bias is not None, old.weight.device, old.weight.dtype)
             base.set_submodule(name, fresh.requires_grad_(False))
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {label: i for i, label in enumerate(labels)}
-    base.num_labels = len(labels)
-    return base
+    _set_labels(base, dict(enumerate(labels)))
+
+
+def _head_layers(base: PreTrainedModel) -> dict[str, nn.Linear]:
+    heads = head_modules(base)
+    return {n: m for n, m in base.named_modules() if n.split(".")[0] in heads and isinstance(m, nn.Linear)}
+
+
+def _set_labels(base: PreTrainedModel, id2label: dict[int, str]) -> None:
+    base.config.num_labels = base.num_labels = len(id2label)
+    base.config.id2label = id2label
+    base.config.label2id = {label: i for i, label in id2label.items()}
+
+
+def _undo(base: PreTrainedModel) -> Callable[[], None]:
+    """What brings a base back to how it came, if the adapter turns out not to fit it."""
+    layers, id2label = _head_layers(base), base.config.id2label
+
+    def undo() -> None:
+        release(base)
+        for name, layer in layers.items():
+            base.set_submodule(name, layer)
+        _set_labels(base, id2label)
+
+    return undo
 
 
 def _attach(file: AdapterFile, base: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PeftModel:
     """Inject the adapter without allocating it, compare names and shapes with the file, then fill it."""
     try:
         config = PeftConfig.from_pretrained(str(file.folder))
-        model = inject(base, copy.deepcopy(config))
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise InlayError(f"{file.folder / CONFIG} does not fit this base: {str(error).splitlines()[0]}") from error
+        init = changes_base(config)
+        model = None if init else inject(base, copy.deepcopy(config))
+    except Exception as error:  # a config is data from anywhere: it makes peft fail in any way
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InlayError(f"{file.folder / CONFIG} does not fit this base: {reason}") from error
+    if model is None:
+        raise InlayError(
+            f"adapter {file.name!r} was initialised by {init!r}, which changes the base at each load; make it a "
+            "plain one with peft's save_pretrained(path_initial_model_for_weight_conversion=...)."
+        )
     expected = adapter_shapes(model)
     missing, superfluous = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     heads = [name for name in file.record.get("head", []) if any(f".{name}." in key for key in missing)]
@@ -196,9 +246,11 @@ def _attach(file: AdapterFile, base: PreTrainedModel, weights: dict[str, torch.T
         raise InlayError(f"adapter {file.name!r} does not fit its config on this base: it {' and '.join(parts)}.")
     for key in sorted(expected):
         if expected[key] != tuple(weights[key].shape):
+            head = any(f".{name}." in key for name in head_modules(base))
+            hint = " Give base=load_base(name, labels=...) with the adapter's labels." if head else ""
             raise InlayError(
                 f"adapter {file.name!r} does not fit its config on this base: {key} should be {expected[key]}, "
-                f"the file has {tuple(weights[key].shape)}."
+                f"the file has {tuple(weights[key].shape)}.{hint}"
             )
     fill(model, weights)
     return model.to(next(p for p in base.parameters() if p.is_floating_point()).device).eval()

@@ -6,18 +6,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
-from peft import PeftModel
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
+from inlay._peft import PeftModel, changes_base, plainly_active
 from inlay.arch import head_modules
 from inlay.atomic import write_json, writing
 from inlay.errors import InlayError
 from inlay.store import golden
 from inlay.store.card import card
-from inlay.store.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, read_adapter, sign
+from inlay.store.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, fingerprint, read_adapter, sign
 from inlay.store.sketch import precision_of, sketch
 
 
@@ -38,11 +39,11 @@ def save_adapter(
         metrics: `validation` (scores), `dataset`, `cost`, `training`: shown in the card, stored in metrics.json.
 
     Raises:
-        InlayError: Not a peft model, weights that are not finite, a folder that holds something else.
+        InlayError: Not a peft model, or one that does not compute what would be saved; weights or outputs that are not
+            finite; a new head that is no part of the adapter; a folder that holds something else.
     """
-    folder = Path(folder)
-    if not isinstance(model, PeftModel):
-        raise InlayError(f"save_adapter takes a model wrapped by get_peft_model, got {type(model).__name__}.")
+    folder = Path(folder).expanduser()
+    _check_model(model)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / CONFIG).is_file():
         raise InlayError(f"{folder} exists and is not an adapter; give another folder.")
     if not PartialState().is_main_process:
@@ -55,19 +56,45 @@ def save_adapter(
                 path.rename(new / path.name)
             (new / model.active_adapter).rmdir()
         weights = load_file(new / WEIGHTS)
-        for key, value in weights.items():
-            if not torch.isfinite(value).all():
-                raise InlayError(f"the weight {key!r} holds NaN or Inf; nothing was saved.")
-        record = _record(model, processor)
+        _check_weights(model, weights)
+        config = _sorted_config(new / CONFIG)
+        record = {**_record(model, processor), "config": fingerprint(config)}
+        if not np.isfinite(record["golden"]).all():
+            raise InlayError("the model's output on the golden picture is NaN or Inf; nothing was saved.")
         data = to_bytes(
             weights, {"format": "pt", "inlay": json.dumps(record, separators=(",", ":"), ensure_ascii=False)}
         )
         (new / WEIGHTS).write_bytes(sign(data))
-        config = _sorted_config(new / CONFIG)
         write_json(new / METRICS, metrics)
         (new / CARD).write_text(card(folder.resolve().name, record, config, metrics), encoding="utf-8")
         read_adapter(new)
     return folder
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, PeftModel):
+        raise InlayError(f"save_adapter takes a model wrapped by get_peft_model, got {type(model).__name__}.")
+    if not plainly_active(model):
+        raise InlayError(
+            "save_adapter takes a model with one active adapter, neither merged nor disabled: undo that first."
+        )
+    if init := changes_base(model.active_peft_config):
+        raise InlayError(
+            f"the initialisation {init!r} changes the base, so that the adapter alone would be wrong on it; train with "
+            "another init_lora_weights, such as True."
+        )
+
+
+def _check_weights(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
+    for key, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise InlayError(f"the weight {key!r} holds NaN or Inf; nothing was saved.")
+    base = model.get_base_model()
+    heads = head_modules(base)
+    if getattr(base, "new_head", False) and not all(any(f".{head}." in key for key in weights) for head in heads):
+        raise InlayError(
+            f"the head is new, but no part of this adapter, so it would be lost; train it: modules_to_save={heads}."
+        )
 
 
 def versions() -> dict[str, str]:

@@ -52,11 +52,16 @@ class TrainConfig:
     tracker: str | None = field(default=None, metadata={"help": "tensorboard, wandb, mlflow ... (through accelerate)."})
 
     def __post_init__(self) -> None:
-        at_least = {"batch_size": 1, "accumulate": 1, "workers": 0, "seed": 0, "weight_decay": 0}
+        at_least = {"batch_size": 1, "accumulate": 1, "workers": 0, "seed": 0}
         at_least |= {name: 1 for name in ("eval_every", "save_every", "patience") if getattr(self, name) is not None}
         for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise InlayError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise InlayError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+        if self.seed >= 2**32:
+            raise InlayError(f"seed must be below 2**32 (numpy takes no more), got {self.seed}.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InlayError(f"weight_decay must be a number of at least 0, got {self.weight_decay}.")
         for name in ("epochs", "learning_rate", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InlayError(f"{name} must be a positive number, got {getattr(self, name)}.")

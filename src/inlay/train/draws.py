@@ -59,8 +59,12 @@ class Drawn(Dataset[Any]):
 
     def __getitem__(self, key: Draw) -> Any:
         index, draw = key
-        seed = int(np.random.SeedSequence((self.seed, draw)).generate_state(1)[0])
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 - the legacy generator is the one that augmentations use
-        torch.manual_seed(seed)
+        seed_all(int(np.random.SeedSequence((self.seed, draw)).generate_state(1)[0]))
         return self.data[index]
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global generators of Python, numpy and torch, 0 <= seed < 2**64."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the legacy generator is the one that augmentations use
+    torch.manual_seed(seed)

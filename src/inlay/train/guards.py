@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from inlay.train.evaluation import pieces
+
 
 class Stop:
     """Within the block, SIGTERM and Ctrl-C set `signal` instead of killing; a second Ctrl-C kills as usual."""
@@ -33,10 +35,11 @@ class Stop:
         self.signal = number
 
 
-def blame(model: nn.Module, batch: dict[str, Any]) -> str:
-    """Say where NaN or Inf comes from: the batch, a weight, the first module that puts it out, or a gradient.
+def blame(model: nn.Module, batch: dict[str, Any], accumulate: int = 1) -> str | None:
+    """Say where NaN or Inf comes from: the batch, a weight, the first module that puts it out, the loss, or a gradient.
 
-    Runs the step once more with hooks, so it costs nothing until it is needed. `model` is unwrapped.
+    Runs the step once more with hooks, in as many pieces, so it costs nothing until it is needed. `model` is unwrapped.
+    None: the step, repeated, shows nothing.
     """
     for name, value in batch.items():
         if isinstance(value, torch.Tensor) and _bad(value):
@@ -45,6 +48,14 @@ def blame(model: nn.Module, batch: dict[str, Any]) -> str:
     for name, parameter in model.named_parameters():
         if _bad(parameter):
             return f"the weight {name!r} is already NaN or Inf"
+    model.zero_grad()
+    for piece, _ in pieces(batch, accumulate):
+        if found := _blame_piece(model, piece):
+            return found
+    return None
+
+
+def _blame_piece(model: nn.Module, piece: dict[str, Any]) -> str | None:
     culprits: list[str] = []
 
     def watch(name: str) -> Any:
@@ -57,19 +68,20 @@ def blame(model: nn.Module, batch: dict[str, Any]) -> str:
 
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
-        loss = model(**batch).loss
+        loss = model(**piece).loss
     finally:
         for handle in handles:
             handle.remove()
     if culprits:
         inside = [name for name, _ in model.get_submodule(culprits[0]).named_parameters()]
         return f"the output of {culprits[0]!r} (parameters: {', '.join(inside[:4]) or 'none'}) is NaN or Inf"
-    model.zero_grad()
+    if _bad(loss):
+        return "the loss is NaN or Inf though every module's output is finite: look at the labels"
     loss.backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and _bad(parameter.grad):
             return f"the gradient of {name!r} is NaN or Inf"
-    return "neither input, weights, outputs nor gradients show it when the step is repeated without accelerate"
+    return None
 
 
 def _bad(values: torch.Tensor) -> bool:

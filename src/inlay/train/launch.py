@@ -1,12 +1,15 @@
 """Start accelerate, refuse a launch that would silently do something else than was asked, build what a run needs."""
 
-import importlib.util
+import atexit
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
@@ -24,8 +27,6 @@ if TYPE_CHECKING:
 
     Collate = Callable[[list[Any]], dict[str, Any]]
 
-_TRACKER_PACKAGES = {"comet_ml": "comet_ml", "dvclive": "dvclive", "clearml": "clearml", "swanlab": "swanlab"}
-
 
 def start(model: torch.nn.Module, config: TrainConfig) -> Accelerator:
     """The Accelerator of this process, after checks that it will train as asked.
@@ -36,6 +37,7 @@ def start(model: torch.nn.Module, config: TrainConfig) -> Accelerator:
     """
     if config.tracker is not None:
         _check_tracker(config.tracker)
+    AcceleratorState._reset_state()  # accelerate keeps the precision of the process's first run otherwise
     accelerator = Accelerator(
         mixed_precision=_precision(model, config),
         log_with=config.tracker,
@@ -49,6 +51,7 @@ def start(model: torch.nn.Module, config: TrainConfig) -> Accelerator:
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise InlayError("fp16 needs a GPU: on a CPU accelerate ignores it. Use --precision no, or bf16.")
     _check_company(accelerator)
+    atexit.register(accelerator.state.destroy_process_group)
     if config.batch_size % accelerator.num_processes:
         raise InlayError(
             f"batch_size {config.batch_size} is the batch of all processes and must divide by their number "
@@ -74,9 +77,8 @@ def _check_tracker(name: str) -> None:
     known = {tracker.value for tracker in LoggerType} - {"all"}
     if name not in known:
         raise InlayError(f"unknown tracker {name!r}; accelerate has {', '.join(sorted(known))}.")
-    package = _TRACKER_PACKAGES.get(name, name)
-    if importlib.util.find_spec(package) is None:
-        raise InlayError(f"the tracker {name!r} is not installed: pip install {package}.")
+    if name not in {tracker.value for tracker in get_available_trackers()}:
+        raise InlayError(f"the tracker {name!r} is not installed: pip install {name}.")
 
 
 def _check_company(accelerator: Accelerator) -> None:
@@ -119,7 +121,7 @@ def build_loader(
         data,
         collate_fn=collate,
         num_workers=config.workers,
-        worker_init_fn=_own_group,
+        worker_init_fn=_leave_signals_to_main,
         persistent_workers=config.workers > 0 and "batch_size" in order,
         pin_memory=torch.cuda.is_available(),
         **order,
@@ -127,7 +129,28 @@ def build_loader(
     return accelerator.prepare_data_loader(loader)
 
 
-def _own_group(worker: int) -> None:
-    """Leave the main process's group: a signal to the group is its business, and it needs workers to end the step."""
+def _leave_signals_to_main(worker: int) -> None:
+    """Let a worker outlive the signal that stops the run: the main process needs it to end its step.
+
+    Ctrl-C goes to a process group, which is left. A scheduler's SIGTERM may go to every process: the first is ignored,
+    a second one, as the DataLoader sends when it ends, kills.
+    """
     if hasattr(os, "setpgrp"):
         os.setpgrp()
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Switch gradient checkpointing on."""
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except (AttributeError, ValueError) as error:
+        raise InlayError(f"this model has no gradient checkpointing ({error}); leave the setting out.") from None
+
+
+def release(accelerator: Accelerator, model: nn.Module) -> None:
+    """Close trackers and loaders, and give `model` its own forward back, without accelerate's autocast around it."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    accelerator.free_memory()

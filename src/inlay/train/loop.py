@@ -1,5 +1,6 @@
 """The training loop: one page, top to bottom, on accelerate."""
 
+import math
 import signal
 import time
 from contextlib import nullcontext
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from tqdm.auto import tqdm
@@ -15,10 +17,10 @@ from transformers import get_scheduler
 
 from inlay.errors import InlayError
 from inlay.train.config import TrainConfig
-from inlay.train.draws import Drawn, Draws
-from inlay.train.evaluation import evaluate_on, rows_of, train_mode
+from inlay.train.draws import Drawn, Draws, seed_all
+from inlay.train.evaluation import evaluate_on, pieces, rows_of, train_mode
 from inlay.train.guards import Stop, blame
-from inlay.train.launch import build_loader, build_optimizer, start
+from inlay.train.launch import build_loader, build_optimizer, enable_checkpointing, release, start
 from inlay.train.run import Run
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ def fit(
     collate: "Collate | None" = None,
     settings: dict[str, Any] | None = None,
 ) -> FitResult:
-    """Train what requires a gradient in `model`, and leave the best weights in it.
+    """Train what requires a gradient in `model`, and leave the best weights in it, in eval mode.
 
     A run that is killed goes on from its last checkpoint when it is started again, and ends with the same weights, bit
     for bit on a CPU, as one that was not. A finished run is read back, not repeated.
@@ -88,15 +90,20 @@ def fit(
         raise InlayError(
             "nothing to train: " + ("the data is empty." if trainable else "no parameter requires a gradient.")
         )
+    if validation_data is not None and not len(validation_data):
+        raise InlayError("the validation data is empty; give some, or None to keep the last weights.")
+    if config.patience is not None and validation_data is None:
+        raise InlayError("patience counts evaluations without a new best: it needs validation data.")
     run = Run(config, model, accelerator, {"examples": len(train_data), **(settings or {})})
     if run.result is not None:
         accelerator.print(f"{run.folder} holds a finished run: kept as it is (--overwrite trains anew).")
         run.load_best()
+        model.eval()
         return FitResult(**run.result, resumed=True)
 
     steps = config.steps(len(train_data))
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     optimizer = build_optimizer(trainable, config)
     schedule = {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule)
     scheduler = get_scheduler(schedule, optimizer, round(config.warmup * steps), steps)
@@ -116,9 +123,13 @@ def fit(
         except RuntimeError as error:
             if not stop.signal or "DataLoader worker" not in str(error):
                 raise
-            trainer.leave(stop.signal)  # the scheduler's signal has killed the workers too, before the step was done
-    accelerator.end_training()
+            trainer.leave(stop.signal)  # the scheduler has killed the workers too, before the step was done
+        finally:
+            release(accelerator, wrapped)
+    if validation is None:
+        run.keep_best()
     run.load_best()
+    model.eval()
     done = run.progress
     result = FitResult(done.step, done.metrics, done.best_step, done.history, done.seconds, trainer.rate(), resumed)
     run.finish({k: v for k, v in vars(result).items() if k != "resumed"})
@@ -164,14 +175,13 @@ class _Trainer:
         if resumed:
             self.accelerator.print(f"resumed at step {progress.step} of {self.steps}")
         train_mode(self.model)
-        losses: list[float] = []
         begun = time.perf_counter()
         for batch in loader:
             at = time.perf_counter()
+            rate = self.scheduler.get_last_lr()[0]
             loss, norm, stopped = self._step(batch, progress.step, stop)
             progress.step += 1
-            losses.append(loss)
-            rate = self.scheduler.get_last_lr()[0]
+            progress.loss_sum, progress.loss_count = progress.loss_sum + loss, progress.loss_count + 1
             self.run.log({"step": progress.step, "loss": loss, "learning_rate": rate, "gradient_norm": norm})
             if config.tracker is not None:
                 self.accelerator.log({"loss": loss, "learning_rate": rate, "gradient_norm": norm}, step=progress.step)
@@ -185,10 +195,10 @@ class _Trainer:
             last = progress.step == self.steps
             evaluated = last or progress.step % self.eval_every == 0
             if evaluated:
-                self._evaluate(validation, losses, bar)
-                losses = []
+                self._evaluate(validation, bar)
             if evaluated and config.patience is not None and progress.waited >= config.patience:
-                bar.write(f"stopped early: no better evaluation in {config.patience}")
+                if self.accelerator.is_main_process:
+                    bar.write(f"stopped early: no better evaluation in {config.patience}")
                 last = True
             progress.seconds, begun = progress.seconds + time.perf_counter() - begun, time.perf_counter()
             due = progress.step % config.save_every == 0 if config.save_every else evaluated
@@ -216,22 +226,21 @@ class _Trainer:
     def _step(self, batch: dict[str, Any], step: int, stop: Stop) -> tuple[float, float, int]:
         """One optimiser step: forward and backward in pieces, clip, update. Gives loss, gradient norm, stop signal."""
         accelerator, run = self.accelerator, self.run
-        seed = self.config.seed * 1_000_003 + step * accelerator.num_processes + accelerator.process_index
         while True:
-            torch.manual_seed(seed)  # dropout: a function of the step, so a resumed run draws the same
+            seed_all(self._seed(step))  # dropout: a function of the step, so a resumed run draws the same
             try:
                 loss = self._forward_backward(batch, run.progress.accumulate)
                 break
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
-                self._back_off(batch, error)
+                reason = str(error).splitlines()[0]
+            self._back_off(batch, reason)  # not in the handler, as the error holds the activations
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         norm = torch.zeros(()) if norm is None else norm  # DeepSpeed clips by itself
         if accelerator.num_processes > 1:  # all must agree on the step after which they stop
-            flags = torch.stack([loss, torch.tensor(float(stop.signal), device=loss.device)])
-            loss, stopped = accelerator.reduce(flags, "sum").unbind()
-            loss, signal_ = loss / accelerator.num_processes, min(int(stopped.item()), signal.SIGTERM)
+            each = accelerator.gather(torch.stack([loss, loss.new_tensor(stop.signal)])[None])  # a row per process
+            loss, signal_ = each[:, 0].mean(), int(each[:, 1].max())
         else:
             signal_ = stop.signal
         loss_value, norm_value = loss.item(), float(norm)
@@ -243,31 +252,33 @@ class _Trainer:
 
     def _forward_backward(self, batch: dict[str, Any], accumulate: int) -> torch.Tensor:
         """Add the gradient of the mean loss of this process's share of the batch, `accumulate` pieces in turn."""
-        rows = rows_of(batch)
-        size = -(-rows // accumulate)
         total = torch.zeros((), device=self.accelerator.device)
-        for begin in range(0, rows, size):
-            piece = batch if size >= rows else {k: v[begin : begin + size] for k, v in batch.items()}
-            share = min(size, rows - begin) / rows
-            with nullcontext() if begin + size >= rows else self.accelerator.no_sync(self.model):
+        cut = list(pieces(batch, accumulate))
+        for i, (piece, share) in enumerate(cut):
+            with nullcontext() if i == len(cut) - 1 else self.accelerator.no_sync(self.model):
                 loss = self.model(**piece).loss * share
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
 
-    def _back_off(self, batch: dict[str, Any], error: RuntimeError) -> None:
+    def _seed(self, step: int) -> int:
+        """Another one for every step and process."""
+        accelerator = self.accelerator
+        return self.config.seed * 1_000_003 + step * accelerator.num_processes + accelerator.process_index
+
+    def _back_off(self, batch: dict[str, Any], reason: str) -> None:
         """Out of memory: halve the pieces. The step is taken anew with the same seed, so the result is the same."""
         if self.accelerator.num_processes > 1:
             raise InlayError(
-                f"out of memory in process {self.accelerator.process_index} ({str(error).splitlines()[0]}); with "
+                f"out of memory in process {self.accelerator.process_index} ({reason}); with "
                 f"several processes the pieces are not halved on the way: start again with --accumulate "
                 f"{2 * self.run.progress.accumulate}, or --gradient_checkpointing."
-            ) from error
+            )
         if self.run.progress.accumulate >= rows_of(batch):
             raise InlayError(
-                f"out of memory with a single example ({str(error).splitlines()[0]}); try --gradient_checkpointing, an "
+                f"out of memory with a single example ({reason}); try --gradient_checkpointing, an "
                 "8-bit base, a lower precision or a smaller input."
-            ) from error
+            )
         self.run.progress.accumulate *= 2
         self.optimizer.zero_grad()
         clear_device_cache(garbage_collection=True)
@@ -284,21 +295,28 @@ class _Trainer:
         if finite and self.accelerator.mixed_precision == "fp16" and self.skipped < 50:
             self.skipped += 1
             return
-        model = self.accelerator.unwrap_model(self.model)
-        model.zero_grad()
+        seed_all(self._seed(step))
         with self.accelerator.autocast():
-            where = blame(model, batch)
+            found = blame(self.accelerator.unwrap_model(self.model), batch, self.run.progress.accumulate)
+        found = next(filter(None, gather_object([found])), None)  # all processes are here: the loss is their mean
+        where = found or "neither input, weights, outputs nor gradients show it when the step is repeated"
         raise InlayError(
             f"training broke at step {step + 1}: loss {loss}, gradient norm {norm}; {where}. "
             f"The weights of the last checkpoint are untouched. Try a lower --learning_rate, or check the data."
         )
 
-    def _evaluate(self, loader: Any, losses: list[float], bar: Any) -> None:
+    def _evaluate(self, loader: Any, bar: Any) -> None:
         """Evaluate, keep the weights if they are the best so far, and report one line."""
         progress = self.run.progress
-        row = {"step": progress.step, "train_loss": sum(losses) / max(1, len(losses))}
+        row = {"step": progress.step, "train_loss": progress.loss_sum / progress.loss_count}
+        progress.loss_sum, progress.loss_count = 0.0, 0
         if loader is not None:
-            scores = evaluate_on(self.model, loader, self.metrics, self.accelerator)
+            scores = evaluate_on(self.model, loader, self.metrics, self.accelerator, progress.accumulate)
+            if not math.isfinite(scores["loss"]):
+                raise InlayError(
+                    f"the validation loss at step {progress.step} is {scores['loss']}, but the training loss is not: "
+                    "look for NaN or Inf in the validation data."
+                )
             # The first metric comes right after the loss; without metrics less loss is better.
             value = list(scores.values())[1] if self.metrics else -scores["loss"]
             better = progress.best is None or value > progress.best

@@ -20,11 +20,12 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from inlay.atomic import recover, write_json, writing
+from inlay.atomic import pending, recover, write_json, writing
 from inlay.errors import InlayError
 from inlay.train.config import TrainConfig
 
 WEIGHTS = "trainable.safetensors"
+_OWN = ("finished.json", "last", "best", "log.jsonl", "logs", "run.json")  # in the order in which they are deleted
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Progress:
     best: float | None = None
     best_step: int = 0
     waited: int = 0  # evaluations since the best one
+    loss_sum: float = 0.0  # of the steps since the last evaluation
+    loss_count: int = 0
     metrics: dict[str, float] = field(default_factory=dict)  # of the best evaluation
     history: list[dict[str, float]] = field(default_factory=list)  # one row an evaluation
     seconds: float = 0.0
@@ -62,13 +65,15 @@ class Run:
 
     def _open(self, config: TrainConfig, settings: dict[str, Any]) -> None:
         """Make the folder, or check that what is in it is this run."""
-        path, identity = self.folder / "run.json", {**config.identity(), **settings}
+        path = self.folder / "run.json"
+        identity = {**config.identity(), "precision": self.accelerator.mixed_precision, **settings}
         if self.folder.exists() and not self.folder.is_dir():
             raise InlayError(f"output_dir must be a folder, but {self.folder} is a file.")
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not path.is_file():
+        present = {p.name for p in self.folder.iterdir()} if self.folder.is_dir() else set()
+        if present - {"run.json.new"} and not path.is_file():
             raise InlayError(f"{self.folder} holds other files, not a run of inlay; give another --output_dir.")
         if path.is_file() and config.overwrite:
-            shutil.rmtree(self.folder)
+            self._delete()
         if path.is_file():
             try:
                 stored = json.loads(path.read_text(encoding="utf-8"))
@@ -84,12 +89,23 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("last", "best"):
             recover(self.folder / name)
-        write_json(path, identity)
+        if not path.is_file():
+            write_json(path, identity)
+
+    def _delete(self) -> None:
+        """Delete what a run writes, and only that; a kill on the way leaves a run that was never checkpointed."""
+        (self.folder / "finished.json").unlink(missing_ok=True)
+        (self.folder / "last" / "progress.json").unlink(missing_ok=True)
+        for path in (self.folder / name for name in _OWN):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def resume(self) -> bool:
         """Bring model, optimiser, schedule and progress to the last checkpoint, if there is one."""
         last = self.folder / "last"
-        if not last.is_dir():
+        if not (last / "progress.json").is_file():
             self._truncate_log()
             return False
         self.accelerator.load_state(str(last))
@@ -112,10 +128,11 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def load_best(self) -> None:
-        """Put the weights of the best evaluation into the model, where there was one."""
+        """Put the weights of the best evaluation into the model."""
         path = self.folder / "best" / WEIGHTS
-        if path.is_file():
-            self._fill(load_file(path))
+        if not path.is_file():
+            raise InlayError(f"{path} is missing: the weights of this run are gone; train anew with --overwrite.")
+        self._fill(load_file(path))
 
     def finish(self, result: dict[str, Any]) -> None:
         """Mark the run as complete; the state to resume from is no longer needed."""
@@ -142,7 +159,9 @@ class Run:
                     continue
                 if row["step"] <= self.progress.step:
                     kept.append(line)
-            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            shorter = path.with_name(path.name + ".new")
+            shorter.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            shorter.replace(path)
 
     def _together(self, name: str) -> Any:
         """`writing` on the main process, the same temporary folder on the others, with barriers on both sides."""
@@ -180,7 +199,7 @@ class _Together:
         self.inner = writing(folder) if accelerator.is_main_process else None
 
     def __enter__(self) -> Path:
-        folder = self.inner.__enter__() if self.inner else self.folder.with_name(self.folder.name + ".new")
+        folder = self.inner.__enter__() if self.inner else pending(self.folder)
         self.accelerator.wait_for_everyone()
         return folder
 
