@@ -3,8 +3,8 @@
     accelerate launch recipes/compare_vit.py
     accelerate launch recipes/compare_vit.py --model FOLDER --dataset FOLDER --epochs 5 --seeds 0 --augment crop-flip
 
-Every method sees the same batches for the same number of epochs, at a learning rate that suits it (METHODS). A run that
-is broken off goes on when the command is given again.
+Every method sees the same batches for the same number of epochs, at a learning rate of its own. A run that is
+broken off goes on when the command is given again.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -25,6 +25,9 @@ class Recipe:
     methods: list[str] = field(
         default_factory=lambda: ["probe", "lora", "full"], metadata={"help": "Names in METHODS."}
     )
+    learning_rates: list[float] = field(
+        default_factory=list, metadata={"help": "One for each method; default: those of METHODS."}
+    )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One run of each method per seed."})
     width: int = field(default=8, metadata={"help": "Rank or other width of the adapters."})
     augment: Literal["none", "crop", "crop-flip"] = field(default="crop", metadata={"help": "As in lora_vit.py."})
@@ -43,6 +46,7 @@ def main(recipe: Recipe, train: TrainConfig) -> None:
         recipe.dataset,
         train,
         methods=recipe.methods,
+        learning_rates=recipe.learning_rates,
         seeds=recipe.seeds,
         width=recipe.width,
         augment=recipe.augment,

@@ -4,9 +4,9 @@
     accelerate launch recipes/lora_vit.py --model google/vit-base-patch16-224-in21k --dataset FOLDER --augment crop-flip
     accelerate launch recipes/lora_vit.py --model facebook/dinov2-small --bits 8 --optimizer adamw8bit
 
-The base is any image classifier of transformers: ViT, DeiT, DINOv2 and Swin get LoRA on the query and value
-projections, MobileNets and ResNets on the point-wise convolutions. LoRA: Hu et al. 2021, arXiv:2106.09685. For another
-method of peft change `method`.
+The base is any image classifier of transformers: ViT, DeiT, DINOv2, Swin and ConvNeXt get LoRA on their linear layers,
+MobileNets and ResNets on their point-wise convolutions. LoRA: Hu et al. 2021, arXiv:2106.09685. For another method of
+peft change `method`.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -26,6 +26,9 @@ class Recipe:
     )
     rank: int = field(default=8, metadata={"help": "Rank r of the update B·A."})
     alpha: int = field(default=16, metadata={"help": "Scale of the update: alpha / r."})
+    sites: Literal["all", "attention"] = field(
+        default="all", metadata={"help": "Every linear layer (in a network of convolutions the 1x1 ones), or q and v."}
+    )
     bits: Literal[4, 8] | None = field(
         default=None, metadata={"help": "8 or 4: hold the frozen base in that many bits."}
     )
@@ -57,7 +60,7 @@ def main(recipe: Recipe, train: TrainConfig) -> None:
     method = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,
-        target_modules=lora_targets(model),
+        target_modules=lora_targets(model, recipe.sites),
         modules_to_save=head_modules(model),
     )
     model = get_peft_model(model, method)

@@ -26,22 +26,22 @@ STAGES = {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}
 PVT = {"image_size": 64, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 1]}
 QV = {"q_proj", "v_proj"}
 
-# class, config, leaves of the targets, number of targets, head
+# class, config, leaves and number of the attention targets, number of all targets, head
 FAMILIES = {
-    "ViT": (VIT, QV, 4, ["classifier"]),
-    "DeiT": (VIT, QV, 4, ["classifier"]),
-    "Dinov2": (BLOCKS, QV, 4, ["classifier"]),
-    "Beit": (VIT, QV, 4, ["classifier"]),
-    "Swin": (WINDOWS, QV, 4, ["classifier"]),
-    "Swinv2": (WINDOWS, {"query", "value"}, 4, ["classifier"]),
-    "CLIP": ({"vision_config": VIT, "text_config": TEXT}, QV, 4, ["classifier"]),
-    "Siglip": ({"vision_config": VIT, "text_config": TEXT}, QV, 4, ["classifier"]),
-    "ConvNext": ({"image_size": 32, **STAGES}, {"pwconv1", "pwconv2"}, 8, ["classifier"]),
-    "ResNet": ({"embedding_size": 8, **STAGES}, {"convolution"}, 11, ["classifier"]),
-    "MobileNetV1": ({"image_size": 32, "depth_multiplier": 0.25}, {"convolution"}, 13, ["classifier"]),
-    "MobileNetV2": ({"image_size": 32, "depth_multiplier": 0.35}, {"convolution"}, 34, ["classifier"]),
-    "PoolFormer": ({**STAGES, "num_channels": 3}, {"conv1", "conv2"}, 8, ["norm", "classifier"]),
-    "Pvt": (PVT, {"query", "value"}, 8, ["classifier"]),
+    "ViT": (VIT, QV, 4, 12, ["classifier"]),
+    "DeiT": (VIT, QV, 4, 12, ["classifier"]),
+    "Dinov2": (BLOCKS, QV, 4, 12, ["classifier"]),
+    "Beit": (VIT, QV, 4, 12, ["classifier"]),
+    "Swin": (WINDOWS, QV, 4, 13, ["classifier"]),
+    "Swinv2": (WINDOWS, {"query", "value"}, 4, 17, ["classifier"]),
+    "CLIP": ({"vision_config": VIT, "text_config": TEXT}, QV, 4, 12, ["classifier"]),
+    "Siglip": ({"vision_config": VIT, "text_config": TEXT}, QV, 4, 12, ["classifier"]),
+    "ConvNext": ({"image_size": 32, **STAGES}, {"pwconv1", "pwconv2"}, 8, 8, ["classifier"]),
+    "ResNet": ({"embedding_size": 8, **STAGES}, {"convolution"}, 11, 11, ["classifier"]),
+    "MobileNetV1": ({"image_size": 32, "depth_multiplier": 0.25}, {"convolution"}, 13, 13, ["classifier"]),
+    "MobileNetV2": ({"image_size": 32, "depth_multiplier": 0.35}, {"convolution"}, 34, 34, ["classifier"]),
+    "PoolFormer": ({**STAGES, "num_channels": 3}, {"conv1", "conv2"}, 8, 8, ["norm", "classifier"]),
+    "Pvt": (PVT, {"query", "value"}, 8, 24, ["classifier"]),
 }
 
 
@@ -68,11 +68,12 @@ def family(request, tmp_path_factory):
 
 def test_an_adapter_attaches_trains_and_comes_back(family, tmp_path):
     name, folder = family
-    _, leaves, count, heads = FAMILIES[name]
+    _, leaves, count, count_all, heads = FAMILIES[name]
     torch.manual_seed(0)
     base, processor = load_base(folder, labels=["a", "b", "c"]), load_processor(folder)
-    targets = lora_targets(base)
-    assert {target.rpartition(".")[2] for target in targets} == leaves and len(targets) == count
+    attention, targets = lora_targets(base, "attention"), lora_targets(base)
+    assert {target.rpartition(".")[2] for target in attention} == leaves and len(attention) == count
+    assert set(attention) <= set(targets) and len(targets) == count_all
     assert head_modules(base) == heads and base.config.num_labels == 3
     pixels = processor([picture(), picture().rotate(90)], return_tensors="pt")["pixel_values"]
     side = getattr(getattr(base.config, "vision_config", base.config), "image_size", None)
@@ -135,14 +136,11 @@ class Net(nn.Module):
             self.add_module(name, head)
 
 
-def test_grouped_and_wide_convolutions_are_left_alone():
+def test_grouped_and_wide_convolutions_and_the_head_are_left_alone():
     body = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1, groups=8), nn.Conv2d(8, 8, 3), nn.Linear(8, 8))
-    assert lora_targets(Net(body, head=nn.Linear(8, 2))) == ["body.0"]
-
-
-def test_linear_layers_are_the_last_resort_and_the_head_none():
-    model = Net(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), head=nn.Linear(8, 2), drop=nn.Dropout())
-    assert lora_targets(model) == ["body.0", "body.2"] and head_modules(model) == ["head"]
+    model = Net(body, head=nn.Linear(8, 2), drop=nn.Dropout())
+    assert lora_targets(model) == lora_targets(model, "attention") == ["body.0", "body.3"]
+    assert head_modules(model) == ["head"]
 
 
 def test_what_cannot_be_told_is_said():
@@ -150,5 +148,7 @@ def test_what_cannot_be_told_is_said():
         head_modules(nn.Linear(2, 2))
     with pytest.raises(InlayError, match=r"found the children 0, 1; name the head by modules_to_save yourself"):
         head_modules(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
-    with pytest.raises(InlayError, match=r"no attention, 1x1 convolution or linear layer in Net; give target_modules"):
+    with pytest.raises(InlayError, match=r"no linear layer or 1x1 convolution in Net; give target_modules"):
         lora_targets(Net(nn.Conv2d(3, 3, 3), head=nn.Linear(3, 2)))
+    with pytest.raises(InlayError, match=r"sites must be all or attention, got 'qv'"):
+        lora_targets(Net(nn.Linear(3, 3), head=nn.Linear(3, 2)), "qv")

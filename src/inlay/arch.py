@@ -1,13 +1,16 @@
-"""Where adapters attach in a model, found by structure: attention projections, point-wise convolutions, head."""
+"""Where adapters attach in a model, found by structure: linear layers, point-wise convolutions, head."""
 
 from collections.abc import Iterator
+from typing import Literal
 
 from torch import nn
 
 from inlay.errors import InlayError
 
-# Query and value projections by leaf name, in the spellings of transformers' models (LoRA's own choice of sites: Hu et
-# al. 2021, section 7.1); a fused projection stands alone.
+Sites = Literal["all", "attention"]
+
+# Query and value projections by leaf name, in the spellings of transformers' models; a fused projection stands
+# alone.
 _QUERY_VALUE = (
     ("q_proj", "v_proj"),
     ("query", "value"),
@@ -16,6 +19,9 @@ _QUERY_VALUE = (
     ("qkv",),
     ("c_attn",),
 )
+
+# Poolers of a backbone: computed, but not used by a classifier that takes the mean or the first token (SigLIP, BERT).
+_POOLING = {"head", "pooler"}
 
 
 def head_modules(model: nn.Module) -> list[str]:
@@ -35,37 +41,43 @@ def head_modules(model: nn.Module) -> list[str]:
     return heads
 
 
-def lora_targets(model: nn.Module) -> list[str]:
+def lora_targets(model: nn.Module, sites: Sites = "all") -> list[str]:
     """Names of the modules that LoRA adapts by default.
 
-    The query and value projections where there is attention; else the point-wise (1x1, ungrouped) convolutions; else
-    every linear layer outside the head. Grouped convolutions are left out: LoRA on them is larger than they are.
+    Args:
+        model: A transformers model with a head.
+        sites: `all` takes every linear layer and every point-wise (1x1, ungrouped) convolution outside the head, as
+            QLoRA does (Dettmers et al. 2023, arXiv:2305.14314); `attention` the query and value projections alone (Hu
+            et al. 2021, section 7.1), or all where there is no attention. Grouped convolutions are left out: LoRA on
+            them is larger than they are.
 
     Raises:
         InlayError: Nothing of the kind is there.
     """
+    if sites not in ("all", "attention"):
+        raise InlayError(f"sites must be all or attention, got {sites!r}.")
     inner = dict(_outside(model, head_modules(model)))
-    for leaves in _QUERY_VALUE:
-        found = [name for name in inner if name.rpartition(".")[2] in leaves and _is_linear(inner[name])]
+    for leaves in _QUERY_VALUE if sites == "attention" else ():
+        found = [name for name, m in inner.items() if name.rpartition(".")[2] in leaves and _is_linear(m)]
         if found:
             return found
-    pointwise = [
-        name for name, m in inner.items() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.groups == 1
-    ]
-    linear = [name for name, m in inner.items() if _is_linear(m)]
-    if not (pointwise or linear):
-        raise InlayError(
-            f"found no attention, 1x1 convolution or linear layer in {type(model).__name__}; give target_modules."
-        )
-    return pointwise or linear
+    found = [name for name, m in inner.items() if _is_linear(m) or _is_pointwise(m)]
+    if not found:
+        raise InlayError(f"found no linear layer or 1x1 convolution in {type(model).__name__}; give target_modules.")
+    return found
 
 
 def _outside(model: nn.Module, heads: list[str]) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if name.split(".")[0] not in heads:
+        parts = name.split(".")
+        if parts[0] not in heads and not _POOLING.intersection(parts):
             yield name, module
 
 
 def _is_linear(module: nn.Module) -> bool:
     """True for nn.Linear and its quantised subclasses, and for GPT-2's Conv1D."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1

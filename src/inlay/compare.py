@@ -52,11 +52,14 @@ def compare_images(
     train: TrainConfig,
     *,
     methods: Sequence[str] = ("probe", "lora", "full"),
+    learning_rates: Sequence[float] = (),
     seeds: Sequence[int] = (0, 1, 2),
     width: int = 8,
     augment: Augment = "crop",
 ) -> list[Compared]:
     """Train every method on the same data in the same order, each from the same new head, at its own learning rate.
+
+    `learning_rates` are given in the order of `methods`; without them METHODS has one for each.
 
     The folder `train.output_dir` holds one run per method and seed, so a comparison that is broken off goes on where it
     was. Seeds change the split (where the data has none), the order, the augmentation and the new weights.
@@ -69,8 +72,10 @@ def compare_images(
         raise InlayError(
             f"expected methods among {', '.join(METHODS)} and one seed or more, got {methods} and {seeds}."
         )
+    if learning_rates and len(learning_rates) != len(methods):
+        raise InlayError(f"expected one learning rate for each of {len(methods)} methods, got {len(learning_rates)}.")
     rows = []
-    for name in methods:
+    for name, rate in zip(methods, learning_rates or [METHODS[name].learning_rate for name in methods], strict=True):
         method, accuracies, rates, trainable = METHODS[name], [], [], 0
         for seed in seeds:
             set_seed(seed)
@@ -82,14 +87,14 @@ def compare_images(
                 adapted,
                 ImageView(data.train, processor, augment),
                 ImageView(data.validation, processor),
-                replace(train, output_dir=str(folder), seed=seed, learning_rate=method.learning_rate),
+                replace(train, output_dir=str(folder), seed=seed, learning_rate=rate),
                 metrics=[Accuracy()],
                 settings={"model": model, "dataset": dataset, "method": name, "width": width, "augment": augment},
             )
             accuracies.append(result.metrics["accuracy"])
             rates.append(result.steps_per_second)
             trainable = footprint(adapted).trainable
-        rows.append(Compared(name, method.learning_rate, trainable, accuracies, statistics.median(rates)))
+        rows.append(Compared(name, rate, trainable, accuracies, statistics.median(rates)))
     return rows
 
 

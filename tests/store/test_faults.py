@@ -325,7 +325,7 @@ def test_a_header_that_is_none(header, message, zoo, plain):
         ({"target_modules": 5}, "does not fit this base"),
         ({"target_modules": ["layernorm"]}, "does not fit this base"),
         ({"lora_dropout": 7}, "does not fit this base"),
-        ({"use_dora": True}, "lacks 12 tensors"),
+        ({"use_dora": True}, "lacks 24 tensors"),
         ({"modules_to_save": None}, "has 2 that no module takes"),
         ({"init_lora_weights": "pissa"}, "initialised by 'pissa', which changes the base at each load"),
         ({"init_lora_weights": "olora"}, "initialised by 'olora', which changes the base at each load"),

@@ -77,7 +77,7 @@ def test_a_base_on_which_an_adapter_failed_can_take_the_right_one(original, zoo,
     [
         (
             {"num_hidden_layers": 5},
-            r"trained on builtin:vit-tiny \(blocks 6\), but this base has 5. Load it on the base",
+            r"trained on builtin:vit-tiny \(blocks 4\), but this base has 5. Load it on the base",
         ),
         ({"hidden_size": 48}, r"trained on builtin:vit-tiny \(width 96\), but this base has 48. Load it on the base"),
         ({"intermediate_size": 100}, r"\([0-9,]+ parameters\), but this base has [0-9,]+. Load it"),

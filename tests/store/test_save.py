@@ -65,7 +65,7 @@ def test_what_lies_in_the_folder(original):
     assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS, CARD, METRICS}
     file = read_adapter(folder)
     assert file.name == "zoo" and file.base_name == "builtin:vit-tiny" and file.record["head"] == ["classifier"]
-    assert file.record["base"]["blocks"] == 6 and file.record["base"]["precision"] == "float32"
+    assert file.record["base"]["blocks"] == 4 and file.record["base"]["precision"] == "float32"
     assert file.record["preprocessing"]["size"] == {"height": 32, "width": 32}
     assert len(file.record["golden"]) == 5
     assert file.metrics["validation"] == {"accuracy": 0.875, "loss": 0.5} and "peft" in file.metrics["versions"]

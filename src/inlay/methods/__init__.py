@@ -47,6 +47,6 @@ def _full(model: nn.Module, width: int) -> nn.Module:
 
 METHODS = {
     "probe": Method("Alain & Bengio 2016, arXiv:1610.01644", "none: the head alone", True, 1e-2, _probe),
-    "lora": Method("Hu et al. 2021, arXiv:2106.09685", "rank r", True, 2e-3, _lora),
-    "full": Method("full fine-tuning, for comparison", "none: every weight", True, 5e-4, _full),
+    "lora": Method("Hu et al. 2021, arXiv:2106.09685", "rank r", True, 3e-3, _lora),
+    "full": Method("full fine-tuning, for comparison", "none: every weight", True, 1e-3, _full),
 }

@@ -24,7 +24,7 @@ class TrainConfig:
         default=1,
         metadata={"help": "Pieces in which a process computes its share of a step; doubled when memory runs out."},
     )
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW decay of weights with two or more axes."})
     warmup: float = field(default=0.1, metadata={"help": "Share of the steps in which the rate rises, 0 to 1."})
     schedule: Literal["cosine", "linear", "constant"] = field(
