@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test check bench hub
+.PHONY: setup demo lint test check bench hub
 
 setup: $(VENV)/installed
 
@@ -21,11 +21,12 @@ demo: setup ## train a LoRA adapter on the embedded base and data, and use it
 test: setup
 	$(BIN)/pytest
 
-check: setup ## what must be green at every commit
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+
+check: lint test ## what must be green at every commit
 
 bench: setup ## slow measurements, with their results in tests/benchmarks/results
 	$(BIN)/python tests/benchmarks/fit_speed.py

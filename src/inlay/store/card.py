@@ -5,13 +5,16 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 _TASKS = {"image-classification": "AutoModelForImageClassification"}
+_METHODS = {"LORA": "LoRA"}
 _METRICS = {"accuracy": "Accuracy", "f1": "Macro F1", "loss": "Validation loss"}
 
 
-def card(name: str, record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]) -> str:
+def card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]) -> str:
     """Markdown with the Hub's YAML header: base, method, data, quality, cost, and how to load it."""
     base, task = record["base"], record["task"]
     dataset = metrics.get("dataset") or "unknown data"
+    method = _METHODS.get(config["peft_type"], config["peft_type"])
+    title = f"{method} of {_short(base['name'])} on {_short(dataset)}"
     quality = {k: v for k, v in metrics.get("validation", {}).items() if isinstance(v, int | float)}
     header = ModelCardData(
         base_model=base["name"] if _on_hub(base["name"]) else None,
@@ -19,7 +22,7 @@ def card(name: str, record: dict[str, Any], config: dict[str, Any], metrics: dic
         library_name="peft",
         pipeline_tag=task,
         tags=["inlay", config["peft_type"].lower(), base["model_type"], f"base:{base['name']}"],
-        model_name=name,
+        model_name=title,
         eval_results=[
             EvalResult(
                 task,
@@ -35,8 +38,8 @@ def card(name: str, record: dict[str, Any], config: dict[str, Any], metrics: dic
         or None,
     )
     sections = [
-        f"# {name}",
-        f"{config['peft_type']} adapter of `{base['name']}`{_revision(base)} for {task}, trained on `{dataset}`.",
+        f"# {title}",
+        f"{method} adapter of `{base['name']}`{_revision(base)} for {task}, trained on `{dataset}`.",
         "## Results",
         _table(("metric", "value"), [(_METRICS.get(k, k), f"{v:.4f}") for k, v in quality.items()]) or "Not measured.",
         "## Cost",
@@ -47,10 +50,10 @@ def card(name: str, record: dict[str, Any], config: dict[str, Any], metrics: dic
         or "Not measured.",
         "## Load",
         "Checked against the base it was trained on:",
-        f'```python\nfrom inlay import load_adapter, predict\n\nadapter = load_adapter("{name}")  # this folder\n'
+        '```python\nfrom inlay import load_adapter, predict\n\nadapter = load_adapter("FOLDER")\n'
         'print(predict(adapter, ["picture.png"]))\n```',
         "With peft alone:",
-        _peft_snippet(name, record),
+        _peft_snippet(record),
         "## Labels",
         ", ".join(f"{i} = {label}" for i, label in enumerate(record["labels"][:50]))
         + (" ..." if len(record["labels"]) > 50 else ""),
@@ -62,6 +65,11 @@ def card(name: str, record: dict[str, Any], config: dict[str, Any], metrics: dic
     return f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
+def _short(name: str) -> str:
+    """The last part of a name or path."""
+    return name.rstrip("/").rpartition("/")[2].removeprefix("builtin:") or name
+
+
 def _on_hub(name: str) -> bool:
     """True for `user/name` or a canonical Hub name; embedded bases and folders have no page to link to."""
     return not name.startswith(("builtin:", ".", "/", "~")) and name.count("/") <= 1
@@ -71,7 +79,7 @@ def _revision(base: dict[str, Any]) -> str:
     return f" (revision `{base['revision'][:12]}`)" if base.get("revision") else ""
 
 
-def _peft_snippet(name: str, record: dict[str, Any]) -> str:
+def _peft_snippet(record: dict[str, Any]) -> str:
     base, count = record["base"], len(record["labels"])
     lines = ["from peft import PeftModel", f"from transformers import {_TASKS[record['task']]}"]
     where = f'"{base["name"]}"'
@@ -81,7 +89,7 @@ def _peft_snippet(name: str, record: dict[str, Any]) -> str:
     lines += [
         "",
         f"base = {_TASKS[record['task']]}.from_pretrained({where}, num_labels={count}, ignore_mismatched_sizes=True)",
-        f'model = PeftModel.from_pretrained(base, "{name}").eval()  # this folder',
+        'model = PeftModel.from_pretrained(base, "FOLDER").eval()',
     ]
     note = ""
     if base["model_type"].startswith("mobilenet"):

@@ -66,7 +66,7 @@ def save_adapter(
         )
         (new / WEIGHTS).write_bytes(sign(data))
         write_json(new / METRICS, metrics)
-        (new / CARD).write_text(card(folder.resolve().name, record, config, metrics), encoding="utf-8")
+        (new / CARD).write_text(card(record, config, metrics), encoding="utf-8")
         read_adapter(new)
     return folder
 

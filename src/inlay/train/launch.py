@@ -57,6 +57,7 @@ def start(model: torch.nn.Module, config: TrainConfig) -> Accelerator:
             f"batch_size {config.batch_size} is the batch of all processes and must divide by their number "
             f"({accelerator.num_processes}): take a multiple of it."
         )
+    _mention_idle_cores(accelerator)
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:  # our batches come from a batch sampler, from which accelerate cannot read this number
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size // accelerator.num_processes
@@ -79,6 +80,14 @@ def _check_tracker(name: str) -> None:
         raise InlayError(f"unknown tracker {name!r}; accelerate has {', '.join(sorted(known))}.")
     if name not in {tracker.value for tracker in get_available_trackers()}:
         raise InlayError(f"the tracker {name!r} is not installed: pip install {name}.")
+
+
+def _mention_idle_cores(accelerator: Accelerator) -> None:
+    """`accelerate launch` gives a process on a CPU one thread, whatever the machine has."""
+    cores, used = os.cpu_count() or 1, torch.get_num_threads() * accelerator.num_processes
+    if accelerator.device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ and 2 * used < cores:
+        option = f"--num_cpu_threads_per_process {cores // accelerator.num_processes}"
+        accelerator.print(f"training on {used} of {cores} CPU cores; accelerate launch {option} ... uses them all")
 
 
 def _check_company(accelerator: Accelerator) -> None:
