@@ -43,6 +43,7 @@ class Recipe:
 
 def main(recipe: Recipe, train: TrainConfig) -> None:
     """Train, measure, save."""
+    from accelerate import PartialState
     from accelerate.utils import set_seed
     from peft import LoraConfig, get_peft_model
 
@@ -91,7 +92,7 @@ def main(recipe: Recipe, train: TrainConfig) -> None:
 
     # 5. save
     folder = save_adapter(model, Path(train.output_dir) / "adapter", processor=processor, metrics=metrics)
-    print(f"accuracy {result.metrics['accuracy']:.4f} at step {result.best_step}; saved {folder}")
+    PartialState().print(f"accuracy {result.metrics['accuracy']:.4f} at step {result.best_step}; saved {folder}")
 
 
 if __name__ == "__main__":
