@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from inlay import load_adapter, load_images, predict
 from inlay.store.summary import summary, write_index
 
