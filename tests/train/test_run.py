@@ -52,7 +52,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
     train(folder, settings={"rank": 4})
     before = files(folder)
     for changed, message in [
-        ({"learning_rate": 0.1}, r"learning_rate 0.002 -> 0.1\)"),
+        ({"learning_rate": 0.1}, r"learning_rate 0.003 -> 0.1\)"),
         ({"settings": {"rank": 8}}, r"\(rank 4 -> 8\)"),
         ({"settings": {"rank": 4, "bits": 8}}, r"\(bits None -> 8\)"),
         ({"precision": "bf16"}, r"\(precision 'no' -> 'bf16'\)"),
