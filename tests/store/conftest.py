@@ -18,20 +18,6 @@ BASE = "builtin:vit-tiny"
 LABELS = ["cat", "dog", "emu", "fox", "gnu"]
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """Tiny models on busy cores: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
 @pytest.fixture(scope="session")
 def make():
     """A function that gives a base with a LoRA adapter and a head as if trained."""

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 from transformers import AutoModelForImageClassification
 
@@ -133,12 +134,14 @@ def test_the_mode_of_each_module_is_kept(make, processor, tmp_path):
 def test_an_adapter_trained_in_mixed_precision_is_saved_without_its_autocast(make, processor, outputs, tmp_path):
     model = make()
     plain = outputs(model)
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test of this process may have trained without
     prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
     assert not torch.equal(outputs(prepared), plain)
     loaded = load_adapter(save_adapter(model, tmp_path / "zoo", processor=processor))
     assert loaded.deviation < 1e-4
     torch.testing.assert_close(outputs(loaded.model), plain)
     assert not torch.equal(outputs(model), plain), "the autocast must still be there for a training that goes on"
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("what", ["foreign folder", "a file"])
