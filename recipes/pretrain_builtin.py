@@ -1,6 +1,6 @@
 """Pre-train the embedded bases, from nothing but generated data, on two CPU cores.
 
-    python recipes/pretrain_builtin.py                       # builtin:vit-tiny, about 15 minutes on 2 quiet cores
+    python recipes/pretrain_builtin.py                       # builtin:vit-tiny, about 13 minutes on 2 quiet cores
     python recipes/pretrain_builtin.py --steps 100 --folder /tmp/try
 
 The ViT learns to name a shape and its texture (SHAPE_LABELS) wherever they are in a cluttered picture. The weight
