@@ -14,16 +14,14 @@ from inlay.measure.footprint import Footprint, footprint
 if TYPE_CHECKING:
     from inlay.measure.costs import cost
     from inlay.measure.macs import count_macs
-    from inlay.measure.quality import F1, METRICS, Accuracy, classification_metrics
+    from inlay.measure.quality import F1, Accuracy
     from inlay.measure.speed import Latency, latency
 
 __all__ = [
     "F1",
-    "METRICS",
     "Accuracy",
     "Footprint",
     "Latency",
-    "classification_metrics",
     "cost",
     "count_macs",
     "footprint",
@@ -34,11 +32,9 @@ _HOME = {
     "count_macs": "macs",
     "Latency": "speed",
     "latency": "speed",
-    "METRICS": "quality",
     "cost": "costs",
     "Accuracy": "quality",
     "F1": "quality",
-    "classification_metrics": "quality",
 }
 
 
