@@ -1,8 +1,12 @@
 """Parameter-efficient fine-tuning of Hugging Face models, with adapters that cannot load wrong."""
 
 import logging
+import sys
 import warnings
 from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +14,14 @@ if TYPE_CHECKING:
     from inlay.data.picture import ImageView
     from inlay.errors import InlayError
     from inlay.infer.images import predict
+    from inlay.methods import (
+        METHODS,
+        AttentionPrefixConfig,
+        BottleneckConfig,
+        CompositeConfig,
+        PartialConfig,
+        VisualPromptConfig,
+    )
     from inlay.models import load_base, load_processor
     from inlay.recipe import run_recipe
     from inlay.store.file import read_adapter
@@ -27,10 +39,16 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 
 # Importing inlay is cheap; torch and transformers come in with the first of these that is used.
 _WHERE = {
+    "METHODS": "methods",
+    "AttentionPrefixConfig": "methods",
+    "BottleneckConfig": "methods",
+    "CompositeConfig": "methods",
     "ImageData": "data.images",
     "ImageView": "data.picture",
     "InlayError": "errors",
+    "PartialConfig": "methods",
     "TrainConfig": "train.config",
+    "VisualPromptConfig": "methods",
     "fit": "train.loop",
     "load_adapter": "store.load",
     "load_base": "models",
@@ -43,10 +61,16 @@ _WHERE = {
 }
 
 __all__ = [
+    "METHODS",
+    "AttentionPrefixConfig",
+    "BottleneckConfig",
+    "CompositeConfig",
     "ImageData",
     "ImageView",
     "InlayError",
+    "PartialConfig",
     "TrainConfig",
+    "VisualPromptConfig",
     "fit",
     "load_adapter",
     "load_base",
@@ -67,3 +91,31 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _AfterPeft:
+    """Finds peft once, and makes the methods of this package known to it when its import is done."""
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "peft":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            import_module("inlay._peft")
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+# `import inlay` is enough for PeftModel.from_pretrained to load such an adapter, before or after peft is imported, and
+# costs nothing where peft is not needed.
+if "peft" in sys.modules:
+    import_module("inlay._peft")
+else:
+    sys.meta_path.insert(0, _AfterPeft())

@@ -1,13 +1,14 @@
 """All that inlay knows of peft's internals."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.lora.layer import _ConvNd
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, register_peft_method, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 # transformers' MobileNets read these from the convolution before they call it (`apply_tf_padding`); peft's wrapper has
@@ -70,12 +71,79 @@ def carries_adapter(model: torch.nn.Module) -> bool:
 
 def release(model: torch.nn.Module) -> None:
     """Take all adapters out of a base, also one of which peft has injected only a part before it failed."""
+    for layers in strip(model).values():
+        for layer in layers:
+            leave(layer)
     for name, module in list(model.named_modules()):
         if isinstance(module, AuxiliaryTrainingWrapper):
             model.set_submodule(name, module.original_module)
-        elif isinstance(module, BaseTunerLayer):
-            model.set_submodule(name, module.get_base_layer())
     vars(model).pop("peft_config", None)
+
+
+def register(name: str, config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
+    """Make a method known to peft, as its own are; a second call changes nothing.
+
+    peft's enum of methods is closed, so the member is added by hand; Python 3.12 looks members up as class attributes.
+    """
+    label = name.upper()
+    if label in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, label)
+    member._name_, member._value_, member._sort_order_ = label, label, len(PeftType.__members__)
+    type.__setattr__(PeftType, label, member)
+    PeftType._member_map_[label] = PeftType._value2member_map_[label] = member
+    PeftType._member_names_.append(label)
+    register_peft_method(name=name, config_cls=config, model_cls=tuner)
+
+
+# Adapter layers of several methods around one module, and around modules inside one another: by the name that the
+# module has in the base, innermost first.
+Layers = dict[str, list[BaseTunerLayer]]
+
+
+def strip(model: torch.nn.Module, keep: type | tuple[type, ...] = ()) -> Layers:
+    """Take the adapter layers out of `model`, but those of the classes `keep`, so that the tree is the base's."""
+    heads = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
+    taken: Layers = {}
+    for name, module in reversed(list(model.named_modules())):  # from the inside out
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, keep) and not name.startswith(heads):
+            taken.setdefault(plain_name(name), []).append(module)
+            model.set_submodule(name, module.base_layer)
+    return taken
+
+
+def wrap(model: torch.nn.Module, layers: Layers) -> None:
+    """Put the adapter layers of a stripped model back, those around one module in the order of their `rank`."""
+    for name in sorted(layers, key=lambda name: -name.count(".")):
+        for layer in sorted(layers[name], key=lambda layer: getattr(layer, "rank", 1)):
+            layer.base_layer = model.get_submodule(name)
+            model.set_submodule(name, layer)
+
+
+@contextmanager
+def plain_tree(model: torch.nn.Module, keep: type | tuple[type, ...] = ()) -> Iterator[Layers]:
+    """The base's own tree for as long as an adapter is injected: peft does not look inside modules that are wrapped.
+
+    Gives the layers that were taken out; the caller may move one back into the tree, and then takes it off that list.
+    """
+    taken = strip(model, keep)
+    try:
+        yield taken
+    finally:
+        for name, layers in strip(model).items():
+            taken.setdefault(name, []).extend(layers)
+        wrap(model, taken)
+
+
+def plain_name(name: str) -> str:
+    """The name of a module or parameter without the wrappers on the way to it."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def leave(layer: BaseTunerLayer) -> None:
+    """Let a layer that has been taken out undo what it changed in its base module."""
+    if hasattr(layer, "leave"):
+        layer.leave()
 
 
 def plainly_active(model: PeftModel) -> bool:
@@ -118,3 +186,7 @@ def _descend(name: str, module: torch.nn.Module) -> Iterator[tuple[str, torch.nn
     yield name, module
     for child, inner in module.named_children():
         yield from _descend(f"{name}.{child}" if name else child, inner)
+
+
+# Last, when all of the above is there for the methods to import: whoever comes by peft through inlay finds them known.
+import inlay.methods  # noqa: E402, F401

@@ -1,27 +1,346 @@
-"""Where adapters attach in a model, found by structure: linear layers, point-wise convolutions, head."""
+"""SITES: where methods attach in a model, per model_type; by structure where a model has no row.
 
+`sites` names every place in a model, `lora_targets` and `head_modules` what LoRA and a new head need. The names in
+SITES are those of transformers 5.23 (src/transformers/models/*/modeling_*.py).
+"""
+
+import inspect
+import logging
 from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from torch import nn
 
 from inlay.errors import InlayError
 
-Sites = Literal["all", "attention"]
+logger = logging.getLogger("inlay")
 
-# Query and value projections by leaf name, in the spellings of transformers' models; a fused projection stands
-# alone.
-_QUERY_VALUE = (
-    ("q_proj", "v_proj"),
-    ("query", "value"),
-    ("q_lin", "v_lin"),
-    ("to_q", "to_v"),
+Modules = dict[str, nn.Module]
+
+# Query, key and value projections by leaf name, in the spellings of transformers and timm; a fused one stands alone.
+_QKV = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+    ("wq", "wk", "wv"),
+    ("q", "k", "v"),
     ("qkv",),
+    ("qkv_proj",),
+    ("query_key_value",),
     ("c_attn",),
 )
 
 # Poolers of a backbone: computed, but not used by a classifier that takes the mean or the first token (SigLIP, BERT).
 _POOLING = {"head", "pooler"}
+
+# Beside the backbone, but not the head: what embeds another input (SAM's prompts, CLIP's text).
+_OTHER_INPUTS = {"shared_image_embedding", "prompt_encoder", "text_model"}
+
+# Attention to the states of another model (GPT-2, BERT; BART; T5): a method for self-attention leaves it out.
+_CROSS = ("cross", "encoder_attn", "EncDecAttention")
+
+# Norms between MLP and residual, and likewise after attention (Gemma 2, OLMo 2; GLM 4): they would change a branch.
+_NORMS_OF_OUTPUT = {"post_feedforward_layernorm", "post_mlp_layernorm"}
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Where methods attach in one model: names of modules relative to it, one per block in running order.
+
+    Adapters that peft has already put in are looked through: the names are those of the model without them.
+    """
+
+    source: str  # the model_type whose row of SITES was used, or `structure`
+    blocks: tuple[str, ...]  # transformer blocks; of a MobileNet the layers
+    attention: tuple[str, ...]  # the module whose forward computes q, k, v and the softmax
+    # Where a branch parallel to attention goes: called with the sublayer's input, and its output goes to the residual.
+    # BERT's is called as (hidden_states, input_tensor): the branch takes input_tensor and is added to it.
+    around_attention: tuple[str, ...]
+    around_mlp: tuple[str, ...]  # the same for the MLP
+    q: tuple[str, ...]  # projections; one that is fused (SAM, GPT-2) stands in q, k and v
+    k: tuple[str, ...]
+    v: tuple[str, ...]
+    out: tuple[str, ...]  # output projection of attention
+    mlp_in: tuple[str, ...]  # where gated (Llama) both of a block; MobileNetV2: the expanding 1x1 convolutions
+    mlp_out: tuple[str, ...]  # MobileNetV2: the reducing 1x1 convolutions; MobileNetV1: all 1x1 convolutions
+    norms: tuple[str, ...]  # every normalisation of the backbone, in and outside the blocks, except in poolers
+    embeddings: tuple[str, ...]  # what turns the input into that of the first block
+    head: tuple[str, ...]  # the task head; () for a bare backbone
+
+    @property
+    def fused(self) -> bool:
+        """True if q, k and v are one projection."""
+        return bool(self.q) and self.q == self.k == self.v
+
+
+@dataclass(frozen=True)
+class Row:
+    """Names in one architecture, several between blanks; those that its blocks lack are left out.
+
+    `blocks` (a * for each number) and `embeddings` are relative to the backbone, all others to a block.
+    """
+
+    blocks: str
+    embeddings: str
+    attention: str = ""
+    around_attention: str = ""
+    around_mlp: str = ""
+    q: str = ""
+    k: str = ""
+    v: str = ""
+    out: str = ""
+    mlp_in: str = ""
+    mlp_out: str = ""
+
+
+_VIT = Row(
+    blocks="layers.*", embeddings="embeddings",
+    attention="attention", around_attention="attention", around_mlp="mlp",
+    q="attention.q_proj", k="attention.k_proj", v="attention.v_proj", out="attention.o_proj",
+    mlp_in="mlp.fc1", mlp_out="mlp.fc2",
+)  # fmt: skip
+_DINOV2 = replace(  # the giant one has a gated MLP
+    _VIT, blocks="encoder.layer.*", mlp_in="mlp.fc1 mlp.gate_proj mlp.up_proj", mlp_out="mlp.fc2 mlp.down_proj"
+)
+_CLIP = Row(
+    blocks="encoder.layers.*", embeddings="embeddings pre_layrnorm",  # (sic)
+    attention="self_attn", around_attention="self_attn", around_mlp="mlp",
+    q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", out="self_attn.out_proj",
+    mlp_in="mlp.fc1", mlp_out="mlp.fc2",
+)  # fmt: skip
+_SAM = Row(
+    blocks="layers.*", embeddings="patch_embed",
+    attention="attn", around_attention="attn", around_mlp="mlp",
+    q="attn.qkv", k="attn.qkv", v="attn.qkv", out="attn.proj",
+    mlp_in="mlp.lin1", mlp_out="mlp.lin2",
+)  # fmt: skip
+_BERT = Row(
+    blocks="encoder.layer.*", embeddings="embeddings",
+    attention="attention.self", around_attention="attention.output", around_mlp="output",
+    q="attention.self.query", k="attention.self.key", v="attention.self.value", out="attention.output.dense",
+    mlp_in="intermediate.dense", mlp_out="output.dense",
+)  # fmt: skip
+
+SITES = {
+    "vit": _VIT,
+    "deit": _VIT,
+    "dinov2": _DINOV2,
+    "dinov2_with_registers": _DINOV2,
+    "swin": replace(_VIT, blocks="encoder.layers.*.blocks.*"),
+    "clip": _CLIP,
+    "clip_vision_model": _CLIP,
+    "sam": _SAM,
+    "sam_vision_model": _SAM,
+    "gpt2": Row(
+        blocks="h.*", embeddings="wte wpe",
+        attention="attn", around_attention="attn", around_mlp="mlp",
+        q="attn.c_attn", k="attn.c_attn", v="attn.c_attn", out="attn.c_proj",
+        mlp_in="mlp.c_fc", mlp_out="mlp.c_proj",
+    ),
+    "bert": _BERT,
+    "roberta": _BERT,
+    "distilbert": Row(
+        blocks="transformer.layer.*", embeddings="embeddings",
+        attention="attention", around_attention="attention", around_mlp="ffn",
+        q="attention.q_lin", k="attention.k_lin", v="attention.v_lin", out="attention.out_lin",
+        mlp_in="ffn.lin1", mlp_out="ffn.lin2",
+    ),
+    "llama": Row(
+        blocks="layers.*", embeddings="embed_tokens",
+        attention="self_attn", around_attention="self_attn", around_mlp="mlp",
+        q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", out="self_attn.o_proj",
+        mlp_in="mlp.gate_proj mlp.up_proj", mlp_out="mlp.down_proj",
+    ),
+    # Layers are a depth-wise and a 1x1 convolution by turns; the former are no sites.
+    "mobilenet_v1": Row(blocks="layer.*", embeddings="conv_stem", mlp_out="convolution"),
+    "mobilenet_v2": Row(
+        blocks="layer.*", embeddings="conv_stem", mlp_in="expand_1x1.convolution", mlp_out="reduce_1x1.convolution"
+    ),
+}  # fmt: skip
+
+_PER_BLOCK = [field.name for field in fields(Row) if field.name not in ("blocks", "embeddings")]
+
+
+def sites(model: nn.Module) -> Sites:
+    """Where methods attach in a model: by its row of SITES, else by structure, which is then logged.
+
+    Args:
+        model: A transformers model with or without a head, or any module whose blocks hold q, k and v projections of a
+            known name; not a PeftModel, but its `get_base_model()`. By structure, a field is () unless it is certain.
+
+    Raises:
+        InlayError: There is neither a row nor such blocks, or they are those of an encoder and a decoder.
+    """
+    modules = dict(_unwrapped(model))
+    prefix = next((f"{name}." for name in (*_backbones(model), "vision_encoder") if name and name in modules), "")
+    inner = {name.removeprefix(prefix): module for name, module in modules.items() if name.startswith(prefix)}
+    kind = getattr(getattr(model, "config", None), "model_type", "no model_type")
+    label, children = f"{type(model).__name__} ({kind})", dict(model.named_children())
+    listed = _places(SITES[kind], inner) if kind in SITES else None
+    row = None if listed else _row_by_structure(inner)
+    places = listed or (row and _places(row, inner))
+    if not places:
+        raise InlayError(
+            f"expected one stack of equal blocks with query, key and value projections (q_proj, query, qkv ...) "
+            f"in {label}, found the children {', '.join(children) or 'none'}; give target_modules by hand."
+        )
+    full = {field: tuple(prefix + name for name in names) for field, names in places.items()}
+    if not listed:
+        first = ", ".join(f"{field} {names[0] if names else 'not found'}" for field, names in full.items())
+        logger.info("%s by structure: %d blocks; the first of each: %s", label, len(full["blocks"]), first)
+    beside = [name for name, child in children.items() if any(True for _ in child.parameters())] if prefix else []
+    head = tuple(name for name in beside if f"{name}." != prefix and name not in _OTHER_INPUTS)
+    return Sites(source=kind if listed else "structure", head=head, **full)
+
+
+def _backbones(model: nn.Module) -> tuple[str, str]:
+    """What the backbone inside a model with a head may be called; CLIP's and SigLIP's is not its base_model_prefix."""
+    return getattr(model, "base_model_prefix", ""), "vision_model"
+
+
+def _unwrapped(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """named_modules as they were before peft wrapped any: the base layer under its wrapper's name, no adapter."""
+    for wrapped in ("base_layer", "original_module"):
+        while hasattr(module, wrapped):
+            module = getattr(module, wrapped)
+    yield name, module
+    for child_name, child in module.named_children():
+        yield from _unwrapped(child, f"{name}.{child_name}" if name else child_name)
+
+
+def _pattern(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _places(row: Row, modules: Modules) -> dict[str, list[str]] | None:
+    """The fields of Sites that a row names, found in a backbone; None if it does not fit there."""
+    blocks = [name for name in modules if _pattern(name) == row.blocks]
+    places = {"blocks": blocks}
+    for field in _PER_BLOCK:
+        wanted = getattr(row, field).split()
+        present = [name for name in wanted if all(f"{block}.{name}" in modules for block in blocks)]
+        if not blocks or (wanted and not present):
+            return None
+        found = [f"{block}.{name}" for block in blocks for name in present]
+        places[field] = [
+            each for each in found if not isinstance(modules[each], nn.Conv2d) or _is_pointwise(modules[each])
+        ]
+    aside = {name for name in modules if _is_cross(name) or _POOLING.intersection(name.split("."))}
+    places["norms"] = [name for name, module in modules.items() if _is_norm(module) and name not in aside]
+    places["embeddings"] = [name for name in row.embeddings.split() if name in modules]
+    return places
+
+
+def _row_by_structure(modules: Modules) -> Row | None:
+    """A row for the most numerous equal blocks with one self-attention each, if they are one stack."""
+    groups: dict[str, dict[str, list[str]]] = {}  # pattern: {block: its query, key and value projection}
+    for qkv in _attentions(modules):
+        block = _block_around(qkv, modules)
+        found = groups.setdefault(_pattern(block), {})
+        if block and block in found:
+            return None  # two self-attentions in a block
+        found[block] = qkv
+    groups.pop("", None)  # attention outside any block, such as a pooler's
+    if not groups or {"encoder", "decoder"} <= {part for name in modules for part in name.split(".")}:
+        return None
+    pattern, found = max(groups.items(), key=lambda group: len(group[1]))
+    blocks = [name for name in modules if _pattern(name) == pattern]
+    if len({type(modules[block]) for block in blocks}) > 1:
+        return None
+    first, qkv = blocks[0], found.get(blocks[0], [])
+    inside = {n.removeprefix(f"{first}."): module for n, module in modules.items() if n.startswith(f"{first}.")}
+    common = {name: module for name, module in inside.items() if all(f"{block}.{name}" in modules for block in blocks)}
+    qkv = [name.removeprefix(f"{first}.") for name in qkv]
+    if not qkv or not set(qkv) <= common.keys():
+        return None  # other blocks have another attention: Qwen3-Next, Jamba
+    return _block_row(common, qkv, pattern, " ".join(_embeddings(modules, tuple(f"{block}." for block in blocks))))
+
+
+def _attentions(modules: Modules) -> Iterator[list[str]]:
+    """The query, key and value projections of each self-attention; one if it is fused."""
+    for leaves in _QKV:
+        for name in modules:
+            attention, _, leaf = name.rpartition(".")
+            qkv = [f"{attention}.{each}" for each in leaves]
+            if leaf == leaves[0] and not _is_cross(name) and all(_is_linear(modules.get(each)) for each in qkv):
+                yield qkv
+
+
+def _block_around(qkv: list[str], modules: Modules) -> str:
+    """The innermost element of a list around an attention that has linear layers beside it (the MLP); "" for none."""
+    attention = qkv[0].rpartition(".")[0]
+    block = attention.rpartition(".")[0]
+    while block:
+        beside = (n for n in modules if n.startswith(f"{block}.") and not n.startswith(f"{attention}."))
+        called = block.rpartition(".")[2].isdigit() and not isinstance(modules[block], nn.ModuleList)
+        if called and any(_is_linear(modules[name]) for name in beside):
+            break
+        block = block.rpartition(".")[0]
+    return block
+
+
+def _embeddings(modules: Modules, blocks: tuple[str, ...]) -> list[str]:
+    """Embeddings by class or by name, outside the blocks, no two inside each other."""
+    found: list[str] = []
+    for name, module in modules.items():
+        named = "embed" in name.rpartition(".")[2] or isinstance(module, nn.Embedding)
+        outside = not name.startswith((*blocks, *(f"{other}." for other in found)))
+        if named and outside and any(True for _ in module.parameters()):
+            found.append(name)
+    return found
+
+
+def _block_row(block: Modules, qkv: list[str], pattern: str, embeddings: str) -> Row:
+    """The row of an unknown block: output projection and MLP by shape and order, "" for what is not certain."""
+    shapes = {name: _shape(module) for name, module in block.items() if _is_linear(module) and not _is_cross(name)}
+    attention = qkv[0].rpartition(".")[0]
+    hidden, width = shapes[qkv[0]]
+    out, region = "", attention
+    for region in (attention, attention.rpartition(".")[0]):  # BERT: attention.self, attention
+        inside = [name for name in shapes if name.startswith(f"{region}.") and name not in qkv]
+        fits = [n for n in inside if shapes[n] == (width, hidden) or (len(qkv) == 1 and shapes[n][1] == hidden)]
+        if fits:
+            out = fits[-1]
+            break
+    rest = {name: shape for name, shape in shapes.items() if not name.startswith((f"{attention}.", f"{region}."))}
+    mlp_in, mlp_out = _mlp(rest, hidden)
+    q, k, v = qkv if len(qkv) == 3 else qkv * 3
+    normed = not _NORMS_OF_OUTPUT.isdisjoint(block)
+    return Row(
+        pattern, embeddings, attention,
+        around_attention="" if normed else _around(block, q, out, hidden),
+        around_mlp="" if normed else _around(block, mlp_in.partition(" ")[0], mlp_out, hidden),
+        q=q, k=k, v=v, out=out, mlp_in=mlp_in, mlp_out=mlp_out,
+    )  # fmt: skip
+
+
+def _mlp(shapes: dict[str, tuple[int, int]], hidden: int) -> tuple[str, str]:
+    """The one layer down to the hidden size, and the one or two (gated) up to its input; in order if all are square."""
+    names = list(shapes)
+    square = 2 <= len(names) <= 3 and set(shapes.values()) == {(hidden, hidden)}
+    down = names[-1:] if square else [n for n, (fan_in, fan_out) in shapes.items() if fan_out == hidden != fan_in]
+    if len(down) != 1:
+        return "", ""
+    inner = shapes[down[0]][0]
+    up = [n for n in names if n not in down and shapes[n] in ((hidden, inner), (hidden, 2 * inner))]
+    return (" ".join(up), down[0]) if 1 <= len(up) <= 2 else ("", "")
+
+
+def _around(block: Modules, first: str, last: str, hidden: int) -> str:
+    """The module from a sublayer's first linear layer to its last, if no norm comes between the last and the residual.
+
+    As in BERT the last may share a module with such a norm, which then takes the residual as `input_tensor`.
+    """
+    start, end = first.rpartition(".")[0], last.rpartition(".")[0]
+    whole = bool(start) and last.startswith(f"{start}.")
+    place = start if whole else end
+    inside = [module for name, module in block.items() if place and name.startswith(f"{place}.")]
+    normed = any(_is_norm(module) and any(p.numel() == hidden for p in module.parameters()) for module in inside)
+    if whole:
+        return "" if normed else place
+    return place if normed and "input_tensor" in inspect.signature(block[place].forward).parameters else ""
 
 
 def head_modules(model: nn.Module) -> list[str]:
@@ -30,22 +349,28 @@ def head_modules(model: nn.Module) -> list[str]:
     Raises:
         InlayError: The model has no backbone and head to tell apart.
     """
-    children = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
-    backbone = [name for name in (getattr(model, "base_model_prefix", ""), "vision_model") if name in children][:1]
-    heads = [name for name in children if name not in backbone]
-    if not backbone or not heads:
+    heads = _heads(model)
+    if not heads:
+        children = ", ".join(name for name, _ in model.named_children())
         raise InlayError(
-            f"expected a backbone and a task head in {type(model).__name__}, found the children "
-            f"{', '.join(children) or 'none'}; name the head by modules_to_save yourself."
+            f"expected a backbone and a task head in {type(model).__name__}, found the children {children or 'none'}; "
+            "name the head by modules_to_save yourself."
         )
     return heads
 
 
-def lora_targets(model: nn.Module, sites: Sites = "all") -> list[str]:
+def _heads(model: nn.Module) -> list[str]:
+    """What stands beside the backbone; nothing where the model is a backbone itself."""
+    children = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+    backbone = [name for name in _backbones(model) if name in children][:1]
+    return [name for name in children if name not in backbone] if backbone else []
+
+
+def lora_targets(model: nn.Module, sites: Literal["all", "attention"] = "all") -> list[str]:
     """Names of the modules that LoRA adapts by default.
 
     Args:
-        model: A transformers model with a head.
+        model: A transformers model; its head, if there is one, is left out.
         sites: `all` takes every linear layer and every point-wise (1x1, ungrouped) convolution outside the head, as
             QLoRA does (Dettmers et al. 2023, arXiv:2305.14314); `attention` the query and value projections alone (Hu
             et al. 2021, section 7.1), or all where there is no attention. Grouped convolutions are left out: LoRA on
@@ -56,9 +381,10 @@ def lora_targets(model: nn.Module, sites: Sites = "all") -> list[str]:
     """
     if sites not in ("all", "attention"):
         raise InlayError(f"sites must be all or attention, got {sites!r}.")
-    inner = dict(_outside(model, head_modules(model)))
-    for leaves in _QUERY_VALUE if sites == "attention" else ():
-        found = [name for name, m in inner.items() if name.rpartition(".")[2] in leaves and _is_linear(m)]
+    inner = dict(_outside(model, _heads(model)))
+    for leaves in _QKV if sites == "attention" else ():
+        query_value = (leaves[0], leaves[-1])
+        found = [name for name, m in inner.items() if name.rpartition(".")[2] in query_value and _is_linear(m)]
         if found:
             return found
     found = [name for name, m in inner.items() if _is_linear(m) or _is_pointwise(m)]
@@ -74,10 +400,24 @@ def _outside(model: nn.Module, heads: list[str]) -> Iterator[tuple[str, nn.Modul
             yield name, module
 
 
-def _is_linear(module: nn.Module) -> bool:
+def _is_linear(module: nn.Module | None) -> bool:
     """True for nn.Linear and its quantised subclasses, and for GPT-2's Conv1D."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _is_pointwise(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """True for LayerNorm, RMSNorm, BatchNorm, GroupNorm and the models' own, which all are called so."""
+    return "Norm" in type(module).__name__ and not any(True for _ in module.children())
+
+
+def _is_cross(name: str) -> bool:
+    return any(word in name for word in _CROSS)
+
+
+def _shape(linear: nn.Module) -> tuple[int, int]:
+    """Input and output size; a Conv1D keeps its weight in this order and has no such attributes."""
+    return (linear.nx, linear.nf) if type(linear).__name__ == "Conv1D" else (linear.in_features, linear.out_features)

@@ -1,0 +1,247 @@
+"""Bottleneck adapters: a small two-layer network beside, or behind, the sublayers of a frozen model.
+
+One adapter of width m at a site with the hidden state h of size d adds, in the notation of He et al. 2021 (table 1),
+
+    serial      h <- h + s · W_up · f(W_down · h + b_down) + s · b_up           h: output of the sublayer
+    parallel    h <- h + s · W_up · f(W_down · x + b_down) + s · b_up           x: input of the sublayer
+
+before the residual sum, with W_down of shape (m, d), W_up (d, m), a non-linearity f and a scale s. W_up and b_up start
+from zero, so that the adapted model starts as the base.
+
+    Houlsby et al. 2019, arXiv:1902.00751           sites=["attention", "mlp"], serial: the default
+    Pfeiffer et al. 2020, arXiv:2005.00052          sites=["mlp"], serial
+    He et al. 2021, arXiv:2110.04366                sites=["mlp"], placement="parallel", scale=4 (scaled parallel)
+    Chen et al. 2022 (AdaptFormer), arXiv:2205.13535    the same on ViT, scale=0.1
+    Luo et al. 2023 (RepAdapter), arXiv:2302.08106  activation=None: linear, merges into the weight before it
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from inspect import signature
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
+from typing_extensions import override
+
+from inlay._peft import PeftType, register
+from inlay.arch import Sites
+from inlay.errors import InlayError
+from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
+
+
+@dataclass
+class BottleneckConfig(AdapterConfig):
+    """Settings of bottleneck adapters; the defaults are those of Houlsby et al."""
+
+    width: int | None = field(default=None, metadata={"help": "Bottleneck size; default: hidden size / reduction."})
+    reduction: float = field(
+        default=16.0, metadata={"help": "Hidden size / bottleneck size, where width is not given."}
+    )
+    sites: list[str] = field(
+        default_factory=lambda: ["attention", "mlp"], metadata={"help": "After or beside which sublayers."}
+    )
+    placement: Literal["serial", "parallel"] = field(
+        default="serial", metadata={"help": "On the sublayer's output, or beside the sublayer on its input."}
+    )
+    activation: str | None = field(
+        default="relu", metadata={"help": "Non-linearity, by its name in transformers; None: a linear adapter."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the bottleneck."})
+    scale: float = field(default=1.0, metadata={"help": "Factor s of what the adapter adds."})
+    learn_scale: bool = field(default=False, metadata={"help": "Train the scale, one number per site."})
+    layer_norm: Literal["before", "after"] | None = field(
+        default=None, metadata={"help": "A layer norm of the adapter's own before W_down, or after W_up."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType["INLAY_BOTTLENECK"]
+        if self.width is not None and self.width < 1:
+            raise InlayError(f"width must be at least 1, got {self.width}.")
+        if not self.reduction > 0:
+            raise InlayError(f"reduction must be positive, got {self.reduction}.")
+        if not self.sites or set(self.sites) - {"attention", "mlp"}:
+            raise InlayError(f"sites must be attention, mlp or both, got {self.sites}.")
+        if self.placement not in ("serial", "parallel"):
+            raise InlayError(f"placement must be serial or parallel, got {self.placement!r}.")
+        if self.activation is not None and self.activation not in ACT2FN:
+            raise InlayError(f"activation must be None or one of {', '.join(sorted(ACT2FN))}, got {self.activation!r}.")
+        if not 0 <= self.dropout < 1:
+            raise InlayError(f"dropout must be within 0 to 1, got {self.dropout}.")
+        if self.layer_norm not in (None, "before", "after"):
+            raise InlayError(f"layer_norm must be before, after or None, got {self.layer_norm!r}.")
+
+
+class BottleneckLayer(AdapterLayer):
+    """Adds bottlenecks to the output of the wrapped module: a linear layer or convolution, or a whole sublayer.
+
+    Attributes:
+        inlay_bottleneck_down: By adapter, d -> m.
+        inlay_bottleneck_up: By adapter, m -> d.
+        inlay_bottleneck_scale: By adapter, s of shape (1,), where it is trained.
+        inlay_bottleneck_norm: By adapter, a layer norm, where there is one.
+        inlay_bottleneck_act: By adapter, the non-linearity, where there is one.
+    """
+
+    rank = 3
+    adapter_layer_names = (
+        "inlay_bottleneck_down",
+        "inlay_bottleneck_up",
+        "inlay_bottleneck_scale",
+        "inlay_bottleneck_norm",
+        "inlay_bottleneck_act",
+    )
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.inlay_bottleneck_down = nn.ModuleDict()
+        self.inlay_bottleneck_up = nn.ModuleDict()
+        self.inlay_bottleneck_scale = nn.ParameterDict()
+        self.inlay_bottleneck_norm = nn.ModuleDict()
+        self.inlay_bottleneck_act = nn.ModuleDict()
+        inner = self.get_base_layer()
+        self.size = _output_size(inner)
+        self.channels_first = isinstance(inner, nn.Conv2d)
+        self.adds_residual = (
+            "input_tensor" in signature(inner.forward).parameters
+        )  # BERT: norm(dense(h) + input_tensor)
+
+    @override
+    def add(self, name: str, config: BottleneckConfig, tuner: AdapterTuner, key: str) -> None:
+        width = config.width or max(1, round(self.size / config.reduction))
+        linear = config.activation is None and config.placement == "serial"
+        biased = not linear or getattr(self.get_base_layer(), "bias", None) is not None  # else it could not merge
+        self.inlay_bottleneck_down[name] = nn.Linear(self.size, width, bias=biased)
+        self.inlay_bottleneck_up[name] = nn.Linear(width, self.size, bias=biased)
+        if config.init_weights:
+            for parameter in self.inlay_bottleneck_up[name].parameters():
+                nn.init.zeros_(parameter)
+        if config.learn_scale:
+            self.inlay_bottleneck_scale[name] = nn.Parameter(torch.full((1,), float(config.scale)))
+        if config.layer_norm:
+            self.inlay_bottleneck_norm[name] = nn.LayerNorm(self.size)
+        if config.activation is not None:
+            self.inlay_bottleneck_act[name] = ACT2FN[config.activation]
+        self.options[name] = config
+
+    @override
+    def adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
+        serial = [(self._placed(names, "serial"), rows) for names, rows in groups]
+        parallel = [(self._placed(names, "parallel"), rows) for names, rows in groups]
+        added = None
+        if any(names for names, _ in parallel):
+            x = args[1] if self.adds_residual else args[0] if args else kwargs["hidden_states"]
+            added = self._sum(x, parallel)
+            if self.adds_residual:
+                args, added = (args[0], x + added, *args[2:]), None
+        output = self.base_layer(*args, **kwargs)
+        hidden = output[0] if isinstance(output, tuple) else output
+        result = hidden if added is None else hidden + added
+        if any(names for names, _ in serial):
+            result = result + self._sum(hidden, serial)
+        return (result, *output[1:]) if isinstance(output, tuple) else result
+
+    def _placed(self, names: list[str], placement: str) -> list[str]:
+        return [name for name in names if self.options[name].placement == placement]
+
+    def _sum(self, x: torch.Tensor, groups: Groups) -> torch.Tensor:
+        """What all adapters add to hidden states of shape (..., d), or (B, d, H, W) behind a convolution."""
+        if self.channels_first:
+            x = x.movedim(1, -1)
+        if groups[0][1] is None:
+            total = reduce(torch.add, [self._branch(name, x) for name in groups[0][0]])
+        else:
+            total = torch.zeros_like(x)
+            for names, rows in groups:
+                for name in names:
+                    total[rows] += self._branch(name, x[rows])
+        return total.movedim(-1, 1) if self.channels_first else total
+
+    def _branch(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        config = self.options[name]
+        down, up = self.inlay_bottleneck_down[name], self.inlay_bottleneck_up[name]
+        norm = self.inlay_bottleneck_norm[name] if config.layer_norm else None
+        h = self._cast_input_dtype(x, down.weight.dtype)
+        h = down(norm(h) if norm is not None and config.layer_norm == "before" else h)
+        if config.activation is not None:
+            h = self.inlay_bottleneck_act[name](h)
+        h = up(nn.functional.dropout(h, config.dropout, self.training) if config.dropout else h)
+        if norm is not None and config.layer_norm == "after":
+            h = norm(h)
+        if config.learn_scale:
+            h = h * self.inlay_bottleneck_scale[name]
+        elif config.scale != 1:
+            h = h * config.scale
+        return h.to(x.dtype)
+
+    @override
+    def refusal(self, names: Sequence[str]) -> str | None:
+        for name in names:
+            config = self.options[name]
+            if config.activation is not None or config.layer_norm or config.placement == "parallel":
+                what = f"activation {config.activation}" if config.activation else config.layer_norm and "layer norm"
+                return (
+                    f"bottleneck adapter {name!r} does not fold into a weight ({what or 'parallel placement'}); only "
+                    'linear serial ones do: BottleneckConfig(activation=None, placement="serial").'
+                )
+        base = self.get_base_layer()
+        if not isinstance(base, nn.Linear | nn.Conv2d | Conv1D) or not base.weight.is_floating_point():
+            return f"cannot merge into a {type(base).__name__}; load the base in float32, float16 or bfloat16."
+        return None
+
+    def values(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """W' = W + M W and b' = b + M b + c, where the linear adapters map h to M h + c; in float64."""
+        base = self.get_base_layer()
+        old = base.weight.data.T if isinstance(base, Conv1D) else base.weight.data.flatten(1)  # d x inputs
+        bias = None if base.bias is None else base.bias.data.double()
+        weight, moved = old.double(), bias
+        for name in names:
+            down, up = self.inlay_bottleneck_down[name], self.inlay_bottleneck_up[name]
+            scale = self.inlay_bottleneck_scale[name].double() if name in self.inlay_bottleneck_scale else None
+            up_weight = up.weight.double() * (self.options[name].scale if scale is None else scale)
+            weight = weight + up_weight @ (down.weight.double() @ old.double())
+            if bias is not None:
+                up_bias = up.bias.double() * (self.options[name].scale if scale is None else scale)
+                moved = moved + up_weight @ (down.weight.double() @ bias + down.bias.double()) + up_bias
+        weight = weight.T if isinstance(base, Conv1D) else weight.view_as(base.weight)
+        new = {"weight": weight.to(base.weight.dtype).contiguous()}
+        return new if moved is None else {**new, "bias": moved.to(base.bias.dtype)}
+
+
+def _output_size(module: nn.Module) -> int:
+    """Features that the last linear layer or convolution in `module` gives."""
+    for inner in reversed(list(module.modules())):
+        if isinstance(inner, nn.Linear):
+            return inner.out_features
+        if isinstance(inner, Conv1D):
+            return inner.nf
+        if isinstance(inner, nn.Conv2d):
+            return inner.out_channels
+    raise InlayError(
+        f"a bottleneck adapter goes around a linear layer, a convolution or a sublayer that ends in one, got "
+        f"{type(module).__name__}; give other target_modules."
+    )
+
+
+class BottleneckModel(AdapterTuner):
+    """The tuner of BottleneckConfig."""
+
+    prefix = "inlay_bottleneck_"
+    tuner_layer_cls = BottleneckLayer
+
+    @override
+    def targets(self, config: BottleneckConfig, found: Sites) -> Sequence[str]:
+        where = {
+            ("serial", "attention"): found.out,
+            ("serial", "mlp"): found.mlp_out,
+            ("parallel", "attention"): found.around_attention,
+            ("parallel", "mlp"): found.around_mlp,
+        }
+        return [name for site in config.sites for name in where[config.placement, site]]
+
+
+register("inlay_bottleneck", BottleneckConfig, BottleneckModel)

@@ -1,0 +1,181 @@
+"""Partial fine-tuning, stored as what was added to the base.
+
+For each chosen weight W of the base, which stays as it is, a delta D is trained and the module computes with
+
+    W + D,  rounded once to the type of W
+
+so the trained weight is exactly the sum of what is in the base and in the file, also in bfloat16 (D is float32), and
+merging it changes no output by a single bit. Such a delta is a task vector (Ilharco et al. 2023, arXiv:2212.04089).
+
+    last=2              the last two blocks, and the norm after them
+    train="bias"        BitFit: biases alone (Ben Zaken et al. 2022, arXiv:2106.10199)
+    train="norm"        the norms alone (as in Basu et al. 2024, arXiv:2304.01466, and peft's LNTuningConfig)
+    target_modules      these modules, with all that is in them
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from typing_extensions import override
+
+from inlay._peft import PeftType, register
+from inlay.arch import Sites
+from inlay.errors import InlayError
+from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
+
+
+@dataclass
+class PartialConfig(AdapterConfig):
+    """Settings of partial fine-tuning; without any, all weights but the head's are trained."""
+
+    last: int | None = field(default=None, metadata={"help": "Only the last so many blocks and what follows them."})
+    train: Literal["all", "bias", "norm"] = field(
+        default="all", metadata={"help": "Which parameters of the chosen modules: all, biases, or those of norms."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType["INLAY_PARTIAL"]
+        if self.train not in ("all", "bias", "norm"):
+            raise InlayError(f"train must be all, bias or norm, got {self.train!r}.")
+        if self.last is not None and (not isinstance(self.last, int) or self.last < 1):
+            raise InlayError(f"last must be a whole number of at least 1, got {self.last!r}.")
+        if self.last is not None and self.layers_to_transform is not None:
+            raise InlayError("give last or layers_to_transform, not both.")
+
+
+class PartialLayer(AdapterLayer):
+    """Wraps a module that has parameters of its own.
+
+    Attributes:
+        inlay_partial_delta: By adapter and parameter, D.
+    """
+
+    rank = 0
+    adapter_layer_names = ("inlay_partial_delta",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.inlay_partial_delta = nn.ModuleDict()
+
+    @override
+    def add(self, name: str, config: PartialConfig, tuner: AdapterTuner, key: str) -> None:
+        self.inlay_partial_delta[name] = nn.ParameterDict(
+            {
+                leaf: nn.Parameter(torch.zeros_like(p, dtype=torch.float32) if config.init_weights else _noise(p))
+                for leaf, p in chosen(self.get_base_layer(), config)
+            }
+        )
+        self.options[name] = config
+
+    @override
+    def adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
+        def call(names: list[str], *args: Any, **kwargs: Any) -> Any:
+            return functional_call(self.base_layer, self.values(names), args, kwargs)
+
+        return self.by_rows(groups, call, *args, **kwargs)
+
+    def values(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """W + D of each trained parameter, the deltas of several adapters added first."""
+        base = self.get_base_layer()
+        total: dict[str, torch.Tensor] = {}
+        for name in names:
+            for leaf, delta in self.inlay_partial_delta[name].items():
+                total[leaf] = total[leaf] + delta if leaf in total else delta
+        return {
+            leaf: (base._parameters[leaf] + delta).to(base._parameters[leaf].dtype) for leaf, delta in total.items()
+        }
+
+    @override
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        with torch.no_grad():
+            super().merge(safe_merge, adapter_names)
+
+    @override
+    def refusal(self, names: Sequence[str]) -> str | None:
+        return None
+
+
+def _noise(parameter: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(parameter, dtype=torch.float32).normal_(std=0.02)
+
+
+def chosen(module: nn.Module, config: PartialConfig) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of the module itself, not of its children, that are trained.
+
+    Raises:
+        InlayError: One is held in 8 or 4 bits.
+    """
+    for leaf, parameter in module.named_parameters(recurse=False):
+        if config.train == "bias" and leaf != "bias":
+            continue
+        if not parameter.is_floating_point():
+            raise InlayError(
+                f"the {leaf} of a {type(module).__name__} is held in {parameter.dtype} and cannot be trained; use "
+                'train="bias" or train="norm", or a base that is not quantised.'
+            )
+        yield leaf, parameter
+
+
+class PartialModel(AdapterTuner):
+    """The tuner of PartialConfig."""
+
+    prefix = "inlay_partial_"
+    tuner_layer_cls = PartialLayer
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        """Names of the modules themselves, as the ones that a user gives may hold others."""
+        if peft_config.target_modules is None:
+            return super()._prepare_adapter_config(peft_config, model_config)
+        given = [n for n, _ in self.model.named_modules() if n and self._check_target_module_exists(peft_config, n)]
+        inside = tuple(f"{name}." for name in given)
+        peft_config.target_modules = self._with_parameters(
+            peft_config, [n for n, _ in self.model.named_modules() if f"{n}.".startswith(inside)]
+        )
+        if not peft_config.target_modules:
+            raise InlayError(f"no parameter to train in the modules that target_modules names: {given or 'none'}.")
+        peft_config.layers_to_transform = None  # said by the names from here on
+        return peft_config
+
+    @override
+    def targets(self, config: PartialConfig, found: Sites) -> Sequence[str]:
+        names = [n for n, _ in self.model.named_modules() if n and n.split(".")[0] not in found.head]
+        if config.last is not None:
+            if config.last > len(found.blocks):
+                raise InlayError(
+                    f"last must be within 1 to {len(found.blocks)}, the number of blocks; got {config.last}."
+                )
+            first = names.index(found.blocks[-config.last])
+            names = [
+                n for n in names[first:] if f"{n}.".startswith(tuple(f"{b}." for b in found.blocks)) or n in found.norms
+            ]
+        if config.train == "norm":
+            names = [n for n in names if n in found.norms]
+        return self._with_parameters(config, names)
+
+    def _with_parameters(self, config: PartialConfig, names: Sequence[str]) -> list[str]:
+        """Those that have something to train; a parameter that two modules share stays as it is."""
+        shared = _shared(self.model)
+        found = []
+        for name in names:
+            parameters = [p for _, p in chosen(self.model.get_submodule(name), config)]
+            if parameters and not any(id(p) in shared for p in parameters):
+                found.append(name)
+        return found
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """Parameters that stand in two places, such as GPT-2's token embedding in its head."""
+    seen: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                seen[id(parameter)] = seen.get(id(parameter), 0) + 1
+    return {key for key, count in seen.items() if count > 1}
+
+
+register("inlay_partial", PartialConfig, PartialModel)

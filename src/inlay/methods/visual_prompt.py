@@ -1,0 +1,207 @@
+"""Visual prompt tuning: learned tokens beside those of the image.
+
+    shallow     P tokens enter the first block, pass through all, and are dropped after the last
+    deep        every block gets P tokens of its own, and drops them again at its end
+
+    [x_i, _] = block_i([x_{i-1}, p_{i-1}])          x: class token and patches, p: P x D, trained
+
+The prompts stand behind the image's tokens, which attention does not notice: class token and positions stay where they
+are, for any size of picture. No later module, nor a caller that asks for hidden states or attentions, sees a prompt.
+
+In SAM, whose blocks work on (B, H, W, C) and attend within windows, prompts are tokens at the entry of each attention,
+seen by every window, padded or not (deep only: there is no sequence in which they could travel).
+
+Jia et al. 2022, arXiv:2203.12119.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.sam.modeling_sam import SamVisionAttention
+from transformers.utils import output_capturing
+from typing_extensions import override
+
+from inlay._peft import PeftType, register
+from inlay.arch import Sites
+from inlay.errors import InlayError
+from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
+from inlay.methods.window_attention import attend, gather_prefix
+
+# Encoders whose blocks take (B, N, D) without a mask; in others a prompt would have to be hidden from it.
+_ENCODERS = ("vit", "deit", "dinov2", "dinov2_with_registers", "clip", "clip_vision_model", "siglip_vision_model")
+
+
+@dataclass
+class VisualPromptConfig(AdapterConfig):
+    """Settings of visual prompts; `target_modules` are blocks (in SAM attention modules)."""
+
+    length: int = field(default=10, metadata={"help": "Prompt length P, in every block that has prompts."})
+    deep: bool = field(default=True, metadata={"help": "New prompts in every block, rather than in the first alone."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the prompts."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType["INLAY_VISUAL_PROMPT"]
+        if not isinstance(self.length, int) or self.length < 1:
+            raise InlayError(f"length must be a whole number of at least 1, got {self.length!r}.")
+        if not 0 <= self.dropout < 1:
+            raise InlayError(f"dropout must be within 0 to 1, got {self.dropout}.")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One adapter at one block: whether its prompts enter and are dropped there."""
+
+    length: int
+    dropout: float
+    enter: bool
+    drop: bool
+
+
+class VisualPromptLayer(AdapterLayer):
+    """Wraps a block of a ViT-like encoder.
+
+    Attributes:
+        inlay_visual_prompt_tokens: By adapter, p of shape (P, D), where prompts enter.
+    """
+
+    rank = 4
+    adapter_layer_names = ("inlay_visual_prompt_tokens",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.inlay_visual_prompt_tokens = nn.ParameterDict()
+
+    @override
+    def add(self, name: str, config: VisualPromptConfig, tuner: AdapterTuner, key: str) -> None:
+        order = tuner.order(config)
+        self.options[name] = _Place(
+            config.length, config.dropout, config.deep or key == order[0], config.deep or key == order[-1]
+        )
+        if self.options[name].enter:
+            size = _token_size(self.get_base_layer())
+            patch = getattr(tuner.model.config, "patch_size", None) or 16
+            patch = patch[0] if isinstance(patch, list | tuple) else patch
+            bound = (6 / (3 * patch * patch + size)) ** 0.5  # as in section 4.1 of the paper: Xavier for a patch
+            self.inlay_visual_prompt_tokens[name] = nn.Parameter(
+                torch.empty(config.length, size).uniform_(-bound, bound)
+            )
+
+    @override
+    def adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
+        travelling = {sum(self.options[n].length for n in names if not self.options[n].enter) for names, _ in groups}
+        leaving = {sum(self.options[n].length for n in names if not self.options[n].drop) for names, _ in groups}
+        if len(travelling) > 1 or len(leaving) > 1:
+            raise InlayError(
+                "rows of one batch cannot carry different numbers of shallow prompts from block to block; use "
+                "deep=True, or one batch per adapter."
+            )
+        return self.by_rows(groups, self._prompted, *args, **kwargs)
+
+    def _prompted(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The block on (B, N, D), or (B, N + those that travel, D)."""
+        if any(torch.is_tensor(a) for a in (*args, kwargs.get("attention_mask"))):
+            raise InlayError("visual prompts need an encoder without an attention mask, but this block got one.")
+        places = [self.options[name] for name in names]
+        travelling = sum(place.length for place in places if not place.enter)
+        tokens = x.shape[1] - travelling
+        here = [self._tokens(name, x) for name in names if self.options[name].enter]
+        output = self.base_layer(torch.cat([x, *here], dim=1), *args, **kwargs)
+        hidden = output[0] if isinstance(output, tuple) else output
+        _hide(tokens, x[:, :tokens], hidden[:, :tokens])
+        kept, at = [hidden[:, :tokens]], tokens
+        for place in sorted(places, key=lambda place: place.enter):  # those that came with x stand in front
+            if not place.drop:
+                kept.append(hidden[:, at : at + place.length])
+            at += place.length
+        hidden = torch.cat(kept, dim=1) if len(kept) > 1 else kept[0]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def _tokens(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.inlay_visual_prompt_tokens[name].to(x.dtype).expand(len(x), -1, -1)
+        dropout = self.options[name].dropout
+        return nn.functional.dropout(tokens, dropout, self.training) if dropout else tokens
+
+    @override
+    def refusal(self, names: Sequence[str]) -> str | None:
+        return (
+            f"visual prompts {', '.join(names)} cannot be merged: they are tokens, not weights; keep them as an "
+            "adapter, or train LoRA where a merged model is needed."
+        )
+
+
+class WindowPromptLayer(VisualPromptLayer):
+    """The same around SAM's attention. What a prompt gives as a query is dropped, so only its key and value matter."""
+
+    @override
+    def adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+
+        def key_value(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+            _, key, value = self.base_layer.qkv(self._tokens(name, hidden[:1, 0])[0]).chunk(3, dim=-1)
+            return key, value
+
+        key, value, counts = gather_prefix(groups, key_value, len(hidden))
+        return attend(self.base_layer, hidden, key, value, counts)
+
+
+def _hide(tokens: int, before: torch.Tensor, after: torch.Tensor) -> None:
+    """Take the prompts out of the hidden states and attentions that transformers records from the block inside."""
+    recorded = output_capturing._active_collector.get()
+    if not recorded:
+        return
+    if states := recorded.get("hidden_states"):
+        if states[-1] is not None:
+            states[-1] = after
+        if len(states) == 2 and states[0] is not None and states[0].shape[1] > tokens:
+            states[0] = before
+    if weights := recorded.get("attentions"):
+        weights[-1] = weights[-1][..., :tokens, :tokens]
+
+
+def _token_size(block: nn.Module) -> int:
+    """D: what the first linear layer or layer norm of a block takes."""
+    for module in block.modules():
+        if isinstance(module, nn.LayerNorm):
+            return module.normalized_shape[-1]
+        if isinstance(module, nn.Linear):
+            return module.in_features
+    raise InlayError(
+        f"visual prompts go into transformer blocks, got {type(block).__name__}; give other target_modules."
+    )
+
+
+class VisualPromptModel(AdapterTuner):
+    """The tuner of VisualPromptConfig."""
+
+    prefix = "inlay_visual_prompt_"
+    tuner_layer_cls = VisualPromptLayer
+
+    @override
+    def targets(self, config: VisualPromptConfig, found: Sites) -> Sequence[str]:
+        if found.attention and all(
+            isinstance(self.model.get_submodule(n), SamVisionAttention) for n in found.attention
+        ):
+            if not config.deep:
+                raise InlayError("SAM's blocks have no sequence in which prompts could travel; use deep=True.")
+            return found.attention
+        if found.source not in _ENCODERS:
+            raise InlayError(
+                f"visual prompts are for encoders of images ({', '.join(_ENCODERS)}, sam), got {found.source}; "
+                "for text use peft's PromptTuningConfig or AttentionPrefixConfig."
+            )
+        return found.blocks
+
+    @override
+    def layer_class(self, target: nn.Module) -> type[AdapterLayer]:
+        return WindowPromptLayer if isinstance(target, SamVisionAttention) else VisualPromptLayer
+
+    def order(self, config: VisualPromptConfig) -> list[str]:
+        """Names of the blocks that the adapter targets, in running order."""
+        return [n for n, _ in self.model.named_modules() if self._check_target_module_exists(config, n)]
+
+
+register("inlay_visual_prompt", VisualPromptConfig, VisualPromptModel)

@@ -1,0 +1,92 @@
+"""Further keys and values in front of those of the tokens, and SAM's attention with them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from inlay.methods.base import Groups
+
+
+def gather_prefix(
+    groups: Groups, prefix: Callable[[str], tuple[torch.Tensor, torch.Tensor]], rows: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Keys and values of all rows, (rows or 1, P, size), and where rows differ in P, which of them count (rows, P).
+
+    Args:
+        groups: Which adapters act on which rows.
+        prefix: Gives keys and values of an adapter by its name, each (P, size).
+        rows: Size of the batch.
+    """
+    pairs = [[prefix(name) for name in names] for names, _ in groups]
+    if groups[0][1] is None:
+        key, value = (torch.cat([pair[i] for pair in pairs[0]])[None] for i in (0, 1))
+        return key, value, None
+    some = next(pair for of_group in pairs for pair in of_group)[0]
+    longest = max(sum(len(key) for key, _ in of_group) for of_group in pairs)
+    key = some.new_zeros(rows, longest, some.shape[1])
+    value, mask = torch.zeros_like(key), torch.zeros(rows, longest, dtype=torch.bool, device=some.device)
+    for of_group, (_, index) in zip(pairs, groups, strict=True):
+        length = sum(len(k) for k, _ in of_group)
+        if length:
+            key[index, :length] = torch.cat([k for k, _ in of_group])
+            value[index, :length] = torch.cat([v for _, v in of_group])
+            mask[index, :length] = True
+    return key, value, None if mask.all() else mask
+
+
+def attend(
+    attention: nn.Module, hidden: torch.Tensor, key: torch.Tensor, value: torch.Tensor, counts: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a SamVisionAttention gives when further keys and values stand in front of those of its tokens.
+
+    They have no place in the image, so their relative-position bias is zero. The padding of a window, which SAM lets
+    take part as tokens, stays as it is.
+
+    Args:
+        attention: A SamVisionAttention, eager or sdpa; its projections may be wrapped.
+        hidden: (B, H, W, C): an image, or a window (then B counts windows).
+        key: (B or 1, P, C).
+        value: As key.
+        counts: (B, P), which of the P keys exist for a row; None: all.
+
+    Returns:
+        (B, H, W, C), and the weights of the tokens (B heads, H W, H W) from an eager attention, else None.
+
+    Source: SamVisionAttention.forward of transformers, with the keys of Li & Liang 2021.
+    """
+    base: Any = attention
+    batch, height, width, _ = hidden.shape
+    heads = base.num_attention_heads
+    qkv = base.qkv(hidden).reshape(batch, height * width, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)  # B heads HW d
+    size = q.shape[-1]
+    extra_key, extra_value = (  # B P C -> B heads P d
+        x.to(q.dtype).unflatten(-1, (heads, size)).transpose(1, 2).expand(batch, -1, -1, -1) for x in (key, value)
+    )
+    length = extra_key.shape[2]
+    k, v = torch.cat([extra_key, k], dim=2), torch.cat([extra_value, v], dim=2)
+
+    bias = None
+    if base.use_rel_pos:
+        where = (height, width)
+        flat = q.reshape(batch * heads, height * width, size)
+        bias = base.get_decomposed_rel_pos(flat, base.rel_pos_h, base.rel_pos_w, where, where)
+        bias = F.pad(bias.reshape(batch, heads, height * width, height * width), (length, 0))
+    if counts is not None:
+        unseen = torch.zeros_like(counts, dtype=q.dtype).masked_fill(~counts, torch.finfo(q.dtype).min)
+        front = F.pad(unseen, (0, height * width))[:, None, None]
+        bias = front if bias is None else bias + front
+
+    if type(base).__name__ == "SamVisionSdpaAttention":
+        weights = None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    else:
+        scores = (q * base.scale) @ k.transpose(-2, -1)
+        probabilities = (scores if bias is None else scores + bias).softmax(-1, dtype=torch.float32).to(q.dtype)
+        weights = probabilities[..., length:].flatten(0, 1)
+        out = F.dropout(probabilities, base.dropout, base.training) @ v
+    out = out.transpose(1, 2).reshape(batch, height, width, -1)
+    return base.proj(out), weights
