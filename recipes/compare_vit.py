@@ -1,6 +1,7 @@
-"""Put LoRA beside a linear probe and full fine-tuning of the same base: one table, several seeds.
+"""Put the methods of METHODS beside a linear probe and full fine-tuning of the same base: one table, several seeds.
 
     accelerate launch recipes/compare_vit.py
+    accelerate launch recipes/compare_vit.py --methods all --epochs 5
     accelerate launch recipes/compare_vit.py --model FOLDER --dataset FOLDER --epochs 5 --seeds 0 --augment crop-flip
 
 Every method sees the same batches for the same number of epochs, at a learning rate of its own. A run that is
@@ -23,7 +24,8 @@ class Recipe:
         default="builtin:digits", metadata={"help": "Embedded data, folder of class folders, file or Hub id."}
     )
     methods: list[str] = field(
-        default_factory=lambda: ["probe", "lora", "full"], metadata={"help": "Names in METHODS."}
+        default_factory=lambda: ["probe", "lora", "full"],
+        metadata={"help": "Names in METHODS, or all that suit a vision transformer."},
     )
     learning_rates: list[float] = field(
         default_factory=list, metadata={"help": "One for each method; default: those of METHODS."}
@@ -39,13 +41,16 @@ def main(recipe: Recipe, train: TrainConfig) -> None:
 
     from inlay.atomic import write_json
     from inlay.compare import compare_images, table
+    from inlay.methods import METHODS
+
+    every = [name for name, method in METHODS.items() if "vision" in method.bases and name != "pissa"]
 
     # 1. to 4.: data, method, training and measurement, for every method and seed
     rows = compare_images(
         recipe.model,
         recipe.dataset,
         train,
-        methods=recipe.methods,
+        methods=every if recipe.methods == ["all"] else recipe.methods,
         learning_rates=recipe.learning_rates,
         seeds=recipe.seeds,
         width=recipe.width,

@@ -7,14 +7,18 @@ from pathlib import Path
 
 from accelerate.utils import set_seed
 
+from inlay._peft import PeftModel
 from inlay.data.images import load_images
 from inlay.data.picture import Augment, ImageView
 from inlay.errors import InlayError
 from inlay.measure import Accuracy, footprint
 from inlay.methods import METHODS
 from inlay.models import load_base, load_processor
+from inlay.store.file import WEIGHTS
+from inlay.store.save import save_adapter
 from inlay.train.config import TrainConfig
 from inlay.train.loop import fit
+from inlay.train.run import WEIGHTS as TRAINED
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Compared:
         trainable: Parameters, head included.
         accuracies: On the validation data, best evaluation of each run, 0 to 1, one per seed.
         steps_per_second: Median over the seeds.
+        file_bytes: What is stored, head included: the adapter's weights, or all that was trained.
     """
 
     method: str
@@ -34,6 +39,7 @@ class Compared:
     trainable: int
     accuracies: list[float]
     steps_per_second: float
+    file_bytes: int
 
     @property
     def accuracy(self) -> float:
@@ -76,7 +82,7 @@ def compare_images(
         raise InlayError(f"expected one learning rate for each of {len(methods)} methods, got {len(learning_rates)}.")
     rows = []
     for name, rate in zip(methods, learning_rates or [METHODS[name].learning_rate for name in methods], strict=True):
-        method, accuracies, rates, trainable = METHODS[name], [], [], 0
+        method, accuracies, rates, trainable, size = METHODS[name], [], [], 0, 0
         for seed in seeds:
             set_seed(seed)
             data = load_images(dataset, seed=seed)
@@ -94,16 +100,30 @@ def compare_images(
             accuracies.append(result.metrics["accuracy"])
             rates.append(result.steps_per_second)
             trainable = footprint(adapted).trainable
-        rows.append(Compared(name, rate, trainable, accuracies, statistics.median(rates)))
+            weights = folder / "best" / TRAINED
+            if isinstance(adapted, PeftModel):
+                weights = save_adapter(adapted, folder / "adapter", processor=processor) / WEIGHTS
+            size = weights.stat().st_size
+        rows.append(Compared(name, rate, trainable, accuracies, statistics.median(rates), size))
     return rows
 
 
 def table(rows: Sequence[Compared]) -> str:
     """The comparison as a Markdown table."""
-    lines = ["| method | trained parameters | learning rate | accuracy | steps/s |", "|---|---:|---:|---:|---:|"]
+    lines = [
+        "| method | trained parameters | learning rate | accuracy | ms per step | file, kB |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     for row in rows:
         accuracy = f"{row.accuracy:.4f} ± {row.spread:.4f}" if len(row.accuracies) > 1 else f"{row.accuracy:.4f}"
-        lines.append(
-            f"| {row.method} | {row.trainable:,} | {row.learning_rate:g} | {accuracy} | {row.steps_per_second:.1f} |"
-        )
+        time_ms, size_kb = 1000 / row.steps_per_second, row.file_bytes / 1000
+        cells = [
+            row.method,
+            f"{row.trainable:,}",
+            f"{row.learning_rate:g}",
+            accuracy,
+            f"{time_ms:.0f}",
+            f"{size_kb:,.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -36,6 +36,33 @@ def test_lora_vit_trains_measures_and_saves(trained):
     assert load_adapter(trained / "adapter").deviation < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "method"),
+    [
+        ("bottleneck_vit.py", ["--width", 4], "INLAY_BOTTLENECK"),
+        ("bottleneck_vit.py", ["--sites", "mlp", "--placement", "parallel", "--scale", 0.1], "INLAY_BOTTLENECK"),
+        ("bottleneck_vit.py", ["--activation", "none"], "INLAY_BOTTLENECK"),
+        ("prompt_vit.py", ["--depth", "shallow"], "INLAY_VISUAL_PROMPT"),
+        ("prefix_vit.py", ["--projection", 16], "INLAY_ATTENTION_PREFIX"),
+        ("partial_vit.py", [], "INLAY_PARTIAL"),
+        ("partial_vit.py", ["--train_what", "bias"], "INLAY_PARTIAL"),
+        ("composite_vit.py", ["--methods", "lora", "prefix", "prompt"], "INLAY_COMPOSITE"),
+    ],
+)
+def test_the_other_methods_train_save_and_load(monkeypatch, tmp_path, recipe, arguments, method):
+    run(monkeypatch, recipe, "--output_dir", tmp_path / "run", "--epochs", 0.05, "--workers", 0, *arguments)
+    file = read_adapter(tmp_path / "run" / "adapter")
+    assert file.config["peft_type"] == method
+    assert load_adapter(file.folder).deviation < 1e-4
+    assert "import inlay" in (file.folder / "README.md").read_text(), "plain peft needs it to know the method"
+
+
+def test_a_composite_of_unknown_methods_is_one_sentence(monkeypatch, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "composite_vit.py", "--output_dir", tmp_path / "run", "--methods", "lora", "nothing")
+    assert "methods must be among lora" in capsys.readouterr().err
+
+
 def test_lora_vit_keeps_a_finished_run(trained, monkeypatch, capsys):
     before = (trained / "adapter" / "adapter_model.safetensors").read_bytes()
     run(monkeypatch, "lora_vit.py", "--output_dir", trained, "--epochs", 0.2, "--workers", 0)

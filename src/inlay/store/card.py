@@ -5,7 +5,14 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 _TASKS = {"image-classification": "AutoModelForImageClassification"}
-_METHODS = {"LORA": "LoRA"}
+_METHODS = {
+    "LORA": "LoRA",
+    "INLAY_ATTENTION_PREFIX": "Attention prefix",
+    "INLAY_BOTTLENECK": "Bottleneck",
+    "INLAY_COMPOSITE": "Composite",
+    "INLAY_PARTIAL": "Partial fine-tuning",
+    "INLAY_VISUAL_PROMPT": "Visual prompt",
+}
 _METRICS = {"accuracy": "Accuracy", "f1": "Macro F1", "loss": "Validation loss"}
 
 
@@ -13,7 +20,7 @@ def card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]
     """Markdown with the Hub's YAML header: base, method, data, quality, cost, and how to load it."""
     base, task = record["base"], record["task"]
     dataset = metrics.get("dataset") or "unknown data"
-    method = _METHODS.get(config["peft_type"], config["peft_type"])
+    method = method_name(config)
     title = f"{method} of {_short(base['name'])} on {_short(dataset)}"
     quality = {k: v for k, v in metrics.get("validation", {}).items() if isinstance(v, int | float)}
     header = ModelCardData(
@@ -53,7 +60,7 @@ def card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]
         '```python\nfrom inlay import load_adapter, predict\n\nadapter = load_adapter("FOLDER")\n'
         'print(predict(adapter, ["picture.png"]))\n```',
         "With peft alone:",
-        _peft_snippet(record),
+        _peft_snippet(record, config["peft_type"]),
         "## Labels",
         ", ".join(f"{i} = {label}" for i, label in enumerate(record["labels"][:50]))
         + (" ..." if len(record["labels"]) > 50 else ""),
@@ -63,6 +70,14 @@ def card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]
         "Versions: " + ", ".join(f"{k} {v}" for k, v in metrics.get("versions", {}).items()) + ".",
     ]
     return f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def method_name(config: dict[str, Any]) -> str:
+    """What the method of an adapter_config.json is called; of a composite with its parts."""
+    kind = str(config["peft_type"])
+    name = _METHODS.get(kind, kind)
+    parts = [method_name(part) for part in config.get("parts", [])]
+    return f"{name} of {' and '.join(parts)}" if parts else name
 
 
 def _short(name: str) -> str:
@@ -79,9 +94,10 @@ def _revision(base: dict[str, Any]) -> str:
     return f" (revision `{base['revision'][:12]}`)" if base.get("revision") else ""
 
 
-def _peft_snippet(record: dict[str, Any]) -> str:
+def _peft_snippet(record: dict[str, Any], kind: str) -> str:
     base, count = record["base"], len(record["labels"])
-    lines = ["from peft import PeftModel", f"from transformers import {_TASKS[record['task']]}"]
+    own = [f"import inlay  # makes {kind} known to peft; without it: KeyError: '{kind}'"] if "INLAY" in kind else []
+    lines = [*own, "from peft import PeftModel", f"from transformers import {_TASKS[record['task']]}"]
     where = f'"{base["name"]}"'
     if base["name"].startswith("builtin:"):
         lines.append("from inlay.models import resolve  # only the folder of the embedded base")

@@ -5,6 +5,7 @@ from typing import Any
 
 from inlay.atomic import write_json
 from inlay.errors import InlayError
+from inlay.store.card import method_name
 from inlay.store.file import CONFIG, AdapterFile, read_adapter
 
 
@@ -39,10 +40,11 @@ def summary(folder: str | Path) -> dict[str, Any]:
 
 
 def method(file: AdapterFile) -> str:
-    """Method and width, such as `LoRA r=8`."""
-    kind, rank = str(file.config["peft_type"]), file.config.get("r")
-    name = {"LORA": "LoRA"}.get(kind, kind)
-    return f"{name} r={rank}, alpha={file.config.get('lora_alpha')}" if rank and kind == "LORA" else name
+    """Method and width, such as `LoRA r=8, alpha=16`."""
+    width = {"r": "r", "lora_alpha": "alpha", "width": "width", "length": "length", "last": "last", "train": "train"}
+    config = file.config
+    said = [f"{short}={config[key]}" for key, short in width.items() if config.get(key) is not None]
+    return f"{method_name(config)} {', '.join(said)}".strip()
 
 
 def write_index(folder: str | Path) -> list[dict[str, Any]]:
