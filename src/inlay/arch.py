@@ -362,7 +362,7 @@ def head_modules(model: nn.Module) -> list[str]:
 def _heads(model: nn.Module) -> list[str]:
     """What stands beside the backbone; nothing where the model is a backbone itself."""
     children = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
-    backbone = [name for name in _backbones(model) if name in children][:1]
+    backbone = [name for name in (*_backbones(model), "vision_encoder") if name in children][:1]
     return [name for name in children if name not in backbone] if backbone else []
 
 

@@ -280,6 +280,10 @@ class AdapterTuner(BaseTuner):
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         setattr(parent, target_name, layer)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """peft's would give the weight of the child to the new module; blocks and heads of several layers have none."""
+        setattr(parent, child_name, new_module)
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,

@@ -31,7 +31,16 @@ from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
 from inlay.methods.window_attention import attend, gather_prefix
 
 # Encoders whose blocks take (B, N, D) without a mask; in others a prompt would have to be hidden from it.
-_ENCODERS = ("vit", "deit", "dinov2", "dinov2_with_registers", "clip", "clip_vision_model", "siglip_vision_model")
+_ENCODERS = (
+    "vit",
+    "deit",
+    "dinov2",
+    "dinov2_with_registers",
+    "clip",
+    "clip_vision_model",
+    "siglip",
+    "siglip_vision_model",
+)
 
 
 @dataclass
@@ -188,9 +197,10 @@ class VisualPromptModel(AdapterTuner):
             if not config.deep:
                 raise InlayError("SAM's blocks have no sequence in which prompts could travel; use deep=True.")
             return found.attention
-        if found.source not in _ENCODERS:
+        kind = getattr(getattr(self.model, "config", None), "model_type", "no model_type")
+        if kind not in _ENCODERS:
             raise InlayError(
-                f"visual prompts are for encoders of images ({', '.join(_ENCODERS)}, sam), got {found.source}; "
+                f"visual prompts are for encoders of images ({', '.join(_ENCODERS)}, sam), got {kind}; "
                 "for text use peft's PromptTuningConfig or AttentionPrefixConfig."
             )
         return found.blocks
