@@ -1,0 +1,108 @@
+"""The bases of the contract: tiny, random, one of each kind of model."""
+
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SamVisionConfig,
+    SamVisionModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from inlay.methods import METHODS
+
+OURS = [
+    "bottleneck",
+    "bottleneck-mlp",
+    "bottleneck-parallel",
+    "bottleneck-linear",
+    "visual-prompt",
+    "visual-prompt-shallow",
+    "attention-prefix",
+    "partial",
+    "bias",
+    "norm",
+    "mam",
+    "lora-prompt",
+]
+PEFTS = ["lora", "rslora", "dora", "ia3"]
+KINDS = {"vit": "vision", "sam": "sam", "gpt2": "text", "bert": "text", "llama": "text"}
+SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+TEXT = {"vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def build(base):
+    """A model in eval mode, the same at each call."""
+    torch.manual_seed(0)
+    if base == "vit":
+        model = ViTForImageClassification(ViTConfig(**SIZE, image_size=16, patch_size=4, num_labels=5))
+    elif base == "sam":
+        size = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "mlp_dim": 64}
+        # windows of 3 x 3 over 8 x 8 patches: the last ones are padded; the last block attends globally
+        windows = {"image_size": 32, "patch_size": 4, "window_size": 3, "global_attn_indexes": [2]}
+        model = SamVisionModel(SamVisionConfig(**size, **windows, output_channels=16, initializer_range=0.02))
+    elif base == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=64, **TEXT))
+    elif base == "bert":
+        model = BertForSequenceClassification(BertConfig(**SIZE, vocab_size=100, initializer_range=0.2))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**SIZE, num_key_value_heads=2, **TEXT))
+    return model.eval().requires_grad_(
+        False
+    )  # attention kernels differ in their last bits when gradients are asked for
+
+
+def batch(base):
+    """Four examples (SAM two); texts are padded, those of decoders on the left."""
+    generator = torch.Generator().manual_seed(1)
+    if base in ("vit", "sam"):
+        rows, size = (4, 16) if base == "vit" else (2, 32)
+        return {"pixel_values": torch.randn(rows, 3, size, size, generator=generator)}
+    mask = torch.ones(4, 10, dtype=torch.long)
+    mask[2:, slice(6, None) if base == "bert" else slice(0, 4)] = 0
+    return {"input_ids": torch.randint(3, 100, (4, 10), generator=generator), "attention_mask": mask}
+
+
+def compute(model, base, **more):
+    """Logits, or SAM's features, at the places that count."""
+    output = model(**batch(base), **more)
+    values = output.logits if "logits" in output else output.last_hidden_state
+    return values[batch(base)["attention_mask"].bool()] if base in ("gpt2", "llama") else values
+
+
+def randomise(model, adapter, seed=3):
+    """Give all parameters of an adapter and its head values that matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if f".{adapter}." in name or name.endswith(f".{adapter}"):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def adapted(method, base, width=4, adapter="default"):
+    """The base with a random adapter of that name."""
+    from peft import get_peft_model
+
+    model = build(base)
+    torch.manual_seed(5)
+    config = METHODS[method].config(model, width)
+    if base == "vit":
+        config.modules_to_save = ["classifier"]
+    model = get_peft_model(model, config, adapter_name=adapter).eval()
+    randomise(model, adapter)
+    return model
+
+
+def pairs(methods):
+    """Methods and bases that go together; Llama has no biases to train."""
+    return [
+        (method, base)
+        for base, kind in KINDS.items()
+        for method in methods
+        if kind in METHODS[method].bases and (method, base) != ("bias", "llama")
+    ]

@@ -1,0 +1,343 @@
+"""The contract that every method passes on every kind of base: one row in METHODS, and a method has these tests."""
+
+import copy
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+
+from inlay import InlayError, load_adapter, load_base, load_processor, save_adapter
+from inlay.methods import METHODS
+from inlay.methods.base import AdapterLayer
+from methods.bases import KINDS, OURS, PEFTS, adapted, batch, build, compute, pairs, randomise
+
+EVERY = pytest.mark.parametrize(("method", "base"), pairs(OURS + PEFTS))
+OWN = pytest.mark.parametrize(("method", "base"), pairs(OURS))
+TOKENS = {"visual-prompt", "visual-prompt-shallow", "attention-prefix", "mam", "lora-prompt"}
+NESTED = {("partial", "sam"), ("mam", None), ("lora-prompt", None)}  # what transformers itself cannot load
+
+
+def off(a, b):
+    return (a - b).abs().max().item()
+
+
+@EVERY
+def test_starts_as_the_base(method, base):
+    model = build(base)
+    before = compute(model, base)
+    model = METHODS[method].adapt(model, 4).eval()
+    if method in TOKENS:  # one more token shares the softmax
+        assert 0 < off(compute(model, base), before) < 1
+    else:
+        assert off(compute(model, base), before) < 1e-5
+
+
+@EVERY
+def test_the_adapter_alone_trains_and_all_of_it(method, base):
+    model = build(base)
+    names = {id(p): n for n, p in model.named_parameters()}
+    model = adapted(method, base)
+    compute(model, base).square().sum().backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and not any(id(p) in names for p in trained.values())
+    assert all(".default" in n for n in trained), [n for n in trained if ".default" not in n]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
+    assert all(p.grad is None for n, p in model.named_parameters() if not p.requires_grad)
+
+
+@EVERY
+def test_saved_and_loaded_it_computes_the_same(method, base, tmp_path):
+    model = adapted(method, base)
+    expected = compute(model, base)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    plain = {name for name, _ in build(base).named_modules()}
+    for key in weights:
+        module = key.removeprefix("base_model.model.").split(".inlay_")[0].split(".lora_")[0].split(".ia3_")[0]
+        assert module in plain or module.rpartition(".")[0] in plain, key
+    size = sum(value.numel() * value.element_size() for value in weights.values())
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size <= size + 160 * len(weights) + 100
+    loaded = PeftModel.from_pretrained(build(base), tmp_path).eval()
+    assert off(compute(loaded, base), expected) < 1e-5
+    again = PeftModel.from_pretrained(build(base), tmp_path, is_trainable=True).eval()
+    assert off(compute(again, base), expected) < 1e-5
+    assert any(p.requires_grad for p in again.parameters())
+
+
+@EVERY
+def test_disabled_it_is_the_base_bit_for_bit(method, base):
+    before = compute(build(base), base)
+    model = adapted(method, base)
+    assert off(compute(model, base), before) > 1e-3
+    with model.disable_adapter():
+        assert torch.equal(compute(model, base), before)
+
+
+@OWN
+def test_two_adapters_coexist_and_switch(method, base):
+    model = adapted(method, base, 4, "first")
+    first = compute(model, base)
+    config = METHODS[method].config(build(base), 6)
+    config.modules_to_save = ["classifier"] if base == "vit" else None
+    model.add_adapter("second", config)
+    assert torch.equal(compute(model, base), first)
+    randomise(model, "second", 9)
+    model.set_adapter("second")
+    second = compute(model, base)
+    assert off(first, second) > 1e-4
+    model.set_adapter("first")
+    assert torch.equal(compute(model, base), first)
+    model.delete_adapter("first")
+    assert model.active_adapters == ["second"] and torch.equal(compute(model, base), second)
+
+
+@OWN
+def test_unloaded_nothing_is_left(method, base):
+    model = METHODS[method].config(build(base), 4)
+    model = get_peft_model(build(base), model).eval()
+    randomise(model, "default")
+    left = model.unload()
+    assert left.state_dict().keys() == build(base).state_dict().keys()
+    assert not any(isinstance(module, AdapterLayer) for module in left.modules())
+    assert torch.equal(compute(left, base), compute(build(base), base))
+    assert "inlay" not in " ".join(str(vars(m).get("config")) for m in left.modules() if "config" in vars(m))
+
+
+@EVERY
+def test_merged_it_computes_the_same_or_refuses(method, base):
+    model = adapted(method, base)
+    expected, weights = compute(model, base), {k: v.clone() for k, v in model.state_dict().items()}
+    if not METHODS[method].merges:
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(InlayError, match=r"merged|fold"):
+                merge()
+        assert torch.equal(compute(model, base), expected)
+        return
+    model.merge_adapter()
+    assert off(compute(model, base), expected) < 1e-4
+    model.unmerge_adapter()
+    if method in OURS:
+        assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    merged = model.merge_and_unload()
+    assert off(compute(merged, base), expected) < 1e-4
+    assert merged.state_dict().keys() == build(base).state_dict().keys()
+
+
+@pytest.mark.parametrize(("method", "base"), pairs([*OURS, "lora"]))
+def test_a_mixed_batch_equals_one_by_one(method, base):
+    if base == "sam" and "lora" in method:
+        pytest.skip("peft's LoRA takes one row per example, SAM's attention makes a row of each window")
+    model = adapted(method, base, 4, "first")
+    config = METHODS[method].config(build(base), 6)
+    config.modules_to_save = ["classifier"] if base == "vit" else None
+    model.add_adapter("second", config)
+    randomise(model, "second", 9)
+    rows = len(next(iter(batch(base).values())))
+    names = ["second", "first", "__base__", "first"][:rows]
+    if method == "visual-prompt-shallow":
+        with pytest.raises(InlayError, match="deep=True"):
+            model(**batch(base), adapter_names=names)
+        return
+
+    def features(**more):
+        output = model(**batch(base), **more)
+        return output.logits if "logits" in output else output.last_hidden_state
+
+    expected = []
+    for i, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                expected.append(features()[i])
+        else:
+            model.set_adapter(name)
+            expected.append(features()[i])
+    assert off(features(adapter_names=names), torch.stack(expected)) < 1e-5
+    with pytest.raises(ValueError, match="nothing"):
+        model(**batch(base), adapter_names=["nothing"] * rows)
+
+
+@OWN
+def test_transformers_loads_and_switches_it(method, base, tmp_path):
+    model = adapted(method, base)
+    expected = compute(model, base)
+    model.save_pretrained(tmp_path)
+    plain = build(base)
+    if (method, base) in NESTED or (method, None) in NESTED:
+        with pytest.raises(InlayError, match=r"PeftModel\.from_pretrained"):
+            plain.load_adapter(str(tmp_path))
+        return
+    plain.load_adapter(str(tmp_path))
+    assert off(compute(plain, base), expected) < 1e-5
+    if base != "vit":  # there the trained head stays
+        plain.disable_adapters()
+        assert torch.equal(compute(plain, base), compute(build(base), base))
+        plain.enable_adapters()
+        assert off(compute(plain, base), expected) < 1e-5
+
+
+@OWN
+def test_works_on_a_bf16_base(method, base, tmp_path):
+    model = build(base).to(torch.bfloat16)
+    model = get_peft_model(model, METHODS[method].config(model, 4)).eval()
+    randomise(model, "default")
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    inputs = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in batch(base).items()}
+
+    def values(model):
+        output = model(**inputs)
+        return output.logits if "logits" in output else output.last_hidden_state
+
+    expected = values(model)
+    assert expected.dtype == torch.bfloat16 and torch.isfinite(expected).all()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(base).to(torch.bfloat16), tmp_path).eval()
+    assert off(values(loaded), expected) < 0.05 * expected.abs().max()
+    if method in ("partial", "bias", "norm"):  # what is merged is bit for bit what it computed with
+        assert torch.equal(values(loaded), values(loaded.merge_and_unload()))
+
+
+@OWN
+def test_gradient_checkpointing_changes_no_gradient(method, base):
+    model = adapted(method, base).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+    def gradients():
+        model.zero_grad()
+        compute(model, base).square().sum().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for name, gradient in gradients().items():
+        assert off(gradient, plain[name]) < 1e-5 * (1 + plain[name].abs().max())
+
+
+@pytest.mark.parametrize(("method", "base"), [pair for pair in pairs(OURS) if pair[1] in ("vit", "gpt2")])
+def test_compiles_without_a_graph_break(method, base):
+    model = adapted(method, base)
+    torch._dynamo.reset()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert off(compute(compiled, base), compute(model, base)) < 1e-5
+
+
+@OWN
+def test_copies_and_pickles(method, base):
+    model = adapted(method, base)
+    expected = compute(model, base)
+    assert torch.equal(compute(copy.deepcopy(model), base), expected)
+    assert torch.equal(compute(pickle.loads(pickle.dumps(model)), base), expected)
+
+
+@pytest.mark.parametrize(("method", "base"), [pair for pair in pairs(OURS) if pair[1] in ("vit", "gpt2")])
+def test_hidden_states_and_attentions_keep_their_shape(method, base):
+    plain, model = build(base), adapted(method, base)
+    for each in (plain, model.get_base_model()):
+        each.set_attn_implementation("eager")
+    more = {"output_hidden_states": True, "output_attentions": True}
+    ours, theirs = model(**batch(base), **more), plain(**batch(base), **more)
+    assert [h.shape for h in ours.hidden_states] == [h.shape for h in theirs.hidden_states]
+    assert [a.shape for a in ours.attentions] == [a.shape for a in theirs.attentions]
+    assert off(ours.logits, model(**batch(base)).logits) < 1e-5
+
+
+@pytest.mark.parametrize(("method", "base"), [pair for pair in pairs(OURS) if pair[1] in ("gpt2", "llama")])
+def test_generates_the_same_with_and_without_a_cache(method, base):
+    model = adapted(method, base)
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(**batch(base), **settings)
+    assert torch.equal(cached, model.generate(**batch(base), **settings, use_cache=False))
+    beams = model.generate(**batch(base), **settings, num_beams=2)
+    assert torch.equal(beams, model.generate(**batch(base), **settings, num_beams=2, use_cache=False))
+
+
+@pytest.mark.parametrize("method", [m for m, base in pairs(OURS) if base == "vit"])
+def test_trainer_takes_three_steps(method, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = METHODS[method].adapt(build("vit"), 4)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    data = [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 5} for i in range(12)]
+    quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
+    settings = TrainingArguments(str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=0.01, **quiet)
+    Trainer(model, settings, train_dataset=data).train()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and moved <= {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("method", [m for m, base in pairs(OURS) if base == "vit"])
+def test_works_on_an_8_bit_base(method):
+    pytest.importorskip("bitsandbytes")
+    from inlay import load_base
+
+    model = load_base("builtin:vit-tiny", labels=["a", "b"], bits=8)
+    if method == "partial":
+        with pytest.raises(InlayError, match='train="bias"'):
+            METHODS[method].adapt(model, 4)
+        return
+    model = METHODS[method].adapt(model, 4)
+    model(pixel_values=torch.randn(2, 3, 32, 32), labels=torch.tensor([0, 1])).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained)
+    if method == "bottleneck-linear":
+        with pytest.raises(InlayError, match="float32"):
+            model.merge_adapter()
+
+
+@pytest.mark.parametrize(
+    "order", ["import inlay; from peft import PeftModel", "from peft import PeftModel; import inlay"]
+)
+def test_a_new_process_needs_the_import_alone(order, tmp_path):
+    model = adapted("mam", "vit")
+    model.save_pretrained(tmp_path / "adapter")
+    model.get_base_model()
+    build("vit").save_pretrained(tmp_path / "base")
+    torch.save(compute(model, "vit").detach(), tmp_path / "expected.pt")
+    code = f"""{order}
+import torch
+from transformers import ViTForImageClassification
+torch.set_num_threads(1)
+base = ViTForImageClassification.from_pretrained({str(tmp_path / "base")!r})
+model = PeftModel.from_pretrained(base, {str(tmp_path / "adapter")!r}).eval()
+x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+assert (model(pixel_values=x).logits - torch.load({str(tmp_path / "expected.pt")!r})).abs().max() < 1e-5
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_without_the_import_peft_names_the_method(tmp_path):
+    adapted("bottleneck", "vit").save_pretrained(tmp_path)
+    code = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode and "INLAY_BOTTLENECK" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("method", [m for m, base in pairs(OURS + PEFTS) if base == "vit"])
+def test_inlay_loads_it_on_its_base_alone(method, tmp_path):
+    base = load_base("builtin:vit-tiny", labels=["a", "b"])
+    model = METHODS[method].adapt(base, 4)
+    randomise(model, "default")
+    folder = save_adapter(model.eval(), tmp_path / "adapter", processor=load_processor("builtin:vit-tiny"))
+    x = torch.randn(2, 3, 32, 32)
+    assert off(load_adapter(folder).model(pixel_values=x).logits, model(pixel_values=x).logits) < 1e-4
+    other = load_base("builtin:vit-tiny", labels=["a", "b"])
+    torch.nn.init.normal_(other.vit.layers[0].mlp.fc1.weight)
+    with pytest.raises(InlayError, match="other weights of the same shape"):
+        load_adapter(folder, base=other)
+    assert not any(isinstance(module, AdapterLayer) for module in other.modules())
+
+
+def test_every_row_of_the_table_is_tested():
+    others = {"probe", "full", "pissa", "prompt", "prefix"}  # nothing to attach, changes the base, peft's own for text
+    assert set(METHODS) == {*OURS, *PEFTS, *others}
+    assert set(KINDS.values()) | {"conv"} == {kind for method in METHODS.values() for kind in method.bases}
