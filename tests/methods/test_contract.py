@@ -1,10 +1,12 @@
 """The contract that every method passes on every kind of base: one row in METHODS, and a method has these tests."""
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -312,6 +314,13 @@ x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 assert (model(pixel_values=x).logits - torch.load({str(tmp_path / "expected.pt")!r})).abs().max() < 1e-5
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_two_processes_agree_with_one(tmp_path):
+    job = Path(__file__).with_name("two_processes.py")
+    environment = {**os.environ, "PYTHONPATH": str(job.parents[1])}
+    done = subprocess.run([sys.executable, job, tmp_path], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

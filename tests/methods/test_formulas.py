@@ -1,0 +1,307 @@
+"""Each method against its formula, written out in float64."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.nn import functional as F
+from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
+
+from inlay import (
+    AttentionPrefixConfig,
+    BottleneckConfig,
+    CompositeConfig,
+    InlayError,
+    PartialConfig,
+    VisualPromptConfig,
+)
+from inlay.methods.attention_prefix import AttentionPrefixLayer
+from inlay.methods.base import AdapterLayer
+from methods.bases import adapted, batch, build, compute
+
+
+def attach(config, base="vit", dtype=torch.float64):
+    """A base in `dtype` with a random adapter of the same type."""
+    torch.manual_seed(2)
+    model = get_peft_model(build(base).to(dtype), config, autocast_adapter_dtype=False).to(dtype).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def layer(model, name):
+    return model.get_base_model().get_submodule(name)
+
+
+def close(a, b):
+    assert a.dtype == torch.float64 and (a - b).abs().max() < 1e-7  # an eager attention takes its softmax in float32
+
+
+def parts(wrapped):
+    down, up = wrapped.inlay_bottleneck_down["default"], wrapped.inlay_bottleneck_up["default"]
+    return down.weight, down.bias, up.weight, up.bias
+
+
+def test_serial_bottleneck():
+    model = attach(BottleneckConfig(width=5, scale=0.7, activation="gelu"))
+    wrapped = layer(model, "vit.layers.1.mlp.fc2")
+    x = torch.randn(2, 7, 64, dtype=torch.float64)
+    h = F.linear(x, wrapped.base_layer.weight, wrapped.base_layer.bias)
+    w_down, b_down, w_up, b_up = parts(wrapped)
+    z = h @ w_down.T + b_down
+    z = 0.5 * z * (1 + torch.erf(z / 2**0.5))
+    close(wrapped(x), h + 0.7 * (z @ w_up.T + b_up))
+
+
+def test_parallel_bottleneck_with_norm_and_learned_scale():
+    settings = {"sites": ["mlp"], "placement": "parallel", "learn_scale": True, "layer_norm": "before"}
+    model = attach(BottleneckConfig(width=5, **settings))
+    wrapped = layer(model, "vit.layers.0.mlp")
+    x = torch.randn(2, 7, 32, dtype=torch.float64)
+    w_down, b_down, w_up, b_up = parts(wrapped)
+    norm, scale = wrapped.inlay_bottleneck_norm["default"], wrapped.inlay_bottleneck_scale["default"]
+    normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+    z = (normed * norm.weight + norm.bias) @ w_down.T + b_down
+    close(wrapped(x), wrapped.base_layer(x) + scale * (z.clamp(min=0) @ w_up.T + b_up))
+
+
+def test_parallel_bottleneck_in_bert_goes_into_the_residual():
+    model = attach(BottleneckConfig(width=5, sites=["attention", "mlp"], placement="parallel"), "bert")
+    for name, size in (("attention.output", 32), ("output", 64)):
+        wrapped = layer(model, f"bert.encoder.layer.1.{name}")
+        h, x = torch.randn(2, 7, size, dtype=torch.float64), torch.randn(2, 7, 32, dtype=torch.float64)
+        w_down, b_down, w_up, b_up = parts(wrapped)
+        added = (x @ w_down.T + b_down).clamp(min=0) @ w_up.T + b_up
+        close(wrapped(h, x), wrapped.base_layer.LayerNorm(wrapped.base_layer.dense(h) + x + added))
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_visual_prompts(deep):
+    model = attach(VisualPromptConfig(length=3, deep=deep))
+    vit = model.get_base_model().vit
+    x = vit.embeddings(batch("vit")["pixel_values"].double())
+    prompts = None
+    for block in vit.layers:
+        own = block.inlay_visual_prompt_tokens
+        if "default" in own:
+            prompts = own["default"].expand(len(x), -1, -1)
+        out = block.base_layer(torch.cat([x, prompts], 1))
+        x, prompts = out[:, :-3], out[:, -3:]
+    expected = model.get_base_model().classifier(vit.layernorm(x)[:, 0])
+    close(model(pixel_values=batch("vit")["pixel_values"].double()).logits, expected)
+
+
+def attention(q, k, v, key, value, seen=None):
+    """softmax(q [P_k; k]ᵀ / √d) [P_v; v], per head; `seen` L x S says what each token may see of the others."""
+    k, v = (torch.cat([extra.expand(len(q), -1, -1, -1), x], 2) for extra, x in ((key, k), (value, v)))
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if seen is not None:
+        scores = scores.masked_fill(~F.pad(seen, (key.shape[-2], 0), value=True), -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def heads(x, count=4):
+    return x.unflatten(-1, (count, -1)).transpose(-3, -2)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_prefix_in_a_vision_transformer(implementation):
+    model = attach(AttentionPrefixConfig(length=3))
+    model.get_base_model().set_attn_implementation(implementation)
+    wrapped = layer(model, "vit.layers.1.attention")
+    x = torch.randn(2, 7, 32, dtype=torch.float64)
+    key, value = (heads(p[None]) for p in wrapped.prefix("default"))
+    mixed = attention(heads(wrapped.q_proj(x)), heads(wrapped.k_proj(x)), heads(wrapped.v_proj(x)), key, value)
+    output, weights = wrapped(x)
+    close(output, wrapped.o_proj(mixed))
+    assert weights is None or weights.shape == (2, 4, 7, 7)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_prefix_under_a_causal_mask_and_padding(implementation):
+    model = attach(AttentionPrefixConfig(length=3), "gpt2")
+    model.get_base_model().set_attn_implementation(implementation)
+    inputs, wrapped, kept = batch("gpt2"), layer(model, "transformer.h.0.attn"), {}
+    handles = [
+        wrapped.register_forward_pre_hook(lambda _, args, kwargs: kept.update(x=args[0]), with_kwargs=True),
+        wrapped.register_forward_hook(lambda _, args, output: kept.update(y=output[0])),
+    ]
+    model(**inputs)
+    for handle in handles:
+        handle.remove()
+    q, k, v = (heads(part) for part in wrapped.c_attn(kept["x"]).chunk(3, -1))
+    key, value = (heads(p[None]) for p in wrapped.prefix("default"))
+    mask = inputs["attention_mask"].bool()
+    seen = torch.ones(10, 10, dtype=torch.bool).tril() & mask[:, None, None]
+    expected = wrapped.c_proj(attention(q, k, v, key, value, seen))
+    close(kept["y"][mask], expected[mask])
+
+
+@pytest.mark.parametrize("config", [AttentionPrefixConfig(length=3), VisualPromptConfig(length=3)])
+def test_every_window_of_sam_sees_prefix_and_prompts(config):
+    model = attach(config, "sam")
+    wrapped = layer(model, "vision_encoder.layers.0.attn")
+    nn.init.normal_(wrapped.rel_pos_h), nn.init.normal_(wrapped.rel_pos_w)
+    windows = torch.randn(9, 3, 3, 32, dtype=torch.float64)
+    windows[-1, 1:] = 0  # padding
+    if isinstance(config, AttentionPrefixConfig):
+        key, value = wrapped.prefix("default")
+    else:
+        _, key, value = wrapped.qkv(wrapped.inlay_visual_prompt_tokens["default"]).chunk(3, -1)
+    key, value = heads(key), heads(value)
+    expected = []
+    for window in windows:  # each by itself: no window knows of another
+        q, k, v = (heads(part) for part in wrapped.qkv(window.flatten(0, 1)).chunk(3, -1))
+        place = wrapped.get_decomposed_rel_pos(q, wrapped.rel_pos_h, wrapped.rel_pos_w, (3, 3), (3, 3)).reshape(4, 9, 9)
+        scores = torch.cat([q @ key.mT / 8**0.5, q @ k.mT / 8**0.5 + place], -1)
+        mixed = scores.softmax(-1) @ torch.cat([value, v], 1)
+        expected.append(wrapped.proj(mixed.transpose(0, 1).flatten(1)).view(3, 3, 32))
+    close(wrapped(windows)[0], torch.stack(expected))
+
+
+def test_a_projection_is_dropped_on_save(tmp_path):
+    model = attach(AttentionPrefixConfig(length=3, projection=5), dtype=torch.float32)
+    assert any("projection" in name for name, p in model.named_parameters() if p.requires_grad)
+    expected = compute(model, "vit")
+    model.save_pretrained(tmp_path)
+    for trainable in (False, True):
+        loaded = PeftModel.from_pretrained(build("vit"), tmp_path, is_trainable=trainable).eval()
+        layers = [m for m in loaded.modules() if isinstance(m, AttentionPrefixLayer)]
+        assert not any(m.inlay_attention_prefix_projection for m in layers)
+        assert (compute(loaded, "vit") - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("base", "site"), [("gpt2", "transformer.h.0.mlp.c_proj"), ("llama", None)])
+def test_a_linear_bottleneck_merges_into_a_transposed_weight_and_one_without_bias(base, site):
+    model = attach(BottleneckConfig(width=4, activation=None, learn_scale=True), base)
+    expected = compute(model, base)
+    merged = model.merge_and_unload()
+    assert (compute(merged, base) - expected).abs().max() < 1e-10
+    assert merged.state_dict().keys() == build(base).state_dict().keys()
+    assert site is None or merged.get_submodule(site).weight.shape == (128, 32)
+
+
+def test_a_linear_bottleneck_merges_into_a_convolution():
+    torch.manual_seed(0)
+    base = MobileNetV2ForImageClassification(MobileNetV2Config(image_size=32, depth_multiplier=0.35)).double().eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    config = BottleneckConfig(width=4, activation=None, sites=["mlp"])
+    model = get_peft_model(base, config, autocast_adapter_dtype=False).double().eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    expected = model(x).logits
+    close(model.merge_and_unload()(x).logits, expected)
+
+
+def test_two_linear_bottlenecks_merge_to_their_sum():
+    model = attach(BottleneckConfig(width=4, activation=None), dtype=torch.float32)
+    model.add_adapter("second", BottleneckConfig(width=3, activation=None, init_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    expected = compute(model, "vit")
+    model.merge_adapter(["default"])
+    model.merge_adapter(["second"])
+    assert (compute(model, "vit") - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_base_plus_delta_is_the_trained_weight_bit_for_bit(dtype, tmp_path):
+    base = build("vit").to(dtype)
+    model = get_peft_model(base, PartialConfig(last=2))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(3):
+        model(pixel_values=batch("vit")["pixel_values"].to(dtype)).logits.float().square().sum().backward()
+        optimizer.step()
+    trained = {n: m.values(["default"]) for n, m in model.named_modules() if isinstance(m, AdapterLayer)}
+    assert len(trained) == 2 * 8 + 1  # six linear layers and two norms a block, and the last norm
+    model.save_pretrained(tmp_path)
+    merged = PeftModel.from_pretrained(build("vit").to(dtype), tmp_path).merge_and_unload()
+    for name, values in trained.items():
+        for leaf, value in values.items():
+            stored = merged.get_submodule(name.removeprefix("base_model.model."))._parameters[leaf]
+            assert value.dtype == dtype and torch.equal(stored, value)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"train": "norm"}, {"layernorm", "layernorm_before", "layernorm_after"}),
+        ({"last": 1, "train": "bias"}, None),
+        ({"target_modules": ["layers.1"]}, None),
+        ({"target_modules": r".*layers\.1\.mlp"}, {"fc1", "fc2"}),
+        ({"target_modules": ["mlp"], "layers_to_transform": [0, 2]}, {"fc1", "fc2"}),
+    ],
+)
+def test_what_partial_trains(config, expected):
+    model = get_peft_model(build("vit"), PartialConfig(**config))
+    names = [n for n, m in model.named_modules() if isinstance(m, AdapterLayer)]
+    assert expected is None or {n.rpartition(".")[2] for n in names} == expected
+    if config.get("train") == "bias":
+        assert all(n.endswith("bias") for n, p in model.named_parameters() if p.requires_grad)
+    if "layers_to_transform" in config:
+        assert not any("layers.1." in n for n in names) and any("layers.2." in n for n in names)
+    if "target_modules" in config and "layers_to_transform" not in config:
+        assert all("layers.1." in n for n in names)
+
+
+def test_partial_leaves_a_tied_embedding_alone():
+    model = get_peft_model(build("gpt2"), PartialConfig())
+    assert not any("wte" in n or "lm_head" in n for n, p in model.named_parameters() if p.requires_grad)
+    assert any("wpe" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_the_order_of_parts_does_not_matter():
+    def parts():
+        names = ["vit.layers.0.mlp.fc2", "vit.layers.1.mlp.fc2"]
+        return [
+            LoraConfig(target_modules=names),
+            BottleneckConfig(width=4),
+            PartialConfig(last=2),
+            VisualPromptConfig(),
+        ]
+
+    outputs = []
+    for order in (parts(), parts()[::-1]):
+        model = get_peft_model(build("vit"), CompositeConfig(parts=order)).eval()
+        for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+            if parameter.requires_grad:
+                torch.manual_seed(len(name))
+                nn.init.normal_(parameter, std=0.1)
+        outputs.append((sorted(n for n, p in model.named_parameters() if p.requires_grad), compute(model, "vit")))
+    assert outputs[0][0] == outputs[1][0] and torch.equal(outputs[0][1], outputs[1][1])
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: BottleneckConfig(width=0), "width must be"),
+        (lambda: BottleneckConfig(sites=["head"]), "sites must be"),
+        (lambda: BottleneckConfig(placement="beside"), "placement must be"),
+        (lambda: BottleneckConfig(activation="nothing"), "activation must be"),
+        (lambda: BottleneckConfig(target_modules="a.*", layers_to_transform=[0]), "regular expression"),
+        (lambda: AttentionPrefixConfig(length=0), "length must be"),
+        (lambda: VisualPromptConfig(dropout=1), "dropout must be"),
+        (lambda: PartialConfig(train="some"), "train must be"),
+        (lambda: PartialConfig(last=2, layers_to_transform=[1]), "not both"),
+        (lambda: CompositeConfig(parts=[PartialConfig()]), "two parts or more"),
+        (lambda: attach(PartialConfig(last=9)), "last must be"),
+        (lambda: attach(BottleneckConfig(layers_to_transform=[7])), "within 0 to 2"),
+        (lambda: attach(VisualPromptConfig(), "bert"), "encoders of images"),
+        (lambda: attach(VisualPromptConfig(deep=False), "sam"), "deep=True"),
+        (lambda: attach(AttentionPrefixConfig(target_modules=["mlp"])), "attention function"),
+        (lambda: attach(BottleneckConfig(target_modules=["layernorm"])), "linear layer"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence(make, sentence):
+    with pytest.raises(InlayError, match=sentence):
+        make()
+
+
+def test_adapters_of_one_config_on_some_blocks_only():
+    model = adapted("bottleneck", "vit")
+    assert sum(isinstance(m, AdapterLayer) for m in model.modules()) == 6
+    model = get_peft_model(build("vit"), BottleneckConfig(layers_to_transform=[2], sites=["mlp"]))
+    assert [n for n, m in model.named_modules() if isinstance(m, AdapterLayer)] == [
+        "base_model.model.vit.layers.2.mlp.fc2"
+    ]
