@@ -42,6 +42,16 @@ class TrainConfig:
         default=False,
         metadata={"help": "Recompute activations in the backward pass: less memory, a third more time."},
     )
+    cache_frozen: Literal["no", "memory", "disk"] = field(
+        default="no",
+        metadata={
+            "help": "Run frozen first blocks once per example and keep their output; on disk (beside output_dir, in "
+            "frozen_states) also for the next run. Not with random augmentation."
+        },
+    )
+    cache_gb: float = field(
+        default=4, metadata={"help": "Largest size of cache_frozen in GB, in memory of each process."}
+    )
     eval_every: int | None = field(default=None, metadata={"help": "Steps between evaluations; default: one epoch."})
     save_every: int | None = field(
         default=None, metadata={"help": "Steps between checkpoints; default: as evaluations."}
@@ -62,7 +72,7 @@ class TrainConfig:
             raise InlayError(f"seed must be below 2**32 (numpy takes no more), got {self.seed}.")
         if not 0 <= self.weight_decay < math.inf:
             raise InlayError(f"weight_decay must be a number of at least 0, got {self.weight_decay}.")
-        for name in ("epochs", "learning_rate", "clip_norm"):
+        for name in ("epochs", "learning_rate", "clip_norm", "cache_gb"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InlayError(f"{name} must be a positive number, got {getattr(self, name)}.")
         if not 0 <= self.warmup <= 1:
@@ -71,6 +81,7 @@ class TrainConfig:
             "schedule": ("cosine", "linear", "constant"),
             "optimizer": ("adamw", "adamw8bit"),
             "precision": ("auto", "no", "bf16", "fp16"),
+            "cache_frozen": ("no", "memory", "disk"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from inlay.errors import InlayError
 from inlay.train.config import TrainConfig
 from inlay.train.draws import Drawn, Draws, seed_all
 from inlay.train.evaluation import evaluate_on, pieces, rows_of, train_mode
+from inlay.train.frozen import Data, opened, tail
 from inlay.train.guards import Stop, blame
 from inlay.train.launch import build_loader, build_optimizer, enable_checkpointing, release, start
 from inlay.train.run import Run
@@ -107,17 +108,16 @@ def fit(
     optimizer = build_optimizer(trainable, config)
     schedule = {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule)
     scheduler = get_scheduler(schedule, optimizer, round(config.warmup * steps), steps)
-    wrapped, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    net = tail(model, config, accelerator)
+    wrapped, optimizer, scheduler = accelerator.prepare(net, optimizer, scheduler)
     resumed = run.resume()
     order = Draws(len(train_data), config.batch_size, steps, config.seed, done=run.progress.step)
-    loader = build_loader(Drawn(train_data, config.seed), config, collate, accelerator, batch_sampler=order)
-    validation = None
-    if validation_data is not None:
-        validation = build_loader(validation_data, config, collate, accelerator, batch_size=config.batch_size)
     if config.tracker is not None:
         accelerator.init_trackers("inlay", config=config.identity())
     trainer = _Trainer(accelerator, wrapped, optimizer, scheduler, run, config, steps, list(metrics))
-    with Stop() as stop:
+    data = Data(Drawn(train_data, config.seed), validation_data, collate, config.workers)
+    with opened(net, data, config, accelerator) as data, Stop() as stop:
+        loader, validation = _loaders(data, order, config, accelerator)
         try:
             trainer.train(loader, validation, stop, resumed)
         except RuntimeError as error:
@@ -126,7 +126,7 @@ def fit(
             trainer.leave(stop.signal)  # the scheduler has killed the workers too, before the step was done
         finally:
             release(accelerator, wrapped)
-    if validation is None:
+    if validation_data is None:
         run.keep_best()
     run.load_best()
     model.eval()
@@ -134,6 +134,15 @@ def fit(
     result = FitResult(done.step, done.metrics, done.best_step, done.history, done.seconds, trainer.rate(), resumed)
     run.finish({k: v for k, v in vars(result).items() if k != "resumed"})
     return result
+
+
+def _loaders(data: Data, order: Draws, config: TrainConfig, accelerator: Accelerator) -> tuple[Any, Any]:
+    """The batches of training and of validation."""
+    config = replace(config, workers=data.workers)
+    loader = build_loader(data.train, config, data.collate, accelerator, batch_sampler=order)
+    if data.validation is None:
+        return loader, None
+    return loader, build_loader(data.validation, config, data.collate, accelerator, batch_size=config.batch_size)
 
 
 class _Trainer:
@@ -150,12 +159,7 @@ class _Trainer:
         steps: int,
         metrics: "list[evaluate.Metric]",
     ) -> None:
-        self.accelerator, self.model, self.optimizer, self.scheduler = (
-            accelerator,
-            model,
-            optimizer,
-            scheduler,
-        )
+        self.accelerator, self.model, self.optimizer, self.scheduler = accelerator, model, optimizer, scheduler
         self.run, self.config, self.steps, self.metrics = run, config, steps, metrics
         self.eval_every = config.eval_every or max(1, round(steps / config.epochs))
         self.skipped = 0  # fp16 steps in a row whose gradient overflowed
