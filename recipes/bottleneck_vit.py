@@ -93,4 +93,4 @@ def main(recipe: Recipe, train: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Recipe(), TrainConfig(output_dir="runs/bottleneck_vit"))
+    run_recipe(main, Recipe(), TrainConfig(output_dir="runs/bottleneck_vit", learning_rate=1e-2))

@@ -107,4 +107,4 @@ def main(recipe: Recipe, train: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Recipe(), TrainConfig(output_dir="runs/composite_vit"))
+    run_recipe(main, Recipe(), TrainConfig(output_dir="runs/composite_vit", learning_rate=1e-2))

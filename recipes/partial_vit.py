@@ -86,4 +86,4 @@ def main(recipe: Recipe, train: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Recipe(), TrainConfig(output_dir="runs/partial_vit", learning_rate=1e-3))
+    run_recipe(main, Recipe(), TrainConfig(output_dir="runs/partial_vit", learning_rate=3e-3))

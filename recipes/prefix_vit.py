@@ -88,4 +88,4 @@ def main(recipe: Recipe, train: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Recipe(), TrainConfig(output_dir="runs/prefix_vit", learning_rate=1e-2))
+    run_recipe(main, Recipe(), TrainConfig(output_dir="runs/prefix_vit", learning_rate=5e-2))

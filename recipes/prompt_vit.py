@@ -92,4 +92,4 @@ def main(recipe: Recipe, train: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Recipe(), TrainConfig(output_dir="runs/prompt_vit", learning_rate=1e-2))
+    run_recipe(main, Recipe(), TrainConfig(output_dir="runs/prompt_vit", learning_rate=3e-2))

@@ -119,35 +119,35 @@ METHODS = {
         _lora(init_lora_weights="pissa"),
     ),
     "ia3": Method(
-        "Liu et al. 2022, arXiv:2205.05638", "keys, values, MLP", "none: a factor per feature", True, 1e-2,
+        "Liu et al. 2022, arXiv:2205.05638", "keys, values, MLP", "none: a factor per feature", True, 3e-2,
         _ia3,
     ),
     "bottleneck": Method(
-        "Houlsby et al. 2019, arXiv:1902.00751", "after attention and MLP", "bottleneck size", False, 3e-3,
+        "Houlsby et al. 2019, arXiv:1902.00751", "after attention and MLP", "bottleneck size", False, 1e-2,
         lambda model, width: BottleneckConfig(width=width),
     ),
     "bottleneck-mlp": Method(
-        "Pfeiffer et al. 2020, arXiv:2005.00052", "after the MLP", "bottleneck size", False, 3e-3,
+        "Pfeiffer et al. 2020, arXiv:2005.00052", "after the MLP", "bottleneck size", False, 1e-2,
         lambda model, width: BottleneckConfig(width=width, sites=["mlp"]), _ALL,
     ),
     "bottleneck-parallel": Method(
-        "He et al. 2021, arXiv:2110.04366", "beside the MLP", "bottleneck size", False, 3e-3,
+        "He et al. 2021, arXiv:2110.04366", "beside the MLP", "bottleneck size", False, 1e-2,
         lambda model, width: BottleneckConfig(width=width, sites=["mlp"], placement="parallel", scale=4.0),
     ),
     "bottleneck-linear": Method(
-        "Luo et al. 2023, arXiv:2302.08106", "after attention and MLP", "bottleneck size", True, 3e-3,
+        "Luo et al. 2023, arXiv:2302.08106", "after attention and MLP", "bottleneck size", True, 1e-2,
         lambda model, width: BottleneckConfig(width=width, activation=None),
     ),
     "visual-prompt": Method(
-        "Jia et al. 2022, arXiv:2203.12119, deep", "every block", "prompt length", False, 1e-2,
+        "Jia et al. 2022, arXiv:2203.12119, deep", "every block", "prompt length", False, 3e-2,
         lambda model, width: VisualPromptConfig(length=width), ("vision", "sam"),
     ),
     "visual-prompt-shallow": Method(
-        "Jia et al. 2022, arXiv:2203.12119", "the first block", "prompt length", False, 1e-2,
+        "Jia et al. 2022, arXiv:2203.12119", "the first block", "prompt length", False, 3e-2,
         lambda model, width: VisualPromptConfig(length=width, deep=False), ("vision",),
     ),
     "attention-prefix": Method(
-        "Li & Liang 2021, arXiv:2101.00190", "attention", "prefix length", False, 1e-2,
+        "Li & Liang 2021, arXiv:2101.00190", "attention", "prefix length", False, 5e-2,
         lambda model, width: AttentionPrefixConfig(length=width),
     ),
     "prompt": Method(
@@ -159,20 +159,20 @@ METHODS = {
         _prefix, ("text",),
     ),
     "partial": Method(
-        "Yosinski et al. 2014, arXiv:1411.1792", "the last block", "none: every weight", True, 1e-3,
+        "Yosinski et al. 2014, arXiv:1411.1792", "the last block", "none: every weight", True, 3e-3,
         lambda model, width: PartialConfig(last=1), _ALL,
     ),
     "bias": Method(
-        "Ben Zaken et al. 2022, arXiv:2106.10199", "biases", "none", True, 3e-3,
+        "Ben Zaken et al. 2022, arXiv:2106.10199", "biases", "none", True, 1e-2,
         lambda model, width: PartialConfig(train="bias"), _ALL,
     ),
     "norm": Method(
-        "Basu et al. 2024, arXiv:2304.01466", "norms", "none", True, 3e-3,
+        "Basu et al. 2024, arXiv:2304.01466", "norms", "none", True, 1e-2,
         lambda model, width: PartialConfig(train="norm"), _ALL,
     ),
     "mam": Method(
         "He et al. 2021, arXiv:2110.04366, section 4.6", "attention, and beside the MLP",
-        "prefix length, bottleneck size", False, 3e-3, _mam,
+        "prefix length, bottleneck size", False, 1e-2, _mam,
     ),
     "lora-prompt": Method(
         "Hu et al. 2021 and Jia et al. 2022", "linear layers and every block", "rank r, prompt length", False, 3e-3,
