@@ -295,6 +295,29 @@ def test_works_on_an_8_bit_base(method):
             model.merge_adapter()
 
 
+@pytest.mark.parametrize(("method", "base"), [pair for pair in pairs(OURS) if pair[1] in ("gpt2", "bert", "llama")])
+def test_works_on_an_8_bit_text_model(method, base, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    build(base).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head", "classifier"])
+    model = type(build(base)).from_pretrained(tmp_path, quantization_config=config).eval()
+    if method == "partial":
+        with pytest.raises(InlayError, match='train="bias"'):
+            METHODS[method].adapt(model, 4)
+        return
+    before = compute(model, base)
+    model = METHODS[method].adapt(model, 4).eval()
+    randomise(model, "default")
+    after = compute(model, base)
+    after.square().sum().backward()
+    assert torch.isfinite(after).all() and off(after, before) > 1e-3
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+    with model.disable_adapter():
+        assert torch.equal(compute(model, base), before)
+
+
 @pytest.mark.parametrize(
     "order", ["import inlay; from peft import PeftModel", "from peft import PeftModel; import inlay"]
 )
