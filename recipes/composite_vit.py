@@ -27,8 +27,8 @@ class Recipe:
         metadata={"help": "Two or more of lora, prefix, bottleneck (beside the MLP), prompt."},
     )
     width: int = field(default=8, metadata={"help": "Rank, bottleneck size, prefix and prompt length."})
-    bits: Literal[4, 8] | None = field(
-        default=None, metadata={"help": "8 or 4: hold the frozen base in that many bits."}
+    quantize: Literal["8bit", "4bit"] | None = field(
+        default=None, metadata={"help": "Hold the frozen base in 8 or 4 bits (bitsandbytes)."}
     )
     augment: Literal["none", "crop", "crop-flip"] = field(
         default="crop",
@@ -61,7 +61,7 @@ def main(recipe: Recipe, train: TrainConfig) -> None:
     # 1. data and frozen base
     set_seed(train.seed)
     data = load_images(recipe.dataset, seed=train.seed)
-    model = load_base(recipe.model, labels=data.labels, bits=recipe.bits)
+    model = load_base(recipe.model, labels=data.labels, quantize=recipe.quantize)
     processor = load_processor(recipe.model)
 
     # 2. method: only the adapter and the new head are trainable

@@ -2,7 +2,7 @@
 
     accelerate launch recipes/lora_vit.py                             # embedded base and data, no download
     accelerate launch recipes/lora_vit.py --model google/vit-base-patch16-224-in21k --dataset FOLDER --augment crop-flip
-    accelerate launch recipes/lora_vit.py --model facebook/dinov2-small --bits 8 --optimizer adamw8bit
+    accelerate launch recipes/lora_vit.py --model facebook/dinov2-small --quantize 8bit --optimizer adamw8bit
 
 The base is any image classifier of transformers: ViT, DeiT, DINOv2, Swin and ConvNeXt get LoRA on their linear layers,
 MobileNets and ResNets on their point-wise convolutions. LoRA: Hu et al. 2021, arXiv:2106.09685. For another method of
@@ -29,8 +29,8 @@ class Recipe:
     sites: Literal["all", "attention"] = field(
         default="all", metadata={"help": "Every linear layer (in a network of convolutions the 1x1 ones), or q and v."}
     )
-    bits: Literal[4, 8] | None = field(
-        default=None, metadata={"help": "8 or 4: hold the frozen base in that many bits."}
+    quantize: Literal["8bit", "4bit"] | None = field(
+        default=None, metadata={"help": "Hold the frozen base in 8 or 4 bits (bitsandbytes)."}
     )
     augment: Literal["none", "crop", "crop-flip"] = field(
         default="crop",
@@ -54,7 +54,7 @@ def main(recipe: Recipe, train: TrainConfig) -> None:
     # 1. data and frozen base
     set_seed(train.seed)
     data = load_images(recipe.dataset, seed=train.seed, corrupt=recipe.corrupt)
-    model = load_base(recipe.model, labels=data.labels, bits=recipe.bits)
+    model = load_base(recipe.model, labels=data.labels, quantize=recipe.quantize)
     processor = load_processor(recipe.model)
 
     # 2. method: only the adapter and the new head are trainable

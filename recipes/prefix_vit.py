@@ -2,7 +2,7 @@
 
     accelerate launch recipes/prefix_vit.py                           # embedded base and data, no download
     accelerate launch recipes/prefix_vit.py --length 32 --projection 64
-    accelerate launch recipes/prefix_vit.py --model FOLDER --dataset FOLDER --bits 8 --optimizer adamw8bit
+    accelerate launch recipes/prefix_vit.py --model FOLDER --dataset FOLDER --quantize 8bit --optimizer adamw8bit
 
 Learned keys and values in front of those of the image's tokens: Li & Liang 2021, arXiv:2101.00190. With `--projection`
 an MLP makes them while training; the file holds keys and values alone.
@@ -27,8 +27,8 @@ class Recipe:
     projection: int | None = field(
         default=None, metadata={"help": "Hidden size of an MLP that makes the prefix while training; default: none."}
     )
-    bits: Literal[4, 8] | None = field(
-        default=None, metadata={"help": "8 or 4: hold the frozen base in that many bits."}
+    quantize: Literal["8bit", "4bit"] | None = field(
+        default=None, metadata={"help": "Hold the frozen base in 8 or 4 bits (bitsandbytes)."}
     )
     augment: Literal["none", "crop", "crop-flip"] = field(
         default="crop",
@@ -49,7 +49,7 @@ def main(recipe: Recipe, train: TrainConfig) -> None:
     # 1. data and frozen base
     set_seed(train.seed)
     data = load_images(recipe.dataset, seed=train.seed)
-    model = load_base(recipe.model, labels=data.labels, bits=recipe.bits)
+    model = load_base(recipe.model, labels=data.labels, quantize=recipe.quantize)
     processor = load_processor(recipe.model)
 
     # 2. method: only the adapter and the new head are trainable

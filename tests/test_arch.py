@@ -11,7 +11,8 @@ from torch import nn
 
 from inlay.arch import SITES, Sites, head_modules, lora_targets, sites
 from inlay.errors import InlayError
-from inlay.models import load_base, load_processor
+from inlay.models import load_base
+from inlay.processors import load_processor
 from inlay.store.golden import picture
 from inlay.store.load import load_adapter
 from inlay.store.save import save_adapter

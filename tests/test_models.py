@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     MobileNetV2Config,
@@ -23,7 +25,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from inlay.errors import InlayError
-from inlay.models import builtin_names, load_base, load_processor, resolve
+from inlay.models import builtin_names, load_base, resolve
+from inlay.processors import load_processor
+from inlay.quantized import describe_quantized
 
 LABELS = ["cat", "dog", "emu", "fox", "gnu"]
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -115,10 +119,10 @@ def test_half_precision(dtype, small):
     assert {value.dtype for value in base.parameters()} == {getattr(torch, dtype)}
 
 
-@pytest.mark.parametrize(("bits", "kind"), [(8, "Linear8bitLt"), (4, "Linear4bit")])
-def test_quantised_outside_the_head(bits, kind, small):
+@pytest.mark.parametrize(("quantize", "kind"), [("8bit", "Linear8bitLt"), ("4bit", "Linear4bit")])
+def test_quantised_outside_the_head(quantize, kind, small):
     pytest.importorskip("bitsandbytes")
-    base = load_base(small, bits=bits, labels=["a", "b"])
+    base = load_base(small, quantize=quantize, labels=["a", "b"])
     kinds = {
         name: type(module).__name__ for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)
     }
@@ -129,12 +133,12 @@ def test_quantised_outside_the_head(bits, kind, small):
     whole = load_base(small)
     with torch.no_grad():
         expected, found = (m.vit(pixel_values=pixels).last_hidden_state for m in (whole, base))
-    assert (found - expected).norm() / expected.norm() < {8: 0.02, 4: 0.2}[bits]
+    assert (found - expected).norm() / expected.norm() < {"8bit": 0.02, "4bit": 0.2}[quantize]
 
 
 def test_4_bits_leave_layers_whole_that_bitsandbytes_would_spoil():
     pytest.importorskip("bitsandbytes")
-    base = load_base("builtin:vit-tiny", bits=4)
+    base = load_base("builtin:vit-tiny", quantize="4bit")
     kinds = {
         module.in_features: type(module).__name__
         for _, module in base.vit.named_modules()
@@ -146,7 +150,7 @@ def test_4_bits_leave_layers_whole_that_bitsandbytes_would_spoil():
 def test_training_after_an_evaluation_of_a_4_bit_base(small):
     """On a CPU with AVX512-BF16 bitsandbytes would repack the weights at the first evaluation, without a gradient."""
     pytest.importorskip("bitsandbytes")
-    base = load_base(small, bits=4)
+    base = load_base(small, quantize="4bit")
     pixels = torch.randn(1, 3, 32, 32, requires_grad=True)
     with torch.no_grad():
         first = base(pixel_values=pixels.detach()).logits
@@ -189,13 +193,36 @@ def test_a_folder_without_a_model(tmp_path):
 
 
 def test_a_language_model(tmp_path):
-    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=10)).save_pretrained(tmp_path)
-    for options in ({}, {"labels": ["a", "b"]}, {"bits": 8}):
-        if "bits" in options:
-            pytest.importorskip("bitsandbytes")
-        refused(
-            r"is no image classifier that transformers knows \(AutoModelForImageClassification\)", tmp_path, **options
-        )
+    sizes = {"n_embd": 128, "n_layer": 2, "n_head": 2, "vocab_size": 10, "bos_token_id": 0, "eos_token_id": 0}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
+    base = load_base(tmp_path)
+    assert type(base) is GPT2LMHeadModel and not base.training and not base.new_head
+    assert not any(p.requires_grad for p in base.parameters())
+    assert base.lm_head.weight is base.transformer.wte.weight
+    refused(r"is a language model, which has no classes; leave labels out", tmp_path, labels=["a", "b"])
+
+
+@pytest.mark.parametrize(("quantize", "share"), [("8bit", 0.26), ("4bit", 0.14)])
+def test_a_quantised_language_model(quantize, share, tmp_path):
+    """GPT-2's Conv1D become layers of bitsandbytes; embeddings, norms and the tied head stay whole."""
+    pytest.importorskip("bitsandbytes")
+    sizes = {"n_embd": 128, "n_layer": 2, "n_head": 2, "vocab_size": 10, "bos_token_id": 0, "eos_token_id": 0}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
+    whole, base = load_base(tmp_path), load_base(tmp_path, quantize=quantize)
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        expected, found = whole(input_ids=ids).logits, base(input_ids=ids).logits
+    assert (found - expected).norm() / expected.norm() < {"8bit": 0.02, "4bit": 0.2}[quantize]
+    said = describe_quantized(base)
+    assert said.startswith("8 linear layers (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj) hold 393,216 weights")
+    assert f", {share} of float32" in said and "transformer.wte" in said and "ln_1" in said
+
+
+def test_a_model_that_reads_both_ways_is_no_language_model(tmp_path):
+    BertForMaskedLM(
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+    ).save_pretrained(tmp_path)
+    refused(r"\(bert\) is neither an image classifier nor a causal language model of transformers", tmp_path)
 
 
 def test_pickled_weights_are_not_read(folder):
@@ -259,21 +286,22 @@ def test_code_in_a_repository_is_never_run(folder):
 def test_bits_that_do_nothing_or_do_not_exist(tmp_path, small, monkeypatch):
     pytest.importorskip("bitsandbytes")
     MobileNetV2ForImageClassification(MobileNetV2Config(depth_multiplier=0.35)).save_pretrained(tmp_path)
-    refused(r"has no linear layer outside its head that 8 bits can hold; leave bits out", tmp_path, bits=8)
-    refused(r"bits must be 8 or 4, got 3", small, bits=3)
+    refused(r"has no linear layer outside its head that 8 bits can hold; leave quantize out", tmp_path, quantize="8bit")
+    refused(r"quantize must be '8bit' or '4bit', got '3bit'", small, quantize="3bit")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    refused(r"a 4-bit base needs bitsandbytes: pip install 'inlay\[quantize\]'", small, bits=4)
+    refused(r"a 4-bit base needs bitsandbytes: pip install 'inlay\[quantize\]'", small, quantize="4bit")
 
 
 # quiet
 
 QUIET = """
-from inlay.models import load_base, load_processor
+from inlay.models import load_base
+from inlay.processors import load_processor
 from inlay.arch import head_modules, lora_targets
 from peft import LoraConfig, get_peft_model
 import torch, transformers
 torch.set_num_threads(1)
-for options in [{}] + [{"bits": 8}, {"bits": 4}] * BITS:
+for options in [{}] + [{"quantize": "8bit"}, {"quantize": "4bit"}] * BITS:
     base = load_base("builtin:vit-tiny", labels=["a", "b"], **options)
     model = get_peft_model(base, LoraConfig(target_modules=lora_targets(base), modules_to_save=head_modules(base)))
     pixels = load_processor("builtin:vit-tiny")(images=torch.zeros(3, 40, 40), return_tensors="pt")["pixel_values"]

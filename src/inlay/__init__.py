@@ -22,7 +22,8 @@ if TYPE_CHECKING:
         PartialConfig,
         VisualPromptConfig,
     )
-    from inlay.models import load_base, load_processor
+    from inlay.models import load_base
+    from inlay.processors import load_processor, load_tokenizer
     from inlay.recipe import run_recipe
     from inlay.store.file import read_adapter
     from inlay.store.load import load_adapter
@@ -53,7 +54,8 @@ _WHERE = {
     "load_adapter": "store.load",
     "load_base": "models",
     "load_images": "data.images",
-    "load_processor": "models",
+    "load_processor": "processors",
+    "load_tokenizer": "processors",
     "predict": "infer.images",
     "read_adapter": "store.file",
     "run_recipe": "recipe",
@@ -76,6 +78,7 @@ __all__ = [
     "load_base",
     "load_images",
     "load_processor",
+    "load_tokenizer",
     "predict",
     "read_adapter",
     "run_recipe",

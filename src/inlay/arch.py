@@ -264,7 +264,7 @@ def _attentions(modules: Modules) -> Iterator[list[str]]:
         for name in modules:
             attention, _, leaf = name.rpartition(".")
             qkv = [f"{attention}.{each}" for each in leaves]
-            if leaf == leaves[0] and not _is_cross(name) and all(_is_linear(modules.get(each)) for each in qkv):
+            if leaf == leaves[0] and not _is_cross(name) and all(is_linear(modules.get(each)) for each in qkv):
                 yield qkv
 
 
@@ -275,7 +275,7 @@ def _block_around(qkv: list[str], modules: Modules) -> str:
     while block:
         beside = (n for n in modules if n.startswith(f"{block}.") and not n.startswith(f"{attention}."))
         called = block.rpartition(".")[2].isdigit() and not isinstance(modules[block], nn.ModuleList)
-        if called and any(_is_linear(modules[name]) for name in beside):
+        if called and any(is_linear(modules[name]) for name in beside):
             break
         block = block.rpartition(".")[0]
     return block
@@ -294,7 +294,7 @@ def _embeddings(modules: Modules, blocks: tuple[str, ...]) -> list[str]:
 
 def _block_row(block: Modules, qkv: list[str], pattern: str, embeddings: str) -> Row:
     """The row of an unknown block: output projection and MLP by shape and order, "" for what is not certain."""
-    shapes = {name: _shape(module) for name, module in block.items() if _is_linear(module) and not _is_cross(name)}
+    shapes = {name: linear_shape(module) for name, module in block.items() if is_linear(module) and not _is_cross(name)}
     attention = qkv[0].rpartition(".")[0]
     hidden, width = shapes[qkv[0]]
     out, region = "", attention
@@ -384,10 +384,10 @@ def lora_targets(model: nn.Module, sites: Literal["all", "attention"] = "all") -
     inner = dict(_outside(model, _heads(model)))
     for leaves in _QKV if sites == "attention" else ():
         query_value = (leaves[0], leaves[-1])
-        found = [name for name, m in inner.items() if name.rpartition(".")[2] in query_value and _is_linear(m)]
+        found = [name for name, m in inner.items() if name.rpartition(".")[2] in query_value and is_linear(m)]
         if found:
             return found
-    found = [name for name, m in inner.items() if _is_linear(m) or _is_pointwise(m)]
+    found = [name for name, m in inner.items() if is_linear(m) or _is_pointwise(m)]
     if not found:
         raise InlayError(f"found no linear layer or 1x1 convolution in {type(model).__name__}; give target_modules.")
     return found
@@ -400,7 +400,7 @@ def _outside(model: nn.Module, heads: list[str]) -> Iterator[tuple[str, nn.Modul
             yield name, module
 
 
-def _is_linear(module: nn.Module | None) -> bool:
+def is_linear(module: nn.Module | None) -> bool:
     """True for nn.Linear and its quantised subclasses, and for GPT-2's Conv1D."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
@@ -418,6 +418,6 @@ def _is_cross(name: str) -> bool:
     return any(word in name for word in _CROSS)
 
 
-def _shape(linear: nn.Module) -> tuple[int, int]:
+def linear_shape(linear: nn.Module) -> tuple[int, int]:
     """Input and output size; a Conv1D keeps its weight in this order and has no such attributes."""
     return (linear.nx, linear.nf) if type(linear).__name__ == "Conv1D" else (linear.in_features, linear.out_features)

@@ -13,7 +13,8 @@ from inlay.data.picture import Augment, ImageView
 from inlay.errors import InlayError
 from inlay.measure import Accuracy, footprint
 from inlay.methods import METHODS
-from inlay.models import load_base, load_processor
+from inlay.models import load_base
+from inlay.processors import load_processor
 from inlay.store.file import WEIGHTS
 from inlay.store.save import save_adapter
 from inlay.train.config import TrainConfig

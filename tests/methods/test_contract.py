@@ -284,7 +284,7 @@ def test_works_on_an_8_bit_base(method):
     pytest.importorskip("bitsandbytes")
     from inlay import load_base
 
-    model = load_base("builtin:vit-tiny", labels=["a", "b"], bits=8)
+    model = load_base("builtin:vit-tiny", labels=["a", "b"], quantize="8bit")
     if method == "partial":
         with pytest.raises(InlayError, match='train="bias"'):
             METHODS[method].adapt(model, 4)

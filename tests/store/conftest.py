@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save
 
 from inlay.arch import head_modules, lora_targets
-from inlay.models import load_base, load_processor
+from inlay.models import load_base
+from inlay.processors import load_processor
 from inlay.store.file import CONFIG, WEIGHTS, fingerprint, sign
 from inlay.store.save import save_adapter
 

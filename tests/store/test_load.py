@@ -127,14 +127,14 @@ def test_merging_keeps_the_outputs(original, outputs):
 @pytest.mark.parametrize(
     ("form", "kind"),
     [
-        ({"bits": 8}, "int8"),
-        ({"bits": 4}, "nf4"),
+        ({"quantize": "8bit"}, "int8"),
+        ({"quantize": "4bit"}, "nf4"),
         ({"dtype": "bfloat16"}, "bfloat16"),
         ({"dtype": "float16"}, "float16"),
     ],
 )
 def test_merging_into_a_coarse_base_is_refused(form, kind, original):
-    if "bits" in form:
+    if "quantize" in form:
         pytest.importorskip("bitsandbytes")
     with pytest.raises(InlayError, match=f"merging into {kind} weights would round the adapter away; load the base in"):
         load_adapter(original[1], **form).merge()

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import ViTConfig
 
 from inlay.errors import InlayError
-from inlay.models import load_processor, processor_from
+from inlay.processors import load_processor, processor_from
 
 MOBILENETS = Path(__file__).parents[2].parent / "shared/data/mobilenet_imagenet/hf"
 

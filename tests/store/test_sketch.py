@@ -9,7 +9,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from inlay.arch import head_modules
 from inlay.errors import InlayError
-from inlay.models import load_base, load_processor
+from inlay.models import load_base
+from inlay.processors import load_processor
 from inlay.store import golden
 from inlay.store.load import load_adapter
 from inlay.store.save import save_adapter
@@ -20,9 +21,9 @@ FORMS = {
     "float32": {},
     "float16": {"dtype": "float16"},
     "bfloat16": {"dtype": "bfloat16"},
-    "int8": {"bits": 8},
-    "nf4": {"bits": 4},
-    "nf4 with bfloat16": {"bits": 4, "dtype": "bfloat16"},
+    "int8": {"quantize": "8bit"},
+    "nf4": {"quantize": "4bit"},
+    "nf4 with bfloat16": {"quantize": "4bit", "dtype": "bfloat16"},
 }
 LABELS = ["cat", "dog", "emu", "fox", "gnu"]
 
@@ -66,7 +67,7 @@ def changed(base, relative, seed):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_right_base_passes_in_every_form(form, name, stored):
-    if "bits" in FORMS[form]:
+    if "quantize" in FORMS[form]:
         pytest.importorskip("bitsandbytes")
         if name == str(MOBILENET):
             pytest.skip("a MobileNet has no linear layer to quantise")
@@ -131,22 +132,22 @@ def test_a_sketch_needs_weights_and_a_known_form():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_an_adapter_loads_on_its_base_in_every_form(form, original, outputs):
-    if "bits" in FORMS[form]:
+    if "quantize" in FORMS[form]:
         pytest.importorskip("bitsandbytes")
     loaded = load_adapter(original[1], **FORMS[form])
     assert loaded.deviation < (1e-4 if form == "float32" else 0.7 * golden.TOLERANCE[form.split()[0]])
     torch.testing.assert_close(outputs(loaded.model), outputs(original[0]), rtol=0, atol=loaded.deviation * 10 + 1e-6)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_an_adapter_of_a_quantised_base_loads_on_it_and_on_the_whole_one(bits, make, processor, outputs, tmp_path):
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_an_adapter_of_a_quantised_base_loads_on_it_and_on_the_whole_one(quantize, make, processor, outputs, tmp_path):
     pytest.importorskip("bitsandbytes")
-    model = make(load_base("builtin:vit-tiny", labels=LABELS, bits=bits))
+    model = make(load_base("builtin:vit-tiny", labels=LABELS, quantize=quantize))
     outputs(model)
     folder = save_adapter(model, tmp_path / "zoo", processor=processor)
-    loaded = load_adapter(folder, bits=bits)
+    loaded = load_adapter(folder, quantize=quantize)
     torch.testing.assert_close(outputs(loaded.model), outputs(model))
-    assert loaded.file.record["base"]["precision"] == {8: "int8", 4: "nf4"}[bits]
+    assert loaded.file.record["base"]["precision"] == {"8bit": "int8", "4bit": "nf4"}[quantize]
     assert load_adapter(folder).deviation < 0.7 * golden.TOLERANCE[precision_of(model)]
 
 
@@ -172,7 +173,7 @@ def test_a_changed_alpha_is_found_twice(zoo, rewrite):
     path = zoo / "adapter_config.json"
     path.write_text(path.read_text().replace('"lora_alpha": 9', '"lora_alpha": 10'))
     with pytest.raises(InlayError, match="is not what was saved with the weights"):
-        load_adapter(zoo, bits=4)
+        load_adapter(zoo, quantize="4bit")
 
 
 def test_deviation_is_relative_and_never_trusts_nan():

@@ -25,7 +25,9 @@ from inlay._peft import (
 )
 from inlay.arch import head_modules
 from inlay.errors import InlayError
-from inlay.models import Bits, Dtype, load_base, load_processor, processor_from
+from inlay.models import Dtype, load_base
+from inlay.processors import load_processor, processor_from
+from inlay.quantized import Quantize
 from inlay.store import golden
 from inlay.store.file import CONFIG, WEIGHTS, AdapterFile, fetch, read_adapter
 from inlay.store.sketch import TOLERANCE, distance, precision_of, sketch
@@ -74,7 +76,7 @@ def load_adapter(
     *,
     revision: str | None = None,
     dtype: Dtype = "float32",
-    bits: Bits | None = None,
+    quantize: Quantize | None = None,
 ) -> LoadedAdapter:
     """Load an adapter, its head, labels and preprocessing, and check that they compute what they computed when saved.
 
@@ -84,7 +86,7 @@ def load_adapter(
             adapter does not fit); default: the base that the adapter names.
         revision: Of the adapter, for a Hub id.
         dtype: Of the base, where it is loaded here.
-        bits: 8 or 4, where it is loaded here.
+        quantize: "8bit" or "4bit", where it is loaded here.
 
     Raises:
         InlayError: Whatever `read_adapter` finds; a method that this peft does not know; a base of another structure or
@@ -93,7 +95,7 @@ def load_adapter(
     file = read_adapter(fetch(path, revision))
     _check_method(file)
     weights = _weights(file)
-    model = _given(base) if isinstance(base, nn.Module) else _load_base(file, base, dtype, bits)
+    model = _given(base) if isinstance(base, nn.Module) else _load_base(file, base, dtype, quantize)
     if file.record:
         _check_base(file, model)
     settings = file.record.get("preprocessing")
@@ -130,12 +132,14 @@ def _given(base: nn.Module) -> PreTrainedModel:
     return base
 
 
-def _load_base(file: AdapterFile, name: str | Path | None, dtype: Dtype, bits: Bits | None) -> PreTrainedModel:
+def _load_base(file: AdapterFile, name: str | Path | None, dtype: Dtype, quantize: Quantize | None) -> PreTrainedModel:
     """The base that was asked for, or the one that the adapter names, at the revision that it was trained on."""
     pinned = file.record.get("base", {}).get("revision") if name is None else None
     if not (name or file.base_name):
         raise InlayError(f"adapter {file.name!r} names no base; give base=.")
-    return load_base(name or file.base_name, labels=file.labels or None, dtype=dtype, bits=bits, revision=pinned)
+    return load_base(
+        name or file.base_name, labels=file.labels or None, dtype=dtype, quantize=quantize, revision=pinned
+    )
 
 
 def _check_method(file: AdapterFile) -> None:
