@@ -161,11 +161,11 @@ class Texts(Points):
 
     def __init__(self, rows, seed, lengths=(6,)):
         super().__init__(rows, seed)
-        self.lengths = lengths
+        self.allowed = lengths
 
     def __getitem__(self, index):
         words = torch.randint(
-            3, 20, (self.lengths[index % len(self.lengths)],), generator=torch.Generator().manual_seed(index)
+            3, 20, (self.allowed[index % len(self.allowed)],), generator=torch.Generator().manual_seed(index)
         )
         words[1] = self.labels[index]
         mask = torch.ones_like(words)

@@ -54,7 +54,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
     for changed, message in [
         ({"learning_rate": 0.1}, r"learning_rate 0.003 -> 0.1\)"),
         ({"settings": {"rank": 8}}, r"\(rank 4 -> 8\)"),
-        ({"settings": {"rank": 4, "quantize": "8bit"}}, r"\(quantize None -> 8bit\)"),
+        ({"settings": {"rank": 4, "quantize": "8bit"}}, r"\(quantize None -> '8bit'\)"),
         ({"precision": "bf16"}, r"\(precision 'no' -> 'bf16'\)"),
         ({"seed": 1, "epochs": 3}, r"\(epochs 2 -> 3, seed 0 -> 1\)"),
     ]:

@@ -1,12 +1,14 @@
 """Which example is seen when, as a pure function of the seed: what makes a resumed run equal to the whole one."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
+
+GROUP = 32  # steps whose examples are sorted by length together: padding of about 1 %, and batches that differ
 
 Draw = tuple[int, int]  # (index of the example, number of the draw since the run began)
 
@@ -16,32 +18,54 @@ class Draws(Sampler[list[Draw]]):
 
     All batches are full: one may begin in an epoch and end in the next, so no example is dropped or seen twice in an
     epoch. Resuming at a step needs no state and replays nothing.
+
+    With `lengths`, one for each example, the draws of 32 steps are sorted by length, cut into batches, and these are
+    shuffled: a batch then needs little padding.
     """
 
     drop_last = False
 
-    def __init__(self, examples: int, batch_size: int, steps: int, seed: int, done: int = 0) -> None:
-        self.examples, self.batch_size, self.steps, self.seed, self.done = (
-            examples,
-            batch_size,
-            steps,
-            seed,
-            done,
-        )
+    def __init__(
+        self,
+        examples: int,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        done: int = 0,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
+        self.examples, self.batch_size, self.steps, self.seed = examples, batch_size, steps, seed
+        self.done, self.lengths = done, lengths
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
         return self.steps - self.done
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        epoch, order = -1, np.empty(0, dtype=np.int64)
-        for step in range(self.done, self.steps):
-            batch = []
-            for draw in range(step * self.batch_size, (step + 1) * self.batch_size):
-                if draw // self.examples != epoch:
-                    epoch = draw // self.examples
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.examples)
-                batch.append((int(order[draw % self.examples]), draw))
-            yield batch
+        group = GROUP if self.lengths is not None else 1
+        for first in range(self.done // group * group, self.steps, group):
+            batches = self._batches(first, min(first + group, self.steps))
+            yield from batches[max(0, self.done - first) :]
+
+    def _batches(self, first: int, end: int) -> list[list[Draw]]:
+        """Those of the steps first to end."""
+        size = self.batch_size
+        draws = [(self._example(draw), draw) for draw in range(first * size, end * size)]
+        if self.lengths is not None:
+            lengths = self.lengths
+            draws.sort(key=lambda draw: lengths[draw[0]])
+        batches = [draws[begin : begin + size] for begin in range(0, len(draws), size)]
+        if self.lengths is not None:
+            order = np.random.default_rng((self.seed, 1, first)).permutation(len(batches))
+            batches = [batches[i] for i in order]
+        return batches
+
+    def _example(self, draw: int) -> int:
+        epoch = draw // self.examples
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(self.examples)
+        return int(self._order[draw % self.examples])
 
 
 class Drawn(Dataset[Any]):

@@ -12,10 +12,17 @@ if TYPE_CHECKING:
 
     import evaluate
 
+    from inlay.train.losses import Loss
+
 
 @torch.no_grad()
 def evaluate_on(
-    model: nn.Module, loader: Any, metrics: "Sequence[evaluate.Metric]", accelerator: Accelerator, accumulate: int = 1
+    model: nn.Module,
+    loader: Any,
+    loss: "Loss",
+    metrics: "Sequence[evaluate.Metric]",
+    accelerator: Accelerator,
+    accumulate: int = 1,
 ) -> dict[str, float]:
     """Mean loss, then what the metrics say of `logits.argmax(-1)` against `labels`; leaves the model in train mode.
 
@@ -24,25 +31,31 @@ def evaluate_on(
     in `accumulate` pieces, as in training.
     """
     model.eval()
-    losses = []
+    losses, weights = [], []
     for batch in loader:
         at_end, over = accelerator.gradient_state.end_of_dataloader, accelerator.gradient_state.remainder
         padded = accelerator.num_processes > 1 and at_end and over > 0
-        each, predicted = [], []
-        for piece, _ in pieces(batch, rows_of(batch) if padded else accumulate):
-            output = model(**piece)
-            each.append(output.loss.repeat(rows_of(piece)))
-            predicted.append(output.logits.argmax(-1))
-        rows = (torch.cat(each), torch.cat(predicted), batch["labels"])
-        loss, predictions, labels = accelerator.gather_for_metrics(rows)
-        losses.append(loss)
+        each, share, predicted = [], [], []  # a value for every row
+        for piece in pieces(batch, rows_of(batch) if padded else accumulate):
+            output, rows = loss(model, piece), rows_of(piece)
+            each.append(output.loss.repeat(rows))
+            share.append(torch.full_like(each[-1], loss.weight(piece) / rows))
+            if metrics:
+                predicted.append(output.logits.argmax(-1))
+        values = accelerator.gather_for_metrics((torch.cat(each), torch.cat(share)))
+        losses.append(values[0])
+        weights.append(values[1])
+        if not metrics:
+            continue
+        predictions, labels = accelerator.gather_for_metrics((torch.cat(predicted), batch["labels"]))
         if accelerator.is_main_process:
             for metric in metrics:
                 metric.add_batch(predictions=predictions.cpu(), references=labels.cpu())
     train_mode(model)
     scores: list[dict[str, float]] = [{}]
     if accelerator.is_main_process:
-        scores[0]["loss"] = float(torch.cat(losses).double().mean())
+        weight = torch.cat(weights).double()
+        scores[0]["loss"] = float((torch.cat(losses).double() * weight).sum() / weight.sum())
         for metric in metrics:
             scores[0] |= metric.compute() or {}
     if accelerator.num_processes > 1:
@@ -58,13 +71,12 @@ def train_mode(model: nn.Module) -> None:
             module.eval()
 
 
-def pieces(batch: dict[str, Any], count: int) -> "Iterator[tuple[dict[str, Any], float]]":
-    """At most `count` pieces of a batch, equal in size but for the last, each with its share of the rows."""
+def pieces(batch: dict[str, Any], count: int) -> "Iterator[dict[str, Any]]":
+    """At most `count` pieces of a batch, equal in size but for the last."""
     rows = rows_of(batch)
     size = -(-rows // count)
     for begin in range(0, rows, size):
-        piece = batch if size >= rows else {k: v[begin : begin + size] for k, v in batch.items()}
-        yield piece, min(size, rows - begin) / rows
+        yield batch if size >= rows else {k: v[begin : begin + size] for k, v in batch.items()}
 
 
 def rows_of(batch: dict[str, Any]) -> int:

@@ -2,12 +2,15 @@
 
 import signal
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from inlay.train.evaluation import pieces
+
+if TYPE_CHECKING:
+    from inlay.train.losses import Loss
 
 
 class Stop:
@@ -35,7 +38,7 @@ class Stop:
         self.signal = number
 
 
-def blame(model: nn.Module, batch: dict[str, Any], accumulate: int = 1) -> str | None:
+def blame(model: nn.Module, batch: dict[str, Any], loss: "Loss", accumulate: int = 1) -> str | None:
     """Say where NaN or Inf comes from: the batch, a weight, the first module that puts it out, the loss, or a gradient.
 
     Runs the step once more with hooks, in as many pieces, so it costs nothing until it is needed. `model` is unwrapped.
@@ -49,13 +52,13 @@ def blame(model: nn.Module, batch: dict[str, Any], accumulate: int = 1) -> str |
         if _bad(parameter):
             return f"the weight {name!r} is already NaN or Inf"
     model.zero_grad()
-    for piece, _ in pieces(batch, accumulate):
-        if found := _blame_piece(model, piece):
+    for piece in pieces(batch, accumulate):
+        if found := _blame_piece(model, piece, loss):
             return found
     return None
 
 
-def _blame_piece(model: nn.Module, piece: dict[str, Any]) -> str | None:
+def _blame_piece(model: nn.Module, piece: dict[str, Any], compute: "Loss") -> str | None:
     culprits: list[str] = []
 
     def watch(name: str) -> Any:
@@ -68,7 +71,7 @@ def _blame_piece(model: nn.Module, piece: dict[str, Any]) -> str | None:
 
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
-        loss = model(**piece).loss
+        loss = compute(model, piece).loss
     finally:
         for handle in handles:
             handle.remove()

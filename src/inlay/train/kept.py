@@ -102,8 +102,8 @@ class Runner:
         """
         loader = build_loader(
             _Watched(data),
-            self.config,
             _Marked(self.collate),
+            self.config.workers,
             self.accelerator,
             batch_size=self.config.batch_size,
         )
@@ -128,7 +128,7 @@ class Runner:
         count = self.config.accumulate
         while True:
             try:
-                return torch.cat([self._states(piece) for piece, _ in pieces(batch, count)])
+                return torch.cat([self._states(piece) for piece in pieces(batch, count)])
             except RuntimeError as error:
                 if not should_reduce_batch_size(error) or count >= rows_of(batch):
                     raise

@@ -27,6 +27,9 @@ from inlay.train.config import TrainConfig
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from inlay.train.draws import Draws
+    from inlay.train.frozen import Data
+
     Collate = Callable[[list[Any]], dict[str, Any]]
 
 
@@ -140,16 +143,27 @@ def build_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torc
     return AdamW8bit(groups, lr=config.learning_rate)
 
 
-def build_loader(
-    data: Any, config: TrainConfig, collate: "Collate | None", accelerator: Accelerator, **order: Any
-) -> Any:
+def build_loaders(
+    data: "Data", order: "Draws", batch_size: int, accelerator: Accelerator
+) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
+    """The batches of training, as `order` has them, and of validation, those of short examples first."""
+    train = build_loader(data.train, data.collate, data.workers, accelerator, batch_sampler=order)
+    if data.validation is None:
+        return train, None
+    lengths = getattr(data.validation, "lengths", None)
+    sampler = None if lengths is None else sorted(range(len(lengths)), key=lengths.__getitem__)
+    validation = {"batch_size": batch_size, "sampler": sampler}
+    return train, build_loader(data.validation, data.collate, data.workers, accelerator, **validation)
+
+
+def build_loader(data: Any, collate: "Collate | None", workers: int, accelerator: Accelerator, **order: Any) -> Any:
     """A DataLoader whose batches accelerate shares out among the processes and moves to the device."""
     loader = DataLoader(
         data,
         collate_fn=collate,
-        num_workers=config.workers,
+        num_workers=workers,
         worker_init_fn=_leave_signals_to_main,
-        persistent_workers=config.workers > 0 and "batch_size" in order,
+        persistent_workers=workers > 0 and "batch_size" in order,
         pin_memory=torch.cuda.is_available(),
         **order,
     )

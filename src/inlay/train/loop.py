@@ -21,7 +21,8 @@ from inlay.train.draws import Drawn, Draws, seed_all
 from inlay.train.evaluation import evaluate_on, pieces, rows_of, train_mode
 from inlay.train.frozen import Data, opened, tail
 from inlay.train.guards import Stop, blame
-from inlay.train.launch import build_loader, build_optimizer, enable_checkpointing, release, start
+from inlay.train.launch import build_loaders, build_optimizer, enable_checkpointing, release, start
+from inlay.train.losses import Loss, ModelLoss
 from inlay.train.run import Run
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def fit(
     *,
     metrics: "Sequence[evaluate.Metric]" = (),
     collate: "Collate | None" = None,
+    loss: Loss | None = None,
     settings: dict[str, Any] | None = None,
 ) -> FitResult:
     """Train what requires a gradient in `model`, and leave the best weights in it, in eval mode.
@@ -73,12 +75,14 @@ def fit(
     Args:
         model: Returns an output with `loss` and `logits` when called with a batch (the convention of transformers).
         train_data: Map-style dataset of dicts. Items are drawn under a seed of their own, so random augmentation that
-            uses Python's, numpy's or torch's global generator is reproducible.
+            uses Python's, numpy's or torch's global generator is reproducible. With an attribute `lengths`, a size for
+            each item, a batch is made of items of about one size: little of it is padding.
         validation_data: The same without augmentation, or None: then the last weights are kept.
         config: How to train.
         metrics: `evaluate` metrics over `logits.argmax(-1)` and `labels`. The first one decides which evaluation is the
             best (more is better); without metrics the validation loss does.
         collate: Makes a batch of a list of items; default `torch.utils.data.default_collate`.
+        loss: What is made small; default: what the model itself gives. `NextToken()` for language models.
         settings: Further settings that the run depends on (rank, data ...): a resumption must have the same.
 
     Raises:
@@ -102,7 +106,10 @@ def fit(
         model.eval()
         return FitResult(**run.result, resumed=True)
 
-    steps = config.steps(len(train_data))
+    steps, loss = config.steps(len(train_data)), loss or ModelLoss()
+    if config.cache_frozen != "no" and not isinstance(loss, ModelLoss):
+        accelerator.print("cache_frozen stays off: it keeps states of examples of one size, with the model's own loss.")
+        config = replace(config, cache_frozen="no")
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     optimizer = build_optimizer(trainable, config)
@@ -111,13 +118,14 @@ def fit(
     net = tail(model, config, accelerator)
     wrapped, optimizer, scheduler = accelerator.prepare(net, optimizer, scheduler)
     resumed = run.resume()
-    order = Draws(len(train_data), config.batch_size, steps, config.seed, done=run.progress.step)
+    lengths = getattr(train_data, "lengths", None)
+    order = Draws(len(train_data), config.batch_size, steps, config.seed, done=run.progress.step, lengths=lengths)
     if config.tracker is not None:
         accelerator.init_trackers("inlay", config=config.identity())
-    trainer = _Trainer(accelerator, wrapped, optimizer, scheduler, run, config, steps, list(metrics))
+    trainer = _Trainer(accelerator, wrapped, optimizer, scheduler, run, config, steps, loss, list(metrics))
     data = Data(Drawn(train_data, config.seed), validation_data, collate, config.workers)
     with opened(net, data, config, accelerator) as data, Stop() as stop:
-        loader, validation = _loaders(data, order, config, accelerator)
+        loader, validation = build_loaders(data, order, config.batch_size, accelerator)
         try:
             trainer.train(loader, validation, stop, resumed)
         except RuntimeError as error:
@@ -136,15 +144,6 @@ def fit(
     return result
 
 
-def _loaders(data: Data, order: Draws, config: TrainConfig, accelerator: Accelerator) -> tuple[Any, Any]:
-    """The batches of training and of validation."""
-    config = replace(config, workers=data.workers)
-    loader = build_loader(data.train, config, data.collate, accelerator, batch_sampler=order)
-    if data.validation is None:
-        return loader, None
-    return loader, build_loader(data.validation, config, data.collate, accelerator, batch_size=config.batch_size)
-
-
 class _Trainer:
     """The objects of one run, and what is done with them."""
 
@@ -157,10 +156,11 @@ class _Trainer:
         run: Run,
         config: TrainConfig,
         steps: int,
+        loss: Loss,
         metrics: "list[evaluate.Metric]",
     ) -> None:
         self.accelerator, self.model, self.optimizer, self.scheduler = accelerator, model, optimizer, scheduler
-        self.run, self.config, self.steps, self.metrics = run, config, steps, metrics
+        self.run, self.config, self.steps, self.loss, self.metrics = run, config, steps, loss, metrics
         self.eval_every = config.eval_every or max(1, round(steps / config.epochs))
         self.skipped = 0  # fp16 steps in a row whose gradient overflowed
         self.step_seconds, self.steps_here = 0.0, 0
@@ -255,15 +255,26 @@ class _Trainer:
         return loss_value, norm_value, signal_
 
     def _forward_backward(self, batch: dict[str, Any], accumulate: int) -> torch.Tensor:
-        """Add the gradient of the mean loss of this process's share of the batch, `accumulate` pieces in turn."""
+        """Add the gradient of the mean loss of this process's share of the batch, `accumulate` pieces in turn.
+
+        The mean of the processes' gradients is then that of the whole batch, also where its share holds more tokens.
+        """
         total = torch.zeros((), device=self.accelerator.device)
+        whole = self._mean_weight(batch)
         cut = list(pieces(batch, accumulate))
-        for i, (piece, share) in enumerate(cut):
+        for i, piece in enumerate(cut):
             with nullcontext() if i == len(cut) - 1 else self.accelerator.no_sync(self.model):
-                loss = self.model(**piece).loss * share
+                loss = self.loss(self.model, piece).loss * (self.loss.weight(piece) / whole)
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
+
+    def _mean_weight(self, batch: dict[str, Any]) -> float:
+        """The weight of the whole batch, by the number of processes that share it."""
+        weight = float(self.loss.weight(batch))
+        if self.accelerator.num_processes == 1 or isinstance(self.loss, ModelLoss):
+            return weight
+        return float(self.accelerator.reduce(torch.tensor(weight, device=self.accelerator.device), "mean"))
 
     def _seed(self, step: int) -> int:
         """Another one for every step and process."""
@@ -301,7 +312,7 @@ class _Trainer:
             return
         seed_all(self._seed(step))
         with self.accelerator.autocast():
-            found = blame(self.accelerator.unwrap_model(self.model), batch, self.run.progress.accumulate)
+            found = blame(self.accelerator.unwrap_model(self.model), batch, self.loss, self.run.progress.accumulate)
         found = next(filter(None, gather_object([found])), None)  # all processes are here: the loss is their mean
         where = found or "neither input, weights, outputs nor gradients show it when the step is repeated"
         raise InlayError(
@@ -315,7 +326,7 @@ class _Trainer:
         row = {"step": progress.step, "train_loss": progress.loss_sum / progress.loss_count}
         progress.loss_sum, progress.loss_count = 0.0, 0
         if loader is not None:
-            scores = evaluate_on(self.model, loader, self.metrics, self.accelerator, progress.accumulate)
+            scores = evaluate_on(self.model, loader, self.loss, self.metrics, self.accelerator, progress.accumulate)
             if not math.isfinite(scores["loss"]):
                 raise InlayError(
                     f"the validation loss at step {progress.step} is {scores['loss']}, but the training loss is not: "
