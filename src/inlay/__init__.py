@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from inlay.data.images import ImageData, load_images
     from inlay.data.picture import ImageView
+    from inlay.data.text import TextData, load_texts
+    from inlay.data.textview import TextView
+    from inlay.data.tokens import TextProcessor
     from inlay.errors import InlayError
     from inlay.infer.images import predict
+    from inlay.infer.text import Decoding, generate, judge
     from inlay.methods import (
         METHODS,
         AttentionPrefixConfig,
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from inlay.store.save import save_adapter
     from inlay.train.config import TrainConfig
     from inlay.train.loop import fit
+    from inlay.train.losses import NextToken
 
 __version__ = "0.1.0"
 
@@ -44,17 +49,25 @@ _WHERE = {
     "AttentionPrefixConfig": "methods",
     "BottleneckConfig": "methods",
     "CompositeConfig": "methods",
+    "Decoding": "infer.text",
     "ImageData": "data.images",
     "ImageView": "data.picture",
     "InlayError": "errors",
+    "NextToken": "train.losses",
     "PartialConfig": "methods",
+    "TextData": "data.text",
+    "TextProcessor": "data.tokens",
+    "TextView": "data.textview",
     "TrainConfig": "train.config",
     "VisualPromptConfig": "methods",
     "fit": "train.loop",
+    "generate": "infer.text",
+    "judge": "infer.text",
     "load_adapter": "store.load",
     "load_base": "models",
     "load_images": "data.images",
     "load_processor": "processors",
+    "load_texts": "data.text",
     "load_tokenizer": "processors",
     "predict": "infer.images",
     "read_adapter": "store.file",
@@ -67,17 +80,25 @@ __all__ = [
     "AttentionPrefixConfig",
     "BottleneckConfig",
     "CompositeConfig",
+    "Decoding",
     "ImageData",
     "ImageView",
     "InlayError",
+    "NextToken",
     "PartialConfig",
+    "TextData",
+    "TextProcessor",
+    "TextView",
     "TrainConfig",
     "VisualPromptConfig",
     "fit",
+    "generate",
+    "judge",
     "load_adapter",
     "load_base",
     "load_images",
     "load_processor",
+    "load_texts",
     "load_tokenizer",
     "predict",
     "read_adapter",

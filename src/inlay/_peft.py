@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM, PeftType
 from peft.tuners.lora.layer import _ConvNd
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, register_peft_method, set_peft_model_state_dict
@@ -38,10 +38,19 @@ def changes_base(config: PeftConfig) -> str | None:
 
 
 def inject(model: torch.nn.Module, config: PeftConfig) -> PeftModel:
-    """Wrap `model` with the adapter of `config`, its weights on the meta device: nothing is allocated."""
+    """Wrap `model` with the adapter of `config`, its weights on the meta device: nothing is allocated.
+
+    But for prompts and prefixes, which peft allocates at once: compare `virtual_tokens` with the file before.
+    """
     mirror_convolutions()
     config.inference_mode = True
-    return PeftModel(model, config, low_cpu_mem_usage=True)
+    writes_text = config.task_type == "CAUSAL_LM" or config.is_prompt_learning
+    return (PeftModelForCausalLM if writes_text else PeftModel)(model, config, low_cpu_mem_usage=True)
+
+
+def virtual_tokens(config: PeftConfig) -> int:
+    """How many tokens peft's prompt or prefix tuning adds in front of a text; 0 for other methods."""
+    return int(config.num_virtual_tokens) if config.is_prompt_learning else 0
 
 
 def adapter_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
@@ -60,6 +69,8 @@ def fill(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
     kinds = {key: value.dtype for key, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     weights = {key: value.to(kinds[key]) for key, value in weights.items()}
     set_peft_model_state_dict(model, weights, low_cpu_mem_usage=True)
+    if model.active_peft_config.is_prompt_learning:
+        return
     model.base_model._cast_adapter_dtype(adapter_name=model.active_adapter)
     set_peft_model_state_dict(model, weights)
 

@@ -45,19 +45,39 @@ def info(adapter: AdapterArgument, base: BaseOption = None, as_json: JsonOption 
 @app.command()
 def predict(
     adapter: AdapterArgument,
-    pictures: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Pictures, or folders of pictures.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="INPUT...", help="Pictures or folders of them, to classify; or prompts, to continue."),
+    ],
     base: BaseOption = None,
-    top: Annotated[int, typer.Option(min=1, help="Classes to name for each picture.")] = 3,
     merge: Annotated[bool, typer.Option("--merge", help="Fold the adapter into its base first.")] = False,
-    grid: Annotated[Path | None, typer.Option(help="Save a sheet of the pictures and their labels here.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Pictures: classes to name for each.")] = 3,
+    grid: Annotated[
+        Path | None, typer.Option(help="Pictures: save a sheet of them and their labels under this name.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Prompts: longest text, in tokens.")] = 64,
+    beams: Annotated[int, typer.Option(help="Prompts: beams of the search.")] = 1,
+    temperature: Annotated[float, typer.Option(help="Prompts: of sampling; 0: no sampling.")] = 0.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Classify pictures with an adapter."""
+    """Use an adapter: classify pictures, or continue prompts, whichever it was trained for."""
     from inlay.infer.images import draw_sheet, find_pictures
     from inlay.infer.images import predict as classify
-    from inlay.store.load import load_adapter
+    from inlay.infer.text import Decoding, generate
+    from inlay.store.load import load_adapter, task_of_adapter
 
-    files = find_pictures(pictures)
+    if task_of_adapter(adapter) == "text-generation":
+        decoding = Decoding(max_new_tokens=max_new_tokens, beams=beams, temperature=temperature)
+        loaded = load_adapter(adapter, base)
+        loaded = loaded.merge() if merge else loaded
+        texts = generate(loaded.model, loaded.processor, inputs, decoding)
+        if as_json:
+            rows = [{"prompt": prompt, "text": text} for prompt, text in zip(inputs, texts, strict=True)]
+            print(json.dumps(rows, indent=2, ensure_ascii=False))
+        else:
+            print("\n".join(texts))
+        return
+    files = find_pictures(inputs)
     loaded = load_adapter(adapter, base)
     predictions = classify(loaded.merge() if merge else loaded, files, top=top)
     if grid is not None:

@@ -83,15 +83,20 @@ def _resize(processor: BaseImageProcessor, side: int) -> None:
 
 
 def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base.
+    """The tokenizer of a base; its `model_max_length` is no more than the positions that the base has.
 
     Raises:
         InlayError: Unknown name, a base without a tokenizer or with one that needs code of its own, no network.
     """
     name, where = str(name), resolve(name)
+    config = read_config(name, where, revision)
     try:
-        return AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
     except Exception as error:  # tokenizer files are data from anywhere: they fail in any way
         if Path(where).is_dir():
             raise InlayError(f"the tokenizer of {name} cannot be used: {first_line(error)}") from error
         raise explained(name, error) from error
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < tokenizer.model_max_length:
+        tokenizer.model_max_length = positions
+    return tokenizer

@@ -329,7 +329,10 @@ def test_a_header_that_is_none(header, message, zoo, plain):
         ({"modules_to_save": None}, "has 2 that no module takes"),
         ({"init_lora_weights": "pissa"}, "initialised by 'pissa', which changes the base at each load"),
         ({"init_lora_weights": "olora"}, "initialised by 'olora', which changes the base at each load"),
-        ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}, "does not fit this base"),
+        (
+            {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4},
+            "expected one tensor prompt_embeddings of 4 virtual tok",
+        ),
         ({"peft_type": "IA3"}, "does not fit|lacks"),
     ],
 )

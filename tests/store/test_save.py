@@ -181,7 +181,7 @@ def disabled(model):
     ("change", "message"),
     [
         (spoil, r"the weight '.*lora_B.*' holds NaN or Inf; nothing was saved"),
-        (blow_up, r"output on the golden picture is NaN or Inf; nothing was saved"),
+        (blow_up, r"output on the golden input is NaN or Inf; nothing was saved"),
         (merged, r"one active adapter, neither merged nor disabled"),
         (disabled, r"one active adapter, neither merged nor disabled"),
         (lambda model: model.get_base_model(), r"takes a model wrapped by get_peft_model, got ViTForImage"),

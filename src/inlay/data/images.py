@@ -15,6 +15,7 @@ import datasets
 import numpy as np
 
 from inlay.data.picture import decode, reason
+from inlay.data.tables import hub_splits, some
 from inlay.errors import InlayError
 
 logger = logging.getLogger(__name__)
@@ -104,12 +105,7 @@ def _splits(name: str, path: Path, revision: str | None) -> dict[str, datasets.D
         return {"train": _builtin(name)}
     if name and path.exists():
         return _tables([path]) if path.is_file() else _folder(path)
-    try:
-        return dict(datasets.load_dataset(name, revision=revision))
-    except Exception as error:  # no network, no such dataset or revision, gated: each has its own type
-        wanted = "builtin:digits, builtin:shapes, a folder, a table or a Hub dataset"
-        got = f"{name!r} is nothing here and the Hub gave {type(error).__name__} ({reason(error)})"
-        raise InlayError(f"expected {wanted}, but {got}. Check the name and the network.") from error
+    return hub_splits(name, revision, "builtin:digits, builtin:shapes, a folder, a table or a Hub dataset")
 
 
 def _builtin(name: str) -> datasets.Dataset:
@@ -168,11 +164,11 @@ def _class_folders(folder: Path) -> datasets.Dataset:
         names += [inner.name] * len(pictures)
     if wrong:
         raise InlayError(
-            f"expected pictures in class folders in {str(folder)!r}, but {_some(wrong)}. Pass the folder "
+            f"expected pictures in class folders in {str(folder)!r}, but {some(wrong)}. Pass the folder "
             f"of the class folders (or train/ and val/ with them), without empty ones, or pass a table."
         )
     if loose:
-        logger.warning("%d files are not used as pictures of a class: %s.", len(loose), _some(loose))
+        logger.warning("%d files are not used as pictures of a class: %s.", len(loose), some(loose))
     features = datasets.Features({"image": PICTURE, "label": datasets.Value("string")})
     return datasets.Dataset.from_dict({"image": paths, "label": names}, features=features)
 
@@ -187,7 +183,7 @@ def _tables(files: list[Path]) -> dict[str, datasets.Dataset]:
     kinds = {file.suffix.lower() for file in files}
     if not kinds <= TABLES.keys() or len(kinds) > 1 or (files[1:] and not all(found)):
         wanted = f"one table ({', '.join(TABLES)}), or several of a kind named after splits (train.csv)"
-        got = _some([file.name for file in files])
+        got = some([file.name for file in files])
         raise InlayError(f"expected class folders, {wanted}, but got {got}. Pass the one that is meant.")
     builder, options = TABLES[kinds.pop()]
     hidden, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
@@ -196,7 +192,7 @@ def _tables(files: list[Path]) -> dict[str, datasets.Dataset]:
     try:
         return dict(datasets.load_dataset(builder, data_files=splits, **options))
     except Exception as error:  # what a reader raises for a bad file is not documented
-        got = f"{reason(error.__cause__ or error)} in {_some(files)}"
+        got = f"{reason(error.__cause__ or error)} in {some(files)}"
         raise InlayError(f"expected a table that reads as {builder}, but {got}. Mend it.") from error
     finally:
         datasets.logging.set_verbosity(level)
@@ -215,7 +211,7 @@ def _columns(rows: datasets.Dataset, name: str, image: str | None, label: str | 
     labels = [label] if label else labels or (others if len(others) == 1 else [])
     for what, found in (("image", images), ("label", labels)):
         if len(found) != 1 or found[0] not in kinds:
-            got = f"{_some(found) or 'none'} among {_some(list(kinds))}"
+            got = f"{some(found) or 'none'} among {some(list(kinds))}"
             raise InlayError(f"expected one {what} column in {name!r}, but got {got}. Pass {what}_column.")
     return images[0], labels[0]
 
@@ -235,7 +231,7 @@ def _words(rows: datasets.Dataset, label: str, where: str) -> list[str]:
     named = isinstance(feature, datasets.ClassLabel)
     gaps = [i for i, v in enumerate(values) if v is None or v != v or v == "" or (named and v < 0)]
     if gaps:
-        got = f"{len(gaps)} rows have none (from 0: {_some(gaps)})"
+        got = f"{len(gaps)} rows have none (from 0: {some(gaps)})"
         raise InlayError(f"expected a label in every row of {where}, but {got}. Fill or remove them.")
     if not named and not re.fullmatch(r"(large_)?string|u?int\d+|bool", _dtype(feature)):
         got = f"{_dtype(feature)} in column {label!r} of {where}"
@@ -252,10 +248,10 @@ def _sorted(words: Sequence[str]) -> list[str]:
 def _check_classes(words: dict[str, list[str]], name: str) -> None:
     train, *held = map(set, words.values())
     if len(train) < 2:
-        raise InlayError(f"expected two classes or more in {name!r}, but got {_some(list(train))}. Add another.")
+        raise InlayError(f"expected two classes or more in {name!r}, but got {some(list(train))}. Add another.")
     unknown = _sorted(list(set().union(*held) - train))
     if unknown:
-        got = f"{_some(unknown)} in validation alone"
+        got = f"{some(unknown)} in validation alone"
         raise InlayError(f"expected all classes of {name!r} in training, but got {got}. Add or remove them.")
 
 
@@ -276,7 +272,7 @@ def _readable(
     faults = {split: _faults(rows, split) for split, rows in parts.items()}
     bad = [fault for found in faults.values() for fault in found.values()]
     if bad and corrupt == "refuse":
-        got = f"{len(bad)} of {sum(map(len, parts.values()))} in {name!r} cannot: {_some(bad)}"
+        got = f"{len(bad)} of {sum(map(len, parts.values()))} in {name!r} cannot: {some(bad)}"
         raise InlayError(f"expected readable pictures, but {got}. Replace them, or pass corrupt='skip'.")
     if not bad:
         return list(parts.values())
@@ -284,7 +280,7 @@ def _readable(
     good = [rows.select([i for i in range(len(rows)) if i not in faults[s]]) for s, rows in parts.items()]
     lost = set(next(iter(parts.values()))["label"][:]) - set(good[0]["label"][:])
     if lost or not all(map(len, good)):
-        got = f"none of {_some([labels[i] for i in sorted(lost)]) or 'validation'} can be read"
+        got = f"none of {some([labels[i] for i in sorted(lost)]) or 'validation'} can be read"
         raise InlayError(f"expected a few bad pictures to skip in {name!r}, but {got}. Replace them.")
     return good
 
@@ -317,11 +313,7 @@ def _stratified(ids: Sequence[int], labels: Sequence[str], share: float, seed: i
         held += rows[: min(max(1, round(len(rows) * share)), len(rows) - 1)]
     single = [labels[label] for label, rows in groups.items() if len(rows) == 1]
     if not held:
-        raise InlayError(f"expected two pictures of a class or more, but got one of {_some(single)}. Add some.")
+        raise InlayError(f"expected two pictures of a class or more, but got one of {some(single)}. Add some.")
     if single:
-        logger.warning("classes with one picture, which stays in training: %s.", _some(single))
+        logger.warning("classes with one picture, which stays in training: %s.", some(single))
     return sorted(held)
-
-
-def _some(names: Sequence[object]) -> str:
-    return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")

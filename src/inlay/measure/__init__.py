@@ -16,16 +16,19 @@ if TYPE_CHECKING:
     from inlay.measure.macs import count_macs
     from inlay.measure.quality import F1, Accuracy
     from inlay.measure.speed import Latency, latency
+    from inlay.measure.text import TextScores, score_texts
 
 __all__ = [
     "F1",
     "Accuracy",
     "Footprint",
     "Latency",
+    "TextScores",
     "cost",
     "count_macs",
     "footprint",
     "latency",
+    "score_texts",
 ]
 
 _HOME = {
@@ -35,6 +38,8 @@ _HOME = {
     "cost": "costs",
     "Accuracy": "quality",
     "F1": "quality",
+    "TextScores": "text",
+    "score_texts": "text",
 }
 
 

@@ -1,19 +1,36 @@
 """The model card (README.md) of a saved adapter."""
 
+import json
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-_TASKS = {"image-classification": "AutoModelForImageClassification"}
+_TASKS = {"image-classification": "AutoModelForImageClassification", "text-generation": "AutoModelForCausalLM"}
 _METHODS = {
     "LORA": "LoRA",
+    "PREFIX_TUNING": "Prefix tuning",
+    "PROMPT_TUNING": "Prompt tuning",
     "INLAY_ATTENTION_PREFIX": "Attention prefix",
     "INLAY_BOTTLENECK": "Bottleneck",
     "INLAY_COMPOSITE": "Composite",
     "INLAY_PARTIAL": "Partial fine-tuning",
     "INLAY_VISUAL_PROMPT": "Visual prompt",
 }
-_METRICS = {"accuracy": "Accuracy", "f1": "Macro F1", "loss": "Validation loss"}
+_METRICS = {
+    "accuracy": "Accuracy",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "f1": "Macro F1",
+    "loss": "Validation loss",
+    "perplexity": "Perplexity",
+    "rouge_l": "ROUGE-L",
+}
+_USE = {
+    "image-classification": 'from inlay import load_adapter, predict\n\nadapter = load_adapter("FOLDER")\n'
+    'print(predict(adapter, ["picture.png"]))',
+    "text-generation": 'from inlay import generate, load_adapter\n\nadapter = load_adapter("FOLDER")\n'
+    'print(generate(adapter.model, adapter.processor, ["a prompt"]))',
+}
 
 
 def card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]) -> str:
@@ -57,19 +74,30 @@ def card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]
         or "Not measured.",
         "## Load",
         "Checked against the base it was trained on:",
-        '```python\nfrom inlay import load_adapter, predict\n\nadapter = load_adapter("FOLDER")\n'
-        'print(predict(adapter, ["picture.png"]))\n```',
+        f"```python\n{_USE[task]}\n```",
         "With peft alone:",
         _peft_snippet(record, config["peft_type"]),
-        "## Labels",
-        ", ".join(f"{i} = {label}" for i, label in enumerate(record["labels"][:50]))
-        + (" ..." if len(record["labels"]) > 50 else ""),
+        *_inputs(record),
         "## Training",
         _table(("setting", "value"), [(k, f"`{v}`") for k, v in metrics.get("training", {}).items()])
         or "Not recorded.",
         "Versions: " + ", ".join(f"{k} {v}" for k, v in metrics.get("versions", {}).items()) + ".",
     ]
     return f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _inputs(record: dict[str, Any]) -> list[str]:
+    """The classes, or how a prompt is written."""
+    labels = record["labels"]
+    if labels:
+        named = ", ".join(f"{i} = {label}" for i, label in enumerate(labels[:50]))
+        return ["## Labels", named + (" ..." if len(labels) > 50 else "")]
+    settings = record["preprocessing"]
+    return [
+        "## Prompts",
+        f"A prompt is followed by `{json.dumps(settings['separator'])}` and read with the base's tokenizer; prompt and "
+        f"completion had at most {settings['max_length']} tokens.",
+    ]
 
 
 def method_name(config: dict[str, Any]) -> str:
@@ -96,6 +124,7 @@ def _revision(base: dict[str, Any]) -> str:
 
 def _peft_snippet(record: dict[str, Any], kind: str) -> str:
     base, count = record["base"], len(record["labels"])
+    classes = f", num_labels={count}, ignore_mismatched_sizes=True" if count else ""
     own = [f"import inlay  # makes {kind} known to peft; without it: KeyError: '{kind}'"] if "INLAY" in kind else []
     lines = [*own, "from peft import PeftModel", f"from transformers import {_TASKS[record['task']]}"]
     where = f'"{base["name"]}"'
@@ -104,7 +133,7 @@ def _peft_snippet(record: dict[str, Any], kind: str) -> str:
         where = f"resolve({where})"
     lines += [
         "",
-        f"base = {_TASKS[record['task']]}.from_pretrained({where}, num_labels={count}, ignore_mismatched_sizes=True)",
+        f"base = {_TASKS[record['task']]}.from_pretrained({where}{classes})",
         'model = PeftModel.from_pretrained(base, "FOLDER").eval()',
     ]
     note = ""

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from inlay.data.tokens import TextProcessor
+
 OUTPUTS = 64  # logits that are kept
 
 # Largest |difference| relative to the largest |logit|, by the coarser of the two precisions (saved, loaded). Measured
@@ -22,21 +24,37 @@ def picture() -> Image.Image:
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
 
 
+def tokens(vocabulary: int) -> torch.Tensor:
+    """The golden text (1, 16): token ids by a fixed integer formula, below the size of the vocabulary."""
+    return (torch.arange(1, 17) ** 3 * 7919 % vocabulary)[None]
+
+
 @torch.no_grad()
 def output(model: torch.nn.Module, processor: Any) -> list[float]:
-    """The first logits of the golden picture, through the whole preprocessing, in eval mode."""
+    """What the model, in eval mode, makes of its golden input.
+
+    The first logits of the golden picture, through the whole preprocessing; or those of as many tokens, evenly spaced
+    over the vocabulary, to follow the golden text.
+    """
     modes = [(module, module.training) for module in model.modules()]
     weight = next(p for p in model.parameters() if p.is_floating_point())
-    pixels = processor(picture(), return_tensors="pt")["pixel_values"].to(weight.device, weight.dtype)  # 1 C H W
+    inputs: dict[str, Any]
+    if isinstance(processor, TextProcessor):
+        inputs = {"input_ids": tokens(len(processor.tokenizer)).to(weight.device), "use_cache": False}
+    else:
+        pixels = processor(picture(), return_tensors="pt")["pixel_values"]  # 1 C H W
+        inputs = {"pixel_values": pixels.to(weight.device, weight.dtype)}
     # accelerate leaves the autocast of mixed precision around a trained model, a loaded one is without
     autocast = vars(model).pop("forward") if "_original_forward" in vars(model) else None
     try:
-        logits = model.eval()(pixel_values=pixels).logits
+        logits = model.eval()(**inputs).logits
     finally:
         for module, mode in modes:
             module.training = mode
         if autocast is not None:
             model.forward = autocast
+    if isinstance(processor, TextProcessor):
+        logits = logits[:, -1, :: max(1, logits.shape[-1] // OUTPUTS)]
     return [float(f"{value:.6g}") for value in logits.flatten()[:OUTPUTS].float().tolist()]
 
 

@@ -22,11 +22,13 @@ from inlay._peft import (
     inject,
     known_method,
     release,
+    virtual_tokens,
 )
 from inlay.arch import head_modules
+from inlay.data.tokens import TextProcessor
 from inlay.errors import InlayError
-from inlay.models import Dtype, load_base
-from inlay.processors import load_processor, processor_from
+from inlay.models import Dtype, Task, load_base, task_of
+from inlay.processors import load_processor, load_tokenizer, processor_from
 from inlay.quantized import Quantize
 from inlay.store import golden
 from inlay.store.file import CONFIG, WEIGHTS, AdapterFile, fetch, read_adapter
@@ -39,8 +41,8 @@ class LoadedAdapter:
 
     Attributes:
         model: The PeftModel in eval mode.
-        processor: The image processor that it was trained with.
-        labels: Class names in the order of the logits.
+        processor: The image processor, or the TextProcessor, that it was trained with.
+        labels: Class names in the order of the logits; none for a language model.
         file: What was read from disk.
         verified: True if base, tensors and golden output were checked; False for a folder that only peft has written.
         deviation: Relative difference to the golden output; None if there is none.
@@ -57,10 +59,13 @@ class LoadedAdapter:
         """Fold the adapter into the base's weights: the same outputs without the adapter's latency.
 
         Raises:
-            InlayError: The base is quantised, where merging would lose much of the adapter, or it is merged already.
+            InlayError: The base is quantised, where merging would lose much of the adapter, or it is merged already; a
+                prompt or prefix, which no weight can stand for.
         """
         if not isinstance(self.model, PeftModel):
             raise InlayError("this adapter is merged already.")
+        if self.model.active_peft_config.is_prompt_learning:
+            raise InlayError("prompts and prefixes are tokens, which no weight can stand for; use it unmerged.")
         kind = precision_of(self.model)
         if kind != "float32":
             raise InlayError(
@@ -98,19 +103,27 @@ def load_adapter(
     model = _given(base) if isinstance(base, nn.Module) else _load_base(file, base, dtype, quantize)
     if file.record:
         _check_base(file, model)
-    settings = file.record.get("preprocessing")
-    processor = processor_from(settings) if settings else load_processor(model.name_or_path)
+    task = task_of(model.name_or_path, model.config)
+    processor = _processor(file, model, task)
     undo = _undo(model)
     try:
-        if file.record:
+        if file.labels:
             _set_head(model, file)
         adapted = _attach(file, model, weights)
         off = _check_golden(file, adapted, processor)
     except Exception:
         undo()
         raise
-    labels = [model.config.id2label[i] for i in sorted(model.config.id2label)]
+    names = model.config.id2label if task == "image-classification" else {}
+    labels = [names[i] for i in sorted(names)]
     return LoadedAdapter(adapted, processor, labels, file, bool(file.record), off)
+
+
+def task_of_adapter(path: str | Path) -> Task:
+    """What an adapter is for, without loading it; of one that plain peft saved by its config's task_type."""
+    file = read_adapter(fetch(path))
+    plain: Task = "text-generation" if file.config.get("task_type") == "CAUSAL_LM" else "image-classification"
+    return file.record.get("task", plain)
 
 
 def _weights(file: AdapterFile) -> dict[str, torch.Tensor]:
@@ -122,6 +135,20 @@ def _weights(file: AdapterFile) -> dict[str, torch.Tensor]:
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise InlayError(f"the tensor {key!r} of adapter {file.name!r} holds NaN or Inf; it cannot be used.")
     return weights
+
+
+def _processor(file: AdapterFile, base: PreTrainedModel, task: Task) -> Any:
+    """What the adapter was trained with; for one that plain peft saved what its base has."""
+    settings = file.record.get("preprocessing")
+    if file.record and file.record.get("task", task) != task:
+        raise InlayError(
+            f"adapter {file.name!r} is for {file.record['task']}, but this base for {task}. "
+            "Load it on the base it names."
+        )
+    if task == "image-classification":
+        return processor_from(settings) if settings else load_processor(base.name_or_path)
+    tokenizer = load_tokenizer(base.name_or_path)
+    return TextProcessor.from_dict(settings, tokenizer) if settings else TextProcessor(tokenizer)
 
 
 def _given(base: nn.Module) -> PreTrainedModel:
@@ -227,8 +254,11 @@ def _attach(file: AdapterFile, base: PreTrainedModel, weights: dict[str, torch.T
     """Inject the adapter without allocating it, compare names and shapes with the file, then fill it."""
     try:
         config = PeftConfig.from_pretrained(str(file.folder))
+        _check_tokens(file, config, weights)
         init = changes_base(config)
         model = None if init else inject(base, copy.deepcopy(config))
+    except InlayError:
+        raise
     except Exception as error:  # a config is data from anywhere: it makes peft fail in any way
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InlayError(f"{file.folder / CONFIG} does not fit this base: {reason}") from error
@@ -258,6 +288,18 @@ def _attach(file: AdapterFile, base: PreTrainedModel, weights: dict[str, torch.T
             )
     fill(model, weights)
     return model.to(next(p for p in base.parameters() if p.is_floating_point()).device).eval()
+
+
+def _check_tokens(file: AdapterFile, config: PeftConfig, weights: dict[str, torch.Tensor]) -> None:
+    """Of a prompt or prefix, before peft allocates as many tokens as the config names."""
+    if not config.is_prompt_learning:
+        return
+    wanted, found = virtual_tokens(config), weights.get("prompt_embeddings")
+    if len(weights) > 1 or found is None or found.shape[:1] != (wanted,):
+        raise InlayError(
+            f"adapter {file.name!r} does not fit its config: expected one tensor prompt_embeddings of {wanted} virtual "
+            f"tokens, got {', '.join(f'{k} {tuple(v.shape)}' for k, v in list(weights.items())[:2])}; get it again."
+        )
 
 
 def _check_golden(file: AdapterFile, model: PeftModel, processor: Any) -> float | None:

@@ -16,6 +16,7 @@ from inlay._peft import PeftModel, changes_base, plainly_active
 from inlay.arch import head_modules
 from inlay.atomic import write_json, writing
 from inlay.errors import InlayError
+from inlay.models import task_of
 from inlay.store import golden
 from inlay.store.card import card
 from inlay.store.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, fingerprint, read_adapter, sign
@@ -35,7 +36,7 @@ def save_adapter(
     Args:
         model: A transformers model wrapped by `get_peft_model`.
         folder: Where; its last part is the adapter's name.
-        processor: The image processor that it was trained with.
+        processor: The image processor, or the TextProcessor, that it was trained with.
         metrics: `validation` (scores), `dataset`, `cost`, `training`: shown in the card, stored in metrics.json.
 
     Raises:
@@ -60,7 +61,7 @@ def save_adapter(
         config = _sorted_config(new / CONFIG)
         record = {**_record(model, processor), "config": fingerprint(config)}
         if not np.isfinite(record["golden"]).all():
-            raise InlayError("the model's output on the golden picture is NaN or Inf; nothing was saved.")
+            raise InlayError("the model's output on the golden input is NaN or Inf; nothing was saved.")
         data = to_bytes(
             weights, {"format": "pt", "inlay": json.dumps(record, separators=(",", ":"), ensure_ascii=False)}
         )
@@ -106,9 +107,11 @@ def versions() -> dict[str, str]:
 def _record(model: PeftModel, processor: Any) -> dict[str, Any]:
     base = model.get_base_model()
     config = base.config
+    task = task_of(base.name_or_path, config)
+    classifies = task == "image-classification"
     return {
         "format": FORMAT,
-        "task": "image-classification",
+        "task": task,
         "base": {
             "name": base.name_or_path,
             "revision": getattr(config, "_commit_hash", None),
@@ -118,9 +121,9 @@ def _record(model: PeftModel, processor: Any) -> dict[str, Any]:
             "precision": precision_of(model),
             "sketch": sketch(model),
         },
-        "labels": [config.id2label[i] for i in sorted(config.id2label)],
-        "head": head_modules(base),
-        "preprocessing": json.loads(processor.to_json_string()),
+        "labels": [config.id2label[i] for i in sorted(config.id2label)] if classifies else [],
+        "head": head_modules(base) if classifies else [],
+        "preprocessing": json.loads(processor.to_json_string()) if classifies else processor.to_dict(),
         "golden": golden.output(model, processor),
     }
 

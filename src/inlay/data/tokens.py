@@ -1,0 +1,207 @@
+"""Prompts and completions as tokens, the same for training and for generation."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from transformers import PreTrainedTokenizerBase
+
+from inlay.errors import InlayError
+
+logger = logging.getLogger(__name__)
+
+LONGEST = 1024
+Prompt: TypeAlias = str | Sequence[Any]
+
+
+class TextProcessor:
+    """How prompts and completions become tokens and back; saved with an adapter.
+
+    A prompt stands in front of the separator and is tokenised apart from its completion, so that in training a model
+    sees the very tokens that it will be asked with.
+
+    Args:
+        tokenizer: The base model's own. It is set to pad on the left, with eos where it has no token for that.
+        separator: Follows every prompt but an empty one and a chat.
+        max_length: Longest example in tokens, prompt and completion; None: what the tokenizer names, at most 1,024.
+
+    Raises:
+        InlayError: The tokenizer has no eos, or max_length leaves no room.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, separator: str = "\n", max_length: int | None = None
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            got = f"{type(tokenizer).__name__} without one"
+            raise InlayError(f"expected a tokenizer with an eos token, but got {got}. Set its eos_token.")
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.tokenizer, self.separator = tokenizer, separator
+        self.start = self._start()
+        self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.special |= set(tokenizer.all_special_ids)
+        self.max_length = min(tokenizer.model_max_length, LONGEST) if max_length is None else max_length
+        if self.max_length < len(self.start) + 2:
+            raise InlayError(f"expected max_length of {len(self.start) + 2} or more, but got {max_length}. Raise it.")
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Tokens of a prompt, as in `encode_prompts`."""
+        return self.encode_prompts([prompt])[0]
+
+    def encode_completion(self, completion: str, prompt: Prompt = "") -> list[int]:
+        """Tokens of a completion, as in `encode_completions`."""
+        return self.encode_completions([completion], [prompt])[0]
+
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Tokens of prompts with the tokenizer's special tokens at the start (Llama's bos) and none at the end.
+
+        An empty prompt is the start of a text: bos, or eos where there is none. A list of messages {"role",
+        "content"}, or such a key of `by_prompt`, goes through the tokenizer's chat template, up to where the
+        assistant is to speak.
+
+        Raises:
+            InlayError: A chat without a template for it, or one that the template refuses.
+        """
+        texts = [
+            (prompt and prompt + self.separator) if isinstance(prompt, str) else self._render(prompt)
+            for prompt in prompts
+        ]
+        none = self.start or [self._bos()]
+        encoded = []
+        for prompt, ids in zip(prompts, self._tokens(texts), strict=True):
+            front = (self.start if prompt else none) if isinstance(prompt, str) else []
+            encoded.append([*front, *ids])
+        return encoded
+
+    def encode_completions(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Tokens of completions and eos, to stand behind the tokens of their prompts.
+
+        Behind a chat it is what the template adds when the assistant has spoken, so with its own end of a turn; eos
+        follows only where the template ends with none of the tokenizer's special tokens.
+
+        Raises:
+            InlayError: As for prompts, or a template that writes the conversation before the answer in another way
+                once the answer is there.
+        """
+        eos = self.tokenizer.eos_token_id
+        plain = iter(self._tokens([c for c, p in zip(completions, prompts, strict=True) if isinstance(p, str)]))
+        encoded = []
+        for completion, prompt in zip(completions, prompts, strict=True):
+            ids = next(plain) if isinstance(prompt, str) else self._answer(completion, prompt)
+            ended = ids[-1:] == [eos] if isinstance(prompt, str) else not self.special.isdisjoint(ids)
+            encoded.append(ids if ended else [*ids, eos])
+        return encoded
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a completion's tokens, without special tokens and spaces around it."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What another machine needs to do the same: settings, and hashes of the tokenizer that must be there."""
+        template = self.tokenizer.chat_template
+        return {
+            "tokenizer": type(self.tokenizer).__name__,
+            "vocabulary": self._vocabulary(),
+            "size": len(self.tokenizer),
+            "separator": self.separator,
+            "max_length": self.max_length,
+            "chat_template": None if template is None else _hash(template),
+        }
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> "TextProcessor":
+        """A processor with the settings of `to_dict`, for the tokenizer of the base at hand.
+
+        A chat template that differs is said in a warning: it matters to chats only.
+
+        Raises:
+            InlayError: The settings are none, or the tokenizer has another vocabulary or splits text differently.
+        """
+        kinds = {"tokenizer": str, "vocabulary": str, "size": int, "separator": str, "max_length": int}
+        wrong = [
+            key for key, kind in kinds.items() if not isinstance(settings, dict) or type(settings.get(key)) is not kind
+        ]
+        if wrong:
+            wanted = f"the settings of a text processor ({', '.join(kinds)})"
+            raise InlayError(f"expected {wanted}, but got others for {', '.join(wrong)}. Save the adapter again.")
+        processor = cls(tokenizer, separator=settings["separator"], max_length=settings["max_length"])
+        found = processor.to_dict()
+        if found["vocabulary"] != settings["vocabulary"]:
+            wanted = (
+                f"{settings['tokenizer'][:60]!r} with {settings['size']:,} tokens ({settings['vocabulary'][:16]!r})"
+            )
+            got = f"{found['tokenizer']!r} with {found['size']:,} ({found['vocabulary']!r})"
+            raise InlayError(
+                f"expected the tokenizer of training, {wanted}, but got {got}. Load the base it was made for."
+            )
+        if found["chat_template"] != settings.get("chat_template"):
+            logger.warning(
+                "the tokenizer's chat template is not the one of training: chats may be written differently."
+            )
+        return processor
+
+    def _start(self) -> list[int]:
+        """The special tokens that the tokenizer puts in front of a text."""
+        whole, bare = self.tokenizer("a")["input_ids"], self._tokens(["a"])[0]
+        return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
+
+    def _bos(self) -> int:
+        tokenizer = self.tokenizer
+        return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        # Not verbose: length is looked at later, and the tokenizer would warn of it.
+        options: dict[str, Any] = {"return_attention_mask": False, "verbose": False}
+        return self.tokenizer(list(texts), add_special_tokens=False, **options)["input_ids"] if texts else []
+
+    def _answer(self, completion: str, prompt: Prompt) -> list[int]:
+        """What the chat template adds to a conversation when it is answered."""
+        asked = self._render(prompt)
+        whole = self._render([*prompt, {"role": "assistant", "content": completion}], asked=False)
+        if not whole.startswith(asked) or len(whole) == len(asked):
+            raise InlayError(
+                f"expected a chat template that only adds the answer to what comes before it, but that of "
+                f"{type(self.tokenizer).__name__} rewrites it. Use another template, or prompts as plain text."
+            )
+        before, ids, added = self._tokens([asked, whole, whole[len(asked) :]])
+        # Characters on both sides of the border may have made one token.
+        return ids[len(before) :] if ids[: len(before)] == before else added
+
+    def _render(self, chat: Sequence[Any], asked: bool = True) -> str:
+        """A conversation as its template writes it, when `asked` up to where the assistant is to speak."""
+        if self.tokenizer.chat_template is None:
+            got = f"{type(self.tokenizer).__name__} without one"
+            raise InlayError(
+                f"expected a tokenizer with a chat template, but got {got}. Use a chat model's, or plain prompts."
+            )
+        messages = [dict(message) for message in chat]
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked)
+        except Exception as error:  # a template is a program in the tokenizer's files, and refuses what it likes
+            got = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            raise InlayError(
+                f"expected a chat that its template takes, but got: {got}. Change the messages."
+            ) from error
+
+    def _vocabulary(self) -> str:
+        """A hash that differs where a text would get other tokens, or another start or end."""
+        kept: Any = sorted(self.tokenizer.get_vocab().items())
+        if self.tokenizer.is_fast:
+            kept = json.loads(self.tokenizer.backend_tokenizer.to_str())
+            kept = _without_defaults({k: v for k, v in kept.items() if k not in ("truncation", "padding")})
+        return _hash([kept, self.start, self.tokenizer.eos_token_id])
+
+
+def _without_defaults(node: Any) -> Any:
+    """A tokenizer's JSON without what is off: a later version of the library writes further such switches."""
+    if isinstance(node, dict):
+        return {k: _without_defaults(v) for k, v in node.items() if v is not None and v is not False}
+    return [_without_defaults(v) for v in node] if isinstance(node, list) else node
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
