@@ -94,7 +94,9 @@ def test_max_length_is_the_tokenizers_up_to_1024():
     assert TextProcessor(tok).max_length == 1024
     tok.model_max_length = 100
     assert TextProcessor(tok).max_length == 100
-    assert TextProcessor(tok, max_length=2000).max_length == 2000
+    assert TextProcessor(tok, max_length=50).max_length == 50
+    with pytest.raises(InlayError, match="max_length of 100 at most, as the base reads no more, but got 2000"):
+        TextProcessor(tok, max_length=2000)
 
 
 def test_decode_leaves_out_special_tokens_and_spaces_around():

@@ -49,6 +49,11 @@ class TextData:
     test: datasets.Dataset | None
     plain: bool
 
+    @property
+    def separator(self) -> str:
+        """Between prompt and completion: a line break, and nothing in running text, which goes on as it is."""
+        return "" if self.plain else "\n"
+
 
 @dataclass(frozen=True)
 class Columns:

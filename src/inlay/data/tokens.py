@@ -28,7 +28,7 @@ class TextProcessor:
         max_length: Longest example in tokens, prompt and completion; None: what the tokenizer names, at most 1,024.
 
     Raises:
-        InlayError: The tokenizer has no eos, or max_length leaves no room.
+        InlayError: The tokenizer has no eos, or max_length leaves no room or is more than the base reads.
     """
 
     def __init__(
@@ -45,6 +45,11 @@ class TextProcessor:
         self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special |= set(tokenizer.all_special_ids)
         self.max_length = min(tokenizer.model_max_length, LONGEST) if max_length is None else max_length
+        if self.max_length > tokenizer.model_max_length:
+            raise InlayError(
+                f"expected max_length of {tokenizer.model_max_length} at most, as the base reads no more, but got "
+                f"{max_length}. Lower it."
+            )
         if self.max_length < len(self.start) + 2:
             raise InlayError(f"expected max_length of {len(self.start) + 2} or more, but got {max_length}. Raise it.")
 

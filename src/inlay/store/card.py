@@ -39,7 +39,12 @@ def card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]
     dataset = metrics.get("dataset") or "unknown data"
     method = method_name(config)
     title = f"{method} of {_short(base['name'])} on {_short(dataset)}"
-    quality = {k: v for k, v in metrics.get("validation", {}).items() if isinstance(v, int | float)}
+    quality = [
+        (split, key, value)
+        for split in ("validation", "test")
+        for key, value in (metrics.get(split) or {}).items()
+        if isinstance(value, int | float)
+    ]
     header = ModelCardData(
         base_model=base["name"] if _on_hub(base["name"]) else None,
         base_model_relation="adapter" if _on_hub(base["name"]) else None,
@@ -54,10 +59,10 @@ def card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]
                 dataset,
                 key,
                 value,
-                dataset_split="validation",
+                dataset_split=split,
                 metric_name=_METRICS.get(key, key),
             )
-            for key, value in quality.items()
+            for split, key, value in quality
         ]
         or None,
     )
@@ -65,7 +70,8 @@ def card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]
         f"# {title}",
         f"{method} adapter of `{base['name']}`{_revision(base)} for {task}, trained on `{dataset}`.",
         "## Results",
-        _table(("metric", "value"), [(_METRICS.get(k, k), f"{v:.4f}") for k, v in quality.items()]) or "Not measured.",
+        _table(("metric", "value"), [(_metric(split, key), f"{value:.4f}") for split, key, value in quality])
+        or "Not measured.",
         "## Cost",
         _table(
             ("measure", "value"),
@@ -84,6 +90,11 @@ def card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]
         "Versions: " + ", ".join(f"{k} {v}" for k, v in metrics.get("versions", {}).items()) + ".",
     ]
     return f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _metric(split: str, key: str) -> str:
+    name = _METRICS.get(key, key)
+    return f"Test {name}" if split == "test" else name
 
 
 def _inputs(record: dict[str, Any]) -> list[str]:
