@@ -1,4 +1,4 @@
-"""Pre-train the embedded bases, from nothing but generated data, on two CPU cores.
+"""Pre-train the embedded ViT on nothing but generated pictures, on two CPU cores; pretrain_gpt2.py makes the GPT-2.
 
     python recipes/pretrain_builtin.py                       # builtin:vit-tiny, about 13 minutes on 2 quiet cores
     python recipes/pretrain_builtin.py --steps 100 --folder /tmp/try

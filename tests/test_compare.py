@@ -26,8 +26,8 @@ def test_unknown_methods_and_no_seeds_are_refused(tmp_path):
 
 def test_table_gives_mean_and_spread():
     rows = [
-        Compared("lora", 2e-3, 12_345, [0.9, 0.8, 1.0], 4.0, 56_400),
-        Compared("probe", 1e-2, 970, [0.5], 9.0, 4_300),
+        Compared("lora", 2e-3, 12_345, {"accuracy": [0.9, 0.8, 1.0]}, 4.0, 56_400),
+        Compared("probe", 1e-2, 970, {"accuracy": [0.5]}, 9.0, 4_300),
     ]
     assert table(rows).splitlines()[2:] == [
         "| lora | 12,345 | 0.002 | 0.9000 ± 0.1000 | 250 | 56 |",

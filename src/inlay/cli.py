@@ -91,6 +91,53 @@ def predict(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Embedded base, local folder or Hub id.")],
+    method: Annotated[str, typer.Option(help="Name in inlay.METHODS.")] = "lora",
+    width: Annotated[int, typer.Option(help="Rank or other width of the adapter.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens of a text.")] = 128,
+    labels: Annotated[int, typer.Option(help="Classes of an image classifier.")] = 10,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
+    quantize: Annotated[str | None, typer.Option(help="8bit or 4bit, for the frozen base.")] = None,
+    optimizer: Annotated[str, typer.Option(help="adamw or adamw8bit.")] = "adamw",
+    precision: Annotated[str, typer.Option(help="Mixed precision: no, bf16 or fp16.")] = "no",
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
+    accumulate: Annotated[int, typer.Option(help="Pieces in which a step is computed.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: what this machine has.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also take such steps here, and say what they take.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what memory a training step will take, from a base's config alone: will it fit?"""
+    from inlay.plan import plan_base
+
+    planned, peak = plan_base(
+        model,
+        method,
+        width=width,
+        batch_size=batch_size,
+        length=length,
+        labels=labels,
+        dtype=dtype,  # type: ignore[arg-type]
+        quantize=quantize,  # type: ignore[arg-type]
+        optimizer=optimizer,  # type: ignore[arg-type]
+        precision=precision,  # type: ignore[arg-type]
+        gradient_checkpointing=gradient_checkpointing,
+        accumulate=accumulate,
+        device=device,
+        measure=measure,
+    )
+    if as_json:
+        print(json.dumps({**vars(planned), "fits": planned.fits, "measured": peak}, indent=2))
+        return
+    print(planned)
+    if peak is not None:
+        print(f"measured: {peak / 1e6:,.1f} MB, {planned.peak / peak:.3f} of it planned")
+
+
+@app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Say what this machine has and what works on it: devices, precisions, 8-bit, image libraries."""
     from inlay.doctor import examine

@@ -1,24 +1,37 @@
 """Several methods on one task, over several seeds: quality with its spread, beside what each costs."""
 
+import json
+import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import set_seed
+from torch import nn
 
 from inlay._peft import PeftModel
+from inlay.atomic import write_json
 from inlay.data.images import load_images
 from inlay.data.picture import Augment, ImageView
+from inlay.data.text import load_texts
+from inlay.data.textview import TextView
+from inlay.data.tokens import TextProcessor
 from inlay.errors import InlayError
+from inlay.infer.text import Decoding, judge
 from inlay.measure import Accuracy, footprint
+from inlay.measure.memory import measure_peak
 from inlay.methods import METHODS
 from inlay.models import load_base
-from inlay.processors import load_processor
+from inlay.processors import load_processor, load_tokenizer
 from inlay.store.file import WEIGHTS
 from inlay.store.save import save_adapter
 from inlay.train.config import TrainConfig
-from inlay.train.loop import fit
+from inlay.train.loop import FitResult, fit
+from inlay.train.losses import NextToken
 from inlay.train.run import WEIGHTS as TRAINED
 
 
@@ -30,27 +43,32 @@ class Compared:
         method: Name in METHODS.
         learning_rate: That it was trained with.
         trainable: Parameters, head included.
-        accuracies: On the validation data, best evaluation of each run, 0 to 1, one per seed.
+        scores: By name, of the best evaluation of each run, one per seed: accuracy from 0 to 1 on the validation data;
+            BLEU and ROUGE-L from 0 to 100 on the test data, perplexity on the validation data.
         steps_per_second: Median over the seeds.
         file_bytes: What is stored, head included: the adapter's weights, or all that was trained.
+        peak_bytes: Largest sum of all tensors in a training step, of texts alone.
     """
 
     method: str
     learning_rate: float
     trainable: int
-    accuracies: list[float]
+    scores: dict[str, list[float]]
     steps_per_second: float
     file_bytes: int
+    peak_bytes: int | None = None
 
-    @property
-    def accuracy(self) -> float:
-        """Mean over the seeds."""
-        return statistics.mean(self.accuracies)
 
-    @property
-    def spread(self) -> float:
-        """Sample standard deviation over the seeds; 0 for one seed."""
-        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
+@dataclass(frozen=True)
+class _Task:
+    """One training: what is adapted, how it is fitted, and what comes of it."""
+
+    base: Callable[[], nn.Module]
+    fit: Callable[[nn.Module, TrainConfig, dict[str, Any]], FitResult]
+    scores: Callable[[nn.Module, FitResult], dict[str, float]]
+    processor: Any
+    scored_by: dict[str, Any] = field(default_factory=dict)  # what the scores depend on beside the run
+    peak: Callable[[nn.Module], int] | None = None
 
 
 def compare_images(
@@ -74,6 +92,76 @@ def compare_images(
     Raises:
         InlayError: An unknown method, no seed, or what load_base, load_images and fit raise.
     """
+
+    def task(seed: int) -> _Task:
+        data, processor = load_images(dataset, seed=seed), load_processor(model)
+        views = ImageView(data.train, processor, augment), ImageView(data.validation, processor)
+        return _Task(
+            base=lambda: load_base(model, labels=data.labels),
+            fit=lambda adapted, config, settings: fit(
+                adapted, *views, config, metrics=[Accuracy()], settings={**settings, "augment": augment}
+            ),
+            scores=lambda adapted, result: {"accuracy": result.metrics["accuracy"]},
+            processor=processor,
+        )
+
+    _check(methods, learning_rates, seeds)
+    settings = {"model": model, "dataset": dataset, "width": width}
+    return _compare(task, train, methods, learning_rates, seeds, width, settings)
+
+
+def compare_texts(
+    model: str,
+    dataset: str,
+    train: TrainConfig,
+    *,
+    methods: Sequence[str] = ("lora", "full"),
+    learning_rates: Sequence[float] = (),
+    seeds: Sequence[int] = (0, 1, 2),
+    width: int = 8,
+    max_length: int | None = None,
+    label_smoothing: float = 0.0,
+    decoding: Decoding | None = None,
+) -> list[Compared]:
+    """As `compare_images`, of language models: perplexity, and how close to the references is what they write."""
+
+    def task(seed: int) -> _Task:
+        data = load_texts(dataset, seed=seed)
+        processor = TextProcessor(load_tokenizer(model), separator=data.separator, max_length=max_length)
+        examples, held_out = (TextView(rows, processor, block=data.plain) for rows in (data.train, data.validation))
+        loss, collate = NextToken(label_smoothing), examples.collate
+
+        def scores(adapted: nn.Module, result: FitResult) -> dict[str, float]:
+            written = judge(adapted, processor, data, decoding)
+            return {"perplexity": math.exp(result.metrics["loss"]), **(written.total if written else {})}
+
+        def peak(adapted: nn.Module) -> int:
+            longest = sorted(range(len(examples)), key=lambda i: -examples.lengths[i])[: train.batch_size]
+            return measure_peak(adapted, collate([examples[i] for i in longest]), loss=loss)
+
+        return _Task(
+            base=lambda: load_base(model),
+            fit=lambda adapted, config, settings: fit(
+                adapted,
+                examples,
+                held_out,
+                config,
+                collate=collate,
+                loss=loss,
+                settings={**settings, "max_length": max_length},
+            ),
+            scores=scores,
+            processor=processor,
+            scored_by=asdict(decoding or Decoding()),
+            peak=peak,
+        )
+
+    _check(methods, learning_rates, seeds)
+    settings = {"model": model, "dataset": dataset, "width": width, "label_smoothing": label_smoothing}
+    return _compare(task, train, methods, learning_rates, seeds, width, settings)
+
+
+def _check(methods: Sequence[str], learning_rates: Sequence[float], seeds: Sequence[int]) -> None:
     unknown = [name for name in methods if name not in METHODS]
     if unknown or not methods or not seeds:
         raise InlayError(
@@ -81,50 +169,80 @@ def compare_images(
         )
     if learning_rates and len(learning_rates) != len(methods):
         raise InlayError(f"expected one learning rate for each of {len(methods)} methods, got {len(learning_rates)}.")
+
+
+def _compare(
+    task: Callable[[int], _Task],
+    train: TrainConfig,
+    methods: Sequence[str],
+    learning_rates: Sequence[float],
+    seeds: Sequence[int],
+    width: int,
+    settings: dict[str, Any],
+) -> list[Compared]:
+    task = cache(task)
     rows = []
     for name, rate in zip(methods, learning_rates or [METHODS[name].learning_rate for name in methods], strict=True):
-        method, accuracies, rates, trainable, size = METHODS[name], [], [], 0, 0
+        scores: dict[str, list[float]] = {}
+        rates, trainable, size = [], 0, 0
+        peaks: list[int] = []
         for seed in seeds:
+            one = task(seed)
             set_seed(seed)
-            data = load_images(dataset, seed=seed)
-            processor = load_processor(model)
-            adapted = method.adapt(load_base(model, labels=data.labels), width)
-            folder = Path(train.output_dir) / f"{name}-{seed}"
-            result = fit(
-                adapted,
-                ImageView(data.train, processor, augment),
-                ImageView(data.validation, processor),
-                replace(train, output_dir=str(folder), seed=seed, learning_rate=rate),
-                metrics=[Accuracy()],
-                settings={"model": model, "dataset": dataset, "method": name, "width": width, "augment": augment},
-            )
-            accuracies.append(result.metrics["accuracy"])
-            rates.append(result.steps_per_second)
+            adapted = METHODS[name].adapt(one.base(), width)
             trainable = footprint(adapted).trainable
+            peaks += [one.peak(adapted)] if one.peak and not peaks else []
+            folder = Path(train.output_dir) / f"{name}-{seed}"
+            config = replace(train, output_dir=str(folder), seed=seed, learning_rate=rate)
+            result = one.fit(adapted, config, {**settings, "method": name})
+            for key, value in _scored(folder / "scores.json", one, adapted, result).items():
+                scores.setdefault(key, []).append(value)
+            rates.append(result.steps_per_second)
             weights = folder / "best" / TRAINED
             if isinstance(adapted, PeftModel):
-                weights = save_adapter(adapted, folder / "adapter", processor=processor) / WEIGHTS
+                weights = save_adapter(adapted, folder / "adapter", processor=one.processor) / WEIGHTS
             size = weights.stat().st_size
-        rows.append(Compared(name, rate, trainable, accuracies, statistics.median(rates), size))
+        peak = max(peaks, default=None)
+        rows.append(Compared(name, rate, trainable, scores, statistics.median(rates), size, peak))
     return rows
 
 
+def _scored(path: Path, task: _Task, adapted: nn.Module, result: FitResult) -> dict[str, float]:
+    """The scores of a finished run, read back where they were computed before in the same way."""
+    how = json.loads(json.dumps(task.scored_by))
+    if path.is_file():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if result.resumed and stored["by"] == how:
+            return stored["scores"]
+    scores = task.scores(adapted, result)
+    if PartialState().is_main_process:
+        write_json(path, {"by": how, "scores": scores})
+    return scores
+
+
+_DIGITS = {"accuracy": 4, "perplexity": 2}  # others 1
+
+
 def table(rows: Sequence[Compared]) -> str:
-    """The comparison as a Markdown table."""
-    lines = [
-        "| method | trained parameters | learning rate | accuracy | ms per step | file, kB |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+    """The comparison as a Markdown table; scores are mean ± sample standard deviation over the seeds."""
+    names = list(rows[0].scores) if rows else []
+    memory = any(row.peak_bytes for row in rows)
+    heads = ["trained parameters", "learning rate", *names, "ms per step", *["peak MB"] * memory, "file, kB"]
+    lines = [f"| method | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     for row in rows:
-        accuracy = f"{row.accuracy:.4f} ± {row.spread:.4f}" if len(row.accuracies) > 1 else f"{row.accuracy:.4f}"
-        time_ms, size_kb = 1000 / row.steps_per_second, row.file_bytes / 1000
         cells = [
             row.method,
             f"{row.trainable:,}",
             f"{row.learning_rate:g}",
-            accuracy,
-            f"{time_ms:.0f}",
-            f"{size_kb:,.0f}",
+            *(_spread(row.scores[name], _DIGITS.get(name, 1)) for name in names),
+            f"{1000 / row.steps_per_second:.0f}",
+            *[f"{(row.peak_bytes or 0) / 1e6:,.1f}"] * memory,
+            f"{row.file_bytes / 1000:,.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean

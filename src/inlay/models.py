@@ -125,6 +125,38 @@ def load_base(
     return model.requires_grad_(False).eval()
 
 
+def load_skeleton(
+    name: str | Path,
+    *,
+    labels: Sequence[str] | None = None,
+    dtype: Dtype = "float32",
+    quantize: Quantize | None = None,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """A base without its weights, on torch's meta device: its structure, for counting. Arguments as in `load_base`.
+
+    `labels` is left aside for a language model.
+    """
+    name, where = str(name), resolve(name)
+    config = read_config(name, where, revision)
+    task = task_of(name, config)
+    if labels is not None and task == "image-classification":
+        _set_labels(config, labels)
+    settings = quantization(quantize, name, config, _CLASSES[task], dtype)
+    try:
+        with torch.device("meta"):
+            model = _CLASSES[task].from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
+    except Exception as error:  # whatever a strange config makes transformers raise
+        raise explained(name, error) from error
+    if settings is not None:
+        from transformers.integrations import replace_with_bnb_linear
+
+        replace_with_bnb_linear(model, settings.llm_int8_skip_modules, settings)
+    mirror_convolutions()
+    model.name_or_path = name
+    return model.requires_grad_(False).eval()
+
+
 def task_of(name: str, config: Any) -> Task:
     """What a base is for, by its config.
 

@@ -80,7 +80,7 @@ def test_compare_vit_prints_one_row_a_method(monkeypatch, capsys, tmp_path):
     arguments = ["--output_dir", tmp_path / "c", "--epochs", 0.1, "--seeds", 0, 1, "--methods", "probe", "lora"]
     run(monkeypatch, "compare_vit.py", *arguments, "--workers", 0)
     rows = json.loads((tmp_path / "c" / "comparison.json").read_text())
-    assert [row["method"] for row in rows] == ["probe", "lora"] and len(rows[0]["accuracies"]) == 2
+    assert [row["method"] for row in rows] == ["probe", "lora"] and len(rows[0]["scores"]["accuracy"]) == 2
     assert 0 < rows[0]["trainable"] < rows[1]["trainable"]
     assert "| probe |" in capsys.readouterr().out
 
@@ -110,4 +110,4 @@ def test_recipes_keep_their_shape(path):
     imported = {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
     assert 40 <= len(text.splitlines()) <= 150
     assert not any(module and module.startswith("recipes") for module in imported), "recipes do not import each other"
-    assert "    # 1. " in text and text.rstrip().splitlines()[-1].lstrip().startswith("run_recipe(main")
+    assert "    # 1. " in text and ast.unparse(ast.parse(text).body[-1].body[-1]).startswith("run_recipe(main")

@@ -14,6 +14,7 @@ from inlay.measure.footprint import Footprint, footprint
 if TYPE_CHECKING:
     from inlay.measure.costs import cost
     from inlay.measure.macs import count_macs
+    from inlay.measure.memory import MemoryPlan, measure_peak, plan_memory
     from inlay.measure.quality import F1, Accuracy
     from inlay.measure.speed import Latency, latency
     from inlay.measure.text import TextScores, score_texts
@@ -23,11 +24,14 @@ __all__ = [
     "Accuracy",
     "Footprint",
     "Latency",
+    "MemoryPlan",
     "TextScores",
     "cost",
     "count_macs",
     "footprint",
     "latency",
+    "measure_peak",
+    "plan_memory",
     "score_texts",
 ]
 
@@ -38,6 +42,9 @@ _HOME = {
     "cost": "costs",
     "Accuracy": "quality",
     "F1": "quality",
+    "MemoryPlan": "memory",
+    "measure_peak": "memory",
+    "plan_memory": "memory",
     "TextScores": "text",
     "score_texts": "text",
 }

@@ -1,0 +1,59 @@
+"""Load a language model's adapter, checked against its base, and write texts with it.
+
+python recipes/generate.py                                                  # the adapter of adapters_hub
+python recipes/generate.py --adapter runs/lora_gpt2/adapter --prompts "name[The Blue Gate], food[Thai]" --beams 4
+python recipes/generate.py --adapter runs/lora_gpt2/adapter --dataset builtin:restaurants --scores scores.json
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from inlay import Decoding, run_recipe
+
+PROMPTS = [
+    "name[The Blue Gate], eatType[pub], food[Thai], priceRange[cheap], area[riverside]",
+    "name[The Blue Gate], eatType[cafe], customer rating[high], familyFriendly[yes], near[Town Hall]",
+]
+
+
+@dataclass
+class Recipe:
+    """Which adapter, and on what."""
+
+    adapter: str = field(
+        default="adapters_hub/restaurants-lora-gpt2-tiny", metadata={"help": "Folder of an adapter, or its Hub id."}
+    )
+    prompts: list[str] = field(default_factory=lambda: PROMPTS, metadata={"help": "What to continue."})
+    dataset: str | None = field(
+        default=None, metadata={"help": "Take the prompts of this data's test split, and score the texts."}
+    )
+    scores: str | None = field(default=None, metadata={"help": "Write texts and scores to this JSON file."})
+    merge: bool = field(default=False, metadata={"help": "Fold the adapter into its base first."})
+
+
+def main(recipe: Recipe, decoding: Decoding) -> None:
+    """Load, write, score."""
+    from inlay import generate, judge, load_adapter, load_texts
+
+    # 1. adapter: wrong base, damaged file and changed output end here with one sentence
+    adapter = load_adapter(recipe.adapter)
+    if recipe.merge:
+        adapter.merge()
+
+    # 2. prompts of one's own
+    if recipe.dataset is None:
+        texts = generate(adapter.model, adapter.processor, recipe.prompts, decoding)
+        for prompt, text in zip(recipe.prompts, texts, strict=True):
+            print(f"{prompt}\n    {text}")
+        return
+
+    # 3. prompts of a data set, whose completions are the references
+    scores = judge(adapter.model, adapter.processor, load_texts(recipe.dataset), decoding)
+    print(f"{scores}\n{scores.signature}" if scores else "running text has no prompts to score")
+    if scores and recipe.scores:
+        Path(recipe.scores).write_text(json.dumps({"total": scores.total, "by_prompt": scores.by_prompt}, indent=1))
+
+
+if __name__ == "__main__":
+    run_recipe(main, Recipe(), Decoding(max_new_tokens=96))

@@ -1,0 +1,140 @@
+"""Will it fit: the memory of a training step before training starts, of a run or of a base that is not here."""
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from inlay.errors import InlayError
+from inlay.measure.memory import MemoryPlan, Optimizer, Precision, measure_peak, plan_memory
+from inlay.methods import METHODS
+from inlay.models import Dtype, load_base, load_skeleton
+from inlay.quantized import Quantize
+from inlay.train.config import TrainConfig
+from inlay.train.losses import Loss, NextToken
+
+Batch = dict[str, Tensor]
+
+
+def describe_memory(
+    model: nn.Module,
+    train_data: Any,
+    config: TrainConfig,
+    *,
+    collate: Callable[[list[Any]], dict[str, Any]] | None = None,
+    loss: Loss | None = None,
+) -> str:
+    """One line on what a step of `fit` with these arguments will take, at its largest batch; or on why that is unknown.
+
+    The batch is that of one process, of the longest examples where the data has `lengths`, else of the first ones.
+    """
+    rows = min(len(train_data), -(-config.batch_size // PartialState().num_processes))
+    lengths = getattr(train_data, "lengths", None)
+    chosen = range(rows) if lengths is None else sorted(range(len(lengths)), key=lambda i: -lengths[i])[:rows]
+    batch = (collate or default_collate)([train_data[i] for i in chosen])
+    precision: Precision = "bf16" if config.precision == "bf16" else "fp16" if config.precision == "fp16" else "no"
+    try:
+        return str(
+            plan_memory(
+                model,
+                batch,
+                optimizer=config.optimizer,
+                accumulate=config.accumulate,
+                gradient_checkpointing=config.gradient_checkpointing,
+                precision=precision,
+                loss=loss,
+            )
+        )
+    except InlayError as error:
+        return f"memory: not known before training ({error})"
+
+
+def plan_base(
+    name: str,
+    method: str,
+    *,
+    width: int = 8,
+    batch_size: int = 8,
+    length: int = 128,
+    labels: int = 10,
+    dtype: Dtype = "float32",
+    quantize: Quantize | None = None,
+    optimizer: Optimizer = "adamw",
+    precision: Precision = "no",
+    gradient_checkpointing: bool = False,
+    accumulate: int = 1,
+    device: str | None = None,
+    measure: bool = False,
+) -> tuple[MemoryPlan, int | None]:
+    """Plan the training of a base by a method of METHODS; only the base's config is read, no weight.
+
+    Args:
+        name: As for `load_base`.
+        method: Name in METHODS.
+        width: Of the adapter.
+        batch_size: Rows of a step.
+        length: Tokens of a text; of an image classifier the config names the size of a picture.
+        labels: Classes of an image classifier.
+        dtype: Of the weights.
+        quantize: As in `load_base`.
+        optimizer: As in TrainConfig, and so the next three.
+        precision: Mixed precision.
+        gradient_checkpointing: Blocks are recomputed.
+        accumulate: Pieces of a step.
+        device: `cuda` or `cpu`, whether this machine has it or not; default: what it has.
+        measure: Load the weights, take steps of this size here, and give their true peak as well, in bytes.
+
+    Raises:
+        InlayError: An unknown method or base, one that they do not fit, a size that is no number over 0.
+    """
+    if method not in METHODS:
+        raise InlayError(f"there is no method {method!r}; METHODS has {', '.join(METHODS)}.")
+    sizes = {"width": width, "batch_size": batch_size, "length": length, "accumulate": accumulate}
+    for what, size in sizes.items():
+        if size < 1:
+            raise InlayError(f"{what} must be at least 1, got {size}.")
+    for what, value, allowed in (("optimizer", optimizer, Optimizer), ("precision", precision, Precision)):
+        if value not in get_args(allowed):
+            raise InlayError(f"{what} must be one of {', '.join(get_args(allowed))}, got {value!r}.")
+    names = [str(i) for i in range(labels)]
+
+    def adapt(base: Any) -> tuple[nn.Module, Batch, Loss | None]:
+        writes = base.get_output_embeddings() is not None
+        batch, loss = (_text(base, batch_size, length), NextToken()) if writes else (_pictures(base, batch_size), None)
+        return METHODS[method].adapt(base, width), batch, loss
+
+    def options(loss: Loss | None) -> dict[str, Any]:
+        step = {"optimizer": optimizer, "accumulate": accumulate, "precision": precision, "loss": loss}
+        return {**step, "gradient_checkpointing": gradient_checkpointing}
+
+    model, batch, loss = adapt(load_skeleton(name, labels=names, dtype=dtype, quantize=quantize))
+    plan = plan_memory(model, batch, device=device, **options(loss))
+    if not measure:
+        return plan, None
+    model, batch, loss = adapt(load_base(name, labels=_labels(model, names), dtype=dtype, quantize=quantize))
+    return plan, measure_peak(model.to(plan.device), batch, **options(loss))
+
+
+def _labels(model: nn.Module, names: list[str]) -> list[str] | None:
+    """Those of a classifier; a language model has none."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return names if base.get_output_embeddings() is None else None
+
+
+def _text(base: Any, rows: int, length: int) -> Batch:
+    positions = getattr(base.config, "max_position_embeddings", None) or length
+    if length > positions:
+        raise InlayError(f"this base reads {positions} tokens at most, but length is {length}; lower it.")
+    ids = torch.arange(rows * length).view(rows, length) % base.config.vocab_size
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def _pictures(base: Any, rows: int) -> Batch:
+    config = getattr(base.config, "vision_config", base.config)
+    size = getattr(config, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else size
+    pixels = torch.zeros(rows, getattr(config, "num_channels", 3), height, width)
+    return {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.long)}

@@ -1,0 +1,186 @@
+"""Ways to tune a GPT-2 on the E2E task (Novikova et al. 2017) at equal steps: BLEU, ROUGE-L, time and memory.
+
+    python tests/benchmarks/e2e_gpt2.py [--steps 300] [--seeds 0 1 2] [--folder runs/e2e]
+
+Needs ../shared/data/e2e_nlg (42,061 training pairs, devset.csv) and ../shared/data/gpt2_tokenizer. The base is a GPT-2
+of 4 blocks of width 128 with the real vocabulary of 50,257 tokens, pre-trained here on pairs of half the restaurants
+and four of the seven cuisines; the methods are tuned on the other pairs, and write for the 547 meaning representations
+in devset.csv. It is no pre-trained GPT-2: look at how the methods compare, not at how their figures compare with those
+of papers. The training text is tokenised in its archive; `plain` undoes that, exactly but for doubled spaces
+(`--check` compares the archive's development set with devset.csv). A run that is broken off goes on when started again.
+"""
+
+import argparse
+import csv
+import json
+import platform
+import re
+import sys
+import tarfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+
+from inlay import Decoding, NextToken, TextProcessor, TextView, TrainConfig, fit, judge, load_texts
+from inlay.atomic import writing
+from inlay.compare import Compared, compare_texts, table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import SHARED
+
+RESULTS = Path(__file__).parent / "results" / "e2e_gpt2"
+UNSEEN_FOOD = {"Japanese", "Indian", "Chinese"}
+RATES = {
+    "lora": 5e-3,
+    "attention-prefix": 3e-2,
+    "prompt": 5e-2,
+    "bottleneck": 5e-3,
+    "partial": 2e-3,
+    "full": 1e-3,
+}
+SLOTS = {"customerrating": "customer rating"}
+# Hu et al. 2021, arXiv:2106.09685, table 3: GPT-2 medium on E2E, BLEU.
+PAPER = {"full": 68.2, "adapter (0.37 M)": 66.3, "prefix": 69.7, "LoRA": 70.4}
+LENGTH = 128  # tokens; 0.1 % of the pairs are longer
+
+
+def plain(text: str) -> str:
+    """Undo the tokenisation of the archive."""
+    text = re.sub(r" ([.,;:!?)%])", r"\1", text)
+    text = re.sub(r"([(£$#]) ", r"\1", text)
+    text = re.sub(r" ?([-/]) ?", r"\1", text)
+    text = re.sub(r" ?' ?(s|t|re|ve|ll|d|m)\b", r"'\1", text)
+    return re.sub(r"s ' ", "s' ", text).strip()
+
+
+def read(archive: Path, split: str) -> list[tuple[dict[str, str], str]]:
+    """Meaning representations, as slots and values, and their texts."""
+    with tarfile.open(archive) as tar:
+        sources, texts = (
+            tar.extractfile(f"e2e_aligned/{name}.txt").read().decode().splitlines()  # type: ignore[union-attr]
+            for name in (f"src_{split}", split)
+        )
+    slots = (dict(re.findall(r"__start_(\w+)__ (.*?) __end_", line)) for line in sources)
+    return [(mr, plain(line.split(" <eos>")[0])) for mr, line in zip(slots, texts, strict=True)]
+
+
+def write(path: Path, rows: list[tuple[dict[str, str], str]]) -> None:
+    """A csv of mr and ref, as the E2E challenge writes them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("mr", "ref"))
+        for mr, text in rows:
+            writer.writerow((", ".join(f"{SLOTS.get(k, k)}[{v.replace('£ ', '£')}]" for k, v in mr.items()), text))
+
+
+def prepare(data: Path, folder: Path) -> None:
+    """Split the training pairs into those of the base and those of the methods."""
+    rows = read(next(data.glob("train_valid_aligned/*.tar.gz")), "train")
+    names = set(sorted({mr["name"] for mr, _ in rows})[::2])
+    seen = [row for row in rows if row[0]["name"] in names and row[0].get("food") not in UNSEEN_FOOD]
+    rest = [row for row in rows if row[0]["name"] not in names or row[0].get("food") in UNSEEN_FOOD]
+    meanings = sorted({tuple(mr.items()) for mr, _ in rest})
+    held_out = set(meanings[:: len(meanings) // 60])
+    write(folder / "seen" / "train.csv", seen[:-500])
+    write(folder / "seen" / "validation.csv", seen[-500:])
+    write(folder / "rest" / "train.csv", [row for row in rest if tuple(row[0].items()) not in held_out])
+    write(folder / "rest" / "validation.csv", [row for row in rest if tuple(row[0].items()) in held_out])
+    (folder / "rest" / "test.csv").write_bytes((data / "devset.csv").read_bytes())
+
+
+def pretrain(folder: Path, tokenizer: Path, steps: int) -> None:
+    """The base, from random weights."""
+    torch.manual_seed(0)
+    words = GPT2TokenizerFast(vocab=str(tokenizer / "vocab.json"), merges=str(tokenizer / "merges.txt"))
+    words.model_max_length = LENGTH
+    model = GPT2LMHeadModel(GPT2Config(n_embd=128, n_layer=4, n_head=4, n_positions=256))
+    processor, data = TextProcessor(words), load_texts(str(folder / "seen"))
+    examples, held_out = TextView(data.train, processor), TextView(data.validation, processor)
+    config = TrainConfig(
+        str(folder / "pretraining"), epochs=steps * 32 / len(examples), learning_rate=3e-3, weight_decay=0.01, workers=0
+    )
+    fit(model, examples, held_out, config, collate=examples.collate, loss=NextToken())
+    with writing(folder / "base") as new:
+        model.save_pretrained(str(new))
+        words.save_pretrained(str(new))
+
+
+def report(rows: list[Compared], untuned: dict[str, float], arguments: argparse.Namespace) -> str:
+    """The table, with what a paper reports beside it."""
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    scores = ", ".join(f"{name} {value:.1f}" for name, value in untuned.items())
+    theirs = ", ".join(f"{name} {bleu}" for name, bleu in PAPER.items())
+    paragraphs = [
+        "# Tuning a small GPT-2 on E2E",
+        f"{arguments.steps} steps of {arguments.batch_size} pairs, seeds {arguments.seeds}, width {arguments.width}, "
+        f"beams {arguments.beams}; devset.csv (547 meaning representations, 4,672 references); CPU, "
+        f"{torch.get_num_threads()} thread(s), {versions}. Perplexity is that of held-out training pairs. Written by "
+        "`tests/benchmarks/e2e_gpt2.py`.",
+        table(rows),
+        f"The base before tuning: {scores}.",
+        "As reported by Hu et al. 2021 (arXiv:2106.09685, table 3), not measured here: GPT-2 medium (355 M parameters, "
+        f"real pre-training, 5 epochs, 10 beams, the challenge's own script and test set), BLEU: {theirs}.",
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def main() -> None:
+    """Prepare, pre-train, compare, write down."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/e2e"))
+    parser.add_argument("--base_steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--beams", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=list(RATES), choices=list(RATES))
+    parser.add_argument("--check", action="store_true", help="Compare `plain` with the development set, and stop.")
+    arguments = parser.parse_args()
+    data, folder = SHARED / "e2e_nlg", arguments.folder
+    if arguments.check:
+        with (data / "devset.csv").open(encoding="utf-8-sig") as file:
+            wanted = [" ".join(row["ref"].split()) for row in csv.DictReader(file)]
+        found = [text for _, text in read(next(data.glob("train_valid_aligned/*.tar.gz")), "valid")]
+        print(f"{sum(a == b for a, b in zip(wanted, found, strict=True))} of {len(wanted)} texts are equal")
+        return
+    if not (folder / "rest" / "test.csv").exists():
+        prepare(data, folder)
+    if not (folder / "base").exists():
+        pretrain(folder, SHARED / "gpt2_tokenizer", arguments.base_steps)
+    decoding = Decoding(beams=arguments.beams, max_new_tokens=72, decode_batch=64)
+    processor = TextProcessor(AutoTokenizer.from_pretrained(folder / "base"))
+    untuned = judge(
+        AutoModelForCausalLM.from_pretrained(folder / "base").eval(),
+        processor,
+        load_texts(str(folder / "rest")),
+        decoding,
+    )
+    assert untuned is not None
+    print(f"the base before tuning: {untuned}", flush=True)
+    epochs = arguments.steps * arguments.batch_size / len(load_texts(str(folder / "rest")).train)
+    train = TrainConfig(
+        str(folder / "runs"), epochs=epochs, batch_size=arguments.batch_size, eval_every=arguments.steps, workers=0
+    )
+    rows = compare_texts(
+        str(folder / "base"),
+        str(folder / "rest"),
+        train,
+        methods=arguments.methods,
+        learning_rates=[RATES[name] for name in arguments.methods],
+        seeds=arguments.seeds,
+        width=arguments.width,
+        decoding=decoding,
+    )
+    text = report(rows, untuned.total, arguments)
+    RESULTS.with_suffix(".json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    RESULTS.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
