@@ -31,9 +31,15 @@ check: lint test ## what must be green at every commit
 bench: setup ## slow measurements, with their results in tests/benchmarks/results
 	$(BIN)/python tests/benchmarks/fit_speed.py
 	PATH="$(BIN):$$PATH" accelerate launch recipes/compare_vit.py --overwrite
+	$(BIN)/python tests/benchmarks/memory_plan.py
+	$(BIN)/python tests/benchmarks/stories260k.py
+	$(BIN)/python tests/benchmarks/e2e_gpt2.py
 
 hub: setup ## train again what adapters_hub holds, at the recipes' defaults
 	PATH="$(BIN):$$PATH" accelerate launch recipes/lora_vit.py --output_dir runs/hub/lora_vit --overwrite
 	rm -rf adapters_hub/digits-lora-vit-tiny
 	cp -r runs/hub/lora_vit/adapter adapters_hub/digits-lora-vit-tiny
+	PATH="$(BIN):$$PATH" accelerate launch recipes/lora_gpt2.py --output_dir runs/hub/lora_gpt2 --overwrite
+	rm -rf adapters_hub/restaurants-lora-gpt2-tiny
+	cp -r runs/hub/lora_gpt2/adapter adapters_hub/restaurants-lora-gpt2-tiny
 	$(BIN)/inlay index adapters_hub

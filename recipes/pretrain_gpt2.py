@@ -1,13 +1,10 @@
 """Pre-train the embedded language model, on text that comes with Python and on generated text, on two CPU cores.
 
     python recipes/pretrain_gpt2.py                          # builtin:gpt2-tiny, about 15 minutes on 2 quiet cores
-
-The generated part describes hotels, films and more in the form of builtin:restaurants, which the model never sees.
 """
 
 import ast
 import platform
-import random
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +13,7 @@ from typing import Any
 
 from inlay import run_recipe
 from inlay.atomic import writing
-from inlay.data.restaurants import Described, descriptions
+from inlay.data.restaurants import Described, descriptions, renamed
 
 END, BLOCK = "<|endoftext|>", 256  # tokens
 
@@ -50,25 +47,12 @@ def written(items: list[Described]) -> list[str]:
     return [f"{item.meaning}\n{text}" for item in items for text in item.references]
 
 
-def renamed(items: list[Described], words: list[str], seed: int) -> list[Described]:
-    """Other names in three of four: a model that has seen a name once only must copy it, not know it by heart."""
-    draw, new = random.Random(seed), []
-    for item in items:
-        texts = [item.meaning, *item.references]
-        for name in re.findall(r"\[([A-Z][^]]*)\]", item.meaning):
-            if all(name in text for text in texts) and draw.random() < 0.75:
-                other = " ".join(draw.choice(words).capitalize() for _ in name.split())
-                texts = [text.replace(name, other) for text in texts]
-        new.append(Described(texts[0], texts[1:]))
-    return new
-
-
 def new_model(texts: list[str]) -> tuple[Any, Any]:
     """A GPT-2 of 1.5 M parameters, and a byte-level BPE of 2,048 tokens trained on the texts."""
     from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
-    empty = GPT2Tokenizer(vocab={END: 0}, pad_token=END, model_max_length=BLOCK)
-    tokenizer = empty.train_new_from_iterator(texts, 2048, show_progress=False)
+    new = GPT2Tokenizer(vocab={END: 0}, pad_token=END, model_max_length=BLOCK)
+    tokenizer = new.train_new_from_iterator(texts, 2048, show_progress=False)
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     size = {"vocab_size": len(tokenizer), "n_positions": BLOCK, "n_embd": 128, "n_layer": 6, "n_head": 4}
     model = GPT2LMHeadModel(GPT2Config(**size, **special, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
@@ -96,8 +80,8 @@ parameters in fp16, with a byte-level BPE of {config.vocab_size:,} tokens: the l
 recipes and tests run without a download. It is truly pre-trained, and of little use beyond that.
 
 - **Trained on** {tokens[0].shape[0]:,} tokens of prose (docstrings and language reference of Python {python}) and
-  {tokens[1].shape[0]:,} of descriptions by `inlay.data.restaurants` (hotels, films, gadgets, parks), many of
-  whose names are drawn from the words of the prose; torch {torch}.
+  {tokens[1].shape[0]:,} of descriptions by `inlay.data.restaurants` (hotels, films, gadgets, parks), most of
+  the names in them drawn from the words of the prose; torch {torch}.
 - **Quality**: perplexity per token {trained[0]:.1f} on held-out prose, {trained[1]:.2f} on held-out descriptions and
   {trained[2]:.2f} on restaurants, which it never saw, measured with the stored fp16 weights (untrained
   {untrained[0]:,.0f}, {untrained[1]:,.0f} and {untrained[2]:,.0f}).
@@ -117,8 +101,9 @@ def main(recipe: Recipe) -> None:
         return model(input_ids=blocks, attention_mask=torch.ones_like(blocks), labels=blocks).loss  # of B N, the mean
 
     @torch.inference_mode()
-    def perplexity(ids: torch.Tensor) -> float:
-        return float(torch.stack([loss_of(block[None]) for block in ids.split(BLOCK)[:-1]]).mean().exp())
+    def perplexities() -> list[float]:
+        each = [[loss_of(block[None]) for block in ids.split(BLOCK)[:-1]] for ids in tests]
+        return [float(torch.stack(losses).mean().exp()) for losses in each]
 
     # 1. data: every 20th document, the last 50 meanings of each topic and all restaurants are held out
     files, names = documents(), ("hotels", "films", "gadgets", "parks", "restaurants")
@@ -132,25 +117,24 @@ def main(recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
     model, tokenizer = new_model(prose + pairs)
     learnt, tests = [tokens(prose), tokens(pairs)], [tokens(texts) for texts in held_out]
-    untrained = [perplexity(ids) for ids in tests]
+    untrained = perplexities()
 
     # 3. train, on blocks from anywhere
     stream, optimizers = torch.cat(learnt), new_optimizers(model.train(), recipe)
     for step in range(recipe.steps):
         starts = torch.randint(len(stream) - BLOCK + 1, (recipe.batch_size, 1))
-        loss = loss_of(stream[starts + torch.arange(BLOCK)])
-        loss.backward()
+        (loss := loss_of(stream[starts + torch.arange(BLOCK)])).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, scheduler in optimizers:
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
         if step % 100 == 99:
-            print(f"step {step + 1}/{recipe.steps}  loss {loss.item():.3f}")
+            print(f"step {step + 1}/{recipe.steps}  loss {loss.item():.3f}", flush=True)
 
     # 4. measure, as it will be stored: in fp16
     model = model.half().float().eval()
-    trained = [perplexity(ids) for ids in tests]
+    trained = perplexities()
 
     # 5. save, with its card
     with writing(recipe.folder) as folder:
@@ -158,8 +142,7 @@ def main(recipe: Recipe) -> None:
         tokenizer.save_pretrained(str(folder))
         figures = {"untrained": untrained, "trained": trained, "tokens": learnt, "size": model.num_parameters()}
         versions = {"python": platform.python_version(), "torch": torch.__version__.partition("+")[0]}
-        filled = CARD.format(recipe=recipe, config=model.config, **figures, **versions)
-        (folder / "README.md").write_text(filled, encoding="utf-8")
+        (folder / "README.md").write_text(CARD.format(recipe=recipe, config=model.config, **figures, **versions))
     print(f"perplexities {trained} (untrained {untrained}); {recipe.folder}")
 
 

@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Said at every start, and nothing that a user could act on: bitsandbytes, which peft imports, misses the optional
-# package `kernels` on CPUs with AVX512-BF16; peft asks transformers for an attribute under its old name, and puts right
-# by itself what it says of GPT-2's transposed weights.
+# package `kernels` on CPUs with AVX512-BF16; transformers has renamed gradient checkpointing, which
+# peft calls by its old name; peft puts right by itself what it says of GPT-2's transposed weights.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated", category=FutureWarning)
 warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but the target module is `Conv1D`")
 
 # Importing inlay is cheap; torch and transformers come in with the first of these that is used.

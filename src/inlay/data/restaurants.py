@@ -8,6 +8,7 @@ an opener takes some slots, one or two more sentences take the rest.
 """
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count as count_up
@@ -65,6 +66,22 @@ def descriptions(topic: str, count: int, *, seed: int, references: int = 5) -> l
     if count > most:
         raise InlayError(f"expected at most {most} {topic}, as there are not many more, but got {count}. Lower it.")
     return list(islice(_distinct(topic, seed, references), count))
+
+
+def renamed(items: list[Described], words: Sequence[str], seed: int) -> list[Described]:
+    """Other names, of these words, in three of four places: who has seen a name once only must copy it to learn it.
+
+    A name is a value with a capital that every reference holds as it is.
+    """
+    draw, new = random.Random(seed), []
+    for item in items:
+        texts = [item.meaning, *item.references]
+        for name in re.findall(r"\[([A-Z][^]]*)\]", item.meaning):
+            if all(name in text for text in texts) and draw.random() < 0.75:
+                other = " ".join(draw.choice(words).capitalize() for _ in name.split())
+                texts = [text.replace(name, other) for text in texts]
+        new.append(Described(texts[0], texts[1:]))
+    return new
 
 
 def _distinct(name: str, seed: int, references: int) -> Iterator[Described]:
