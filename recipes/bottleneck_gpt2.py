@@ -96,7 +96,7 @@ def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> None:
         "validation": {**result.metrics, "perplexity": perplexity},
         "test": scores and scores.total,
         "dataset": data.name,
-        "cost": cost(model, {"input_ids": held_out[0]["input_ids"][None]}),
+        "cost": cost(model, {"input_ids": held_out[0]["input_ids"][None, :-1]}),  # 1 T, without the end
         "training": {
             **asdict(recipe),
             **train.identity(),

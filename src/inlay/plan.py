@@ -84,7 +84,7 @@ def plan_base(
         precision: Mixed precision.
         gradient_checkpointing: Blocks are recomputed.
         accumulate: Pieces of a step.
-        device: `cuda` or `cpu`, whether this machine has it or not; default: what it has.
+        device: `cuda` or `cpu`, of those that this machine has; default: the GPU if there is one.
         measure: Load the weights, take steps of this size here, and give their true peak as well, in bytes.
 
     Raises:
@@ -92,11 +92,12 @@ def plan_base(
     """
     if method not in METHODS:
         raise InlayError(f"there is no method {method!r}; METHODS has {', '.join(METHODS)}.")
-    sizes = {"width": width, "batch_size": batch_size, "length": length, "accumulate": accumulate}
-    for what, size in sizes.items():
-        if size < 1:
-            raise InlayError(f"{what} must be at least 1, got {size}.")
-    for what, value, allowed in (("optimizer", optimizer, Optimizer), ("precision", precision, Precision)):
+    sizes = {"width": width, "batch_size": batch_size, "accumulate": accumulate}
+    for what, size, least in (*((*item, 1) for item in sizes.items()), ("length", length, 2), ("labels", labels, 2)):
+        if size < least:
+            raise InlayError(f"{what} must be at least {least}, got {size}.")
+    choices = (("dtype", dtype, Dtype), ("optimizer", optimizer, Optimizer), ("precision", precision, Precision))
+    for what, value, allowed in choices:
         if value not in get_args(allowed):
             raise InlayError(f"{what} must be one of {', '.join(get_args(allowed))}, got {value!r}.")
     names = [str(i) for i in range(labels)]

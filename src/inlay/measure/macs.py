@@ -33,6 +33,8 @@ def count_macs(model: nn.Module, inputs: dict[str, Tensor]) -> int:
     Source: `torch.utils.flop_counter.FlopCounterMode`, halved: it counts two operations for each.
     """
     shadow = _on_meta(model).eval()
+    for module in shadow.modules():
+        module.warn_if_padding_and_no_attention_mask = lambda *_: None  # transformers', which looks at the first tokens
     counter = FlopCounterMode(display=False)
     try:
         with counter, torch.no_grad():

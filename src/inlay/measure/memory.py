@@ -322,7 +322,10 @@ def _device(model: nn.Module, device: str | torch.device | None) -> torch.device
     if device is None:
         here = next(model.parameters()).device
         return here if here.type != "meta" else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.device(device)
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise InlayError(f"expected a device such as cpu or cuda, but got {device!r}.") from error
     if where.type == "cuda" and not torch.cuda.is_available():  # torch would end the process
         raise InlayError(f"expected a device of this machine, but got {where}, and torch finds no GPU here.")
     return where

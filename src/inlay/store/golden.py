@@ -40,7 +40,8 @@ def output(model: torch.nn.Module, processor: Any) -> list[float]:
     weight = next(p for p in model.parameters() if p.is_floating_point())
     inputs: dict[str, Any]
     if isinstance(processor, TextProcessor):
-        inputs = {"input_ids": tokens(len(processor.tokenizer)).to(weight.device), "use_cache": False}
+        ids = tokens(len(processor.tokenizer)).to(weight.device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     else:
         pixels = processor(picture(), return_tensors="pt")["pixel_values"]  # 1 C H W
         inputs = {"pixel_values": pixels.to(weight.device, weight.dtype)}
