@@ -1,0 +1,186 @@
+"""The recipes for language models as a user runs them, on a few dozen pairs, with few steps."""
+
+import csv
+import json
+import math
+import re
+import runpy
+import sys
+
+import pytest
+
+from conftest import ROOT
+from inlay import load_adapter, read_adapter
+
+NAMES = ["The Oak", "The Elm", "Blue Gate", "Zizzi", "Cotto", "The Mill", "Fern", "The Vaults", "Giraffe", "Wildwood"]
+FOODS = ["Thai", "French"]
+SHORT = ["--epochs", 0.5, "--batch_size", 8, "--max_new_tokens", 8]
+METHODS = {
+    "lora": "LORA",
+    "bottleneck": "INLAY_BOTTLENECK",
+    "prefix": "INLAY_ATTENTION_PREFIX",
+    "prompt": "PROMPT_TUNING",
+    "partial": "INLAY_PARTIAL",
+}
+
+
+def run(monkeypatch, name, *arguments):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "recipes" / name), *map(str, arguments)])
+    runpy.run_path(str(ROOT / "recipes" / name), run_name="__main__")
+
+
+def refused(monkeypatch, capsys, *arguments):
+    """The one sentence with which lora_gpt2.py ends."""
+    with pytest.raises(SystemExit) as status:
+        run(monkeypatch, "lora_gpt2.py", *arguments)
+    err = capsys.readouterr().err
+    assert status.value.code == 2 and "Traceback" not in err
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    return error
+
+
+def write_csv(file, rows):
+    with file.open("w", newline="") as opened:
+        csv.writer(opened).writerows([("mr", "ref"), *rows])
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """40 pairs of E2E's form, 2 references for each meaning: 24 to train with, 8 to validate, 8 to test."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = [
+        (f"name[{name}], food[{food}]", said)
+        for name in NAMES
+        for food in FOODS
+        for said in (f"{name} serves {food} food.", f"For {food} food go to {name}, which is well liked by many.")
+    ]
+    for split, part in (("train", rows[:24]), ("devset", rows[24:32]), ("test", rows[32:])):
+        write_csv(folder / f"{split}.csv", part)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(pairs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, "lora_gpt2.py", "--dataset", pairs, "--output_dir", folder, *SHORT, "--epochs", 2)
+    return folder / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("lora", ["--label_smoothing", 0.1]),
+        ("lora", ["--quantize", "8bit"]),
+        ("lora", ["--quantize", "4bit"]),
+        ("bottleneck", []),
+        ("bottleneck", ["--sites", "mlp", "--placement", "parallel"]),
+        ("prefix", ["--label_smoothing", 0.1]),
+        ("prefix", ["--projection", 16]),
+        ("prompt", []),
+        ("partial", []),
+        ("partial", ["--train_what", "bias"]),
+    ],
+)
+def test_each_recipe_trains_measures_and_saves(monkeypatch, capsys, tmp_path, pairs, method, arguments):
+    if "--quantize" in arguments:
+        pytest.importorskip("bitsandbytes")
+    run(monkeypatch, f"{method}_gpt2.py", "--dataset", pairs, "--output_dir", tmp_path / "run", *SHORT, *arguments)
+    out = capsys.readouterr().out
+    assert re.search(r"^train: 24 examples, \d+ to \d+ tokens \([\d,]+ in all, [\d,]+ trained on\)$", out, re.M)
+    assert re.search(r"^validation: 8 examples, ", out, re.M)
+    assert re.search(r"^memory: base .* activations .* \(batch 8\) = [\d.]+ MB of .*: fits$", out, re.M)
+    assert ("hold 1,179,648 weights in" in out) == ("--quantize" in arguments)  # 6 blocks of 12 * 128² weights
+    check(tmp_path / "run" / "adapter", method, pairs)
+    printed = re.search(r"^perplexity ([\d.]+) at step 2, BLEU [\d.]+, chrF [\d.]+, ROUGE-L [\d.]+; saved (.*)$", out, re.M)
+    metrics = read_adapter(tmp_path / "run" / "adapter").metrics
+    assert printed[1] == f"{metrics['validation']['perplexity']:.2f}"
+    assert printed[2] == str(tmp_path / "run" / "adapter")
+
+
+def check(folder, method, dataset):
+    """That an adapter of 2 steps on the pairs is whole and tells what it is."""
+    file = read_adapter(folder)
+    assert file.config["peft_type"] == METHODS[method] and file.base_name == "builtin:gpt2-tiny"
+    assert load_adapter(folder).deviation < 1e-4
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["dataset"] == str(dataset) and metrics["training"]["steps"] == 2
+    validation, rows = metrics["validation"], metrics["by_prompt"]
+    assert validation["perplexity"] == pytest.approx(math.exp(validation["loss"])) and validation["loss"] > 0
+    assert {*metrics["test"]} == {"bleu", "chrf", "rouge_l"}
+    assert [row["prompt"] for row in rows] == [f"name[{n}], food[{f}]" for n in NAMES[8:] for f in FOODS]
+    assert metrics["test"]["rouge_l"] == pytest.approx(sum(row["rouge_l"] for row in rows) / 4)
+    assert metrics["cost"]["trainable_parameters"] > 0 and metrics["cost"]["mmacs"] > 0
+    assert metrics["decoding"]["max_new_tokens"] == 8
+
+
+@pytest.mark.parametrize("init", ["text", "random"])
+def test_a_prompt_starts_from_text_or_at_random_and_names_no_place(monkeypatch, tmp_path, pairs, init):
+    arguments = ["--dataset", pairs, "--output_dir", tmp_path / "run", *SHORT, "--init", init]
+    run(monkeypatch, "prompt_gpt2.py", *arguments)
+    folder = tmp_path / "run" / "adapter"
+    check(folder, "prompt", pairs)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["prompt_tuning_init"] == init.upper()
+    assert config["tokenizer_name_or_path"] == {"text": "builtin:gpt2-tiny", "random": None}[init]
+    assert str(ROOT) not in (folder / "adapter_config.json").read_text()
+    assert not any(isinstance(value, str) and value.startswith("/") for value in config.values())
+
+
+def test_running_text_has_a_perplexity_and_no_scores(monkeypatch, capsys, tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("The oak stood by the river. Nobody knew who had planted it.\n\n" * 60)
+    arguments = ["--dataset", book, "--output_dir", tmp_path / "run", *SHORT, "--max_length", 32]
+    run(monkeypatch, "lora_gpt2.py", *arguments)
+    metrics = json.loads((tmp_path / "run" / "adapter" / "metrics.json").read_text())
+    perplexity = metrics["validation"]["perplexity"]
+    assert perplexity == pytest.approx(math.exp(metrics["validation"]["loss"]))
+    assert metrics["test"] is None and metrics["by_prompt"] is None
+    out = capsys.readouterr().out
+    assert re.search(r"^train: \d+ examples, 32 to 32 tokens", out, re.M), "blocks without padding"
+    assert re.search(rf"^perplexity {perplexity:.2f} at step \d+; saved ", out, re.M)
+    loaded = load_adapter(tmp_path / "run" / "adapter")
+    assert loaded.deviation < 1e-4 and loaded.processor.separator == ""
+
+
+def test_what_is_too_long_is_one_sentence(monkeypatch, capsys, tmp_path, pairs):
+    arguments = ["--dataset", pairs, "--output_dir", tmp_path / "run", "--max_length", 24, "--over_long", "refuse"]
+    error = refused(monkeypatch, capsys, *arguments)
+    assert "expected examples of 24 tokens at most" in error and "Raise max_length" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_completion_is_named_with_its_line(monkeypatch, capsys, tmp_path):
+    rows = [("name[The Oak]", "The Oak is a pub."), ("name[The Elm]", " "), ("name[Fern]", "Fern is a cafe.")]
+    write_csv(tmp_path / "pairs.csv", rows)
+    arguments = ["--dataset", tmp_path / "pairs.csv", "--output_dir", tmp_path / "run"]
+    error = refused(monkeypatch, capsys, *arguments)
+    assert "expected a completion in every row" in error and "line 3" in error
+
+
+def test_the_embedded_data_at_the_defaults(monkeypatch, capsys, tmp_path):
+    run(monkeypatch, "lora_gpt2.py", "--output_dir", tmp_path / "run", "--epochs", 0.002, "--max_new_tokens", 2)
+    assert "train: 6,000 examples" in capsys.readouterr().out
+    file = read_adapter(tmp_path / "run" / "adapter")
+    assert file.metrics["dataset"] == "builtin:restaurants" and len(file.metrics["by_prompt"]) == 150
+
+
+def test_generate_writes_the_same_merged_or_not(trained, monkeypatch, capsys):
+    prompts = ["name[The Blue Gate], food[Thai]", "name[Fern]"]
+    arguments = ["--adapter", trained, "--prompts", *prompts, "--max_new_tokens", 8]
+    run(monkeypatch, "generate.py", *arguments)
+    written = capsys.readouterr().out
+    assert [line for line in written.splitlines() if not line.startswith("    ")] == prompts
+    run(monkeypatch, "generate.py", *arguments, "--merge")
+    assert capsys.readouterr().out == written
+
+
+def test_generate_scores_as_the_training_did(trained, pairs, monkeypatch, capsys, tmp_path):
+    scores = tmp_path / "scores.json"
+    run(
+        monkeypatch, "generate.py", "--adapter", trained, "--dataset", pairs, "--scores", scores, "--max_new_tokens", 8
+    )
+    found, metrics = json.loads(scores.read_text()), read_adapter(trained).metrics
+    assert found == {"total": metrics["test"], "by_prompt": metrics["by_prompt"]}
+    said, signature = capsys.readouterr().out.splitlines()
+    assert said.startswith("BLEU ") and signature.startswith("BLEU|nrefs:2|")
