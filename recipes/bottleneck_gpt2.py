@@ -117,6 +117,6 @@ if __name__ == "__main__":
     run_recipe(
         main,
         Recipe(),
-        TrainConfig(output_dir="runs/bottleneck_gpt2", epochs=2, learning_rate=5e-3, workers=0),
+        TrainConfig(output_dir="runs/bottleneck_gpt2", epochs=3, learning_rate=5e-3, workers=0),
         Decoding(),
     )

@@ -115,5 +115,8 @@ def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> None:
 
 if __name__ == "__main__":
     run_recipe(
-        main, Recipe(), TrainConfig(output_dir="runs/lora_gpt2", epochs=2, workers=0), Decoding(max_new_tokens=96)
+        main,
+        Recipe(),
+        TrainConfig(output_dir="runs/lora_gpt2", epochs=3, learning_rate=1e-2, workers=0),
+        Decoding(max_new_tokens=96),
     )

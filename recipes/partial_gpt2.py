@@ -105,5 +105,5 @@ def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> None:
 
 if __name__ == "__main__":
     run_recipe(
-        main, Recipe(), TrainConfig(output_dir="runs/partial_gpt2", epochs=2, learning_rate=2e-3, workers=0), Decoding()
+        main, Recipe(), TrainConfig(output_dir="runs/partial_gpt2", epochs=3, learning_rate=2e-3, workers=0), Decoding()
     )

@@ -109,5 +109,5 @@ def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> None:
 
 if __name__ == "__main__":
     run_recipe(
-        main, Recipe(), TrainConfig(output_dir="runs/prefix_gpt2", epochs=2, learning_rate=3e-2, workers=0), Decoding()
+        main, Recipe(), TrainConfig(output_dir="runs/prefix_gpt2", epochs=3, learning_rate=3e-2, workers=0), Decoding()
     )

@@ -1,6 +1,6 @@
 """Pre-train the embedded language model, on text that comes with Python and on generated text, on two CPU cores.
 
-    python recipes/pretrain_gpt2.py                          # builtin:gpt2-tiny, about 15 minutes on 2 quiet cores
+python recipes/pretrain_gpt2.py                          # builtin:gpt2-tiny, about 15 minutes on 2 quiet cores
 """
 
 import ast

@@ -121,5 +121,5 @@ def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> None:
 
 if __name__ == "__main__":
     run_recipe(
-        main, Recipe(), TrainConfig(output_dir="runs/prompt_gpt2", epochs=2, learning_rate=5e-2, workers=0), Decoding()
+        main, Recipe(), TrainConfig(output_dir="runs/prompt_gpt2", epochs=3, learning_rate=5e-2, workers=0), Decoding()
     )
