@@ -12,8 +12,8 @@ from pathlib import Path
 from inlay import Decoding, run_recipe
 
 PROMPTS = [
-    "name[The Blue Gate], eatType[pub], food[Thai], priceRange[cheap], area[riverside]",
-    "name[The Blue Gate], eatType[cafe], customer rating[high], familyFriendly[yes], near[Town Hall]",
+    "name[The Quiet Fox], eatType[pub], food[Thai], priceRange[cheap], area[riverside]",
+    "name[The Silver Oak], eatType[bistro], customer rating[high], familyFriendly[yes], near[Chess Museum]",
 ]
 
 
