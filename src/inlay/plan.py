@@ -8,6 +8,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from inlay._peft import PeftModel, virtual_tokens
 from inlay.errors import InlayError
 from inlay.measure.memory import MemoryPlan, Optimizer, Precision, measure_peak, plan_memory
 from inlay.methods import METHODS
@@ -103,9 +104,11 @@ def plan_base(
     names = [str(i) for i in range(labels)]
 
     def adapt(base: Any) -> tuple[nn.Module, Batch, Loss | None]:
-        writes = base.get_output_embeddings() is not None
-        batch, loss = (_text(base, batch_size, length), NextToken()) if writes else (_pictures(base, batch_size), None)
-        return METHODS[method].adapt(base, width), batch, loss
+        model = METHODS[method].adapt(base, width)
+        if base.get_output_embeddings() is None:
+            return model, _pictures(base, batch_size), None
+        added = virtual_tokens(model.active_peft_config) if isinstance(model, PeftModel) else 0
+        return model, _text(base, batch_size, length, added), NextToken()
 
     def options(loss: Loss | None) -> dict[str, Any]:
         step = {"optimizer": optimizer, "accumulate": accumulate, "precision": precision, "loss": loss}
@@ -125,10 +128,12 @@ def _labels(model: nn.Module, names: list[str]) -> list[str] | None:
     return names if base.get_output_embeddings() is None else None
 
 
-def _text(base: Any, rows: int, length: int) -> Batch:
-    positions = getattr(base.config, "max_position_embeddings", None) or length
-    if length > positions:
-        raise InlayError(f"this base reads {positions} tokens at most, but length is {length}; lower it.")
+def _text(base: Any, rows: int, length: int, added: int) -> Batch:
+    """Texts of which every token is learned; a prompt adds tokens to each."""
+    positions = getattr(base.config, "max_position_embeddings", None) or length + added
+    if length + added > positions:
+        also = f", and the prompt takes {added}" if added else ""
+        raise InlayError(f"this base reads {positions} tokens at most, but length is {length}{also}; lower it.")
     ids = torch.arange(rows * length).view(rows, length) % base.config.vocab_size
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
