@@ -1,7 +1,7 @@
 """Load a language model's adapter, checked against its base, and write texts with it.
 
 python recipes/generate.py                                                  # the adapter of adapters_hub
-python recipes/generate.py --adapter runs/lora_gpt2/adapter --prompts "name[The Blue Gate], food[Thai]" --beams 4
+python recipes/generate.py --adapter runs/lora_gpt2/adapter --prompts "name[The Silver Oak], food[Thai]" --beams 4
 python recipes/generate.py --adapter runs/lora_gpt2/adapter --dataset builtin:restaurants --scores scores.json
 """
 

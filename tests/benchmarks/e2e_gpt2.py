@@ -121,8 +121,8 @@ def report(rows: list[Compared], untuned: dict[str, float], arguments: argparse.
         f"{torch.get_num_threads()} thread(s), {versions}. Perplexity is that of held-out training pairs. Written by "
         "`tests/benchmarks/e2e_gpt2.py`.",
         table(rows),
-        f"The base before tuning: {scores}. It has not seen some names and cuisines; their words have untrained embeddings, "
-        "which full tuning alone changes. Steps were timed beside other work on two cores.",
+        f"The base before tuning: {scores}. It has not seen some names and cuisines; their words have untrained "
+        "embeddings, which full tuning alone changes. Steps were timed beside other work on two cores.",
         "As reported by Hu et al. 2021 (arXiv:2106.09685, table 3), not measured here: GPT-2 medium (355 M parameters, "
         f"real pre-training, 5 epochs, 10 beams, the challenge's own script and test set), BLEU: {theirs}.",
     ]

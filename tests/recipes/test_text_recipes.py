@@ -184,3 +184,12 @@ def test_generate_scores_as_the_training_did(trained, pairs, monkeypatch, capsys
     assert found == {"total": metrics["test"], "by_prompt": metrics["by_prompt"]}
     said, signature = capsys.readouterr().out.splitlines()
     assert said.startswith("BLEU ") and signature.startswith("BLEU|nrefs:2|")
+
+
+def test_compare_gpt2_prints_one_row_a_method(pairs, monkeypatch, capsys, tmp_path):
+    arguments = ["--dataset", pairs, "--output_dir", tmp_path / "c", "--methods", "lora", "prompt", "--seeds", 0]
+    run(monkeypatch, "compare_gpt2.py", *arguments, *SHORT, "--width", 4)
+    rows = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    assert [row["method"] for row in rows] == ["lora", "prompt"] and rows[1]["trainable"] == 4 * 128
+    assert rows[0]["scores"].keys() == {"perplexity", "bleu", "chrf", "rouge_l"} and rows[0]["peak_bytes"] > 6_000_000
+    assert "| prompt | 512 |" in capsys.readouterr().out
