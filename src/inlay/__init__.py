@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from inlay.data.images import ImageData, load_images
     from inlay.data.picture import ImageView
+    from inlay.data.scan import VolumeProcessor
     from inlay.data.text import TextData, load_texts
     from inlay.data.textview import TextView
     from inlay.data.tokens import TextProcessor
+    from inlay.data.volumes import VolumeData, load_volumes
+    from inlay.data.volumeview import VolumeView
     from inlay.errors import InlayError
     from inlay.infer.images import predict
     from inlay.infer.text import Decoding, generate, judge
@@ -62,6 +65,9 @@ _WHERE = {
     "TextView": "data.textview",
     "TrainConfig": "train.config",
     "VisualPromptConfig": "methods",
+    "VolumeData": "data.volumes",
+    "VolumeProcessor": "data.scan",
+    "VolumeView": "data.volumeview",
     "fit": "train.loop",
     "generate": "infer.text",
     "judge": "infer.text",
@@ -71,6 +77,7 @@ _WHERE = {
     "load_processor": "processors",
     "load_texts": "data.text",
     "load_tokenizer": "processors",
+    "load_volumes": "data.volumes",
     "predict": "infer.images",
     "read_adapter": "store.file",
     "run_recipe": "recipe",
@@ -93,6 +100,9 @@ __all__ = [
     "TextView",
     "TrainConfig",
     "VisualPromptConfig",
+    "VolumeData",
+    "VolumeProcessor",
+    "VolumeView",
     "fit",
     "generate",
     "judge",
@@ -102,6 +112,7 @@ __all__ = [
     "load_processor",
     "load_texts",
     "load_tokenizer",
+    "load_volumes",
     "predict",
     "read_adapter",
     "run_recipe",
