@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from inlay.atomic import pending, recover, write_json, writing
+from inlay.atomic import pending, recover, replacing, write_json, writing
 
 
 def content(folder):
@@ -131,3 +131,14 @@ def test_json_is_replaced_in_one_step(tmp_path):
         write_json(path, {"a": object()})
     assert path.read_text() == '{\n  "é": 1\n}\n'
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_file_is_replaced_at_the_end_or_not_at_all(tmp_path):
+    path = tmp_path / "mask.nii.gz"
+    with replacing(path) as new:
+        new.write_text("one")
+        assert new.name.endswith(".nii.gz") and not path.exists()
+    with pytest.raises(RuntimeError), replacing(path) as new:
+        new.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "one" and [p.name for p in tmp_path.iterdir()] == ["mask.nii.gz"]

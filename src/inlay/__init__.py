@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from inlay.data.volumeview import VolumeView
     from inlay.errors import InlayError
     from inlay.infer.images import predict
+    from inlay.infer.session import VolumeSession
     from inlay.infer.text import Decoding, generate, judge
+    from inlay.infer.volumes import segment
     from inlay.methods import (
         METHODS,
         AttentionPrefixConfig,
@@ -67,6 +69,7 @@ _WHERE = {
     "VisualPromptConfig": "methods",
     "VolumeData": "data.volumes",
     "VolumeProcessor": "data.scan",
+    "VolumeSession": "infer.session",
     "VolumeView": "data.volumeview",
     "fit": "train.loop",
     "generate": "infer.text",
@@ -82,6 +85,7 @@ _WHERE = {
     "read_adapter": "store.file",
     "run_recipe": "recipe",
     "save_adapter": "store.save",
+    "segment": "infer.volumes",
 }
 
 __all__ = [
@@ -102,6 +106,7 @@ __all__ = [
     "VisualPromptConfig",
     "VolumeData",
     "VolumeProcessor",
+    "VolumeSession",
     "VolumeView",
     "fit",
     "generate",
@@ -117,6 +122,7 @@ __all__ = [
     "read_adapter",
     "run_recipe",
     "save_adapter",
+    "segment",
 ]
 
 

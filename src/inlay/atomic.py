@@ -69,3 +69,15 @@ def write_json(path: Path, content: Any) -> None:
     temporary = path.with_name(path.name + ".new")
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a name beside a file, with its suffix; when the block ends without an error, it takes the file's place."""
+    path = Path(path)
+    new = path.with_name(f".inlay-new.{path.name}")
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
