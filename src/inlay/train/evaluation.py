@@ -24,33 +24,37 @@ def evaluate_on(
     accelerator: Accelerator,
     accumulate: int = 1,
 ) -> dict[str, float]:
-    """Mean loss, then what the metrics say of `logits.argmax(-1)` against `labels`; leaves the model in train mode.
+    """Mean loss, then what the metrics say of the loss's `answers`; leaves the model in train mode.
+
+    Without such a method these are `logits.argmax(-1)` against `labels`.
 
     The metrics see all rows once, on the main process: accelerate drops those with which it padded the last batch. That
     batch is taken row by row, as a mean over rows and padding could not be told apart. The others go through the model
     in `accumulate` pieces, as in training.
     """
     model.eval()
+    answers = getattr(loss, "answers", _classes)
     losses, weights = [], []
     for batch in loader:
         at_end, over = accelerator.gradient_state.end_of_dataloader, accelerator.gradient_state.remainder
         padded = accelerator.num_processes > 1 and at_end and over > 0
-        each, share, predicted = [], [], []  # a value for every row
+        each, share, answered = [], [], []  # a value for every row
         for piece in pieces(batch, rows_of(batch) if padded else accumulate):
             output, rows = loss(model, piece), rows_of(piece)
             each.append(output.loss.repeat(rows))
             share.append(torch.full_like(each[-1], loss.weight(piece) / rows))
             if metrics:
-                predicted.append(output.logits.argmax(-1))
+                answered.append(answers(output, piece))
         values = accelerator.gather_for_metrics((torch.cat(each), torch.cat(share)))
         losses.append(values[0])
         weights.append(values[1])
         if not metrics:
             continue
-        predictions, labels = accelerator.gather_for_metrics((torch.cat(predicted), batch["labels"]))
+        whole = tuple(torch.cat(side) for side in zip(*answered, strict=True))
+        predictions, references = accelerator.gather_for_metrics(whole)
         if accelerator.is_main_process:
             for metric in metrics:
-                metric.add_batch(predictions=predictions.cpu(), references=labels.cpu())
+                metric.add_batch(predictions=predictions.cpu(), references=references.cpu())
     train_mode(model)
     scores: list[dict[str, float]] = [{}]
     if accelerator.is_main_process:
@@ -61,6 +65,11 @@ def evaluate_on(
     if accelerator.num_processes > 1:
         broadcast_object_list(scores)
     return scores[0]
+
+
+def _classes(output: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The answers of a classifier: (B,) or of text (B, T), predicted and true."""
+    return output.logits.argmax(-1), batch["labels"]
 
 
 def train_mode(model: nn.Module) -> None:

@@ -1,10 +1,12 @@
-"""What a batch costs: the model's own loss, or that of the next token."""
+"""What a batch costs: the model's own loss, that of the next token, or that of masks."""
 
 import inspect
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import nn
-from torch.nn.functional import cross_entropy
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers.modeling_outputs import CausalLMOutput
 
 from inlay.train.evaluation import rows_of
@@ -13,7 +15,12 @@ IGNORED = -100  # the label of tokens that are read and not learned: prompts, pa
 
 
 class Loss(Protocol):
-    """A mean over what `weight` counts, so that pieces of a batch add up to the loss of the whole."""
+    """A mean over what `weight` counts, so that pieces of a batch add up to the loss of the whole.
+
+    A loss may have a third method, `answers(output, batch) -> (predictions, references)`: what the metrics compare, two
+    tensors with a row for each example, of one size in all batches. Without it these are `logits.argmax(-1)` and
+    `batch["labels"]`.
+    """
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Any:
         """An output with `loss` and `logits`."""
@@ -66,6 +73,77 @@ class NextToken:
     def weight(self, batch: dict[str, Any]) -> int:
         """The tokens that are learned."""
         return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+@dataclass
+class MaskOutput:
+    """What SAM answered to P prompts for each of B pictures, with M masks a prompt.
+
+    Attributes:
+        loss: Mean over the masks that were asked for.
+        logits: (B, P, M, h, w).
+        scores: (B, P, M), the IoU that the model foretells.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    scores: Tensor
+
+
+class MaskLoss:
+    """20 times the focal loss plus Dice, of the best of the masks, plus the squared error of all foretold IoUs.
+
+    Batches: what the model takes, and `labels` (B, P, h, w) of the size of its logits: 1 in the mask, 0 outside, -1
+    everywhere where fewer than P masks were asked for.
+
+    Args:
+        many: Ask for three masks and learn from the best, as a point may mean a part or the whole; or for a single one.
+
+    Source: Kirillov et al. 2023, arXiv:2304.02643, "Losses and training".
+    """
+
+    def __init__(self, many: bool = True) -> None:
+        self.many = many
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> MaskOutput:
+        """Loss, logits and foretold IoU."""
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        output = model(**inputs, multimask_output=self.many)
+        labels = batch["labels"]
+        asked = labels[..., 0, 0] >= 0  # B P
+        each = mask_losses(output.pred_masks.float(), output.iou_scores.float(), labels.clamp_min(0).float())
+        return MaskOutput((each * asked).sum() / asked.sum().clamp_min(1), output.pred_masks, output.iou_scores)
+
+    def weight(self, batch: dict[str, Any]) -> int:
+        """The masks that are asked for."""
+        return int((batch["labels"][..., 0, 0] >= 0).sum())
+
+    def answers(self, output: MaskOutput, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Pixels (B, P, 2) in the intersection and in the union of truth and best foretold mask, and zeros (B,).
+
+        Both are 0 for a mask that was not asked for.
+        """
+        said, truth = foretold_best(output.logits, output.scores) > 0, batch["labels"]
+        counts = [(said & (truth == 1)).sum((-2, -1)), (said & (truth == 0)).sum((-2, -1)) + (truth == 1).sum((-2, -1))]
+        return torch.stack(counts, -1), truth.new_zeros(len(truth), dtype=torch.int64)
+
+
+def mask_losses(logits: Tensor, scores: Tensor, targets: Tensor) -> Tensor:
+    """Of each prompt, as MaskLoss says; logits (..., M, h, w), scores (..., M) and targets (..., h, w) from 0 to 1."""
+    truth = targets.unsqueeze(-3).expand_as(logits)
+    chance = logits.sigmoid()
+    entropy = binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    focal = (entropy * (chance - truth).square()).mean((-2, -1))
+    dice = 1 - (2 * (chance * truth).sum((-2, -1)) + 1) / (chance.sum((-2, -1)) + truth.sum((-2, -1)) + 1)
+    said, true = logits.detach() > 0, truth > 0.5
+    overlap = (said & true).sum((-2, -1)) / (said | true).sum((-2, -1)).clamp_min(1)
+    return (20 * focal + dice).amin(-1) + (scores - overlap).square().mean(-1)
+
+
+def foretold_best(logits: Tensor, scores: Tensor) -> Tensor:
+    """Of the masks (..., M, h, w) those whose IoU (..., M) the model foretells as the highest; (..., h, w)."""
+    index = scores.argmax(-1)[..., None, None, None].expand(*scores.shape[:-1], 1, *logits.shape[-2:])
+    return logits.gather(-3, index).squeeze(-3)
 
 
 def _keeps(model: nn.Module) -> bool:
