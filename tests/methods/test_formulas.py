@@ -17,7 +17,7 @@ from inlay import (
 )
 from inlay.methods.attention_prefix import AttentionPrefixLayer
 from inlay.methods.base import AdapterLayer
-from methods.bases import adapted, batch, build, compute
+from methods.bases import adapted, batch, build, compute, randomise
 
 
 def attach(config, base="vit", dtype=torch.float64):
@@ -203,6 +203,40 @@ def test_two_linear_bottlenecks_merge_to_their_sum():
     model.merge_adapter(["default"])
     model.merge_adapter(["second"])
     assert (compute(model, "vit") - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda: [LoraConfig(r=2, target_modules=["fc2"]), BottleneckConfig(width=4, activation=None, sites=["mlp"])],
+        lambda: [LoraConfig(r=2, target_modules=["fc2"]), PartialConfig(last=2)],
+        lambda: [PartialConfig(last=2), BottleneckConfig(width=4, activation=None)],
+    ],
+)
+def test_composites_merge_one_after_the_other(parts):
+    """Layers around one another: what the inner one merges later must reach the weight that the outer one keeps."""
+    model = get_peft_model(build("vit"), CompositeConfig(parts=parts()), adapter_name="one").eval()
+    model.add_adapter("two", CompositeConfig(parts=parts()))
+    randomise(model, "one", 3), randomise(model, "two", 7)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.merge_adapter(["one", "two"])
+    together = compute(model, "vit")
+    model.unmerge_adapter()
+    for first, second in (["one", "two"], ["two", "one"]):
+        model.set_adapter(first)
+        model.merge_adapter([first])
+        one = compute(model, "vit")
+        model.merge_adapter([second])
+        assert (compute(model, "vit") - together).abs().max() < 1e-4
+        model.merge_adapter([first])  # is merged: nothing happens
+        assert (compute(model, "vit") - together).abs().max() < 1e-4
+        model.unmerge_adapter()
+        assert (compute(model, "vit") - one).abs().max() < 1e-4 < (one - together).abs().max()
+        exact = not any(isinstance(part, LoraConfig) for part in parts())  # peft's merges are subtracted again
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, before[key]) if exact else torch.allclose(value, before[key], atol=1e-6)
+    with pytest.raises(InlayError, match="list of names"):
+        model.merge_adapter("one")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

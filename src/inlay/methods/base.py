@@ -300,10 +300,30 @@ class AdapterTuner(BaseTuner):
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As peft's, from the inside out, and not begun where a layer cannot merge."""
+        """As peft's, from the inside out, and not begun where a layer cannot merge.
+
+        What is merged already is taken out first, from the outside in, and merged again with the rest: where layers are
+        around one another, the outer one keeps a weight that must hold all that the inner one merges.
+        """
+        if isinstance(adapter_names, str):
+            raise InlayError(f"adapter_names must be a list of names, got {adapter_names!r}; give [{adapter_names!r}].")
         self.check_merge(adapter_names)
-        for layer in reversed([m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]):
-            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]  # outer ones first
+        wanted = [[*dict.fromkeys([*m.merged_adapters, *(adapter_names or m.active_adapters)])] for m in layers]
+        if all(set(names) <= set(m.merged_adapters) for m, names in zip(layers, wanted, strict=True)):
+            return
+        self._unmerge(layers)
+        try:
+            for layer, names in zip(reversed(layers), reversed(wanted), strict=True):
+                layer.merge(safe_merge=safe_merge, adapter_names=names)
+        except Exception:
+            self._unmerge(layers)
+            raise
+
+    def _unmerge(self, layers: Sequence[BaseTunerLayer]) -> None:
+        for layer in layers:
+            if layer.merged:
+                layer.unmerge()
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
         """Raise InlayError if a layer cannot merge these adapters (default: the active ones)."""
