@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -138,6 +139,25 @@ def plan(
 
 
 @app.command()
+def audit(
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="Labelled scans: images/ and labels/, dataset.json or .npz files.")
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Say what is wrong with labelled scans before training on them; exit status 1 if there are errors."""
+    from inlay.data.audit import audit as look
+
+    report = look(folder)
+    if as_json:
+        print(json.dumps(asdict(report), indent=2, ensure_ascii=False))
+    else:
+        _list_findings(report)
+    if report.errors:
+        raise typer.Exit(1)
+
+
+@app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Say what this machine has and what works on it: devices, precisions, 8-bit, image libraries."""
     from inlay.doctor import examine
@@ -167,6 +187,22 @@ def index(
     print(f"{folder}: {len(rows)} adapter{'s' * (len(rows) != 1)}")
     for row in rows:
         print(f"  {row['name']}: {row['method']} on {row['base']}")
+
+
+def _list_findings(report: Any) -> None:
+    """A table of an audit's findings, errors first, and its summary."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for finding in sorted(report.findings, key=lambda finding: finding.level != "error"):
+        colour = "red" if finding.level == "error" else "yellow"
+        file = finding.file.removeprefix(report.folder).lstrip("/") or report.folder
+        table.add_row(f"[{colour}]{finding.level}[/]", escape(file), escape(finding.what))
+    if report.findings:
+        Console().print(table)
+    print(report)
 
 
 def _show(facts: dict[str, Any], as_json: bool) -> None:

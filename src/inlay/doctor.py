@@ -18,7 +18,14 @@ _PACKAGES = (
     "evaluate",
     "safetensors",
     "bitsandbytes",
+    "nibabel",
+    "monai",
 )
+_EXTRAS = {  # what pip installs a package with, and what it is good for
+    "bitsandbytes": "'inlay[quantize]' for 8-bit and 4-bit bases",
+    "nibabel": "'inlay[volumes]' for scans",
+    "monai": "'inlay[volumes]' for scans",
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ def _installed(name: str) -> tuple[bool, str]:
     try:
         return True, version(name)
     except PackageNotFoundError:
-        return False, "not installed; pip install 'inlay[quantize]' for 8-bit and 4-bit bases"
+        return False, f"not installed; pip install {_EXTRAS.get(name, name)}"
 
 
 def _accelerator() -> Finding:

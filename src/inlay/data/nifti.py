@@ -150,14 +150,16 @@ def _check_affine(affine: np.ndarray) -> None:
         raise ValueError("an affine that maps no space")
 
 
-def _unreadable(path: Path, error: Exception) -> InlayError:
-    """The error for a user: what came instead of a scan."""
+def why(path: Path, error: BaseException) -> str:
+    """What is wrong with a file that raised this error when it was read, in a few words."""
     if not path.exists():
-        why = "no such file"
-    elif path.is_file() and path.stat().st_size == 0:
-        why = "an empty file"
-    elif isinstance(error, EOFError) or "Expected" in str(error):
-        why = "truncated"
-    else:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".").replace(str(path), "the file")
-    return InlayError(f"expected a scan of three axes, but got {str(path)!r} ({why}). Replace it.")
+        return "no such file"
+    if path.is_file() and path.stat().st_size == 0:
+        return "an empty file"
+    if isinstance(error, EOFError) or "Expected" in str(error):
+        return "truncated"
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".").replace(str(path), "the file")
+
+
+def _unreadable(path: Path, error: Exception) -> InlayError:
+    return InlayError(f"expected a scan of three axes, but got {str(path)!r} ({why(path, error)}). Replace it.")

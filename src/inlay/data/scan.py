@@ -255,31 +255,34 @@ def aligned_labels(case: Case, shape: tuple[int, ...], affine: np.ndarray) -> np
     array, own = read_labels(case)
     where = case.name if isinstance(case.label, np.ndarray) else str(case.label)
     labels, grid = turned(array, own)
-    fault = None
-    if labels.shape != shape:
-        fault = f"shape {'x'.join(map(str, labels.shape))} and not {'x'.join(map(str, shape))} (D, H, W)"
-    else:
-        ends = corners(shape[::-1])
-        apart = np.linalg.norm(moved(grid, ends) - moved(affine, ends), axis=1).max()
-        if apart > 0.1 * min(spacing_of(affine)):
-            fault = f"another affine, that puts a corner {apart:.3g} mm apart"
-    if fault:
-        raise InlayError(f"expected a label map on the grid of its image, but {where!r} has {fault}. Mend the file.")
-    return _numbered(labels, case.values, where)
-
-
-def _numbered(labels: np.ndarray, values: tuple[int, ...] | None, where: str) -> np.ndarray:
-    """A label map with `values` as 1..K, int16."""
-    found = np.unique(labels)
-    known = np.array([0, *values]) if values else np.arange(max(int(found[-1]), 0) + 1)
-    if not np.isin(found, known).all() or len(known) > CLASSES + 1:
-        strange = some(np.setdiff1d(found, known[: CLASSES + 1]).tolist())
-        wanted = some([int(value) for value in known]) if values else f"0 to {CLASSES} at most"
-        raise InlayError(f"expected the labels {wanted}, but got {strange} in {where!r}. Mend the file.")
-    if np.array_equal(known, np.arange(len(known))):
+    apart = misplaced(labels.shape, grid, shape, affine)
+    if apart:
+        raise InlayError(f"expected a label map on the grid of its image, but {where!r} has {apart}. Mend the file.")
+    strange = strange_values(labels, case.values)
+    if strange:
+        wanted = some([0, *case.values]) if case.values else f"0 to {CLASSES}"
+        raise InlayError(f"expected the labels {wanted}, but got {some(strange)} in {where!r}. Mend the file.")
+    if case.values is None or case.values == tuple(range(1, len(case.values) + 1)):
         return labels.astype(np.int16)
+    known = np.array([0, *case.values])
     order = np.argsort(known)
     return order[np.searchsorted(known[order], labels)].astype(np.int16)
+
+
+def misplaced(
+    labels: tuple[int, ...], grid: np.ndarray, shape: tuple[int, ...], affine: np.ndarray, most: float = 0.1
+) -> str | None:
+    """How a label map's shape (D, H, W) and affine in RAS differ from its image's, by more than `most` of a voxel."""
+    if labels != shape:
+        return f"shape {'x'.join(map(str, labels))} and not {'x'.join(map(str, shape))} (D, H, W)"
+    ends = corners(shape[::-1])
+    apart = np.linalg.norm(moved(grid, ends) - moved(affine, ends), axis=1).max()
+    return None if apart <= most * min(spacing_of(affine)) else f"an affine that moves a corner by {apart:.3g} mm"
+
+
+def strange_values(labels: np.ndarray, values: tuple[int, ...] | None) -> list[int]:
+    """The values of a label map that are no class: not 0 nor in `values`, or without these not in 0..`CLASSES`."""
+    return np.setdiff1d(labels, [0, *values] if values else np.arange(CLASSES + 1)).tolist()
 
 
 def _three(values: Any, fine: Any) -> bool:

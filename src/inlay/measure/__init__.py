@@ -14,6 +14,7 @@ from inlay.measure.footprint import Footprint, footprint
 if TYPE_CHECKING:
     from inlay.measure.costs import cost
     from inlay.measure.macs import count_macs
+    from inlay.measure.masks import VolumeDice, overlap, score_case, summarise, write_csv
     from inlay.measure.memory import MemoryPlan, measure_peak, plan_memory
     from inlay.measure.quality import F1, Accuracy
     from inlay.measure.speed import Latency, latency
@@ -26,13 +27,18 @@ __all__ = [
     "Latency",
     "MemoryPlan",
     "TextScores",
+    "VolumeDice",
     "cost",
     "count_macs",
     "footprint",
     "latency",
     "measure_peak",
+    "overlap",
     "plan_memory",
+    "score_case",
     "score_texts",
+    "summarise",
+    "write_csv",
 ]
 
 _HOME = {
@@ -47,6 +53,11 @@ _HOME = {
     "plan_memory": "memory",
     "TextScores": "text",
     "score_texts": "text",
+    "VolumeDice": "masks",
+    "overlap": "masks",
+    "score_case": "masks",
+    "summarise": "masks",
+    "write_csv": "masks",
 }
 
 
