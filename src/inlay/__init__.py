@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         BottleneckConfig,
         CompositeConfig,
         PartialConfig,
+        SpatialAdapterConfig,
         VisualPromptConfig,
     )
     from inlay.models import load_base
@@ -62,6 +63,7 @@ _WHERE = {
     "InlayError": "errors",
     "NextToken": "train.losses",
     "PartialConfig": "methods",
+    "SpatialAdapterConfig": "methods",
     "TextData": "data.text",
     "TextProcessor": "data.tokens",
     "TextView": "data.textview",
@@ -99,6 +101,7 @@ __all__ = [
     "InlayError",
     "NextToken",
     "PartialConfig",
+    "SpatialAdapterConfig",
     "TextData",
     "TextProcessor",
     "TextView",

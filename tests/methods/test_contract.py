@@ -373,6 +373,13 @@ def test_inlay_loads_it_on_its_base_alone(method, tmp_path):
 
 
 def test_every_row_of_the_table_is_tested():
-    others = {"probe", "full", "pissa", "prompt", "prefix"}  # nothing to attach, changes the base, peft's own for text
+    others = {
+        "probe",
+        "full",
+        "pissa",
+        "prompt",
+        "prefix",
+        "spatial",
+    }  # nothing to attach, changes the base, peft's own for text
     assert set(METHODS) == {*OURS, *PEFTS, *others}
-    assert set(KINDS.values()) | {"conv"} == {kind for method in METHODS.values() for kind in method.bases}
+    assert set(KINDS.values()) | {"conv", "volume"} == {kind for method in METHODS.values() for kind in method.bases}

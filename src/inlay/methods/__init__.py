@@ -11,6 +11,7 @@ from inlay.methods.attention_prefix import AttentionPrefixConfig
 from inlay.methods.bottleneck import BottleneckConfig
 from inlay.methods.composite import CompositeConfig
 from inlay.methods.partial import PartialConfig
+from inlay.methods.spatial3d import SpatialAdapterConfig
 from inlay.methods.visual_prompt import VisualPromptConfig
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "CompositeConfig",
     "Method",
     "PartialConfig",
+    "SpatialAdapterConfig",
     "VisualPromptConfig",
 ]
 
@@ -35,7 +37,8 @@ class Method:
         merges: True if it folds into the base's weights.
         learning_rate: A rate that suits it on a small task, where a recipe gives none.
         config: Takes a model of transformers and a width; gives peft's config, or None where nothing is added.
-        bases: On what it works: vision (token sequences), sam, conv (MobileNets, ResNets ...), text.
+        bases: On what it works: vision (token sequences), sam, conv (MobileNets, ResNets ...), text, volume
+            (SAM on scans).
     """
 
     paper: str
@@ -177,6 +180,10 @@ METHODS = {
     "lora-prompt": Method(
         "Hu et al. 2021 and Jia et al. 2022", "linear layers and every block", "rank r, prompt length", False, 3e-3,
         _lora_prompt, ("vision", "sam"),
+    ),
+    "spatial": Method(
+        "Gong et al. 2023, arXiv:2306.13465", "SAM's encoder, for volumes", "bottleneck size", False, 1e-3,
+        lambda model, width: SpatialAdapterConfig(width=width), ("volume",),
     ),
     "full": Method(
         "full fine-tuning, for comparison", "everything", "none: every weight", True, 1e-3,

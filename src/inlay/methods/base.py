@@ -362,6 +362,10 @@ class AdapterTuner(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """A file's keys are the same whatever else is wrapped around the module."""
+        parts = key.split(".")
+        for i, part in enumerate(parts[:-1]):  # parts of many layers: peft looks for the name near the end alone
+            if part.startswith("inlay_") and parts[i + 1] == adapter_name:
+                return plain_name(".".join(parts[: i + 1] + parts[i + 2 :]))
         return plain_name(super()._remove_adapter_name_from_key(key, adapter_name))
 
 

@@ -1,0 +1,403 @@
+"""The 3D spatial adapter: SAM, pre-trained on pictures, as a segmenter of volumes.
+
+    get_peft_model(SamModel.from_pretrained(...), SpatialAdapterConfig(classes=["tumour"]))
+
+In each block of SAM's frozen encoder one adapter of width m adds to the tokens x of a volume, of size C,
+
+    x <- x + W_up · f(K ∗ (W_down · x) + b) + b_up              W_down: (m, C); K: depth-wise 3x3x3; W_up: (C, m)
+
+so that a slice sees its neighbours; attention runs in 3D windows with relative positions over depth too. Trained beside
+that are a depth-wise filter and positions over depth behind SAM's patches, its norms, necks, and a decoder for
+volumes (volume_decoder.py). Pictures pass as if there were no adapter.
+
+Source: Gong et al. 2023 (3DSAM-adapter), arXiv:2306.13465. `reference=True` is the encoder of the published code; the
+default starts from zero, has one activation, and hears clicks with their labels and places.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import SamModel
+from transformers.activations import ACT2FN
+from transformers.models.sam.modeling_sam import SamMaskDecoder, SamVisionEncoder, SamVisionEncoderOutput
+from transformers.utils import ModelOutput
+from typing_extensions import override
+
+from inlay._peft import BaseTunerLayer, PeftType, register
+from inlay.arch import Sites
+from inlay.errors import InlayError
+from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
+from inlay.methods.volume_decoder import Encoded, Prompts, VolumeDecoder
+from inlay.methods.volume_encoder import EncoderParts
+from inlay.methods.volume_prompts import boxes_around, clicks_in_objects, clicks_on_errors
+
+
+@dataclass
+class SpatialAdapterConfig(AdapterConfig):
+    """Settings of the 3D spatial adapter. A token is patch_depth / enlarge_depth slices deep, patch / enlarge wide."""
+
+    classes: list[str] = field(
+        default_factory=lambda: ["object"], metadata={"help": "Names of what is segmented, without the background."}
+    )
+    width: int | None = field(default=None, metadata={"help": "Bottleneck size; default: hidden size / reduction."})
+    reduction: float = field(default=4.0, metadata={"help": "Hidden size / bottleneck size, where width is not given."})
+    kernel: int = field(default=3, metadata={"help": "Edge of the depth-wise convolution; 1: none."})
+    position: Literal["before", "after"] = field(
+        default="before", metadata={"help": "Before the attention of a block, or after it."}
+    )
+    activation: str = field(default="gelu", metadata={"help": "Non-linearity, by its name in transformers."})
+    window: int = field(default=8, metadata={"help": "Edge of the windows of attention, in tokens; 0: global."})
+    shift: bool = field(default=True, metadata={"help": "Shift the windows by half in every other block."})
+    enlarge: int = field(default=4, metadata={"help": "Enlarge slices so many times before SAM's patches are cut."})
+    enlarge_depth: int = field(default=4, metadata={"help": "The same across slices."})
+    patch_depth: int = field(default=16, metadata={"help": "Slices of the enlarged volume that make one token."})
+    depth_rows: int = field(default=32, metadata={"help": "Rows of the table of positions over depth."})
+    train_norms: bool = field(default=True, metadata={"help": "Train SAM's layer norms too, as a difference."})
+    levels: int = field(default=4, metadata={"help": "After how many of the blocks the decoder gets features."})
+    decoder_width: int = field(default=64, metadata={"help": "Features inside the decoder."})
+    prompts: bool = field(default=True, metadata={"help": "False: a segmenter that takes no clicks and boxes."})
+    rounds: int = field(default=2, metadata={"help": "Answers to simulated clicks that a training step learns from."})
+    reference: bool = field(default=False, metadata={"help": "The encoder as it was published."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType["INLAY_SPATIAL3D"]
+        if self.reference:
+            self.reduction, self.activation, self.position, self.kernel = 2.0, "relu", "before", 3
+        if isinstance(self.classes, str) or not self.classes or len(set(self.classes)) < len(self.classes):
+            raise InlayError(
+                f"classes must be a list of different names, without the background, got {self.classes!r}."
+            )
+        least = {"window": 0, "enlarge": 1, "enlarge_depth": 1, "patch_depth": 1, "depth_rows": 1, "levels": 1}
+        least |= {"decoder_width": 8, "rounds": 0} | ({} if self.width is None else {"width": 1})
+        for name, low in least.items():
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < low:
+                raise InlayError(f"{name} must be a whole number of at least {low}, got {getattr(self, name)!r}.")
+        if not self.reduction > 0:
+            raise InlayError(f"reduction must be positive, got {self.reduction}.")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise InlayError(f"kernel must be odd, got {self.kernel}.")
+        if self.position not in ("before", "after"):
+            raise InlayError(f"position must be before or after, got {self.position!r}.")
+        if self.activation not in ACT2FN:
+            raise InlayError(f"activation must be one of {', '.join(sorted(ACT2FN))}, got {self.activation!r}.")
+        if self.patch_depth % self.enlarge_depth:
+            raise InlayError(
+                f"patch_depth must be a multiple of enlarge_depth, got {self.patch_depth} and {self.enlarge_depth}."
+            )
+
+
+@dataclass
+class VolumeOutput(ModelOutput):
+    """What the adapted SAM gives for volumes.
+
+    Attributes:
+        loss: Dice and cross-entropy, where labels were given.
+        logits: (B, K + 1, D, H, W); channel 0 is the background.
+        image_embeddings: Given back instead of `pixel_values`, they save the encoder for another prompt.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    image_embeddings: Any = None
+
+
+class SpatialLayer(AdapterLayer):
+    """What both layers of the method share: one adapter acts at a time, and none folds into a weight."""
+
+    rank = 5
+
+    @override
+    def refusal(self, names: Sequence[str]) -> str | None:
+        return "a 3D spatial adapter does not fold into SAM's weights: it takes volumes where SAM takes pictures."
+
+    def one(self, names: Sequence[str]) -> str:
+        """The adapter that acts."""
+        if len(names) != 1:
+            raise InlayError(
+                f"a volume takes one 3D spatial adapter at a time, {', '.join(names) or 'none'} "
+                f"{'act' if names else 'is active'}; use set_adapter, or combine them into one."
+            )
+        return names[0]
+
+
+class SpatialEncoderLayer(SpatialLayer):
+    """Wraps a SamVisionEncoder, which then takes volumes too.
+
+    Attributes:
+        inlay_spatial3d_encoder: By adapter, what is trained inside.
+    """
+
+    adapter_layer_names = ("inlay_spatial3d_encoder",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.inlay_spatial3d_encoder = nn.ModuleDict()
+
+    @override
+    def add(self, name: str, config: SpatialAdapterConfig, tuner: AdapterTuner, key: str) -> None:
+        encoder = self.get_base_layer()
+        patch = encoder.patch_embed.projection.kernel_size[0]
+        if patch % config.enlarge:
+            raise InlayError(f"enlarge must divide SAM's patch of {patch}, got {config.enlarge}.")
+        self.inlay_spatial3d_encoder[name] = EncoderParts(encoder, config)
+        self.options[name] = config
+
+    def stride(self, name: str) -> tuple[int, int, int]:
+        """Voxels of a token along D, H and W."""
+        config = self.options[name]
+        edge = self.get_base_layer().patch_embed.projection.kernel_size[0] // config.enlarge
+        return config.patch_depth // config.enlarge_depth, edge, edge
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        pixel_values = args[0] if args else kwargs["pixel_values"]
+        if pixel_values.ndim == 5:
+            if self.disable_adapters:
+                raise InlayError("SAM alone takes pictures; a volume needs an active 3D spatial adapter.")
+            return super().forward(pixel_values)
+        kwargs.pop("adapter_names", None)
+        return self.base_layer(*args, **kwargs)
+
+    @override
+    def adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
+        levels = self.by_rows(groups, self._levels, args[0])
+        return SamVisionEncoderOutput(last_hidden_state=levels[-1], hidden_states=levels)
+
+    def _levels(self, names: list[str], volume: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Levels (B, E, D', H', W') of volumes (B, 1, D, H, W), their last planes repeated to fill the last tokens."""
+        name, encoder = self.one(names), self.get_base_layer()
+        for block in encoder.layers:
+            if isinstance(block, BaseTunerLayer) or isinstance(block.attn, BaseTunerLayer):
+                raise InlayError("visual prompts and attention prefixes do not work on volumes; leave them out.")
+        d, h, w = ((-size) % step for size, step in zip(volume.shape[2:], self.stride(name), strict=True))
+        volume = F.pad(volume, (0, w, 0, h, 0, d), mode="replicate") if d or h or w else volume
+        return self.inlay_spatial3d_encoder[name](volume, encoder)
+
+
+class SpatialDecoderLayer(SpatialLayer):
+    """Wraps a SamMaskDecoder, and holds the decoders for volumes beside it.
+
+    Attributes:
+        inlay_spatial3d_decoder: By adapter.
+    """
+
+    adapter_layer_names = ("inlay_spatial3d_decoder",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.inlay_spatial3d_decoder = nn.ModuleDict()
+
+    @override
+    def add(self, name: str, config: SpatialAdapterConfig, tuner: AdapterTuner, key: str) -> None:
+        vision = tuner.model.config.vision_config
+        levels = min(config.levels, vision.num_hidden_layers)
+        self.inlay_spatial3d_decoder[name] = VolumeDecoder(
+            vision.output_channels, levels, config.decoder_width, len(config.classes), config.prompts
+        )
+        self.options[name] = config
+
+    @override
+    def forward(self, *args: Any, volumetric: str | None = None, **kwargs: Any) -> Any:
+        if volumetric is not None:
+            return super().forward(*args, volumetric=volumetric, **kwargs)
+        kwargs.pop("adapter_names", None)
+        return self.base_layer(*args, **kwargs)
+
+    @override
+    def adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
+        step = self._encode if kwargs.pop("volumetric") == "encode" else self._decode
+        return self.by_rows(groups, step, *args, **kwargs)
+
+    def _encode(self, names: list[str], volume: torch.Tensor, *levels: torch.Tensor) -> Encoded:
+        return self.inlay_spatial3d_decoder[self.one(names)].encode(levels, volume)
+
+    def _decode(self, names: list[str], *encoded: torch.Tensor, stride: tuple[int, int, int], **prompts: Any) -> Any:
+        return self.inlay_spatial3d_decoder[self.one(names)](Encoded(*encoded), Prompts(**prompts), stride)
+
+
+class VolumeSamModel(SamModel):
+    """A SamModel whose `forward` takes volumes too: what the class of an adapted SamModel becomes."""
+
+    @override
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_points: torch.Tensor | None = None,
+        input_labels: torch.Tensor | None = None,
+        input_boxes: torch.Tensor | None = None,
+        input_masks: torch.Tensor | None = None,
+        image_embeddings: Any = None,
+        labels: torch.Tensor | None = None,
+        input_box_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Segment volumes; pictures (B, C, H, W) go to SamModel.
+
+        Args:
+            pixel_values: (B, 1, D, H, W), normalised, of any size.
+            input_points: (B, N, 3), voxel indices (d, h, w).
+            input_labels: (B, N): the class at each point, 0 for background, -1 for no point; default: 1.
+            input_boxes: (B, M, 6), two opposite corners (d, h, w, d, h, w).
+            input_masks: The logits of an earlier answer, to be mended by further prompts.
+            image_embeddings: Of an earlier output, in place of pixel_values.
+            labels: (B, D, H, W), -1 to be ignored. In train mode clicks are simulated, unless prompts are given.
+            input_box_labels: (B, M): the class in each box, -1 for no box; default: 1.
+            kwargs: What SamModel takes for pictures.
+        """
+        if isinstance(image_embeddings, Encoded | tuple):
+            encoded = Encoded(*image_embeddings)
+        elif pixel_values is not None and pixel_values.ndim == 5:
+            encoded = self._encoded(pixel_values)
+        else:
+            return super().forward(
+                pixel_values, input_points, input_labels, input_boxes, input_masks, image_embeddings, **kwargs
+            )
+        prompts = self._prompts(input_points, input_labels, input_boxes, input_box_labels, input_masks)
+        if labels is not None and self.training and not any(value is not None for value in prompts):
+            return self._taught(encoded, labels)
+        logits = self._decoded(encoded, prompts)
+        loss = None if labels is None else dice_cross_entropy(logits, labels)
+        return VolumeOutput(loss=loss, logits=logits, image_embeddings=encoded)
+
+    def _encoded(self, volume: torch.Tensor) -> Encoded:
+        self._acting()
+        if volume.shape[1] != 1:
+            raise InlayError(f"expected volumes of one channel (B, 1, D, H, W), got {tuple(volume.shape)}.")
+        levels = self.vision_encoder(volume).hidden_states
+        return Encoded(*self.mask_decoder(volume, *levels, volumetric="encode"))
+
+    def _decoded(self, encoded: Encoded, prompts: Prompts) -> torch.Tensor:
+        encoder: Any = self.vision_encoder
+        stride = encoder.stride(self._acting())
+        return self.mask_decoder(*encoded, volumetric="decode", stride=stride, **prompts._asdict())
+
+    def _acting(self) -> str:
+        """The adapter whose settings count; an error where none acts."""
+        encoder: Any = self.vision_encoder
+        if not isinstance(encoder, SpatialLayer) or encoder.disable_adapters:
+            raise InlayError("SAM alone takes pictures; a volume needs an active 3D spatial adapter.")
+        return encoder.one([name for name in encoder.active_adapters if name in encoder.options])
+
+    def _prompts(
+        self,
+        points: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        boxes: torch.Tensor | None,
+        box_labels: torch.Tensor | None,
+        previous: torch.Tensor | None,
+    ) -> Prompts:
+        encoder: Any = self.vision_encoder
+        config = encoder.options[self._acting()]
+        given = {"points": (points, labels, 3, 0), "boxes": (boxes, box_labels, 6, 1)}
+        said: dict[str, torch.Tensor | None] = {}
+        for what, (where, names, size, least) in given.items():
+            if where is None:
+                said[what] = None
+                continue
+            if not config.prompts:
+                raise InlayError(f"this adapter was made without prompts, but got {what}; train one with prompts=True.")
+            if where.ndim != 3 or where.shape[-1] != size:
+                raise InlayError(f"expected {what} of shape (B, N, {size}), got {tuple(where.shape)}.")
+            names = torch.ones_like(where[..., 0], dtype=torch.long) if names is None else names.long()
+            wrong = (names >= 0) & ((names < least) | (names > len(config.classes)))
+            if names.shape != where.shape[:2] or bool(wrong.any()):
+                raise InlayError(
+                    f"expected a label of -1 or {least} to {len(config.classes)} for each of the {what}, got "
+                    f"{names.flatten().tolist()[:8]} for {tuple(where.shape[:2])}."
+                )
+            said[what] = where
+            said["labels" if what == "points" else "box_labels"] = names
+        return Prompts(**said, previous=previous)
+
+    def _taught(self, encoded: Encoded, labels: torch.Tensor) -> VolumeOutput:
+        """An answer without prompts, then `rounds` more, each after further clicks; the loss is their mean.
+
+        Of the first clicks one in four steps is a box; the later ones go where the answer before was wrong.
+        """
+        encoder: Any = self.vision_encoder
+        config = encoder.options[self._acting()]
+        classes = len(config.classes)
+        first = logits = self._decoded(encoded, Prompts())
+        losses, prompts = [dice_cross_entropy(logits, labels)], Prompts()
+        for i in range(config.rounds if config.prompts else 0):
+            previous = logits.detach()
+            if i == 0 and torch.rand(()) < 0.25:
+                boxes, named = boxes_around(labels, classes)
+                prompts = prompts._replace(boxes=boxes, box_labels=named, previous=previous)
+            else:
+                count = int(torch.randint(1, 4, ()))
+                points, said = (
+                    clicks_in_objects(labels, 1, classes) if i == 0 else clicks_on_errors(previous, labels, count)
+                )
+                if prompts.points is not None and prompts.labels is not None:
+                    points, said = torch.cat([prompts.points, points], 1), torch.cat([prompts.labels, said], 1)
+                prompts = prompts._replace(points=points, labels=said, previous=previous if i else None)
+            logits = self._decoded(encoded, prompts)
+            losses.append(dice_cross_entropy(logits, labels))
+        return VolumeOutput(loss=torch.stack(losses).mean(), logits=first, image_embeddings=encoded)
+
+    def leave(self) -> None:
+        """Be a SamModel again."""
+        self.__class__ = SamModel
+
+
+def dice_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean of the soft Dice loss, over rows and classes with the background left out, and of the cross-entropy.
+
+    Args:
+        logits: (B, K + 1, D, H, W).
+        labels: (B, D, H, W), -1 to be ignored.
+
+    Source: Milletari et al. 2016, arXiv:1606.04797, with squares left out of the denominator as in nnU-Net.
+    """
+    logits, counted = logits.float(), (labels >= 0)
+    entropy = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / counted.sum().clamp(min=1)
+    shares = logits.softmax(1)[:, 1:] * counted[:, None]
+    wanted = F.one_hot(labels.clamp(min=0), logits.shape[1]).movedim(-1, 1)[:, 1:] * counted[:, None]
+    both, all_ = (shares * wanted).flatten(2).sum(-1), (shares + wanted).flatten(2).sum(-1)
+    dice = (2 * both + 1) / (all_ + 1)
+    return (entropy + 1 - dice.mean()) / 2
+
+
+class SpatialModel(AdapterTuner):
+    """The tuner of SpatialAdapterConfig."""
+
+    prefix = "inlay_spatial3d_"
+    tuner_layer_cls = SpatialLayer
+
+    @override
+    def targets(self, config: SpatialAdapterConfig, found: Sites) -> Sequence[str]:
+        kinds = (SamVisionEncoder, SamMaskDecoder, SpatialLayer)
+        return [name for name, module in self.model.named_children() if isinstance(module, kinds)]
+
+    @override
+    def layer_class(self, target: nn.Module) -> type[AdapterLayer]:
+        if isinstance(target, SamVisionEncoder):
+            return SpatialEncoderLayer
+        if isinstance(target, SamMaskDecoder):
+            return SpatialDecoderLayer
+        raise InlayError(
+            f"a 3D spatial adapter goes into a SamModel or SamVisionModel, got a {type(target).__name__}; leave "
+            "target_modules out."
+        )
+
+    @override
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if type(model) is SamModel:
+            model.__class__ = VolumeSamModel
+
+    @override
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        if isinstance(model, VolumeSamModel):
+            model.leave()
+        return model
+
+
+register("inlay_spatial3d", SpatialAdapterConfig, SpatialModel)

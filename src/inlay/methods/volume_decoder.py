@@ -1,0 +1,247 @@
+"""From the levels of an encoded volume, and prompts, to a score of every class in every voxel.
+
+    tokens      each level through a 3x3x3 convolution; the last one first exchanges with the prompts by attention
+    half size   their sum, enlarged to two voxels a token, beside the scan, the clicks, boxes and the previous mask
+    full size   enlarged once more, beside the scan; one more convolution gives the scores
+
+What does not depend on prompts is computed once for a volume and handed on, so that a further click costs little.
+
+Source: after the multi-level decoder of Gong et al. 2023, arXiv:2306.13465, with what its code lacks: labels and
+places of points, boxes, the previous mask, and voxel-sized detail. Prompts and image attend to each other as in
+Kirillov et al. 2023, arXiv:2304.02643, section 3.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+SPREAD = 2.0  # standard deviation of a click where the decoder sees it as a picture, in voxels
+
+
+class Encoded(NamedTuple):
+    """What of a volume no prompt changes: `image_embeddings` of the model's output.
+
+    Attributes:
+        last: Features of the last level, (B, E, D', H', W').
+        others: The sum of what the other levels give, (B, w, D', H', W').
+        volume: The scan, (B, 1, D, H, W), as it came.
+    """
+
+    last: torch.Tensor
+    others: torch.Tensor
+    volume: torch.Tensor
+
+
+class Prompts(NamedTuple):
+    """What a user, or a simulated one, says of a volume; places are voxel indices (d, h, w).
+
+    Attributes:
+        points: (B, N, 3).
+        labels: (B, N): 0 is background, k a class, -1 no point.
+        boxes: (B, M, 6): two opposite corners inside the object.
+        box_labels: (B, M): a class, -1 no box.
+        previous: Logits of an earlier answer (B, K + 1, D, H, W).
+    """
+
+    points: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    boxes: torch.Tensor | None = None
+    box_labels: torch.Tensor | None = None
+    previous: torch.Tensor | None = None
+
+
+class Convolution(nn.Sequential):
+    """3x3x3 convolution, group norm and GELU."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(
+            nn.Conv3d(inputs, outputs, 3, padding=1), nn.GroupNorm(math.gcd(outputs, 8), outputs), nn.GELU()
+        )
+
+
+class Exchange(nn.Module):
+    """Prompts read from the image, then the image from the prompts."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        heads = math.gcd(size, 8)
+        self.read = nn.MultiheadAttention(size, heads, batch_first=True)
+        self.write = nn.MultiheadAttention(size, heads, batch_first=True)
+        self.think = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, 2 * size), nn.GELU(), nn.Linear(2 * size, size))
+        self.norms = nn.ModuleList(nn.LayerNorm(size) for _ in range(3))
+
+    def forward(
+        self, image: torch.Tensor, place: torch.Tensor, prompts: torch.Tensor, absent: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both anew. image: (B, N, E); place: (N, E); prompts: (B, P, E); absent: (B, P), which are none."""
+        seen = self.norms[0](image)
+        prompts = prompts + self.read(self.norms[1](prompts), seen + place, seen, need_weights=False)[0]
+        prompts = prompts + self.think(prompts)
+        said = self.norms[2](prompts)
+        written = self.write(seen + place, said, said, key_padding_mask=absent, need_weights=False)[0]
+        return image + written, prompts
+
+
+class VolumeDecoder(nn.Module):
+    """Scores (B, K + 1, D, H, W) from levels and prompts; channel 0 is the background.
+
+    Args:
+        channels: E, features of a level.
+        levels: How many levels there are.
+        width: Features inside the decoder.
+        classes: K.
+        prompts: False: no part for prompts is made.
+        queries: Learned prompts that are always there.
+    """
+
+    def __init__(self, channels: int, levels: int, width: int, classes: int, prompts: bool, queries: int = 10) -> None:
+        super().__init__()
+        half, self.classes = max(8, width // 2), classes
+        self.levels = nn.ModuleList(Convolution(channels, width) for _ in range(levels))
+        self.tokens = nn.Linear(levels * width, width)
+        guides = 2 * (classes + 1) + classes if prompts else 0
+        self.refine = nn.Sequential(Convolution(width + 1 + guides, half), Convolution(half, half))
+        self.score = nn.Sequential(Convolution(half + 1, half // 2), nn.Conv3d(half // 2, classes + 1, 1))
+        if prompts:
+            self.queries = nn.Parameter(torch.randn(queries, channels) * channels**-0.5)
+            # no point; background and the classes; then the two corners of a box around each class
+            self.kinds = nn.Embedding(3 * classes + 2, channels)
+            self.previous = nn.Linear(classes + 1, channels, bias=False)
+            self.exchanges = nn.ModuleList(Exchange(channels) for _ in range(2))
+
+    @property
+    def takes_prompts(self) -> bool:
+        """True if it was made for prompts."""
+        return hasattr(self, "kinds")
+
+    def encode(self, levels: Sequence[torch.Tensor], volume: torch.Tensor) -> Encoded:
+        """The part that prompts do not change."""
+        weights = self.tokens.weight.chunk(len(levels), dim=1)
+        given = [
+            _linear(head(x), w) for head, x, w in zip(self.levels, levels, weights, strict=True) if x is not levels[-1]
+        ]
+        first = levels[0].new_zeros(len(volume), self.tokens.out_features, *levels[0].shape[2:])
+        return Encoded(levels[-1], sum(given, first), volume)
+
+    def forward(self, encoded: Encoded, prompts: Prompts, stride: tuple[int, int, int]) -> torch.Tensor:
+        """Logits; `stride` are the voxels of a token."""
+        last, others, volume = encoded
+        dtype = self.tokens.weight.dtype
+        volume = volume.to(dtype)
+        last = self._prompted(last, prompts, stride) if self.takes_prompts else last
+        weight = self.tokens.weight.chunk(len(self.levels), dim=1)[-1]
+        x = others + _linear(self.levels[-1](last), weight, self.tokens.bias)
+
+        sizes = volume.shape[2:]
+        padded = [n * s for n, s in zip(x.shape[2:], stride, strict=True)]  # what the tokens cover
+        middle = [n if s == 1 else n * 2 for n, s in zip(x.shape[2:], stride, strict=True)]
+        volume = _extended(volume, padded)
+        guides = self._guides(prompts, volume, sizes, middle) if self.takes_prompts else []
+        x = torch.cat([_at(x, middle), F.adaptive_avg_pool3d(volume, middle), *guides], dim=1)
+        x = torch.cat([_at(self.refine(x), padded), volume], dim=1)
+        return self.score(x)[:, :, : sizes[0], : sizes[1], : sizes[2]]
+
+    def _prompted(self, last: torch.Tensor, prompts: Prompts, stride: tuple[int, int, int]) -> torch.Tensor:
+        """The last level after its exchange with the prompts, (B, E, D', H', W')."""
+        batch, channels = last.shape[:2]
+        if prompts.previous is not None:
+            mask = prompts.previous.to(last.dtype).softmax(1)
+            mask = _extended(mask, [n * s for n, s in zip(last.shape[2:], stride, strict=True)])
+            last = last + _linear(F.adaptive_avg_pool3d(mask, last.shape[2:]), self.previous.weight)
+        place = _places(_grid(last.shape[2:], last), channels)
+        tokens, absent = (
+            [self.queries.expand(batch, -1, -1)],
+            [last.new_zeros(batch, len(self.queries), dtype=torch.bool)],
+        )
+        for points, labels in self._said(prompts):
+            at = (points.to(last.dtype) + 0.5) / last.new_tensor(stride) - 0.5  # in tokens
+            tokens.append(_sampled(last, at) + _places(at, channels) + self.kinds(labels + 1))
+            absent.append(labels < 0)
+        said, none = torch.cat(tokens, dim=1), torch.cat(absent, dim=1)
+        image = last.flatten(2).transpose(1, 2)
+        for exchange in self.exchanges:
+            image, said = exchange(image, place, said, none)
+        return image.transpose(1, 2).unflatten(2, last.shape[2:])
+
+    def _said(self, prompts: Prompts) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Points and the corners of boxes, as places (B, N, 3) and rows of `kinds` less one (B, N)."""
+        said = [] if prompts.points is None or prompts.labels is None else [(prompts.points, prompts.labels)]
+        if prompts.boxes is not None and prompts.box_labels is not None:
+            k, labels = self.classes, prompts.box_labels
+            for i, corner in enumerate(prompts.boxes.split(3, dim=-1)):
+                said.append((corner, torch.where(labels < 0, labels, labels + (i + 1) * k)))
+        return said
+
+    def _guides(
+        self, prompts: Prompts, volume: torch.Tensor, sizes: Sequence[int], middle: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Clicks, boxes and the previous mask as pictures at half size."""
+        batch, k = len(volume), self.classes
+        clicks, boxes = volume.new_zeros(batch, k + 1, *middle), volume.new_zeros(batch, k, *middle)
+        scale = [n / m for n, m in zip(volume.shape[2:], middle, strict=True)]  # voxels
+        axes = [
+            (torch.arange(m, device=volume.device, dtype=volume.dtype) + 0.5) * s - 0.5
+            for m, s in zip(middle, scale, strict=True)
+        ]
+        if prompts.points is not None and prompts.labels is not None:
+            near = [
+                torch.exp(-0.5 * ((prompts.points[..., i, None] - axis) / SPREAD) ** 2) for i, axis in enumerate(axes)
+            ]
+            for label in range(k + 1):
+                said = prompts.labels.eq(label).to(volume.dtype)
+                clicks[:, label] = torch.einsum("bn,bnd,bnh,bnw->bdhw", said, *near).clamp(max=1)
+        if prompts.boxes is not None and prompts.box_labels is not None:
+            low, high = prompts.boxes.split(3, dim=-1)
+            inside = [
+                ((axis >= low[..., i, None] - s / 2) & (axis <= high[..., i, None] + s / 2)).to(volume.dtype)
+                for i, (axis, s) in enumerate(zip(axes, scale, strict=True))
+            ]
+            for label in range(1, k + 1):
+                said = prompts.box_labels.eq(label).to(volume.dtype)
+                boxes[:, label - 1] = torch.einsum("bn,bnd,bnh,bnw->bdhw", said, *inside).clamp(max=1)
+        if prompts.previous is None:
+            return [clicks, boxes, torch.zeros_like(clicks)]
+        mask = _extended(prompts.previous.to(volume.dtype).softmax(1), volume.shape[2:])
+        return [clicks, boxes, F.adaptive_avg_pool3d(mask, middle)]
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """A linear map over the channels of (B, C, D, H, W)."""
+    return F.conv3d(x, weight[:, :, None, None, None], bias)
+
+
+def _at(x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    return F.interpolate(x, size=list(sizes), mode="trilinear") if list(x.shape[2:]) != list(sizes) else x
+
+
+def _extended(x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """(B, C, D, H, W) with its last planes repeated up to `sizes`."""
+    d, h, w = (new - old for new, old in zip(sizes, x.shape[2:], strict=True))
+    return F.pad(x, (0, w, 0, h, 0, d), mode="replicate") if d or h or w else x
+
+
+def _grid(sizes: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """(D · H · W, 3): the place of every token."""
+    axes = [torch.arange(n, device=like.device, dtype=like.dtype) for n in sizes]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
+
+
+def _places(at: torch.Tensor, channels: int) -> torch.Tensor:
+    """Sines and cosines of places (..., 3) in tokens, (..., channels); wave lengths from 4 to 256 tokens."""
+    count = channels // 6
+    rates = 2 * math.pi / 4 / 64 ** (torch.arange(count, device=at.device, dtype=at.dtype) / max(1, count - 1))
+    angles = (at[..., None] * rates).flatten(-2)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    return F.pad(waves, (0, channels - waves.shape[-1]))
+
+
+def _sampled(features: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Features (B, E, D, H, W) at places (B, N, 3) in tokens, trilinear: (B, N, E)."""
+    sizes = at.new_tensor(features.shape[2:])
+    where = ((2 * at + 1) / sizes - 1).flip(-1)[:, :, None, None]  # x y z within -1 to 1
+    found = F.grid_sample(features, where.to(features.dtype), padding_mode="border", align_corners=False)
+    return found[..., 0, 0].transpose(1, 2)

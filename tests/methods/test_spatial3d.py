@@ -1,0 +1,306 @@
+"""The 3D spatial adapter: against the published encoder, as an adapter of peft, with prompts, in any size."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import SamModel, SamVisionModel
+
+from inlay import InlayError, SpatialAdapterConfig
+from inlay.methods.spatial3d import VolumeSamModel, dice_cross_entropy
+from inlay.methods.volume_attention import cut
+from inlay.methods.volume_decoder import Encoded
+from methods.bases import randomise
+from methods.volumes import CONFIG, build, published_levels, settings, volumes
+
+PICTURE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(4))
+
+
+def adapted(adapter="default", **more):
+    """A SamModel with a random adapter, in eval mode."""
+    model = get_peft_model(build(), settings(**more), adapter_name=adapter).eval()
+    randomise(model, adapter, 5)
+    return model
+
+
+def off(a, b):
+    return (a - b).abs().max().item()
+
+
+def labelled(rows=2, sizes=(21, 35, 30)):
+    """A label map with a box of each class, and a border that does not count."""
+    labels = torch.zeros(rows, *sizes, dtype=torch.long)
+    labels[:, 3:9, 5:20, 4:12] = 1
+    labels[:, 10:15, 20:30, 15:25] = 2
+    labels[:, -1] = -1
+    return labels
+
+
+@pytest.mark.parametrize("sizes", [(32, 32, 32), (16, 32, 16)])
+def test_reference_equals_the_published_encoder_and_its_gradients(sizes):
+    config = settings(
+        reference=True, init_weights=False, enlarge=4, enlarge_depth=4, patch_depth=8, depth_rows=sizes[0] // 2
+    )
+    model = get_peft_model(build(image=256), config).double()  # SAM's table is larger than the volume's
+    encoder = model.get_base_model().vision_encoder
+    parts, volume = encoder.inlay_spatial3d_encoder["default"], volumes(2, sizes).double()
+    found = encoder(volume).hidden_states
+    expected = published_levels(encoder, parts, config, volume)
+    assert len(found) == len(expected) == 4
+    for ours, theirs in zip(found, expected, strict=True):
+        assert off(ours, theirs) < 1e-9 * theirs.abs().max()
+    trained = [p for p in parts.parameters() if p.requires_grad]
+    weights = [torch.randn_like(level) for level in expected]
+    gradients = [
+        torch.autograd.grad(sum((x * w).sum() for x, w in zip(levels, weights, strict=True)), trained)
+        for levels in (found, expected)
+    ]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert off(ours, theirs) < 1e-8 * max(1, theirs.abs().max())
+    with torch.no_grad():  # the way without gradients is another one
+        for ours, theirs in zip(encoder(volume).hidden_states, expected, strict=True):
+            assert off(ours, theirs) < 1e-9 * theirs.abs().max()
+
+
+@pytest.mark.parametrize(("by", "depth"), [(1, 4), (2, 8), (4, 4), (8, 8)])
+def test_patches_are_those_of_the_enlarged_volume(by, depth):
+    model = get_peft_model(build(), settings(init_weights=False, enlarge=by, enlarge_depth=4, patch_depth=depth))
+    encoder = model.get_base_model().vision_encoder
+    patches, base = encoder.inlay_spatial3d_encoder["default"].patches, encoder.get_base_layer()
+    volume = volumes(1, (16, 24, 8))
+    found = patches(volume, base, (4, by))
+    big = F.interpolate(volume, scale_factor=(4, by, by), mode="trilinear").movedim(2, 1)[0].repeat(1, 3, 1, 1)
+    flat = base.patch_embed.projection(big).movedim(0, 1)[None]
+    filters = patches.depth + 1 / depth
+    expected = F.conv3d(flat, filters[:, None, :, None, None], patches.bias, stride=(depth, 1, 1), groups=48)
+    positions = patches.positions if len(patches.positions) == found.shape[1] else None
+    assert found.shape[1:4] == expected.shape[2:]
+    if positions is not None:
+        expected = expected + positions.T[None, :, :, None, None]
+        where = torch.zeros_like(expected[:, :, 0])
+        table = base.pos_embed.movedim(-1, 1)
+        rows, columns = where.shape[2:]
+        if rows <= 8 and columns <= 8:
+            expected = expected + F.adaptive_avg_pool2d(table, (rows, columns))[:, :, None]
+            assert off(found.movedim(-1, 1), expected) < 1e-4
+
+
+def test_windows_that_are_padded_or_shifted_see_only_their_neighbours():
+    """A token far away changes nothing: not through the padding, nor around the end of a shifted volume."""
+    model = adapted(kernel=1, levels=1, window=4)
+    encoder = model.get_base_model().vision_encoder
+    parts = encoder.inlay_spatial3d_encoder["default"]
+    block, own = encoder.get_base_layer().layers[0], parts.blocks[0]
+    x = torch.randn(1, 6, 7, 9, 48)
+    y = x.clone()
+    y[:, 5, 6, 8] += 1
+    with torch.no_grad():
+        changed = (own(x, block) - own(y, block)).abs().amax(-1)[0] > 1e-6
+    assert own.shifted and changed[5, 6, 8] and not changed[:2].any() and not changed[:, :2].any()
+    assert [axis.shift for axis in cut((6, 4, 9), 4, True)] == [2, 0, 2]
+
+
+def test_a_global_window_needs_no_table_of_that_size():
+    model = adapted(window=0)
+    assert torch.isfinite(model(pixel_values=volumes()).logits).all()
+
+
+def test_pictures_pass_as_if_there_were_no_adapter():
+    before = build()(PICTURE, input_points=torch.full((1, 1, 1, 2), 20.0))
+    after = adapted()(PICTURE, input_points=torch.full((1, 1, 1, 2), 20.0))
+    assert torch.equal(after.pred_masks, before.pred_masks)
+
+
+def test_it_starts_as_sam_and_only_the_adapter_trains():
+    base = build()
+    names = {id(p) for p in base.parameters()}
+    model = get_peft_model(base, settings())
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and not any(id(p) in names for p in trained.values())
+    assert all("inlay_spatial3d_" in n for n in trained)
+    for block in model.get_base_model().vision_encoder.inlay_spatial3d_encoder["default"].blocks:
+        assert not block.adapter.up.weight.any() and not block.norms.any() and not block.positions.any()
+
+
+def test_training_reaches_every_part():
+    model = adapted().train()
+    for seed in (0, 3):  # a box in one of them
+        torch.manual_seed(seed)
+        output = model(pixel_values=volumes(), labels=labelled())
+        output.loss.backward()
+    assert output.logits.shape == (2, 3, 21, 35, 30)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.any()) == parameter.requires_grad, name
+
+
+def test_it_learns_a_volume_by_heart():
+    torch.manual_seed(0)
+    model = get_peft_model(build(), settings(rounds=1)).train()
+    labels = labelled(1)
+    volume = 0.3 * volumes(1) + labels[:, None].clamp(min=0).float()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(30):
+        loss = model(pixel_values=volume, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.4 * losses[0]
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        model = adapted().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.manual_seed(1)
+        model(pixel_values=volumes(), labels=labelled()).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(off(a, b) < 1e-5 for a, b in zip(*gradients, strict=True))
+
+
+def test_saved_loaded_switched_and_deleted(tmp_path):
+    model = adapted("first")
+    with torch.no_grad():
+        first = model(pixel_values=volumes()).logits
+        model.save_pretrained(tmp_path)
+        weights = load_file(tmp_path / "first" / "adapter_model.safetensors")
+        size = sum(value.numel() * value.element_size() for value in weights.values())
+        assert (tmp_path / "first" / "adapter_model.safetensors").stat().st_size < size + 200 * len(weights)
+        loaded = PeftModel.from_pretrained(build(), tmp_path / "first").eval()
+        assert off(loaded(pixel_values=volumes()).logits, first) < 1e-4
+        assert loaded.active_peft_config.classes == ["organ", "lesion"]
+        model.add_adapter("second", settings(classes=["other"], enlarge=4, patch_depth=4))
+        model.set_adapter("second")
+        assert model(pixel_values=volumes()).logits.shape[1] == 2
+        model.set_adapter("first")
+        assert torch.equal(model(pixel_values=volumes()).logits, first)
+        model.delete_adapter("second")
+        twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+        assert torch.equal(twin(pixel_values=volumes()).logits, first)
+    left = model.unload()
+    assert type(left) is SamModel and left.state_dict().keys() == build().state_dict().keys()
+    assert torch.equal(left(PICTURE).pred_masks, build()(PICTURE).pred_masks)
+
+
+def test_without_an_acting_adapter_a_volume_is_refused():
+    model = adapted()
+    with model.disable_adapter(), pytest.raises(InlayError, match="active 3D spatial adapter"):
+        model(pixel_values=volumes())
+    with pytest.raises(InlayError, match="does not fold"):
+        model.merge_and_unload()
+    with pytest.raises(InlayError, match="one channel"):
+        model(pixel_values=volumes().expand(-1, 3, -1, -1, -1))
+    with pytest.raises(InlayError, match="SamModel or SamVisionModel"):
+        get_peft_model(build(), settings(target_modules=["prompt_encoder"]))
+
+
+def test_the_encoder_alone():
+    vision = SamVisionModel(build().config.vision_config)
+    model = get_peft_model(vision, settings())
+    output = model(volumes())
+    assert output.last_hidden_state.shape == (2, 32, 6, 9, 8) and len(output.hidden_states) == 4
+
+
+@pytest.mark.parametrize("sizes", [(1, 40, 33), (5, 4, 3), (40, 64, 20)])
+def test_any_size(sizes):
+    model = adapted()
+    assert type(model.get_base_model()) is VolumeSamModel
+    with torch.no_grad():
+        output = model(pixel_values=volumes(1, sizes))
+    assert output.logits.shape == (1, 3, *sizes) and torch.isfinite(output.logits).all()
+
+
+def test_a_further_prompt_needs_no_encoder(monkeypatch):
+    model = adapted()
+    encoder = model.get_base_model().vision_encoder
+    with torch.no_grad():
+        first = model(pixel_values=volumes())
+        monkeypatch.setattr(encoder, "_levels", None)
+        again = model(image_embeddings=first.image_embeddings)
+        assert isinstance(first.image_embeddings, Encoded) and torch.equal(again.logits, first.logits)
+        points, box = torch.tensor([[[5.0, 6, 7]]] * 2), torch.tensor([[[2.0, 3, 4, 12, 20, 18]]] * 2)
+        answers = [
+            model(image_embeddings=first.image_embeddings, **prompt).logits
+            for prompt in (
+                {"input_points": points},
+                {"input_points": points, "input_labels": torch.tensor([[0]] * 2)},
+                {"input_points": points, "input_labels": torch.tensor([[2]] * 2)},
+                {"input_points": points + 6},
+                {"input_boxes": box},
+                {"input_boxes": box, "input_box_labels": torch.tensor([[2]] * 2)},
+                {"input_masks": first.logits},
+            )
+        ]
+        assert all(off(a, b) > 1e-4 for i, a in enumerate(answers) for b in [first.logits, *answers[:i]])
+        none = {"input_points": points, "input_labels": torch.tensor([[-1]] * 2)}
+        assert off(model(image_embeddings=first.image_embeddings, **none).logits, first.logits) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("prompts", "says"),
+    [
+        ({"input_points": torch.zeros(2, 3)}, r"\(B, N, 3\)"),
+        ({"input_boxes": torch.zeros(2, 1, 4)}, r"\(B, N, 6\)"),
+        ({"input_points": torch.zeros(2, 1, 3), "input_labels": torch.tensor([[3], [1]])}, "0 to 2"),
+        ({"input_boxes": torch.zeros(2, 1, 6), "input_box_labels": torch.tensor([[0], [1]])}, "1 to 2"),
+    ],
+)
+def test_prompts_that_make_no_sense(prompts, says):
+    with pytest.raises(InlayError, match=says):
+        adapted()(pixel_values=volumes(), **prompts)
+
+
+def test_an_adapter_without_prompts_refuses_them_and_trains():
+    model = adapted(prompts=False).train()
+    model(pixel_values=volumes(), labels=labelled()).loss.backward()
+    with pytest.raises(InlayError, match="without prompts"):
+        model(pixel_values=volumes(), input_points=torch.zeros(2, 1, 3))
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"classes": []}, "classes"),
+        ({"classes": "tumour"}, "classes"),
+        ({"kernel": 2}, "odd"),
+        ({"patch_depth": 6, "enlarge_depth": 4}, "multiple"),
+        ({"enlarge": 0}, "enlarge"),
+        ({"position": "beside"}, "position"),
+        ({"activation": "none"}, "activation"),
+        ({"reduction": 0}, "reduction"),
+    ],
+)
+def test_settings_that_make_no_sense(setting, says):
+    with pytest.raises(InlayError, match=says):
+        SpatialAdapterConfig(**{**CONFIG, **setting})
+    with pytest.raises(InlayError, match="divide"):
+        get_peft_model(build(), settings(enlarge=3))
+
+
+def test_works_on_a_bf16_base():
+    model = get_peft_model(build().to(torch.bfloat16), settings()).eval()
+    randomise(model, "default", 5)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    expected = adapted()(pixel_values=volumes()).logits
+    found = model(pixel_values=volumes().bfloat16()).logits
+    assert torch.isfinite(found).all() and off(found.float(), expected) < 0.2 * expected.abs().max()
+
+
+def test_loss_is_dice_and_cross_entropy_of_what_counts():
+    labels = labelled(1)
+    sure = 40 * F.one_hot(labels.clamp(min=0), 3).movedim(-1, 1).float()
+    assert dice_cross_entropy(sure, labels) < 1e-3
+    wild = sure.clone()
+    wild[:, 2, -1] = 100  # under -1
+    assert torch.equal(dice_cross_entropy(wild, labels), dice_cross_entropy(sure, labels))
+    even = dice_cross_entropy(torch.zeros(1, 3, 21, 35, 30), labels)
+    counted, sizes = (labels >= 0).sum(), [(labels == k).sum() for k in (1, 2)]
+    dice = sum((2 * n / 3 + 1) / (n + counted / 3 + 1) for n in sizes) / 2
+    assert even.item() == pytest.approx(((torch.log(torch.tensor(3.0)) + 1 - dice) / 2).item(), abs=1e-5)
