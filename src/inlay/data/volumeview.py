@@ -16,7 +16,7 @@ from inlay.errors import InlayError
 
 FOREGROUND = 2 / 3  # share of crops that hold a voxel of a class, each class of the scan alike
 KEPT = 10_000  # voxels of a class that crops are placed at
-ANISOTROPIC = 2.0  # ratio of spacings from which a scan is turned within its slices alone
+ANISOTROPIC = 2.0  # times the spacing within slices from which a scan is turned within them alone
 
 
 class VolumeView(torch.utils.data.Dataset):
@@ -179,7 +179,7 @@ def random_affine(spacing_mm: Triple) -> torch.Tensor:
 
     Between thick slices nothing is turned or scaled: interpolation there would make up what was not scanned.
     """
-    thick = [s >= ANISOTROPIC * min(spacing_mm) for s in spacing_mm]
+    thick = [s >= ANISOTROPIC * sorted(spacing_mm)[1] for s in spacing_mm]
     spacing = torch.tensor(spacing_mm, dtype=torch.float64)
     scales = math.exp(random.uniform(-1, 1) * math.log(1.18))
     matrix = torch.diag(torch.tensor([1.0 if flat else scales for flat in thick], dtype=torch.float64))
