@@ -1,3 +1,6 @@
+import json
+import sys
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -6,7 +9,7 @@ from monai.inferers import sliding_window_inference
 
 from conftest import SHARED
 from infer.standin import LABELS, adapter, blobs
-from inlay import InlayError, VolumeSession, segment
+from inlay import InlayError, VolumeSession, cli, segment
 from inlay.data.scan import VolumeProcessor
 
 HIPPOCAMPUS = SHARED / "hippocampus_msd04" / "dev"
@@ -285,6 +288,52 @@ def test_one_window_answers_as_segment_does(tmp_path):
     mask = VolumeSession(adapter(), path).click((4, 5, 6))
     close = np.sort(found.probabilities, 0)[-1] - np.sort(found.probabilities, 0)[-2] < 0.01
     assert (mask == found.mask)[~close].all() and close.mean() < 0.05
+
+
+def run(capsys, monkeypatch, *arguments):
+    """The command in this process: exit status, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["inlay", "segment", *map(str, arguments)])
+    monkeypatch.setattr("inlay.store.load.load_adapter", lambda path, base: adapter())
+    with pytest.raises(SystemExit) as status:
+        cli.main()
+    return int(status.value.code or 0), *capsys.readouterr()
+
+
+def test_the_command_writes_mask_picture_and_page(capsys, monkeypatch, tmp_path, scan):
+    mask, picture, page = (tmp_path / name for name in ("mask.nii.gz", "m.png", "m.html"))
+    given = ["any", scan, "-o", mask, "--point", "4,25,33", "--point", "15, 6, 9,dark", "--negative", "10,10,20"]
+    status, out, _ = run(
+        capsys, monkeypatch, *given, "--box", "18,20,36,14,28,30,2", "--montage", picture, "--html", page, "--json"
+    )
+    facts = json.loads(out)
+    wanted = segment(
+        adapter(), scan, points=[(4, 25, 33), (15, 6, 9, 2), (10, 10, 20, 0)], boxes=[(14, 20, 30, 18, 28, 36, "dark")]
+    )
+    assert status == 0 and np.array_equal(np.asarray(nib.load(mask).dataobj), wanted.mask)
+    assert facts["volumes_ml"] == pytest.approx(wanted.volumes_ml)
+    assert [facts[k] for k in ("mask", "montage", "html")] == [str(mask), str(picture), str(page)]
+    assert picture.stat().st_size > 10_000 and page.stat().st_size > 2_000_000
+    status, out, _ = run(capsys, monkeypatch, *given, "--largest", "--flips", "--overlap", 0.25)
+    assert status == 0 and out.splitlines()[0].startswith("bright: ") and out.splitlines()[2] == f"mask: {mask}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["-o", "{tmp}/mask.png"], "ending with .nii.gz or .nii"),
+        (["-o", "{tmp}/m.nii", "--html", "{tmp}/m.png"], "ending with .html"),
+        (["-o", "{tmp}/m.nii", "--point", "1,2"], "expected x,y,z"),
+        (["-o", "{tmp}/m.nii", "--point", "1,2,here"], "'1,2,here'"),
+        (["-o", "{tmp}/m.nii", "--point", "1,2,3,liver"], "'liver'"),
+        (["-o", "{tmp}/m.nii", "--negative", "1,2,300"], "within the scan"),
+        (["-o", "{tmp}/m.nii", "--box", "1,2,3"], "expected x0,y0,z0,x1,y1,z1"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_sentence(capsys, monkeypatch, tmp_path, scan, arguments, sentence):
+    before = sorted(tmp_path.iterdir())
+    status, out, err = run(capsys, monkeypatch, "any", scan, *[text.format(tmp=tmp_path) for text in arguments])
+    assert status == 2 and out == "" and sentence in err and err.startswith("error: ") and err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.skipif(not HIPPOCAMPUS.is_dir(), reason="the hippocampus scans are not on this machine")

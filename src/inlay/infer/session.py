@@ -75,7 +75,7 @@ class VolumeSession:
         """Say that a voxel belongs to a class, or to none, and get the new mask.
 
         Args:
-            point: x, y, z of the voxel in the scan's own grid, as nibabel and ITK-SNAP count it.
+            point: x, y, z of the voxel in the scan's own grid, from 0 as nibabel indexes it.
             positive: False: the voxel is background, whatever the label.
             label: The class, 1..K or its name.
 

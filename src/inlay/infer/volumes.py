@@ -93,7 +93,7 @@ def segment(
     Args:
         adapter: From `load_adapter`, trained on volumes.
         scan: A .nii, .nii.gz or .npz file, or what `adapter.processor.read` made of one.
-        points: Each (x, y, z) or (x, y, z, label) in the scan's own voxels, as nibabel and ITK-SNAP count them. The
+        points: Each (x, y, z) or (x, y, z, label) in the scan's own voxels, from 0 as nibabel indexes them. The
             label is 0 for background, 1..K or a class name; default 1.
         boxes: Each (x0, y0, z0, x1, y1, z1), or with a label behind: two opposite corners, included.
         overlap: Share of a window that the next one covers too, 0 to below 1.
