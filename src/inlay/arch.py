@@ -33,10 +33,10 @@ _QKV = (
 )
 
 # Poolers of a backbone: computed, but not used by a classifier that takes the mean or the first token (SigLIP, BERT).
-_POOLING = {"head", "pooler"}
+POOLING = {"head", "pooler"}
 
 # Beside the backbone, but not the head: what embeds another input (SAM's prompts, CLIP's text).
-_OTHER_INPUTS = {"shared_image_embedding", "prompt_encoder", "text_model"}
+OTHER_INPUTS = {"shared_image_embedding", "prompt_encoder", "text_model"}
 
 # Attention to the states of another model (GPT-2, BERT; BART; T5): a method for self-attention leaves it out.
 _CROSS = ("cross", "encoder_attn", "EncDecAttention")
@@ -191,7 +191,7 @@ def sites(model: nn.Module) -> Sites:
         first = ", ".join(f"{field} {names[0] if names else 'not found'}" for field, names in full.items())
         logger.info("%s by structure: %d blocks; the first of each: %s", label, len(full["blocks"]), first)
     beside = [name for name, child in children.items() if any(True for _ in child.parameters())] if prefix else []
-    head = tuple(name for name in beside if f"{name}." != prefix and name not in _OTHER_INPUTS)
+    head = tuple(name for name in beside if f"{name}." != prefix and name not in OTHER_INPUTS)
     return Sites(source=kind if listed else "structure", head=head, **full)
 
 
@@ -227,8 +227,8 @@ def _places(row: Row, modules: Modules) -> dict[str, list[str]] | None:
         places[field] = [
             each for each in found if not isinstance(modules[each], nn.Conv2d) or _is_pointwise(modules[each])
         ]
-    aside = {name for name in modules if _is_cross(name) or _POOLING.intersection(name.split("."))}
-    places["norms"] = [name for name, module in modules.items() if _is_norm(module) and name not in aside]
+    aside = {name for name in modules if is_cross(name) or POOLING.intersection(name.split("."))}
+    places["norms"] = [name for name, module in modules.items() if is_norm(module) and name not in aside]
     places["embeddings"] = [name for name in row.embeddings.split() if name in modules]
     return places
 
@@ -264,7 +264,7 @@ def _attentions(modules: Modules) -> Iterator[list[str]]:
         for name in modules:
             attention, _, leaf = name.rpartition(".")
             qkv = [f"{attention}.{each}" for each in leaves]
-            if leaf == leaves[0] and not _is_cross(name) and all(is_linear(modules.get(each)) for each in qkv):
+            if leaf == leaves[0] and not is_cross(name) and all(is_linear(modules.get(each)) for each in qkv):
                 yield qkv
 
 
@@ -294,7 +294,7 @@ def _embeddings(modules: Modules, blocks: tuple[str, ...]) -> list[str]:
 
 def _block_row(block: Modules, qkv: list[str], pattern: str, embeddings: str) -> Row:
     """The row of an unknown block: output projection and MLP by shape and order, "" for what is not certain."""
-    shapes = {name: linear_shape(module) for name, module in block.items() if is_linear(module) and not _is_cross(name)}
+    shapes = {name: linear_shape(module) for name, module in block.items() if is_linear(module) and not is_cross(name)}
     attention = qkv[0].rpartition(".")[0]
     hidden, width = shapes[qkv[0]]
     out, region = "", attention
@@ -337,7 +337,7 @@ def _around(block: Modules, first: str, last: str, hidden: int) -> str:
     whole = bool(start) and last.startswith(f"{start}.")
     place = start if whole else end
     inside = [module for name, module in block.items() if place and name.startswith(f"{place}.")]
-    normed = any(_is_norm(module) and any(p.numel() == hidden for p in module.parameters()) for module in inside)
+    normed = any(is_norm(module) and any(p.numel() == hidden for p in module.parameters()) for module in inside)
     if whole:
         return "" if normed else place
     return place if normed and "input_tensor" in inspect.signature(block[place].forward).parameters else ""
@@ -396,7 +396,7 @@ def lora_targets(model: nn.Module, sites: Literal["all", "attention"] = "all") -
 def _outside(model: nn.Module, heads: list[str]) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         parts = name.split(".")
-        if parts[0] not in heads and not _POOLING.intersection(parts):
+        if parts[0] not in heads and not POOLING.intersection(parts):
             yield name, module
 
 
@@ -409,12 +409,13 @@ def _is_pointwise(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
     """True for LayerNorm, RMSNorm, BatchNorm, GroupNorm and the models' own, which all are called so."""
     return "Norm" in type(module).__name__ and not any(True for _ in module.children())
 
 
-def _is_cross(name: str) -> bool:
+def is_cross(name: str) -> bool:
+    """True if a module's name says that it belongs to attention to the states of another model."""
     return any(word in name for word in _CROSS)
 
 

@@ -1,6 +1,7 @@
 """The bases of the contract: tiny, random, one of each kind of model."""
 
 import torch
+import transformers as hf
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -55,6 +56,42 @@ def build(base):
     return model.eval().requires_grad_(
         False
     )  # attention kernels differ in their last bits when gradients are asked for
+
+
+def build_other(name):
+    """Models with parts that plain fine-tuning gives no gradient: a pooler, a mask token, cross-attention ..."""
+    torch.manual_seed(0)
+    image = {**SIZE, "image_size": 16, "patch_size": 4}
+    clip = {"vision_config": image, "text_config": {**SIZE, **TEXT}}
+    config = {
+        "CLIPForImageClassification": lambda: hf.CLIPConfig(**clip, num_labels=5),
+        "CLIPVisionModel": lambda: hf.CLIPVisionConfig(**image),
+        "CLIPVisionModelWithProjection": lambda: hf.CLIPVisionConfig(**image),
+        "SiglipForImageClassification": lambda: hf.SiglipConfig(**clip, num_labels=5),
+        "SiglipVisionModel": lambda: hf.SiglipVisionConfig(**image),
+        "Dinov2ForImageClassification": lambda: hf.Dinov2Config(
+            **{k: v for k, v in image.items() if k != "intermediate_size"}, num_labels=5
+        ),
+        "ViTModel": lambda: hf.ViTConfig(**image),
+        "BertModel": lambda: hf.BertConfig(**SIZE, vocab_size=100),
+        "BertForSequenceClassification": lambda: hf.BertConfig(**SIZE, vocab_size=100),
+        "GPT2LMHeadModel": lambda: hf.GPT2Config(n_embd=32, n_layer=3, n_head=4, add_cross_attention=True, **TEXT),
+    }
+    return getattr(hf, name)(config[name]())
+
+
+OTHERS = {
+    "CLIPForImageClassification": "logits",
+    "CLIPVisionModel": "last_hidden_state",
+    "CLIPVisionModelWithProjection": "image_embeds",
+    "SiglipForImageClassification": "logits",
+    "SiglipVisionModel": "last_hidden_state",
+    "Dinov2ForImageClassification": "logits",
+    "ViTModel": "last_hidden_state",
+    "BertModel": "last_hidden_state",
+    "BertForSequenceClassification": "logits",
+    "GPT2LMHeadModel": "logits",
+}
 
 
 def batch(base):

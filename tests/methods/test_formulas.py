@@ -17,7 +17,7 @@ from inlay import (
 )
 from inlay.methods.attention_prefix import AttentionPrefixLayer
 from inlay.methods.base import AdapterLayer
-from methods.bases import adapted, batch, build, compute, randomise
+from methods.bases import OTHERS, adapted, batch, build, build_other, compute, randomise
 
 
 def attach(config, base="vit", dtype=torch.float64):
@@ -250,17 +250,42 @@ def test_base_plus_delta_is_the_trained_weight_bit_for_bit(dtype, tmp_path):
     trained = {n: m.values(["default"]) for n, m in model.named_modules() if isinstance(m, AdapterLayer)}
     assert len(trained) == 2 * 8 + 1  # six linear layers and two norms a block, and the last norm
     model.save_pretrained(tmp_path)
-    merged = PeftModel.from_pretrained(build("vit").to(dtype), tmp_path).merge_and_unload()
+    ways = [{}, {"low_cpu_mem_usage": True}, {"autocast_adapter_dtype": False}, {"is_trainable": True}, None]
+    for way in ways:
+        if way is None:
+            loaded = build("vit").to(dtype)
+            loaded.load_adapter(str(tmp_path))
+        else:
+            loaded = PeftModel.from_pretrained(build("vit").to(dtype), tmp_path, **way).get_base_model()
+        deltas = [value for name, value in loaded.named_parameters() if "inlay_partial_delta" in name]
+        assert deltas and all(value.dtype == torch.float32 for value in deltas)
+        for name, values in trained.items():
+            found = loaded.get_submodule(name.removeprefix("base_model.model.")).values(["default"])
+            assert all(values[leaf].dtype == dtype and torch.equal(values[leaf], found[leaf]) for leaf in values)
+    merged = PeftModel.from_pretrained(build("vit").to(dtype), tmp_path, low_cpu_mem_usage=True).merge_and_unload()
     for name, values in trained.items():
         for leaf, value in values.items():
             stored = merged.get_submodule(name.removeprefix("base_model.model."))._parameters[leaf]
-            assert value.dtype == dtype and torch.equal(stored, value)
+            assert torch.equal(stored, value)
+
+
+def test_partial_tuning_leaves_the_statistics_of_the_base_alone():
+    torch.manual_seed(0)
+    base = MobileNetV2ForImageClassification(MobileNetV2Config(image_size=32, depth_multiplier=0.35)).train()
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+    model = get_peft_model(base, PartialConfig(train="norm"))
+    for _ in range(2):  # in the mode in which it came, then in that of a training loop
+        model(pixel_values=torch.randn(4, 3, 32, 32)).logits.sum().backward()
+        model.train()
+    assert all(torch.equal(value, before[key]) for key, value in model.unload().state_dict().items())
 
 
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
         ({"train": "norm"}, {"layernorm", "layernorm_before", "layernorm_after"}),
+        ({"train": "norm", "target_modules": ["layers.1"]}, {"layernorm_before", "layernorm_after"}),
+        ({"train": "norm", "target_modules": r".*layers\.1.*"}, {"layernorm_before", "layernorm_after"}),
         ({"last": 1, "train": "bias"}, None),
         ({"target_modules": ["layers.1"]}, None),
         ({"target_modules": r".*layers\.1\.mlp"}, {"fc1", "fc2"}),
@@ -277,6 +302,20 @@ def test_what_partial_trains(config, expected):
         assert not any("layers.1." in n for n in names) and any("layers.2." in n for n in names)
     if "target_modules" in config and "layers_to_transform" not in config:
         assert all("layers.1." in n for n in names)
+
+
+@pytest.mark.parametrize("settings", [{}, {"last": 1}, {"train": "bias"}, {"train": "norm"}])
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_gradient_reaches_all_that_partial_trains(name, settings):
+    model = get_peft_model(build_other(name), PartialConfig(**settings)).train()
+    inputs = batch("gpt2" if name in ("BertModel", "BertForSequenceClassification", "GPT2LMHeadModel") else "vit")
+    getattr(model(**inputs), OTHERS[name]).square().sum().backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and [n for n, p in trained.items() if p.grad is None] == []
+    if name == "BertForSequenceClassification" and settings == {}:  # its head reads the pooler
+        assert any("pooler" in n for n in trained)
+    if name == "CLIPVisionModelWithProjection":
+        assert settings == {"train": "bias"} or any("post_layernorm" in n for n in trained)
 
 
 def test_partial_leaves_a_tied_embedding_alone():
@@ -320,6 +359,8 @@ def test_the_order_of_parts_does_not_matter():
         (lambda: PartialConfig(last=2, layers_to_transform=[1]), "not both"),
         (lambda: CompositeConfig(parts=[PartialConfig()]), "two parts or more"),
         (lambda: attach(PartialConfig(last=9)), "last must be"),
+        (lambda: attach(PartialConfig(train="bias"), "llama"), "LlamaForCausalLM has no biases to train"),
+        (lambda: attach(PartialConfig(train="norm", target_modules=["mlp"])), "no parameter to train"),
         (lambda: attach(BottleneckConfig(layers_to_transform=[7])), "within 0 to 2"),
         (lambda: attach(VisualPromptConfig(), "bert"), "encoders of images"),
         (lambda: attach(VisualPromptConfig(deep=False), "sam"), "deep=True"),

@@ -8,30 +8,44 @@ import torch.distributed as dist
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-
 def gradients(model, loss):
     model.zero_grad()
     loss.backward()
     return {n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
+def agree(what, model, inputs, field, rank):
+    """Half of a batch each gives the gradients of all of it."""
+    for module in model.train().modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    expected = gradients(model, getattr(model(**inputs), field).square().mean())
+    wrapped = DistributedDataParallel(model)
+    half = len(next(iter(inputs.values()))) // 2
+    mine = {key: value[half * rank : half * (rank + 1)] for key, value in inputs.items()}
+    for _ in range(2):  # the second forward fails where the first one left parameters unused
+        found = gradients(wrapped, getattr(wrapped(**mine), field).square().mean())
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert (expected[name] - found[name]).abs().max() < 1e-5 * (1 + expected[name].abs().max()), (what, name)
+
+
 def work(rank, folder):
-    from inlay.methods import METHODS
-    from methods.bases import OURS, adapted, batch
+    from peft import get_peft_model
+
+    from inlay import PartialConfig
+    from methods.bases import OTHERS, OURS, adapted, batch, build_other, pairs
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    x, y = batch("vit")["pixel_values"], torch.tensor([0, 1, 2, 3])
-    for method in [name for name in OURS if "vision" in METHODS[name].bases]:
-        model = adapted(method, "vit").train()
-        expected = gradients(model, model(pixel_values=x, labels=y).loss)
-        wrapped = DistributedDataParallel(model)
-        for _ in range(2):  # the second forward fails where the first one left parameters unused
-            mine = slice(2 * rank, 2 * rank + 2)
-            found = gradients(wrapped, wrapped(pixel_values=x[mine], labels=y[mine]).loss)
-        assert expected.keys() == found.keys()
-        for name in expected:
-            assert (expected[name] - found[name]).abs().max() < 1e-5, (method, name)
+    for method, base in pairs(OURS):
+        field = "last_hidden_state" if base == "sam" else "logits"
+        agree(f"{method} on {base}", adapted(method, base), batch(base), field, rank)
+    for name, field in OTHERS.items():
+        inputs = batch("gpt2" if name.startswith(("Bert", "GPT2")) else "vit")
+        for settings in ({}, {"train": "norm"}):
+            model = get_peft_model(build_other(name), PartialConfig(**settings))
+            agree(f"{settings} on {name}", model, inputs, field, rank)
     dist.barrier()
     os._exit(0)  # a DDP module that outlives its process group can wait for ever, GIL in hand, for gloo's thread
 

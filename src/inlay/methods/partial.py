@@ -11,19 +11,23 @@ merging it changes no output by a single bit. Such a delta is a task vector (Ilh
     train="bias"        BitFit: biases alone (Ben Zaken et al. 2022, arXiv:2106.10199)
     train="norm"        the norms alone (as in Basu et al. 2024, arXiv:2304.01466, and peft's LNTuningConfig)
     target_modules      these modules, with all that is in them
+
+What plain fine-tuning gives no gradient is left out where target_modules do not name it, as DDP waits for it in vain:
+cross-attention, the pooler of a bare backbone, the token of masked patches ... (`_idle`).
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn import MultiheadAttention
 from typing_extensions import override
 
 from inlay._peft import PeftType, register
-from inlay.arch import Sites
+from inlay.arch import OTHER_INPUTS, Sites, is_cross, is_norm
 from inlay.errors import InlayError
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
 
@@ -62,6 +66,18 @@ class PartialLayer(AdapterLayer):
         super().__init__(base_layer)
         self.inlay_partial_delta = nn.ModuleDict()
 
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+        """No type: peft would round the deltas to that of the base, and the sum would not be exact any more."""
+        return super()._get_base_layer_device_and_dtype(base_layer)[0], None
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        """A BatchNorm stays in eval mode: its running statistics belong to the base, and no adapter file holds them."""
+        super().train(mode)
+        if isinstance(self.get_base_layer(), nn.modules.batchnorm._BatchNorm):
+            self.get_base_layer().eval()
+        return self
+
     @override
     def add(self, name: str, config: PartialConfig, tuner: AdapterTuner, key: str) -> None:
         self.inlay_partial_delta[name] = nn.ParameterDict(
@@ -71,6 +87,7 @@ class PartialLayer(AdapterLayer):
             }
         )
         self.options[name] = config
+        self.train(self.training)
 
     @override
     def adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
@@ -110,8 +127,10 @@ def chosen(module: nn.Module, config: PartialConfig) -> Iterator[tuple[str, nn.P
     Raises:
         InlayError: One is held in 8 or 4 bits.
     """
+    if config.train == "norm" and not is_norm(module):
+        return
     for leaf, parameter in module.named_parameters(recurse=False):
-        if config.train == "bias" and leaf != "bias":
+        if (config.train == "bias" and leaf != "bias") or leaf == "mask_token":  # that one is for pre-training
             continue
         if not parameter.is_floating_point():
             raise InlayError(
@@ -153,19 +172,43 @@ class PartialModel(AdapterTuner):
             names = [
                 n for n in names[first:] if f"{n}.".startswith(tuple(f"{b}." for b in found.blocks)) or n in found.norms
             ]
-        if config.train == "norm":
-            names = [n for n in names if n in found.norms]
-        return self._with_parameters(config, names)
+        names = self._with_parameters(config, [n for n in names if not _idle(n, self.model, found)])
+        if not names and config.train != "all":
+            what = {"bias": "biases", "norm": "norms"}[config.train]
+            raise InlayError(f'{type(self.model).__name__} has no {what} to train; use train="all", or another method.')
+        return names
 
     def _with_parameters(self, config: PartialConfig, names: Sequence[str]) -> list[str]:
-        """Those that have something to train; a parameter that two modules share stays as it is."""
+        """Those that have something to train; a parameter that two modules share stays as it is.
+
+        So does the output projection of torch's MultiheadAttention, which reads its weight and never calls it.
+        """
         shared = _shared(self.model)
+        names = [n for n in names if not isinstance(self.model.get_submodule(n.rpartition(".")[0]), MultiheadAttention)]
         found = []
         for name in names:
             parameters = [p for _, p in chosen(self.model.get_submodule(name), config)]
             if parameters and not any(id(p) in shared for p in parameters):
                 found.append(name)
         return found
+
+
+def _idle(name: str, model: nn.Module, found: Sites) -> bool:
+    """True for a module that the loss of plain fine-tuning does not depend on.
+
+    That is attention to another model's states; SAM's prompt encoder, of which each kind of prompt uses another part;
+    and what makes a pooled output that nothing reads: poolers of a bare backbone (one with a head has a pooler only if
+    the head reads it, but for SigLIP's `head`) and CLIP's norm of the class token, unless for a joint space with text.
+    """
+    parts, children = name.split("."), dict(model.named_children())
+    if is_cross(name) or (parts[0] in OTHER_INPUTS and parts[0] != "text_model"):
+        return True
+    if "text_model" in children or "visual_projection" in children:
+        return False
+    if "pooler" in parts:
+        return not found.head
+    clip = model.config.model_type in ("clip", "clip_vision_model") if hasattr(model, "config") else False
+    return "head" in parts or (clip and parts[-1] == "post_layernorm")
 
 
 def _shared(model: nn.Module) -> set[int]:
