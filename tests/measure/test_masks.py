@@ -2,6 +2,7 @@
 
 import csv
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -148,3 +149,12 @@ def test_what_cannot_be_scored_is_refused():
             score_case(*arguments)
     with pytest.raises(InlayError, match="has none"):
         VolumeDice(["x"]).compute()
+
+
+def test_without_the_extra_the_error_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "monai.metrics", None)
+    a = np.ones((3, 3, 3), int)
+    with pytest.raises(InlayError, match=r"pip install 'inlay\[volumes\]'"):
+        score_case(a, a, ["x"], SPACING)
+    (row,) = score_case(a, a * 0, ["x"], SPACING)  # without surfaces nothing of MONAI is needed
+    assert row["dice"] == 0

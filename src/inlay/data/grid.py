@@ -8,6 +8,8 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from inlay.data.nifti import nibabel_here
+
 Triple = tuple[float, float, float]
 Shape = tuple[int, int, int]
 
@@ -17,10 +19,8 @@ def turned(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
     Axes are flipped and permuted alone: those of an oblique scan become the nearest of D, H and W.
     """
-    from nibabel.orientations import apply_orientation
-
     turns, towards = orientation(affine, array.shape)
-    return apply_orientation(array, turns).transpose(2, 1, 0), affine @ towards
+    return nibabel_here().orientations.apply_orientation(array, turns).transpose(2, 1, 0), affine @ towards
 
 
 def turned_back(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
@@ -35,10 +35,9 @@ def turned_back(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
 
 def orientation(affine: np.ndarray, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """nibabel's orientation (3, 2) of an affine, and the map (4, 4) of indices x, y, z in RAS to the own ones."""
-    from nibabel.orientations import inv_ornt_aff, io_orientation
-
-    turns = io_orientation(affine)
-    return turns, inv_ornt_aff(turns, shape)
+    library = nibabel_here().orientations
+    turns = library.io_orientation(affine)
+    return turns, library.inv_ornt_aff(turns, shape)
 
 
 def spacing_of(affine: np.ndarray) -> Triple:

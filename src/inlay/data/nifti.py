@@ -33,7 +33,7 @@ def read_volume(path: str | os.PathLike[str], key: str = "image") -> tuple[np.nd
         array = array.reshape(_three_axes(array.shape))
         if array.dtype.kind not in "buif":
             raise ValueError(f"voxels of type {array.dtype}")
-        _check_affine(affine)
+        check_affine(affine)
         if key == "image":
             array = np.asarray(array, np.float32)
             bad = array.size - int(np.isfinite(array).sum())
@@ -59,7 +59,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[tuple[int, ...], np.ndarr
     try:
         image = _open(path)
         shape = _three_axes(image.shape)
-        _check_affine(image.affine)
+        check_affine(image.affine)
     except InlayError:
         raise
     except Exception as error:
@@ -83,7 +83,7 @@ def write_volume(path: str | os.PathLike[str], array: np.ndarray, affine: np.nda
         if array.size and (array.min() < -(2**15) or array.max() >= 2**15):
             raise InlayError(f"expected labels that fit 16 bits, but got up to {array.max()}. Number them from 1.")
         array = array.astype(small)
-    image = _nibabel().Nifti1Image(array, affine)
+    image = nibabel_here().Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
     with replacing(path) as temporary:
         image.to_filename(temporary)
@@ -94,7 +94,8 @@ def case_name(path: Path) -> str:
     return path.name.removesuffix(next((s for s in SUFFIXES if path.name.endswith(s)), ""))
 
 
-def _nibabel() -> Any:
+def nibabel_here() -> Any:
+    """nibabel, or an InlayError that says how to get it."""
     try:
         import nibabel
     except ImportError:
@@ -107,7 +108,7 @@ def _nibabel() -> Any:
 def _open(path: Path) -> Any:
     if not path.name.endswith(SUFFIXES[:2]):
         raise InlayError(f"expected a scan as {', '.join(SUFFIXES)}, but got '{path}'. Convert it.")
-    return _nibabel().load(path)
+    return nibabel_here().load(path)
 
 
 def _nifti(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -142,7 +143,8 @@ def _three_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:3]
 
 
-def _check_affine(affine: np.ndarray) -> None:
+def check_affine(affine: np.ndarray) -> None:
+    """Raise a ValueError for what is no invertible map (4, 4) of finite numbers."""
     affine = np.asarray(affine, np.float64)
     fine = affine.shape == (4, 4) and np.isfinite(affine).all()
     lengths = np.linalg.norm(affine[:3, :3], axis=0) if fine else np.zeros(3)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from inlay.data.grid import Shape, Triple, corners, moved, orientation, resize, spacing_of, turned, turned_back
-from inlay.data.nifti import case_name, read_header, read_volume
+from inlay.data.nifti import case_name, check_affine, read_header, read_volume
 from inlay.data.tables import some
 from inlay.data.volumes import CLASSES, Case, VolumeData, read_labels
 from inlay.errors import InlayError
@@ -151,7 +151,9 @@ class VolumeProcessor:
         if high <= low:  # nearly all is one value: what differs is the object
             low, high = array.min(), array.max()
         array = np.clip(array, np.float32(low), np.float32(high))
-        mean, deviation = array.mean(dtype=np.float64), array.std(dtype=np.float64)
+        mean = array.mean(dtype=np.float64)
+        parts = np.array_split(array.ravel(order="K"), max(1, array.size // SAMPLED))  # numpy's own takes a copy
+        deviation = math.sqrt(sum(float(np.square(part - mean).sum()) for part in parts) / array.size)
         if not deviation > 1e-6 * max(abs(mean), 1e-30):
             return np.zeros_like(array)
         array -= np.float32(mean)
@@ -223,7 +225,12 @@ def read_image(case: Case) -> tuple[np.ndarray, np.ndarray]:
         return array, affine if case.affine is None else case.affine
     if case.image.ndim != 3 or not np.isfinite(case.image).all():
         raise InlayError(f"expected finite voxels of three axes, but got others in case {case.name!r}. Mend them.")
-    return np.asarray(case.image, np.float32), np.eye(4) if case.affine is None else case.affine
+    affine = np.eye(4) if case.affine is None else np.asarray(case.affine, np.float64)
+    try:
+        check_affine(affine)
+    except ValueError as error:
+        raise InlayError(f"expected an affine (4, 4), but got {error} in case {case.name!r}. Mend it.") from error
+    return np.asarray(case.image, np.float32), affine
 
 
 def median_spacing(cases: Sequence[Case]) -> Triple:
