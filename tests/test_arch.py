@@ -1,6 +1,7 @@
 """Where methods attach is right for every listed model and by structure; adapters attach, train and come back."""
 
 import copy
+import logging
 from dataclasses import fields
 
 import pytest
@@ -293,16 +294,26 @@ def test_the_table_is_tested_whole():
 
 
 @pytest.mark.parametrize("name", UNLISTED)
-def test_an_unlisted_model_is_read_by_structure_and_that_is_said(name, caplog):
+def test_an_unlisted_model_is_read_by_structure_and_that_is_said(name, caplog, monkeypatch):
     config, norms, head, missing = UNLISTED[name]
     model = build(name, config)
-    with caplog.at_level("INFO", logger="inlay"):
-        found = sites(model)
+    monkeypatch.setattr("inlay.arch._said", set())
+    found = sites(model)
     assert found.source == "structure" and model.config.model_type not in SITES
     (line,) = caplog.messages
     assert line.startswith(f"{name} ({model.config.model_type}) by structure: {len(found.blocks)} block")
     assert f"out {found.out[0]}" in line and all(f"{field} not found" in line for field in missing)
     check(model, found, norms, head, missing)
+
+
+def test_what_was_found_by_structure_is_seen_once_without_any_setting_of_logs(capsys, monkeypatch):
+    name = next(iter(UNLISTED))
+    monkeypatch.setattr("inlay.arch._said", set())
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own, which a user does not have
+    for _ in range(2):
+        sites(build(name, UNLISTED[name][0]))
+    said = capsys.readouterr().err
+    assert said.count("by structure") == said.count(name) == 1 and "the first of each: " in said
 
 
 def names(blocks, *leaves):

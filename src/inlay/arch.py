@@ -15,6 +15,7 @@ from torch import nn
 from inlay.errors import InlayError
 
 logger = logging.getLogger("inlay")
+_said: set[str] = set()  # model classes of which it has been said what was found by structure
 
 Modules = dict[str, nn.Module]
 
@@ -164,7 +165,7 @@ _PER_BLOCK = [field.name for field in fields(Row) if field.name not in ("blocks"
 
 
 def sites(model: nn.Module) -> Sites:
-    """Where methods attach in a model: by its row of SITES, else by structure, which is then logged.
+    """Where methods attach in a model: by its row of SITES, else by structure: a warning says once what was found.
 
     Args:
         model: A transformers model with or without a head, or any module whose blocks hold q, k and v projections of a
@@ -189,7 +190,9 @@ def sites(model: nn.Module) -> Sites:
     full = {field: tuple(prefix + name for name in names) for field, names in places.items()}
     if not listed:
         first = ", ".join(f"{field} {names[0] if names else 'not found'}" for field, names in full.items())
-        logger.info("%s by structure: %d blocks; the first of each: %s", label, len(full["blocks"]), first)
+        if label not in _said:
+            _said.add(label)
+            logger.warning("%s by structure: %d blocks; the first of each: %s", label, len(full["blocks"]), first)
     beside = [name for name, child in children.items() if any(True for _ in child.parameters())] if prefix else []
     head = tuple(name for name in beside if f"{name}." != prefix and name not in OTHER_INPUTS)
     return Sites(source=kind if listed else "structure", head=head, **full)

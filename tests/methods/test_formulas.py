@@ -364,7 +364,11 @@ def test_the_order_of_parts_does_not_matter():
         (lambda: attach(BottleneckConfig(layers_to_transform=[7])), "within 0 to 2"),
         (lambda: attach(VisualPromptConfig(), "bert"), "encoders of images"),
         (lambda: attach(VisualPromptConfig(deep=False), "sam"), "deep=True"),
+        (lambda: attach(VisualPromptConfig(deep=False, layers_to_transform=[0, 2])), "follow one another"),
+        (lambda: attach(VisualPromptConfig(deep=False, target_modules=["layers.0", "layers.2"])), "follow one another"),
         (lambda: attach(AttentionPrefixConfig(target_modules=["mlp"])), "attention function"),
+        (lambda: attach(BottleneckConfig(target_modules=["fc1"], placement="parallel")), "32 and 64 in vit.layers.0"),
+        (lambda: attach(BottleneckConfig(target_modules=["c_fc"], placement="parallel"), "gpt2"), "32 and 128 in"),
         (lambda: attach(BottleneckConfig(target_modules=["layernorm"])), "linear layer"),
     ],
 )

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
+
 def gradients(model, loss):
     model.zero_grad()
     loss.backward()

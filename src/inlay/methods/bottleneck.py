@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from inlay._peft import PeftType, register
-from inlay.arch import Sites
+from inlay.arch import Sites, is_linear, linear_shape
 from inlay.errors import InlayError
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
 
@@ -113,6 +113,11 @@ class BottleneckLayer(AdapterLayer):
     @override
     def add(self, name: str, config: BottleneckConfig, tuner: AdapterTuner, key: str) -> None:
         width = config.width or max(1, round(self.size / config.reduction))
+        if config.placement == "parallel" and (size := _input_size(self.get_base_layer())) not in (None, self.size):
+            raise InlayError(
+                f"a parallel bottleneck needs a module with as many features in as out, got {size} and {self.size} in "
+                f'{key}; name one that holds the whole sublayer, or use placement="serial".'
+            )
         linear = config.activation is None and config.placement == "serial"
         biased = not linear or getattr(self.get_base_layer(), "bias", None) is not None  # else it could not merge
         self.inlay_bottleneck_down[name] = nn.Linear(self.size, width, bias=biased)
@@ -225,6 +230,11 @@ def _output_size(module: nn.Module) -> int:
         f"a bottleneck adapter goes around a linear layer, a convolution or a sublayer that ends in one, got "
         f"{type(module).__name__}; give other target_modules."
     )
+
+
+def _input_size(module: nn.Module) -> int | None:
+    """Features that a linear layer or convolution takes; None for a sublayer."""
+    return linear_shape(module)[0] if is_linear(module) else getattr(module, "in_channels", None)
 
 
 class BottleneckModel(AdapterTuner):

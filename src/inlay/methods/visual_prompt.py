@@ -209,6 +209,19 @@ class VisualPromptModel(AdapterTuner):
     def layer_class(self, target: nn.Module) -> type[AdapterLayer]:
         return WindowPromptLayer if isinstance(target, SamVisionAttention) else VisualPromptLayer
 
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        order = self.order(peft_config)
+        if not peft_config.deep and order:
+            beside = [n for n, _ in self.model.named_modules() if n.rpartition(".")[0] == order[0].rpartition(".")[0]]
+            start = beside.index(order[0])
+            if beside[start : start + len(order)] != order:
+                raise InlayError(
+                    "shallow prompts travel from block to block, so the blocks must follow one another, got "
+                    f"{', '.join(order)}; name those between, or use deep=True."
+                )
+        return peft_config
+
     def order(self, config: VisualPromptConfig) -> list[str]:
         """Names of the blocks that the adapter targets, in running order."""
         return [n for n, _ in self.model.named_modules() if self._check_target_module_exists(config, n)]
