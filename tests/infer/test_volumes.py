@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from monai.inferers import sliding_window_inference
+from peft import get_peft_model
 
 from conftest import SHARED
 from infer.standin import LABELS, adapter, blobs
 from inlay import InlayError, VolumeSession, cli, segment
 from inlay.data.scan import VolumeProcessor
+from methods.volumes import build, settings
 
 HIPPOCAMPUS = SHARED / "hippocampus_msd04" / "dev"
 # Voxel index to mm: left-posterior-superior, with axes swapped, unequal spacing and an origin.
@@ -288,6 +290,68 @@ def test_one_window_answers_as_segment_does(tmp_path):
     mask = VolumeSession(adapter(), path).click((4, 5, 6))
     close = np.sort(found.probabilities, 0)[-1] - np.sort(found.probabilities, 0)[-2] < 0.01
     assert (mask == found.mask)[~close].all() and close.mean() < 0.05
+
+
+@pytest.fixture
+def spatial():
+    """A tiny SAM with the 3D spatial adapter, its trained parts at random."""
+    given = adapter(crop=(16, 20, 24))
+    given.model, given.labels = get_peft_model(build(), settings()), ["organ", "lesion"]
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in given.model.parameters():
+            if parameter.requires_grad and parameter.ndim > 1:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    given.model.eval()
+    return given
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_an_adapted_sam_segments_as_monai_would(spatial, scan, flips):
+    read = spatial.processor.read(scan)
+    every = [[axis + 2 for axis in range(3) if i >> axis & 1] for i in range(8 if flips else 1)]
+
+    def predictor(pixels):
+        return sum(spatial.model(pixel_values=pixels.flip(a)).logits.softmax(1).flip(a) for a in every) / len(every)
+
+    with torch.no_grad():
+        wanted = sliding_window_inference(read.image[None], (16, 20, 24), 4, predictor, 0.25, mode="gaussian")[0]
+    found = segment(spatial, scan, overlap=0.25, batch_size=4, flips=flips, keep_probabilities=True)
+    own = spatial.processor.back(wanted, read, "linear")
+    assert np.abs(found.probabilities - own).max() < 1e-3
+    assert len(np.unique(found.mask)) > 1 and (found.mask == own.argmax(0)).mean() > 0.999
+
+
+def test_prompts_change_what_an_adapted_sam_says(spatial, scan):
+    plain = segment(spatial, scan, keep_probabilities=True).probabilities
+    for prompt in ({"points": [(4, 25, 33, "lesion")]}, {"boxes": [(2, 20, 30, 8, 28, 36, "lesion")]}):
+        told = segment(spatial, scan, batch_size=3, keep_probabilities=True, **prompt).probabilities
+        assert np.abs(told - plain)[:, 4, 25, 33].max() > 1e-3
+        assert (told == plain).all(0).mean() > 0.2, "far windows say what they said"
+
+
+def test_an_adapted_sam_encodes_once_and_hears_every_click(spatial, scan):
+    runs = []
+    spatial.model.base_model.model.vision_encoder.register_forward_hook(lambda *_: runs.append(1))
+    session, read = VolumeSession(spatial, scan), spatial.processor.read(scan)
+    points = [(10, 14, 20), (8, 17, 22), (12, 11, 18)]
+    masks = [session.click(points[0], label=2), session.click(points[1], positive=False), session.click(points[2])]
+    assert len(runs) == 1
+    start = [min(max(0, round(c) - n // 2), size - n) for c, n, size in
+             zip(read.to_grid(points[0]), (16, 20, 24), read.image.shape[1:], strict=True)]  # fmt: skip
+    box = tuple(slice(first, first + n) for first, n in zip(start, (16, 20, 24), strict=True))
+    places = torch.tensor(read.to_grid(points) - np.array(start), dtype=torch.float32)[None]
+    given = {"pixel_values": read.image[(slice(None), *box)][None]}
+    for i, mask in enumerate(masks):
+        with torch.no_grad():
+            output = spatial.model(
+                input_points=places[:, : i + 1], input_labels=torch.tensor([[2, 0, 1][: i + 1]]), **given
+            )
+        given = {"image_embeddings": output.image_embeddings, "input_masks": output.logits.half().float()}
+        wanted = torch.zeros(read.image.shape[1:], dtype=torch.uint8)
+        wanted[box] = output.logits.half().float()[0].argmax(0).byte()
+        assert (spatial.processor.back(wanted, read) == mask).mean() > 0.999 and mask.any()
+    assert (session.undo() == masks[1]).all() and (session.undo() == masks[0]).all() and len(runs) == 2
 
 
 def run(capsys, monkeypatch, *arguments):
