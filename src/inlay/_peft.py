@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,6 +106,15 @@ def register(name: str, config: type[PeftConfig], tuner: type[BaseTuner]) -> Non
     PeftType._member_map_[label] = PeftType._value2member_map_[label] = member
     PeftType._member_names_.append(label)
     register_peft_method(name=name, config_cls=config, model_cls=tuner)
+
+
+def name_import(folder: str | Path, method: str) -> None:
+    """Say in the card that peft or transformers wrote beside an adapter, or in a new one, what loading it needs."""
+    path = Path(folder) / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: peft\n---\n"
+    if "import inlay" not in text:
+        how = f"import inlay  # makes {method} known to peft; without it: KeyError: '{method}'"
+        path.write_text(f"{text.rstrip()}\n\n### Loading\n\n```python\n{how}\n```\n", encoding="utf-8")
 
 
 # Adapter layers of several methods around one module, and around modules inside one another: by the name that the

@@ -350,11 +350,25 @@ def test_two_processes_agree_with_one(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_without_the_import_peft_names_the_method(tmp_path):
-    adapted("bottleneck", "vit").save_pretrained(tmp_path)
+@pytest.mark.parametrize("method", ["bottleneck", "mam"])
+def test_without_the_import_peft_names_the_method_and_the_card_the_import(method, tmp_path):
+    model, name = adapted(method, "vit"), {"bottleneck": "INLAY_BOTTLENECK", "mam": "INLAY_COMPOSITE"}[method]
+    for _ in range(2):  # also where there is a card already
+        model.save_pretrained(tmp_path)
     code = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(tmp_path)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode and "INLAY_BOTTLENECK" in done.stderr.splitlines()[-1]
+    assert done.returncode and done.stderr.splitlines()[-1] == f"KeyError: {name!r}"
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("import inlay") == card.count(f"without it: KeyError: {name!r}") == 1 and "PEFT" in card
+
+
+def test_a_card_written_by_transformers_names_the_import_too(tmp_path):
+    model = build("gpt2")
+    model.add_adapter(METHODS["bottleneck"].config(model, 4))
+    model.save_pretrained(tmp_path)
+    assert "import inlay" in (tmp_path / "README.md").read_text()
+    get_peft_model(build("gpt2"), METHODS["lora"].config(model, 4)).save_pretrained(tmp_path / "lora")
+    assert "import inlay" not in (tmp_path / "lora" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("method", [m for m, base in pairs(OURS + PEFTS) if base == "vit"])

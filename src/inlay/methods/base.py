@@ -18,7 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from typing_extensions import override
 
-from inlay._peft import leave, plain_name, plain_tree, strip
+from inlay._peft import leave, name_import, plain_name, plain_tree, strip
 from inlay.arch import Sites, sites
 from inlay.errors import InlayError
 
@@ -57,6 +57,12 @@ class AdapterConfig(PeftConfig):
             raise InlayError(
                 "layers_to_transform has no effect on a regular expression; give target_modules as a list."
             )
+
+    @override
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As peft's; the card in that folder then says which import makes the method known."""
+        super().save_pretrained(save_directory, **kwargs)
+        name_import(save_directory, self.peft_type.value)
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):

@@ -18,7 +18,7 @@ from peft.utils.other import set_additional_trainable_modules
 from torch import nn
 from typing_extensions import override
 
-from inlay._peft import PeftType, plain_tree, register
+from inlay._peft import PeftType, name_import, plain_tree, register
 from inlay.errors import InlayError
 from inlay.methods.attention_prefix import AttentionPrefixModel
 from inlay.methods.base import AdapterTuner
@@ -51,6 +51,12 @@ class CompositeConfig(PeftConfig):
                 )
             if getattr(part, "modules_to_save", None) or getattr(part, "bias", "none") != "none":
                 raise InlayError("give modules_to_save to the composite, not to a part, and parts without bias.")
+
+    @override
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As peft's; the card in that folder then says which import makes the method known."""
+        super().save_pretrained(save_directory, **kwargs)
+        name_import(save_directory, self.peft_type.value)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they go into adapter_config.json."""
