@@ -136,7 +136,7 @@ class VolumeSession:
         """Logits for a window; its encoding is kept."""
         model = self._adapter.model
         weight = next(p for p in model.parameters() if p.is_floating_point())
-        arguments: dict[str, Any] = batch([prompts], weight)
+        arguments: dict[str, Any] = batch([prompts], weight.device)
         if window.answers:
             arguments["input_masks"] = window.answers[-1][1].to(weight)
         if window.encoded is None:

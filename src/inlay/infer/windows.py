@@ -212,22 +212,25 @@ def probabilities(model: nn.Module, pixels: torch.Tensor, prompts: Sequence[Prom
     total: Any = 0
     for axes in every:
         dims = [axis + 2 for axis in axes]
-        arguments = batch([one.flipped(axes, size) for one in prompts], weight)
+        arguments = batch([one.flipped(axes, size) for one in prompts], weight.device)
         logits = model(pixel_values=pixels.flip(dims), **arguments).logits  # B K+1 d h w
         total = total + logits.float().softmax(1).flip(dims)
     return (total / len(every)).cpu()
 
 
-def batch(prompts: Sequence[Prompts], like: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The model's arguments for windows with as many prompts in each; none where there are none."""
+def batch(prompts: Sequence[Prompts], device: torch.device) -> dict[str, torch.Tensor]:
+    """The model's arguments for windows with as many prompts in each; none where there are none.
+
+    Places stay float32 whatever the model's type: bfloat16 has no odd number over 256.
+    """
     arguments = {}
     points, boxes = prompts[0].count
     if points:
-        arguments["input_points"] = torch.stack([one.points for one in prompts]).to(like)
-        arguments["input_labels"] = torch.stack([one.labels for one in prompts]).to(like.device)
+        arguments["input_points"] = torch.stack([one.points for one in prompts]).to(device)
+        arguments["input_labels"] = torch.stack([one.labels for one in prompts]).to(device)
     if boxes:
-        arguments["input_boxes"] = torch.stack([one.boxes for one in prompts]).to(like)
-        arguments["input_box_labels"] = torch.stack([one.box_labels for one in prompts]).to(like.device)
+        arguments["input_boxes"] = torch.stack([one.boxes for one in prompts]).to(device)
+        arguments["input_box_labels"] = torch.stack([one.box_labels for one in prompts]).to(device)
     return arguments
 
 
