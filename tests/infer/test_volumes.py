@@ -182,6 +182,21 @@ def test_a_mask_is_saved_on_the_scans_grid(tmp_path, scan, name, source):
     assert not [p for p in tmp_path.iterdir() if "inlay-new" in p.name]
 
 
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_the_header_is_the_scans_but_for_what_its_voxels_meant(tmp_path, kind):
+    image = kind(blobs((20, 22, 24))[..., None], TURNED)
+    image.set_qform(TURNED, 1)
+    image.set_sform(TURNED, 4)
+    image.header.set_xyzt_units("mm", "sec")
+    image.header.set_intent("t test", (3,))
+    image.header["cal_max"] = 500
+    image.to_filename(tmp_path / "scan.nii.gz")
+    header = nib.load(segment(adapter(), tmp_path / "scan.nii.gz").save(tmp_path / "mask.nii.gz")).header
+    assert isinstance(header, kind.header_class) and header.get_data_shape() == (20, 22, 24)
+    assert (header["qform_code"], header["sform_code"], header.get_xyzt_units()) == (1, 4, ("mm", "sec"))
+    assert header.get_intent()[0] == "none" and header["cal_max"] == 0 and header.get_slope_inter() == (None, None)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

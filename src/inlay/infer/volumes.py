@@ -57,13 +57,15 @@ class Segmentation:
         import nibabel
 
         path = output_name(path, MASKS)
-        header = None
+        kind, header = nibabel.Nifti1Image, None
         if self.source is not None and self.source.name.endswith(MASKS):
-            header = nibabel.load(self.source).header.copy()
+            scan = nibabel.load(self.source)
+            kind, header = type(scan), scan.header.copy()  # NIfTI-1 or -2
             header.set_slope_inter(1, 0)
+            header.set_intent("none")
             header["cal_min"], header["cal_max"] = 0, 0
             header["descrip"] = b"mask by inlay"
-        image = nibabel.Nifti1Image(self.mask, self.affine, header, dtype=self.mask.dtype)
+        image = kind(self.mask, self.affine, header, dtype=self.mask.dtype)
         if header is None:
             image.header.set_xyzt_units("mm")
         with replacing(path) as new:
