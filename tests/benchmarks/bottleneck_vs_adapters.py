@@ -44,7 +44,6 @@ NAMES = [  # the parameters of both sides under one name
     (r"attention_adapters\.adapters\.bench\.adapter_(down|up)(\.0)?", r"attention.o_proj.\1"),
     (r"output\.output_adapters\.adapters\.bench\.adapter_(down|up)(\.0)?", r"mlp.fc2.\1"),
     (r"(\d)\.output\.dense", r"\1.mlp.fc2"),
-    (r"\.inlay_bottleneck_(down|up)", r".\1"),
 ]
 
 
@@ -52,6 +51,20 @@ def one_name(name: str) -> str:
     for pattern, replacement in NAMES:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def named(model: Any) -> dict[str, Any]:
+    """The weights of a side under one name each; inlay holds both matrices of a site in one tensor, and both biases."""
+    found = {}
+    for name, value in model.named_parameters():
+        site, _, part = one_name(name).rpartition(".inlay_bottleneck_")
+        if part == "weight":
+            found |= {f"{site}.down.weight": value[0], f"{site}.up.weight": value[1].T}
+        elif part == "bias":
+            found |= {f"{site}.down.bias": value[:WIDTH], f"{site}.up.bias": value[WIDTH:]}
+        else:
+            found[one_name(name)] = value
+    return found
 
 
 def memory(field: str) -> int:
@@ -83,9 +96,10 @@ def build(side: str, variant: str) -> Any:
         model.train_adapter("bench")
         model.classifier.requires_grad_(False)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            draw = torch.Generator().manual_seed(zlib.crc32(one_name(name).encode()))
-            parameter.normal_(1.0 if re.search(r"norm.*weight", name) else 0.0, 0.02, generator=draw)
+        for name, value in named(model).items():
+            draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            mean = 1.0 if re.search(r"norm.*weight", name) else 0.0
+            value.copy_(torch.empty(value.shape).normal_(mean, 0.02, generator=draw))
     return model.train()
 
 
@@ -122,8 +136,8 @@ def child(side: str, variant: str, threads: int) -> None:
 
     torch.set_num_threads(threads)
     model = build(side, variant)
-    trainable = {one_name(n): p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trainable.values(), lr=RATE, weight_decay=0.0)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0)
     draw = torch.Generator().manual_seed(0)
     pictures = torch.randn(BATCH, 3, 224, 224, generator=draw)
     labels = torch.arange(BATCH) % 2
@@ -146,9 +160,9 @@ def child(side: str, variant: str, threads: int) -> None:
     built = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
     answer(
-        names=sorted(trainable),
-        parameters=sum(p.numel() for p in trainable.values()),
-        trainable_bytes=sum(p.numel() * p.element_size() for p in trainable.values()),
+        names=sorted(name for name, value in named(model).items() if value.requires_grad),
+        parameters=sum(p.numel() for p in trainable),
+        trainable_bytes=sum(p.numel() * p.element_size() for p in trainable),
         attention=model.config._attn_implementation,
         versions=versions,
     )

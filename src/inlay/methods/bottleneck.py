@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
@@ -79,9 +80,12 @@ class BottleneckConfig(AdapterConfig):
 class BottleneckLayer(AdapterLayer):
     """Adds bottlenecks to the output of the wrapped module: a linear layer or convolution, or a whole sublayer.
 
+    Both matrices of an adapter are one tensor, and both biases: a name in a safetensors file takes more room than a
+    bias.
+
     Attributes:
-        inlay_bottleneck_down: By adapter, d -> m.
-        inlay_bottleneck_up: By adapter, m -> d.
+        inlay_bottleneck_weight: By adapter, W_down and the transpose of W_up, (2, m, d).
+        inlay_bottleneck_bias: By adapter, b_down and b_up, (m + d,), where it has any.
         inlay_bottleneck_scale: By adapter, s of shape (1,), where it is trained.
         inlay_bottleneck_norm: By adapter, a layer norm, where there is one.
         inlay_bottleneck_act: By adapter, the non-linearity, where there is one.
@@ -89,8 +93,8 @@ class BottleneckLayer(AdapterLayer):
 
     rank = 3
     adapter_layer_names = (
-        "inlay_bottleneck_down",
-        "inlay_bottleneck_up",
+        "inlay_bottleneck_weight",
+        "inlay_bottleneck_bias",
         "inlay_bottleneck_scale",
         "inlay_bottleneck_norm",
         "inlay_bottleneck_act",
@@ -98,8 +102,8 @@ class BottleneckLayer(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.inlay_bottleneck_down = nn.ModuleDict()
-        self.inlay_bottleneck_up = nn.ModuleDict()
+        self.inlay_bottleneck_weight = nn.ParameterDict()
+        self.inlay_bottleneck_bias = nn.ParameterDict()
         self.inlay_bottleneck_scale = nn.ParameterDict()
         self.inlay_bottleneck_norm = nn.ModuleDict()
         self.inlay_bottleneck_act = nn.ModuleDict()
@@ -120,11 +124,13 @@ class BottleneckLayer(AdapterLayer):
             )
         linear = config.activation is None and config.placement == "serial"
         biased = not linear or getattr(self.get_base_layer(), "bias", None) is not None  # else it could not merge
-        self.inlay_bottleneck_down[name] = nn.Linear(self.size, width, bias=biased)
-        self.inlay_bottleneck_up[name] = nn.Linear(width, self.size, bias=biased)
+        down, up = nn.Linear(self.size, width, bias=biased), nn.Linear(width, self.size, bias=biased)
         if config.init_weights:
-            for parameter in self.inlay_bottleneck_up[name].parameters():
+            for parameter in up.parameters():
                 nn.init.zeros_(parameter)
+        self.inlay_bottleneck_weight[name] = nn.Parameter(torch.stack([down.weight, up.weight.T]).detach())
+        if biased:
+            self.inlay_bottleneck_bias[name] = nn.Parameter(torch.cat([down.bias, up.bias]).detach())
         if config.learn_scale:
             self.inlay_bottleneck_scale[name] = nn.Parameter(torch.full((1,), float(config.scale)))
         if config.layer_norm:
@@ -132,6 +138,14 @@ class BottleneckLayer(AdapterLayer):
         if config.activation is not None:
             self.inlay_bottleneck_act[name] = ACT2FN[config.activation]
         self.options[name] = config
+
+    def projections(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+        """W_down (m, d), b_down (m,), W_up (d, m) and b_up (d,) of one adapter; None where it has no biases."""
+        down, up = self.inlay_bottleneck_weight[name].unbind()
+        if name not in self.inlay_bottleneck_bias:
+            return down, None, up.T, None
+        down_bias, up_bias = self.inlay_bottleneck_bias[name].split([len(down), self.size])
+        return down, down_bias, up.T, up_bias
 
     @override
     def adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
@@ -168,13 +182,14 @@ class BottleneckLayer(AdapterLayer):
 
     def _branch(self, name: str, x: torch.Tensor) -> torch.Tensor:
         config = self.options[name]
-        down, up = self.inlay_bottleneck_down[name], self.inlay_bottleneck_up[name]
+        down, down_bias, up, up_bias = self.projections(name)
         norm = self.inlay_bottleneck_norm[name] if config.layer_norm else None
-        h = self._cast_input_dtype(x, down.weight.dtype)
-        h = down(norm(h) if norm is not None and config.layer_norm == "before" else h)
+        h = self._cast_input_dtype(x, down.dtype)
+        h = functional.linear(norm(h) if norm is not None and config.layer_norm == "before" else h, down, down_bias)
         if config.activation is not None:
             h = self.inlay_bottleneck_act[name](h)
-        h = up(nn.functional.dropout(h, config.dropout, self.training) if config.dropout else h)
+        h = functional.dropout(h, config.dropout, self.training) if config.dropout else h
+        h = functional.linear(h, up, up_bias)
         if norm is not None and config.layer_norm == "after":
             h = norm(h)
         if config.learn_scale:
@@ -205,13 +220,12 @@ class BottleneckLayer(AdapterLayer):
         bias = None if base.bias is None else base.bias.data.double()
         weight, moved = old.double(), bias
         for name in names:
-            down, up = self.inlay_bottleneck_down[name], self.inlay_bottleneck_up[name]
-            scale = self.inlay_bottleneck_scale[name].double() if name in self.inlay_bottleneck_scale else None
-            up_weight = up.weight.double() * (self.options[name].scale if scale is None else scale)
-            weight = weight + up_weight @ (down.weight.double() @ old.double())
+            down, down_bias, up, up_bias = (p if p is None else p.double() for p in self.projections(name))
+            learned = name in self.inlay_bottleneck_scale
+            scale = self.inlay_bottleneck_scale[name].double() if learned else self.options[name].scale
+            weight = weight + scale * up @ (down @ old.double())
             if bias is not None:
-                up_bias = up.bias.double() * (self.options[name].scale if scale is None else scale)
-                moved = moved + up_weight @ (down.weight.double() @ bias + down.bias.double()) + up_bias
+                moved = moved + scale * (up @ (down @ bias + down_bias) + up_bias)
         weight = weight.T if isinstance(base, Conv1D) else weight.view_as(base.weight)
         new = {"weight": weight.to(base.weight.dtype).contiguous()}
         return new if moved is None else {**new, "bias": moved.to(base.bias.dtype)}
@@ -252,6 +266,23 @@ class BottleneckModel(AdapterTuner):
             ("parallel", "mlp"): found.around_mlp,
         }
         return [name for site in config.sites for name in where[config.placement, site]]
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, join(state_dict))
+
+
+def join(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a file, those of a first form that had four a site (down and up, weight and bias) as two."""
+    joined = dict(weights)
+    for key in [key for key in weights if key.endswith(".inlay_bottleneck_down.weight")]:
+        site = key.removesuffix("_down.weight")
+        joined[f"{site}_weight"] = torch.stack([joined.pop(key), joined.pop(f"{site}_up.weight").T])
+        if f"{site}_down.bias" in joined:
+            joined[f"{site}_bias"] = torch.cat([joined.pop(f"{site}_down.bias"), joined.pop(f"{site}_up.bias")])
+    return joined
 
 
 register("inlay_bottleneck", BottleneckConfig, BottleneckModel)

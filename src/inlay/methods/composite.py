@@ -22,6 +22,7 @@ from inlay._peft import PeftType, name_import, plain_tree, register
 from inlay.errors import InlayError
 from inlay.methods.attention_prefix import AttentionPrefixModel
 from inlay.methods.base import AdapterTuner
+from inlay.methods.bottleneck import join
 
 
 @dataclass
@@ -106,7 +107,13 @@ class CompositeModel(AdapterTuner):
 
     # The one part that saves other tensors than it trains; both work on any model.
     _get_adapter_state_dict = AttentionPrefixModel._get_adapter_state_dict
-    _remap_adapter_state_dict_for_load = AttentionPrefixModel._remap_adapter_state_dict_for_load
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
+        remap = AttentionPrefixModel._remap_adapter_state_dict_for_load
+        return remap(model, config, adapter_name, join(state_dict))
 
 
 register("inlay_composite", CompositeConfig, CompositeModel)
