@@ -158,19 +158,21 @@ class VolumeSession:
 
     def _blended(self, window: Window) -> torch.Tensor:
         """Probabilities (K+1, d, h, w) in a window, those of the windows that overlap it included."""
+        shifts = [(other, [b - a for a, b in zip(window.start, other.start, strict=True)]) for other in self._windows]
+        near = [one for one in shifts if all(abs(by) < side for by, side in zip(one[1], self._size, strict=True))]
+        total = window.answers[-1][1][0].float().softmax(0)
+        if len(near) == 1:  # itself
+            return total
         if self._weights is None:
             self._weights = gaussian(self._size)
-        total: Any = 0
-        count = torch.zeros(self._size)
-        for other in self._windows:
-            shift = [b - a for a, b in zip(window.start, other.start, strict=True)]
-            if any(abs(by) >= side for by, side in zip(shift, self._size, strict=True)):
+        count = self._weights.clone()
+        total *= count
+        for other, shift in near:
+            if other is window:
                 continue
             here = tuple(slice(max(0, by), min(side, side + by)) for by, side in zip(shift, self._size, strict=True))
             there = tuple(slice(max(0, -by), min(side, side - by)) for by, side in zip(shift, self._size, strict=True))
             values = other.answers[-1][1][0].float().softmax(0)[(slice(None), *there)]
-            if isinstance(total, int):
-                total = torch.zeros(len(values), *self._size)
             total[(slice(None), *here)] += values * self._weights[there]
             count[here] += self._weights[there]
         return total / count
