@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo lint test check bench hub
+.PHONY: setup demo lint test check bench bench-adapters hub
 
 setup: $(VENV)/installed
 
@@ -30,10 +30,19 @@ check: lint test ## what must be green at every commit
 
 bench: setup ## slow measurements, with their results in tests/benchmarks/results
 	$(BIN)/python tests/benchmarks/fit_speed.py
+	$(BIN)/python tests/benchmarks/frozen_blocks.py
 	PATH="$(BIN):$$PATH" accelerate launch recipes/compare_vit.py --overwrite
+	PATH="$(BIN):$$PATH" accelerate launch recipes/compare_vit.py --methods all --epochs 5 --seeds 0 \
+		--output_dir runs/compare_all --overwrite
+	cp runs/compare_all/comparison.json tests/benchmarks/results/compare_vit.json
 	$(BIN)/python tests/benchmarks/memory_plan.py
 	$(BIN)/python tests/benchmarks/stories260k.py
 	$(BIN)/python tests/benchmarks/e2e_gpt2.py
+
+bench-adapters: setup ## beside the library adapters, whose pins need an environment of their own
+	$(PYTHON) -m venv runs/adapters
+	runs/adapters/bin/pip install --quiet adapters==1.3.0 torch==2.13.0
+	$(BIN)/python tests/benchmarks/bottleneck_vs_adapters.py --adapters_python runs/adapters/bin/python
 
 hub: setup ## train again what adapters_hub holds, at the recipes' defaults
 	PATH="$(BIN):$$PATH" accelerate launch recipes/lora_vit.py --output_dir runs/hub/lora_vit --overwrite
