@@ -35,17 +35,27 @@ class WholeVolume:
         """`loss`, and `logits` (B, K + 1, D, H, W)."""
         if model.training:
             return model(**batch)
+        rows = []
+        for volume, labels in zip(batch["pixel_values"], batch["labels"], strict=True):
+            d, h, w = (labels >= 0).nonzero().amax(0).add(1).tolist()  # behind it is what pads a batch
+            logits = self._windows(model, volume[None, :, :d, :h, :w])
+            pad = [n for axis, size in ((2, w), (1, h), (0, d)) for n in (0, labels.shape[axis] - size)]
+            rows.append(nn.functional.pad(logits, pad))
+        logits = torch.cat(rows)
+        return VolumeOutput(loss=dice_cross_entropy(logits, batch["labels"]), logits=logits)
+
+    def _windows(self, model: nn.Module, volume: torch.Tensor) -> torch.Tensor:
+        """Logits of one scan (1, 1, D, H, W), as `inlay.segment` gives them."""
         from monai.inferers import sliding_window_inference
 
-        logits = sliding_window_inference(
-            batch["pixel_values"],
+        return sliding_window_inference(
+            volume,
             self.window,
             self.windows,
-            lambda volume: model(pixel_values=volume).logits,
+            lambda part: model(pixel_values=part).logits,
             overlap=self.overlap,
             mode="gaussian",
         )
-        return VolumeOutput(loss=dice_cross_entropy(logits, batch["labels"]), logits=logits)
 
     def weight(self, batch: dict[str, Any]) -> int:
         """The rows."""
