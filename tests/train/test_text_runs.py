@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import socket
+from pathlib import Path
 
 import pytest
 import text_job
@@ -16,6 +17,7 @@ from text_job import Paused, adapt, base, views
 
 from inlay import TrainConfig, fit, load_base
 
+ROOT = Path(__file__).parents[2]
 PATIENCE_S = 60
 # More than 32: lengths are sorted anew in the middle. Evaluations, checkpoints and epochs fall on different steps.
 STEPS = 44
@@ -31,9 +33,9 @@ def begin(forked):
     """Start text_job.py in a process forked from conftest's server."""
     begun = []
 
-    def begin(arguments, environment=None):
+    def begin(arguments, environment=None, target=text_job.start):
         context = multiprocessing.get_context("forkserver")
-        process = context.Process(target=text_job.start, args=(arguments, environment or {}))
+        process = context.Process(target=target, args=(arguments, environment or {}))
         process.start()
         begun.append(process)
         return process
@@ -68,15 +70,20 @@ def test_a_killed_run_ends_bit_for_bit_as_one_left_alone(begin, undisturbed, tmp
     assert outcome(tmp_path) == undisturbed
 
 
+def together():
+    """What a launcher says to each of two processes on a CPU."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared |= {"LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "1", "ACCELERATE_MIXED_PRECISION": "no"}
+    return [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+
+
 def test_two_processes_equal_one_though_their_shares_hold_different_numbers_of_tokens(begin, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
     more = ["--dropout", 0, "--accumulate", 2, "--epochs", 3]
-    with socket.socket() as free:  # what a launcher does
-        free.bind(("127.0.0.1", 0))
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    shared |= {"LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "1"}
-    both = [begin(command(two, *more), {**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    both = [begin(command(two, *more), each) for each in together()]
     finish(begin, command(one, *more))
     for process in both:
         process.join(PATIENCE_S)
@@ -84,6 +91,23 @@ def test_two_processes_equal_one_though_their_shares_hold_different_numbers_of_t
     for a, b in zip(log_of(one / "run"), log_of(two / "run"), strict=True):
         assert b == pytest.approx(a, abs=1e-5), "a line of the loss curve differs"
     same(load_file(one / "weights"), load_file(two / "weights"), atol=1e-5)
+
+
+@pytest.mark.launch
+def test_a_recipe_that_speaks_before_it_trains_runs_in_two_processes_as_in_one(begin, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(f'{{"prompt": "p{i}", "completion": "{"word " * (i % 5 + 1)}"}}\n' for i in range(9)))
+    options = ["--dataset", pairs, "--batch_size", 4, "--epochs", 1.5, "--max_new_tokens", 2]
+    argv = [str(ROOT / "recipes" / "prompt_gpt2.py"), *map(str, options), "--output_dir"]
+    processes = [begin([*argv, str(tmp_path / "two")], each, text_job.start_recipe) for each in together()]
+    processes.append(begin([*argv, str(tmp_path / "one")], None, text_job.start_recipe))
+    for process in processes:
+        process.join(PATIENCE_S)
+        assert process.exitcode == 0
+    for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        assert b == pytest.approx(a, abs=1e-5), "a line of the loss curve differs"
+    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    same(one, two, atol=1e-5)
 
 
 def train(folder, model, **config):

@@ -5,6 +5,7 @@ python tests/train/text_job.py --out weights.safetensors --output_dir run [any o
 
 import gc
 import os
+import runpy
 import sys
 import time
 from dataclasses import dataclass, field
@@ -99,6 +100,15 @@ def start(argv: list[str], environment: dict[str, str]) -> None:
     os.environ.update(environment)
     sys.argv = [__file__, *argv]
     run_recipe(main, Job(), TrainConfig())
+
+
+def start_recipe(argv: list[str], environment: dict[str, str]) -> None:
+    """As `start`, of the recipe whose file is the first argument."""
+    gc.freeze()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":
