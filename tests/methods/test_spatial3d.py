@@ -284,6 +284,19 @@ def test_settings_that_make_no_sense(setting, says):
         get_peft_model(build(), settings(enlarge=3))
 
 
+@pytest.mark.parametrize(
+    ("spacing", "stride"),
+    [(None, (4, 4, 4)), ((1.0, 1.0, 1.0), (4, 4, 4)), ((2.5, 1.0, 1.0), (2, 4, 4)), ((5.0, 0.8, 0.8), (1, 4, 4))],
+)
+def test_tokens_are_about_as_deep_as_wide_in_mm(spacing, stride):
+    config = SpatialAdapterConfig.fitted(build(), ["a"], (12, 32, 32), spacing, width=8)
+    model = get_peft_model(build(), config)
+    assert model.get_base_model().vision_encoder.stride("default") == stride
+    assert config.depth_rows == 12 // stride[0] and config.width == 8
+    with pytest.raises(InlayError, match="divisor"):
+        SpatialAdapterConfig.fitted(build(), ["a"], (12, 32, 32), spacing, token=3)
+
+
 def test_works_on_a_bf16_base():
     model = get_peft_model(build().to(torch.bfloat16), settings()).eval()
     randomise(model, "default", 5)

@@ -90,6 +90,41 @@ class SpatialAdapterConfig(AdapterConfig):
                 f"patch_depth must be a multiple of enlarge_depth, got {self.patch_depth} and {self.enlarge_depth}."
             )
 
+    @classmethod
+    def fitted(
+        cls,
+        model: nn.Module,
+        classes: Sequence[str],
+        crop: Sequence[int],
+        spacing_mm: Sequence[float] | None = None,
+        token: int = 4,
+        **settings: Any,
+    ) -> "SpatialAdapterConfig":
+        """Settings for a SAM and for scans: tokens of `token` voxels, and of fewer slices where these are thick.
+
+        Args:
+            model: A SamModel or SamVisionModel, for the size of its patches.
+            classes: Names of what is segmented, without the background.
+            crop: Voxels (D, H, W) that the model will see at a time.
+            spacing_mm: Of the voxels, (D, H, W); default: cubes.
+            token: Edge of a token in a slice, in voxels; a power of two that divides SAM's patch.
+            settings: Further fields.
+
+        Raises:
+            InlayError: `token` does not divide the patch.
+        """
+        config: Any = model.config
+        patch = getattr(config, "vision_config", config).patch_size
+        if token < 1 or patch % token:
+            raise InlayError(f"a token must be as long as a divisor of SAM's patch of {patch} pixels, got {token}.")
+        thick = spacing_mm[0] / max(spacing_mm[1:]) if spacing_mm else 1.0
+        slices = token
+        while slices > 1 and slices % 2 == 0 and slices * thick > 1.5 * token:
+            slices //= 2
+        rows = -(-crop[0] // slices)
+        sizes = {"enlarge": patch // token, "enlarge_depth": patch // slices, "patch_depth": patch, "depth_rows": rows}
+        return cls(classes=list(classes), **{**sizes, **settings})
+
 
 @dataclass
 class VolumeOutput(ModelOutput):

@@ -15,7 +15,8 @@ from inlay.train.evaluation import rows_of
 class WholeVolume:
     """The model's own loss on crops in training; in evaluation that of whole scans, put together from windows.
 
-    Evaluation is without prompts. Windows overlap, and count most in their middle (MONAI's Gaussian blending).
+    Evaluation is without prompts, of each scan by itself. Windows overlap, and count most in their middle (MONAI's
+    Gaussian blending), as in `inlay.segment`, which takes more of them.
 
     Args:
         window: Voxels (D, H, W) that the model sees at a time in evaluation: the crop it is trained on.
@@ -45,17 +46,18 @@ class WholeVolume:
         return VolumeOutput(loss=dice_cross_entropy(logits, batch["labels"]), logits=logits)
 
     def _windows(self, model: nn.Module, volume: torch.Tensor) -> torch.Tensor:
-        """Logits of one scan (1, 1, D, H, W), as `inlay.segment` gives them."""
+        """Logarithms of the probabilities of one scan (1, 1, D, H, W), which are blended as in `inlay.segment`."""
         from monai.inferers import sliding_window_inference
 
-        return sliding_window_inference(
+        shares = sliding_window_inference(
             volume,
             self.window,
             self.windows,
-            lambda part: model(pixel_values=part).logits,
+            lambda part: model(pixel_values=part).logits.float().softmax(1),
             overlap=self.overlap,
             mode="gaussian",
         )
+        return shares.clamp(min=1e-7).log()
 
     def weight(self, batch: dict[str, Any]) -> int:
         """The rows."""
