@@ -31,7 +31,8 @@ OURS = [
     "mam",
     "lora-prompt",
 ]
-PEFTS = ["lora", "rslora", "dora", "ia3"]
+PEFTS = ["lora", "rslora", "dora", "ia3", "pissa"]
+PROMPTS = ["prompt", "prefix"]  # peft's own for language models, which wrap no module
 KINDS = {"vit": "vision", "sam": "sam", "gpt2": "text", "bert": "text", "llama": "text"}
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 TEXT = {"vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2}
@@ -109,7 +110,10 @@ def compute(model, base, **more):
     """Logits, or SAM's features, at the places that count."""
     output = model(**batch(base), **more)
     values = output.logits if "logits" in output else output.last_hidden_state
-    return values[batch(base)["attention_mask"].bool()] if base in ("gpt2", "llama") else values
+    if base not in ("gpt2", "llama"):
+        return values
+    mask = batch(base)["attention_mask"].bool()
+    return values[:, -mask.shape[1] :][mask]  # peft's prompts stand in front
 
 
 def randomise(model, adapter, seed=3):
@@ -136,10 +140,12 @@ def adapted(method, base, width=4, adapter="default"):
 
 
 def pairs(methods):
-    """Methods and bases that go together; Llama has no biases to train."""
+    """Methods and bases that go together; Llama has no biases to train, and peft's prompts are tested on decoders."""
     return [
         (method, base)
         for base, kind in KINDS.items()
         for method in methods
-        if kind in METHODS[method].bases and (method, base) != ("bias", "llama")
+        if kind in METHODS[method].bases
+        and (method, base) != ("bias", "llama")
+        and (method not in PROMPTS or base in ("gpt2", "llama"))
     ]

@@ -17,11 +17,11 @@ from torch import nn
 from inlay import InlayError, load_adapter, load_base, load_processor, save_adapter
 from inlay.methods import METHODS
 from inlay.methods.base import AdapterLayer
-from methods.bases import KINDS, OURS, PEFTS, adapted, batch, build, compute, pairs, randomise
+from methods.bases import KINDS, OURS, PEFTS, PROMPTS, adapted, batch, build, compute, pairs, randomise
 
-EVERY = pytest.mark.parametrize(("method", "base"), pairs(OURS + PEFTS))
+EVERY = pytest.mark.parametrize(("method", "base"), pairs(OURS + PEFTS + PROMPTS))
 OWN = pytest.mark.parametrize(("method", "base"), pairs(OURS))
-TOKENS = {"visual-prompt", "visual-prompt-shallow", "attention-prefix", "mam", "lora-prompt"}
+TOKENS = {"visual-prompt", "visual-prompt-shallow", "attention-prefix", "mam", "lora-prompt", *PROMPTS}
 NESTED = {("partial", "sam"), ("mam", None), ("lora-prompt", None)}  # what transformers itself cannot load
 
 
@@ -37,7 +37,7 @@ def test_starts_as_the_base(method, base):
     if method in TOKENS:  # one more token shares the softmax
         assert 0 < off(compute(model, base), before) < 1
     else:
-        assert off(compute(model, base), before) < 1e-5
+        assert off(compute(model, base), before) < 1e-5 * (1 + before.abs().max())
 
 
 @EVERY
@@ -62,11 +62,13 @@ def test_saved_and_loaded_it_computes_the_same(method, base, tmp_path):
     plain = {name for name, _ in build(base).named_modules()}
     for key in weights:
         module = key.removeprefix("base_model.model.").split(".inlay_")[0].split(".lora_")[0].split(".ia3_")[0]
-        assert module in plain or module.rpartition(".")[0] in plain, key
+        assert key == "prompt_embeddings" or module in plain or module.rpartition(".")[0] in plain, key
     size = sum(value.numel() * value.element_size() for value in weights.values())
     assert (tmp_path / "adapter_model.safetensors").stat().st_size <= size + 160 * len(weights) + 100
     loaded = PeftModel.from_pretrained(build(base), tmp_path).eval()
     assert off(compute(loaded, base), expected) < 1e-5
+    if method in PROMPTS:
+        return  # peft trains such an adapter no further
     again = PeftModel.from_pretrained(build(base), tmp_path, is_trainable=True).eval()
     assert off(compute(again, base), expected) < 1e-5
     assert any(p.requires_grad for p in again.parameters())
@@ -78,7 +80,10 @@ def test_disabled_it_is_the_base_bit_for_bit(method, base):
     model = adapted(method, base)
     assert off(compute(model, base), before) > 1e-3
     with model.disable_adapter():
-        assert torch.equal(compute(model, base), before)
+        if method == "pissa":  # it has moved a part of the base into the adapter
+            assert off(compute(model, base), before) > 1e-3
+        else:
+            assert torch.equal(compute(model, base), before)
 
 
 @OWN
@@ -115,6 +120,9 @@ def test_unloaded_nothing_is_left(method, base):
 def test_merged_it_computes_the_same_or_refuses(method, base):
     model = adapted(method, base)
     expected, weights = compute(model, base), {k: v.clone() for k, v in model.state_dict().items()}
+    if method in PROMPTS:
+        assert not METHODS[method].merges and not hasattr(model, "merge_adapter")
+        return
     if not METHODS[method].merges:
         for merge in (model.merge_adapter, model.merge_and_unload):
             with pytest.raises(InlayError, match=r"merged|fold"):
@@ -262,7 +270,7 @@ def test_generates_the_same_with_and_without_a_cache(method, base):
     assert torch.equal(beams, model.generate(**batch(base), **settings, num_beams=2, use_cache=False))
 
 
-@pytest.mark.parametrize(("method", "base"), [pair for pair in pairs(OURS) if pair[1] in ("vit", "gpt2")])
+@pytest.mark.parametrize(("method", "base"), [pair for pair in pairs(OURS) if pair[1] != "sam"])
 def test_trainer_takes_three_steps(method, base, tmp_path):
     from transformers import Trainer, TrainingArguments
 
@@ -270,6 +278,8 @@ def test_trainer_takes_three_steps(method, base, tmp_path):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     if base == "vit":
         data = [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 5} for i in range(12)]
+    elif base == "bert":
+        data = [{"input_ids": torch.randint(3, 100, (10,)), "labels": i % 2} for i in range(12)]
     else:
         data = [{"input_ids": (ids := torch.randint(3, 100, (10,))), "labels": ids} for _ in range(12)]
     quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
@@ -371,7 +381,23 @@ def test_a_card_written_by_transformers_names_the_import_too(tmp_path):
     assert "import inlay" not in (tmp_path / "lora" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("method", [m for m, base in pairs(OURS + PEFTS) if base == "vit"])
+@pytest.mark.parametrize(("method", "base"), [pair for pair in pairs(OURS) if pair[1] in ("bert", "gpt2")])
+def test_a_head_is_trained_saved_and_loaded_with_it(method, base, tmp_path):
+    model = build(base)
+    config = METHODS[method].config(model, 4)
+    config.modules_to_save = [head] = ["classifier" if base == "bert" else "lm_head"]
+    model = get_peft_model(model, config).eval()
+    assert any(head in n for n, p in model.named_parameters() if p.requires_grad)
+    randomise(model, "default")
+    expected = compute(model, base)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(base), tmp_path).eval()
+    assert off(compute(loaded, base), expected) < 1e-5
+    with loaded.disable_adapter():
+        assert torch.equal(compute(loaded, base), compute(build(base), base))
+
+
+@pytest.mark.parametrize("method", [m for m, base in pairs(OURS + PEFTS) if base == "vit" and m != "pissa"])
 def test_inlay_loads_it_on_its_base_alone(method, tmp_path):
     base = load_base("builtin:vit-tiny", labels=["a", "b"])
     model = METHODS[method].adapt(base, 4)
@@ -387,13 +413,6 @@ def test_inlay_loads_it_on_its_base_alone(method, tmp_path):
 
 
 def test_every_row_of_the_table_is_tested():
-    others = {
-        "probe",
-        "full",
-        "pissa",
-        "prompt",
-        "prefix",
-        "spatial",
-    }  # nothing to attach, changes the base, peft's own for text
-    assert set(METHODS) == {*OURS, *PEFTS, *others}
+    others = {"probe", "full", "spatial"}  # nothing to attach; volumes have tests of their own
+    assert set(METHODS) == {*OURS, *PEFTS, *PROMPTS, *others}
     assert set(KINDS.values()) | {"conv", "volume"} == {kind for method in METHODS.values() for kind in method.bases}

@@ -137,6 +137,15 @@ def test_training_reaches_every_part():
         assert (parameter.grad is not None and parameter.grad.any()) == parameter.requires_grad, name
 
 
+@pytest.mark.parametrize("seed", [0, 3])  # clicks, and a box
+def test_every_part_is_in_the_graph_of_every_step(seed):
+    """DistributedDataParallel waits for the gradient of each parameter."""
+    model = adapted(rounds=1).train()
+    torch.manual_seed(seed)
+    model(pixel_values=volumes(), labels=labelled()).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_it_learns_a_volume_by_heart():
     torch.manual_seed(0)
     model = get_peft_model(build(), settings(rounds=1)).train()
@@ -269,6 +278,7 @@ def test_an_adapter_without_prompts_refuses_them_and_trains():
     [
         ({"classes": []}, "classes"),
         ({"classes": "tumour"}, "classes"),
+        ({"rounds": 0}, "prompts=False"),
         ({"kernel": 2}, "odd"),
         ({"patch_depth": 6, "enlarge_depth": 4}, "multiple"),
         ({"enlarge": 0}, "enlarge"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
-from inlay.arch import lora_targets, sites
+from inlay.arch import is_linear, lora_targets, sites
 from inlay.methods.attention_prefix import AttentionPrefixConfig
 from inlay.methods.bottleneck import BottleneckConfig
 from inlay.methods.composite import CompositeConfig
@@ -72,6 +72,12 @@ def _lora(**settings: object) -> Callable[[nn.Module, int], PeftConfig]:
     )
 
 
+def _pissa(model: nn.Module, width: int) -> PeftConfig:
+    """Peft's takes the singular vectors of linear layers alone, not of the 1x1 convolution in SAM's neck."""
+    names = [name for name in lora_targets(model) if is_linear(model.get_submodule(name))]
+    return LoraConfig(r=width, lora_alpha=2 * width, target_modules=names, init_lora_weights="pissa")
+
+
 def _ia3(model: nn.Module, width: int) -> PeftConfig:
     found = sites(model)
     names = [*dict.fromkeys([*found.k, *found.v, *found.mlp_out])]
@@ -119,7 +125,7 @@ METHODS = {
     ),
     "pissa": Method(
         "Meng et al. 2024, arXiv:2404.02948", "linear layers", "rank r", True, 3e-3,
-        _lora(init_lora_weights="pissa"),
+        _pissa,
     ),
     "ia3": Method(
         "Liu et al. 2022, arXiv:2205.05638", "keys, values, MLP", "none: a factor per feature", True, 3e-2,
