@@ -396,6 +396,20 @@ def lora_targets(model: nn.Module, sites: Literal["all", "attention"] = "all") -
     return found
 
 
+def decoder_targets(model: nn.Module) -> list[str]:
+    """Names of the linear layers of SAM's mask decoder that a method may adapt: its two-way attention and MLPs.
+
+    What makes masks and foretold IoU of the tokens (hypernetworks, head) is left out.
+
+    Raises:
+        InlayError: The model has no such decoder.
+    """
+    found = [name for name, m in model.named_modules() if name.startswith("mask_decoder.transformer.") and is_linear(m)]
+    if not found:
+        raise InlayError(f"{type(model).__name__} has no mask decoder with a transformer; adapt the encoder alone.")
+    return found
+
+
 def _outside(model: nn.Module, heads: list[str]) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         parts = name.split(".")

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
+    AutoModelForMaskGeneration,
     PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
@@ -22,14 +23,20 @@ from transformers.utils import logging as transformers_logging
 from inlay._peft import mirror_convolutions
 from inlay.arch import head_modules
 from inlay.errors import InlayError
-from inlay.quantized import Quantize, compute_plainly, quantization
+from inlay.quantized import Quantize, compute_plainly, flatten_inputs, quantization
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Task = Literal["image-classification", "text-generation"]
+Task = Literal["image-classification", "text-generation", "mask-generation"]
 BUILTIN = Path(__file__).parent / "builtin"
 _CLASSES: dict[Task, Any] = {
     "image-classification": AutoModelForImageClassification,
     "text-generation": AutoModelForCausalLM,
+    "mask-generation": AutoModelForMaskGeneration,
+}
+_KINDS: dict[Task, str] = {
+    "image-classification": "an image classifier",
+    "text-generation": "a language model",
+    "mask-generation": "a promptable mask model",
 }
 
 
@@ -67,16 +74,17 @@ def load_base(
     quantize: Quantize | None = None,
     revision: str | None = None,
 ) -> PreTrainedModel:
-    """Load an image classifier or a causal language model with all its weights frozen.
+    """Load an image classifier, a causal language model or a SAM with all its weights frozen.
 
     Args:
-        name: `builtin:vit-tiny` or `builtin:gpt2-tiny`, a local folder, or a Hub id of any
-            AutoModelForImageClassification or AutoModelForCausalLM.
+        name: `builtin:vit-tiny`, `builtin:gpt2-tiny` or `builtin:sam-tiny`, a local folder, or a Hub id of any
+            AutoModelForImageClassification, AutoModelForCausalLM or AutoModelForMaskGeneration.
         labels: Class names of an image classifier. If they are not the base's own, the head is new: of this size, drawn
             from torch's global generator (seed it before).
         dtype: Of the weights; under `quantize`, of those that are not quantised.
-        quantize: `8bit` (LLM.int8) or `4bit` (NF4) for the linear layers outside the head (GPT-2's Conv1D too), through
-            bitsandbytes. Under 4 bits, layers whose input is no multiple of 64 stay whole.
+        quantize: `8bit` (LLM.int8) or `4bit` (NF4) for the linear layers outside the head (GPT-2's Conv1D too; of SAM
+            those of the image encoder), through bitsandbytes. Under 4 bits, layers whose input is no multiple of 64
+            stay whole.
         revision: Branch, tag or commit of a Hub id.
 
     Returns:
@@ -85,14 +93,14 @@ def load_base(
 
     Raises:
         InlayError: Unknown name, no network, weights that are not safetensors or do not fit their own config, a
-            model of another kind, labels for a language model, bitsandbytes missing or nothing in the model that it
+            model of another kind, labels for what has no classes, bitsandbytes missing or nothing in the model that it
             could quantise.
     """
     name, where = str(name), resolve(name)
     config = read_config(name, where, revision)
     task = task_of(name, config)
     if labels is not None and task != "image-classification":
-        raise InlayError(f"{name} is a language model, which has no classes; leave labels out.")
+        raise InlayError(f"{name} is {_KINDS[task]}, which has no classes; leave labels out.")
     own = [config.id2label[i] for i in sorted(config.id2label)]
     new_head = labels is not None and list(labels) != own
     if labels is not None and new_head:
@@ -119,6 +127,8 @@ def load_base(
         _draw_head(model)
     if quantize == "4bit":
         compute_plainly(model)
+    elif quantize == "8bit":
+        flatten_inputs()
     mirror_convolutions()
     model.name_or_path = model.config._name_or_path = name
     model.new_head = new_head
@@ -135,7 +145,7 @@ def load_skeleton(
 ) -> PreTrainedModel:
     """A base without its weights, on torch's meta device: its structure, for counting. Arguments as in `load_base`.
 
-    `labels` is left aside for a language model.
+    `labels` is left aside for what has no classes.
     """
     name, where = str(name), resolve(name)
     config = read_config(name, where, revision)
@@ -161,7 +171,7 @@ def task_of(name: str, config: Any) -> Task:
     """What a base is for, by its config.
 
     Raises:
-        InlayError: Neither an image classifier nor a causal language model.
+        InlayError: Neither an image classifier, nor a causal language model, nor one that answers prompts with masks.
     """
     kind = type(config)
     if kind in AutoModelForImageClassification._model_mapping:
@@ -169,10 +179,29 @@ def task_of(name: str, config: Any) -> Task:
     two_sided = kind in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
     if kind in AutoModelForCausalLM._model_mapping and not two_sided:
         return "text-generation"
+    if makes_masks(config):
+        return "mask-generation"
     raise InlayError(
-        f"{name} ({config.model_type}) is neither an image classifier nor a causal language model of transformers "
-        "(AutoModelForImageClassification, AutoModelForCausalLM); take one that is, or wrap it with peft yourself."
+        f"{name} ({config.model_type}) is neither an image classifier nor a causal language model of transformers, nor "
+        "one that answers prompts with masks (AutoModelForImageClassification, AutoModelForCausalLM, "
+        "AutoModelForMaskGeneration); take one that is, or wrap it with peft yourself."
     )
+
+
+def makes_masks(config: Any) -> bool:
+    """True for the config of a model that answers points and boxes with masks: SAM. It has no head and no labels."""
+    return type(config) in AutoModelForMaskGeneration._model_mapping
+
+
+def head_of(model: Any) -> list[str]:
+    """Names of the task head, which new labels replace (`head_modules`); SAM has none."""
+    return [] if makes_masks(getattr(model, "config", None)) else head_modules(model)
+
+
+def size_of(config: Any) -> tuple[int | None, int | None]:
+    """Blocks and width of a model, by its config; of SAM those of its image encoder."""
+    body = config.vision_config if makes_masks(config) else config
+    return getattr(body, "num_hidden_layers", None), getattr(body, "hidden_size", None)
 
 
 def _set_labels(config: Any, labels: Sequence[str]) -> None:
@@ -217,7 +246,7 @@ def read_config(name: str, where: str, revision: str | None) -> Any:
 
 def _check_report(name: str, model: PreTrainedModel, report: dict[str, Any], new_head: bool) -> None:
     """transformers re-initialises what does not fit, with no more than a warning: allow that for a new head only."""
-    heads = head_modules(model)
+    heads = head_of(model)
     odd = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     odd = sorted(key for key in odd if not (new_head and key.split(".")[0] in heads))
     if odd:

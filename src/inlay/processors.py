@@ -32,9 +32,10 @@ def load_processor(name: str | Path, revision: str | None = None) -> BaseImagePr
     if kind is None:
         raise InlayError(f"{name} has no {_PROCESSOR}, and {config.model_type} no standard one; add one to the folder.")
     processor = processor_from({"image_processor_type": kind.removesuffix("Pil")})
-    side = getattr(getattr(config, "vision_config", config), "image_size", None)
+    body = getattr(config, "vision_config", config)
+    side, patch = getattr(body, "image_size", None), getattr(body, "patch_size", None)
     if isinstance(side, int):
-        _resize(processor, side)
+        _resize(processor, side, side // patch if isinstance(patch, int) else side)
     return processor
 
 
@@ -71,11 +72,15 @@ def _has_processor(name: str, where: str, revision: str | None) -> bool:
     return cached is not _CACHED_NO_EXIST
 
 
-def _resize(processor: BaseImageProcessor, side: int) -> None:
-    """Let a standard processor make pictures of side x side pixels."""
+def _resize(processor: BaseImageProcessor, side: int, tokens: int) -> None:
+    """Let a standard processor make pictures of side x side pixels, of which the model makes tokens x tokens."""
     square = {"height": side, "width": side}
     if processor.crop_size and getattr(processor, "do_center_crop", False):
         processor.size, processor.crop_size = {"shortest_edge": round(side * 256 / 224)}, square
+    elif getattr(processor.size, "longest_edge", None) and getattr(processor, "mask_size", None):  # SAM
+        processor.size, processor.pad_size = {"longest_edge": side}, square
+        processor.mask_size = {"longest_edge": 4 * tokens}  # of the logits
+        processor.mask_pad_size = {"height": 4 * tokens, "width": 4 * tokens}
     elif "shortest_edge" in processor.size:
         processor.size = {"shortest_edge": side}
     else:

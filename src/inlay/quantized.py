@@ -61,6 +61,24 @@ def compute_plainly(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def flatten_inputs() -> None:
+    """Let bitsandbytes' int8 layers take inputs of more than three axes, once per process.
+
+    Those of SAM are B H W C: in eval mode on a CPU, bitsandbytes 0.50 fails for them.
+    """
+    from bitsandbytes.nn import Linear8bitLt
+
+    plain = Linear8bitLt.forward
+    if getattr(plain, "flattens", False):
+        return
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return plain(self, x.flatten(0, -2)).unflatten(0, x.shape[:-1]) if x.ndim > 3 else plain(self, x)
+
+    forward.flattens = True  # type: ignore[attr-defined]
+    Linear8bitLt.forward = forward
+
+
 def describe_quantized(model: nn.Module) -> str:
     """One sentence on what of a base is held in few bits, what stays whole, and the bytes of both.
 

@@ -5,9 +5,15 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-_TASKS = {"image-classification": "AutoModelForImageClassification", "text-generation": "AutoModelForCausalLM"}
+_TASKS = {
+    "image-classification": "AutoModelForImageClassification",
+    "text-generation": "AutoModelForCausalLM",
+    "mask-generation": "AutoModelForMaskGeneration",
+    "volume-segmentation": "AutoModelForMaskGeneration",
+}
 _METHODS = {
     "LORA": "LoRA",
+    "INLAY_SPATIAL3D": "3D spatial",
     "PREFIX_TUNING": "Prefix tuning",
     "PROMPT_TUNING": "Prompt tuning",
     "INLAY_ATTENTION_PREFIX": "Attention prefix",
@@ -20,8 +26,10 @@ _METRICS = {
     "accuracy": "Accuracy",
     "bleu": "BLEU",
     "chrf": "chrF",
+    "dice": "Dice",
     "f1": "Macro F1",
     "loss": "Validation loss",
+    "mean_iou": "Mean IoU",
     "perplexity": "Perplexity",
     "rouge_l": "ROUGE-L",
 }
@@ -30,6 +38,10 @@ _USE = {
     'print(predict(adapter, ["picture.png"]))',
     "text-generation": 'from inlay import generate, load_adapter\n\nadapter = load_adapter("FOLDER")\n'
     'print(generate(adapter.model, adapter.processor, ["a prompt"]))',
+    "mask-generation": 'from inlay import load_adapter, predict_masks\n\nadapter = load_adapter("FOLDER")\n'
+    'print(predict_masks(adapter, "picture.png", points=[(40, 60)]).masks.shape)',
+    "volume-segmentation": 'from inlay import load_adapter, segment\n\nadapter = load_adapter("FOLDER")\n'
+    'print(segment(adapter, "scan.nii.gz").volumes_ml)',
 }
 
 
@@ -49,7 +61,7 @@ def card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]
         base_model=base["name"] if _on_hub(base["name"]) else None,
         base_model_relation="adapter" if _on_hub(base["name"]) else None,
         library_name="peft",
-        pipeline_tag=task,
+        pipeline_tag={"volume-segmentation": "image-segmentation"}.get(task, task),
         tags=["inlay", config["peft_type"].lower(), base["model_type"], f"base:{base['name']}"],
         model_name=title,
         eval_results=[
@@ -98,12 +110,22 @@ def _metric(split: str, key: str) -> str:
 
 
 def _inputs(record: dict[str, Any]) -> list[str]:
-    """The classes, or how a prompt is written."""
-    labels = record["labels"]
+    """The classes, or how a prompt is given."""
+    labels, settings = record["labels"], record["preprocessing"]
+    if record["task"] == "volume-segmentation":
+        labels = ["background", *labels]
+        spacing = settings["spacing_mm"] and " x ".join(f"{s:g}" for s in settings["spacing_mm"])
+        crop = " x ".join(map(str, settings["crop"]))
+        said = f"Scans are turned to RAS, at {spacing or 'their own'} mm (D, H, W), and seen {crop} voxels at a time."
+    named = ", ".join(f"{i} = {label}" for i, label in enumerate(labels[:50]))
     if labels:
-        named = ", ".join(f"{i} = {label}" for i, label in enumerate(labels[:50]))
-        return ["## Labels", named + (" ..." if len(labels) > 50 else "")]
-    settings = record["preprocessing"]
+        named += " ..." if len(labels) > 50 else ""
+        return ["## Labels", named, *([said] if record["task"] == "volume-segmentation" else [])]
+    if record["task"] == "mask-generation":
+        said = (
+            "Points `x, y`, inside or outside of what is meant, and boxes `x0, y0, x1, y1`, in pixels of the picture."
+        )
+        return ["## Prompts", said]
     return [
         "## Prompts",
         f"A prompt is followed by `{json.dumps(settings['separator'])}` and read with the base's tokenizer; prompt and "
@@ -135,7 +157,11 @@ def _revision(base: dict[str, Any]) -> str:
 
 def _peft_snippet(record: dict[str, Any], kind: str) -> str:
     base, count = record["base"], len(record["labels"])
-    classes = f", num_labels={count}, ignore_mismatched_sizes=True" if count else ""
+    classes = (
+        f", num_labels={count}, ignore_mismatched_sizes=True"
+        if count and record["task"] == "image-classification"
+        else ""
+    )
     own = [f"import inlay  # makes {kind} known to peft; without it: KeyError: '{kind}'"] if "INLAY" in kind else []
     lines = [*own, "from peft import PeftModel", f"from transformers import {_TASKS[record['task']]}"]
     where = f'"{base["name"]}"'

@@ -24,10 +24,10 @@ from inlay._peft import (
     release,
     virtual_tokens,
 )
-from inlay.arch import head_modules
+from inlay.data.scan import VolumeProcessor
 from inlay.data.tokens import TextProcessor
 from inlay.errors import InlayError
-from inlay.models import Dtype, Task, load_base, task_of
+from inlay.models import Dtype, head_of, load_base, size_of, task_of
 from inlay.processors import load_processor, load_tokenizer, processor_from
 from inlay.quantized import Quantize
 from inlay.store import golden
@@ -41,8 +41,9 @@ class LoadedAdapter:
 
     Attributes:
         model: The PeftModel in eval mode.
-        processor: The image processor, or the TextProcessor, that it was trained with.
-        labels: Class names in the order of the logits; none for a language model.
+        processor: The image processor, TextProcessor or VolumeProcessor that it was trained with.
+        labels: Class names in the order of the logits; of an adapter for volumes without background; none for a
+            language model or SAM on pictures.
         file: What was read from disk.
         verified: True if base, tensors and golden output were checked; False for a folder that only peft has written.
         deviation: Relative difference to the golden output; None if there is none.
@@ -103,26 +104,25 @@ def load_adapter(
     model = _given(base) if isinstance(base, nn.Module) else _load_base(file, base, dtype, quantize)
     if file.record:
         _check_base(file, model)
-    task = task_of(model.name_or_path, model.config)
+    task = file.record.get("task") or task_of(model.name_or_path, model.config)
     processor = _processor(file, model, task)
     undo = _undo(model)
     try:
-        if file.labels:
+        if file.labels and task == "image-classification":
             _set_head(model, file)
         adapted = _attach(file, model, weights)
         off = _check_golden(file, adapted, processor)
     except Exception:
         undo()
         raise
-    names = model.config.id2label if task == "image-classification" else {}
-    labels = [names[i] for i in sorted(names)]
-    return LoadedAdapter(adapted, processor, labels, file, bool(file.record), off)
+    names = model.config.id2label if task == "image-classification" else dict(enumerate(file.labels))
+    return LoadedAdapter(adapted, processor, [names[i] for i in sorted(names)], file, bool(file.record), off)
 
 
-def task_of_adapter(path: str | Path) -> Task:
+def task_of_adapter(path: str | Path) -> str:
     """What an adapter is for, without loading it; of one that plain peft saved by its config's task_type."""
     file = read_adapter(fetch(path))
-    plain: Task = "text-generation" if file.config.get("task_type") == "CAUSAL_LM" else "image-classification"
+    plain = "text-generation" if file.config.get("task_type") == "CAUSAL_LM" else "image-classification"
     return file.record.get("task", plain)
 
 
@@ -137,13 +137,15 @@ def _weights(file: AdapterFile) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _processor(file: AdapterFile, base: PreTrainedModel, task: Task) -> Any:
+def _processor(file: AdapterFile, base: PreTrainedModel, task: str) -> Any:
     """What the adapter was trained with; for one that plain peft saved what its base has."""
     settings = file.record.get("preprocessing")
-    if task == "image-classification":
-        return processor_from(settings) if settings else load_processor(base.name_or_path)
-    tokenizer = load_tokenizer(base.name_or_path)
-    return TextProcessor.from_dict(settings, tokenizer) if settings else TextProcessor(tokenizer)
+    if task == "volume-segmentation":
+        return VolumeProcessor.from_dict(settings or {})
+    if task == "text-generation":
+        tokenizer = load_tokenizer(base.name_or_path)
+        return TextProcessor.from_dict(settings, tokenizer) if settings else TextProcessor(tokenizer)
+    return processor_from(settings) if settings else load_processor(base.name_or_path)
 
 
 def _given(base: nn.Module) -> PreTrainedModel:
@@ -159,9 +161,9 @@ def _load_base(file: AdapterFile, name: str | Path | None, dtype: Dtype, quantiz
     pinned = file.record.get("base", {}).get("revision") if name is None else None
     if not (name or file.base_name):
         raise InlayError(f"adapter {file.name!r} names no base; give base=.")
-    return load_base(
-        name or file.base_name, labels=file.labels or None, dtype=dtype, quantize=quantize, revision=pinned
-    )
+    classifies = file.record.get("task", "image-classification") == "image-classification"
+    labels = file.labels if classifies and file.labels else None
+    return load_base(name or file.base_name, labels=labels, dtype=dtype, quantize=quantize, revision=pinned)
 
 
 def _check_method(file: AdapterFile) -> None:
@@ -174,12 +176,12 @@ def _check_method(file: AdapterFile) -> None:
 
 def _check_base(file: AdapterFile, base: PreTrainedModel) -> None:
     """Structure first, as it gives the clearer sentence; then the weights."""
-    stored, config = file.record["base"], base.config
+    stored, (blocks, width) = file.record["base"], size_of(base.config)
     name = f"adapter {file.name!r} was trained on {stored['name']}"
     for what, found in (
-        ("model_type", config.model_type),
-        ("blocks", getattr(config, "num_hidden_layers", None)),
-        ("width", getattr(config, "hidden_size", None)),
+        ("model_type", base.config.model_type),
+        ("blocks", blocks),
+        ("width", width),
     ):
         if stored.get(what) != found:
             raise InlayError(
@@ -222,7 +224,7 @@ def _set_head(base: PreTrainedModel, file: AdapterFile) -> None:
 
 
 def _head_layers(base: PreTrainedModel) -> dict[str, nn.Linear]:
-    heads = head_modules(base)
+    heads = head_of(base)
     return {n: m for n, m in base.named_modules() if n.split(".")[0] in heads and isinstance(m, nn.Linear)}
 
 
@@ -275,7 +277,7 @@ def _attach(file: AdapterFile, base: PreTrainedModel, weights: dict[str, torch.T
         raise InlayError(f"adapter {file.name!r} does not fit its config on this base: it {' and '.join(parts)}.")
     for key in sorted(expected):
         if expected[key] != tuple(weights[key].shape):
-            head = any(f".{name}." in key for name in head_modules(base))
+            head = any(f".{name}." in key for name in head_of(base))
             hint = " Give base=load_base(name, labels=...) with the adapter's labels." if head else ""
             raise InlayError(
                 f"adapter {file.name!r} does not fit its config on this base: {key} should be {expected[key]}, "

@@ -11,12 +11,13 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
+from transformers.image_processing_utils import BaseImageProcessor
 
 from inlay._peft import PeftModel, changes_base, plainly_active
-from inlay.arch import head_modules
 from inlay.atomic import write_json, writing
+from inlay.data.scan import VolumeProcessor
 from inlay.errors import InlayError
-from inlay.models import task_of
+from inlay.models import head_of, size_of, task_of
 from inlay.store import golden
 from inlay.store.card import card
 from inlay.store.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, fingerprint, read_adapter, sign
@@ -36,7 +37,7 @@ def save_adapter(
     Args:
         model: A transformers model wrapped by `get_peft_model`.
         folder: Where; its last part is the adapter's name.
-        processor: The image processor, or the TextProcessor, that it was trained with.
+        processor: The image processor, TextProcessor or VolumeProcessor that it was trained with.
         metrics: `validation` (scores), `dataset`, `cost`, `training`: shown in the card, stored in metrics.json.
 
     Raises:
@@ -91,7 +92,7 @@ def _check_weights(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
         if not torch.isfinite(value).all():
             raise InlayError(f"the weight {key!r} holds NaN or Inf; nothing was saved.")
     base = model.get_base_model()
-    heads = head_modules(base)
+    heads = head_of(base)
     if getattr(base, "new_head", False) and not all(any(f".{head}." in key for key in weights) for head in heads):
         raise InlayError(
             f"the head is new, but no part of this adapter, so it would be lost; train it: modules_to_save={heads}."
@@ -107,8 +108,9 @@ def versions() -> dict[str, str]:
 def _record(model: PeftModel, processor: Any) -> dict[str, Any]:
     base = model.get_base_model()
     config = base.config
-    task = task_of(base.name_or_path, config)
-    classifies = task == "image-classification"
+    task = "volume-segmentation" if isinstance(processor, VolumeProcessor) else task_of(base.name_or_path, config)
+    classifies, (blocks, width) = task == "image-classification", size_of(config)
+    names = [config.id2label[i] for i in sorted(config.id2label)] if classifies else _classes(model.active_peft_config)
     return {
         "format": FORMAT,
         "task": task,
@@ -116,16 +118,24 @@ def _record(model: PeftModel, processor: Any) -> dict[str, Any]:
             "name": base.name_or_path,
             "revision": getattr(config, "_commit_hash", None),
             "model_type": config.model_type,
-            "blocks": getattr(config, "num_hidden_layers", None),
-            "width": getattr(config, "hidden_size", None),
+            "blocks": blocks,
+            "width": width,
             "precision": precision_of(model),
             "sketch": sketch(model),
         },
-        "labels": [config.id2label[i] for i in sorted(config.id2label)] if classifies else [],
-        "head": head_modules(base) if classifies else [],
-        "preprocessing": json.loads(processor.to_json_string()) if classifies else processor.to_dict(),
+        "labels": names,
+        "head": head_of(base) if classifies else [],
+        # an image processor's to_dict holds arrays and enums; ours hold what JSON takes
+        "preprocessing": json.loads(processor.to_json_string())
+        if isinstance(processor, BaseImageProcessor)
+        else processor.to_dict(),
         "golden": golden.output(model, processor),
     }
+
+
+def _classes(config: Any) -> list[str]:
+    """What an adapter for volumes segments; nothing for others."""
+    return next((list(c.classes) for c in (config, *getattr(config, "parts", [])) if hasattr(c, "classes")), [])
 
 
 def _sorted_config(path: Path) -> dict[str, Any]:

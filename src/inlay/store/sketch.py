@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from inlay._peft import base_modules, dequantized
-from inlay.arch import head_modules
 from inlay.errors import InlayError
+from inlay.models import head_of
 
 TENSORS = 64  # as many weights are sketched, evenly spaced over the depth
 SIDE = 4096  # and no more than so many rows and columns of each
@@ -21,7 +21,7 @@ TOLERANCE = {"float32": 0.005, "float16": 0.005, "bfloat16": 0.006, "int8": 0.04
 
 
 def sketch(model: torch.nn.Module) -> dict[str, Any]:
-    """Fingerprint of a base, with or without an adapter in it; the head does not count.
+    """Fingerprint of a base, with or without an adapter in it; the head of a classifier does not count.
 
     Each sketched weight W of shape (n, m) gives uᵀWu / ‖W‖, u a fixed sequence of signs: a random projection that
     any change of direction moves, that costs two matrix-vector products, and that is the same for Wᵀ; and log ‖W‖.
@@ -57,7 +57,7 @@ def precision_of(model: torch.nn.Module) -> str:
 
 def _weights(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     modules = list(base_modules(model))
-    heads = head_modules(modules[0][1])
+    heads = head_of(modules[0][1])
     for name, module in modules:
         weight = module._parameters.get("weight")
         if name.split(".")[0] not in heads and weight is not None and weight.ndim >= 2:

@@ -128,16 +128,29 @@ class MaskLoss:
         return torch.stack(counts, -1), truth.new_zeros(len(truth), dtype=torch.int64)
 
 
-def mask_losses(logits: Tensor, scores: Tensor, targets: Tensor) -> Tensor:
-    """Of each prompt, as MaskLoss says; logits (..., M, h, w), scores (..., M) and targets (..., h, w) from 0 to 1."""
+def mask_losses(logits: Tensor, scores: Tensor, targets: Tensor, *, balanced: bool = False) -> Tensor:
+    """The loss of each prompt, as MaskLoss says.
+
+    Args:
+        logits: (..., M, h, w).
+        scores: (..., M), the IoU foretold.
+        targets: (..., h, w), from 0 to 1.
+        balanced: Cross-entropy in the place of focal loss, half of it over the object and half over the rest: a model
+            that knows nothing yet learns from focal loss to answer with nothing, and stays there.
+    """
     truth = targets.unsqueeze(-3).expand_as(logits)
     chance = logits.sigmoid()
     entropy = binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    focal = (entropy * (chance - truth).square()).mean((-2, -1))
+    if balanced:
+        inside, whole = truth.sum((-2, -1), keepdim=True), truth.shape[-2] * truth.shape[-1]
+        share = truth / inside.clamp_min(1) + (1 - truth) / (whole - inside).clamp_min(1)
+        pixels = (entropy * share).sum((-2, -1)) / 2
+    else:
+        pixels = 20 * (entropy * (chance - truth).square()).mean((-2, -1))
     dice = 1 - (2 * (chance * truth).sum((-2, -1)) + 1) / (chance.sum((-2, -1)) + truth.sum((-2, -1)) + 1)
     said, true = logits.detach() > 0, truth > 0.5
     overlap = (said & true).sum((-2, -1)) / (said | true).sum((-2, -1)).clamp_min(1)
-    return (20 * focal + dice).amin(-1) + (scores - overlap).square().mean(-1)
+    return (pixels + dice).amin(-1) + (scores - overlap).square().mean(-1)
 
 
 def foretold_best(logits: Tensor, scores: Tensor) -> Tensor:
