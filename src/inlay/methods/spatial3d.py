@@ -79,6 +79,8 @@ class SpatialAdapterConfig(AdapterConfig):
                 raise InlayError(f"{name} must be a whole number of at least {low}, got {getattr(self, name)!r}.")
         if not self.reduction > 0:
             raise InlayError(f"reduction must be positive, got {self.reduction}.")
+        if self.prompts and self.rounds == 0:
+            raise InlayError("rounds must be at least 1 where clicks are to be learned; else set prompts=False.")
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise InlayError(f"kernel must be odd, got {self.kernel}.")
         if self.position not in ("before", "after"):

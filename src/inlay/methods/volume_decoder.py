@@ -148,10 +148,14 @@ class VolumeDecoder(nn.Module):
     def _prompted(self, last: torch.Tensor, prompts: Prompts, stride: tuple[int, int, int]) -> torch.Tensor:
         """The last level after its exchange with the prompts, (B, E, D', H', W')."""
         batch, channels = last.shape[:2]
+        mask = last.new_zeros(
+            batch, self.classes + 1, *last.shape[2:]
+        )  # adds nothing, but is in the graph: DDP wants it
         if prompts.previous is not None:
             mask = prompts.previous.to(last.dtype).softmax(1)
             mask = _extended(mask, [n * s for n, s in zip(last.shape[2:], stride, strict=True)])
-            last = last + _linear(F.adaptive_avg_pool3d(mask, last.shape[2:]), self.previous.weight)
+            mask = F.adaptive_avg_pool3d(mask, last.shape[2:])
+        last = last + _linear(mask, self.previous.weight)
         place = _places(_grid(last.shape[2:], last), channels)
         tokens, absent = (
             [self.queries.expand(batch, -1, -1)],
