@@ -108,6 +108,22 @@ def test_decode_leaves_out_special_tokens_and_spaces_around():
     assert processor.decode(processor.encode_completion(text)) == text
 
 
+def test_what_looks_like_a_special_token_in_a_text_is_text():
+    tok = tokenizer(template=CHAT, special=("<|end|>", "<|user|>", "<|assistant|>"))
+    processor = TextProcessor(tok)
+    for text in ("a</s>b", "<|end|>", "</s></s>"):
+        prompt, completion = processor.encode_prompt(text), processor.encode_completion(text + "c", "x")
+        assert processor.special.isdisjoint(prompt) and [i for i in completion if i in processor.special] == [
+            tok.eos_token_id
+        ]
+        assert processor.decode(prompt) == text
+    # Documents of running text may be parted by it.
+    assert processor.encode_completion("a</s>b") == ids(tok, "a", "</s>", "b", "</s>")
+    for talk in ([{"role": "user", "content": "hi<|end|>"}], [{"role": "user", "content": "</s>"}]):
+        refused("special token", "Take it out", call=lambda talk=talk: processor.encode_prompt(talk))
+    refused("'<|user|>'", call=lambda: processor.encode_completion("a<|user|>b", TALK))
+
+
 def test_long_text_is_no_warning(caplog, recwarn):
     tok = tokenizer()
     tok.model_max_length = 10
@@ -133,6 +149,17 @@ def test_chat_goes_through_the_template():
     key, plain = by_prompt([*rows, {"prompt": list(TALK), "completion": "b"}])
     assert processor.encode_prompts([key, plain]) == [prompt, ids(tok, "hi\n")]
     assert processor.encode_completion("yo", key) == ids(tok, "yo", "<|end|>")
+
+
+def test_a_text_is_what_a_user_says_to_a_model_that_chats():
+    tok = tokenizer(template=CHAT)
+    processor = TextProcessor(tok, chat=True)
+    assert processor.encode_prompt("hi") == processor.encode_prompt(TALK) != TextProcessor(tok).encode_prompt("hi")
+    assert processor.encode_completion("yo", "hi") == processor.encode_completion("yo", TALK)
+    again = TextProcessor.from_dict(json.loads(json.dumps(processor.to_dict())), tok)
+    assert again.chat and again.encode_prompt("hi") == processor.encode_prompt(TALK)
+    old = {key: value for key, value in TextProcessor(tok).to_dict().items() if key != "chat"}
+    assert TextProcessor.from_dict(old, tok).chat is False
 
 
 def test_chat_without_an_end_gets_eos():
@@ -213,7 +240,8 @@ def test_another_chat_template_is_said(caplog):
 
 
 @pytest.mark.parametrize(
-    "change", [{"separator": 1}, {"max_length": "96"}, {"max_length": True}, {"vocabulary": None}, {"size": 1.0}]
+    "change",
+    [{"separator": 1}, {"chat": "no"}, {"max_length": "96"}, {"max_length": True}, {"vocabulary": None}, {"size": 1.0}],
 )
 def test_settings_of_another_kind_are_refused(change):
     tok = tokenizer()

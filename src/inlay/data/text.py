@@ -54,6 +54,11 @@ class TextData:
         """Between prompt and completion: a line break, and nothing in running text, which goes on as it is."""
         return "" if self.plain else "\n"
 
+    @property
+    def chat(self) -> bool:
+        """True if prompts are lists of messages."""
+        return not isinstance(self.train[0]["prompt"], str)
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -214,8 +219,8 @@ def _columns(table: Table, prompt: str | None, completion: str | None) -> Column
         wanted = some([c for c in (prompt, completion) if c]) if completion else f"columns such as {wanted}"
         got = " as well as ".join(" and ".join(filter(None, c)) for c in choices) or some(table.names)
         raise InlayError(
-            f"expected {wanted} in {table.name!r}, but got {got}. Pass prompt_column and completion_column, "
-            f"or completion_column alone for chat messages and running text."
+            f"expected {wanted} in {table.name!r}, but got {got}. Rename the columns, or give load_texts "
+            f"prompt_column and completion_column, or the latter alone for chat messages and running text."
         )
     below = "input" if choices[0][0] == "instruction" and _find(table, "input") else None
     return Columns(choices[0][0], below, choices[0][1])

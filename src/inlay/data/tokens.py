@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -20,11 +21,13 @@ class TextProcessor:
     """How prompts and completions become tokens and back; saved with an adapter.
 
     A prompt stands in front of the separator and is tokenised apart from its completion, so that in training a model
-    sees the very tokens that it will be asked with.
+    sees the very tokens that it will be asked with. What looks like a special token in a text is text: `<|endoftext|>`
+    in a prompt ends nothing.
 
     Args:
         tokenizer: The base model's own. It is set to pad on the left, with eos where it has no token for that.
         separator: Follows every prompt but an empty one and a chat.
+        chat: Prompts are conversations, and one that is a text is what a user says to begin one.
         max_length: Longest example in tokens, prompt and completion; None: what the tokenizer names, at most 1,024.
 
     Raises:
@@ -32,7 +35,12 @@ class TextProcessor:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, separator: str = "\n", max_length: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        separator: str = "\n",
+        chat: bool = False,
+        max_length: int | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
             got = f"{type(tokenizer).__name__} without one"
@@ -40,10 +48,12 @@ class TextProcessor:
         tokenizer.padding_side = "left"
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self.tokenizer, self.separator = tokenizer, separator
+        self.tokenizer, self.separator, self.chat = tokenizer, separator, chat
         self.start = self._start()
         self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special |= set(tokenizer.all_special_ids)
+        names = sorted(map(re.escape, tokenizer.convert_ids_to_tokens(sorted(self.special))), key=len, reverse=True)
+        self._named = re.compile("|".join(names))
         self.max_length = min(tokenizer.model_max_length, LONGEST) if max_length is None else max_length
         if self.max_length > tokenizer.model_max_length:
             raise InlayError(
@@ -52,6 +62,10 @@ class TextProcessor:
             )
         if self.max_length < len(self.start) + 2:
             raise InlayError(f"expected max_length of {len(self.start) + 2} or more, but got {max_length}. Raise it.")
+
+    def conversation(self, prompt: Prompt) -> Prompt:
+        """A prompt as the model was trained to be asked: where it is to chat, a text as a user's first message."""
+        return [{"role": "user", "content": prompt}] if self.chat and isinstance(prompt, str) else prompt
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Tokens of a prompt, as in `encode_prompts`."""
@@ -69,15 +83,17 @@ class TextProcessor:
         assistant is to speak.
 
         Raises:
-            InlayError: A chat without a template for it, or one that the template refuses.
+            InlayError: A chat without a template for it, or one that the template refuses; a special token in one of
+                its messages, which would pass for the template's own.
         """
+        prompts = [self.conversation(prompt) for prompt in prompts]
         texts = [
             (prompt and prompt + self.separator) if isinstance(prompt, str) else self._render(prompt)
             for prompt in prompts
         ]
         none = self.start or [self._bos()]
         encoded = []
-        for prompt, ids in zip(prompts, self._tokens(texts), strict=True):
+        for prompt, ids in zip(prompts, self._each(texts, [not isinstance(p, str) for p in prompts]), strict=True):
             front = (self.start if prompt else none) if isinstance(prompt, str) else []
             encoded.append([*front, *ids])
         return encoded
@@ -86,18 +102,21 @@ class TextProcessor:
         """Tokens of completions and eos, to stand behind the tokens of their prompts.
 
         Behind a chat it is what the template adds when the assistant has spoken, so with its own end of a turn; eos
-        follows only where the template ends with none of the tokenizer's special tokens.
+        follows only where the template ends with none of the tokenizer's special tokens. Behind an empty prompt it is
+        running text, whose documents may be parted by the text of eos.
 
         Raises:
             InlayError: As for prompts, or a template that writes the conversation before the answer in another way
                 once the answer is there.
         """
         eos = self.tokenizer.eos_token_id
-        plain = iter(self._tokens([c for c, p in zip(completions, prompts, strict=True) if isinstance(p, str)]))
+        prompts = [self.conversation(prompt) for prompt in prompts]
+        pairs = [(c.removesuffix(self.tokenizer.eos_token), p) for c, p in zip(completions, prompts, strict=True)]
+        texts = [completion if isinstance(prompt, str) else "" for completion, prompt in pairs]
         encoded = []
-        for completion, prompt in zip(completions, prompts, strict=True):
-            ids = next(plain) if isinstance(prompt, str) else self._answer(completion, prompt)
-            ended = ids[-1:] == [eos] if isinstance(prompt, str) else not self.special.isdisjoint(ids)
+        for (completion, prompt), plain in zip(pairs, self._each(texts, [not p for p in prompts]), strict=True):
+            ids = plain if isinstance(prompt, str) else self._answer(completion, prompt)
+            ended = not isinstance(prompt, str) and not self.special.isdisjoint(ids)
             encoded.append(ids if ended else [*ids, eos])
         return encoded
 
@@ -113,6 +132,7 @@ class TextProcessor:
             "vocabulary": self._vocabulary(),
             "size": len(self.tokenizer),
             "separator": self.separator,
+            "chat": self.chat,
             "max_length": self.max_length,
             "chat_template": None if template is None else _hash(template),
         }
@@ -126,14 +146,17 @@ class TextProcessor:
         Raises:
             InlayError: The settings are none, or the tokenizer has another vocabulary or splits text differently.
         """
-        kinds = {"tokenizer": str, "vocabulary": str, "size": int, "separator": str, "max_length": int}
+        kinds = {"tokenizer": str, "vocabulary": str, "size": int, "separator": str, "chat": bool, "max_length": int}
+        if isinstance(settings, dict):  # of adapters from before there was this one
+            settings = {"chat": False, **settings}
         wrong = [
             key for key, kind in kinds.items() if not isinstance(settings, dict) or type(settings.get(key)) is not kind
         ]
         if wrong:
             wanted = f"the settings of a text processor ({', '.join(kinds)})"
             raise InlayError(f"expected {wanted}, but got others for {', '.join(wrong)}. Save the adapter again.")
-        processor = cls(tokenizer, separator=settings["separator"], max_length=settings["max_length"])
+        options = {key: settings[key] for key in ("separator", "chat", "max_length")}
+        processor = cls(tokenizer, **options)
         found = processor.to_dict()
         if found["vocabulary"] != settings["vocabulary"]:
             wanted = (
@@ -158,9 +181,19 @@ class TextProcessor:
         tokenizer = self.tokenizer
         return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
-    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+    def _each(self, texts: Sequence[str], special: Sequence[bool]) -> list[list[int]]:
+        """Tokens of each text, special ones among them or as the text that they are."""
+        found: list[list[int]] = [[]] * len(texts)
+        for kind in set(special):
+            rows = [i for i, own in enumerate(special) if own is kind]
+            for row, ids in zip(rows, self._tokens([texts[i] for i in rows], kind), strict=True):
+                found[row] = ids
+        return found
+
+    def _tokens(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         # Not verbose: length is looked at later, and the tokenizer would warn of it.
         options: dict[str, Any] = {"return_attention_mask": False, "verbose": False}
+        options["split_special_tokens"] = not special
         return self.tokenizer(list(texts), add_special_tokens=False, **options)["input_ids"] if texts else []
 
     def _answer(self, completion: str, prompt: Prompt) -> list[int]:
@@ -172,7 +205,7 @@ class TextProcessor:
                 f"expected a chat template that only adds the answer to what comes before it, but that of "
                 f"{type(self.tokenizer).__name__} rewrites it. Use another template, or prompts as plain text."
             )
-        before, ids, added = self._tokens([asked, whole, whole[len(asked) :]])
+        before, ids, added = self._tokens([asked, whole, whole[len(asked) :]], special=True)
         # Characters on both sides of the border may have made one token.
         return ids[len(before) :] if ids[: len(before)] == before else added
 
@@ -184,6 +217,10 @@ class TextProcessor:
                 f"expected a tokenizer with a chat template, but got {got}. Use a chat model's, or plain prompts."
             )
         messages = [dict(message) for message in chat]
+        found = next(filter(None, (self._named.search(str(message.get("content"))) for message in messages)), None)
+        if found:
+            got = f"{found[0]!r}, a special token of {type(self.tokenizer).__name__}"
+            raise InlayError(f"expected messages of text alone, but got {got}, in one. Take it out, or write it apart.")
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked)
         except Exception as error:  # a template is a program in the tokenizer's files, and refuses what it likes
