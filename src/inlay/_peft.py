@@ -76,6 +76,11 @@ def fill(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
     set_peft_model_state_dict(model, weights)
 
 
+def put(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
+    """Give the active adapter the values of a file's tensors; each parameter keeps its type."""
+    set_peft_model_state_dict(model, dict(weights), adapter_name=model.active_adapter)
+
+
 def carries_adapter(model: torch.nn.Module) -> bool:
     """True if an adapter, or a part of one, is wrapped around modules of `model`."""
     return any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules())

@@ -43,6 +43,22 @@ def test_it_comes_back_with_classes_and_preprocessing(saved):
     assert loaded.file.bytes_weights < bytes_ + 200 * len(loaded.file.shapes) + 8000
 
 
+def test_in_float16_the_file_is_half_as_large(base, tmp_path):
+    model = get_peft_model(load_base(base), settings()).eval()
+    randomise(model, "default")
+    sizes = {}
+    for dtype in ("float32", "float16"):
+        folder = save_adapter(model, tmp_path / dtype, processor=VolumeProcessor(None, (16, 32, 32)), dtype=dtype)
+        sizes[dtype] = read_adapter(folder).bytes_weights
+    loaded = load_adapter(tmp_path / "float16")
+    with torch.no_grad():  # the model was rounded, so both compute the same
+        found, expected = (m(pixel_values=volumes()).logits for m in (loaded.model, model))
+    assert sizes["float16"] < 0.6 * sizes["float32"] and torch.allclose(found, expected, atol=1e-4)
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
+    with pytest.raises(InlayError, match="float16"):
+        save_adapter(model, tmp_path / "x", processor=VolumeProcessor(None, (16, 32, 32)), dtype="int8")
+
+
 def test_plain_peft_loads_it(saved, base):
     folder, expected = saved
     model = PeftModel.from_pretrained(SamModel.from_pretrained(base), folder).eval()

@@ -4,7 +4,7 @@ import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from transformers.image_processing_utils import BaseImageProcessor
 
-from inlay._peft import PeftModel, changes_base, plainly_active
+from inlay._peft import PeftModel, changes_base, plainly_active, put
 from inlay.atomic import write_json, writing
 from inlay.data.scan import VolumeProcessor
 from inlay.errors import InlayError
@@ -25,7 +25,12 @@ from inlay.store.sketch import precision_of, sketch
 
 
 def save_adapter(
-    model: PeftModel, folder: str | Path, *, processor: Any, metrics: dict[str, Any] | None = None
+    model: PeftModel,
+    folder: str | Path,
+    *,
+    processor: Any,
+    metrics: dict[str, Any] | None = None,
+    dtype: Literal["float32", "float16"] = "float32",
 ) -> Path:
     """Save the active adapter, its head and all that loading must check, as a folder that plain peft reads too.
 
@@ -39,6 +44,8 @@ def save_adapter(
         folder: Where; its last part is the adapter's name.
         processor: The image processor, TextProcessor or VolumeProcessor that it was trained with.
         metrics: `validation` (scores), `dataset`, `cost`, `training`: shown in the card, stored in metrics.json.
+        dtype: Of the numbers in the file. With float16, half the size, the model's own adapter is rounded too, so that
+            it computes what was saved.
 
     Raises:
         InlayError: Not a peft model, or one that does not compute what would be saved; weights or outputs that are not
@@ -46,6 +53,8 @@ def save_adapter(
     """
     folder = Path(folder).expanduser()
     _check_model(model)
+    if dtype not in ("float32", "float16") or (dtype == "float16" and model.active_peft_config.is_prompt_learning):
+        raise InlayError(f"expected dtype float32, or float16 but for peft's prompts and prefixes, got {dtype!r}.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / CONFIG).is_file():
         raise InlayError(f"{folder} exists and is not an adapter; give another folder.")
     if not PartialState().is_main_process:
@@ -58,6 +67,9 @@ def save_adapter(
                 path.rename(new / path.name)
             (new / model.active_adapter).rmdir()
         weights = load_file(new / WEIGHTS)
+        if dtype == "float16":
+            weights = {key: value.half() if value.dtype == torch.float32 else value for key, value in weights.items()}
+            put(model, weights)
         _check_weights(model, weights)
         config = _sorted_config(new / CONFIG)
         record = {**_record(model, processor), "config": fingerprint(config)}
