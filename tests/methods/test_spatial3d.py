@@ -210,6 +210,14 @@ def test_without_an_acting_adapter_a_volume_is_refused():
         get_peft_model(build(), settings(target_modules=["prompt_encoder"]))
 
 
+def test_compiles_without_a_graph_break():
+    model, volume = adapted(), volumes(1, (16, 16, 16))
+    with torch.no_grad():
+        expected = model(pixel_values=volume).logits
+        found = torch.compile(model, backend="eager", fullgraph=True)(pixel_values=volume).logits
+    assert off(found, expected) < 1e-4
+
+
 def test_the_encoder_alone():
     vision = SamVisionModel(build().config.vision_config)
     model = get_peft_model(vision, settings())
