@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from inlay import Decoding, run_recipe
+from inlay import Decoding, InlayError, run_recipe
 
 PROMPTS = [
     "name[The Quiet Fox], eatType[pub], food[Thai], priceRange[cheap], area[riverside]",
@@ -26,7 +26,8 @@ class Recipe:
     )
     prompts: list[str] = field(default_factory=lambda: PROMPTS, metadata={"help": "What to continue."})
     dataset: str | None = field(
-        default=None, metadata={"help": "Take the prompts of this data's test split, and score the texts."}
+        default=None,
+        metadata={"help": "Take the prompts of this data's test split, or else those held out, and score the texts."},
     )
     scores: str | None = field(default=None, metadata={"help": "Write texts and scores to this JSON file."})
     merge: bool = field(default=False, metadata={"help": "Fold the adapter into its base first."})
@@ -35,6 +36,12 @@ class Recipe:
 def main(recipe: Recipe, decoding: Decoding) -> None:
     """Load, write, score."""
     from inlay import generate, judge, load_adapter, load_texts
+
+    if recipe.scores and (
+        not recipe.dataset or not Path(recipe.scores).parent.is_dir() or Path(recipe.scores).is_dir()
+    ):
+        got = f"{recipe.scores!r}" + ("" if recipe.dataset else " without a dataset")
+        raise InlayError(f"expected scores of a dataset to go to a file in a folder that is there, but got {got}.")
 
     # 1. adapter: wrong base, damaged file and changed output end here with one sentence
     adapter = load_adapter(recipe.adapter)
@@ -48,8 +55,9 @@ def main(recipe: Recipe, decoding: Decoding) -> None:
             print(f"{prompt}\n    {text}")
         return
 
-    # 3. prompts of a data set, whose completions are the references
-    scores = judge(adapter.model, adapter.processor, load_texts(recipe.dataset), decoding)
+    # 3. prompts of a data set, whose completions are the references; held out are those that were so in the training
+    seed = (adapter.file.metrics.get("training") or {}).get("seed", 0)
+    scores = judge(adapter.model, adapter.processor, load_texts(recipe.dataset, seed=seed), decoding)
     print(f"{scores}\n{scores.signature}" if scores else "running text has no prompts to score")
     if scores and recipe.scores:
         Path(recipe.scores).write_text(json.dumps({"total": scores.total, "by_prompt": scores.by_prompt}, indent=1))

@@ -65,7 +65,9 @@ def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> None:
     set_seed(train.seed)
     data = load_texts(recipe.dataset, seed=train.seed)
     model = load_base(recipe.model)
-    processor = TextProcessor(load_tokenizer(recipe.model), separator=data.separator, max_length=recipe.max_length)
+    processor = TextProcessor(
+        load_tokenizer(recipe.model), separator=data.separator, chat=data.chat, max_length=recipe.max_length
+    )
     examples = TextView(data.train, processor, over_long=recipe.over_long, block=data.plain)
     held_out = TextView(data.validation, processor, over_long=recipe.over_long, block=data.plain)
     PartialState().print(f"train: {examples.report}\nvalidation: {held_out.report}")
@@ -75,16 +77,17 @@ def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> None:
     model = get_peft_model(model, PartialConfig(last=last, train=recipe.train_what, task_type="CAUSAL_LM"))
 
     # 3. train
+    decoding.check(model, data)
     loss = NextToken(recipe.label_smoothing)
     PartialState().print(describe_memory(model, examples, train, collate=examples.collate, loss=loss))
     result = fit(model, examples, held_out, train, collate=examples.collate, loss=loss, settings=asdict(recipe))
 
-    # 4. measure: what it writes for prompts it has not seen, against all their references
+    # 4. measure: what it writes for prompts it has not seen, against all their references (of the test split, if any)
     scores = judge(model, processor, data, decoding)
-    perplexity = math.exp(result.metrics["loss"])
+    written, perplexity = scores.total if scores else {}, math.exp(result.metrics["loss"])
     metrics = {
-        "validation": {**result.metrics, "perplexity": perplexity},
-        "test": scores and scores.total,
+        "validation": {**result.metrics, "perplexity": perplexity, **({} if data.test else written)},
+        "test": written if data.test else None,
         "dataset": data.name,
         "cost": cost(model, {"input_ids": held_out[0]["input_ids"][None, :-1]}),  # 1 T, without the end
         "training": {

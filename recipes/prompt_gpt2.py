@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from inlay import Decoding, TrainConfig, run_recipe
+from inlay import Decoding, InlayError, TrainConfig, run_recipe
 
 
 @dataclass
@@ -41,6 +41,12 @@ class Recipe:
     over_long: Literal["cut", "drop", "refuse"] = field(
         default="cut", metadata={"help": "What becomes of examples longer than max_length."}
     )
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise InlayError(f"length must be at least 1, got {self.length}.")
+        if self.init == "text" and not self.init_text.strip():
+            raise InlayError("expected a text for the prompt to start from, but init_text is empty. Give one.")
 
 
 def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> None:
@@ -70,8 +76,13 @@ def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> None:
     data = load_texts(recipe.dataset, seed=train.seed)
     model = load_base(recipe.model, quantize=recipe.quantize)
     tokenizer = load_tokenizer(recipe.model)
+    if recipe.length > tokenizer.model_max_length // 2:
+        got = f"a length of {recipe.length}"
+        raise InlayError(
+            f"expected at most half of the base's {tokenizer.model_max_length} positions, but got {got}; lower it."
+        )
     tokenizer.model_max_length -= recipe.length  # the prompt takes positions
-    processor = TextProcessor(tokenizer, separator=data.separator, max_length=recipe.max_length)
+    processor = TextProcessor(tokenizer, separator=data.separator, chat=data.chat, max_length=recipe.max_length)
     examples = TextView(data.train, processor, over_long=recipe.over_long, block=data.plain)
     held_out = TextView(data.validation, processor, over_long=recipe.over_long, block=data.plain)
     PartialState().print(f"train: {examples.report}\nvalidation: {held_out.report}")
@@ -91,16 +102,17 @@ def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> None:
     method.tokenizer_name_or_path = recipe.model if recipe.init == "text" else None
 
     # 3. train
+    decoding.check(model, data)
     loss = NextToken()
     PartialState().print(describe_memory(model, examples, train, collate=examples.collate, loss=loss))
     result = fit(model, examples, held_out, train, collate=examples.collate, loss=loss, settings=asdict(recipe))
 
-    # 4. measure: what it writes for prompts it has not seen, against all their references
+    # 4. measure: what it writes for prompts it has not seen, against all their references (of the test split, if any)
     scores = judge(model, processor, data, decoding)
-    perplexity = math.exp(result.metrics["loss"])
+    written, perplexity = scores.total if scores else {}, math.exp(result.metrics["loss"])
     metrics = {
-        "validation": {**result.metrics, "perplexity": perplexity},
-        "test": scores and scores.total,
+        "validation": {**result.metrics, "perplexity": perplexity, **({} if data.test else written)},
+        "test": written if data.test else None,
         "dataset": data.name,
         "cost": cost(model, {"input_ids": held_out[0]["input_ids"][None, :-1]}),  # 1 T, without the end
         "training": {

@@ -1,5 +1,6 @@
 """Generation against a loop of single forward passes, for each method; nothing of it stays behind in the model."""
 
+import logging
 import subprocess
 import sys
 import warnings
@@ -7,10 +8,12 @@ from dataclasses import fields
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from conftest import SHARED
+from inlay import load_base, load_tokenizer
 from inlay.data.tokens import TextProcessor
 from inlay.errors import InlayError
 from inlay.infer.text import Decoding, _Draws, _ends, generate
@@ -171,6 +174,15 @@ def test_nothing_is_printed(method, settings, capfd):
         warnings.simplefilter("error")
         generate(model, characters(), PROMPTS, Decoding(max_new_tokens=4, decode_batch=2, **settings))
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_prompt_that_is_the_end_token_is_no_padding(caplog, monkeypatch):
+    transformers.utils.logging.warning_once.cache_clear()  # it is said once a process
+    speaker = logging.getLogger("transformers.modeling_utils")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # to caplog
+    processor = TextProcessor(load_tokenizer("builtin:gpt2-tiny"))
+    assert generate(load_base("builtin:gpt2-tiny"), processor, [""], Decoding(max_new_tokens=4)) != [""]
+    assert not caplog.records and not speaker.filters
 
 
 @pytest.mark.parametrize(("method", "virtual"), [("lora", 0), ("prompt", 4), ("prefix", 4)])

@@ -5,14 +5,17 @@ import json
 import math
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
-from inlay import load_adapter, read_adapter
+from inlay import cli, load_adapter, load_tokenizer, read_adapter
+from inlay.models import resolve
 
 ROOT = Path(__file__).parents[2]
+HUB = ROOT / "adapters_hub"
 NAMES = ["The Oak", "The Elm", "Blue Gate", "Zizzi", "Cotto", "The Mill", "Fern", "The Vaults", "Giraffe", "Wildwood"]
 FOODS = ["Thai", "French"]
 SHORT = ["--epochs", 0.5, "--batch_size", 8, "--max_new_tokens", 8]
@@ -30,10 +33,10 @@ def run(monkeypatch, name, *arguments):
     runpy.run_path(str(ROOT / "recipes" / name), run_name="__main__")
 
 
-def refused(monkeypatch, capsys, *arguments):
-    """The one sentence with which lora_gpt2.py ends."""
+def refused(monkeypatch, capsys, *arguments, recipe="lora_gpt2.py"):
+    """The one sentence with which a recipe ends."""
     with pytest.raises(SystemExit) as status:
-        run(monkeypatch, "lora_gpt2.py", *arguments)
+        run(monkeypatch, recipe, *arguments)
     err = capsys.readouterr().err
     assert status.value.code == 2 and "Traceback" not in err
     (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -151,6 +154,25 @@ def test_what_is_too_long_is_one_sentence(monkeypatch, capsys, tmp_path, pairs):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "sentence"),
+    [
+        ("lora_gpt2.py", ["--rank", 0], "rank and alpha must be at least 1, got 0 and 16"),
+        ("lora_gpt2.py", ["--label_smoothing", 2], "label smoothing is a share of the loss, from 0 to 1, got 2.0"),
+        ("lora_gpt2.py", ["--max_new_tokens", 256], "fits into 256 positions with a prompt of at least 1 token"),
+        ("lora_gpt2.py", ["--model", "builtin:vit-tiny"], "builtin:vit-tiny is a vit for image-classification. Use"),
+        ("prompt_gpt2.py", ["--length", 0], "length must be at least 1, got 0"),
+        ("prompt_gpt2.py", ["--length", 300], "half of the base's 256 positions, but got a length of 300; lower it"),
+        ("prompt_gpt2.py", ["--init", "text", "--init_text", " "], "init_text is empty. Give one"),
+        ("prompt_gpt2.py", ["--max_new_tokens", 240], "but got max_new_tokens 240 and 20 virtual tokens"),
+    ],
+)
+def test_a_mistake_is_found_before_the_training(monkeypatch, capsys, tmp_path, pairs, recipe, arguments, sentence):
+    arguments = ["--dataset", pairs, "--output_dir", tmp_path / "run", *arguments]
+    assert sentence in refused(monkeypatch, capsys, *arguments, recipe=recipe)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_empty_completion_is_named_with_its_line(monkeypatch, capsys, tmp_path):
     rows = [("name[The Oak]", "The Oak is a pub."), ("name[The Elm]", " "), ("name[Fern]", "Fern is a cafe.")]
     write_csv(tmp_path / "pairs.csv", rows)
@@ -184,6 +206,63 @@ def test_generate_scores_as_the_training_did(trained, pairs, monkeypatch, capsys
     assert found == {"total": metrics["test"], "by_prompt": metrics["by_prompt"]}
     said, signature = capsys.readouterr().out.splitlines()
     assert said.startswith("BLEU ") and signature.startswith("BLEU|nrefs:2|")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--adapter", HUB / "digits-lora-vit-tiny"],
+            "ViTForImageClassification, which writes no text. Take an adapter",
+        ),
+        (
+            ["--dataset", "builtin:restaurants", "--scores", "/no/folder/x.json"],
+            "a folder that is there, but got '/no/",
+        ),
+        (["--scores", "x.json"], "'x.json' without a dataset"),
+    ],
+)
+def test_generate_finds_a_mistake_before_it_writes(monkeypatch, capsys, arguments, sentence):
+    assert sentence in refused(monkeypatch, capsys, *arguments, recipe="generate.py")
+
+
+def test_chats_are_asked_as_in_training_and_scored_by_what_was_held_out_there(monkeypatch, capsys, tmp_path):
+    base, chats, scores = tmp_path / "base", tmp_path / "chats.jsonl", tmp_path / "scores.json"
+    shutil.copytree(resolve("builtin:gpt2-tiny"), base)
+    tokenizer = load_tokenizer(base)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|endoftext|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(base)
+    asked = {f"name[{name}], food[{food}]": f"{name} serves {food} food." for name in NAMES for food in FOODS}
+    lines = [
+        {"messages": [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]}
+        for said, answer in asked.items()
+    ]
+    chats.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    more = ["--model", base, "--dataset", chats, "--output_dir", tmp_path / "run", "--seed", 1]
+    run(monkeypatch, "lora_gpt2.py", *more, *SHORT)
+    folder = tmp_path / "run" / "adapter"
+    metrics = read_adapter(folder).metrics
+    # Without a test split the validation's prompts are scored, which has chosen the best step too: so it is called.
+    assert metrics["test"] is None and {"loss", "perplexity", "bleu", "chrf", "rouge_l"} == {*metrics["validation"]}
+    card = (folder / "README.md").read_text()
+    assert "| ROUGE-L |" in card and "| Test ROUGE-L |" not in card
+
+    run(monkeypatch, "generate.py", "--adapter", folder, "--dataset", chats, "--scores", scores, "--max_new_tokens", 8)
+    found = json.loads(scores.read_text())
+    assert found["by_prompt"] == metrics["by_prompt"]  # not of the prompts that seed 0 would hold out
+    assert found["total"].items() <= metrics["validation"].items()
+    (message,) = found["by_prompt"][0]["prompt"]
+    assert message["role"] == "user" and message["content"] in asked
+
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["inlay", "predict", str(folder), message["content"], "--max-new-tokens", "8"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    out, err = capsys.readouterr()
+    assert out.strip() == found["by_prompt"][0]["generated"] and err == ""
 
 
 def test_compare_gpt2_prints_one_row_a_method(pairs, monkeypatch, capsys, tmp_path):

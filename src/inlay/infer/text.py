@@ -65,6 +65,11 @@ class Decoding:
         if self.length_penalty != 1 and self.beams == 1:
             raise InlayError(f"length_penalty {self.length_penalty} ranks beams, but there is 1. Set beams.")
 
+    def check(self, model: nn.Module, data: TextData) -> None:
+        """Raise before a training what `judge` would raise after it: an InlayError if no room is left for a prompt."""
+        if not data.plain:
+            _room(model, _base_of(model), self)
+
 
 def generate(
     model: nn.Module, processor: TextProcessor, prompts: Sequence[Any], decoding: Decoding | None = None
@@ -80,8 +85,9 @@ def generate(
     Args:
         model: Causal language model of transformers, or a PeftModel on one, of any method; its mode is kept.
         processor: Turns prompts into tokens and tokens into text.
-        prompts: Texts, or chats as lists of messages. What is too long for the base's positions is cut at its start,
-            behind the tokenizer's own start tokens, with a warning.
+        prompts: Texts, or chats as lists of messages; a text is a user's first message where the processor is of chats.
+            What is too long for the base's positions is cut at its start, behind the tokenizer's own start tokens, with
+            a warning.
         decoding: Greedy with at most 64 tokens if not given.
 
     Raises:
@@ -91,11 +97,10 @@ def generate(
     from tqdm.auto import tqdm
 
     decoding = decoding or Decoding()
-    base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not hasattr(base, "generate") or base.config.is_encoder_decoder:
-        raise InlayError(f"expected a causal language model, but got {type(base).__name__}. Load one.")
+    base = _base_of(model)
     if isinstance(prompts, str):
         raise InlayError("expected a list of prompts, but got a string. Wrap it in a list.")
+    prompts = [processor.conversation(prompt) for prompt in prompts]
     settings = _settings(processor, decoding, _ends(base, processor, prompts))
     ids = _fit(processor.encode_prompts(prompts), _room(model, base, decoding), processor.start)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # alike in length, and memory runs out first if it does
@@ -130,7 +135,17 @@ def judge(
         return None
     references = by_prompt(data.test or data.validation)
     written = generate(model, processor, list(references), decoding)
-    return score_texts(written, list(references.values()), [str(prompt) for prompt in references])
+    asked = [prompt if isinstance(prompt, str) else [dict(message) for message in prompt] for prompt in references]
+    return score_texts(written, list(references.values()), asked)
+
+
+def _base_of(model: nn.Module) -> PreTrainedModel:
+    """The language model under an adapter, if there is one."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(base, "generate") or base.config.is_encoder_decoder:
+        got = f"{type(base).__name__}, which writes no text"
+        raise InlayError(f"expected a causal language model, but got {got}. Take an adapter of a language model.")
+    return base
 
 
 def _settings(processor: TextProcessor, decoding: Decoding, ends: list[int]) -> GenerationConfig:
@@ -210,12 +225,17 @@ def _pad(ids: Sequence[list[int]], pad: int, device: Any) -> tuple[Tensor, Tenso
 
 @contextmanager
 def _ready(model: nn.Module, base: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """In eval mode, with these settings alone, and with positions where peft has none; all is put back."""
+    """In eval mode, with these settings alone, and with positions where peft has none; all is put back.
+
+    transformers leaves out a mask of ones, and then takes a prompt that begins with eos for a padded one, and says so.
+    """
     modes = [(module, module.training) for module in model.modules()]
     # transformers fills what a GenerationConfig leaves open from the model's own, peft sets that too.
     kept, base.generation_config = base.generation_config, settings
     drops = _learns_prompt(model) and "position_ids" in inspect.signature(base.forward).parameters
     hook = base.register_forward_pre_hook(_positions, with_kwargs=True) if drops else None
+    speaker = logging.getLogger("transformers.modeling_utils")
+    speaker.addFilter(_says_more)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Position ids are not supported")
@@ -223,10 +243,15 @@ def _ready(model: nn.Module, base: PreTrainedModel, settings: GenerationConfig) 
             yield
     finally:
         base.generation_config = kept
+        speaker.removeFilter(_says_more)
         if hook:
             hook.remove()
         for module, training in modes:
             module.training = training
+
+
+def _says_more(record: logging.LogRecord) -> bool:
+    return "passing in an `attention_mask`" not in str(record.msg)
 
 
 def _positions(

@@ -35,7 +35,7 @@ class TextScores:
 
 
 def score_texts(
-    generated: Sequence[str], references: Sequence[Sequence[str]], prompts: Sequence[str] | None = None
+    generated: Sequence[str], references: Sequence[Sequence[str]], prompts: Sequence[Any] | None = None
 ) -> TextScores:
     """Score texts against one reference or several each; their number may differ from text to text.
 
@@ -48,7 +48,7 @@ def score_texts(
     Args:
         generated: One text per prompt; an empty one scores 0.
         references: For each text what a person wrote, at least one.
-        prompts: Copied into `by_prompt`.
+        prompts: Texts or lists of messages, copied into `by_prompt`.
 
     Raises:
         InlayError: No texts, a text without a reference, or lists of different lengths.
@@ -85,7 +85,7 @@ def score_texts(
     return TextScores(total, by_prompt, "; ".join(signatures))
 
 
-def _check(generated: Sequence[str], references: Sequence[Sequence[str]], prompts: Sequence[str] | None) -> None:
+def _check(generated: Sequence[str], references: Sequence[Sequence[str]], prompts: Sequence[Any] | None) -> None:
     counts = {"texts": len(generated), "lists of references": len(references)}
     counts |= {"prompts": len(prompts)} if prompts is not None else {}
     if len(set(counts.values())) > 1 or not generated:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers.modeling_outputs import CausalLMOutput
 
+from inlay.errors import InlayError
 from inlay.train.evaluation import rows_of
 
 IGNORED = -100  # the label of tokens that are read and not learned: prompts, padding
@@ -50,9 +51,14 @@ class NextToken:
     Args:
         smoothing: Label smoothing in training, 0 to 1 (0.1 in the E2E set-up of Hu et al. 2021, arXiv:2106.09685);
             evaluation is without.
+
+    Raises:
+        InlayError: smoothing is not between 0 and 1.
     """
 
     def __init__(self, smoothing: float = 0.0) -> None:
+        if not 0 <= smoothing <= 1:
+            raise InlayError(f"label smoothing is a share of the loss, from 0 to 1, got {smoothing}.")
         self.smoothing = smoothing
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> CausalLMOutput:
