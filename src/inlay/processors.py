@@ -8,7 +8,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from inlay.errors import InlayError
-from inlay.models import explained, first_line, read_config, resolve
+from inlay.models import explained, first_line, read_config, resolve, task_of
 
 _PROCESSOR = "preprocessor_config.json"
 
@@ -99,6 +99,11 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
     except Exception as error:  # tokenizer files are data from anywhere: they fail in any way
         if Path(where).is_dir():
+            if task_of(name, config) != "text-generation":
+                got = f"{name} is a {config.model_type} for {task_of(name, config)}"
+                raise InlayError(
+                    f"expected a language model, which has a tokenizer, but {got}. Use another."
+                ) from error
             raise InlayError(f"the tokenizer of {name} cannot be used: {first_line(error)}") from error
         raise explained(name, error) from error
     positions = getattr(config, "max_position_embeddings", None)
