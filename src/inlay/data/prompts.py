@@ -7,6 +7,8 @@ in pixels, whose centres are at integers.
 import torch
 from torch import Tensor
 
+from inlay.data.scenes import Scenes
+
 
 def draw_points(regions: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Pixels of a region, each as likely as any other, drawn anew for each of `count` points.
@@ -51,3 +53,14 @@ def boxes_around(masks: Tensor, jitter: float = 0.0) -> Tensor:
         low, high = torch.minimum(boxes[..., :2], boxes[..., 2:]), torch.maximum(boxes[..., :2], boxes[..., 2:])
         boxes = torch.cat([low, high], -1)
     return boxes
+
+
+def draw_objects(made: Scenes, count: int) -> Tensor:
+    """P = count objects of each scene, with repetition, half of them with all that they hold; boolean (N, P, H, W)."""
+    own, parents = torch.from_numpy(made.instances).long(), torch.from_numpy(made.parents).long()
+    first = parents.gather(1, own.flatten(1))  # N H·W: what holds the object of each pixel
+    holders = [each.view_as(own)[:, None] for each in (first, parents.gather(1, first))]
+    most = own.flatten(1).amax(1, keepdim=True)
+    wanted = ((torch.rand(len(own), count) * most).long() + 1).minimum(most)[:, :, None, None]
+    whole = (torch.rand(wanted.shape) < 0.5) & (wanted > 0)
+    return (own[:, None] == wanted) | (whole & ((holders[0] == wanted) | (holders[1] == wanted)))
