@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inlay.data.images import ImageData, load_images
+    from inlay.data.masks import MaskData, load_masks
+    from inlay.data.maskview import MaskView
     from inlay.data.picture import ImageView
     from inlay.data.scan import VolumeProcessor
     from inlay.data.text import TextData, load_texts
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from inlay.data.volumeview import VolumeView
     from inlay.errors import InlayError
     from inlay.infer.images import predict
+    from inlay.infer.masks import predict_masks
     from inlay.infer.session import VolumeSession
     from inlay.infer.text import Decoding, generate, judge
     from inlay.infer.volumes import segment
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
     from inlay.store.save import save_adapter
     from inlay.train.config import TrainConfig
     from inlay.train.loop import fit
-    from inlay.train.losses import NextToken
+    from inlay.train.losses import MaskLoss, NextToken
 
 __version__ = "0.1.0"
 
@@ -61,6 +64,9 @@ _WHERE = {
     "ImageData": "data.images",
     "ImageView": "data.picture",
     "InlayError": "errors",
+    "MaskData": "data.masks",
+    "MaskLoss": "train.losses",
+    "MaskView": "data.maskview",
     "NextToken": "train.losses",
     "PartialConfig": "methods",
     "SpatialAdapterConfig": "methods",
@@ -79,11 +85,13 @@ _WHERE = {
     "load_adapter": "store.load",
     "load_base": "models",
     "load_images": "data.images",
+    "load_masks": "data.masks",
     "load_processor": "processors",
     "load_texts": "data.text",
     "load_tokenizer": "processors",
     "load_volumes": "data.volumes",
     "predict": "infer.images",
+    "predict_masks": "infer.masks",
     "read_adapter": "store.file",
     "run_recipe": "recipe",
     "save_adapter": "store.save",
@@ -99,6 +107,9 @@ __all__ = [
     "ImageData",
     "ImageView",
     "InlayError",
+    "MaskData",
+    "MaskLoss",
+    "MaskView",
     "NextToken",
     "PartialConfig",
     "SpatialAdapterConfig",
@@ -117,11 +128,13 @@ __all__ = [
     "load_adapter",
     "load_base",
     "load_images",
+    "load_masks",
     "load_processor",
     "load_texts",
     "load_tokenizer",
     "load_volumes",
     "predict",
+    "predict_masks",
     "read_adapter",
     "run_recipe",
     "save_adapter",

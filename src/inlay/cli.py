@@ -48,7 +48,10 @@ def predict(
     adapter: AdapterArgument,
     inputs: Annotated[
         list[str],
-        typer.Argument(metavar="INPUT...", help="Pictures or folders of them, to classify; or prompts, to continue."),
+        typer.Argument(
+            metavar="INPUT...",
+            help="Pictures or folders of them, to classify; a picture to find masks in; or prompts, to continue.",
+        ),
     ],
     base: BaseOption = None,
     merge: Annotated[bool, typer.Option("--merge", help="Fold the adapter into its base first.")] = False,
@@ -59,15 +62,32 @@ def predict(
     max_new_tokens: Annotated[int, typer.Option(help="Prompts: longest text, in tokens.")] = 64,
     beams: Annotated[int, typer.Option(help="Prompts: beams of the search.")] = 1,
     temperature: Annotated[float, typer.Option(help="Prompts: of sampling; 0: no sampling.")] = 0.0,
+    point: Annotated[
+        list[str] | None, typer.Option(metavar="X,Y", help="Masks: a pixel of the object. Repeatable.")
+    ] = None,
+    negative: Annotated[
+        list[str] | None, typer.Option(metavar="X,Y", help="Masks: a pixel outside of it. Repeatable.")
+    ] = None,
+    box: Annotated[
+        list[str] | None, typer.Option(metavar="X0,Y0,X1,Y1", help="Masks: corners around an object. Repeatable.")
+    ] = None,
+    overlay: Annotated[Path | None, typer.Option(help="Masks: save the picture with them under this name.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Use an adapter: classify pictures, or continue prompts, whichever it was trained for."""
+    """Use an adapter: classify pictures, find masks, or continue prompts, whichever it was trained for."""
     from inlay.infer.images import draw_sheet, find_pictures
     from inlay.infer.images import predict as classify
     from inlay.infer.text import Decoding, generate
     from inlay.store.load import load_adapter, task_of_adapter
 
-    if task_of_adapter(adapter) == "text-generation":
+    task = task_of_adapter(adapter)
+    if task == "mask-generation":
+        from inlay.infer.masks import places
+
+        asked = {"points": places(point, 2), "negatives": places(negative, 2), "boxes": places(box, 4)}
+        _find_masks(load_adapter(adapter, base), merge, inputs, asked, overlay, as_json)
+        return
+    if task == "text-generation":
         decoding = Decoding(max_new_tokens=max_new_tokens, beams=beams, temperature=temperature)
         loaded = load_adapter(adapter, base)
         loaded = loaded.merge() if merge else loaded
@@ -246,6 +266,24 @@ def index(
     print(f"{folder}: {len(rows)} adapter{'s' * (len(rows) != 1)}")
     for row in rows:
         print(f"  {row['name']}: {row['method']} on {row['base']}")
+
+
+def _find_masks(
+    loaded: Any, merge: bool, inputs: list[str], asked: dict[str, Any], overlay: Path | None, as_json: bool
+) -> None:
+    from inlay.infer.masks import draw_masks, predict_masks
+
+    if len(inputs) != 1:
+        raise InlayError(f"points and boxes belong to one picture, got {len(inputs)}; give one at a time.")
+    found = predict_masks(loaded.merge() if merge else loaded, inputs[0], **asked)
+    if overlay is not None:
+        draw_masks(found, inputs[0], overlay, **asked)
+    rows = [{"pixels": n, "foretold_iou": round(s, 4)} for n, s in zip(found.areas, found.scores, strict=True)]
+    if as_json:
+        print(json.dumps({"source": found.source, "masks": rows}, indent=2, ensure_ascii=False))
+        return
+    for k, row in enumerate(rows, 1):
+        print(f"{found.source}: mask {k} of {row['pixels']:,} pixels, foretold IoU {row['foretold_iou']:.2f}")
 
 
 def _place(text: str, size: int) -> list[Any]:

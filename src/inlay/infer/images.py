@@ -50,9 +50,9 @@ def predict(adapter: LoadedAdapter, pictures: Sequence[Any], *, top: int = 5, ba
     if top < 1 or batch_size < 1:
         raise InlayError(f"top and batch_size must be at least 1, got {top} and {batch_size}.")
     if not adapter.labels:
-        raise InlayError(
-            f"adapter {adapter.file.name!r} writes text: use generate(adapter.model, adapter.processor, ...)."
-        )
+        asks = hasattr(adapter.processor, "mask_pad_size")
+        way = "answers points and boxes: use predict_masks" if asks else "writes text: use generate"
+        raise InlayError(f"adapter {adapter.file.name!r} {way}(adapter, ...).")
     top = min(top, len(adapter.labels))
     weight = next(p for p in adapter.model.parameters() if p.is_floating_point())
     predictions = []

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from inlay.measure.macs import count_macs
     from inlay.measure.masks import VolumeDice, overlap, score_case, summarise, write_csv
     from inlay.measure.memory import MemoryPlan, measure_peak, plan_memory
-    from inlay.measure.quality import F1, Accuracy
+    from inlay.measure.quality import F1, Accuracy, MaskIoU
     from inlay.measure.speed import Latency, latency
     from inlay.measure.text import TextScores, score_texts
 
@@ -25,6 +25,7 @@ __all__ = [
     "Accuracy",
     "Footprint",
     "Latency",
+    "MaskIoU",
     "MemoryPlan",
     "TextScores",
     "VolumeDice",
@@ -48,6 +49,7 @@ _HOME = {
     "cost": "costs",
     "Accuracy": "quality",
     "F1": "quality",
+    "MaskIoU": "quality",
     "MemoryPlan": "memory",
     "measure_peak": "memory",
     "plan_memory": "memory",
