@@ -75,6 +75,12 @@ def test_the_step_takes_what_is_planned():
     assert plan.peak == pytest.approx(measured, rel=0.15)
 
 
+def test_pissa_is_planned_without_the_weights_that_it_starts_from():
+    plan, measured = plan_base("builtin:gpt2-tiny", "pissa", batch_size=2, length=16, measure=True)
+    assert plan == plan_base("builtin:gpt2-tiny", "lora", batch_size=2, length=16)[0]
+    assert plan.peak == pytest.approx(measured, rel=0.01)
+
+
 def test_settings_count():
     least = {"batch_size": 8, "length": 64}
     plain, _ = plan_base("builtin:gpt2-tiny", "lora", **least)
@@ -100,6 +106,7 @@ def test_settings_count():
         ("builtin:gpt2-tiny", "lora", {"quantize": "2bit"}, r"quantize must be '8bit' or '4bit', got '2bit'"),
         ("builtin:gpt2-tiny", "lora", {"optimizer": "sgd"}, r"optimizer must be one of adamw, adamw8bit, got 'sgd'"),
         ("builtin:gpt2-tiny", "lora", {"precision": "fp8"}, r"precision must be one of no, bf16, fp16, got 'fp8'"),
+        ("builtin:gpt2-tiny", "prefix", {"gradient_checkpointing": True}, r"take the attention prefix, or no checkp"),
         ("builtin:vit-tiny", "lora", {"labels": 1}, r"labels must be at least 2, got 1"),
     ],
 )

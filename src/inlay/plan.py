@@ -104,7 +104,9 @@ def plan_base(
     names = [str(i) for i in range(labels)]
 
     def adapt(base: Any) -> tuple[nn.Module, Batch, Loss | None]:
-        model = METHODS[method].adapt(base, width)
+        # PiSSA is LoRA that starts from the weights, which a skeleton has none of.
+        bare = next(base.parameters()).is_meta
+        model = METHODS["lora" if method == "pissa" and bare else method].adapt(base, width)
         if base.get_output_embeddings() is None:
             return model, _pictures(base, batch_size), None
         added = virtual_tokens(model.active_peft_config) if isinstance(model, PeftModel) else 0

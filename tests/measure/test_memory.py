@@ -1,6 +1,7 @@
 """The peak of a training step: by hand, and against what the step takes."""
 
 import copy
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -257,7 +258,8 @@ def test_as_a_line():
     assert str(unknown).endswith("= 44 MB on mps")
 
 
-def test_errors():
+def test_errors(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("torch"), "propagate", True)  # to caplog
     x = {"x": torch.ones(2, N)}
     with pytest.raises(InlayError, match="no parameter requires a gradient"):
         plan_memory(Chain(1).requires_grad_(False), x)
@@ -271,6 +273,7 @@ def test_errors():
         plan_memory(gpt2(), {"input_ids": torch.zeros(1, 4, dtype=torch.long)})
     with pytest.raises(InlayError, match="Check the shapes"):
         plan_memory(Chain(1), {"x": torch.ones(2, 3)})
+    assert not caplog.records, "torch logs a trace of its own"
     if not torch.cuda.is_available():
         with pytest.raises(InlayError, match="torch finds no GPU"):
             plan_memory(Chain(1), x, device="cuda")

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import masking_utils
 
+from inlay._peft import PeftModel, PeftType
 from inlay.errors import InlayError
 from inlay.measure.footprint import footprint
-from inlay.measure.shadow import LiveBytes, fake, fake_model
+from inlay.measure.shadow import LiveBytes, fake, fake_model, no_traces, one_text_a_row
 
 Optimizer = Literal["adamw", "adamw8bit"]
 Precision = Literal["no", "bf16", "fp16"]
@@ -106,11 +106,11 @@ def plan_memory(
         device: Where it will train; default: where the model is, or for a model on meta a GPU if there is one.
 
     Raises:
-        InlayError: Nothing trains, no loss, no checkpointing in this model, fp16 on a CPU, a forward that depends on
-            values.
+        InlayError: Nothing trains, no loss, no checkpointing in this model or under peft's prefix tuning, fp16 on a
+            CPU, a forward that depends on values.
     """
     where = _device(model, device)
-    _check(model, precision, where)
+    _check(model, precision, gradient_checkpointing, where)
     live = LiveBytes(block=512 if where.type == "cuda" else 1)
     read = {name: value for name, value in batch.items() if not _masks_nothing(name, value)}
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -119,7 +119,7 @@ def plan_memory(
         live.values.update({inputs[n]: v.cpu() for n, v in read.items() if not (v.is_meta or v.is_floating_point())})
         size = footprint(shadow)
         try:
-            with _one_text_a_row(), _training(shadow, gradient_checkpointing, precision, where), live:
+            with one_text_a_row(), no_traces(), _training(shadow, gradient_checkpointing, precision, where), live:
                 rows = _forward_backward(shadow, inputs, accumulate, loss, pieces=2)
         except RuntimeError as error:
             raise _explained(model, batch, error) from error
@@ -172,7 +172,7 @@ def measure_peak(
         steps: At least 2: the moments exist from the second step on.
     """
     device = _device(model, None)
-    _check(model, precision, device)
+    _check(model, precision, gradient_checkpointing, device)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     inputs = {name: value.to(device) for name, value in batch.items()}
     step_optimizer = _optimizer(trainable, optimizer)
@@ -224,17 +224,6 @@ def _forward_backward(
         (value * (min(size, rows - begin) / rows)).backward()
         del value
     return size
-
-
-@contextmanager
-def _one_text_a_row() -> Iterator[None]:
-    """Positions without values do not tell transformers that no row holds several texts; then it builds a mask."""
-    whole = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = whole
 
 
 @contextmanager
@@ -311,11 +300,16 @@ def _optimizer(trainable: list[nn.Parameter], optimizer: Optimizer) -> torch.opt
     return AdamW8bit(trainable, lr=0.0, weight_decay=0.0)
 
 
-def _check(model: nn.Module, precision: Precision, device: torch.device) -> None:
+def _check(model: nn.Module, precision: Precision, checkpointing: bool, device: torch.device) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InlayError("expected a model with something to train, but no parameter requires a gradient.")
     if precision == "fp16" and device.type == "cpu":
         raise InlayError("fp16 training needs a GPU; on a CPU take bf16 or no mixed precision.")
+    if checkpointing and isinstance(model, PeftModel) and model.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
+        raise InlayError(
+            "peft's prefix tuning hands its prefix over in the cache, which gradient checkpointing leaves out; take "
+            "the attention prefix, or no checkpointing."
+        )
 
 
 def _device(model: nn.Module, device: str | torch.device | None) -> torch.device:

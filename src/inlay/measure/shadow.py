@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import masking_utils
 
 
 def fake_model(model: nn.Module, device: torch.device) -> nn.Module:
@@ -108,6 +112,29 @@ def _fake_state(state: Any, device: torch.device) -> Any:
         elif type(value) is type(state):
             setattr(shadow, name, _fake_state(value, device))
     return shadow
+
+
+@contextmanager
+def one_text_a_row() -> Iterator[None]:
+    """Positions without values do not tell transformers that no row holds several texts; then it builds a mask."""
+    whole = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = whole
+
+
+@contextmanager
+def no_traces() -> Iterator[None]:
+    """Of what fake tensors cannot do: torch logs a stack trace, and raises the same."""
+    speaker = logging.getLogger("torch._subclasses.fake_tensor")
+    level = speaker.level
+    speaker.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        speaker.setLevel(level)
 
 
 class LiveBytes(TorchDispatchMode):
