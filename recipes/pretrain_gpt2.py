@@ -80,8 +80,8 @@ parameters in fp16, with a byte-level BPE of {config.vocab_size:,} tokens: the l
 recipes and tests run without a download. It is truly pre-trained, and of little use beyond that.
 
 - **Trained on** {tokens[0].shape[0]:,} tokens of prose (docstrings and language reference of Python {python}) and
-  {tokens[1].shape[0]:,} of descriptions by `inlay.data.restaurants` (hotels, films, gadgets, parks), most of
-  the names in them drawn from the words of the prose; torch {torch}.
+  {tokens[1].shape[0]:,} of descriptions by `inlay.data.restaurants` (hotels, films, gadgets, parks), many of
+  whose names are drawn from the words of the prose; torch {torch}.
 - **Quality**: perplexity per token {trained[0]:.1f} on held-out prose, {trained[1]:.2f} on held-out descriptions and
   {trained[2]:.2f} on restaurants, which it never saw, measured with the stored fp16 weights (untrained
   {untrained[0]:,.0f}, {untrained[1]:,.0f} and {untrained[2]:,.0f}).

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
+from conftest import ROOT
 from inlay.data.restaurants import descriptions
 from inlay.models import BUILTIN
 
@@ -87,6 +89,12 @@ def test_it_has_learnt_to_describe(model, tokenizer, topic, bound):
     untrained = perplexity(GPT2LMHeadModel(model.config).eval(), tokenizer, topic, 20, seed=4711)
     trained = perplexity(model, tokenizer, topic, 20, seed=4711)
     assert untrained > 1500 and trained < bound
+
+
+def test_its_card_is_what_the_recipe_writes():
+    template = runpy.run_path(str(ROOT / "recipes" / "pretrain_gpt2.py"))["CARD"]
+    fixed = map(re.escape, re.split(r"\{[^}]*\}", template))
+    assert re.fullmatch(r"[\w.,]+".join(fixed), CARD)
 
 
 def test_its_card_is_right(model, tokenizer):
