@@ -410,6 +410,16 @@ def decoder_targets(model: nn.Module) -> list[str]:
     return found
 
 
+def decoder_parts(model: nn.Module) -> list[str]:
+    """Names of what in SAM's mask decoder answers with three masks, for partial tuning.
+
+    Left out are its tokens, which SAM reads as tensors and no module computes, and what makes the single mask.
+    """
+    parts = [name for name, _ in model.mask_decoder.named_children() if not name.endswith(("token", "tokens", "_mlps"))]
+    masks = range(1, len(model.mask_decoder.output_hypernetworks_mlps))
+    return [f"mask_decoder.{name}" for name in (*parts, *(f"output_hypernetworks_mlps.{i}" for i in masks))]
+
+
 def _outside(model: nn.Module, heads: list[str]) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         parts = name.split(".")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from inlay import InlayError, MaskView, load_masks, load_processor
 from inlay.data.masks import read_map, split_classes
-from inlay.data.maskview import collate_masks, views
+from inlay.data.maskview import collate_masks
 from inlay.data.prompts import boxes_around, draw_points
 from inlay.data.scenes import MOST, scenes
 
@@ -178,7 +178,8 @@ def test_an_item_is_prompts_in_the_frame_of_the_model(folder, processor):
 
 def test_training_draws_anew_and_validation_does_not(processor):
     data = load_masks("builtin:scenes", limit=8)
-    training, validation = views(data, processor, count=3)
+    training = MaskView(data.train, processor, count=3)
+    validation = MaskView(data.validation, processor, "point", count=6, seed=0)
     torch.manual_seed(0)
     first, second = training[0], training[0]
     assert not torch.equal(first["input_points"], second["input_points"])
@@ -217,6 +218,15 @@ def test_turned_pictures_and_maps_stay_together(processor):
         assert (bright != (item["labels"][0] == 1)).float().mean() < 0.02
         seen.add(tuple(item["labels"][0].nonzero().float().mean(0).round().tolist()))
     assert len(seen) >= 6
+
+
+def test_crops_show_an_object_larger(folder, processor):
+    view = MaskView(load_masks(str(folder)).train, processor, "box", count=2, crop=32)
+    torch.manual_seed(0)
+    areas = [int((view[i % 2]["labels"] == 1).flatten(1).sum(1).max()) for i in range(10)]
+    assert min(areas) > 0 and max(areas) > 600  # of 64 x 64; the largest object is 200 of 2400 pixels
+    whole = MaskView(load_masks(str(folder)).train, processor, "box", count=2, crop=500, seed=0)
+    assert (whole[0]["labels"][:, 43:] <= 0).all()
 
 
 def test_wrong_settings_of_a_view_are_refused(processor):

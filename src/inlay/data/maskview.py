@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from inlay.data.masks import MaskData, Masked, read_map, split_classes
+from inlay.data.masks import Masked, read_map, split_classes
 from inlay.data.picture import open_image
 from inlay.data.prompts import boxes_around, draw_points
 from inlay.errors import InlayError
@@ -34,6 +34,7 @@ class MaskView(Dataset[dict[str, Any]]):
         count: P, prompts of a picture; objects are drawn anew for each item, with repetition where there are fewer.
         seed: For validation: objects and prompts of each item are fixed by this and none is repeated.
         turn: Turn and mirror at random; for pictures without an up and down.
+        crop: Take parts of so many pixels, each with an object near its middle; for small objects in large pictures.
         meaning: As in `MaskData`.
     """
 
@@ -46,14 +47,14 @@ class MaskView(Dataset[dict[str, Any]]):
         count: int = 8,
         seed: int | None = None,
         turn: bool = False,
+        crop: int | None = None,
         meaning: Literal["instances", "classes"] = "instances",
     ) -> None:
-        if prompts not in _KINDS or count < 1:
-            raise InlayError(
-                f"expected prompts {', '.join(_KINDS)} and a count of 1 or more, got {prompts!r}, {count}."
-            )
+        if prompts not in _KINDS or count < 1 or (crop is not None and crop < 16):
+            wanted = f"prompts {', '.join(_KINDS)}, a count of 1 or more and no crop under 16 pixels"
+            raise InlayError(f"expected {wanted}, got {prompts!r}, {count} and {crop}.")
         self.rows, self.processor, self.prompts = rows, processor, prompts
-        self.count, self.seed, self.turn, self.meaning = count, seed, turn, meaning
+        self.count, self.seed, self.turn, self.crop, self.meaning = count, seed, turn, crop, meaning
         self.side, self.small = processor.pad_size["height"], processor.mask_pad_size["height"]
 
     def __len__(self) -> int:
@@ -72,6 +73,8 @@ class MaskView(Dataset[dict[str, Any]]):
         objects = read_map(row.objects)
         if self.meaning == "classes":
             objects = split_classes(objects)
+        if self.crop is not None:
+            picture, objects = _cropped(picture, objects, self.crop)
         if self.turn:
             picture, objects = _turned(picture, objects, int(torch.randint(8, ())))
         made = self.processor(images=picture.convert("RGB"), return_tensors="pt")
@@ -133,12 +136,6 @@ def collate_masks(items: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def views(data: MaskData, processor: Any, *, count: int = 8, turn: bool = False) -> tuple[MaskView, MaskView]:
-    """Training on any prompts, and validation on a point in each of up to 2 · count objects."""
-    train = MaskView(data.train, processor, count=count, turn=turn, meaning=data.meaning)
-    return train, MaskView(data.validation, processor, "point", count=2 * count, seed=0, meaning=data.meaning)
-
-
 def _shrunk(masks: Tensor, side: int) -> Tensor:
     """Masks (P, S, S) at side x side: what is half covered, or if nothing is so, all that is touched."""
     step = masks.shape[-1] // side
@@ -155,6 +152,16 @@ def _around(masks: Tensor, boxes: Tensor) -> Tensor:
     x = (axis >= low[:, :1]) & (axis <= high[:, :1])  # P S
     y = (axis >= low[:, 1:]) & (axis <= high[:, 1:])
     return x[:, None] & y[:, :, None] & ~masks
+
+
+def _cropped(picture: Image.Image, objects: np.ndarray, side: int) -> tuple[Image.Image, np.ndarray]:
+    """A part of side x side pixels, or less where there are no more, with some object within its middle half."""
+    (point,), _ = draw_points(torch.from_numpy(objects > 0), 1)
+    shift = (torch.rand(2) - 0.5) * side / 2 - side / 2
+    x, y = (point + shift).round().int().tolist()
+    x, y = max(0, min(x, picture.width - side)), max(0, min(y, picture.height - side))
+    box = (x, y, min(picture.width, x + side), min(picture.height, y + side))
+    return picture.crop(box), objects[box[1] : box[3], box[0] : box[2]]
 
 
 def _turned(picture: Image.Image, objects: np.ndarray, way: int) -> tuple[Image.Image, np.ndarray]:
