@@ -100,7 +100,7 @@ def test_several_beams_find_a_more_probable_text():
 def test_no_ngram_stands_twice():
     model, processor = strong(adapted("bottleneck", "gpt2")), characters()
     free, held = (generate(model, processor, ["x"], Decoding(max_new_tokens=20, no_repeat_ngram=n))[0] for n in (0, 2))
-    assert free == "~" * 20
+    assert len(free) == 20 and len({*free}) == 1
     pairs = [held[i : i + 2] for i in range(len(held) - 1)]
     assert len(set(pairs)) == len(pairs)
 
