@@ -3,11 +3,9 @@
     python recipes/pretrain_builtin.py                       # builtin:vit-tiny, about 13 minutes on 2 quiet cores
     python recipes/pretrain_builtin.py --steps 100 --folder /tmp/try
 
-pretrain_gpt2.py makes the GPT-2, pretrain_sam.py the SAM.
-
 The ViT learns to name a shape and its texture (SHAPE_LABELS) wherever they are in a cluttered picture. The weight
 matrices of its blocks are trained by Muon (Jordan et al. 2024; torch has it from 2.9 on), the rest by AdamW. Positions
-start from a small sine table, as few steps do not find them from noise.
+start from a small sine table, as few steps do not find them. pretrain_gpt2.py makes the GPT-2, pretrain_sam.py the SAM.
 """
 
 import time

@@ -14,7 +14,7 @@ from inlay.data.prompts import draw_objects
 from inlay.data.scenes import scenes
 from inlay.models import BUILTIN
 from inlay.processors import load_processor
-from inlay.train.clicks import conversation, overlaps
+from inlay.train.clicks import score
 
 FOLDER = BUILTIN / "sam-tiny"
 CARD = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -30,12 +30,7 @@ def mean_ious(model, kind, count=16):
     torch.manual_seed(0)
     made = scenes(count, seed=4711, kind=kind)
     pixels = load_processor("builtin:sam-tiny")(images=list(made.pictures), return_tensors="pt")["pixel_values"]
-    objects = draw_objects(made, 8)
-    with torch.inference_mode():
-        embeddings = model.vision_encoder(pixels)[0]
-        points = [overlaps(*answer).mean() for answer in conversation(model, embeddings, objects, [1, 1, 1])]
-        (box,) = (overlaps(*answer).mean() for answer in conversation(model, embeddings, objects, [1], boxes=True))
-    return float(points[0]), float(points[2]), float(box)
+    return [float(found.mean()) for found in score(model, pixels, draw_objects(made, 8)).values()]
 
 
 def test_it_loads_without_a_word(caplog):
@@ -76,7 +71,7 @@ def test_it_answers_prompts_on_scenes_it_never_saw(model):
     fresh = SamModel(model.config).eval()
     assert max(mean_ious(fresh, "mixed", 4)) < 0.2
     point, points, box = mean_ious(model, "mixed")
-    assert point > 0.2 and points > 0.28 and box > 0.3
+    assert point > 0.27 and points > 0.36 and box > 0.42
 
 
 def test_its_card_names_its_size(model):

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from inlay.data.prompts import boxes_around, draw_points
@@ -12,7 +12,7 @@ from inlay.train.losses import foretold_best
 
 
 def conversation(
-    model: nn.Module, embeddings: Tensor, objects: Tensor, clicks: Sequence[int], boxes: bool = False
+    model: Any, embeddings: Tensor, objects: Tensor, clicks: Sequence[int], boxes: bool = False
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Ask for P objects in each of B pictures in rounds; R = B P prompts are answered at a time.
 
@@ -54,7 +54,19 @@ def conversation(
         prompt |= {"input_masks": best} if torch.rand(()) < 0.5 else {}
 
 
-def overlaps(logits: Tensor, scores: Tensor, targets: Tensor) -> Tensor:
-    """IoU (R,) of what `conversation` yields: of the masks that the model thinks best."""
-    said, true = foretold_best(logits, scores) > 0, targets > 0.5
-    return (said & true).sum((1, 2)) / (said | true).sum((1, 2)).clamp_min(1)
+@torch.no_grad()
+def score(model: Any, pixels: Tensor, objects: Tensor) -> dict[str, Tensor]:
+    """IoU (R,) of the masks that SAM thinks best, for `1 point`, `3 points` (two of them in errors) and `box`.
+
+    Args:
+        model: A SamModel.
+        pixels: (B, 3, H, W).
+        objects: Boolean, (B, P, H, W); R = B P.
+    """
+    embeddings = model.vision_encoder(pixels)[0]
+    found = []
+    for clicks, boxes in (([1, 1, 1], False), ([1], True)):
+        for logits, scores, targets in conversation(model, embeddings, objects, clicks, boxes):
+            said, true = foretold_best(logits, scores) > 0, targets > 0.5
+            found.append((said & true).sum((1, 2)) / (said | true).sum((1, 2)).clamp_min(1))
+    return {"1 point": found[0], "3 points": found[2], "box": found[3]}
