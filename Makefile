@@ -19,7 +19,7 @@ demo: setup ## train a LoRA adapter on the embedded base and data, and use it
 	$(BIN)/python recipes/predict.py --adapter runs/lora_vit/adapter --grid runs/lora_vit/sheet.png
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .

@@ -36,7 +36,7 @@ class Recipe:
 def new_model() -> Any:
     """A SAM of 1.5 M parameters for pictures of 128 x 128, in patches of 8 x 8."""
     size, narrow = {"image_size": SIDE, "patch_size": 8}, {"hidden_size": 64}
-    vision = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "mlp_dim": 512, **size}
+    vision: Any = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "mlp_dim": 512, **size}
     vision |= {"window_size": 8, "global_attn_indexes": [2, 5], "output_channels": 64, "num_pos_feats": 32}
     vision["initializer_range"] = 0.05
     decoder = {**narrow, "mlp_dim": 256, "num_attention_heads": 4, "iou_head_hidden_dim": 64}

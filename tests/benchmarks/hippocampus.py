@@ -8,7 +8,7 @@ equally many steps, and are scored on whole scans by mean Dice over cases and cl
 
     spatial   builtin:sam-tiny with the 3D spatial adapter, 2 crops a step, clicks simulated
     flat      the same without the depth-wise convolution in its bottlenecks (kernel=1)
-    slices    builtin:sam-tiny on axial slices of such crops (16 a step, for about the same time), LoRA r=8 on its encoder,
+    slices    builtin:sam-tiny on axial slices of such crops (16 a step: about the same time), LoRA r=8 in its encoder,
               its mask decoder trained, a mask per class as in SAMed (Zhang & Liu 2023, arXiv:2304.13785)
     unet      MONAI's BasicUNet from scratch, 2 crops a step
 
