@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from inlay.combine import combine
     from inlay.data.images import ImageData, load_images
     from inlay.data.masks import MaskData, load_masks
     from inlay.data.maskview import MaskView
@@ -79,6 +80,7 @@ _WHERE = {
     "VolumeProcessor": "data.scan",
     "VolumeSession": "infer.session",
     "VolumeView": "data.volumeview",
+    "combine": "combine",
     "fit": "train.loop",
     "generate": "infer.text",
     "judge": "infer.text",
@@ -122,6 +124,7 @@ __all__ = [
     "VolumeProcessor",
     "VolumeSession",
     "VolumeView",
+    "combine",
     "fit",
     "generate",
     "judge",

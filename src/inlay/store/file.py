@@ -21,7 +21,7 @@ CONFIG, WEIGHTS, METRICS, CARD = (
 )
 FORMAT = 1  # of the record; raised when an older inlay would read it wrong
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format itself
-_DIGEST = "inlay_sha256"
+DIGEST = "inlay_sha256"
 _WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _INCIDENTAL = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
 # What loading reads from the record, with its type.
@@ -135,16 +135,23 @@ def sign(data: bytes) -> bytes:
     """Add the digest to the metadata of a safetensors file given as bytes; equal content gives equal bytes."""
     length = int.from_bytes(data[:8], "little")
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
-    header.setdefault("__metadata__", {})[_DIGEST] = _digest(header, body)
+    header.setdefault("__metadata__", {})[DIGEST] = _digest(header, body)
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + body
 
 
 def _digest(header: dict[str, Any], body: bytes | memoryview) -> str:
-    metadata = {k: v for k, v in header.get("__metadata__", {}).items() if k != _DIGEST}
+    seen = hasher(header)
+    seen.update(body)
+    return seen.hexdigest()
+
+
+def hasher(header: dict[str, Any]) -> Any:
+    """SHA-256 that has seen a header, its own digest left out; the tensors, in the order of their bytes, follow."""
+    metadata = {k: v for k, v in header.get("__metadata__", {}).items() if k != DIGEST}
     canonical = json.dumps({**header, "__metadata__": metadata}, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode() + body).hexdigest()
+    return hashlib.sha256(canonical.encode())
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -165,20 +172,30 @@ def _header(path: Path) -> dict[str, Any]:
         length = int.from_bytes(start[:8], "little")
         _check_start(path, start, size)
         file.seek(8)
-        text, body = file.read(length), memoryview(file.read())
+        text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_unique)
-        _check_tiling({key: entry for key, entry in header.items() if key != "__metadata__"}, len(body))
+        _check_tiling({key: entry for key, entry in header.items() if key != "__metadata__"}, size - 8 - length)
         metadata = header.get("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata is no table of texts")
     except (ValueError, AttributeError, RecursionError) as error:
         raise InlayError(f"{path} is damaged: {error}; get it again.") from None
-    if _DIGEST not in metadata and "inlay" in metadata:
+    if DIGEST not in metadata and "inlay" in metadata:
         raise InlayError(f"{path} is damaged: its checksum is gone; get it again.")
-    if _DIGEST in metadata and metadata[_DIGEST] != _digest(header, body):
+    if DIGEST in metadata and metadata[DIGEST] != _digest_of(path, header, 8 + length):
         raise InlayError(f"{path} is damaged: its content does not match the checksum stored in it; get it again.")
     return header
+
+
+def _digest_of(path: Path, header: dict[str, Any], start: int) -> str:
+    """By pieces: a file may be larger than what memory is left for it."""
+    seen, piece = hasher(header), bytearray(1 << 20)
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while count := file.readinto(piece):
+            seen.update(memoryview(piece)[:count])
+    return seen.hexdigest()
 
 
 def _check_start(path: Path, start: bytes, size: int) -> None:

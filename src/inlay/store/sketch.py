@@ -10,14 +10,12 @@ import torch
 from inlay._peft import base_modules, dequantized
 from inlay.errors import InlayError
 from inlay.models import head_of
+from inlay.store.likeness import TOLERANCE, distance
+
+__all__ = ["TOLERANCE", "distance", "precision_of", "sketch"]
 
 TENSORS = 64  # as many weights are sketched, evenly spaced over the depth
 SIDE = 4096  # and no more than so many rows and columns of each
-
-# Largest root-mean-square distance to the stored sketch. Rounding a weight by a relative error e moves its sketch by
-# about e. Measured on three ViTs, a pre-trained MobileNetV2 and a 260k Llama: fp16 0.0002, bf16 0.0018, int8 0.008, NF4
-# 0.11 at most. Weights changed by 2 % are 0.017 apart at least, also when both are in bf16, other weights 1.2.
-TOLERANCE = {"float32": 0.005, "float16": 0.005, "bfloat16": 0.006, "int8": 0.04, "nf4": 0.25}
 
 
 def sketch(model: torch.nn.Module) -> dict[str, Any]:
@@ -39,12 +37,6 @@ def sketch(model: torch.nn.Module) -> dict[str, Any]:
         "parameters": sum(_count(module) for _, module in weights),
         "values": base64.b64encode(np.asarray(values, dtype="<f4").tobytes()).decode(),
     }
-
-
-def distance(stored: dict[str, Any], found: dict[str, Any]) -> float:
-    """Root-mean-square distance per weight matrix of two sketches; about 1.4 for unrelated weights of equal size."""
-    a, b = (np.frombuffer(base64.b64decode(s["values"]), dtype="<f4").astype(np.float64) for s in (stored, found))
-    return float(np.sqrt(2 * np.mean((a - b) ** 2))) if a.shape == b.shape and a.size else float("inf")
 
 
 def precision_of(model: torch.nn.Module) -> str:

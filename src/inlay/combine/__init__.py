@@ -1,0 +1,251 @@
+"""Combine adapters: one adapter of several, from their files alone, with its error said.
+
+`inlay.combine` is this package and, called, its function.
+"""
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from inlay.atomic import writing
+from inlay.combine.bottlenecks import BottleneckSum, SpatialSum
+from inlay.combine.heads import WAYS, Heads, join_heads
+from inlay.combine.lora import LoraSum
+from inlay.combine.read import PREFIX, PROMPT_TYPES, Array, Part, Source, open_adapters
+from inlay.combine.rules import RULES, Settings, chosen_rule, weights_for
+from inlay.combine.sums import Plan, Sum
+from inlay.combine.unions import AttentionPrefixSum, DeltaSum, Ia3Sum, PeftPromptSum, VisualPromptSum
+from inlay.combine.widths import total_error
+from inlay.combine.write import Stream, metadata_of, read_back, record_of, versions, write_settings
+from inlay.errors import InlayError
+from inlay.store.file import CONFIG, WEIGHTS
+
+__all__ = ["RULES", "Combined", "combine"]
+
+SUMS: dict[str, type[Sum]] = {
+    "LORA": LoraSum,
+    "IA3": Ia3Sum,
+    "INLAY_BOTTLENECK": BottleneckSum,
+    "INLAY_ATTENTION_PREFIX": AttentionPrefixSum,
+    "INLAY_VISUAL_PROMPT": VisualPromptSum,
+    "INLAY_PARTIAL": DeltaSum,
+    "INLAY_SPATIAL3D": SpatialSum,
+    "PROMPT_TUNING": PeftPromptSum,
+    "PREFIX_TUNING": PeftPromptSum,
+}
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What a combination is.
+
+    Attributes:
+        folder: Where it was written.
+        rule: Its row in RULES.
+        weights: By adapter, as the rule took them.
+        widths: Rank, units or length of each method; none for differences of weights.
+        heads: What became of the heads.
+        labels: Class names in the order of the logits.
+        error: Relative error of the update in total, against what the rule gives without a limit of width; 0: exact.
+        errors: The same by module.
+    """
+
+    folder: Path
+    rule: str
+    weights: dict[str, float]
+    widths: dict[str, int]
+    heads: str
+    labels: list[str]
+    error: float
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+def combine(
+    adapters: Mapping[Any, float],
+    rule: str = "add",
+    *,
+    out: str | Path,
+    width: int | Literal["auto"] | None = None,
+    error: float = 0.01,
+    density: float = 0.5,
+    seed: int = 0,
+    heads: str = "auto",
+    activations: Mapping[str, Array] | None = None,
+) -> Combined:
+    """Make one adapter of several, from their files alone: no base is loaded, and one module at a time is in memory.
+
+    `add` and `average` are exact: the result computes what the adapters compute together (see DESIGN, the algebra). A
+    folder that plain peft saved is as good as ours; the result is one that peft loads. Nothing is written unless it
+    passes its check against the adapters.
+
+    Args:
+        adapters: Folders (or Hub ids) and weights, any real numbers.
+        rule: A name in RULES.
+        out: Folder of the result.
+        width: Largest rank, or size of a bottleneck, of the result; auto: the smallest that `error` allows.
+        error: For "auto", ‖ΔW - ΔW'‖ / ‖ΔW‖ of all modules together.
+        density: Share of the entries that ties, dare, magnitude and knots keep.
+        seed: Of dare.
+        heads: What classifier heads become: auto (disjoint labels are stacked, equal ones averaged), stack, average, or
+            the name of the adapter whose head, labels and preprocessing are kept.
+        activations: Hidden states (N, d) that reach the bottleneck of a module, by the module's name: a smaller width
+            is then fitted to them.
+
+    Raises:
+        InlayError: Adapters of other bases, or that do not add, with the reason; weights or a width that make no sense.
+
+    Source: the rules have theirs in RULES; the exact sums are those of He et al. 2021, arXiv:2110.04366, table 1.
+    """
+    settings = Settings(density, seed)
+    row = chosen_rule(rule, settings)
+    _check_width(width, error)
+    sources = open_adapters(adapters)
+    try:
+        weights = weights_for(row, [source.weight for source in sources])
+        sources = [_weighted(source, weight) for source, weight in zip(sources, weights, strict=True)]
+        head = join_heads(sources, heads)
+        keep = heads if heads not in WAYS else None
+        plan = Plan(row, settings, width, error, keep, dict(activations or {}))
+        return _write(sources, sums(sources, plan), head, rule, keep, _checked_folder(out, sources))
+    finally:
+        for source in sources:
+            source.tensors.close()
+
+
+def _check_width(width: Any, error: float) -> None:
+    whole = isinstance(width, int) and not isinstance(width, bool) and width >= 1
+    if not (width is None or width == "auto" or whole) or not 0 <= error < 1:
+        raise InlayError(
+            f"expected a width of at least 1 or 'auto', and an error from 0 to below 1, got {width!r}, {error}."
+        )
+
+
+def _checked_folder(out: str | Path, sources: Sequence[Source]) -> Path:
+    folder = Path(out).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / CONFIG).is_file():
+        raise InlayError(f"{folder} exists and is not an adapter; give another folder.")
+    if any(folder.resolve() == source.file.folder.resolve() for source in sources):
+        raise InlayError(f"{folder} is one of the adapters that are combined; give another folder.")
+    return folder
+
+
+def _weighted(source: Source, weight: float) -> Source:
+    parts = {kind: replace(part, weight=weight) for kind, part in source.parts.items()}
+    return replace(source, weight=weight, parts=parts)
+
+
+def sums(sources: Sequence[Source], plan: Plan) -> dict[str, Sum]:
+    """The sum of each method that one of the adapters has; methods stand beside one another in a composite.
+
+    Raises:
+        InlayError: A method that does not add.
+    """
+    kinds = dict.fromkeys(kind for source in sources for kind in source.parts)
+    for source in sources:
+        for kind in source.parts:
+            if kind not in SUMS:
+                raise InlayError(
+                    f"adapter {source.name!r} is of the method {kind}, which is no sum over a width, so that two of "
+                    "them do not add; use dense=True, which takes the base and gives the sum as a partial delta."
+                )
+    if len(kinds) > 1 and set(kinds) & set(PROMPT_TYPES):
+        raise InlayError(
+            f"{' and '.join(kinds)} cannot be one adapter: peft's prompts and prefixes wrap no module; train an "
+            "attention prefix of inlay instead."
+        )
+    found: dict[str, Sum] = {}
+    for kind in kinds:
+        parts: list[Part] = [source.parts[kind] for source in sources if kind in source.parts]
+        found[kind] = SUMS[kind](parts, plan)
+    return found
+
+
+def config_of(sources: Sequence[Source], made: Mapping[str, Sum], heads: Heads) -> dict[str, Any]:
+    """adapter_config.json of the result; several methods make a composite."""
+    first = sources[0].file.config
+    if len(made) == 1:
+        config = {**next(iter(made.values())).config}
+    else:
+        own = {"modules_to_save": None, "base_model_name_or_path": None, "auto_mapping": None, "inference_mode": False}
+        config = {
+            "peft_type": "INLAY_COMPOSITE",
+            "parts": [{**each.config, **own} for each in made.values()],
+            "peft_version": first.get("peft_version"),
+        }
+    for key in ("auto_mapping", "base_model_name_or_path", "revision", "task_type"):
+        config[key] = first.get(key)
+    config["inference_mode"] = True
+    if heads.modules or "modules_to_save" in config or len(made) > 1:
+        config["modules_to_save"] = heads.modules or None
+    return config
+
+
+def shapes_of(made: Iterable[Sum], heads: Heads) -> dict[str, tuple[int, ...]]:
+    """Key and shape of every tensor of the result, in the order in which they are written."""
+    shapes = dict(heads.shapes)
+    for each in made:
+        for site, leaves in each.shapes.items():
+            shapes |= {_key(site, leaf): shape for leaf, shape in leaves.items()}
+    return shapes
+
+
+def _key(site: str, leaf: str) -> str:
+    return f"{PREFIX}{site}.{leaf}" if site else leaf
+
+
+def _write(
+    sources: Sequence[Source], made: dict[str, Sum], heads: Heads, rule: str, keep: str | None, folder: Path
+) -> Combined:
+    """All tensors into a folder that takes its place at the end, read back and compared before that."""
+    config, shapes = config_of(sources, made, heads), shapes_of(made.values(), heads)
+    said: dict[str, Any] = {
+        "rule": rule,
+        "paper": RULES[rule].paper,
+        "of": [{"name": source.name, "weight": source.weight} for source in sources],
+        "heads": heads.said,
+    }
+    record = record_of(sources, heads, keep, dict(said))
+    with writing(folder) as new:
+        stream = Stream(new / WEIGHTS, shapes, metadata_of(config, record))
+        for key in heads.shapes:
+            stream.write(key, heads.make(key))
+        for each in made.values():
+            for site, leaves in each.shapes.items():
+                tensors = each.make(site)
+                for leaf in leaves:
+                    stream.write(_key(site, leaf), tensors.pop(leaf))
+        stream.close()
+        errors = {site: value for each in made.values() for site, value in each.errors.items()}
+        norms = {site: each.norms.get(site, 1.0) for each in made.values() for site in each.errors}
+        off = total_error(errors, norms)
+        datasets = [str(source.file.metrics.get("dataset") or source.name) for source in sources]
+        metrics = {
+            "combined": {**said, "error": off},
+            "dataset": " + ".join(dict.fromkeys(datasets)),
+            "versions": versions(),
+        }
+        write_settings(new, config, record, metrics)
+        read_back(new, shapes)
+    weights = {source.name: source.weight for source in sources}
+    widths = {kind: _width(each) for kind, each in made.items() if _width(each)}
+    return Combined(folder, rule, weights, widths, heads.said, heads.labels, off, errors)
+
+
+def _width(made: Sum) -> int:
+    config = made.config
+    if isinstance(made, LoraSum):
+        return max(made.ranks.values())
+    return int(config.get("width") or config.get("length") or config.get("num_virtual_tokens") or 0)
+
+
+class _Verb(ModuleType):
+    """`inlay.combine` is a package, as its parts have to be somewhere, and what users call."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Combined:
+        return combine(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Verb

@@ -1,0 +1,262 @@
+"""Sums of LoRA: exact by concatenation, smaller by an SVD of the factors, other rules on ΔW module by module.
+
+The scale (alpha / r, or alpha / √r with rsLoRA) and the weight go into B, so that the result is a plain LoRA with
+alpha = r. Modules may have different ranks, and some may be in one adapter alone.
+"""
+
+import math
+import re
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from typing_extensions import override
+
+from inlay.combine.read import Array, Part
+from inlay.combine.rules import RULES
+from inlay.combine.sums import Leaves, Sum, agree, common
+from inlay.combine.widths import Spectrum, auto_widths, norm, spectrum, spectrum_of
+from inlay.errors import InlayError
+
+_LINEAR = ("lora_A.weight", "lora_B.weight")
+_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+_BIAS = "lora_B.bias"
+# Settings that do not change what a saved adapter computes, or that are taken into account here.
+_UNDERSTOOD = frozenset(
+    """
+    peft_type task_type inference_mode base_model_name_or_path revision auto_mapping peft_version r lora_alpha
+    target_modules exclude_modules lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights
+    layers_to_transform layers_pattern rank_pattern alpha_pattern lora_bias qalora_group_size megatron_core
+    loftq_config eva_config corda_config lora_ga_config runtime_config ensure_weight_tying use_dora
+    """.split()  # noqa: SIM905
+)
+_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change the base
+
+
+def scale(part: Part, site: str) -> float:
+    """What B·A of a module is multiplied with in peft."""
+    rank = part.shape(site, _leaves(part, site)[0])[0]
+    alpha = part.config.get("lora_alpha", 8)
+    for pattern, value in (part.config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", site):
+            alpha = value
+            break
+    return float(alpha) / (math.sqrt(rank) if part.config.get("use_rslora") else rank)
+
+
+def factors(part: Part, site: str) -> tuple[Array, Array]:
+    """B (d_out, r), with the scale but without the weight in it, and A (r, d_in); kernels of convolutions are flat."""
+    down, up = (part.read(site, leaf) for leaf in _leaves(part, site))
+    return up.reshape(len(up), -1) * np.float32(scale(part, site)), down.reshape(len(down), -1)
+
+
+def _leaves(part: Part, site: str) -> tuple[str, str]:
+    return _EMBEDDING if _EMBEDDING[0] in part.sites[site] else _LINEAR
+
+
+class LoraSum(Sum):
+    """Several LoRAs as one."""
+
+    method = "LoRA"
+    merges = True
+
+    @override
+    def settle(self) -> dict[str, Any]:
+        for part in self.parts:
+            _check(part)
+        agree("LoRA", self.parts, ["fan_in_fan_out"], "only adapters of one base can be combined")
+        self.biased = any(part.config.get("lora_bias") for part in self.parts)
+        self.ranks = self._ranks()
+        usual = Counter(self.ranks.values()).most_common(1)[0][0]
+        others = {re.escape(s): r for s, r in sorted(self.ranks.items(), key=lambda x: -len(x[0])) if r != usual}
+        return common(
+            self.parts, self.names, r=usual, lora_alpha=usual, rank_pattern=others, alpha_pattern=dict(others),
+            use_rslora=False, lora_bias=self.biased, loftq_config={}, init_lora_weights=True,
+        )  # fmt: skip
+
+    def _ranks(self) -> dict[str, int]:
+        width = self.plan.width
+        full = {site: sum(p.shape(site, _leaves(p, site)[0])[0] for p in self.acting(site)) for site in self.names}
+        if width is None:
+            return full
+        grouped = [site for site in self.names if self._groups(site) > 1]
+        if grouped:
+            raise InlayError(
+                f"{grouped[0]} is a convolution in groups, whose LoRA has no smaller form; leave width out."
+            )
+        most = {site: min(full[site], *self._sizes(site)) for site in self.names}
+        if width != "auto":
+            return {site: min(width, most[site]) for site in self.names}
+        if self.plan.rule.merge is not None:
+            raise InlayError('width="auto" is for add and average; give a number with the other rules.')
+        return auto_widths({site: self._spectrum(site).values[: most[site]] for site in self.names}, self.plan.error)
+
+    def _sizes(self, site: str) -> tuple[int, int]:
+        """d_out and d_in."""
+        part = self.acting(site)[0]
+        down, up = (part.shape(site, leaf) for leaf in _leaves(part, site))
+        return up[0], math.prod(down[1:])
+
+    def _groups(self, site: str) -> int:
+        """Of a convolution: peft's B sees the ranks of its own group alone."""
+        part = self.acting(site)[0]
+        down, up = (part.shape(site, leaf) for leaf in _leaves(part, site))
+        return down[0] // up[1] if len(up) > 2 else 1
+
+    @override
+    def layout(self, site: str) -> Leaves:
+        here = self.acting(site)
+        if len({_leaves(part, site) for part in here}) > 1:
+            raise InlayError(f"{site} is an embedding in one adapter and none in another; combine those of one base.")
+        (a, b), rank = _leaves(here[0], site), self.ranks[site]
+        downs, ups = ({p.name: (p.shape(site, leaf)) for p in here} for leaf in (a, b))
+        sizes = {(down[1:], up[:1], up[2:]) for down, up in zip(downs.values(), ups.values(), strict=True)}
+        if len(sizes) > 1:
+            raise InlayError(f"{site}.{a} is {downs}, {b} {ups}; only adapters of one base can be combined.")
+        down, up = downs[here[0].name], ups[here[0].name]
+        shapes = {a: (rank, *down[1:]), b: (up[0], rank // self._groups(site), *up[2:])}
+        if self.biased and a == _LINEAR[0]:
+            shapes[_BIAS] = up[:1]
+        return shapes
+
+    @override
+    def make(self, site: str) -> dict[str, Array]:
+        here, shapes = self.acting(site), self.shapes[site]
+        a, b = _leaves(here[0], site)
+        if self.plan.rule.merge is not None:
+            up, down = self._merged(site)
+        elif self.plan.width is not None:
+            found, rank = self._spectrum(site), self.ranks[site]
+            self.errors[site], self.norms[site] = found.error(rank), norm(found.values)
+            up, down = found.cut(rank)
+            self._check_cut(site, up, down)
+        else:
+            up, down = self._joined(site)
+            self.errors[site] = 0.0
+        made = {a: down.reshape(shapes[a]), b: up.reshape(shapes[b])}
+        if _BIAS in shapes:
+            made[_BIAS] = self._bias(site)
+        return made
+
+    def _joined(self, site: str) -> tuple[Array, Array]:
+        """B and A with the units of all; those of a convolution in groups stand group by group."""
+        (a, b), groups = _leaves(self.acting(site)[0], site), self._groups(site)
+        shapes = self.shapes[site]
+        down, up = np.empty(shapes[a], np.float32), np.empty(shapes[b], np.float32)
+        rows = down.reshape(groups, -1, *shapes[a][1:])
+        probe = _probe(site, self._sizes(site)[1])
+        wanted, at = np.zeros((groups, len(up) // groups)), 0
+        for part in self.acting(site):
+            width = part.shape(site, a)[0] // groups
+            piece, factor = rows[:, at : at + width], part.weight * scale(part, site)
+            if groups == 1:
+                part.tensors.into(part.sites[site][a], piece[0])
+            else:
+                piece[...] = part.read(site, a).reshape(piece.shape)
+            own = part.read(site, b)
+            hidden = piece.reshape(groups, width, -1) @ probe  # G w
+            wanted += factor * np.einsum("gow,gw->go", own.reshape(groups, -1, width), hidden)
+            np.multiply(own, np.float32(factor), out=up[:, at : at + width])
+            at += width
+        hidden = rows.reshape(groups, at, -1) @ probe
+        found = np.einsum("gow,gw->go", up.reshape(groups, -1, at), hidden)
+        size = norm(up) * norm(hidden)  # where terms cancel, rounding is as large as they are
+        self.check(site, found, wanted, max(norm(wanted), size))
+        return up, down
+
+    def _spectrum(self, site: str) -> Spectrum:
+        """Of the exact sum, with the weights in it."""
+        pairs = [(factors(part, site), part.weight) for part in self.acting(site)]
+        up = np.concatenate([np.float32(w) * b for (b, _), w in pairs], axis=1)
+        return spectrum(up, np.concatenate([a for (_, a), _ in pairs]))
+
+    def _check_cut(self, site: str, up: Array, down: Array) -> None:
+        """What was cut off is orthogonal to what stays, and as large as was said."""
+        probe = _probe(site, down.shape[1])
+        whole = np.zeros(len(up))
+        for part in self.acting(site):
+            own, inner = factors(part, site)
+            whole += part.weight * (own @ (inner @ probe))
+        found = up.T @ (up @ (down @ probe))
+        self.check(site, found, up.T @ whole, max(norm(up) * norm(whole), norm(up) ** 2 * norm(down @ probe)))
+
+    def _merged(self, site: str) -> tuple[Array, Array]:
+        """A rule on the true updates, and the best update of the width for what it gives."""
+        merge = self.plan.rule.merge
+        assert merge is not None
+        here, rank = self.acting(site), self.ranks[site]
+        weights = [part.weight for part in here]
+        if self.plan.rule is RULES["knots"]:
+            up, down = self._knots(site)
+            found = spectrum(up, down)
+            self.errors[site], self.norms[site] = found.error(rank), norm(found.values)
+            return found.cut(rank)
+        deltas = [up @ down for up, down in (factors(part, site) for part in here)]
+        dense = merge(deltas, weights, self.plan.settings, site)
+        up, down, self.errors[site] = spectrum_of(dense, rank)
+        self.norms[site] = norm(dense)
+        self.check(site, up.T @ (up @ down), up.T @ dense, norm(up) * norm(dense))
+        return up, down
+
+    def _knots(self, site: str) -> tuple[Array, Array]:
+        """[ΔW_1, ..., ΔW_n] = U S [V_1, ..., V_n]ᵀ; the rule on the V_i, between U S and nothing: no ΔW is formed."""
+        merge = self.plan.rule.merge
+        assert merge is not None
+        here = self.acting(site)
+        pairs = [factors(part, site) for part in here]
+        basis, tall = np.linalg.qr(np.concatenate([up for up, _ in pairs], axis=1))
+        ends = np.cumsum([up.shape[1] for up, _ in pairs])[:-1]
+        cores = [r @ down for r, (_, down) in zip(np.split(tall, ends, axis=1), pairs, strict=True)]
+        u, s, v = np.linalg.svd(np.concatenate(cores, axis=1), full_matrices=False)
+        own = [np.ascontiguousarray(x, np.float32) for x in np.split(v, len(here), axis=1)]
+        merged = merge(own, [part.weight for part in here], self.plan.settings, site)
+        return (basis @ u * s).astype(np.float32), merged
+
+    def _bias(self, site: str) -> Array:
+        """Of B: it is scaled as B·A is."""
+        here = [part for part in self.acting(site) if _BIAS in part.sites[site]]
+        total = np.zeros(self.shapes[site][_BIAS], np.float32)
+        biases = [part.read(site, _BIAS) * np.float32(scale(part, site)) for part in here]
+        if self.plan.rule.merge is not None and biases:
+            return self.plan.rule.merge(biases, [p.weight for p in here], self.plan.settings, f"{site}.bias")
+        for part, bias in zip(here, biases, strict=True):
+            total += np.float32(part.weight) * bias
+        return total
+
+
+def _probe(site: str, size: int) -> Array:
+    """A random input, the same for a module each time."""
+    return np.random.default_rng(len(site)).standard_normal(size, np.float32)
+
+
+def _check(part: Part) -> None:
+    """That a sum of these is the sum of their effects."""
+    config, name = part.config, part.name
+    init = config.get("init_lora_weights")
+    if config.get("use_dora"):
+        raise InlayError(
+            f"adapter {name!r} is a DoRA, whose magnitudes depend on the base's weights, so that updates do not add; "
+            "use dense=True, which takes the base and gives the sum as a partial delta."
+        )
+    if isinstance(init, str) and init.lower().startswith(_CHANGING):
+        raise InlayError(
+            f"adapter {name!r} was initialised by {init!r}, which changes the base; make it a plain one with peft's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...)."
+        )
+    if config.get("bias", "none") != "none":
+        raise InlayError(
+            f"adapter {name!r} was trained with bias={config['bias']!r}, biases of the base; use lora_bias."
+        )
+    strange = [key for key, value in config.items() if key not in _UNDERSTOOD and value]
+    leaves = {leaf for site in part.sites.values() for leaf in site} - {*_LINEAR, *_EMBEDDING, _BIAS}
+    if strange or leaves:
+        raise InlayError(
+            f"adapter {name!r} is a kind of LoRA that does not add as B·A does ({', '.join([*strange, *leaves])}); "
+            "use dense=True, which takes the base and gives the sum as a partial delta."
+        )
+    for site in part.sites:
+        missing = [leaf for leaf in _leaves(part, site) if leaf not in part.sites[site]]
+        if missing:
+            raise InlayError(f"adapter {name!r} lacks {site}.{missing[0]}; get it again.")
+    if not part.sites:
+        raise InlayError(f"adapter {name!r} holds no LoRA tensor; get it again.")

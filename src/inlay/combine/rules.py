@@ -1,0 +1,142 @@
+"""RULES: the ways to make one update of several, each with its paper, in one table.
+
+The linear ones are exact: what they give is a sum of the updates, kept as a concatenation along the width. The others
+work on the true updates ΔW, one module at a time (B·A with all scales in it, never on B and A by themselves, whose
+averages have no meaning), and their result is cut back to a width by its SVD.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from inlay.combine.read import Array
+from inlay.errors import InlayError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the rules need to know.
+
+    Attributes:
+        density: Share of the entries that ties, dare and magnitude keep.
+        seed: Of what dare draws.
+    """
+
+    density: float = 0.5
+    seed: int = 0
+
+
+Merge = Callable[[list[Array], Sequence[float], Settings, str], Array]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of RULES.
+
+    Attributes:
+        paper: Where it comes from.
+        says: What it does, in a line.
+        merge: Updates of one module, weights, settings and the module's name to one update; None: their weighted sum.
+        normal: The weights are divided by their sum.
+    """
+
+    paper: str
+    says: str
+    merge: Merge | None = None
+    normal: bool = False
+
+
+def _peft(name: str, deltas: list[Array], weights: Sequence[float], **settings: Any) -> Array:
+    """One of peft's functions on stacked updates; it needs torch, which the linear rules do not."""
+    import torch
+    from peft.utils import merge_utils
+
+    merge = getattr(merge_utils, name)
+    merged = merge([torch.from_numpy(delta) for delta in deltas], torch.tensor(weights), **settings)
+    found: Array = merged.numpy()
+    return found
+
+
+def _sum(deltas: list[Array], weights: Sequence[float]) -> Array:
+    total = np.zeros_like(deltas[0])
+    for delta, weight in zip(deltas, weights, strict=True):
+        total += np.float32(weight) * delta
+    return total
+
+
+def _kept(settings: Settings, size: int) -> float:
+    """The density, of which peft rounds down: one entry at least stays."""
+    return max(settings.density, 1.0 / max(size, 1) * (1 + 1e-9))
+
+
+def ties(deltas: list[Array], weights: Sequence[float], settings: Settings, site: str) -> Array:
+    """Trim small entries, elect a sign for each entry, average those that have it."""
+    density = _kept(settings, deltas[0].size)
+    if density >= 1:  # peft would warn that nothing is pruned
+        import torch
+        from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge
+
+        stacked = torch.from_numpy(np.stack(deltas))
+        mask = calculate_majority_sign_mask(stacked)
+        scale = torch.tensor(weights).view(-1, *[1] * deltas[0].ndim)
+        found: Array = disjoint_merge(stacked * scale, mask).numpy()
+        return found
+    return _peft("ties", deltas, weights, density=density)
+
+
+def magnitude(deltas: list[Array], weights: Sequence[float], settings: Settings, site: str) -> Array:
+    """Keep the largest entries of each update, and add."""
+    density = _kept(settings, deltas[0].size)
+    return _sum(deltas, weights) if density >= 1 else _peft("magnitude_prune", deltas, weights, density=density)
+
+
+def dare(deltas: list[Array], weights: Sequence[float], settings: Settings, site: str) -> Array:
+    """Drop entries at random, scale the rest up to keep the expectation, and add; a site draws the same each time."""
+    if settings.density >= 1:
+        return _sum(deltas, weights)
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed * 1_000_003 + zlib.crc32(site.encode()))
+        return _peft("dare_linear", deltas, weights, density=settings.density)
+
+
+RULES = {
+    "add": Rule("Hu et al. 2021, arXiv:2106.09685, section 4", "the weighted sum of the updates: exact"),
+    "average": Rule(
+        "Chronopoulou et al. 2023, arXiv:2302.07027", "the sum, its weights divided by theirs: exact", normal=True
+    ),
+    "task_arithmetic": Rule("Ilharco et al. 2022, arXiv:2212.04089", "the sum; negative weights forget a task: exact"),
+    "ties": Rule("Yadav et al. 2023, arXiv:2306.01708", "trim, elect signs, average those that agree", ties),
+    "dare": Rule("Yu et al. 2023, arXiv:2311.03099", "drop at random, rescale, add", dare),
+    "magnitude": Rule("Han et al. 2015, arXiv:1506.02626", "keep the largest entries, add", magnitude),
+    "knots": Rule("Stoica et al. 2024, arXiv:2410.19735", "ties in the singular basis that the updates share", ties),
+}
+
+
+def chosen_rule(name: str, settings: Settings) -> Rule:
+    """A row of RULES.
+
+    Raises:
+        InlayError: There is none of that name; a density that is no share.
+    """
+    if name not in RULES:
+        raise InlayError(f"there is no rule {name!r}; {', '.join(RULES)} are.")
+    if not 0 < settings.density <= 1:
+        raise InlayError(f"density must be above 0 and at most 1, got {settings.density}.")
+    return RULES[name]
+
+
+def weights_for(rule: Rule, weights: Sequence[float]) -> list[float]:
+    """The weights as the rule takes them.
+
+    Raises:
+        InlayError: They shall add up to 1, but add up to 0.
+    """
+    total = float(sum(weights))
+    if rule.normal and abs(total) < 1e-12:
+        raise InlayError(f"an average divides by the sum of the weights, but {list(weights)} add up to 0; use add.")
+    return [w / total for w in weights] if rule.normal else list(weights)

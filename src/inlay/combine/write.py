@@ -1,0 +1,156 @@
+"""Write a combination as an adapter folder, tensor by tensor, and read it back."""
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from inlay.atomic import write_json
+from inlay.combine.heads import Heads
+from inlay.combine.read import Array, Source
+from inlay.errors import InlayError
+from inlay.store.file import CARD, CONFIG, DIGEST, FORMAT, METRICS, WEIGHTS, fingerprint, hasher, read_adapter
+
+
+class Stream:
+    """A safetensors file in float32 that is written one tensor at a time, in the order of its header.
+
+    The digest in the header is taken from what is in memory, so that reading the file back compares it with that.
+    """
+
+    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, str]) -> None:
+        self.path, self._left = path, dict(shapes)
+        header: dict[str, Any] = {"__metadata__": {**metadata, DIGEST: "0" * 64}}
+        at = 0
+        for key, shape in shapes.items():
+            end = at + 4 * int(np.prod(shape, dtype=np.int64))
+            header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, end]}
+            at = end
+        self._header, self._seen = header, hasher(header)
+        self._file = path.open("wb", buffering=0)
+        self._put(self._text())
+
+    def _text(self) -> bytes:
+        text = json.dumps(self._header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    def _put(self, data: Any) -> None:
+        view, at = memoryview(data), 0
+        while at < len(view):
+            at += self._file.write(view[at : at + (1 << 30)])
+
+    def write(self, key: str, value: Array) -> None:
+        """The next tensor.
+
+        Raises:
+            InlayError: It holds NaN or Inf.
+        """
+        expected = next(iter(self._left))
+        if key != expected or value.shape != self._left.pop(expected):
+            raise ValueError(f"expected {expected}, got {key} {value.shape}")  # a fault of this package
+        flat = np.ascontiguousarray(value, "<f4").reshape(-1)
+        for i in range(0, len(flat), 1 << 16):  # in pieces that stay in the processor's cache
+            if not np.isfinite(flat[i : i + (1 << 16)]).all():
+                raise InlayError(f"the combined tensor {key!r} holds NaN or Inf; nothing was written.")
+        if len(flat):
+            data = memoryview(flat.view(np.uint8))  # type: ignore[arg-type]
+            self._seen.update(data)
+            self._put(data)
+
+    def close(self) -> None:
+        """Put the digest in its place."""
+        if self._left:
+            raise ValueError(f"{next(iter(self._left))} was not written")
+        self._header["__metadata__"][DIGEST] = self._seen.hexdigest()
+        self._file.seek(0)
+        self._put(self._text())
+        self._file.close()
+
+
+def record_of(sources: Sequence[Source], heads: Heads, keep: str | None, made: dict[str, Any]) -> dict[str, Any]:
+    """What loading has to know: of the adapters, all but labels and head; empty where plain peft has saved all of them.
+
+    A golden output is left out: it would take the base.
+
+    Raises:
+        InlayError: The adapters take other inputs, or are for other tasks.
+    """
+    having = [source for source in sources if source.file.record]
+    if not having:
+        return {}
+    kept = next((source for source in having if source.name == keep), None)
+    first = (kept or having[0]).file.record
+    for source in having if kept is None else ():
+        for what in ("task", "preprocessing"):
+            if source.file.record.get(what) != first.get(what):
+                differs = [
+                    k for k, v in _flat(first.get(what)).items() if _flat(source.file.record.get(what)).get(k) != v
+                ]
+                raise InlayError(
+                    f"adapters {having[0].name!r} and {source.name!r} were trained with another {what} "
+                    f"({', '.join(differs) or 'more settings'}), and a combination has one; say whose is kept: heads="
+                    f"{having[0].name!r} or {source.name!r}."
+                )
+    labels = heads.labels or list(first["labels"])
+    return {
+        "format": FORMAT,
+        "task": first.get("task", "image-classification"),
+        "base": first["base"],
+        "labels": labels,
+        "head": first["head"],
+        "preprocessing": first["preprocessing"],
+        "golden": [],
+        "combined": made,
+    }
+
+
+def _flat(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {"": value}
+
+
+def write_settings(folder: Path, config: dict[str, Any], record: dict[str, Any], metrics: dict[str, Any]) -> None:
+    """adapter_config.json, metrics.json and README.md; the config is the one whose fingerprint the record has."""
+    write_json(folder / CONFIG, config)
+    write_json(folder / METRICS, metrics)
+    made = metrics["combined"]
+    rows = "\n".join(f"| {row['name']} | {row['weight']:g} |" for row in made["of"])
+    said = (
+        f"## Combined\n\nBy `{made['rule']}` ({made['paper']}). Relative error of the update: {made['error']:.2g}. "
+        f"Head: {made['heads']}.\n\n| adapter | weight |\n|---|---|\n{rows}\n"
+    )
+    if record:
+        from inlay.store.card import card
+
+        text = card(record, config, metrics)
+        text = text.replace("## Results", f"{said}\n## Results", 1)
+    else:
+        text = f"---\nlibrary_name: peft\n---\n\n# {folder.name.strip('.').removesuffix('.inlay-new')}\n\n{said}"
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def metadata_of(config: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
+    """What stands in the safetensors header beside the tensors."""
+    if not record:
+        return {"format": "pt"}
+    said = json.dumps({**record, "config": fingerprint(config)}, separators=(",", ":"), ensure_ascii=False)
+    return {"format": "pt", "inlay": said}
+
+
+def read_back(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Reload what was written: its digest is that of the tensors in memory, and nothing is missing.
+
+    Raises:
+        InlayError: The file is not what was computed.
+    """
+    file = read_adapter(folder)
+    if file.shapes != shapes:
+        raise InlayError(f"{folder / WEIGHTS} does not hold what was computed; is the disk full?")
+
+
+def versions() -> dict[str, str]:
+    """What a combination depends on."""
+    return {name: version(name) for name in ("inlay", "numpy")}

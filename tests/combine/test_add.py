@@ -1,0 +1,323 @@
+"""The exact sum, of every method: against a reference in float64, and against what the adapters do together."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from peft import LoHaConfig, LoraConfig, PeftModel
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from combine.cases import LINEAR, Convolutions, load, lora, partial, save, wide
+from inlay import InlayError, combine
+from inlay.methods import METHODS
+from methods.bases import batch, build
+
+WEIGHTS = [(1.0, 1.0), (0.7, -1.3), (1.0, 0.0)]
+
+
+def updates(folder):
+    """ΔW of a LoRA in float64, by module, from the formula in peft's documentation."""
+    weights, config = (
+        load_file(folder / "adapter_model.safetensors"),
+        json.loads((folder / "adapter_config.json").read_text()),
+    )
+    found = {}
+    for key, down in weights.items():
+        if ".lora_A." not in key and not key.endswith("lora_embedding_A"):
+            continue
+        up = weights[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")].double()
+        site = key.removeprefix("base_model.model.").split(".lora_")[0]
+        alpha = next(
+            (v for k, v in config["alpha_pattern"].items() if site.endswith(k.replace("\\", ""))), config["lora_alpha"]
+        )
+        rank = len(down)
+        scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+        groups = rank // up.shape[1]
+        down, up = down.double().reshape(groups, rank // groups, -1), up.reshape(groups, -1, rank // groups)
+        found[site] = scale * (up @ down).reshape(-1, down.shape[-1])
+        bias = weights.get(key.replace("lora_A.weight", "lora_B.bias")) if ".lora_A." in key else None
+        if bias is not None:
+            found[f"{site}.bias"] = scale * bias.double()[None]
+    return found
+
+
+def off(found, wanted):
+    """The largest relative error of a module."""
+    worst = 0.0
+    for site in found.keys() | wanted.keys():
+        a, b = found.get(site), wanted.get(site)
+        a, b = (torch.zeros_like(b) if a is None else a), (torch.zeros_like(a) if b is None else b)
+        worst = max(
+            worst, ((a - b).norm() / b.norm().clamp_min(1e-12)).item() if b.norm() > 1e-9 else (a - b).norm().item()
+        )
+    return worst
+
+
+LORAS = {
+    "plain": (lora(), lora(r=2, lora_alpha=3)),
+    "rslora": (lora(use_rslora=True), lora(r=7, use_rslora=True, lora_alpha=5)),
+    "mixed scales": (lora(use_rslora=True), lora(r=2)),
+    "other modules": (lora(target_modules=["q_proj", "fc1"]), lora(target_modules=["q_proj", "o_proj"], r=3)),
+    "patterns": (
+        lora(rank_pattern={"layers.1.attention.q_proj": 9, "fc1": 2}, alpha_pattern={"layers.1.attention.q_proj": 5}),
+        lora(rank_pattern={"layers.0.mlp.fc1": 1}, use_rslora=True),
+    ),
+    "lora_bias": (lora(lora_bias=True), lora(r=2)),
+    "both biased": (lora(lora_bias=True), lora(lora_bias=True, use_rslora=True)),
+    "some blocks": (
+        lora(layers_to_transform=[0, 1], layers_pattern="layers"),
+        lora(target_modules=r".*layers\.2.*q_proj"),
+    ),
+}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("case", LORAS)
+def test_lora_adds_exactly_and_peft_loads_it(case, weights, tmp_path):
+    a, b = (save(tmp_path / n, "vit", config, seed) for n, config, seed in zip("ab", LORAS[case], (3, 4), strict=True))
+    made = combine({a: weights[0], b: weights[1]}, out=tmp_path / "out")
+    wanted = {}
+    for folder, weight in ((a, weights[0]), (b, weights[1])):
+        for site, delta in updates(folder).items():
+            wanted[site] = wanted.get(site, 0) + weight * delta
+    assert off(updates(tmp_path / "out"), wanted) < 1e-6 and made.error == 0
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] and not config["use_rslora"]
+    # as peft computes with both, each scaled by its weight
+    base, together = build("vit").double(), load("vit", tmp_path / "out").double()
+    with torch.no_grad():
+        for site, delta in wanted.items():
+            module = base.get_submodule(site.removesuffix(".bias"))
+            (module.bias if site.endswith(".bias") else module.weight).add_(
+                delta.view_as(module.bias if site.endswith(".bias") else module.weight)
+            )
+        pixels = batch("vit")["pixel_values"].double()
+        assert torch.allclose(together(pixel_values=pixels).logits, base(pixel_values=pixels).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_convolutions_groups_and_embeddings_add_exactly(weights, tmp_path):
+    configs = [LoraConfig(r=r, lora_alpha=5, target_modules=["table", "conv", "grouped"]) for r in (2, 4)]
+    a, b = (save(tmp_path / n, Convolutions, c, s) for n, c, s in zip("ab", configs, (3, 4), strict=True))
+    combine({a: weights[0], b: weights[1]}, out=tmp_path / "out")
+    first, second = updates(a), updates(b)
+    assert len(first) == 3
+    wanted = {site: weights[0] * first[site] + weights[1] * second[site] for site in first}
+    assert off(updates(tmp_path / "out"), wanted) < 1e-6
+    model = load(Convolutions, tmp_path / "out").double()
+    base, ids = Convolutions().double(), torch.arange(2 * 5 * 4).view(2, 5, 4) % 20
+    x = base.table(ids) + F.embedding(ids, wanted["table"].T.contiguous())
+    x = x.movedim(-1, 1)
+    x = base.conv(x) + F.conv2d(x, wanted["conv"].view(12, 8, 3, 3), padding=1)
+    # peft's A of a convolution in groups sees all channels, its B the ranks of its group
+    y = base.grouped(x) + F.conv2d(x, wanted["grouped"].view(6, 12, 3, 3), padding=1)
+    assert torch.allclose(model(ids), y, atol=1e-5)
+
+
+def together(base, folders):
+    """A model with several adapters active at once, as inlay's methods add them."""
+    model = PeftModel.from_pretrained(build(base), str(folders[0]), adapter_name="n0")
+    for i, folder in enumerate(folders[1:], 1):
+        model.load_adapter(str(folder), adapter_name=f"n{i}")
+    model.base_model.set_adapter([f"n{i}" for i in range(len(folders))])
+    return model.eval()
+
+
+def same_outputs(base, one, other, limit=1e-6):
+    """Relative difference of two models in float64."""
+    values = [
+        model.double()(**{k: v.double() if v.is_floating_point() else v for k, v in batch(base).items()})
+        for model in (one, other)
+    ]
+    x, y = (v.logits if "logits" in v else v.last_hidden_state for v in values)
+    return ((x - y).norm() / y.norm()).item() < limit
+
+
+@pytest.mark.parametrize("base", ["vit", "gpt2", "sam"])
+@pytest.mark.parametrize(
+    "method",
+    ["bottleneck", "bottleneck-mlp", "bottleneck-parallel", "bottleneck-linear", "attention-prefix", "visual-prompt",
+     "visual-prompt-shallow", "partial", "bias", "norm", "mam", "lora-prompt"],
+)  # fmt: skip
+def test_other_methods_add_to_what_they_do_together(method, base, tmp_path):
+    if {"vit": "vision", "gpt2": "text", "sam": "sam"}[base] not in METHODS[method].bases:
+        pytest.skip("the method is not for this base")
+    configs = [METHODS[method].config(build(base), width) for width in (4, 3)]
+    a, b = (save(tmp_path / n, base, c, s) for n, c, s in zip("ab", configs, (3, 4), strict=True))
+    made = combine({a: 1.0, b: 1.0}, out=tmp_path / "out")
+    assert made.error == 0
+    with torch.no_grad():
+        assert same_outputs(base, load(base, tmp_path / "out"), together(base, [a, b]))
+        alone = combine({a: 1.0}, out=tmp_path / "alone")
+        assert alone.error == 0 and same_outputs(base, load(base, tmp_path / "alone"), load(base, a))
+        combine({a: 1.0, b: 0.0}, out=tmp_path / "zero")
+        assert same_outputs(base, load(base, tmp_path / "zero"), load(base, a))
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_prompts_of_peft_are_united(method, tmp_path):
+    configs = [METHODS[method].config(build("gpt2"), width) for width in (4, 3)]
+    a, b = (save(tmp_path / n, "gpt2", c, s) for n, c, s in zip("ab", configs, (3, 4), strict=True))
+    made = combine({a: 1, b: 1}, out=tmp_path / "out")
+    tables = [load_file(f / "adapter_model.safetensors")["prompt_embeddings"] for f in (a, b, tmp_path / "out")]
+    assert torch.equal(tables[2], torch.cat(tables[:2])) and made.widths == {f"{method.upper()}_TUNING": 7}
+    assert load("gpt2", tmp_path / "out")(**batch("gpt2")).logits.isfinite().all()
+    with pytest.raises(InlayError, match="no multiple: expected the weight 1 or 0 for 'b'"):
+        combine({a: 1, b: 0.5}, out=tmp_path / "half")
+    assert not (tmp_path / "half").exists()
+
+
+BOTTLENECKS = {
+    "scales": (wide(scale=3.0), wide(width=7, learn_scale=True, scale=0.3), (0.5, -2.0)),
+    "norm before": (wide(layer_norm="before"), wide(width=2, layer_norm="before"), (1.5, -0.5)),
+    "other sites": (wide(sites=["mlp"]), wide(width=6), (1.0, 1.0)),
+    "gelu": (wide(activation="gelu"), wide(activation="gelu", width=1), (-1.0, 2.0)),
+    "linear": (wide(activation=None), wide(activation=None, width=2), (0.3, 0.3)),
+}
+
+
+@pytest.mark.parametrize("case", BOTTLENECKS)
+def test_weights_of_bottlenecks_go_into_their_way_out(case, tmp_path):
+    *configs, weights = BOTTLENECKS[case]
+    a, b = (save(tmp_path / n, "vit", c, s) for n, c, s in zip("ab", configs, (3, 4), strict=True))
+    combine({a: weights[0], b: weights[1]}, out=tmp_path / "out")
+    model, both = load("vit", tmp_path / "out"), together("vit", [a, b]).double()
+    for module in both.modules():
+        for i, weight in enumerate(weights):
+            if hasattr(module, "inlay_bottleneck_weight") and f"n{i}" in module.options:
+                own = copy.copy(module.options[f"n{i}"])
+                own.scale, own.learn_scale = weight * own.scale, own.learn_scale
+                module.options[f"n{i}"] = own
+                if f"n{i}" in module.inlay_bottleneck_scale:
+                    module.inlay_bottleneck_scale[f"n{i}"].data.mul_(weight)
+    with torch.no_grad():
+        assert same_outputs("vit", model, both)
+
+
+def test_what_breaks_the_sum_is_refused_with_the_reason(tmp_path):
+    def saved(name, config, base="vit"):
+        return save(tmp_path / name, base, config, len(name))
+
+    relu, gelu = saved("relu", wide()), saved("gelu", wide(activation="gelu"))
+    after, other = saved("after", wide(layer_norm="after")), saved("after2", wide(layer_norm="after"))
+    dora, plain = saved("dora", lora(use_dora=True)), saved("plain", lora())
+    biases = saved("biases", lora(bias="lora_only"))
+    loha = saved("loha", LoHaConfig(r=2, target_modules=LINEAR))
+    text = saved("text", METHODS["bottleneck"].config(build("gpt2"), 4), "gpt2")
+    prompt = saved("prompt", METHODS["prompt"].config(build("gpt2"), 4), "gpt2")
+    for given, reason in [
+        ([relu, gelu], "activation is 'relu' in relu, 'gelu' in gelu; the units would be one layer"),
+        ([after, other], "the norm of a sum is no sum of norms"),
+        ([dora], "a DoRA, whose magnitudes depend on the base's weights"),
+        ([biases], "biases of the base"),
+        ([loha, plain], "LOHA, which is no sum over a width"),
+        ([prompt, text], "cannot be one adapter"),
+    ]:
+        with pytest.raises(InlayError, match=reason):
+            combine(dict.fromkeys(given, 1.0), out=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    combine({after: -2.0}, out=tmp_path / "one")  # by itself it has a multiple
+    model, alone = load("vit", tmp_path / "one"), load("vit", after)
+    for module in alone.modules():
+        for parameter in module.inlay_bottleneck_norm.parameters() if hasattr(module, "inlay_bottleneck_norm") else ():
+            parameter.data.mul_(-2)
+    with torch.no_grad():
+        assert same_outputs("vit", model, alone)
+
+
+def test_ia3_adds_as_differences_of_the_weights(tmp_path):
+    configs = [METHODS["ia3"].config(build("vit"), 0) for _ in range(2)]
+    a, b = (save(tmp_path / n, "vit", c, s) for n, c, s in zip("ab", configs, (3, 4), strict=True))
+    combine({a: 2.0, b: -0.5}, out=tmp_path / "out")
+    merged = [load("vit", folder).double().merge_and_unload() for folder in (a, b, tmp_path / "out")]
+    base = build("vit").double().state_dict()
+    for key, value in merged[2].state_dict().items():
+        wanted = (
+            base[key] + 2 * (merged[0].state_dict()[key] - base[key]) - 0.5 * (merged[1].state_dict()[key] - base[key])
+        )
+        assert torch.allclose(value, wanted, atol=1e-6)
+
+
+def test_methods_stand_beside_one_another_in_a_composite(tmp_path):
+    model = build("vit")
+    a = save(tmp_path / "a", "vit", METHODS["mam"].config(model, 4), 3)
+    b = save(tmp_path / "b", "vit", lora(), 4)
+    c = save(tmp_path / "c", "vit", partial(train="bias"), 5)
+    combine({b: 1.0, c: 1.0}, out=tmp_path / "out")
+    base, loaded = load("vit", b).merge_and_unload(), load("vit", tmp_path / "out")
+    for key, delta in load_file(c / "adapter_model.safetensors").items():
+        site, leaf = key.removeprefix("base_model.model.").split(".inlay_partial_delta.")
+        getattr(base.get_submodule(site), leaf).data.add_(delta)
+    with torch.no_grad():
+        assert same_outputs("vit", loaded, base, 1e-5)
+    made = combine({a: 1.0, b: 1.0, c: 1.0}, out=tmp_path / "four")
+    assert set(made.widths) == {"INLAY_ATTENTION_PREFIX", "INLAY_BOTTLENECK", "LORA"}
+    assert load("vit", tmp_path / "four")(**batch("vit")).logits.isfinite().all()
+
+
+def test_partial_deltas_add_with_their_weights(tmp_path):
+    a, b = (save(tmp_path / n, "vit", partial(last=k), s) for n, k, s in (("a", 1, 3), ("b", 2, 4)))
+    combine({a: -0.5, b: 3.0}, out=tmp_path / "out")
+    first, second, found = (load_file(f / "adapter_model.safetensors") for f in (a, b, tmp_path / "out"))
+    assert found.keys() == first.keys() | second.keys()
+    for key, value in found.items():
+        wanted = sum(w * d[key].double() for w, d in ((-0.5, first), (3.0, second)) if key in d)
+        assert (value.double() - wanted).norm() <= 1e-6 * wanted.norm()
+    assert load("vit", tmp_path / "out")(**batch("vit")).logits.isfinite().all()
+
+
+def test_types_of_half_precision_are_read_as_they_are(tmp_path):
+    from safetensors.torch import save_file
+
+    a, b = (save(tmp_path / n, "vit", lora(), s) for n, s in (("a", 3), ("b", 4)))
+    for folder, kind in ((a, torch.float16), (b, torch.bfloat16)):
+        weights = {k: v.to(kind) for k, v in load_file(folder / "adapter_model.safetensors").items()}
+        save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    combine({a: 1.0, b: -1.0}, out=tmp_path / "out")
+    first, second = updates(a), updates(b)
+    assert off(updates(tmp_path / "out"), {k: first[k] - second[k] for k in first}) < 1e-6
+
+
+def test_nan_is_refused_and_the_old_result_stays(tmp_path):
+    from safetensors.torch import save_file
+
+    a, b = (save(tmp_path / n, "vit", lora(), s) for n, s in (("a", 3), ("b", 4)))
+    combine({a: 1.0}, out=tmp_path / "out")
+    before = (tmp_path / "out/adapter_model.safetensors").read_bytes()
+    weights = load_file(b / "adapter_model.safetensors")
+    next(iter(weights.values()))[0, 0] = float("nan")
+    save_file(weights, b / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(InlayError, match="NaN or Inf"):
+        combine({a: 1.0, b: 1.0}, out=tmp_path / "out")
+    assert (tmp_path / "out/adapter_model.safetensors").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "out"]
+    with pytest.raises(InlayError, match="finite number, got nan"):
+        combine({a: float("nan")}, out=tmp_path / "out")
+    with pytest.raises(InlayError, match="one of the adapters"):
+        combine({a: 1.0}, out=a)
+
+
+def test_a_result_is_checked_before_it_is_written(tmp_path, monkeypatch):
+    from inlay.combine import lora as module
+
+    a, b = (save(tmp_path / n, "vit", lora(), s) for n, s in (("a", 3), ("b", 4)))
+    right = module.LoraSum.check
+    monkeypatch.setattr(
+        module.LoraSum,
+        "check",
+        lambda self, site, found, wanted, scale=None: right(self, site, found * 1.01, wanted, scale),
+    )
+    with pytest.raises(InlayError, match="does not pass its check"):
+        combine({a: 1.0, b: 1.0}, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_adding_is_the_same_verb_as_a_package_and_as_a_function():
+    import inlay
+    import inlay.combine.widths
+
+    assert inlay.combine is not None and callable(inlay.combine) and np.isfinite(inlay.combine.widths.norm(np.ones(3)))
