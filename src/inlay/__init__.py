@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inlay.combine import combine
+    from inlay.combine.merge import merge
     from inlay.data.images import ImageData, load_images
     from inlay.data.masks import MaskData, load_masks
     from inlay.data.maskview import MaskView
@@ -92,6 +93,7 @@ _WHERE = {
     "load_texts": "data.text",
     "load_tokenizer": "processors",
     "load_volumes": "data.volumes",
+    "merge": "combine.merge",
     "predict": "infer.images",
     "predict_masks": "infer.masks",
     "read_adapter": "store.file",
@@ -136,6 +138,7 @@ __all__ = [
     "load_texts",
     "load_tokenizer",
     "load_volumes",
+    "merge",
     "predict",
     "predict_masks",
     "read_adapter",

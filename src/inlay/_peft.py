@@ -1,5 +1,6 @@
 """All that inlay knows of peft's internals."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from peft.tuners.lora.layer import _ConvNd
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, register_peft_method, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
+
+from inlay.errors import InlayError
 
 # transformers' MobileNets read these from the convolution before they call it (`apply_tf_padding`); peft's wrapper has
 # none of them, so a wrapped MobileNet fails with an AttributeError.
@@ -170,6 +173,92 @@ def leave(layer: BaseTunerLayer) -> None:
     """Let a layer that has been taken out undo what it changed in its base module."""
     if hasattr(layer, "leave"):
         layer.leave()
+
+
+def merge_keeping(model: PeftModel) -> tuple[torch.nn.Module, Callable[[], torch.nn.Module]]:
+    """The base with the active adapter folded in, and what gives it back as it was, bit for bit, without an adapter.
+
+    Weights that merging changes are kept, as subtracting would not give them back: peft's `safe_merge` and our methods
+    put new tensors in their place, so this takes the memory of the changed ones alone.
+
+    Raises:
+        InlayError: An adapter that no weight can stand for; the model is then as it was.
+    """
+    base = model.get_base_model()
+    owned = [(module, dict(module._parameters)) for _, module in base_modules(model)]
+    values = {
+        parameter: parameter.data for _, leaves in owned for parameter in leaves.values() if parameter is not None
+    }
+    wrapped = [(plain_name(n), m) for n, m in base.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    heads = {name: module.original_module for name, module in wrapped}
+
+    def restore() -> torch.nn.Module:
+        for module, leaves in owned:
+            module._parameters.update(leaves)
+        for parameter, value in values.items():
+            parameter.data = value
+        return base
+
+    try:
+        model.base_model.merge_adapter(safe_merge=True)  # all, before the first wrapper is taken out
+    except Exception as error:  # peft's layers say it in many ways
+        restore()
+        for layer in base.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.merged_adapters = []
+        if isinstance(error, InlayError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InlayError(f"this adapter cannot be merged ({reason}); use it unmerged.") from error
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All adapters are already merged")
+        warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
+        merged = model.merge_and_unload(safe_merge=True)
+
+    def unmerge() -> torch.nn.Module:
+        for name, head in heads.items():
+            merged.set_submodule(name, head)
+        return restore()
+
+    return merged, unmerge
+
+
+def untie(model: PeftModel) -> None:
+    """Give each adapted module that shares a parameter with another one (GPT-2's token embedding and head) its own.
+
+    Merging into the shared one would change both, while the adapter acts in one alone.
+    """
+    adapted = {layer.get_base_layer() for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
+    owners: dict[torch.Tensor, list[tuple[torch.nn.Module, str]]] = {}
+    for _, module in base_modules(model):
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(parameter, []).append((module, leaf))
+    for parameter, places in owners.items():
+        for module, leaf in places if len(places) > 1 else []:
+            if module in adapted:
+                setattr(module, leaf, torch.nn.Parameter(parameter.data.clone(), requires_grad=False))
+
+
+@contextmanager
+def without_layers(model: PeftModel) -> Iterator[None]:
+    """The base with the head that was trained with the adapter, but without the adapter, inside the block."""
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    states = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, state in zip(layers, states, strict=True):
+            layer._disable_adapters = state
+
+
+def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    """A copy of what a file of the active adapter would hold."""
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {key: value.detach().clone() for key, value in weights.items()}
 
 
 def plainly_active(model: PeftModel) -> bool:

@@ -171,6 +171,28 @@ def segment(
 
 
 @app.command()
+def merge(
+    adapter: AdapterArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="The model: a new folder.")],
+    base: BaseOption = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the stored weights: float32 (the default), bfloat16 or float16.")
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="8bit or 4bit: into what such a base stands for; stored so too without --dtype.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Save even where few bits lose much of the adapter.")] = False,
+) -> None:
+    """Fold an adapter into its base, as a model that loads with transformers alone, and say what that costs."""
+    import math
+
+    from inlay.combine.merge import merge as fold
+
+    limits = {"limit": math.inf} if force else {}
+    print(fold(adapter, out, base=base, dtype=dtype, quantize=quantize, **limits))  # type: ignore[arg-type]
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Embedded base, local folder or Hub id.")],
     method: Annotated[str, typer.Option(help="Name in inlay.METHODS.")] = "lora",

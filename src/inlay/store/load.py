@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from inlay._peft import (
     PeftConfig,
     PeftModel,
     adapter_shapes,
+    adapter_weights,
     carries_adapter,
     changes_base,
     fill,
     inject,
     known_method,
+    merge_keeping,
     release,
     virtual_tokens,
 )
@@ -55,9 +57,10 @@ class LoadedAdapter:
     file: AdapterFile
     verified: bool
     deviation: float | None
+    _unmerge: Callable[[], PeftModel] | None = field(default=None, repr=False)
 
     def merge(self) -> "LoadedAdapter":
-        """Fold the adapter into the base's weights: the same outputs without the adapter's latency.
+        """Fold the adapter into the base's weights: the same outputs without its latency. `unmerge` undoes it.
 
         Raises:
             InlayError: The base is quantised, where merging would lose much of the adapter, or it is merged already; a
@@ -72,7 +75,16 @@ class LoadedAdapter:
             raise InlayError(
                 f"merging into {kind} weights would round the adapter away; load the base in float32 first."
             )
-        self.model = self.model.merge_and_unload(safe_merge=True)
+        weights = adapter_weights(self.model)
+        self.model, restore = merge_keeping(self.model)
+        self._unmerge = lambda: attach(self.file, restore(), weights)
+        return self
+
+    def unmerge(self) -> "LoadedAdapter":
+        """Put the base's own weights back, bit for bit, and the adapter beside them again."""
+        if self._unmerge is None:
+            raise InlayError("this adapter is not merged.")
+        self.model, self._unmerge = self._unmerge(), None
         return self
 
 
@@ -99,18 +111,18 @@ def load_adapter(
             with other weights; tensors that are missing, superfluous or of another shape; NaN; another golden output.
     """
     file = read_adapter(fetch(path, revision))
-    _check_method(file)
-    weights = _weights(file)
-    model = _given(base) if isinstance(base, nn.Module) else _load_base(file, base, dtype, quantize)
+    check_method(file)
+    weights = read_weights(file)
+    model = given_base(base) if isinstance(base, nn.Module) else load_own_base(file, base, dtype, quantize)
     if file.record:
-        _check_base(file, model)
+        check_base(file, identity(model))
     task = file.record.get("task") or task_of(model.name_or_path, model.config)
     processor = _processor(file, model, task)
     undo = _undo(model)
     try:
         if file.labels and task == "image-classification":
-            _set_head(model, file)
-        adapted = _attach(file, model, weights)
+            set_head(model, file)
+        adapted = attach(file, model, weights)
         off = _check_golden(file, adapted, processor)
     except Exception:
         undo()
@@ -126,7 +138,8 @@ def task_of_adapter(path: str | Path) -> str:
     return file.record.get("task", plain)
 
 
-def _weights(file: AdapterFile) -> dict[str, torch.Tensor]:
+def read_weights(file: AdapterFile) -> dict[str, torch.Tensor]:
+    """The tensors of a checked file, all of them finite."""
     try:
         weights = load_file(file.folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
@@ -148,7 +161,8 @@ def _processor(file: AdapterFile, base: PreTrainedModel, task: str) -> Any:
     return processor_from(settings) if settings else load_processor(base.name_or_path)
 
 
-def _given(base: nn.Module) -> PreTrainedModel:
+def given_base(base: nn.Module) -> PreTrainedModel:
+    """A model as a base: of transformers, and without an adapter in it."""
     if not isinstance(base, PreTrainedModel):
         raise InlayError(f"expected the base as a name or a transformers model, got {type(base).__name__}.")
     if carries_adapter(base):
@@ -156,7 +170,9 @@ def _given(base: nn.Module) -> PreTrainedModel:
     return base
 
 
-def _load_base(file: AdapterFile, name: str | Path | None, dtype: Dtype, quantize: Quantize | None) -> PreTrainedModel:
+def load_own_base(
+    file: AdapterFile, name: str | Path | None, dtype: Dtype = "float32", quantize: Quantize | None = None
+) -> PreTrainedModel:
     """The base that was asked for, or the one that the adapter names, at the revision that it was trained on."""
     pinned = file.record.get("base", {}).get("revision") if name is None else None
     if not (name or file.base_name):
@@ -166,7 +182,8 @@ def _load_base(file: AdapterFile, name: str | Path | None, dtype: Dtype, quantiz
     return load_base(name or file.base_name, labels=labels, dtype=dtype, quantize=quantize, revision=pinned)
 
 
-def _check_method(file: AdapterFile) -> None:
+def check_method(file: AdapterFile) -> None:
+    """Raise InlayError for a method that this peft does not know."""
     if not known_method(file.config["peft_type"]):
         raise InlayError(
             f"adapter {file.name!r} is of the method {file.config['peft_type']!r}, which neither this inlay nor this "
@@ -174,30 +191,44 @@ def _check_method(file: AdapterFile) -> None:
         )
 
 
-def _check_base(file: AdapterFile, base: PreTrainedModel) -> None:
-    """Structure first, as it gives the clearer sentence; then the weights."""
-    stored, (blocks, width) = file.record["base"], size_of(base.config)
+@dataclass(frozen=True)
+class Identity:
+    """What an adapter must find in its base: structure, and weights by their sketch."""
+
+    model_type: str
+    blocks: int | None
+    width: int | None
+    precision: str
+    sketch: dict[str, Any]
+
+
+def identity(base: nn.Module) -> Identity:
+    """The identity of a base, which one with adapters in it has, too."""
+    return Identity(base.config.model_type, *size_of(base.config), precision_of(base), sketch(base))
+
+
+def check_base(file: AdapterFile, base: Identity) -> None:
+    """Raise InlayError if the adapter's record names another base: structure first, as it gives the clearer sentence.
+
+    Then the weights.
+    """
+    stored = file.record["base"]
     name = f"adapter {file.name!r} was trained on {stored['name']}"
-    for what, found in (
-        ("model_type", base.config.model_type),
-        ("blocks", blocks),
-        ("width", width),
-    ):
-        if stored.get(what) != found:
+    for what in ("model_type", "blocks", "width"):
+        if stored.get(what) != getattr(base, what):
             raise InlayError(
-                f"{name} ({what.replace('_', ' ')} {stored.get(what)}), but this base has {found}. "
+                f"{name} ({what.replace('_', ' ')} {stored.get(what)}), but this base has {getattr(base, what)}. "
                 "Load it on the base it names."
             )
-    found_sketch = sketch(base)
     for what in ("weights", "parameters"):
-        if stored["sketch"][what] != found_sketch[what]:
+        if stored["sketch"][what] != base.sketch[what]:
             kind = "weight matrices" if what == "weights" else "parameters"
             raise InlayError(
-                f"{name} ({stored['sketch'][what]:,} {kind}), but this base has {found_sketch[what]:,}. "
+                f"{name} ({stored['sketch'][what]:,} {kind}), but this base has {base.sketch[what]:,}. "
                 "Load it on that base."
             )
-    off = distance(stored["sketch"], found_sketch)
-    limit = max(TOLERANCE[precision_of(base)], TOLERANCE[stored["precision"]])
+    off = distance(stored["sketch"], base.sketch)
+    limit = max(TOLERANCE[base.precision], TOLERANCE[stored["precision"]])
     if off > limit:
         raise InlayError(
             f"{name}, but this base has other weights of the same shape (sketches {off:.3f} apart, {limit} allowed). "
@@ -205,7 +236,7 @@ def _check_base(file: AdapterFile, base: PreTrainedModel) -> None:
         )
 
 
-def _set_head(base: PreTrainedModel, file: AdapterFile) -> None:
+def set_head(base: PreTrainedModel, file: AdapterFile) -> None:
     """Give a base that was loaded for other labels a head of the adapter's size; its weights come from the file."""
     labels, config = file.labels, base.config
     if len(labels) != config.num_labels:
@@ -247,8 +278,18 @@ def _undo(base: PreTrainedModel) -> Callable[[], None]:
     return undo
 
 
-def _attach(file: AdapterFile, base: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PeftModel:
-    """Inject the adapter without allocating it, compare names and shapes with the file, then fill it."""
+def attach(file: AdapterFile, base: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PeftModel:
+    """The base with the adapter in it, which is injected and compared with the file before anything is allocated."""
+    model = inject_checked(file, base, weights)
+    fill(model, weights)
+    return model.to(next(p for p in base.parameters() if p.is_floating_point()).device).eval()
+
+
+def inject_checked(file: AdapterFile, base: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PeftModel:
+    """The base with the adapter in it, without its values; raises InlayError where names or shapes are not the file's.
+
+    Nothing is read of the base but its structure, which may stand on the meta device.
+    """
     try:
         config = PeftConfig.from_pretrained(str(file.folder))
         _check_tokens(file, config, weights)
@@ -283,8 +324,7 @@ def _attach(file: AdapterFile, base: PreTrainedModel, weights: dict[str, torch.T
                 f"adapter {file.name!r} does not fit its config on this base: {key} should be {expected[key]}, "
                 f"the file has {tuple(weights[key].shape)}.{hint}"
             )
-    fill(model, weights)
-    return model.to(next(p for p in base.parameters() if p.is_floating_point()).device).eval()
+    return model
 
 
 def _check_tokens(file: AdapterFile, config: PeftConfig, weights: dict[str, torch.Tensor]) -> None:

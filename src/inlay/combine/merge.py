@@ -1,0 +1,296 @@
+"""Fold an adapter into its base for good, measure what that costs, and save a model that needs neither inlay nor peft.
+
+Weights are added in float32, whatever they were held in, and measured as they are stored: rounding them to fewer bits
+can take away more than an adapter has put in, whose change of a weight is often smaller than a step of a coarse type.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from inlay._peft import base_modules, dequantized, merge_keeping, untie, without_layers
+from inlay.atomic import write_json, writing
+from inlay.data.scan import VolumeProcessor
+from inlay.data.tokens import TextProcessor
+from inlay.errors import InlayError
+from inlay.models import Dtype, load_base, makes_masks
+from inlay.quantized import Quantize
+from inlay.store.file import CARD
+from inlay.store.golden import picture
+from inlay.store.load import LoadedAdapter, load_adapter, load_own_base
+from inlay.store.sketch import precision_of
+from inlay.store.summary import method
+
+REPORT = "merge.json"
+_FEW_BITS = ("Linear8bitLt", "Linear4bit")
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model, and what merging has changed.
+
+    Attributes:
+        folder: Where it is.
+        adapter: Name of the adapter.
+        method: Its method and width.
+        base: Name of its base.
+        stored: How the weights are stored: float32, float16, bfloat16, 8bit or 4bit.
+        effect: What the adapter changes, ‖unmerged - base‖ / ‖base‖ over the outputs, both with the adapter's head.
+        error: What merging changes beside it, ‖merged - unmerged‖ / ‖unmerged - base‖.
+        inputs: On what both were measured: random or given inputs.
+        bytes: Of the folder.
+    """
+
+    folder: Path
+    adapter: str
+    method: str
+    base: str
+    stored: str
+    effect: float
+    error: float
+    inputs: str
+    bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.folder}: {self.adapter} ({self.method}) in {self.base}, {self.stored}, {self.bytes / 1e6:.1f} MB; "
+            f"the adapter changes the outputs by {self.effect:.2%}, merging by {self.error:.2g} of that"
+        )
+
+
+def merge(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: Dtype | None = None,
+    quantize: Quantize | None = None,
+    limit: float = 0.05,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+) -> Merged:
+    """Save an adapter's base with the adapter folded in, as a plain model of transformers with its head and labels.
+
+    The folder appears whole or not at all; an earlier merged model there is replaced. merge.json holds the report.
+
+    Args:
+        adapter: A folder or a Hub id; `load_adapter` checks it.
+        out: The folder to write.
+        base: Of the adapter; default: the one that it names.
+        dtype: Of the stored weights; default: float32, or few bits again with `quantize`.
+        quantize: Merge into the weights that an 8-bit or 4-bit base stands for, as an adapter trained on such a base
+            needs; without a dtype they are quantised again.
+        limit: Largest error allowed, beside the adapter's own effect.
+        inputs: Tensors that the model takes, on which effect and error are measured; default: random ones.
+
+    Raises:
+        InlayError: What `load_adapter` says; a method that no weight can stand for; an error over the limit; a folder
+            that holds something else.
+    """
+    out = Path(out).expanduser()
+    _check_arguments(out, dtype, quantize, limit)
+    loaded = load_adapter(adapter, base)
+    model = loaded.model
+    _check_merges(loaded)
+    if quantize:
+        dequantize(load_own_base(loaded.file, base, quantize=quantize), model)
+    batch = _random(model, loaded.processor) if inputs is None else dict(inputs)
+    with without_layers(model):
+        plain = outputs(model, batch)
+    unmerged = outputs(model, batch)
+    untie(model)
+    merged, _ = merge_keeping(model)
+    _tell_tied(merged)
+    stored = quantize if quantize and dtype is None else dtype or "float32"
+    with writing(out) as new:
+        _write(merged, new, stored, loaded)
+        kept = load_base(new)  # checks that transformers finds all weights
+        if stored in ("8bit", "4bit"):
+            dequantize(kept, merged)
+            kept = merged
+        off, change = (float((a - b).norm()) for a, b in ((outputs(kept, batch), unmerged), (unmerged, plain)))
+        effect = change / max(float(plain.norm()), 1e-12)
+        error = off / change if effect > 1e-7 else math.inf
+        size = sum(path.stat().st_size for path in new.iterdir())
+        report = Merged(
+            folder=out,
+            adapter=loaded.file.name,
+            method=method(loaded.file),
+            base=str(base or loaded.file.base_name),
+            stored=stored,
+            effect=effect,
+            error=error,
+            inputs="random" if inputs is None else "given",
+            bytes=size,
+        )
+        if not error <= limit:
+            raise InlayError(_refusal(report, limit))
+        _describe(report, new, loaded)
+    return report
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """All logits of a model, or SAM's masks and foretold IoU, one after the other in float64."""
+    output = model.eval()(**batch)
+    found = [output[key] for key in ("logits", "pred_masks", "iou_scores") if key in output]
+    if not found:
+        raise InlayError(f"{type(model).__name__} gives neither logits nor masks, so merging cannot be measured.")
+    return torch.cat([values.flatten().double() for values in found])
+
+
+def dequantize(model: nn.Module, into: nn.Module) -> None:
+    """Give the linear layers of `into`, in float32, the values that those of a base in few bits stand for."""
+    targets = dict(base_modules(into))
+    for name, module in base_modules(model):
+        if type(module).__name__ in _FEW_BITS:
+            target = targets[name]
+            weight = dequantized(module).to(target.weight.device, torch.float32)
+            target.weight.data = (weight.T if type(target).__name__ == "Conv1D" else weight).contiguous()
+
+
+def _check_arguments(out: Path, dtype: str | None, quantize: str | None, limit: float) -> None:
+    if dtype not in (None, "float32", "float16", "bfloat16"):
+        raise InlayError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}.")
+    if quantize not in (None, "8bit", "4bit"):
+        raise InlayError(f"quantize must be 8bit or 4bit, got {quantize!r}.")
+    if not limit >= 0:
+        raise InlayError(f"limit must be at least 0, got {limit}.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / REPORT).is_file():
+        raise InlayError(f"{out} exists and is no model that inlay merged; give another folder.")
+
+
+def _check_merges(loaded: LoadedAdapter) -> None:
+    """What can be said before anything is computed."""
+    model = loaded.model
+    if isinstance(loaded.processor, VolumeProcessor):
+        raise InlayError(f"adapter {loaded.file.name!r} makes a model for scans of one for pictures; use it unmerged.")
+    if model.active_peft_config.is_prompt_learning:
+        raise InlayError("prompts and prefixes are tokens, which no weight can stand for; use the adapter unmerged.")
+    if precision_of(model) in ("int8", "nf4"):
+        raise InlayError("this base is stored in few bits: give the one that it was quantised from, and quantize.")
+    if hasattr(model.base_model, "check_merge"):
+        model.base_model.check_merge()
+
+
+def _random(model: nn.Module, processor: Any) -> dict[str, torch.Tensor]:
+    """Noise where pictures would be, any tokens where texts would be; the same at each call."""
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(processor, TextProcessor):
+        length = min(32, processor.max_length)
+        ids = torch.randint(len(processor.tokenizer), (4, length), generator=generator)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    shape = processor(picture(), return_tensors="pt")["pixel_values"].shape[1:]  # C H W
+    if not makes_masks(model.config):
+        return {"pixel_values": torch.randn(8, *shape, generator=generator)}
+    side = shape[-1]
+    return {
+        "pixel_values": torch.randn(1, *shape, generator=generator),
+        "input_points": torch.tensor([[[[0.4 * side, 0.55 * side]]]]),  # 1 image, 1 prompt, 1 point
+        "input_boxes": torch.tensor([[[0.2 * side, 0.3 * side, 0.7 * side, 0.9 * side]]]),
+    }
+
+
+def _tell_tied(model: PreTrainedModel) -> None:
+    """Let the config say whether embedding and output projection still are one weight, or loading would tie them."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    first, last = model.get_input_embeddings(), model.get_output_embeddings()
+    if first is not None and last is not None and first.weight is not last.weight:
+        config.tie_word_embeddings = model.config.tie_word_embeddings = False
+
+
+def _write(merged: PreTrainedModel, new: Path, stored: str, loaded: LoadedAdapter) -> None:
+    """The model as it is to be stored, and what makes its inputs."""
+    if stored in ("8bit", "4bit"):
+        with tempfile.TemporaryDirectory() as whole:
+            _save(merged, Path(whole))
+            few = load_base(whole, quantize=stored)  # type: ignore[arg-type]
+            few.config._name_or_path = ""
+            _save(few, new)
+    else:
+        kind = getattr(torch, stored)
+        values = {key: v.to(kind) if v.is_floating_point() else v for key, v in merged.state_dict().items()}
+        _save(merged, new, values)
+        config = json.loads((new / "config.json").read_text(encoding="utf-8"))
+        write_json(new / "config.json", {**config, "dtype": stored})
+    processor = loaded.processor
+    (processor.tokenizer if isinstance(processor, TextProcessor) else processor).save_pretrained(new)
+
+
+def _save(model: PreTrainedModel, folder: Path, values: dict[str, torch.Tensor] | None = None) -> None:
+    """`save_pretrained` without its progress bar, which flashes by."""
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder, state_dict=values)
+    finally:
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _refusal(report: Merged, limit: float) -> str:
+    if math.isinf(report.error):
+        return (
+            f"adapter {report.adapter!r} changes nothing on these inputs, beside which merging could be measured; give "
+            "other inputs, or another adapter."
+        )
+    ways = {"float32": "use the adapter unmerged", "8bit": "give a dtype too, to store what few bits stand for"}
+    ways |= {"float16": "store float32", "4bit": ways["8bit"]}
+    return (
+        f"merging {report.adapter!r} and storing {report.stored} would change the outputs by {report.error:.1%} of "
+        f"what the adapter does ({limit:.0%} allowed): {ways.get(report.stored, ways['float16'])}, or raise the limit."
+    )
+
+
+def _describe(report: Merged, new: Path, loaded: LoadedAdapter) -> None:
+    """merge.json and the model card."""
+    record = loaded.file.record
+    facts = {**asdict(report), "folder": report.folder.name, "labels": loaded.labels}
+    facts |= {"trained_on": record.get("base", {}), "preprocessing": record.get("preprocessing", {})}
+    facts |= {"metrics": {key: loaded.file.metrics.get(key) for key in ("validation", "dataset")}}
+    write_json(new / REPORT, facts)
+    name = report.base if report.base.count("/") == 1 and not report.base.startswith((".", "/", "~")) else None
+    head = ["---", "library_name: transformers", f"pipeline_tag: {record.get('task', 'image-classification')}"]
+    head += [f"base_model: {name}", "base_model_relation: finetune"] if name else []
+    kind = {"image-classification": "ImageClassification", "text-generation": "CausalLM"}
+    auto = f"AutoModelFor{kind.get(record.get('task', 'image-classification'), 'MaskGeneration')}"
+    text = [
+        *head,
+        "---",
+        f"# {report.folder.name}",
+        "",
+        f"The adapter {report.adapter} ({report.method}) merged into {report.base} by inlay, as {report.stored}.",
+        "",
+        f"On {report.inputs} inputs the adapter changes the outputs of its base by {report.effect:.2%}; merging has "
+        f"changed them by {report.error:.2g} of that.",
+        "",
+        "```python",
+        f"from transformers import {auto}",
+        "",
+        f'model = {auto}.from_pretrained("{report.folder.name}")',
+        "```",
+        "",
+    ]
+    (new / CARD).write_text("\n".join(text), encoding="utf-8")
+
+
+def read_report(folder: str | Path) -> dict[str, Any]:
+    """What `merge` wrote of a model beside it.
+
+    Raises:
+        InlayError: A folder without merge.json.
+    """
+    path = Path(folder) / REPORT
+    if not path.is_file():
+        raise InlayError(f"{folder} is no model that inlay merged: it has no {REPORT}.")
+    return json.loads(path.read_text(encoding="utf-8"))
