@@ -51,12 +51,11 @@ def join_heads(sources: Sequence[Source], how: str) -> Heads:
         raise InlayError(
             f"heads must be {', '.join(WAYS)} or the name of an adapter ({', '.join(names)}), got {how!r}."
         )
-    having = [source for source in sources if source.head]
-    if how in names:
-        having = [source for source in having if source.name == how]
+    asked = [source for source in sources if source.name == how] or list(sources)
+    having = [source for source in asked if source.head]
     if len(having) < 2:
-        labels = [source.file.labels for source in (having or sources) if source.file.labels]
-        return _kept(having[0], labels[0] if labels else []) if having else Heads(labels=labels[0] if labels else [])
+        labels = next((source.file.labels for source in having or asked if source.file.labels), [])
+        return _kept(having[0], labels) if having else Heads(labels=labels)
     labels_of = {source.name: _labels(source) for source in having}
     way = _way(labels_of) if how == "auto" else how
     _check_fit(having, labels_of)

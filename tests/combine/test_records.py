@@ -1,0 +1,174 @@
+"""What a combination carries beside its update: base, labels, heads, preprocessing; and volumes."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from combine.cases import load, lora, save
+from inlay import InlayError, combine, load_adapter, load_base, load_processor, predict, read_adapter, save_adapter
+from inlay.arch import head_modules, lora_targets
+from inlay.methods.volume_encoder import Bottleneck3d
+from methods import volumes
+from methods.bases import randomise
+
+BASE = "builtin:vit-tiny"
+
+
+def classifier(folder, labels, seed, processor=None, base=BASE, change=0.0):
+    """A random LoRA with a head for these labels, saved with its record."""
+    torch.manual_seed(seed)
+    model = load_base(base, labels=list(labels))
+    if change:
+        for parameter in model.parameters():
+            parameter.data += change * torch.randn_like(parameter) * parameter.std().nan_to_num()
+    config = LoraConfig(r=2, target_modules=lora_targets(model, "attention"), modules_to_save=head_modules(model))
+    model = get_peft_model(model, config).eval()
+    randomise(model, "default", seed)
+    metrics = {"dataset": f"data of {folder.name}"}
+    return save_adapter(model, folder, processor=processor or load_processor(BASE), metrics=metrics)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Adapters by name: `a`, with `b` of other labels, `c` of the same ones in another order, `d` of some."""
+    folder = tmp_path_factory.mktemp("made")
+    labels = {"a": ["cat", "dog", "emu"], "b": ["fox", "gnu"], "c": ["emu", "cat", "dog"], "d": ["dog", "yak"]}
+    return {name: classifier(folder / name, own, i) for i, (name, own) in enumerate(labels.items(), 3)}
+
+
+def head(folder):
+    weights = load_file(folder / "adapter_model.safetensors")
+    return weights["base_model.model.classifier.weight"], weights["base_model.model.classifier.bias"]
+
+
+def test_disjoint_labels_are_stacked(made, tmp_path):
+    result = combine({made["a"]: 1.0, made["b"]: 0.0}, out=tmp_path / "out")
+    assert result.labels == ["cat", "dog", "emu", "fox", "gnu"] and result.heads == "stacked 5 labels"
+    loaded = load_adapter(tmp_path / "out")
+    assert loaded.labels == result.labels and loaded.verified and loaded.deviation is None
+    alone, pixels = load_adapter(made["a"]), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        both, one = loaded.model(pixel_values=pixels).logits, alone.model(pixel_values=pixels).logits
+    assert torch.allclose(both[:, :3], one, atol=1e-5)
+    for i in range(2):
+        assert torch.equal(head(tmp_path / "out")[i], torch.cat([head(made["a"])[i], head(made["b"])[i]]))
+    file = read_adapter(tmp_path / "out")
+    assert file.record["combined"]["of"] == [{"name": "a", "weight": 1.0}, {"name": "b", "weight": 0.0}]
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| b | 0 |" in card and "data of a + data of b" in card and "/tmp" not in card
+
+
+def test_equal_labels_are_averaged_whatever_their_order(made, tmp_path):
+    result = combine({made["a"]: 1.0, made["c"]: 1.0}, out=tmp_path / "out")
+    assert result.labels == ["cat", "dog", "emu"] and result.heads == "averaged 3 labels"
+    order = torch.tensor([1, 2, 0])  # of a's labels in c
+    for i in range(2):
+        mean = (head(made["a"])[i] + head(made["c"])[i][order]) / 2
+        assert torch.allclose(head(tmp_path / "out")[i], mean, atol=1e-7)
+    kept = combine({made["a"]: 1.0, made["c"]: 1.0}, heads="c", out=tmp_path / "kept")
+    assert kept.labels == ["emu", "cat", "dog"] and torch.equal(head(tmp_path / "kept")[0], head(made["c"])[0])
+    side = combine({made["a"]: 1.0, made["c"]: 1.0}, heads="stack", out=tmp_path / "side")
+    assert side.labels[:3] == ["a/cat", "a/dog", "a/emu"] and side.labels[3] == "c/emu" and len(side.labels) == 6
+    assert predict(load_adapter(tmp_path / "side"), [_picture(tmp_path)], top=1)[0].labels[0] in side.labels
+
+
+def _picture(folder):
+    from inlay.store.golden import picture
+
+    picture().save(folder / "picture.png")
+    return str(folder / "picture.png")
+
+
+def test_labels_that_overlap_in_part_need_a_word(made, tmp_path):
+    pair = {made["a"]: 1.0, made["d"]: 1.0}
+    with pytest.raises(InlayError, match=r"labels in common \(dog\), but not all.*heads='stack'"):
+        combine(pair, out=tmp_path / "out")
+    averaged = combine(pair, heads="average", out=tmp_path / "out")
+    assert averaged.labels == ["cat", "dog", "emu", "yak"]
+    mean = (head(made["a"])[0][1] + head(made["d"])[0][0]) / 2
+    assert torch.allclose(head(tmp_path / "out")[0][1], mean, atol=1e-7)
+    assert combine(pair, heads="stack", out=tmp_path / "side").labels == ["cat", "a/dog", "emu", "d/dog", "yak"]
+    with pytest.raises(InlayError, match="heads must be auto, stack, average or"):
+        combine(pair, heads="nobody", out=tmp_path / "none")
+
+
+def test_adapters_of_other_bases_are_refused(made, tmp_path):
+    other = classifier(tmp_path / "other", ["x", "y"], 9, change=0.5)
+    with pytest.raises(InlayError, match=r"'other' on builtin:vit-tiny, which has other weights; only adapters of one"):
+        combine({made["a"]: 1.0, other: 1.0}, out=tmp_path / "out")
+    plain = [save(tmp_path / n, "vit", lora(), 3) for n in "pq"]
+    for folder, base in zip(plain, ("one/base", "other/base"), strict=True):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+    with pytest.raises(InlayError, match="'p' was trained on one/base, 'q' on other/base"):
+        combine(dict.fromkeys(plain, 1.0), out=tmp_path / "out")
+    with pytest.raises(InlayError, match="one twice"):
+        combine({plain[0]: 1.0, str(plain[0]): 1.0}, out=tmp_path / "out")
+
+
+def test_other_preprocessing_needs_a_word(made, tmp_path):
+    processor = load_processor(BASE)
+    processor.image_mean = [0.1, 0.2, 0.3]
+    other = classifier(tmp_path / "other", ["x", "y"], 9, processor=processor)
+    with pytest.raises(InlayError, match=r"another preprocessing \(image_mean\).*heads='a' or 'other'"):
+        combine({made["a"]: 1.0, other: 1.0}, out=tmp_path / "out")
+    combine({made["a"]: 1.0, other: 1.0}, heads="other", out=tmp_path / "out")
+    assert load_adapter(tmp_path / "out").processor.image_mean[2] == 0.3
+
+
+def test_plain_adapters_with_heads_need_a_word_and_may_meet_ours(made, tmp_path):
+    from safetensors.torch import save_file
+
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    save_file(load_file(made["a"] / "adapter_model.safetensors"), plain / "adapter_model.safetensors", {"format": "pt"})
+    (plain / "adapter_config.json").write_text((made["a"] / "adapter_config.json").read_text())
+    result = combine({made["b"]: 1.0, plain: 1.0}, out=tmp_path / "out")
+    assert result.labels == ["fox", "gnu", "plain/0", "plain/1", "plain/2"]
+    assert load_adapter(tmp_path / "out").labels == result.labels
+    alone = combine({plain: 2.0}, out=tmp_path / "alone")
+    assert alone.labels == [] and read_adapter(tmp_path / "alone").record == {}
+    assert len(load_adapter(tmp_path / "alone", load_base(BASE, labels=["x", "y", "z"])).labels) == 3
+
+
+def test_spatial_adapters_add_block_by_block_and_keep_one_decoder(tmp_path):
+    configs = {"a": volumes.settings(), "b": volumes.settings(width=5, classes=["tumour"])}
+    a, b = (save(tmp_path / n, volumes.build, c, s) for s, (n, c) in enumerate(configs.items(), 3))
+    with pytest.raises(InlayError, match="a decoder of its own, a network that has no sum; say whose is kept"):
+        combine({a: 1.0, b: 1.0}, out=tmp_path / "out")
+    combine({a: 0.5, b: -2.0}, heads="b", out=tmp_path / "out")
+    first, second, found = (load_file(f / "adapter_model.safetensors") for f in (a, b, tmp_path / "out"))
+    x = torch.randn(2, 3, 4, 5, 48, dtype=torch.float64)
+    start = "base_model.model.vision_encoder.inlay_spatial3d_encoder."
+    for block in range(4):
+        added = []
+        for weights, width in ((first, 8), (second, 5), (found, 13)):
+            module = Bottleneck3d(48, width, 3, "gelu", False).double()
+            own = f"{start}blocks.{block}.adapter."
+            module.load_state_dict({k.removeprefix(own): v for k, v in weights.items() if k.startswith(own)})
+            added.append(module(x).detach())
+        sums = 0.5 * added[0] - 2 * added[1]
+        assert (added[2] - sums).norm() < 1e-6 * sums.norm()
+    for leaf in ("patches.depth", "patches.positions", "blocks.1.norms", "blocks.2.positions"):
+        key = start + leaf
+        assert torch.allclose(found[key], 0.5 * first[key] - 2 * second[key], atol=1e-6)
+    for key in found:
+        if "decoder" in key or ".necks." in key:
+            assert torch.equal(found[key], second[key])
+    model, given = load(volumes.build, tmp_path / "out"), volumes.volumes(1, (16, 16, 16))
+    assert model.active_peft_config.classes == ["tumour"] and model(pixel_values=given).logits.shape[1] == 2
+    alone = combine({a: 1.0}, out=tmp_path / "alone")
+    assert alone.error == 0 and torch.allclose(
+        load(volumes.build, tmp_path / "alone")(pixel_values=given).logits,
+        load(volumes.build, a)(pixel_values=given).logits,
+        atol=1e-4,
+    )
+    small = combine({a: 0.5, b: -2.0}, heads="b", width=6, out=tmp_path / "small")
+    assert small.widths == {"INLAY_SPATIAL3D": 6} and 0 < small.error < 1
+    assert load(volumes.build, tmp_path / "small")(pixel_values=given).logits.isfinite().all()
+    reference = save(tmp_path / "reference", volumes.build, volumes.settings(reference=True), 7)
+    with pytest.raises(InlayError, match="different settings"):
+        combine({a: 1.0, reference: 1.0}, heads="a", out=tmp_path / "none")

@@ -1,0 +1,203 @@
+"""Smaller widths, and the rules that are no sums."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from peft.utils import merge_utils
+from safetensors.torch import load_file, save_file
+
+from combine.cases import load, lora, partial, save, wide
+from combine.test_add import off, same_outputs, updates
+from inlay import InlayError, combine
+from inlay.combine.rules import RULES, Settings, dare, magnitude, ties
+from inlay.combine.widths import auto_widths, spectrum, spectrum_of
+from methods.bases import batch
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two LoRAs of the same modules, rank 4 and 6."""
+    folder = tmp_path_factory.mktemp("pair")
+    return save(folder / "a", "vit", lora(), 3), save(folder / "b", "vit", lora(r=6, use_rslora=True), 4)
+
+
+def wanted(pair, weights=(1.0, 1.0)):
+    first, second = map(updates, pair)
+    return {site: weights[0] * first[site] + weights[1] * second[site] for site in first}
+
+
+@pytest.mark.parametrize("width", [1, 4, 9, 10, 50])
+def test_compressed_is_the_best_of_its_rank_and_says_its_error(pair, width, tmp_path):
+    made = combine({pair[0]: 1.0, pair[1]: -0.5}, width=width, out=tmp_path / "out")
+    found, exact = updates(tmp_path / "out"), wanted(pair, (1.0, -0.5))
+    lost = whole = 0.0
+    for site, delta in exact.items():
+        values = torch.linalg.svdvals(delta)
+        best = values[width:].square().sum().sqrt() / values.square().sum().sqrt()
+        error = (found[site] - delta).norm() / delta.norm()
+        assert abs(error - best) < 1e-6 and abs(made.errors[site] - best) < 1e-6
+        lost, whole = lost + (error * delta.norm()) ** 2, whole + delta.norm() ** 2
+    assert abs(made.error - (lost / whole) ** 0.5) < 1e-6
+    assert made.widths == {"LORA": min(width, 10)}
+    assert load("vit", tmp_path / "out")(**batch("vit")).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("error", [0.3, 0.05, 1e-4])
+def test_auto_is_the_narrowest_within_the_error(pair, error, tmp_path):
+    made = combine(dict.fromkeys(pair, 1.0), width="auto", error=error, out=tmp_path / "out")
+    exact, found = wanted(pair), updates(tmp_path / "out")
+    lost = sum((found[s] - d).square().sum() for s, d in exact.items())
+    whole = sum(d.square().sum() for d in exact.values())
+    assert (lost / whole) ** 0.5 <= error * 1.001 and abs((lost / whole) ** 0.5 - made.error) < 1e-6
+    values = torch.cat([torch.linalg.svdvals(d)[:10] for d in exact.values()]).sort().values
+    fewest = int((values.square().cumsum(0) > error**2 * whole).sum())
+    shapes = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert sum(len(v) for k, v in shapes.items() if "lora_A" in k) in (fewest, fewest + 1)
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert error < 0.01 or config["rank_pattern"] == config["alpha_pattern"] != {}
+    assert load("vit", tmp_path / "out")(**batch("vit")).logits.isfinite().all()
+
+
+def test_updates_of_zeros_and_of_one_entry_have_a_spectrum():
+    zero = spectrum(np.zeros((5, 3), np.float32), np.zeros((3, 4), np.float32))
+    assert zero.error(1) == 0 and not np.any(zero.cut(2)[0]) and zero.cut(7)[0].shape == (5, 7)
+    up, down, error = spectrum_of(np.array([[2.0]], np.float32), 3)
+    assert up.shape == (1, 3) and np.allclose(up @ down, 2) and error < 1e-7
+    up, down, error = spectrum_of(np.zeros((4, 2), np.float32), 1)
+    assert error == 0 and np.isfinite(up).all() and np.isfinite(down).all()
+    assert auto_widths({"a": np.zeros(3, np.float32)}, 0.1) == {"a": 1}
+
+
+def test_dense_updates_are_cut_as_by_their_svd():
+    for shape in ((30, 20), (20, 30)):
+        dense = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        up, down, error = spectrum_of(dense, 5)
+        values = np.linalg.svd(dense.astype(np.float64), compute_uv=False)
+        best = np.sqrt((values[5:] ** 2).sum() / (values**2).sum())
+        assert abs(error - best) < 1e-6
+        assert abs(np.linalg.norm(dense - up @ down) / np.linalg.norm(dense) - best) < 1e-6
+
+
+def test_bottlenecks_keep_their_important_units(tmp_path):
+    a, b = (save(tmp_path / n, "vit", wide(width=w, sites=["mlp"]), s) for n, w, s in (("a", 6, 3), ("b", 2, 4)))
+    weights = load_file(a / "adapter_model.safetensors")
+    for key in weights:
+        if key.endswith("weight"):
+            weights[key][:, 4:] *= 1e-4  # two units that do next to nothing
+    save_file(weights, a / "adapter_model.safetensors", {"format": "pt"})
+    combine({a: 1.0, b: 1.0}, out=tmp_path / "whole")
+    made = combine({a: 1.0, b: 1.0}, width=6, out=tmp_path / "out")
+    assert made.widths == {"INLAY_BOTTLENECK": 6} and 0 < made.error < 1e-3
+    with torch.no_grad():
+        assert same_outputs("vit", load("vit", tmp_path / "out"), load("vit", tmp_path / "whole"), 1e-3)
+    rng = np.random.default_rng(0)
+    inputs = {f"vit.layers.{i}.mlp.fc2": rng.standard_normal((200, 32)).astype(np.float32) for i in range(3)}
+    rough = combine({a: 1.0, b: 1.0}, width=3, out=tmp_path / "rough")
+    combine({a: 1.0, b: 1.0}, width=3, activations=inputs, out=tmp_path / "fitted")
+    assert _error_on(tmp_path / "fitted", tmp_path / "whole", inputs) < _error_on(
+        tmp_path / "rough", tmp_path / "whole", inputs
+    )
+    assert rough.error > 0.1
+    with pytest.raises(InlayError, match="no error bound"):
+        combine({a: 1.0, b: 1.0}, width="auto", out=tmp_path / "auto")
+
+
+def _error_on(folder, whole, inputs):
+    """Relative error of what the bottlenecks add to these hidden states."""
+    lost = size = 0.0
+    for site, x in inputs.items():
+        added = []
+        for f in (folder, whole):
+            weights = load_file(f / "adapter_model.safetensors")
+            weight = weights[f"base_model.model.{site}.inlay_bottleneck_weight"]
+            bias = weights[f"base_model.model.{site}.inlay_bottleneck_bias"]
+            down, up = bias.split([weight.shape[1], 32])
+            added.append(torch.relu(torch.from_numpy(x) @ weight[0].T + down) @ weight[1] + up)
+        lost, size = lost + (added[0] - added[1]).square().sum(), size + added[1].square().sum()
+    return (lost / size) ** 0.5
+
+
+def test_linear_bottlenecks_are_compressed_as_updates(tmp_path):
+    config = {"activation": None, "sites": ["mlp"]}
+    a, b = (save(tmp_path / n, "vit", wide(width=3, **config), s) for n, s in (("a", 3), ("b", 4)))
+    made = combine({a: 1.0, b: 1e-3}, width=3, out=tmp_path / "out")
+    combine({a: 1.0, b: 1e-3}, out=tmp_path / "whole")
+    assert 0 < made.error < 0.01
+    with torch.no_grad():
+        assert same_outputs("vit", load("vit", tmp_path / "out"), load("vit", tmp_path / "whole"), 0.01)
+
+
+@pytest.mark.parametrize("rule", ["ties", "dare", "magnitude", "knots"])
+def test_rules_work_on_the_true_updates(rule, pair, tmp_path):
+    weights = (1.0, 0.5)
+    made = combine(dict(zip(pair, weights, strict=True)), rule, density=0.3, seed=7, out=tmp_path / "out")
+    found, first, second = updates(tmp_path / "out"), *map(updates, pair)
+    for site in found:
+        deltas = [first[site].float(), second[site].float()]
+        if rule == "knots":
+            _, s, v = torch.linalg.svd(torch.cat([d.double() for d in deltas], 1), full_matrices=False)
+            assert found[site].norm() > 0 and made.errors[site] < 1e-5 and s[10:].max() < 1e-5 * s[0] and len(v)
+            continue
+        if rule == "dare":
+            reference = torch.from_numpy(dare([d.numpy() for d in deltas], weights, Settings(0.3, 7), site))
+        else:
+            function = {"ties": merge_utils.ties, "magnitude": merge_utils.magnitude_prune}[rule]
+            reference = function(deltas, torch.tensor(weights), density=0.3)
+        values = torch.linalg.svdvals(reference.double())
+        best = (values[10:].square().sum() / values.square().sum()).sqrt()
+        error = (found[site] - reference).norm() / reference.norm()
+        assert abs(error - best) < 1e-5 and abs(made.errors[site] - best) < 1e-5
+    again = combine(dict(zip(pair, weights, strict=True)), rule, density=0.3, seed=7, out=tmp_path / "again")
+    same = [(tmp_path / n / "adapter_model.safetensors").read_bytes() for n in ("out", "again")]
+    assert same[0] == same[1] and again.errors == made.errors
+    assert load("vit", tmp_path / "out")(**batch("vit")).logits.isfinite().all()
+
+
+def test_knots_of_one_adapter_at_full_density_is_that_adapter(pair, tmp_path):
+    made = combine({pair[0]: 1.0}, "knots", density=1.0, out=tmp_path / "out")
+    assert off(updates(tmp_path / "out"), updates(pair[0])) < 1e-5 and made.error < 1e-5
+
+
+def test_averages_divide_by_the_weights(pair, tmp_path):
+    made = combine({pair[0]: 3.0, pair[1]: 1.0}, "average", out=tmp_path / "out")
+    assert off(updates(tmp_path / "out"), wanted(pair, (0.75, 0.25))) < 1e-6
+    assert made.weights == {"a": 0.75, "b": 0.25} and made.error == 0
+    combine({pair[0]: 3.0, pair[1]: -1.0}, "task_arithmetic", out=tmp_path / "forget")
+    assert off(updates(tmp_path / "forget"), wanted(pair, (3.0, -1.0))) < 1e-6
+    with pytest.raises(InlayError, match="add up to 0"):
+        combine({pair[0]: 1.0, pair[1]: -1.0}, "average", out=tmp_path / "none")
+
+
+@pytest.mark.parametrize("function", [ties, dare, magnitude])
+@pytest.mark.parametrize("density", [1e-6, 0.5, 1.0])
+def test_rules_are_safe_on_tiny_and_empty_updates(function, density):
+    for shape in ((1,), (1, 1), (3, 2), (0, 4)):
+        zeros = [np.zeros(shape, np.float32)] * 3
+        found = function(zeros, [1.0, 2.0, -1.0], Settings(density), "here")
+        assert found.shape == shape and not np.any(found)
+    one = function([np.array([2.0], np.float32)], [1.0], Settings(density), "here")
+    assert np.isfinite(one).all() and (function is dare or one[0] == 2)
+
+
+def test_rules_work_on_differences_and_refuse_what_has_none(tmp_path):
+    a, b = (save(tmp_path / n, "vit", partial(), s) for n, s in (("a", 3), ("b", 4)))
+    combine({a: 1.0, b: 1.0}, "ties", density=0.2, out=tmp_path / "out")
+    first, second, found = (load_file(f / "adapter_model.safetensors") for f in (a, b, tmp_path / "out"))
+    for key, value in found.items():
+        density = max(0.2, 1 / value.numel() * (1 + 1e-9))
+        assert torch.equal(value, merge_utils.ties([first[key], second[key]], torch.ones(2), density=density))
+    c = save(tmp_path / "c", "vit", wide(), 5)
+    for given, rule, more, reason in [
+        ({c: 1.0}, "ties", {}, "updates of weights, which bottleneck has none of"),
+        ({a: 1.0}, "knots", {}, "factors of low-rank updates"),
+        ({a: 1.0}, "add", {"width": 4}, "no width to compress"),
+        ({a: 1.0}, "best", {}, f"no rule 'best'; {', '.join(RULES)} are"),
+        ({a: 1.0}, "ties", {"density": 0}, "density must be above 0"),
+        ({a: 1.0}, "add", {"width": 0}, "width of at least 1"),
+        ({}, "add", {}, "expected adapters and their weights"),
+    ]:
+        with pytest.raises(InlayError, match=reason):
+            combine(given, rule, out=tmp_path / "refused", **more)
+        assert not (tmp_path / "refused").exists()
