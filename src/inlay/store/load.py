@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from inlay._peft import (
 from inlay.data.scan import VolumeProcessor
 from inlay.data.tokens import TextProcessor
 from inlay.errors import InlayError
+from inlay.methods.bottleneck import join
 from inlay.models import Dtype, head_of, load_base, size_of, task_of
 from inlay.processors import load_processor, load_tokenizer, processor_from
 from inlay.quantized import Quantize
@@ -280,6 +282,8 @@ def _undo(base: PreTrainedModel) -> Callable[[], None]:
 
 def attach(file: AdapterFile, base: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PeftModel:
     """The base with the adapter in it, which is injected and compared with the file before anything is allocated."""
+    with suppress(KeyError, RuntimeError):  # halves that do not belong together: the comparison below names them
+        weights = join(weights)
     model = inject_checked(file, base, weights)
     fill(model, weights)
     return model.to(next(p for p in base.parameters() if p.is_floating_point()).device).eval()
