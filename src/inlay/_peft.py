@@ -64,6 +64,13 @@ def adapter_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
     }
 
 
+def adapter_parameters(model: PeftModel) -> dict[str, str]:
+    """By the key that a tensor has in a file of this adapter: the name of its parameter in the model."""
+    names = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
+    saved = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {key: names[value.data_ptr()] for key, value in saved.items() if value.data_ptr() in names}
+
+
 def fill(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
     """Put the tensors of a file, checked against `adapter_shapes`, into an injected adapter.
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from inlay.atomic import writing
 from inlay.combine.bottlenecks import BottleneckSum, SpatialSum
@@ -22,6 +22,9 @@ from inlay.combine.widths import total_error
 from inlay.combine.write import Stream, metadata_of, read_back, record_of, versions, write_settings
 from inlay.errors import InlayError
 from inlay.store.file import CONFIG, WEIGHTS
+
+if TYPE_CHECKING:
+    from inlay.combine.fit import Fitted
 
 __all__ = ["RULES", "Combined", "combine"]
 
@@ -51,6 +54,7 @@ class Combined:
         labels: Class names in the order of the logits.
         error: Relative error of the update in total, against what the rule gives without a limit of width; 0: exact.
         errors: The same by module.
+        fitted: How the weights were fitted, where they were.
     """
 
     folder: Path
@@ -61,6 +65,7 @@ class Combined:
     labels: list[str]
     error: float
     errors: dict[str, float] = field(default_factory=dict)
+    fitted: "Fitted | None" = None
 
 
 def combine(
@@ -74,6 +79,11 @@ def combine(
     seed: int = 0,
     heads: str = "auto",
     activations: Mapping[str, Array] | None = None,
+    report: str | Path | None = None,
+    fit: str | None = None,
+    examples: int = 32,
+    dense: bool = False,
+    base: str | None = None,
 ) -> Combined:
     """Make one adapter of several, from their files alone: no base is loaded, and one module at a time is in memory.
 
@@ -93,6 +103,12 @@ def combine(
             the name of the adapter whose head, labels and preprocessing are kept.
         activations: Hidden states (N, d) that reach the bottleneck of a module, by the module's name: a smaller width
             is then fitted to them.
+        report: A .png, .json or .txt file, written first: where the adapters meet, and how they agree there.
+        fit: Labelled data, as a recipe's `dataset`, on which the weights are fitted, starting from those given; this
+            loads the base.
+        examples: How many of them to use.
+        dense: Load the base, and give the sum as a difference of its weights: for what does not add, such as DoRA.
+        base: Which one, for `dense`; default: the one that the adapters name.
 
     Raises:
         InlayError: Adapters of other bases, or that do not add, with the reason; weights or a width that make no sense.
@@ -104,12 +120,22 @@ def combine(
     _check_width(width, error)
     sources = open_adapters(adapters)
     try:
-        weights = weights_for(row, [source.weight for source in sources])
-        sources = [_weighted(source, weight) for source, weight in zip(sources, weights, strict=True)]
-        head = join_heads(sources, heads)
+        folder, head = _checked_folder(out, sources), join_heads(sources, heads)
         keep = heads if heads not in WAYS else None
         plan = Plan(row, settings, width, error, keep, dict(activations or {}))
-        return _write(sources, sums(sources, plan), head, rule, keep, _checked_folder(out, sources))
+        fitted = _fitted(sources, head, plan, fit, examples, seed) if fit is not None else None
+        if fitted is not None:
+            sources = [_weighted(source, fitted.weights[source.name]) for source in sources]
+        weights = weights_for(row, [source.weight for source in sources])
+        sources = [_weighted(source, weight) for source, weight in zip(sources, weights, strict=True)]
+        if report is not None:
+            from inlay.combine.report import overlap_of, write_report
+
+            write_report(overlap_of(sources), report)
+        if dense:
+            return _dense(sources, head, plan, rule, base, folder)
+        made = _write(sources, sums(sources, plan), head, rule, keep, folder)
+        return made if fitted is None else replace(made, fitted=fitted)
     finally:
         for source in sources:
             source.tensors.close()
@@ -135,6 +161,37 @@ def _checked_folder(out: str | Path, sources: Sequence[Source]) -> Path:
 def _weighted(source: Source, weight: float) -> Source:
     parts = {kind: replace(part, weight=weight) for kind, part in source.parts.items()}
     return replace(source, weight=weight, parts=parts)
+
+
+def _fitted(sources: list[Source], heads: Heads, plan: Plan, data: str, examples: int, seed: int) -> "Fitted":
+    """Through the model, so with all of torch; only here."""
+    from inlay.combine.fit import fit_weights
+
+    def write(at: list[Source], made: Mapping[str, Sum], folder: Path) -> Combined:
+        return _write(at, made, heads, "add", plan.keep, folder)
+
+    return fit_weights(sources, sums, write, plan, data, examples=examples, seed=seed)
+
+
+def _dense(sources: Sequence[Source], heads: Heads, plan: Plan, rule: str, base: str | None, folder: Path) -> Combined:
+    from inlay.combine.dense import write_dense
+
+    if plan.width is not None:
+        raise InlayError("a difference of weights has no width; leave width or dense out.")
+    metrics = {"combined": {**_said(sources, heads, rule), "error": 0.0}, "dataset": _datasets(sources)}
+    write_dense(sources, heads, plan, base, folder, metrics)
+    weights = {source.name: source.weight for source in sources}
+    return Combined(folder, rule, weights, {}, heads.said, heads.labels, 0.0)
+
+
+def _said(sources: Sequence[Source], heads: Heads, rule: str) -> dict[str, Any]:
+    """What goes into the record, the metrics and the card of a combination."""
+    of = [{"name": source.name, "weight": source.weight} for source in sources]
+    return {"rule": rule, "paper": RULES[rule].paper, "of": of, "heads": heads.said}
+
+
+def _datasets(sources: Sequence[Source]) -> str:
+    return " + ".join(dict.fromkeys(str(source.file.metrics.get("dataset") or source.name) for source in sources))
 
 
 def sums(sources: Sequence[Source], plan: Plan) -> dict[str, Sum]:
@@ -197,16 +254,11 @@ def _key(site: str, leaf: str) -> str:
 
 
 def _write(
-    sources: Sequence[Source], made: dict[str, Sum], heads: Heads, rule: str, keep: str | None, folder: Path
+    sources: Sequence[Source], made: Mapping[str, Sum], heads: Heads, rule: str, keep: str | None, folder: Path
 ) -> Combined:
     """All tensors into a folder that takes its place at the end, read back and compared before that."""
     config, shapes = config_of(sources, made, heads), shapes_of(made.values(), heads)
-    said: dict[str, Any] = {
-        "rule": rule,
-        "paper": RULES[rule].paper,
-        "of": [{"name": source.name, "weight": source.weight} for source in sources],
-        "heads": heads.said,
-    }
+    said = _said(sources, heads, rule)
     record = record_of(sources, heads, keep, dict(said))
     with writing(folder) as new:
         stream = Stream(new / WEIGHTS, shapes, metadata_of(config, record))
@@ -221,12 +273,7 @@ def _write(
         errors = {site: value for each in made.values() for site, value in each.errors.items()}
         norms = {site: each.norms.get(site, 1.0) for each in made.values() for site in each.errors}
         off = total_error(errors, norms)
-        datasets = [str(source.file.metrics.get("dataset") or source.name) for source in sources]
-        metrics = {
-            "combined": {**said, "error": off},
-            "dataset": " + ".join(dict.fromkeys(datasets)),
-            "versions": versions(),
-        }
+        metrics = {"combined": {**said, "error": off}, "dataset": _datasets(sources), "versions": versions()}
         write_settings(new, config, record, metrics)
         read_back(new, shapes)
     weights = {source.name: source.weight for source in sources}

@@ -194,10 +194,10 @@ def _open(name: str, weight: float, file: AdapterFile) -> Source:
     for key in tensors:
         plain = key.removeprefix(PREFIX)
         kind, site, leaf = _place(plain, config["peft_type"])
-        if not known or kind in sites:
-            sites[kind if known else config["peft_type"]].setdefault(site, {})[leaf] = key
-        elif not kind and any(f".{module}." in f".{plain}" for module in whole):
+        if not kind and any(f".{module}." in f".{plain}" for module in whole):
             head[plain] = key
+        elif not known or kind in sites:
+            sites[kind if known else config["peft_type"]].setdefault(site, {})[leaf] = key
         elif not kind and plain.endswith(".bias") and config.get("bias", "none") != "none":
             raise InlayError(
                 f"adapter {name!r} holds biases of the base itself (bias={config['bias']!r}), which do not add without "

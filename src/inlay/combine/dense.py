@@ -1,0 +1,86 @@
+"""The sum of adapters as a difference of the base's weights: for methods whose updates only the base can tell.
+
+Each adapter is loaded, in float64, and folded into the base; what that changes is its update, of any method that folds
+(DoRA, LoHa, LoKr, OFT, VeRA ... of peft). The sum is a partial delta, as large as the weights that it changes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import get_peft_model
+
+from inlay._peft import put
+from inlay.combine.heads import Heads
+from inlay.combine.read import PREFIX, Array, Source
+from inlay.combine.sums import Plan
+from inlay.errors import InlayError
+from inlay.methods.partial import PartialConfig
+from inlay.models import load_base
+from inlay.store.load import load_adapter
+from inlay.store.save import save_adapter
+
+
+def write_dense(
+    sources: Sequence[Source], heads: Heads, plan: Plan, base: str | None, folder: Path, metrics: dict[str, Any]
+) -> None:
+    """Combine the updates of adapters as differences of weights, and save them with the golden output that they give.
+
+    Raises:
+        InlayError: No base is named; an adapter that does not fold into it; one that changes weights which two modules
+            share.
+    """
+    name = base or next((source.file.base_name for source in sources if source.file.base_name), "")
+    if not name:
+        raise InlayError("a dense combination takes the base's weights, but no adapter names it; give base=.")
+    deltas: list[dict[str, Array]] = []
+    processor = None
+    for source in sources:
+        loaded = load_adapter(source.file.folder, name)
+        if processor is None or source.name == plan.keep:
+            processor = loaded.processor
+        deltas.append(_update(loaded, name, source))
+    merged = _merged(deltas, [source.weight for source in sources], plan)
+    modules = sorted({key.rpartition(".")[0] for key in merged})
+    if not modules:
+        raise InlayError("these adapters change no weight of the base; there is nothing to combine.")
+    model = load_base(name, labels=heads.labels or None)
+    model = get_peft_model(model, PartialConfig(target_modules=modules, modules_to_save=heads.modules or None)).eval()
+    weights = {
+        f"{PREFIX}{key.rpartition('.')[0]}.inlay_partial_delta.{key.rpartition('.')[2]}": torch.from_numpy(value)
+        for key, value in merged.items()
+    }
+    weights |= {key: torch.from_numpy(heads.make(key)) for key in heads.shapes}
+    put(model, weights)
+    save_adapter(model, folder, processor=processor, metrics=metrics)
+
+
+def _update(loaded: Any, name: str, source: Source) -> dict[str, Array]:
+    """What folding an adapter into the base changes, by parameter, without its head."""
+    plain = load_base(name, labels=loaded.labels or None).double()
+    before = dict(plain.named_parameters())
+    if loaded.model.active_peft_config.is_prompt_learning:
+        raise InlayError(f"adapter {source.name!r} adds tokens, which are no difference of weights; leave dense out.")
+    folded = loaded.model.double().merge_and_unload(safe_merge=True)
+    found = {}
+    with torch.no_grad():
+        for key, value in folded.named_parameters():
+            if key not in before or key in source.head:
+                continue
+            delta = value - before[key]
+            if torch.any(delta):
+                found[key] = delta.float().numpy()
+    return found
+
+
+def _merged(deltas: list[dict[str, Array]], weights: list[float], plan: Plan) -> dict[str, Array]:
+    merge, found = plan.rule.merge, {}
+    for key in dict.fromkeys(key for own in deltas for key in own):
+        here = [(own[key], weight) for own, weight in zip(deltas, weights, strict=True) if key in own]
+        if merge is not None:
+            found[key] = merge([d for d, _ in here], [w for _, w in here], plan.settings, key)
+        else:
+            found[key] = np.sum([np.float32(w) * d for d, w in here], axis=0, dtype=np.float32)
+    return found

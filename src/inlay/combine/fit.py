@@ -1,0 +1,182 @@
+"""Weights of a combination, fitted on a few labelled examples through the model.
+
+What a sum of adapters computes depends on its weights through tensors that are linear in them, T(w) = T_0 + Σ w_i T_i:
+so the weights have a gradient, and nothing else is trained. The examples are few and the weights fewer: no adapter is
+made worse than another by it, only louder or quieter.
+
+Source: Huang et al. 2023 (LoraHub), arXiv:2307.13269, whose loss is this one, with a penalty on Σ |w|; it searches
+without gradients.
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.func import functional_call
+
+from inlay._peft import adapter_parameters
+from inlay.combine.read import PREFIX, Source
+from inlay.combine.sums import Plan, Sum
+from inlay.data.images import load_images
+from inlay.data.picture import ImageView
+from inlay.data.text import load_texts
+from inlay.data.textview import TextView
+from inlay.errors import InlayError
+from inlay.store.load import LoadedAdapter, load_adapter
+
+RATE = 0.05  # of Adam, for weights of about 1
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Fitted weights.
+
+    Attributes:
+        weights: By adapter.
+        before: Loss on the examples with the weights that were given.
+        after: With the fitted ones.
+        examples: How many.
+    """
+
+    weights: dict[str, float]
+    before: float
+    after: float
+    examples: int
+
+
+def fit_weights(
+    sources: list[Source],
+    sums: Callable[[list[Source], Plan], Mapping[str, Sum]],
+    write: Callable[[list[Source], Mapping[str, Sum], Path], Any],
+    plan: Plan,
+    data: str,
+    *,
+    examples: int = 32,
+    steps: int = 60,
+    penalty: float = 0.01,
+    seed: int = 0,
+) -> Fitted:
+    """Fit the weights of a sum, starting from those that are given.
+
+    Args:
+        sources: The adapters.
+        sums: Makes sums of them.
+        write: Writes such sums as an adapter.
+        plan: Without a width, which comes afterwards.
+        data: Name of labelled data, as `load_images` or `load_texts` takes it.
+        examples: How many to use, evenly over the classes.
+        steps: Of Adam.
+        penalty: On the mean of |w|, for weights no larger than they have to be.
+        seed: Chooses the examples.
+
+    Raises:
+        InlayError: Weights that have no gradient, such as those of prefixes; data of other labels; a base that cannot
+            be loaded.
+    """
+    if plan.rule.merge is not None:
+        raise InlayError("weights are fitted for add, average and task_arithmetic; the other rules have no gradient.")
+    if examples < 1 or steps < 1:
+        raise InlayError(f"expected examples and steps of at least 1, got {examples} and {steps}.")
+    start = [source.weight for source in sources]
+    fixed = replace(plan, width=None, zeros=True)
+
+    def at(weights: list[float]) -> list[Source]:
+        return [_with(source, weight) for source, weight in zip(sources, weights, strict=True)]
+
+    ones = at([1.0] * len(sources))
+    with tempfile.TemporaryDirectory() as folder:
+        write(ones, sums(ones, fixed), Path(folder) / "sum")
+        loaded = load_adapter(Path(folder) / "sum")
+    batch = _batch(loaded, data, examples, seed)
+    corners = [at([float(i == k) for i in range(len(sources))]) for k in range(-1, len(sources))]
+    base, *slopes = _tensors([sums(corner, fixed) for corner in corners])
+    names = adapter_parameters(loaded.model)
+    count = len(batch["labels"])
+
+    def loss(weights: torch.Tensor) -> torch.Tensor:
+        moved = {
+            names[key]: value + sum(w * slope[key] for w, slope in zip(weights, slopes, strict=True))
+            for key, value in base.items()
+        }
+        found: torch.Tensor = functional_call(loaded.model, moved, kwargs=batch).loss
+        return found
+
+    weights = torch.tensor(start, requires_grad=True)
+    with torch.no_grad():
+        before = loss(weights).item()
+    best = (before, start)
+    optimizer = torch.optim.Adam([weights], RATE)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        now = loss(weights)
+        if now.item() < best[0]:
+            best = (now.item(), weights.tolist())
+        (now + penalty * weights.abs().mean()).backward()
+        optimizer.step()
+    fitted = dict(zip((s.name for s in sources), (round(w, 6) for w in best[1]), strict=True))
+    return Fitted(fitted, before, best[0], count)
+
+
+def _with(source: Source, weight: float) -> Source:
+    parts = {kind: replace(part, weight=weight) for kind, part in source.parts.items()}
+    return replace(source, weight=weight, parts=parts)
+
+
+def _tensors(corners: list[Mapping[str, Sum]]) -> list[dict[str, torch.Tensor]]:
+    """T_0, and T_i - T_0 for each adapter, of the tensors that depend on the weights."""
+    found: list[dict[str, torch.Tensor]] = [{} for _ in corners]
+    for kind, first in corners[0].items():
+        for site, leaves in first.shapes.items():
+            made = [corner[kind].make(site) for corner in corners]
+            for leaf in leaves:
+                zero = made[0][leaf]
+                if any(not np.array_equal(zero, other[leaf]) for other in made[1:]):
+                    key = f"{PREFIX}{site}.{leaf}"
+                    found[0][key] = torch.from_numpy(zero)
+                    for slope, other in zip(found[1:], made[1:], strict=True):
+                        slope[key] = torch.from_numpy(other[leaf] - zero)
+    return found
+
+
+def _batch(loaded: LoadedAdapter, data: str, examples: int, seed: int) -> dict[str, torch.Tensor]:
+    """All examples at once, on the device of the model."""
+    task = loaded.file.record.get("task")
+    if task == "text-generation":
+        rows = load_texts(data, seed=seed).train
+        view = TextView(rows.shuffle(seed=seed).select(range(min(examples, len(rows)))), loaded.processor)
+        batch = view.collate([view[i] for i in range(len(view))])
+    elif task == "image-classification":
+        images = load_images(data, seed=seed)
+        places = {label: i for i, label in enumerate(loaded.labels)}
+        strange = [label for label in images.labels if label not in places]
+        if strange:
+            raise InlayError(
+                f"the data {data!r} has labels that the combination does not have ({', '.join(strange[:5])}); it has "
+                f"{', '.join(loaded.labels[:10])}."
+            )
+        rows = images.train
+        view = ImageView(rows.select(_mixed(rows["label"][:], seed)[:examples]), loaded.processor)
+        items = [view[i] for i in range(len(view))]
+        batch = {
+            "pixel_values": torch.stack([torch.as_tensor(item["pixel_values"]) for item in items]),
+            "labels": torch.tensor([places[images.labels[int(item["labels"])]] for item in items]),
+        }
+    else:
+        raise InlayError(f"weights are fitted for classifiers of images and for language models, not for {task}.")
+    device = next(loaded.model.parameters()).device
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def _mixed(labels: list[int], seed: int) -> list[int]:
+    """Rows at random, the classes taking turns."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    turn: dict[int, int] = {}
+    keyed = []
+    for i in order.tolist():
+        turn[labels[i]] = turn.get(labels[i], 0) + 1
+        keyed.append((turn[labels[i]], i))
+    return [i for _, i in sorted(keyed, key=lambda pair: pair[0])]

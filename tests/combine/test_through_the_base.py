@@ -1,0 +1,98 @@
+"""What takes the base: dense differences, and fitted weights; and the command."""
+
+import json
+import sys
+
+import pytest
+import torch
+from peft import LoHaConfig, LoraConfig, get_peft_model
+
+from combine.test_records import BASE, classifier
+from inlay import InlayError, cli, combine, load_adapter, load_base, load_images, load_processor, save_adapter
+from inlay.arch import head_modules, lora_targets
+from methods.bases import randomise
+
+
+def trained(folder, config, labels, seed):
+    model = load_base(BASE, labels=labels)
+    config.modules_to_save = head_modules(model)
+    model = get_peft_model(model, config).eval()
+    randomise(model, "default", seed)
+    return save_adapter(model, folder, processor=load_processor(BASE))
+
+
+def test_what_does_not_add_is_given_as_a_difference_of_weights(tmp_path):
+    targets = lora_targets(load_base(BASE, labels=["x", "y"]), "attention")
+    a = trained(tmp_path / "dora", LoraConfig(r=2, use_dora=True, target_modules=targets), ["cat", "dog"], 3)
+    b = trained(tmp_path / "loha", LoHaConfig(r=2, target_modules=targets), ["emu", "fox"], 4)
+    with pytest.raises(InlayError, match="use dense=True"):
+        combine({a: 1.0, b: 1.0}, out=tmp_path / "out")
+    made = combine({a: 1.0, b: -0.5}, dense=True, out=tmp_path / "out")
+    loaded = load_adapter(tmp_path / "out")
+    assert made.labels == loaded.labels == ["cat", "dog", "emu", "fox"] and loaded.deviation == 0
+    plain = load_base(BASE, labels=made.labels).state_dict()
+    first, second = (load_adapter(f).model.merge_and_unload().state_dict() for f in (a, b))
+    changed = 0
+    for key, value in loaded.model.merge_and_unload().state_dict().items():
+        if "classifier" not in key:
+            wanted = plain[key] + (first[key] - plain[key]) - 0.5 * (second[key] - plain[key])
+            assert torch.allclose(value, wanted, atol=2e-6)
+            changed += not torch.equal(value, plain[key])
+    assert changed == len(targets)
+    with pytest.raises(InlayError, match="no width; leave width or dense out"):
+        combine({a: 1.0}, dense=True, width=4, out=tmp_path / "none")
+
+
+def test_weights_are_fitted_on_a_few_examples(tmp_path):
+    """One adapter was made by taking another one away: fitting has to find out how much of it helps."""
+    labels = list(load_images("builtin:digits").labels)
+    noise = classifier(tmp_path / "noise", labels, 3)
+    zero = classifier(tmp_path / "zero", labels, 4)
+    made = combine({noise: 1.0, zero: 1.0}, heads="zero", fit="builtin:digits", examples=20, out=tmp_path / "out")
+    fitted = made.fitted
+    assert fitted.after < fitted.before and fitted.examples == 20 and made.weights == fitted.weights
+    again = combine({noise: 1.0, zero: 1.0}, heads="zero", fit="builtin:digits", examples=20, out=tmp_path / "again")
+    assert again.weights == made.weights
+    loaded = load_adapter(tmp_path / "out")
+    from inlay.combine.fit import _batch
+
+    with torch.no_grad():
+        loss = loaded.model(**_batch(loaded, "builtin:digits", 20, 0)).loss.item()
+    assert loss == pytest.approx(fitted.after, rel=1e-4)
+    other = classifier(tmp_path / "other", ["cat", "dog"], 5)
+    with pytest.raises(InlayError, match="labels that the combination does not have"):
+        combine({other: 1.0}, fit="builtin:digits", out=tmp_path / "none")
+    with pytest.raises(InlayError, match="the other rules have no gradient"):
+        combine({other: 1.0}, "ties", fit="builtin:digits", out=tmp_path / "none")
+
+
+def run(capsys, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["inlay", "combine", *map(str, arguments)])
+    with pytest.raises(SystemExit) as status:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(status.value.code or 0), out, err
+
+
+def test_command(tmp_path, capsys, monkeypatch):
+    a, b = classifier(tmp_path / "a", ["cat", "dog"], 3), classifier(tmp_path / "b", ["emu", "fox"], 4)
+    report = tmp_path / "report.png"
+    given = (f"{a}=1.0", f"{b}=-0.5")
+    status, out, _ = run(
+        capsys, monkeypatch, *given, "--width", 3, "-o", tmp_path / "out", "--report", report, "--json"
+    )
+    facts = json.loads(out)
+    assert status == 0 and report.stat().st_size > 1000 and 0 < facts["error"] < 1
+    assert facts["weights"] == {"a": 1.0, "b": -0.5} and facts["labels"] == ["cat", "dog", "emu", "fox"]
+    status, out, _ = run(capsys, monkeypatch, *given, "-o", tmp_path / "exact")
+    assert status == 0 and "0: exact" in out and load_adapter(tmp_path / "exact").labels == facts["labels"]
+    status, out, _ = run(capsys, monkeypatch, a, b)
+    assert status == 0 and "a and b:" in out and "interference" in out
+    for wrong, sentence in [
+        (("a=x", "-o", "out"), "expected ADAPTER=WEIGHT"),
+        ((a, f"{a}=2", "-o", "out"), "expected different adapters"),
+        ((a, "--width", "wide", "-o", tmp_path / "none"), "width of at least 1 or 'auto'"),
+        ((tmp_path / "nothing", "-o", "out"), "does not exist"),
+    ]:
+        status, out, err = run(capsys, monkeypatch, *wrong)
+        assert status == 2 and out == "" and sentence in err and err.count("\n") == 1
