@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from inlay.data.volumes import VolumeData, load_volumes
     from inlay.data.volumeview import VolumeView
     from inlay.errors import InlayError
+    from inlay.infer.bank import Bank
     from inlay.infer.images import predict
     from inlay.infer.masks import predict_masks
     from inlay.infer.session import VolumeSession
@@ -60,6 +61,7 @@ warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but th
 _WHERE = {
     "METHODS": "methods",
     "AttentionPrefixConfig": "methods",
+    "Bank": "infer.bank",
     "BottleneckConfig": "methods",
     "CompositeConfig": "methods",
     "Decoding": "infer.text",
@@ -105,6 +107,7 @@ _WHERE = {
 __all__ = [
     "METHODS",
     "AttentionPrefixConfig",
+    "Bank",
     "BottleneckConfig",
     "CompositeConfig",
     "Decoding",

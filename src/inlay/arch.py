@@ -228,7 +228,7 @@ def _places(row: Row, modules: Modules) -> dict[str, list[str]] | None:
             return None
         found = [f"{block}.{name}" for block in blocks for name in present]
         places[field] = [
-            each for each in found if not isinstance(modules[each], nn.Conv2d) or _is_pointwise(modules[each])
+            each for each in found if not isinstance(modules[each], nn.Conv2d) or is_pointwise(modules[each])
         ]
     aside = {name for name in modules if is_cross(name) or POOLING.intersection(name.split("."))}
     places["norms"] = [name for name, module in modules.items() if is_norm(module) and name not in aside]
@@ -390,7 +390,7 @@ def lora_targets(model: nn.Module, sites: Literal["all", "attention"] = "all") -
         found = [name for name, m in inner.items() if name.rpartition(".")[2] in query_value and is_linear(m)]
         if found:
             return found
-    found = [name for name, m in inner.items() if is_linear(m) or _is_pointwise(m)]
+    found = [name for name, m in inner.items() if is_linear(m) or is_pointwise(m)]
     if not found:
         raise InlayError(f"found no linear layer or 1x1 convolution in {type(model).__name__}; give target_modules.")
     return found
@@ -432,7 +432,8 @@ def is_linear(module: nn.Module | None) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _is_pointwise(module: nn.Module) -> bool:
+def is_pointwise(module: nn.Module) -> bool:
+    """True for a 1x1 convolution that is not grouped: a linear layer on every pixel."""
     return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
 
 

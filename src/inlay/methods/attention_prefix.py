@@ -149,6 +149,11 @@ class AttentionPrefixLayer(AdapterLayer):
         """Which adapters act in the forward that is under way."""
         return self.groups or self._groups(None, None)
 
+    def gathered(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        """Keys and values of the forward under way, as `gather_prefix` gives them; None where there are none."""
+        groups = self.acting()
+        return gather_prefix(groups, self.prefix, rows) if groups else None
+
     @override
     def refusal(self, names: Sequence[str]) -> str | None:
         return (
@@ -204,12 +209,12 @@ def prefixed_attention(
         )
     eager = vars(sys.modules[type(module).__module__]).get("eager_attention_forward")
     function = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
-    groups = layer.acting()
-    if not groups:
+    batch, heads, tokens, size = key.shape
+    found = layer.gathered(batch)
+    if found is None:
         return function(module, query, key, value, attention_mask, **kwargs)
 
-    batch, heads, tokens, size = key.shape
-    extra_key, extra_value, counts = gather_prefix(groups, layer.prefix, batch)
+    extra_key, extra_value, counts = found
     extra_key, extra_value = (  # B P (G d) -> B G P d
         extra.to(key.dtype).unflatten(-1, (heads, size)).transpose(1, 2).expand(batch, -1, -1, -1)
         for extra in (extra_key, extra_value)

@@ -120,7 +120,7 @@ class VisualPromptLayer(AdapterLayer):
         here = [self._tokens(name, x) for name in names if self.options[name].enter]
         output = self.base_layer(torch.cat([x, *here], dim=1), *args, **kwargs)
         hidden = output[0] if isinstance(output, tuple) else output
-        _hide(tokens, x[:, :tokens], hidden[:, :tokens])
+        hide(tokens, x[:, :tokens], hidden[:, :tokens])
         kept, at = [hidden[:, :tokens]], tokens
         for place in sorted(places, key=lambda place: place.enter):  # those that came with x stand in front
             if not place.drop:
@@ -157,7 +157,7 @@ class WindowPromptLayer(VisualPromptLayer):
         return attend(self.base_layer, hidden, key, value, counts)
 
 
-def _hide(tokens: int, before: torch.Tensor, after: torch.Tensor) -> None:
+def hide(tokens: int, before: torch.Tensor, after: torch.Tensor) -> None:
     """Take the prompts out of the hidden states and attentions that transformers records from the block inside."""
     recorded = output_capturing._active_collector.get()
     if not recorded:
