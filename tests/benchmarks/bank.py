@@ -1,0 +1,221 @@
+"""Time of a batch whose rows have different adapters, and of loading and choosing them: inlay's Bank beside peft.
+
+    python tests/benchmarks/bank.py [--size base|tiny] [--blocks 12] [--rounds 3] [--parts forward methods load]
+
+A ViT with random weights, LoRA r=8 on q and v, a batch of 64 with 1 to 200 adapters in it:
+
+    plain       the base alone
+    merged      one adapter in its weights
+    bank        Bank, all 200 adapters resident
+    peft        the same adapters in one PeftModel, `adapter_names`
+    separate    one forward for each adapter's rows
+
+`methods` times other methods in a bank with 1 and with 64 adapters in the batch. `load` takes 200 adapters from disk by
+a bank, by 200 calls of peft's load_adapter and by inlay's (its mean, times 200), and chooses other ones. Ways take
+turns, round by round; figures are CPU time, the ratio within a round. All blocks are alike, so fewer of them give the
+same ratios.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from inlay import Bank, load_adapter, load_base, load_processor, save_adapter
+from inlay.arch import lora_targets
+from inlay.methods import METHODS
+from inlay.store.file import CARD, CONFIG, WEIGHTS, read_adapter, sign
+
+RESULTS = Path(__file__).parent / "results" / "bank.json"
+COUNTS, BATCH, ALL = (1, 4, 16, 64, 200), 64, 200
+SIZES = {
+    "base": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "image_size": 224},
+    "tiny": {"hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 3, "image_size": 32, "patch_size": 4},
+}
+
+
+def make_base(folder: Path, size: str, blocks: int) -> str:
+    torch.manual_seed(0)
+    config = ViTConfig(**SIZES[size], num_hidden_layers=blocks, num_labels=10)
+    ViTForImageClassification(config).save_pretrained(folder)
+    side = {"height": config.image_size, "width": config.image_size}
+    ViTImageProcessorPil(size=side).save_pretrained(folder)
+    return str(folder)
+
+
+def make_adapters(base: str, method: str, folder: Path, count: int) -> Path:
+    """One saved as it should be; the others are it with other numbers, and without a golden output."""
+    torch.manual_seed(1)
+    model = load_base(base)
+    targets = lora_targets(model, "attention")
+    config = LoraConfig(r=8, target_modules=targets) if method == "lora" else METHODS[method].config(model, 16)
+    first = save_adapter(get_peft_model(model, config), folder / "0", processor=load_processor(base))
+    record = {**read_adapter(first).record, "golden": []}
+    metadata = {"format": "pt", "inlay": json.dumps(record, separators=(",", ":"), ensure_ascii=False)}
+    weights = load_file(first / WEIGHTS)
+    for i in range(count):
+        copy = folder / str(i)
+        copy.mkdir(exist_ok=True)
+        if i:
+            for name in (CONFIG, CARD):
+                (copy / name).write_bytes((first / name).read_bytes())
+        drawn = {key: torch.randn_like(value) * 0.02 for key, value in weights.items()}
+        (copy / WEIGHTS).write_bytes(sign(to_bytes(drawn, metadata)))
+    return folder
+
+
+def names(count: int) -> list[str]:
+    """Which adapter each row has: as many as there are rows at most, in an order that is no order."""
+    return [str(i * 37 % count) for i in range(BATCH)]
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    begun = time.process_time()
+    call()
+    return time.process_time() - begun
+
+
+def take_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    order = list(ways)
+    for i in range(rounds):
+        for name in order[i % len(order) :] + order[: i % len(order)]:
+            taken[name].append(seconds(ways[name]))
+    return taken
+
+
+def ratio(taken: dict[str, list[float]], name: str, to: str) -> float:
+    return round(statistics.median(a / b for a, b in zip(taken[name], taken[to], strict=True)), 3)
+
+
+@torch.no_grad()
+def forward(base: str, folder: Path, batch: dict[str, torch.Tensor], rounds: int) -> dict[str, Any]:
+    bank, plain = Bank(base, folder), load_base(base)
+    merged = load_adapter(folder / "1").merge().model
+    mixed = PeftModel.from_pretrained(load_base(base), folder / "0", adapter_name="a0")
+    for i in range(1, ALL):  # peft's own way takes minutes: an empty one, then the numbers
+        mixed.add_adapter(f"a{i}", mixed.peft_config["a0"], low_cpu_mem_usage=True)
+        peft.set_peft_model_state_dict(mixed, load_file(folder / str(i) / WEIGHTS), f"a{i}", low_cpu_mem_usage=True)
+    mixed.eval()
+
+    def separate(rows: list[str]) -> None:
+        for name in dict.fromkeys(rows):
+            chosen = [i for i, other in enumerate(rows) if other == name]
+            bank({key: value[chosen] for key, value in batch.items()}, [name] * len(chosen))
+
+    ways: dict[str, Callable[[], Any]] = {"plain": lambda: plain(**batch), "merged": lambda: merged(**batch)}
+    for n in COUNTS:
+        rows = names(n)
+        ways[f"bank {n}"] = lambda rows=rows: bank(batch, rows)
+        ways[f"peft {n}"] = lambda rows=rows: mixed(**batch, adapter_names=[f"a{name}" for name in rows])
+        ways[f"separate {n}"] = lambda rows=rows: separate(rows)
+    found = bank(batch, names(16)).logits
+    wanted = mixed(**batch, adapter_names=[f"a{name}" for name in names(16)]).logits
+    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max(), "bank and peft do not agree"
+    take_turns({"plain": ways["plain"], "bank": ways["bank 64"]}, 1)  # warm-up
+    taken = take_turns(ways, rounds)
+    return {
+        "plain_cpu_seconds": round(statistics.median(taken["plain"]), 3),
+        "ratio_to_plain": {name: ratio(taken, name, "plain") for name in ways if name != "plain"},
+        "bank_mb": round(bank.bytes / 1e6, 1),
+    }
+
+
+@torch.no_grad()
+def methods(base: str, folder: Path, batch: dict[str, torch.Tensor], rounds: int) -> dict[str, Any]:
+    found = {}
+    for method in ("bottleneck", "bottleneck-parallel", "attention-prefix", "visual-prompt"):
+        bank = Bank(base, make_adapters(base, method, folder / method, BATCH))
+        ways = {"one": lambda bank=bank: bank(batch, names(1)), "64": lambda bank=bank: bank(batch, names(64))}
+        ways["plain"] = lambda bank=bank: bank(batch, [None] * BATCH)
+        take_turns(ways, 1)
+        taken = take_turns(ways, rounds)
+        found[method] = {"64_to_one": ratio(taken, "64", "one"), "one_to_plain": ratio(taken, "one", "plain")}
+    return found
+
+
+def load(base: str, folder: Path) -> dict[str, Any]:
+    model = load_base(base)
+    made: list[Bank] = []
+    by_bank = seconds(lambda: made.append(Bank(model, folder)))
+    bank, bare = made[0], load_base(base)
+    empty = seconds(lambda: Bank(bare))
+
+    def one() -> None:
+        load_adapter(folder / "7", whole).model.unload()
+
+    whole = load_base(base)
+    one()
+    by_inlay = statistics.mean(seconds(one) for _ in range(3))
+    mixed = PeftModel.from_pretrained(load_base(base), folder / "0", adapter_name="a0")
+
+    def by_calls() -> None:
+        for i in range(1, ALL):
+            mixed.load_adapter(folder / str(i), f"a{i}")
+
+    by_peft = seconds(by_calls)
+
+    def choose(i: int) -> None:
+        with bank.rows(names(200)[i:] + names(200)[:i]):
+            pass
+
+    return {
+        "bank_cpu_seconds": round(by_bank, 3),
+        "of_which_the_base": round(empty, 3),
+        "peft_load_adapter_cpu_seconds": round(by_peft, 1),
+        "inlay_load_adapter_cpu_seconds": round(by_inlay * ALL, 1),
+        "peft_over_bank": round(by_peft / by_bank, 1),
+        "inlay_over_bank": round(by_inlay * ALL / by_bank, 1),
+        "mb_on_disk": round(sum(path.stat().st_size for path in folder.glob(f"*/{WEIGHTS}")) / 1e6, 1),
+        "bank_choose_ms": round(1e3 * statistics.mean(seconds(lambda i=i: choose(i)) for i in range(50)), 3),
+        "peft_set_adapter_ms": round(
+            1e3 * statistics.mean(seconds(lambda: mixed.set_adapter("a7")) for _ in range(5)), 1
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--size", choices=list(SIZES), default="base")
+    parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--parts", nargs="+", choices=["forward", "methods", "load"], default=["forward", "methods", "load"]
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    side = SIZES[arguments.size]["image_size"]
+    batch = {"pixel_values": torch.randn(BATCH, 3, side, side, generator=torch.Generator().manual_seed(0))}
+    result = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    with tempfile.TemporaryDirectory() as where:
+        base = make_base(Path(where) / "base", arguments.size, arguments.blocks)
+        folder = make_adapters(base, "lora", Path(where) / "lora", ALL)
+        for part in arguments.parts:
+            if part == "load":
+                found = load(base, folder)
+            else:
+                found = {"forward": forward, "methods": methods}[part](base, folder, batch, arguments.rounds)
+            found |= {"size": arguments.size, "blocks": arguments.blocks, "rounds": arguments.rounds}
+            found |= {"threads": arguments.threads, "device": platform.machine() + " cpu"}
+            found |= {"versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+            result[f"{part} {arguments.size}"] = found
+            print(part, json.dumps(found, indent=2))
+    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
