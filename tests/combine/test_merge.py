@@ -221,6 +221,22 @@ def test_into_four_bits_by_way_of_what_they_stand_for(lora, name, tmp_path):
     assert (found - wanted).norm() < 1e-3 * (wanted - whole).norm()
 
 
+def test_an_adapter_of_a_base_in_few_bits_is_told_of_them(tmp_path, caplog):
+    torch.manual_seed(1)
+    model = METHODS["lora"].adapt(load_base(VIT, labels=LABELS, quantize="4bit"), 4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.03)
+    folder = save(model, VIT, tmp_path / "adapter")
+    report = merge(folder, tmp_path / "merged", quantize="4bit", dtype="float32", inputs=INPUTS[VIT])
+    plain = AUTO[VIT].from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert report.error < 1e-4 and not caplog.records
+    assert (outputs(plain, INPUTS[VIT]) - outputs(model, INPUTS[VIT])).abs().max() < 1e-4
+    merge(folder, tmp_path / "whole")
+    assert "was trained on a base in 4bit: quantize='4bit' merges into those weights" in caplog.text
+
+
 @pytest.mark.parametrize("name", [GPT2])
 def test_a_model_that_is_stored_in_eight_bits_again(lora, name, tmp_path):
     report = merge(lora[name], tmp_path / "merged", quantize="8bit", limit=1.0)

@@ -5,6 +5,7 @@ can take away more than an adapter has put in, whose change of a weight is often
 """
 
 import json
+import logging
 import math
 import tempfile
 from collections.abc import Mapping
@@ -29,6 +30,8 @@ from inlay.store.golden import picture
 from inlay.store.load import LoadedAdapter, load_adapter, load_own_base
 from inlay.store.sketch import precision_of
 from inlay.store.summary import method
+
+logger = logging.getLogger(__name__)
 
 REPORT = "merge.json"
 _FEW_BITS = ("Linear8bitLt", "Linear4bit")
@@ -100,6 +103,9 @@ def merge(
     loaded = load_adapter(adapter, base)
     model = loaded.model
     _check_merges(loaded)
+    held = {"int8": "8bit", "nf4": "4bit"}.get(loaded.file.record.get("base", {}).get("precision"))
+    if held and held != quantize:
+        logger.warning("%s was trained on a base in %s: quantize=%r merges into those weights.", adapter, held, held)
     if quantize:
         dequantize(load_own_base(loaded.file, base, quantize=quantize), model)
     batch = _random(model, loaded.processor) if inputs is None else dict(inputs)
