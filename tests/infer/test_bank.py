@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -57,16 +58,20 @@ def pair(base, method, folder):
     return folder
 
 
+@cache
+def loaded(base, folder, name):
+    return load_base(base) if name is None else load_adapter(folder / name).model
+
+
 def alone(base, folder, inputs, adapters, last=None):
     """Logits of each row by itself, under its adapter loaded alone."""
-    models = {name: load_adapter(folder / name).model for name in set(adapters) - {None}} | {None: load_base(base)}
     found = []
     with torch.no_grad():
         for i, name in enumerate(adapters):
             row = {key: value[i : i + 1] for key, value in inputs.items()}
             if "attention_mask" in row:  # without its padding
                 row = {key: value[:, row["attention_mask"][0].bool()] for key, value in row.items()}
-            logits = models[name](**row).logits[0]
+            logits = loaded(base, folder, name)(**row).logits[0]
             found.append(logits if last is None else logits[-len(row["input_ids"][0]) :])
     return found
 
@@ -131,7 +136,7 @@ def test_texts_are_continued_as_one_by_one(method, tmp_path):
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     found = bank.generate(batch, MIXED, **settings)
     assert found.shape == (5, 17)
-    models = {name: load_adapter(folder / name).model for name in "ab"} | {None: load_base(GPT2)}
+    models = {name: loaded(GPT2, folder, name) for name in MIXED}
     for i, name in enumerate(MIXED):
         row = {key: value[i : i + 1] for key, value in batch.items()}
         want = models[name].generate(**row, **settings)[0]
