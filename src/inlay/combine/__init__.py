@@ -261,15 +261,7 @@ def _write(
     said = _said(sources, heads, rule)
     record = record_of(sources, heads, keep, dict(said))
     with writing(folder) as new:
-        stream = Stream(new / WEIGHTS, shapes, metadata_of(config, record))
-        for key in heads.shapes:
-            stream.write(key, heads.make(key))
-        for each in made.values():
-            for site, leaves in each.shapes.items():
-                tensors = each.make(site)
-                for leaf in leaves:
-                    stream.write(_key(site, leaf), tensors.pop(leaf))
-        stream.close()
+        _stream(Stream(new / WEIGHTS, shapes, metadata_of(config, record)), made, heads)
         errors = {site: value for each in made.values() for site, value in each.errors.items()}
         norms = {site: each.norms.get(site, 1.0) for each in made.values() for site in each.errors}
         off = total_error(errors, norms)
@@ -279,6 +271,21 @@ def _write(
     weights = {source.name: source.weight for source in sources}
     widths = {kind: _width(each) for kind, each in made.items() if _width(each)}
     return Combined(folder, rule, weights, widths, heads.said, heads.labels, off, errors)
+
+
+def _stream(stream: Stream, made: Mapping[str, Sum], heads: Heads) -> None:
+    """Each tensor as soon as it is there."""
+    try:
+        for key in heads.shapes:
+            stream.write(key, heads.make(key))
+        for each in made.values():
+            for site, leaves in each.shapes.items():
+                tensors = each.make(site)
+                for leaf in leaves:
+                    stream.write(_key(site, leaf), tensors.pop(leaf))
+        stream.close()
+    finally:
+        stream.abandon()
 
 
 def _width(made: Sum) -> int:

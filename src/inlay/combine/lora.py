@@ -15,7 +15,7 @@ from typing_extensions import override
 from inlay.combine.read import Array, Part
 from inlay.combine.rules import RULES
 from inlay.combine.sums import Leaves, Sum, agree, common
-from inlay.combine.widths import Spectrum, auto_widths, norm, spectrum, spectrum_of
+from inlay.combine.widths import auto_widths, norm, spectrum, spectrum_of
 from inlay.errors import InlayError
 
 _LINEAR = ("lora_A.weight", "lora_B.weight")
@@ -89,7 +89,9 @@ class LoraSum(Sum):
             return {site: min(width, most[site]) for site in self.names}
         if self.plan.rule.merge is not None:
             raise InlayError('width="auto" is for add and average; give a number with the other rules.')
-        return auto_widths({site: self._spectrum(site).values[: most[site]] for site in self.names}, self.plan.error)
+        return auto_widths(
+            {site: spectrum(*self._stacked(site)).values[: most[site]] for site in self.names}, self.plan.error
+        )
 
     def _sizes(self, site: str) -> tuple[int, int]:
         """d_out and d_in."""
@@ -126,10 +128,11 @@ class LoraSum(Sum):
         if self.plan.rule.merge is not None:
             up, down = self._merged(site)
         elif self.plan.width is not None:
-            found, rank = self._spectrum(site), self.ranks[site]
+            whole, rank = self._stacked(site), self.ranks[site]
+            found = spectrum(*whole)
             self.errors[site], self.norms[site] = found.error(rank), norm(found.values)
             up, down = found.cut(rank)
-            self._check_cut(site, up, down)
+            self._check_cut(site, whole, up, down)
         else:
             up, down = self._joined(site)
             self.errors[site] = 0.0
@@ -157,6 +160,7 @@ class LoraSum(Sum):
             hidden = piece.reshape(groups, width, -1) @ probe  # G w
             wanted += factor * np.einsum("gow,gw->go", own.reshape(groups, -1, width), hidden)
             np.multiply(own, np.float32(factor), out=up[:, at : at + width])
+            del own  # before the next one is there
             at += width
         hidden = rows.reshape(groups, at, -1) @ probe
         found = np.einsum("gow,gw->go", up.reshape(groups, -1, at), hidden)
@@ -164,21 +168,17 @@ class LoraSum(Sum):
         self.check(site, found, wanted, max(norm(wanted), size))
         return up, down
 
-    def _spectrum(self, site: str) -> Spectrum:
-        """Of the exact sum, with the weights in it."""
+    def _stacked(self, site: str) -> tuple[Array, Array]:
+        """B and A of the exact sum, with the weights in B; kernels of convolutions are flat."""
         pairs = [(factors(part, site), part.weight) for part in self.acting(site)]
         up = np.concatenate([np.float32(w) * b for (b, _), w in pairs], axis=1)
-        return spectrum(up, np.concatenate([a for (_, a), _ in pairs]))
+        return up, np.concatenate([a for (_, a), _ in pairs])
 
-    def _check_cut(self, site: str, up: Array, down: Array) -> None:
-        """What was cut off is orthogonal to what stays, and as large as was said."""
+    def _check_cut(self, site: str, whole: tuple[Array, Array], up: Array, down: Array) -> None:
+        """What was cut off is orthogonal to what stays."""
         probe = _probe(site, down.shape[1])
-        whole = np.zeros(len(up))
-        for part in self.acting(site):
-            own, inner = factors(part, site)
-            whole += part.weight * (own @ (inner @ probe))
-        found = up.T @ (up @ (down @ probe))
-        self.check(site, found, up.T @ whole, max(norm(up) * norm(whole), norm(up) ** 2 * norm(down @ probe)))
+        wanted, found = whole[0] @ (whole[1] @ probe), up @ (down @ probe)
+        self.check(site, up.T @ found, up.T @ wanted, norm(up) * max(norm(wanted), norm(found)))
 
     def _merged(self, site: str) -> tuple[Array, Array]:
         """A rule on the true updates, and the best update of the width for what it gives."""

@@ -178,6 +178,7 @@ class DeltaSum(Sum):
             size += abs(part.weight) * norm(delta)
             delta *= np.float32(part.weight)
             total += delta
+            del delta  # before the next one is there
         self.check(site, np.array(_seen(total)), np.array(wanted), size)
         total += np.float32(self.start)
         return total
@@ -186,7 +187,7 @@ class DeltaSum(Sum):
 def _seen(delta: Array) -> float:
     """One number that all entries go into, in float64 by pieces."""
     flat = delta.ravel()
-    return float(sum(flat[i : i + 65536].sum(dtype=np.float64) for i in range(0, len(flat), 65536)))
+    return float(sum(flat[i : i + 16384].sum(dtype=np.float64) for i in range(0, len(flat), 16384)))
 
 
 class Ia3Sum(DeltaSum):

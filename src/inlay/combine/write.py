@@ -1,6 +1,7 @@
 """Write a combination as an adapter folder, tensor by tensor, and read it back."""
 
 import json
+import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,11 +15,13 @@ from inlay.combine.read import Array, Source
 from inlay.errors import InlayError
 from inlay.store.file import CARD, CONFIG, DIGEST, FORMAT, METRICS, WEIGHTS, fingerprint, hasher, read_adapter
 
+_PIECE = 1 << 15  # numbers
+
 
 class Stream:
     """A safetensors file in float32 that is written one tensor at a time, in the order of its header.
 
-    The digest in the header is taken from what is in memory, so that reading the file back compares it with that.
+    Each tensor is read back and compared with what is in memory, from which the digest in the header is taken.
     """
 
     def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, str]) -> None:
@@ -30,7 +33,7 @@ class Stream:
             header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, end]}
             at = end
         self._header, self._seen = header, hasher(header)
-        self._file = path.open("wb", buffering=0)
+        self._file = path.open("w+b", buffering=0)
         self._put(self._text())
 
     def _text(self) -> bytes:
@@ -53,13 +56,18 @@ class Stream:
         if key != expected or value.shape != self._left.pop(expected):
             raise ValueError(f"expected {expected}, got {key} {value.shape}")  # a fault of this package
         flat = np.ascontiguousarray(value, "<f4").reshape(-1)
-        for i in range(0, len(flat), 1 << 16):  # in pieces that stay in the processor's cache
-            if not np.isfinite(flat[i : i + (1 << 16)]).all():
+        back = np.empty(min(len(flat), _PIECE), "<f4")
+        for i in range(0, len(flat), _PIECE):  # in pieces that stay in the processor's cache
+            piece, own = flat[i : i + _PIECE], back[: len(flat) - i]
+            if not np.isfinite(piece).all():
                 raise InlayError(f"the combined tensor {key!r} holds NaN or Inf; nothing was written.")
-        if len(flat):
-            data = memoryview(flat.view(np.uint8))  # type: ignore[arg-type]
+            data = memoryview(piece.view(np.uint8))  # type: ignore[arg-type]
             self._seen.update(data)
             self._put(data)
+            self._file.seek(-len(data), os.SEEK_CUR)
+            count = self._file.readinto(memoryview(own.view(np.uint8)))  # type: ignore[arg-type]
+            if count != len(data) or not np.array_equal(piece.view(np.int32), own.view(np.int32)):
+                raise InlayError(f"{self.path} does not hold what was written to it; is the disk full or failing?")
 
     def close(self) -> None:
         """Put the digest in its place."""
@@ -68,6 +76,10 @@ class Stream:
         self._header["__metadata__"][DIGEST] = self._seen.hexdigest()
         self._file.seek(0)
         self._put(self._text())
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Let go of the file, whatever it holds."""
         self._file.close()
 
 
@@ -141,13 +153,12 @@ def metadata_of(config: dict[str, Any], record: dict[str, Any]) -> dict[str, str
 
 
 def read_back(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Reload what was written: its digest is that of the tensors in memory, and nothing is missing.
+    """Reload what was written: a folder that holds together, its tensors (which Stream has compared) in their places.
 
     Raises:
         InlayError: The file is not what was computed.
     """
-    file = read_adapter(folder)
-    if file.shapes != shapes:
+    if read_adapter(folder, digest=False).shapes != shapes:
         raise InlayError(f"{folder / WEIGHTS} does not hold what was computed; is the disk full?")
 
 

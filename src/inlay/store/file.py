@@ -67,20 +67,24 @@ class AdapterFile:
         return list(self.record.get("labels", []))
 
 
-def read_adapter(folder: str | Path) -> AdapterFile:
+def read_adapter(folder: str | Path, *, digest: bool = True) -> AdapterFile:
     """Read and check an adapter folder without loading tensors or a base.
+
+    Args:
+        folder: Of the adapter.
+        digest: Compare the tensors with the digest that was stored with them; False for a file of one's own, just made.
 
     Raises:
         InlayError: Not an adapter folder; a config that is no JSON or was changed since; weights that are truncated,
             damaged, pickled, or an LFS pointer; tensor names that are paths; a record of a newer format.
     """
     try:
-        return _read(Path(folder))
+        return _read(Path(folder), digest)
     except OSError as error:
         raise InlayError(f"{folder} cannot be read ({error.strerror or error}).") from error
 
 
-def _read(folder: Path) -> AdapterFile:
+def _read(folder: Path, digest: bool) -> AdapterFile:
     if not (folder / CONFIG).is_file():
         state = "does not exist"
         if folder.exists():
@@ -96,7 +100,7 @@ def _read(folder: Path) -> AdapterFile:
     config = _json(folder / CONFIG)
     if not isinstance(config.get("peft_type"), str):
         raise InlayError(f"{folder / CONFIG} names no peft_type, so it is not an adapter's config.")
-    header = _header(folder / WEIGHTS)
+    header = _header(folder / WEIGHTS, digest)
     metadata = header.pop("__metadata__", {})
     shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
     metrics = _json(folder / METRICS) if (folder / METRICS).is_file() else {}
@@ -164,7 +168,7 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _header(path: Path) -> dict[str, Any]:
+def _header(path: Path, digest: bool) -> dict[str, Any]:
     """Parse the safetensors header and compare it with the size and the digest of the file."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -183,14 +187,14 @@ def _header(path: Path) -> dict[str, Any]:
         raise InlayError(f"{path} is damaged: {error}; get it again.") from None
     if DIGEST not in metadata and "inlay" in metadata:
         raise InlayError(f"{path} is damaged: its checksum is gone; get it again.")
-    if DIGEST in metadata and metadata[DIGEST] != _digest_of(path, header, 8 + length):
+    if digest and DIGEST in metadata and metadata[DIGEST] != _digest_of(path, header, 8 + length):
         raise InlayError(f"{path} is damaged: its content does not match the checksum stored in it; get it again.")
     return header
 
 
 def _digest_of(path: Path, header: dict[str, Any], start: int) -> str:
     """By pieces: a file may be larger than what memory is left for it."""
-    seen, piece = hasher(header), bytearray(1 << 20)
+    seen, piece = hasher(header), bytearray(1 << 18)
     with path.open("rb", buffering=0) as file:
         file.seek(start)
         while count := file.readinto(piece):
