@@ -10,6 +10,7 @@ them from disk and writes the result.
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import statistics
@@ -19,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: small matrices are slower on several threads
 
 import numpy as np
 

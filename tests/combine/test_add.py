@@ -338,3 +338,36 @@ def test_bottlenecks_of_the_first_form_have_four_tensors(tmp_path):
     combine({a: 1.0, b: -2.0}, out=tmp_path / "old")
     new, old = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("new", "old"))
     assert new.keys() == old.keys() and all(torch.equal(new[key], old[key]) for key in new)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "reason"),
+    [
+        ({}, lambda w, k: w.pop(k), "lacks vit"),
+        ({}, lambda w, k: w.update({k: torch.zeros(3)}), "which have no product"),
+        ({}, lambda w, k: w.update({k: torch.zeros(0, 32)}), "which have no product"),
+        ({}, lambda w, k: w.update({k: torch.zeros(4, 32, dtype=torch.int64)}), "only floating-point ones add"),
+        ({}, lambda w, k: w.update({"base_model.model.vit.cls_token": torch.zeros(2)}), "neither to its method"),
+        ({"lora_alpha": "much"}, None, "do not fit their tensors"),
+        ({"lora_alpha": float("inf")}, None, "no finite scale"),
+        ({"alpha_pattern": {"(": 3}}, None, "do not fit their tensors"),
+        ({"alpha_pattern": [1]}, None, "do not fit their tensors"),
+        ({"parts": [1]}, None, "parts or modules_to_save of a wrong kind"),
+        ({"modules_to_save": 3}, None, "parts or modules_to_save of a wrong kind"),
+        ({"init_lora_weights": "pissa"}, None, "changes the base"),
+        ({"use_qalora": True}, None, r"kind of LoRA that does not add as B·A does \(use_qalora\)"),
+    ],
+)
+def test_damaged_adapters_are_one_sentence(config, change, reason, tmp_path):
+    from safetensors.torch import save_file
+
+    folder = save(tmp_path / "a", "vit", lora(), 3)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, **config}))
+    weights = load_file(folder / "adapter_model.safetensors")
+    if change:
+        change(weights, next(key for key in weights if "lora_A" in key))
+        save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(InlayError, match=reason):
+        combine({folder: 1.0}, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -216,7 +216,15 @@ def sums(sources: Sequence[Source], plan: Plan) -> dict[str, Sum]:
     found: dict[str, Sum] = {}
     for kind in kinds:
         parts: list[Part] = [source.parts[kind] for source in sources if kind in source.parts]
-        found[kind] = SUMS[kind](parts, plan)
+        try:
+            found[kind] = SUMS[kind](parts, plan)
+        except InlayError:
+            raise
+        except Exception as error:  # a config is data from anywhere: it makes this fail in any way
+            names = ", ".join(part.name for part in parts)
+            raise InlayError(
+                f"the configs of {names} do not fit their tensors ({type(error).__name__}: {error}); get them again."
+            ) from error
     return found
 
 

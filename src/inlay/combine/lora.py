@@ -258,5 +258,12 @@ def _check(part: Part) -> None:
         missing = [leaf for leaf in _leaves(part, site) if leaf not in part.sites[site]]
         if missing:
             raise InlayError(f"adapter {name!r} lacks {site}.{missing[0]}; get it again.")
+        down, up = (part.shape(site, leaf) for leaf in _leaves(part, site))
+        if len(down) < 2 or len(down) != len(up) or 0 in (*down, *up) or down[0] % up[1]:
+            raise InlayError(
+                f"adapter {name!r} has A {down} and B {up} at {site}, which have no product; get it again."
+            )
+        if not math.isfinite(scale(part, site)):
+            raise InlayError(f"adapter {name!r} has no finite scale at {site}; get it again.")
     if not part.sites:
         raise InlayError(f"adapter {name!r} holds no LoRA tensor; get it again.")

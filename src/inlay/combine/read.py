@@ -187,9 +187,13 @@ def _check_bases(files: Mapping[str, AdapterFile]) -> None:
 
 def _open(name: str, weight: float, file: AdapterFile) -> Source:
     tensors, config = Tensors(file.folder / WEIGHTS), file.config
-    configs = {part["peft_type"]: part for part in config.get("parts", [])} or {config["peft_type"]: config}
+    inner, whole = config.get("parts") or [], config.get("modules_to_save") or []
+    named = isinstance(whole, list) and all(isinstance(module, str) for module in whole)
+    if not named or not all(isinstance(part, dict) and isinstance(part.get("peft_type"), str) for part in inner):
+        raise InlayError(f"the config of adapter {name!r} has parts or modules_to_save of a wrong kind; get it again.")
+    configs = {part["peft_type"]: part for part in inner} or {config["peft_type"]: config}
     sites: dict[str, dict[str, dict[str, str]]] = {kind: {} for kind in configs}
-    whole, head = config.get("modules_to_save") or [], {}
+    head: dict[str, str] = {}
     known = configs.keys() <= {*_METHODS.values(), *PROMPT_TYPES}  # others are refused, with the reason, by `sums`
     for key in tensors:
         plain = key.removeprefix(PREFIX)
