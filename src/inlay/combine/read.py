@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,8 @@ def open_adapters(adapters: Mapping[Any, float]) -> list[Source]:
     for path, weight in adapters.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not np.isfinite(weight):
             raise InlayError(f"the weight of {path} must be a finite number, got {weight!r}.")
-    files = [read_adapter(fetch(path)) for path in adapters]
+    with ThreadPoolExecutor(min(len(adapters), 4)) as pool:  # digests, which take most of it, run side by side
+        files = list(pool.map(lambda path: read_adapter(fetch(path)), adapters))
     names = short_names([file.folder for file in files])
     _check_bases(dict(zip(names, files, strict=True)))
     return [_open(n, float(w), f) for n, w, f in zip(names, adapters.values(), files, strict=True)]

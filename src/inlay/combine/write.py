@@ -3,6 +3,8 @@
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from inlay.combine.read import Array, Source
 from inlay.errors import InlayError
 from inlay.store.file import CARD, CONFIG, DIGEST, FORMAT, METRICS, WEIGHTS, fingerprint, hasher, read_adapter
 
-_PIECE = 1 << 15  # numbers
+_PIECE = 1 << 14  # numbers
+_LARGE = 1 << 22  # bytes; of such tensors none waits in memory for its digest
 
 
 class Stream:
@@ -35,6 +38,8 @@ class Stream:
         self._header, self._seen = header, hasher(header)
         self._file = path.open("w+b", buffering=0)
         self._put(self._text())
+        self._hashing, self._hashed = ThreadPoolExecutor(1), Future[None]()
+        self._hashed.set_result(None)
 
     def _text(self) -> bytes:
         text = json.dumps(self._header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
@@ -56,23 +61,27 @@ class Stream:
         if key != expected or value.shape != self._left.pop(expected):
             raise ValueError(f"expected {expected}, got {key} {value.shape}")  # a fault of this package
         flat = np.ascontiguousarray(value, "<f4").reshape(-1)
-        back = np.empty(min(len(flat), _PIECE), "<f4")
+        self._hashed.result()
+        self._hashed = self._hashing.submit(self._seen.update, flat.view(np.uint8))
         for i in range(0, len(flat), _PIECE):  # in pieces that stay in the processor's cache
-            piece, own = flat[i : i + _PIECE], back[: len(flat) - i]
-            if not np.isfinite(piece).all():
+            if not np.isfinite(flat[i : i + _PIECE]).all():
                 raise InlayError(f"the combined tensor {key!r} holds NaN or Inf; nothing was written.")
-            data = memoryview(piece.view(np.uint8))  # type: ignore[arg-type]
-            self._seen.update(data)
-            self._put(data)
-            self._file.seek(-len(data), os.SEEK_CUR)
+        self._put(flat.view(np.uint8))
+        self._file.seek(-flat.nbytes, os.SEEK_CUR)
+        back = np.empty(min(len(flat), _PIECE), "<i4")
+        for i in range(0, len(flat), _PIECE):
+            own = back[: len(flat) - i]
             count = self._file.readinto(memoryview(own.view(np.uint8)))  # type: ignore[arg-type]
-            if count != len(data) or not np.array_equal(piece.view(np.int32), own.view(np.int32)):
+            if count != own.nbytes or not np.array_equal(flat[i : i + _PIECE].view(np.int32), own):
                 raise InlayError(f"{self.path} does not hold what was written to it; is the disk full or failing?")
+        if flat.nbytes > _LARGE:
+            self._hashed.result()
 
     def close(self) -> None:
         """Put the digest in its place."""
         if self._left:
             raise ValueError(f"{next(iter(self._left))} was not written")
+        self._hashed.result()
         self._header["__metadata__"][DIGEST] = self._seen.hexdigest()
         self._file.seek(0)
         self._put(self._text())
@@ -80,6 +89,7 @@ class Stream:
 
     def abandon(self) -> None:
         """Let go of the file, whatever it holds."""
+        self._hashing.shutdown()
         self._file.close()
 
 
@@ -162,6 +172,7 @@ def read_back(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         raise InlayError(f"{folder / WEIGHTS} does not hold what was computed; is the disk full?")
 
 
+@cache
 def versions() -> dict[str, str]:
     """What a combination depends on."""
     return {name: version(name) for name in ("inlay", "numpy")}

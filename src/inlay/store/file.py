@@ -194,7 +194,7 @@ def _header(path: Path, digest: bool) -> dict[str, Any]:
 
 def _digest_of(path: Path, header: dict[str, Any], start: int) -> str:
     """By pieces: a file may be larger than what memory is left for it."""
-    seen, piece = hasher(header), bytearray(1 << 18)
+    seen, piece = hasher(header), bytearray(1 << 16)
     with path.open("rb", buffering=0) as file:
         file.seek(start)
         while count := file.readinto(piece):
