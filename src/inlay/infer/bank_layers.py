@@ -7,7 +7,7 @@ however many adapters there are.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -105,7 +105,7 @@ class Stacks(nn.Module):
 class BankLayer(AdapterLayer):
     """Wraps one module of the base and holds what every adapter of a bank adds there."""
 
-    adapter_layer_names: ClassVar[tuple[str, ...]] = ()
+    adapter_layer_names: Any = ()
 
     def __init__(self, base_layer: nn.Module, rows: Rows) -> None:
         super().__init__(base_layer)
