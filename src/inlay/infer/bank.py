@@ -27,7 +27,8 @@ from inlay.infer.bank_tokens import PromptStacks
 from inlay.methods.bottleneck import join
 from inlay.models import load_base
 from inlay.store.file import CONFIG, AdapterFile, fetch, fingerprint, read_adapter
-from inlay.store.load import check_base, check_method, given_base, identity, read_weights
+from inlay.store.identity import check_base, identity
+from inlay.store.load import check_method, given_base, read_weights
 
 Values = dict[str, torch.Tensor]
 

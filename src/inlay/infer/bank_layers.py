@@ -69,15 +69,18 @@ class Stacks(nn.Module):
 
     def put(self, slot: int, values: Tensors) -> None:
         """Fill a slot; what `values` leave out is zero there."""
-        for key, shape in self.shapes(values).items():
-            stack = self._buffers.get(key)
-            if stack is None or tuple(stack.shape[1:]) != shape:
-                self._resize(key, shape, range(self.rows.capacity))
-            stack = self._buffers[key]
-            assert stack is not None
-            stack[slot].zero_()
-            if key in values:
-                stack[slot][tuple(map(slice, values[key].shape))].copy_(values[key])
+        shapes = self.shapes(values)
+        for key, shape in shapes.items():
+            stack, value = self._buffers.get(key), values.get(key)
+            if stack is None or stack.shape[1:] != shape:
+                stack = self._resize(key, shape, range(self.rows.capacity))
+            here = stack.select(0, slot)
+            if value is not None and value.shape == shape:
+                here.copy_(value)
+                continue
+            here.zero_()
+            if value is not None:
+                here[tuple(map(slice, value.shape))].copy_(value)
 
     def repack(self, order: Sequence[int]) -> None:
         """Make room for `rows.capacity` slots; the first ones get what was in the slots `order`."""
@@ -86,7 +89,7 @@ class Stacks(nn.Module):
             self._resize(key, tuple(stack.shape[1:]), order)
         self.sizes = {new: self.sizes[old] for new, old in enumerate(order) if old in self.sizes}
 
-    def _resize(self, key: str, shape: tuple[int, ...], order: Sequence[int]) -> None:
+    def _resize(self, key: str, shape: tuple[int, ...], order: Sequence[int]) -> torch.Tensor:
         fresh = torch.zeros(self.rows.capacity, *shape, device=self.rows.device)
         old = self._buffers.get(key)
         if old is not None:
@@ -94,6 +97,7 @@ class Stacks(nn.Module):
             where = (slice(len(kept)), *map(slice, old.shape[1:]))
             fresh[where] = old if kept == list(range(len(old))) else old[kept]
         self.register_buffer(key, fresh, persistent=False)
+        return fresh
 
     def take(self, key: str, rows: int) -> torch.Tensor:
         """What each of so many rows has in a stack."""
@@ -142,11 +146,11 @@ class BankLayer(AdapterLayer):
         return self.base_layer(*args, **kwargs) if plain else self.banked(*args, **kwargs)
 
     def product(self, x: torch.Tensor, key: str, onto: torch.Tensor | None = None) -> torch.Tensor:
-        """x (B, T, n) times each row's matrix (n, m), added to `onto` (B or 1, T or 1, m)."""
+        """x (B, T, n) times the transpose of each row's matrix (m, n), added to `onto` (B or 1, T or 1, m)."""
         if self.rows.only is not None:
-            product = x @ self.stacks._buffers[key][self.rows.only]
+            product = x @ self.stacks._buffers[key][self.rows.only].mT
             return product if onto is None else onto + product
-        matrix = self.stacks.take(key, len(x))
+        matrix = self.stacks.take(key, len(x)).mT
         return torch.bmm(x, matrix) if onto is None else torch.baddbmm(onto, x, matrix)
 
     def lengths(self) -> list[int]:
@@ -175,7 +179,7 @@ class LoraBank(BankLayer):
     @override
     def stored(self, tensors: Tensors, settings: float) -> dict[str, torch.Tensor]:
         down, up = tensors["lora_A.weight"].float(), tensors["lora_B.weight"].float()
-        return {"down": down.flatten(1).T, "up": up.flatten(1).T * settings}  # inputs x r, r x outputs
+        return {"down": down.flatten(1), "up": up.flatten(1) * settings}  # r x inputs, outputs x r
 
     @override
     def banked(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -221,10 +225,11 @@ class BottleneckBank(BankLayer, BottleneckLayer):
         learned = tensors.get("inlay_bottleneck_scale")
         scale: Any = settings.scale if learned is None else learned.float()
         after = settings.layer_norm == "after"
-        values = {"down": weight[0].T, "up": weight[1] if after else weight[1] * scale}  # d x m, m x d
+        up = weight[1].T  # d x m
+        values = {"down": weight[0], "up": up if after else up * scale}
         if (bias := tensors.get("inlay_bottleneck_bias")) is not None:
-            down, up = bias.float().split([weight.shape[1], weight.shape[2]])
-            values |= {"down_bias": down, "up_bias": up if after else up * scale}
+            down_bias, up_bias = bias.float().split([weight.shape[1], weight.shape[2]])
+            values |= {"down_bias": down_bias, "up_bias": up_bias if after else up_bias * scale}
         if settings.layer_norm:
             for leaf in ("weight", "bias"):
                 norm = tensors[f"inlay_bottleneck_norm.{leaf}"].float()
@@ -268,8 +273,7 @@ class HeadBank(BankLayer):
 
     @override
     def stored(self, tensors: Tensors, settings: Any) -> dict[str, torch.Tensor]:
-        values = {key: value.float() for key, value in tensors.items()}
-        return {"weight": values["weight"].T, **{k: v for k, v in values.items() if k == "bias"}}  # d x K
+        return {key: value.float() for key, value in tensors.items()}  # K x d, K
 
     @override
     def absent(self) -> dict[str, torch.Tensor]:
@@ -277,7 +281,7 @@ class HeadBank(BankLayer):
 
     @override
     def size_of(self, values: Tensors) -> int:
-        return values["weight"].shape[1]
+        return len(values["weight"])
 
     @override
     def banked(self, x: torch.Tensor) -> torch.Tensor:
