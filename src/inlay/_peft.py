@@ -49,7 +49,9 @@ def inject(model: torch.nn.Module, config: PeftConfig) -> PeftModel:
     mirror_convolutions()
     config.inference_mode = True
     writes_text = config.task_type == "CAUSAL_LM" or config.is_prompt_learning
-    return (PeftModelForCausalLM if writes_text else PeftModel)(model, config, low_cpu_mem_usage=True)
+    # peft's DoRA would put the weight of a 4-bit layer on the meta device too, and lose it
+    whole = getattr(config, "use_dora", False) and getattr(model, "is_quantized", False)
+    return (PeftModelForCausalLM if writes_text else PeftModel)(model, config, low_cpu_mem_usage=not whole)
 
 
 def virtual_tokens(config: PeftConfig) -> int:
@@ -105,6 +107,7 @@ def release(model: torch.nn.Module) -> None:
         if isinstance(module, AuxiliaryTrainingWrapper):
             model.set_submodule(name, module.original_module)
     vars(model).pop("peft_config", None)
+    leave(model)
 
 
 def register(name: str, config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
@@ -176,8 +179,8 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
-def leave(layer: BaseTunerLayer) -> None:
-    """Let a layer that has been taken out undo what it changed in its base module."""
+def leave(layer: torch.nn.Module) -> None:
+    """Let a layer that has been taken out, or a model that had one, undo what that changed."""
     if hasattr(layer, "leave"):
         layer.leave()
 
@@ -293,21 +296,26 @@ def known_method(name: Any) -> bool:
     return name in PeftType.__members__
 
 
-def base_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The modules of the base under the names they have without an adapter; adapters and saved heads are left out."""
+def base_modules(model: torch.nn.Module, originals: bool = False) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The modules of the base under the names they have without an adapter; adapters are left out.
+
+    So are modules that are saved whole (heads), unless the base's `originals` of them are asked for.
+    """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
-    yield from _descend("", model)
+    yield from _descend("", model, originals)
 
 
-def _descend(name: str, module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+def _descend(name: str, module: torch.nn.Module, originals: bool) -> Iterator[tuple[str, torch.nn.Module]]:
     if isinstance(module, AuxiliaryTrainingWrapper):
-        return
+        if not originals:
+            return
+        module = module.original_module
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     yield name, module
     for child, inner in module.named_children():
-        yield from _descend(f"{name}.{child}" if name else child, inner)
+        yield from _descend(f"{name}.{child}" if name else child, inner, originals)
 
 
 # Last, when all of the above is there for the methods to import: whoever comes by peft through inlay finds them known.

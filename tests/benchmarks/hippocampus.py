@@ -117,7 +117,7 @@ def new_model(way):
 
 def loss_of(way, model, batch):
     """Dice and cross-entropy on a batch of crops."""
-    from inlay.methods.spatial3d import dice_cross_entropy
+    from inlay.methods.volume_sam import dice_cross_entropy
 
     volume, labels = batch["pixel_values"], batch["labels"]
     if way in ("spatial", "flat"):

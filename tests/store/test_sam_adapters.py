@@ -11,6 +11,7 @@ from transformers import SamImageProcessorPil, SamModel
 
 from inlay import InlayError, load_adapter, load_base, load_processor, read_adapter, save_adapter
 from inlay.arch import decoder_targets, lora_targets
+from inlay.methods import METHODS
 from inlay.models import load_skeleton, resolve
 from inlay.store.sketch import sketch
 
@@ -165,3 +166,24 @@ def test_a_base_without_preprocessing_gets_sams_at_its_size(tmp_path):
     processor = load_processor(tmp_path / "base")
     assert processor.size["longest_edge"] == processor.pad_size["width"] == 128
     assert processor.mask_size["longest_edge"] == processor.mask_pad_size["height"] == 64
+
+
+@pytest.mark.parametrize("method", ["lora", "bottleneck", "partial"])
+def test_the_table_of_methods_leaves_the_mask_decoder_alone(method, tmp_path):
+    model = METHODS[method].adapt(load_base(BASE), 4)
+    save_adapter(model, tmp_path / "a", processor=load_processor(BASE))
+    assert load_adapter(tmp_path / "a").deviation < 1e-5
+    assert not any("mask_decoder" in key for key in read_adapter(tmp_path / "a").shapes)
+
+
+def test_a_mask_decoder_that_is_saved_whole_comes_back(tmp_path):
+    model = adapted(target_modules=lora_targets(load_base(BASE)), modules_to_save=["mask_decoder"])
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "modules_to_save" in name:
+                value.add_(0.02 * torch.randn_like(value))
+    expected = answers(model)
+    save_adapter(model, tmp_path / "a", processor=load_processor(BASE))
+    loaded = load_adapter(tmp_path / "a")
+    assert torch.allclose(answers(loaded.model), expected, atol=1e-4)
+    assert not torch.allclose(answers(load_base(BASE)), expected, atol=1e-2)

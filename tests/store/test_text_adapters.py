@@ -160,7 +160,8 @@ def test_merging(lora, make, tmp_path):
 
 
 @pytest.mark.parametrize("quantize", ["8bit", "4bit"])
-def test_on_a_base_in_few_bits(quantize, make, base, tmp_path):
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_on_a_base_in_few_bits(method, quantize, make, base, tmp_path):
     pytest.importorskip("bitsandbytes")
     wide = tmp_path / "wide"
     wide.mkdir()
@@ -169,13 +170,17 @@ def test_on_a_base_in_few_bits(quantize, make, base, tmp_path):
     torch.manual_seed(0)
     config = GPT2Config.from_pretrained(base, n_embd=64, initializer_range=0.1)
     GPT2LMHeadModel(config).save_pretrained(wide)
-    model = get_peft_model(load_base(wide, quantize=quantize), METHODS["lora"].config(load_base(wide), 4))
+    model = get_peft_model(load_base(wide, quantize=quantize), METHODS[method].config(load_base(wide), 4))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     save_adapter(model, tmp_path / "adapter", processor=TextProcessor(load_tokenizer(wide)))
     for form in (quantize, None):
+        if method == "dora" and form == "8bit":
+            with pytest.raises(InlayError, match="8-bit"):
+                load_adapter(tmp_path / "adapter", quantize=form)
+            continue
         loaded = load_adapter(tmp_path / "adapter", quantize=form)
         assert loaded.verified and len(generate(loaded.model, loaded.processor, PROMPTS)) == 2
 

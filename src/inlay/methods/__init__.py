@@ -52,7 +52,7 @@ class Method:
     def adapt(self, model: nn.Module, width: int) -> nn.Module:
         """The frozen `model` with what is to be trained: the adapter, and the head of a classifier."""
         config = self.config(model, width)
-        head = [] if _writes_text(model) else list(sites(model).head)
+        head = [] if _writes_text(model) or hasattr(model, "mask_decoder") else list(sites(model).head)
         if config is None:
             for name in head if self is METHODS["probe"] else [""]:
                 model.get_submodule(name).requires_grad_(True)

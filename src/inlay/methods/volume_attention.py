@@ -45,8 +45,7 @@ def relative(table: torch.Tensor, size: int) -> torch.Tensor:
 
     Source: SamVisionAttention.get_rel_pos of transformers.
     """
-    rows = 2 * size - 1
-    table = resized(table, rows)
+    table = resized(table, 2 * size - 1)
     at = torch.arange(size, device=table.device)
     return table[at[:, None] - at[None] + size - 1]
 

@@ -48,7 +48,7 @@ def precision_of(model: torch.nn.Module) -> str:
 
 
 def _weights(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    modules = list(base_modules(model))
+    modules = list(base_modules(model, originals=True))
     heads = head_of(modules[0][1])
     for name, module in modules:
         weight = module._parameters.get("weight")

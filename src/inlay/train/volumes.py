@@ -8,7 +8,7 @@ from torch import nn
 
 from inlay.errors import InlayError
 from inlay.measure.masks import overlap
-from inlay.methods.spatial3d import VolumeOutput, dice_cross_entropy
+from inlay.methods.volume_sam import VolumeOutput, dice_cross_entropy
 from inlay.train.evaluation import rows_of
 
 
