@@ -38,6 +38,12 @@ bench: setup ## slow measurements, with their results in tests/benchmarks/result
 	$(BIN)/python tests/benchmarks/memory_plan.py
 	$(BIN)/python tests/benchmarks/stories260k.py
 	$(BIN)/python tests/benchmarks/e2e_gpt2.py
+	$(BIN)/python tests/benchmarks/eight_bit_gpt2.py
+	$(BIN)/python tests/benchmarks/spatial_speed.py --edge 64
+	$(BIN)/python tests/benchmarks/spatial_speed.py --edge 128
+	$(BIN)/python tests/benchmarks/segment_memory.py
+	$(BIN)/python tests/benchmarks/hippocampus.py
+	for name in combine_error combine_speed combine_rules merge_error bank; do $(BIN)/python tests/benchmarks/$$name.py || exit 1; done
 
 bench-adapters: setup ## beside the library adapters, whose pins need an environment of their own
 	$(PYTHON) -m venv runs/adapters
@@ -51,4 +57,7 @@ hub: setup ## train again what adapters_hub holds, at the recipes' defaults
 	PATH="$(BIN):$$PATH" accelerate launch recipes/lora_gpt2.py --output_dir runs/hub/lora_gpt2 --overwrite
 	rm -rf adapters_hub/restaurants-lora-gpt2-tiny
 	cp -r runs/hub/lora_gpt2/adapter adapters_hub/restaurants-lora-gpt2-tiny
+	PATH="$(BIN):$$PATH" accelerate launch recipes/spatial_sam.py --output_dir runs/hub/spatial_sam --overwrite
+	rm -rf adapters_hub/lesions-spatial-sam-tiny
+	cp -r runs/hub/spatial_sam/adapter adapters_hub/lesions-spatial-sam-tiny
 	$(BIN)/inlay index adapters_hub

@@ -30,7 +30,7 @@ class Recipe:
         default=4, metadata={"help": "Voxels that a token is wide; as deep, or less where slices are thick."}
     )
     crop: list[int] = field(
-        default_factory=lambda: [32, 48, 48], metadata={"help": "Voxels D, H, W that the model sees at a time."}
+        default_factory=lambda: [32, 40, 40], metadata={"help": "Voxels D, H, W that the model sees at a time."}
     )
     spacing_mm: list[float] | None = field(
         default=None, metadata={"help": "Resample scans to this spacing D, H, W; default: the median of the data."}
@@ -95,9 +95,11 @@ def main(recipe: Recipe, train: TrainConfig) -> None:
     }
 
     # 5. save
-    folder = save_adapter(model, Path(train.output_dir) / "adapter", processor=processor, metrics=metrics)
+    folder = save_adapter(
+        model, Path(train.output_dir) / "adapter", processor=processor, metrics=metrics, dtype="float16"
+    )
     PartialState().print(f"Dice {result.metrics['dice']:.4f} at step {result.best_step}; saved {folder}")
 
 
 if __name__ == "__main__":
-    run_recipe(main, Recipe(), TrainConfig(output_dir="runs/spatial_sam", epochs=20, batch_size=4, learning_rate=3e-3))
+    run_recipe(main, Recipe(), TrainConfig(output_dir="runs/spatial_sam", epochs=12, batch_size=2, learning_rate=4e-3))

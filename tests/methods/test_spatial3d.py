@@ -310,7 +310,8 @@ def test_tokens_are_about_as_deep_as_wide_in_mm(spacing, stride):
     config = SpatialAdapterConfig.fitted(build(), ["a"], (12, 32, 32), spacing, width=8)
     model = get_peft_model(build(), config)
     assert model.get_base_model().vision_encoder.stride("default") == stride
-    assert config.depth_rows == 12 // stride[0] and config.width == 8
+    assert config.depth_rows == 12 // stride[0] and config.width == 8 and config.window == 4
+    assert SpatialAdapterConfig.fitted(build(), ["a"], (64, 64, 64)).window == 8
     with pytest.raises(InlayError, match="divisor"):
         SpatialAdapterConfig.fitted(build(), ["a"], (12, 32, 32), spacing, token=3)
 

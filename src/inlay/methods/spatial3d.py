@@ -103,6 +103,8 @@ class SpatialAdapterConfig(AdapterConfig):
     ) -> "SpatialAdapterConfig":
         """Settings for a SAM and for scans: tokens of `token` voxels, and of fewer slices where these are thick.
 
+        Windows have 8 tokens along an axis as published, or 4 where a crop has fewer than 16: less of them is padding.
+
         Args:
             model: A SamModel or SamVisionModel, for the size of its patches.
             classes: Names of what is segmented, without the background.
@@ -122,9 +124,10 @@ class SpatialAdapterConfig(AdapterConfig):
         slices = token
         while slices > 1 and slices % 2 == 0 and slices * thick > 1.5 * token:
             slices //= 2
-        rows = -(-crop[0] // slices)
-        sizes = {"enlarge": patch // token, "enlarge_depth": patch // slices, "patch_depth": patch, "depth_rows": rows}
-        return cls(classes=list(classes), **{**sizes, **settings})
+        tokens = [-(-size // step) for size, step in zip(crop, (slices, token, token), strict=True)]
+        sizes = {"enlarge": patch // token, "enlarge_depth": patch // slices, "patch_depth": patch}
+        fitting = {"depth_rows": tokens[0], "window": 8 if min(tokens) >= 16 else 4}
+        return cls(classes=list(classes), **{**sizes, **fitting, **settings})
 
 
 class SpatialLayer(AdapterLayer):

@@ -257,7 +257,7 @@ def inject_checked(file: AdapterFile, base: PreTrainedModel, weights: dict[str, 
         _check_tokens(file, config, weights)
         if getattr(config, "use_dora", False) and precision_of(base) == "int8":
             raise InlayError(
-                f"adapter {file.name!r} is a DoRA, which peft loses the scales of an 8-bit base for; load the base in 4 "
+                f"adapter {file.name!r} is a DoRA, for which peft loses the scales of an 8-bit base; load it in 4 "
                 "bits or whole."
             )
         init = changes_base(config)
