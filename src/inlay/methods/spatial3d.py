@@ -237,8 +237,10 @@ class SpatialDecoderLayer(SpatialLayer):
         step = self._encode if kwargs.pop("volumetric") == "encode" else self._decode
         return self.by_rows(groups, step, *args, **kwargs)
 
-    def _encode(self, names: list[str], volume: torch.Tensor, *levels: torch.Tensor) -> Encoded:
-        return self.inlay_spatial3d_decoder[self.one(names)].encode(levels, volume)
+    def _encode(
+        self, names: list[str], volume: torch.Tensor, *levels: torch.Tensor, stride: tuple[int, int, int]
+    ) -> Encoded:
+        return self.inlay_spatial3d_decoder[self.one(names)].encode(levels, volume, stride)
 
     def _decode(self, names: list[str], *encoded: torch.Tensor, stride: tuple[int, int, int], **prompts: Any) -> Any:
         return self.inlay_spatial3d_decoder[self.one(names)](Encoded(*encoded), Prompts(**prompts), stride)

@@ -1,8 +1,8 @@
 """From the levels of an encoded volume, and prompts, to a score of every class in every voxel.
 
     tokens      each level through a 3x3x3 convolution; the last one first exchanges with the prompts by attention
-    half size   their sum, enlarged to two voxels a token, beside the scan, the clicks, boxes and the previous mask
-    full size   enlarged once more, beside the scan; one more convolution gives the scores
+    half size   their sum, enlarged to two voxels a token, beside features of the scan, clicks, boxes, the previous mask
+    full size   enlarged once more, beside features of the scan's own voxels; one more convolution gives the scores
 
 What does not depend on prompts is computed once for a volume and handed on, so that a further click costs little.
 
@@ -28,11 +28,15 @@ class Encoded(NamedTuple):
     Attributes:
         last: Features of the last level, (B, E, D', H', W').
         others: The sum of what the other levels give, (B, w, D', H', W').
+        fine: Features of the scan's voxels, (B, w / 4, D, H, W), up to the end of the last tokens.
+        coarse: Features of it at half size.
         volume: The scan, (B, 1, D, H, W), as it came.
     """
 
     last: torch.Tensor
     others: torch.Tensor
+    fine: torch.Tensor
+    coarse: torch.Tensor
     volume: torch.Tensor
 
 
@@ -100,13 +104,16 @@ class VolumeDecoder(nn.Module):
 
     def __init__(self, channels: int, levels: int, width: int, classes: int, prompts: bool, queries: int = 10) -> None:
         super().__init__()
-        half, self.classes = max(8, width // 2), classes
+        half, fine, self.classes = max(8, width // 2), max(8, width // 4), classes
         self.levels = nn.ModuleList(Convolution(channels, width) for _ in range(levels))
         self.tokens = nn.Linear(levels * width, width)
         guides = 2 * (classes + 1) + classes if prompts else 0
-        self.refine = nn.Sequential(Convolution(width + 1 + guides, half), Convolution(half, half))
-        self.score = nn.Sequential(Convolution(half + 1, half // 2), nn.Conv3d(half // 2, classes + 1, 1))
+        self.fine, self.coarse = Convolution(1, fine), Convolution(fine, half)
+        self.refine = nn.Sequential(Convolution(width + half + guides, half), Convolution(half, half))
+        self.shrink = nn.Conv3d(half, fine, 1)
+        self.score = nn.Sequential(Convolution(fine, fine), nn.Conv3d(fine, classes + 1, 1))
         if prompts:
+            self.marks = nn.Conv3d(guides, fine, 1, bias=False)
             self.queries = nn.Parameter(torch.randn(queries, channels) * channels**-0.5)
             # no point; background and the classes; then the two corners of a box around each class
             self.kinds = nn.Embedding(3 * classes + 2, channels)
@@ -118,32 +125,30 @@ class VolumeDecoder(nn.Module):
         """True if it was made for prompts."""
         return hasattr(self, "kinds")
 
-    def encode(self, levels: Sequence[torch.Tensor], volume: torch.Tensor) -> Encoded:
-        """The part that prompts do not change."""
+    def encode(self, levels: Sequence[torch.Tensor], volume: torch.Tensor, stride: tuple[int, int, int]) -> Encoded:
+        """The part that prompts do not change; `stride` are the voxels of a token."""
         weights = self.tokens.weight.chunk(len(levels), dim=1)
         given = [
             _linear(head(x), w) for head, x, w in zip(self.levels, levels, weights, strict=True) if x is not levels[-1]
         ]
         first = levels[0].new_zeros(len(volume), self.tokens.out_features, *levels[0].shape[2:])
-        return Encoded(levels[-1], sum(given, first), volume)
+        fine = self.fine(_extended(volume.to(self.tokens.weight.dtype), covered(levels[-1], stride)))
+        coarse = self.coarse(F.adaptive_avg_pool3d(fine, middle(levels[-1], stride)))
+        return Encoded(levels[-1], sum(given, first), fine, coarse, volume)
 
     def forward(self, encoded: Encoded, prompts: Prompts, stride: tuple[int, int, int]) -> torch.Tensor:
-        """Logits; `stride` are the voxels of a token."""
-        last, others, volume = encoded
-        dtype = self.tokens.weight.dtype
-        volume = volume.to(dtype)
+        """Logits; `stride` as in `encode`."""
+        last, others, fine, coarse, volume = encoded
         last = self._prompted(last, prompts, stride) if self.takes_prompts else last
         weight = self.tokens.weight.chunk(len(self.levels), dim=1)[-1]
         x = others + _linear(self.levels[-1](last), weight, self.tokens.bias)
-
-        sizes = volume.shape[2:]
-        padded = [n * s for n, s in zip(x.shape[2:], stride, strict=True)]  # what the tokens cover
-        middle = [n if s == 1 else n * 2 for n, s in zip(x.shape[2:], stride, strict=True)]
-        volume = _extended(volume, padded)
-        guides = self._guides(prompts, volume, sizes, middle) if self.takes_prompts else []
-        x = torch.cat([_at(x, middle), F.adaptive_avg_pool3d(volume, middle), *guides], dim=1)
-        x = torch.cat([_at(self.refine(x), padded), volume], dim=1)
-        return self.score(x)[:, :, : sizes[0], : sizes[1], : sizes[2]]
+        guides = [self._guides(prompts, fine, x.shape[2:]) for x in (coarse, fine)] if self.takes_prompts else [[], []]
+        x = self.refine(torch.cat([_at(x, coarse.shape[2:]), coarse, *guides[0]], dim=1))
+        x = _at(self.shrink(x), fine.shape[2:]) + fine  # summed: a click then costs one narrow convolution here
+        if self.takes_prompts:
+            x = x + self.marks(torch.cat(guides[1], dim=1))
+        x = self.score(x)
+        return x[:, :, : volume.shape[2], : volume.shape[3], : volume.shape[4]]
 
     def _prompted(self, last: torch.Tensor, prompts: Prompts, stride: tuple[int, int, int]) -> torch.Tensor:
         """The last level after its exchange with the prompts, (B, E, D', H', W')."""
@@ -153,7 +158,7 @@ class VolumeDecoder(nn.Module):
         )  # adds nothing, but is in the graph: DDP wants it
         if prompts.previous is not None:
             mask = prompts.previous.to(last.dtype).softmax(1)
-            mask = _extended(mask, [n * s for n, s in zip(last.shape[2:], stride, strict=True)])
+            mask = _extended(mask, covered(last, stride))
             mask = F.adaptive_avg_pool3d(mask, last.shape[2:])
         last = last + _linear(mask, self.previous.weight)
         place = _places(_grid(last.shape[2:], last), channels)
@@ -180,10 +185,8 @@ class VolumeDecoder(nn.Module):
                 said.append((corner, torch.where(labels < 0, labels, labels + (i + 1) * k)))
         return said
 
-    def _guides(
-        self, prompts: Prompts, volume: torch.Tensor, sizes: Sequence[int], middle: Sequence[int]
-    ) -> list[torch.Tensor]:
-        """Clicks, boxes and the previous mask as pictures at half size."""
+    def _guides(self, prompts: Prompts, volume: torch.Tensor, middle: Sequence[int]) -> list[torch.Tensor]:
+        """Clicks, boxes and the previous mask as pictures of the sizes `middle`; `volume` has those of the voxels."""
         batch, k = len(volume), self.classes
         clicks, boxes = volume.new_zeros(batch, k + 1, *middle), volume.new_zeros(batch, k, *middle)
         scale = [n / m for n, m in zip(volume.shape[2:], middle, strict=True)]  # voxels
@@ -211,6 +214,16 @@ class VolumeDecoder(nn.Module):
             return [clicks, boxes, torch.zeros_like(clicks)]
         mask = _extended(prompts.previous.to(volume.dtype).softmax(1), volume.shape[2:])
         return [clicks, boxes, F.adaptive_avg_pool3d(mask, middle)]
+
+
+def covered(tokens: torch.Tensor, stride: tuple[int, int, int]) -> list[int]:
+    """Voxels (D, H, W) that the tokens (B, E, D', H', W') stand for."""
+    return [n * s for n, s in zip(tokens.shape[2:], stride, strict=True)]
+
+
+def middle(tokens: torch.Tensor, stride: tuple[int, int, int]) -> list[int]:
+    """Half size: two voxels a token along each axis, or one where a token is no longer."""
+    return [n if s == 1 else n * 2 for n, s in zip(tokens.shape[2:], stride, strict=True)]
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -81,11 +81,12 @@ class VolumeSamModel(SamModel):
         return VolumeOutput(loss=loss, logits=logits, image_embeddings=encoded)
 
     def _encoded(self, volume: torch.Tensor) -> Encoded:
-        self._acting()
+        encoder: Any = self.vision_encoder
+        stride = encoder.stride(self._acting())
         if volume.shape[1] != 1:
             raise InlayError(f"expected volumes of one channel (B, 1, D, H, W), got {tuple(volume.shape)}.")
-        levels = self.vision_encoder(volume).hidden_states
-        return Encoded(*self.mask_decoder(volume, *levels, volumetric="encode"))
+        levels = encoder(volume).hidden_states
+        return Encoded(*self.mask_decoder(volume, *levels, volumetric="encode", stride=stride))
 
     def _decoded(self, encoded: Encoded, prompts: Prompts) -> torch.Tensor:
         encoder: Any = self.vision_encoder
@@ -144,15 +145,16 @@ class VolumeSamModel(SamModel):
             previous = logits.detach()
             if i == 0 and torch.rand(()) < 0.25:
                 boxes, named = boxes_around(labels, classes)
-                prompts = prompts._replace(boxes=boxes, box_labels=named, previous=previous)
+                prompts = prompts._replace(boxes=boxes, box_labels=named)
             else:
-                count = int(torch.randint(1, 4, ()))
+                count = int(2 ** (torch.rand(()) * 3.5))  # 1 to 11, fewer more often
                 points, said = (
-                    clicks_in_objects(labels, 1, classes) if i == 0 else clicks_on_errors(previous, labels, count)
+                    clicks_in_objects(labels, count, classes) if i == 0 else clicks_on_errors(previous, labels, count)
                 )
                 if prompts.points is not None and prompts.labels is not None:
                     points, said = torch.cat([prompts.points, points], 1), torch.cat([prompts.labels, said], 1)
-                prompts = prompts._replace(points=points, labels=said, previous=previous if i else None)
+                prompts = prompts._replace(points=points, labels=said)
+            prompts = prompts._replace(previous=previous if i or torch.rand(()) < 0.5 else None)
             logits = self._decoded(encoded, prompts)
             losses.append(dice_cross_entropy(logits, labels))
         return VolumeOutput(loss=torch.stack(losses).mean(), logits=first, image_embeddings=encoded)
