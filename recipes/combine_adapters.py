@@ -32,7 +32,7 @@ class Recipe:
     density: float = field(default=0.5, metadata={"help": "Share of the entries that ties, dare and magnitude keep."})
 
 
-def main(recipe: Recipe, train: TrainConfig) -> None:
+def main(recipe: Recipe, train: TrainConfig) -> Path:
     """Train both, combine, evaluate before and after."""
     from accelerate import PartialState
     from accelerate.utils import set_seed
@@ -86,6 +86,7 @@ def main(recipe: Recipe, train: TrainConfig) -> None:
             alone = accuracies(load_adapter(folders[name]), data)
             both = accuracies(together, data)
             print(f"{name:<20}{alone['own']:>8.4f}{both['own']:>10.4f}{both['all']:>12.4f}")
+    return out / "sum"
 
 
 def accuracies(adapter: Any, data: Any) -> dict[str, float]:

@@ -21,9 +21,7 @@ class Recipe:
     """What is adapted, and how."""
 
     model: str = field(default="builtin:sam-tiny", metadata={"help": "Embedded base, local folder or Hub id."})
-    dataset: str = field(
-        default="builtin:scenes", metadata={"help": "Embedded data, or folder of images/ and labels/."}
-    )
+    dataset: str = field(default="builtin:scenes", metadata={"help": "Embedded, or folder of images/ and labels/."})
     method: Literal["lora", "bottleneck", "prefix", "partial"] = field(
         default="lora",
         metadata={"help": "What is added; partial: the last block, the neck and the decoder as they are."},
@@ -86,7 +84,7 @@ def mean_iou(model: Any, view: Any, loss: Any) -> float:
     return metric.compute()["mean_iou"]
 
 
-def main(recipe: Recipe, train: TrainConfig) -> None:
+def main(recipe: Recipe, train: TrainConfig) -> Path:
     """Train, measure, save."""
     from accelerate import PartialState
     from accelerate.utils import set_seed
@@ -131,6 +129,7 @@ def main(recipe: Recipe, train: TrainConfig) -> None:
             **{f"mean_iou_{kind}_before": value for kind, value in before.items()},
         },
         "dataset": data.name,
+        "history": result.history,
         "cost": cost(model, example),
         "training": {
             **asdict(recipe),
@@ -144,6 +143,7 @@ def main(recipe: Recipe, train: TrainConfig) -> None:
     folder = save_adapter(model, Path(train.output_dir) / "adapter", processor=processor, metrics=metrics)
     said = ", ".join(f"{kind} {before[kind]:.3f} -> {after[kind]:.3f}" for kind in after)
     PartialState().print(f"mean IoU without and with the adapter: {said}; saved {folder}")
+    return folder
 
 
 if __name__ == "__main__":

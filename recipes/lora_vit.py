@@ -41,7 +41,7 @@ class Recipe:
     )
 
 
-def main(recipe: Recipe, train: TrainConfig) -> None:
+def main(recipe: Recipe, train: TrainConfig) -> Path:
     """Train, measure, save."""
     from accelerate import PartialState
     from accelerate.utils import set_seed
@@ -81,6 +81,7 @@ def main(recipe: Recipe, train: TrainConfig) -> None:
     metrics = {
         "validation": result.metrics,
         "dataset": data.name,
+        "history": result.history,
         "cost": cost(model, {"pixel_values": example}),
         "training": {
             **asdict(recipe),
@@ -93,6 +94,7 @@ def main(recipe: Recipe, train: TrainConfig) -> None:
     # 5. save
     folder = save_adapter(model, Path(train.output_dir) / "adapter", processor=processor, metrics=metrics)
     PartialState().print(f"accuracy {result.metrics['accuracy']:.4f} at step {result.best_step}; saved {folder}")
+    return folder
 
 
 if __name__ == "__main__":

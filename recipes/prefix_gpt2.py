@@ -41,7 +41,7 @@ class Recipe:
     label_smoothing: float = field(default=0.0, metadata={"help": "Of the training loss, 0 to 1."})
 
 
-def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> None:
+def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> Path:
     """Train, measure, save."""
     from accelerate import PartialState
     from accelerate.utils import set_seed
@@ -93,6 +93,7 @@ def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> None:
         "validation": {**result.metrics, "perplexity": perplexity, **({} if data.test else written)},
         "test": written if data.test else None,
         "dataset": data.name,
+        "history": result.history,
         "cost": cost(model, {"input_ids": held_out[0]["input_ids"][None, :-1]}),  # 1 T, without the end
         "training": {
             **asdict(recipe),
@@ -108,6 +109,7 @@ def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> None:
     folder = save_adapter(model, Path(train.output_dir) / "adapter", processor=processor, metrics=metrics)
     said = f"perplexity {perplexity:.2f} at step {result.best_step}"
     PartialState().print(f"{said}, {scores}; saved {folder}" if scores else f"{said}; saved {folder}")
+    return folder
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class Recipe:
             raise InlayError("expected a text for the prompt to start from, but init_text is empty. Give one.")
 
 
-def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> None:
+def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> Path:
     """Train, measure, save."""
     from accelerate import PartialState
     from accelerate.utils import set_seed
@@ -114,6 +114,7 @@ def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> None:
         "validation": {**result.metrics, "perplexity": perplexity, **({} if data.test else written)},
         "test": written if data.test else None,
         "dataset": data.name,
+        "history": result.history,
         "cost": cost(model, {"input_ids": held_out[0]["input_ids"][None, :-1]}),  # 1 T, without the end
         "training": {
             **asdict(recipe),
@@ -129,6 +130,7 @@ def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> None:
     folder = save_adapter(model, Path(train.output_dir) / "adapter", processor=processor, metrics=metrics)
     said = f"perplexity {perplexity:.2f} at step {result.best_step}"
     PartialState().print(f"{said}, {scores}; saved {folder}" if scores else f"{said}; saved {folder}")
+    return folder
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Recipe:
     )
 
 
-def main(recipe: Recipe, train: TrainConfig) -> None:
+def main(recipe: Recipe, train: TrainConfig) -> Path:
     """Train an adapter per task, then serve them all at once."""
     import torch
     from accelerate import PartialState
@@ -59,10 +59,10 @@ def main(recipe: Recipe, train: TrainConfig) -> None:
         result = fit(model, *views, run, metrics=[Accuracy()], settings=asdict(recipe))
 
         # 3. save: all adapters in one folder
-        metrics = {"validation": result.metrics, "dataset": task.name}
+        metrics = {"validation": result.metrics, "dataset": task.name, "history": result.history}
         save_adapter(model, out / "adapters" / name, processor=processor, metrics=metrics)
     if not PartialState().is_main_process:
-        return
+        return out / "adapters"
 
     # 4. serve: one base, and a name for each row
     bank = Bank(recipe.model, out / "adapters", budget_mb=recipe.budget_mb)
@@ -81,6 +81,7 @@ def main(recipe: Recipe, train: TrainConfig) -> None:
     for (name, count), method in zip(right.items(), recipe.methods, strict=True):
         asked = sum(request[0] == name for request in requests)
         print(f"  {name:<12} {method:<18} accuracy {count / asked:.4f}")
+    return out / "adapters"
 
 
 def mixed(data: dict[str, Any], processor: Any, count: int) -> list[tuple[str, Any, str]]:

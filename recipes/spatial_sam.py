@@ -43,7 +43,7 @@ class Recipe:
     )
 
 
-def main(recipe: Recipe, train: TrainConfig) -> None:
+def main(recipe: Recipe, train: TrainConfig) -> Path:
     """Train, measure, save."""
     from accelerate import PartialState
     from accelerate.utils import set_seed
@@ -85,6 +85,7 @@ def main(recipe: Recipe, train: TrainConfig) -> None:
     metrics = {
         "validation": result.metrics,
         "dataset": data.name,
+        "history": result.history,
         "cost": cost(model, {"pixel_values": example}),
         "training": {
             **asdict(recipe),
@@ -99,6 +100,7 @@ def main(recipe: Recipe, train: TrainConfig) -> None:
         model, Path(train.output_dir) / "adapter", processor=processor, metrics=metrics, dtype="float16"
     )
     PartialState().print(f"Dice {result.metrics['dice']:.4f} at step {result.best_step}; saved {folder}")
+    return folder
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import pytest
 
 from conftest import ROOT
 from inlay import load_adapter, load_images, predict
-from inlay.store.summary import summary, write_index
+from inlay.store.index import write_index
+from inlay.store.summary import summary
 
 HUB = ROOT / "adapters_hub"
 
@@ -16,7 +17,7 @@ def test_the_index_is_up_to_date(tmp_path):
 
     shutil.copytree(HUB, tmp_path / "hub")
     write_index(tmp_path / "hub")
-    for name in ("index.json", "README.md"):
+    for name in ("index.json", "README.md", "index.html"):
         assert (tmp_path / "hub" / name).read_text() == (HUB / name).read_text()
 
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from inlay.processors import load_processor, load_tokenizer
     from inlay.recipe import run_recipe
     from inlay.store.file import read_adapter
+    from inlay.store.hub import pull_adapter, push_adapter
     from inlay.store.load import load_adapter
     from inlay.store.save import save_adapter
     from inlay.train.config import TrainConfig
@@ -98,6 +99,8 @@ _WHERE = {
     "merge": "combine.merge",
     "predict": "infer.images",
     "predict_masks": "infer.masks",
+    "pull_adapter": "store.hub",
+    "push_adapter": "store.hub",
     "read_adapter": "store.file",
     "run_recipe": "recipe",
     "save_adapter": "store.save",
@@ -144,6 +147,8 @@ __all__ = [
     "merge",
     "predict",
     "predict_masks",
+    "pull_adapter",
+    "push_adapter",
     "read_adapter",
     "run_recipe",
     "save_adapter",

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from inlay.cli_hub import VERBS
 from inlay.errors import InlayError
 
 app = typer.Typer(
@@ -327,17 +328,8 @@ def doctor(as_json: JsonOption = False) -> None:
     Console().print(table)
 
 
-@app.command()
-def index(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of adapters.")] = Path("adapters_hub"),
-) -> None:
-    """Write index.json and the table in README.md of a folder of adapters."""
-    from inlay.store.summary import write_index
-
-    rows = write_index(folder)
-    print(f"{folder}: {len(rows)} adapter{'s' * (len(rows) != 1)}")
-    for row in rows:
-        print(f"  {row['name']}: {row['method']} on {row['base']}")
+for name, verb in VERBS.items():
+    app.command(name)(verb)
 
 
 def _find_masks(

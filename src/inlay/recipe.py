@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 from inlay.errors import InlayError
 
 
-def run_recipe(main: Callable[..., Any], *defaults: Any) -> None:
+def run_recipe(main: Callable[..., Path | None], *defaults: Any) -> None:
     """Parse the command line into copies of the dataclasses `defaults` and call `main` with them.
+
+    What `main` returns is the folder of the adapter, or of the adapters, that it saved. With `--push_to` of TrainConfig
+    it is sent to the Hub; whether it can be is checked before the training.
 
     Every field is an option (`--learning_rate` or `--learning-rate`); its default is the instance's value.
     A YAML or JSON file as the only argument gives the options instead. Processes that were launched together know of
@@ -22,7 +25,10 @@ def run_recipe(main: Callable[..., Any], *defaults: Any) -> None:
     try:
         settings = _parse(defaults, sys.argv[1:])
         _join()
-        main(*settings)
+        repo, private = _destination(main, settings)
+        folder = main(*settings)
+        if repo and _join().is_main_process:
+            _push(folder, repo, private)
     except InlayError as error:
         if _join().is_main_process:
             print(f"error: {error}", file=sys.stderr)
@@ -82,6 +88,34 @@ def _from_file(file: Path, values: dict[str, Any]) -> list[str]:
             raise InlayError(f"expected a value for {key} in {file}, but got {value!r}. Give one, or leave it out.")
         found += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     return found
+
+
+def _destination(main: Callable[..., Any], settings: Sequence[Any]) -> tuple[str | None, bool]:
+    """Where to push what `main` will have saved.
+
+    Raises:
+        InlayError: Now, rather than after hours: it saves none, or the Hub will not take it.
+    """
+    asked = {key: value for each in settings for key, value in vars(each).items() if key in ("push_to", "private")}
+    repo = asked.get("push_to")
+    if repo:
+        if get_type_hints(main).get("return") is not Path:
+            raise InlayError("this recipe saves no adapter of its own, so there is nothing for --push_to to send.")
+        if _join().is_main_process:
+            from inlay.store.hub import check_push
+
+            check_push(repo)
+    return repo, asked.get("private", False)
+
+
+def _push(folder: Any, repo: str, private: bool) -> None:
+    from inlay.store.hub import push_adapter
+
+    try:
+        print(push_adapter(folder, repo, private=private))
+    except InlayError as error:
+        again = f"inlay push {folder} {repo}{' --private' if private else ''}"
+        raise InlayError(f"{error} The adapter is saved in {folder}; send it with: {again}") from None
 
 
 def _refuse(message: str) -> NoReturn:

@@ -1,26 +1,20 @@
 """The model card (README.md) of a saved adapter."""
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from inlay.store.curve import CURVE, drawable
+from inlay.store.method_names import citation, method_name, places
 
 _TASKS = {
     "image-classification": "AutoModelForImageClassification",
     "text-generation": "AutoModelForCausalLM",
     "mask-generation": "AutoModelForMaskGeneration",
     "volume-segmentation": "AutoModelForMaskGeneration",
-}
-_METHODS = {
-    "LORA": "LoRA",
-    "INLAY_SPATIAL3D": "3D spatial",
-    "PREFIX_TUNING": "Prefix tuning",
-    "PROMPT_TUNING": "Prompt tuning",
-    "INLAY_ATTENTION_PREFIX": "Attention prefix",
-    "INLAY_BOTTLENECK": "Bottleneck",
-    "INLAY_COMPOSITE": "Composite",
-    "INLAY_PARTIAL": "Partial fine-tuning",
-    "INLAY_VISUAL_PROMPT": "Visual prompt",
 }
 _METRICS = {
     "accuracy": "Accuracy",
@@ -32,6 +26,28 @@ _METRICS = {
     "mean_iou": "Mean IoU",
     "perplexity": "Perplexity",
     "rouge_l": "ROUGE-L",
+}
+_KINDS = {"rouge_l": "rouge"}  # where the Hub's name of a metric is another one
+_COSTS = {
+    "parameters": "parameters, base and adapter",
+    "trainable_parameters": "parameters of the adapter, trained head included",
+    "weights_mb": "weights in memory, MB",
+    "trainable_mb": "of them the adapter's, MB",
+    "mmacs": "multiply-accumulates of one input, millions",
+    "latency_ms": "latency of one input, ms, median",
+    "energy_j": "energy of one input, J",
+}
+_DATA = {
+    "builtin:digits": "Optical Recognition of Handwritten Digits (Alpaydin & Kaynak 1998, UCI, through scikit-learn), "
+    "CC BY 4.0",
+}
+_LIMITS = {
+    "image-classification": "It names one of its labels for any picture, also for one that shows something else; its "
+    "probabilities have not been calibrated.",
+    "text-generation": "What it writes can be fluent and wrong; check it before others rely on it.",
+    "mask-generation": "Its masks answer a point or a box; objects unlike those of the training data may be missed.",
+    "volume-segmentation": "It is no medical device and has not been validated for clinical use; scanners, protocols "
+    "and patients unlike those of the training data can give wrong masks without a sign.",
 }
 _USE = {
     "image-classification": 'from inlay import load_adapter, predict\n\nadapter = load_adapter("FOLDER")\n'
@@ -46,62 +62,136 @@ _USE = {
 
 
 def card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]) -> str:
-    """Markdown with the Hub's YAML header: base, method, data, quality, cost, and how to load it."""
+    """Markdown with the Hub's YAML header: base, method, data, quality, cost, limits, and how to load it.
+
+    Args:
+        record: What the safetensors metadata says: base, task, labels, preprocessing.
+        config: adapter_config.json.
+        metrics: metrics.json; its `license` (of the adapter, such as apache-2.0) goes into the header.
+    """
     base, task = record["base"], record["task"]
     dataset = metrics.get("dataset") or "unknown data"
     method = method_name(config)
     title = f"{method} of {_short(base['name'])} on {_short(dataset)}"
-    quality = [
+    scores = _scores(metrics)
+    sections = [
+        f"# {title}",
+        f"{method} adapter of {_linked(base['name'])}{_revision(base)} for {task}, trained on "
+        f"{_linked(dataset, 'datasets/')}.",
+        "## Results",
+        _table(("metric", "value"), [(_metric(split, key), f"{value:.4f}") for split, key, value in scores])
+        or "Not measured.",
+        *([f"![Loss and scores by step]({CURVE})"] if drawable(metrics.get("history")) else []),
+        "## Cost",
+        *_cost(metrics.get("cost", {})),
+        "## Load",
+        "Checked against the base it was trained on:",
+        f"```python\n{_USE[task]}\n```",
+        "With peft alone, which checks nothing:",
+        _peft_snippet(record, config["peft_type"]),
+        *_inputs(record),
+        "## Method",
+        places(record, config),
+        "## Data",
+        _licence(dataset),
+        "## Training",
+        _table(("setting", "value"), [(k, f"`{_told(v)}`") for k, v in metrics.get("training", {}).items()])
+        or "Not recorded.",
+        "Versions: " + ", ".join(f"{k} {v}" for k, v in metrics.get("versions", {}).items()) + ".",
+        "## Limits",
+        _limits(record, metrics),
+        "## Citation",
+        citation(config),
+    ]
+    return f"---\n{_header(record, config, metrics, title).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def for_repository(text: str, repo: str, inside: str = "", licence: str | None = None) -> str:
+    """A card as it stands in a repository: with its name where FOLDER was, and with the licence that was given.
+
+    Args:
+        text: The card.
+        repo: user/name.
+        inside: The adapter's folder in it, where it holds several.
+        licence: Of the adapter, such as apache-2.0.
+    """
+    if inside:
+        text = text.replace('(base, "FOLDER")', f'(base, "{repo}", subfolder="{inside}")')
+    text = text.replace('"FOLDER"', f'"{repo}/{inside}"'.replace('/"', '"'))
+    if licence:
+        read = ModelCard(text, ignore_metadata_errors=True)
+        read.data["license"] = licence
+        text = str(read)
+    return text
+
+
+def _header(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any], title: str) -> ModelCardData:
+    """What the Hub shows beside the card, and finds it by."""
+    base, task, dataset = record["base"], record["task"], metrics.get("dataset") or "unknown data"
+    known = _on_hub(base["name"])
+    results = [
+        EvalResult(
+            task,
+            dataset if _on_hub(dataset) else _short(dataset),
+            _short(dataset),
+            _KINDS.get(key, key),
+            value,
+            dataset_split=split,
+            metric_name=_METRICS.get(key, key),
+        )
+        for split, key, value in _scores(metrics)
+    ]
+    return ModelCardData(
+        base_model=base["name"] if known else None,
+        base_model_relation="adapter" if known else None,
+        datasets=[dataset] if _on_hub(dataset) and "/" in dataset else None,
+        library_name="peft",
+        license=metrics.get("license"),
+        pipeline_tag={"volume-segmentation": "image-segmentation"}.get(task, task),
+        tags=["inlay", config["peft_type"].lower(), base["model_type"], f"base:{_told(base['name'])}"],
+        model_name=title,
+        eval_results=results or None,
+    )
+
+
+def _scores(metrics: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """Split, metric and value of all that was measured."""
+    return [
         (split, key, value)
         for split in ("validation", "test")
         for key, value in (metrics.get(split) or {}).items()
         if isinstance(value, int | float)
     ]
-    header = ModelCardData(
-        base_model=base["name"] if _on_hub(base["name"]) else None,
-        base_model_relation="adapter" if _on_hub(base["name"]) else None,
-        library_name="peft",
-        pipeline_tag={"volume-segmentation": "image-segmentation"}.get(task, task),
-        tags=["inlay", config["peft_type"].lower(), base["model_type"], f"base:{base['name']}"],
-        model_name=title,
-        eval_results=[
-            EvalResult(
-                task,
-                dataset,
-                dataset,
-                key,
-                value,
-                dataset_split=split,
-                metric_name=_METRICS.get(key, key),
-            )
-            for split, key, value in quality
-        ]
-        or None,
-    )
-    sections = [
-        f"# {title}",
-        f"{method} adapter of `{base['name']}`{_revision(base)} for {task}, trained on `{dataset}`.",
-        "## Results",
-        _table(("metric", "value"), [(_metric(split, key), f"{value:.4f}") for split, key, value in quality])
-        or "Not measured.",
-        "## Cost",
-        _table(
-            ("measure", "value"),
-            [(k.replace("_", " "), _number(v)) for k, v in metrics.get("cost", {}).items()],
-        )
-        or "Not measured.",
-        "## Load",
-        "Checked against the base it was trained on:",
-        f"```python\n{_USE[task]}\n```",
-        "With peft alone:",
-        _peft_snippet(record, config["peft_type"]),
-        *_inputs(record),
-        "## Training",
-        _table(("setting", "value"), [(k, f"`{v}`") for k, v in metrics.get("training", {}).items()])
-        or "Not recorded.",
-        "Versions: " + ", ".join(f"{k} {v}" for k, v in metrics.get("versions", {}).items()) + ".",
+
+
+def _cost(cost: dict[str, Any]) -> list[str]:
+    if not cost:
+        return ["Not measured."]
+    rows = [(_COSTS.get(k, k.replace("_", " ")), _number(v)) for k, v in cost.items() if k not in ("device", "threads")]
+    said = f"Measured on {cost['device']}, {cost.get('threads', '?')} thread(s)." if "device" in cost else ""
+    energy = "" if any("energy" in key for key in cost) else "Energy was not measured."
+    return [_table(("measure", "value"), rows), " ".join(filter(None, (said, energy)))]
+
+
+def _licence(dataset: str) -> str:
+    if dataset in _DATA:
+        return f"`{dataset}`: {_DATA[dataset]}."
+    if dataset.startswith("builtin:"):
+        return f"`{dataset}`: generated by inlay's own code, Apache-2.0."
+    if _on_hub(dataset) and "/" in dataset:
+        return f"{_linked(dataset, 'datasets/')}: see its page for what it is and under which licence."
+    return f"`{_told(dataset)}`: its licence was not recorded."
+
+
+def _limits(record: dict[str, Any], metrics: dict[str, Any]) -> str:
+    seed = metrics.get("training", {}).get("seed")
+    lines = [
+        _LIMITS[record["task"]],
+        f"It fits `{_told(record['base']['name'])}` alone, whose own limits and biases it keeps.",
+        "Its scores are of one run" + (f" (seed {seed})" if seed is not None else "") + ", on held-out examples of the "
+        "same data; those of `validation` also chose its best step.",
     ]
-    return f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _metric(split: str, key: str) -> str:
@@ -117,28 +207,41 @@ def _inputs(record: dict[str, Any]) -> list[str]:
         spacing = settings["spacing_mm"] and " x ".join(f"{s:g}" for s in settings["spacing_mm"])
         crop = " x ".join(map(str, settings["crop"]))
         said = f"Scans are turned to RAS, at {spacing or 'their own'} mm (D, H, W), and seen {crop} voxels at a time."
+    else:
+        said = _pixels(settings)
     named = ", ".join(f"{i} = {label}" for i, label in enumerate(labels[:50]))
     if labels:
         named += " ..." if len(labels) > 50 else ""
-        return ["## Labels", named, *([said] if record["task"] == "volume-segmentation" else [])]
+        return ["## Labels", named, *([said] if said else [])]
     if record["task"] == "mask-generation":
         said = (
             "Points `x, y`, inside or outside of what is meant, and boxes `x0, y0, x1, y1`, in pixels of the picture."
         )
         return ["## Prompts", said]
+    read = f"Prompt and completion had at most {settings['max_length']} tokens of the base's tokenizer."
+    if settings.get("chat"):
+        said = (
+            "Prompts are conversations, written with the base's chat template; a text alone is what a user says first, "
+            f"and what the adapter adds is the assistant's answer. {read}"
+        )
+        return ["## Prompts", said]
     return [
         "## Prompts",
-        f"A prompt is followed by `{json.dumps(settings['separator'])}` and read with the base's tokenizer; prompt and "
-        f"completion had at most {settings['max_length']} tokens.",
+        f"A prompt is followed by `{json.dumps(settings['separator'])}` in front of its completion. {read}",
     ]
 
 
-def method_name(config: dict[str, Any]) -> str:
-    """What the method of an adapter_config.json is called; of a composite with its parts."""
-    kind = str(config["peft_type"])
-    name = _METHODS.get(kind, kind)
-    parts = [method_name(part) for part in config.get("parts", [])]
-    return f"{name} of {' and '.join(parts)}" if parts else name
+def _pixels(settings: dict[str, Any]) -> str:
+    """What an image processor does, in one sentence; nothing for settings that are no image processor's."""
+    size, steps = settings.get("size") or {}, []
+    if isinstance(size, dict) and size and settings.get("do_resize"):
+        steps.append("resized to " + " x ".join(f"{v}" for v in size.values() if isinstance(v, int)) + " pixels")
+    if settings.get("do_rescale"):
+        steps.append(f"scaled by {settings.get('rescale_factor', 1):.4g}")
+    if settings.get("do_normalize"):
+        means, spreads = ([round(x, 4) for x in settings.get(key) or []] for key in ("image_mean", "image_std"))
+        steps.append(f"normalised by the means {means} and the deviations {spreads}")
+    return f"Pictures are {', '.join(steps)}." if steps else ""
 
 
 def _short(name: str) -> str:
@@ -148,7 +251,18 @@ def _short(name: str) -> str:
 
 def _on_hub(name: str) -> bool:
     """True for `user/name` or a canonical Hub name; embedded bases and folders have no page to link to."""
-    return not name.startswith(("builtin:", ".", "/", "~")) and name.count("/") <= 1
+    files = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt", ".gz")
+    form = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)
+    return form is not None and not name.endswith(files) and not Path(name).exists()
+
+
+def _linked(name: str, kind: str = "") -> str:
+    return f"[`{name}`](https://huggingface.co/{kind}{name})" if _on_hub(name) and "/" in name else f"`{_told(name)}`"
+
+
+def _told(value: Any) -> Any:
+    """A setting as the world may read it: of a path on this machine its last part."""
+    return _short(value) if isinstance(value, str) and value.startswith(("/", "~")) else value
 
 
 def _revision(base: dict[str, Any]) -> str:
@@ -162,6 +276,8 @@ def _peft_snippet(record: dict[str, Any], kind: str) -> str:
         if count and record["task"] == "image-classification"
         else ""
     )
+    if base.get("revision"):
+        classes += f', revision="{base["revision"]}"'
     own = [f"import inlay  # makes {kind} known to peft; without it: KeyError: '{kind}'"] if "INLAY" in kind else []
     lines = [*own, "from peft import PeftModel", f"from transformers import {_TASKS[record['task']]}"]
     where = f'"{base["name"]}"'

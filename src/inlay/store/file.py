@@ -19,6 +19,7 @@ CONFIG, WEIGHTS, METRICS, CARD = (
     "metrics.json",
     "README.md",
 )
+ORIGIN = "origin.json"  # of a pulled folder: repository, commit and hashes
 FORMAT = 1  # of the record; raised when an older inlay would read it wrong
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format itself
 DIGEST = "inlay_sha256"
@@ -53,8 +54,15 @@ class AdapterFile:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
-        return self.folder.resolve().name
+        """The folder's name; of one in the Hub's cache that of the repository."""
+        cached = _cached(self.folder)
+        return cached["repo"] if cached else self.folder.resolve().name
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """`repo` and `commit` on the Hub that it is a copy of; empty for one that was made here."""
+        path = self.folder / ORIGIN
+        return _cached(self.folder) or (_json(path) if path.is_file() else {})
 
     @property
     def base_name(self) -> str:
@@ -120,19 +128,36 @@ def fingerprint(config: dict[str, Any]) -> str:
 
 
 def fetch(path: str | Path, revision: str | None = None) -> Path:
-    """A local folder as it is; anything of the form user/name from the Hub or its cache, safetensors only."""
+    """A local folder as it is; user/name, or user/name/adapter of several, from the Hub or its cache.
+
+    Raises:
+        InlayError: There is neither; see `inlay.store.hub.download`.
+    """
     folder = Path(path).expanduser()
     text = str(path)
-    if folder.exists() or text.count("/") != 1 or text.startswith((".", "~", "/")):
+    local = text.count("/") == 2 and Path(text.partition("/")[0]).is_dir()  # a path of this machine, mistyped
+    if folder.exists() or local or text.count("/") not in (1, 2) or text.startswith((".", "~", "/")):
         return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from inlay.store.hub import download
 
+    user, name, *inside = text.split("/")
     try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=["*.json", "*.safetensors", "README.md"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InlayError(f"there is no folder {text!r}, and the Hub does not give it ({reason}).") from error
+        found = download(f"{user}/{name}", revision, *inside)
+    except InlayError as error:
+        raise InlayError(f"there is no folder {text!r}, and the Hub does not give it: {error}") from None
+    if not (found / CONFIG).is_file():
+        raise InlayError(f"{text} on the Hub is no adapter: it has no {CONFIG}; one of several is user/name/adapter.")
+    return found
+
+
+def _cached(folder: Path) -> dict[str, Any]:
+    """Repository and commit of a folder in the Hub's cache, models--user--name/snapshots/COMMIT/..., or nothing."""
+    parts = folder.absolute().parts
+    for at in range(len(parts) - 2, 0, -1):
+        if parts[at] == "snapshots" and parts[at - 1].startswith("models--"):
+            repo = parts[at - 1].removeprefix("models--").replace("--", "/")
+            return {"repo": "/".join([repo, *parts[at + 2 :]]), "commit": parts[at + 1]}
+    return {}
 
 
 def sign(data: bytes) -> bytes:

@@ -20,6 +20,7 @@ from inlay.errors import InlayError
 from inlay.models import head_of, size_of, task_of
 from inlay.store import golden
 from inlay.store.card import card
+from inlay.store.curve import CURVE, draw_curve, drawable
 from inlay.store.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, fingerprint, read_adapter, sign
 from inlay.store.sketch import precision_of, sketch
 
@@ -43,7 +44,8 @@ def save_adapter(
         model: A transformers model wrapped by `get_peft_model`.
         folder: Where; its last part is the adapter's name.
         processor: The image processor, TextProcessor or VolumeProcessor that it was trained with.
-        metrics: `validation` (scores), `dataset`, `cost`, `training`: shown in the card, stored in metrics.json.
+        metrics: `validation` and `test` (scores), `dataset`, `cost`, `training`, `license`, and `history` (rows of an
+            evaluation each, drawn as training.png): shown in the card, stored in metrics.json.
         dtype: Of the numbers in the file. With float16, half the size, the model's own adapter is rounded too, so that
             it computes what was saved.
 
@@ -80,6 +82,8 @@ def save_adapter(
         )
         (new / WEIGHTS).write_bytes(sign(data))
         write_json(new / METRICS, metrics)
+        if drawable(metrics.get("history")):
+            draw_curve(metrics["history"], new / CURVE)
         (new / CARD).write_text(card(record, config, metrics), encoding="utf-8")
         read_adapter(new)
     return folder

@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from inlay.atomic import write_json
-from inlay.errors import InlayError
-from inlay.store.card import method_name
-from inlay.store.file import CONFIG, AdapterFile, read_adapter
+from inlay.store.file import AdapterFile, read_adapter
+from inlay.store.method_names import method_name
 
 
 def summary(folder: str | Path) -> dict[str, Any]:
@@ -31,7 +29,9 @@ def summary(folder: str | Path) -> dict[str, Any]:
         "file_kb": round(file.bytes_weights / 1000, 1),
         "dataset": file.metrics.get("dataset"),
         "validation": file.metrics.get("validation", {}),
+        "test": file.metrics.get("test") or {},
         "cost": file.metrics.get("cost", {}),
+        "from": " at ".join(file.origin[key] for key in ("repo", "commit") if key in file.origin),
         "trained_with": file.metrics.get("versions", {}),
         "verified": "file whole, checksum right"
         if file.record
@@ -45,42 +45,6 @@ def method(file: AdapterFile) -> str:
     config = file.config
     said = [f"{short}={config[key]}" for key, short in width.items() if config.get(key) is not None]
     return f"{method_name(config)} {', '.join(said)}".strip()
-
-
-def write_index(folder: str | Path) -> list[dict[str, Any]]:
-    """Write index.json and README.md of a folder of adapters; a broken adapter is listed with what is wrong.
-
-    Raises:
-        InlayError: The folder does not exist or holds no adapter.
-    """
-    folder = Path(folder)
-    found = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
-    if not found:
-        raise InlayError(f"expected a folder of adapters, but {folder} holds none.")
-    rows: list[dict[str, Any]] = []
-    for path in found:
-        try:
-            facts = summary(path)
-        except InlayError as error:
-            rows.append({"name": path.name, "method": "broken", "base": "", "error": str(error)})
-        else:
-            keys = ("name", "task", "method", "base", "dataset", "parameters", "file_kb", "validation")
-            rows.append({key: facts[key] for key in keys})
-    write_json(folder / "index.json", rows)
-    lines = ["# Adapters", "", "Written by `inlay index`. Each folder is one adapter, with its card.", ""]
-    lines += [
-        "| adapter | task | method | base | data | parameters | kB | validation |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        scores = ", ".join(f"{k} {v:.4f}" for k, v in row.get("validation", {}).items()) or row.get("error", "")
-        size = f"{row['parameters']:,} | {row['file_kb']}" if "parameters" in row else " | "
-        lines.append(
-            f"| [{row['name']}]({row['name']}) | {row.get('task') or ''} | {row['method']} | {row['base']} | "
-            f"{row.get('dataset') or ''} | {size} | {scores} |"
-        )
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return rows
 
 
 def _targets(file: AdapterFile) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from inlay.errors import InlayError
 
 # What may differ between a run and its resumption: none of these changes a single weight.
-_FREE = {"output_dir", "overwrite", "workers", "tracker", "save_every"}
+_FREE = {"output_dir", "overwrite", "workers", "tracker", "save_every", "push_to", "private"}
 
 
 @dataclass
@@ -60,6 +60,10 @@ class TrainConfig:
     seed: int = field(default=0, metadata={"help": "Seed of order, augmentation, dropout and new weights."})
     workers: int = field(default=2, metadata={"help": "Processes that decode and augment, per training process."})
     tracker: str | None = field(default=None, metadata={"help": "tensorboard, wandb, mlflow ... (through accelerate)."})
+    push_to: str | None = field(
+        default=None, metadata={"help": "Send what was saved to the Hub, as user/name; again: inlay push."}
+    )
+    private: bool = field(default=False, metadata={"help": "With push_to: for your eyes alone."})
 
     def __post_init__(self) -> None:
         at_least = {"batch_size": 1, "accumulate": 1, "workers": 0, "seed": 0}
