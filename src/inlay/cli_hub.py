@@ -57,7 +57,7 @@ def search(
     if as_json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
-    _table(rows, ("path", "task", "method", "base", "dataset", "scores"))
+    _say([{**row, "name": row["path"]} for row in rows])
     if not rows:
         print(f"nothing for {query!r} in {folder}{' and on the Hub' if online else ''}")
     if not online:
@@ -72,8 +72,7 @@ def list_(folder: Folder = Path("adapters_hub"), as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
-    shown = [{**row, "kB": row.get("file_kb", ""), "scores": scores(row) or row.get("error", "")} for row in rows]
-    _table(shown, ("name", "task", "method", "base", "dataset", "parameters", "kB", "scores"))
+    _say([{**row, "scores": scores(row)} for row in rows])
 
 
 def index(folder: Folder = Path("adapters_hub")) -> None:
@@ -86,19 +85,22 @@ def index(folder: Folder = Path("adapters_hub")) -> None:
         print(f"  {row['name']}: {row['method']} on {row['base']}")
 
 
-def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+def _say(rows: list[dict[str, Any]]) -> None:
+    """Three lines an adapter, which fit any terminal: its name and task, what it is made of, size and scores."""
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.text import Text
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in columns:
-        table.add_column(name, overflow="fold", justify="right" if name in ("parameters", "kB") else "left")
+    console = Console(highlight=False, soft_wrap=True)
     for row in rows:
-        cells = (row.get(name) or "" for name in columns)
-        table.add_row(*(f"{cell:,}" if isinstance(cell, int | float) else escape(str(cell)) for cell in cells))
-    if rows:
-        Console().print(table)
+        console.print(Text.assemble((row["name"], "bold"), f"  {row.get('task') or ''}"))
+        if row.get("error"):
+            console.print(Text(f"    broken: {row['error']}", "red"))
+            continue
+        data = f", data {row['dataset']}" if row.get("dataset") else ""
+        console.print(Text(f"    {row['method'] or 'adapter'} on {row['base'] or 'an unknown base'}{data}"))
+        size = f"{row['parameters']:,} parameters, {row['file_kb']} kB" if "parameters" in row else ""
+        if said := "; ".join(filter(None, (size, row["scores"]))):
+            console.print(Text(f"    {said}"))
 
 
 VERBS: dict[str, Callable[..., None]] = {"push": push, "pull": pull, "search": search, "list": list_, "index": index}

@@ -110,4 +110,7 @@ def test_recipes_keep_their_shape(path):
     imported = {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
     assert 40 <= len(text.splitlines()) <= 150
     assert not any(module and module.startswith("recipes") for module in imported), "recipes do not import each other"
+    if "save_adapter(" in text:
+        (main,) = (n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == "main")
+        assert ast.unparse(main.returns) == "Path" and isinstance(main.body[-1], ast.Return), "for --push_to"
     assert "    # 1. " in text and ast.unparse(ast.parse(text).body[-1].body[-1]).startswith("run_recipe(main")

@@ -4,42 +4,28 @@ import json
 import re
 import shutil
 import sys
-import time
 
 import pytest
 import torch
-from huggingface_hub import close_session, constants
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import logging as hub_logging
+from PIL import Image
 
-from hub.server import Hub, oid
+from hub.client import TOKEN, online
+from hub.server import oid
 from inlay import InlayError, cli, load_adapter, pull_adapter, push_adapter, read_adapter
 from inlay.store import hub as module
 from inlay.store.file import CARD, CONFIG, METRICS, ORIGIN, WEIGHTS
 from inlay.store.index import write_index
 
-TOKEN = "hf_" + "a" * 34
 FILES = {CONFIG, WEIGHTS, METRICS, CARD, "training.png"}
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """The server, with this process online, logged in as ann and with an empty cache; waiting takes no time."""
-    with Hub() as server:
-        for name, value in {
-            "HF_HUB_OFFLINE": False,
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_DISABLE_XET": True,
-            "HF_TOKEN_PATH": str(tmp_path / "token"),
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)
-        close_session()
+def hub(tmp_path):
+    with online(tmp_path / "cache") as server:
         yield server
-        close_session()
 
 
 @pytest.fixture(scope="session")
@@ -153,6 +139,21 @@ def test_a_folder_of_adapters_goes_and_comes_whole(hub, adapter, tmp_path, outpu
         load_adapter("ann/many")
     with pytest.raises(InlayError, match="not an adapter; name another repository"):
         push_adapter(adapter, "ann/many")
+
+
+def test_the_cards_two_ways_to_load_run_from_the_hub(hub, trained, adapter, outputs, tmp_path, capsys, monkeypatch):
+    """As a reader of the repository's page would: both snippets, with nothing put in their place."""
+    push_adapter(adapter, "ann/zoo")
+    card = served(hub)[CARD][0].decode()
+    assert "FOLDER" not in card and "![Loss and scores by step](training.png)" in card
+    ours, plain = re.findall(r"```python\n(.*?)```", card, re.S)
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    exec(ours, {})
+    assert "label" in capsys.readouterr().out
+    found = {}
+    exec(plain, found)
+    torch.testing.assert_close(outputs(found["model"]), outputs(trained[0]), rtol=0, atol=1e-6)
 
 
 # what is sent

@@ -24,6 +24,7 @@ from inlay import (
 from inlay import predict as classify
 from inlay.cli import main
 from inlay.methods import METHODS
+from inlay.store.card import card
 from inlay.store.file import CONFIG, WEIGHTS
 
 TEXT = ["name[The Oak], food[Thai]", "The Oak serves Thai food.", "The Elm is a pub, a cheap one by the river."]
@@ -205,3 +206,12 @@ def test_predict_on_the_command_line(lora, monkeypatch, capsys):
             main()
         out = capsys.readouterr().out
         assert not status.value.code and (json.loads(out) if more else out.rstrip("\n")) == said
+
+
+def test_the_card_of_a_chat_tells_of_the_template_and_not_of_a_separator(lora):
+    file = read_adapter(lora[0])
+    chat = {**file.record, "preprocessing": {**file.record["preprocessing"], "chat": True}}
+    text, plain = card(chat, file.config, file.metrics), card(file.record, file.config, file.metrics)
+    assert "chat template" in text and 'followed by `"\\n"`' not in text
+    assert "chat template" not in plain and 'followed by `"\\n"`' in plain
+    assert "at most 64 tokens" in text and "at most 64 tokens" in plain

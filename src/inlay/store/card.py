@@ -95,7 +95,10 @@ def card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]
         "## Data",
         _licence(dataset),
         "## Training",
-        _table(("setting", "value"), [(k, f"`{_told(v)}`") for k, v in metrics.get("training", {}).items()])
+        _table(
+            ("setting", "value"),
+            [(k, f"`{_told(v)}`") for k, v in metrics.get("training", {}).items() if v is not None],
+        )
         or "Not recorded.",
         "Versions: " + ", ".join(f"{k} {v}" for k, v in metrics.get("versions", {}).items()) + ".",
         "## Limits",
@@ -168,9 +171,13 @@ def _cost(cost: dict[str, Any]) -> list[str]:
     if not cost:
         return ["Not measured."]
     rows = [(_COSTS.get(k, k.replace("_", " ")), _number(v)) for k, v in cost.items() if k not in ("device", "threads")]
-    said = f"Measured on {cost['device']}, {cost.get('threads', '?')} thread(s)." if "device" in cost else ""
+    said = f"Measured on {cost['device']}, threads: {cost.get('threads', 'unknown')}." if "device" in cost else ""
     energy = "" if any("energy" in key for key in cost) else "Energy was not measured."
     return [_table(("measure", "value"), rows), " ".join(filter(None, (said, energy)))]
+
+
+def _settings(training: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(key, f"`{_told(value)}`") for key, value in training.items() if value is not None]
 
 
 def _licence(dataset: str) -> str:
@@ -271,13 +278,12 @@ def _revision(base: dict[str, Any]) -> str:
 
 def _peft_snippet(record: dict[str, Any], kind: str) -> str:
     base, count = record["base"], len(record["labels"])
-    classes = (
-        f", num_labels={count}, ignore_mismatched_sizes=True"
-        if count and record["task"] == "image-classification"
-        else ""
-    )
+    held = base["precision"] if base["precision"] in ("float16", "bfloat16") else "float32"
+    options = [f'dtype="{held}"']  # without it transformers takes that of the file
+    if count and record["task"] == "image-classification":
+        options = [f"num_labels={count}", "ignore_mismatched_sizes=True", *options]
     if base.get("revision"):
-        classes += f', revision="{base["revision"]}"'
+        options.append(f'revision="{base["revision"]}"')
     own = [f"import inlay  # makes {kind} known to peft; without it: KeyError: '{kind}'"] if "INLAY" in kind else []
     lines = [*own, "from peft import PeftModel", f"from transformers import {_TASKS[record['task']]}"]
     where = f'"{base["name"]}"'
@@ -286,7 +292,7 @@ def _peft_snippet(record: dict[str, Any], kind: str) -> str:
         where = f"resolve({where})"
     lines += [
         "",
-        f"base = {_TASKS[record['task']]}.from_pretrained({where}{classes})",
+        f"base = {_TASKS[record['task']]}.from_pretrained({', '.join([where, *options])})",
         'model = PeftModel.from_pretrained(base, "FOLDER").eval()',
     ]
     note = ""

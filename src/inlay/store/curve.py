@@ -14,7 +14,13 @@ _OTHERS = 4  # scores beside the losses that a panel shows at most
 
 def drawable(history: Any) -> bool:
     """True for two evaluations or more, of which a loss is known: rows of numbers by name, with `step`."""
-    return isinstance(history, list) and len(history) > 1 and all({"step", "loss"} <= set(row) for row in history)
+    if not isinstance(history, list) or len(history) < 2:
+        return False
+    return all(isinstance(row, dict) and _numbers(row) and {"step", "loss"} <= row.keys() for row in history)
+
+
+def _numbers(row: dict[str, Any]) -> bool:
+    return all(isinstance(value, int | float) for value in row.values())
 
 
 def draw_curve(history: list[dict[str, float]], path: Path) -> None:

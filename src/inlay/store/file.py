@@ -59,10 +59,11 @@ class AdapterFile:
         return cached["repo"] if cached else self.folder.resolve().name
 
     @property
-    def origin(self) -> dict[str, Any]:
+    def origin(self) -> dict[str, str]:
         """`repo` and `commit` on the Hub that it is a copy of; empty for one that was made here."""
         path = self.folder / ORIGIN
-        return _cached(self.folder) or (_json(path) if path.is_file() else {})
+        noted = _cached(self.folder) or (_json(path) if path.is_file() else {})
+        return {key: noted[key] for key in ("repo", "commit") if isinstance(noted.get(key), str)}
 
     @property
     def base_name(self) -> str:

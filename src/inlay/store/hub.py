@@ -201,6 +201,8 @@ def _contents(folder: Path, repo: str, licence: str | None) -> tuple[dict[str, b
         if (path / CARD).is_file():
             text = (path / CARD).read_text(encoding="utf-8")
             contents[inside + CARD] = for_repository(text, repo, inside.rstrip("/"), licence).encode()
+        else:
+            warnings.append(f"{path.name} has no {CARD}, so its page will be empty")
         if file.base_name and Path(file.base_name).expanduser().exists():
             warnings.append(f"{path.name} has the local folder {file.base_name!r} as its base, which others lack")
     if not single:

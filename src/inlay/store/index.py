@@ -37,7 +37,9 @@ def list_adapters(folder: str | Path) -> list[dict[str, Any]]:
         try:
             facts = summary(path)
         except InlayError as error:
-            rows.append({"name": path.name, "method": "broken", "base": "", "error": str(error)})
+            rows.append(
+                {"name": path.name, "method": "broken", "base": "", "error": str(error).replace(f"{path}/", "")}
+            )
         else:
             rows.append({key: facts[key] for key in (*_LISTED, *["test"] * bool(facts["test"]))})
     return rows
@@ -81,5 +83,6 @@ def index_texts(folder: Path) -> dict[str, str]:
 
 def scores(row: dict[str, Any]) -> str:
     """Validation and test scores of a row, such as `loss 0.1306, accuracy 0.9721, test bleu 60.1`."""
-    said = [f"{key} {value:.4f}" for key, value in row.get("validation", {}).items() if isinstance(value, int | float)]
-    return ", ".join([*said, *(f"test {key} {value:.4g}" for key, value in row.get("test", {}).items())])
+    said = [(key, value, ".4f") for key, value in row.get("validation", {}).items()]
+    said += [(f"test {key}", value, ".4g") for key, value in row.get("test", {}).items()]
+    return ", ".join(f"{key} {value:{form}}" for key, value, form in said if isinstance(value, int | float))

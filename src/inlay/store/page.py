@@ -31,7 +31,7 @@ def _more(path: Path) -> dict[str, Any]:
     return {
         "history": history[:: -(-len(history) // _POINTS) or 1],
         "plots": [plot.name for plot in sorted(path.glob("*.png"))],
-        "cost": file.metrics.get("cost", {}),
+        "cost": cost if isinstance(cost := file.metrics.get("cost"), dict) else {},
         "labels": file.labels[:20],
         "origin": file.origin.get("repo", ""),
         "commit": file.origin.get("commit", ""),

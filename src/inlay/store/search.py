@@ -42,8 +42,8 @@ def search(
 
 
 def _local(row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    kept = {key: row.get(key) or "" for key in ("name", "task", "base", "method", "dataset")}
-    return {**kept, "where": "local", "path": str(folder / row["name"]), "scores": scores(row) or row.get("error", "")}
+    said = {"task": "", "dataset": "", **row, "path": str(folder / row["name"]), "scores": scores(row)}
+    return {key: "" if value is None else value for key, value in {**said, "where": "local"}.items()}
 
 
 def _fits(row: dict[str, Any], query: str) -> bool:

@@ -27,12 +27,12 @@ def summary(folder: str | Path) -> dict[str, Any]:
         "head": file.record.get("head"),
         "parameters": parameters,
         "file_kb": round(file.bytes_weights / 1000, 1),
-        "dataset": file.metrics.get("dataset"),
-        "validation": file.metrics.get("validation", {}),
-        "test": file.metrics.get("test") or {},
-        "cost": file.metrics.get("cost", {}),
+        "dataset": dataset if isinstance(dataset := file.metrics.get("dataset"), str) else None,
+        "validation": _measured(file, "validation"),
+        "test": _measured(file, "test"),
+        "cost": _measured(file, "cost"),
         "from": " at ".join(file.origin[key] for key in ("repo", "commit") if key in file.origin),
-        "trained_with": file.metrics.get("versions", {}),
+        "trained_with": _measured(file, "versions"),
         "verified": "file whole, checksum right"
         if file.record
         else "saved by plain peft: no checksum, base or labels in it",
@@ -45,6 +45,12 @@ def method(file: AdapterFile) -> str:
     config = file.config
     said = [f"{short}={config[key]}" for key, short in width.items() if config.get(key) is not None]
     return f"{method_name(config)} {', '.join(said)}".strip()
+
+
+def _measured(file: AdapterFile, what: str) -> dict[str, Any]:
+    """A part of metrics.json, which may have been written by anyone."""
+    found = file.metrics.get(what)
+    return found if isinstance(found, dict) else {}
 
 
 def _targets(file: AdapterFile) -> str:
