@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import logging as hub_logging
 from PIL import Image
@@ -16,6 +16,7 @@ from hub.client import TOKEN, online
 from hub.server import oid
 from inlay import InlayError, cli, load_adapter, pull_adapter, push_adapter, read_adapter
 from inlay.store import hub as module
+from inlay.store.card import card as write_card
 from inlay.store.file import CARD, CONFIG, METRICS, ORIGIN, WEIGHTS
 from inlay.store.index import write_index
 
@@ -156,6 +157,21 @@ def test_the_cards_two_ways_to_load_run_from_the_hub(hub, trained, adapter, outp
     torch.testing.assert_close(outputs(found["model"]), outputs(trained[0]), rtol=0, atol=1e-6)
 
 
+def test_the_header_is_what_the_hub_displays_and_finds_it_by(hub, adapter):
+    file = read_adapter(adapter)
+    record = {**file.record, "base": {**file.record["base"], "name": "google/vit-base", "revision": "a" * 40}}
+    text = write_card(record, file.config, {**file.metrics, "dataset": "ann/pets", "license": "mit"})
+    head = ModelCard(text).data
+    assert (head.library_name, head.base_model, head.base_model_relation) == ("peft", "google/vit-base", "adapter")
+    assert (head.license, head.datasets, head.pipeline_tag) == ("mit", ["ann/pets"], "image-classification")
+    shown = {(r.dataset_type, r.dataset_split, r.metric_type): r.metric_value for r in head.eval_results}
+    assert shown == {("ann/pets", "validation", "accuracy"): 0.9, ("ann/pets", "validation", "loss"): 0.4}
+    assert f'revision="{"a" * 40}"' in text and "https://huggingface.co/datasets/ann/pets" in text
+    assert "attached to `fc1`, `fc2`, `k_proj`" in text and "arXiv:2106.09685" in text and "## Limits" in text
+    here = {**file.metrics, "dataset": "/data/me/pets", "training": {"dataset": "/data/me/pets"}}
+    assert "/data/me" not in write_card(file.record, file.config, here), "a path of this machine is nobody's business"
+
+
 # what is sent
 
 
@@ -258,7 +274,7 @@ def test_a_fault_on_the_way_is_outlived_with_one_commit(hub, adapter, where, kin
 @pytest.mark.parametrize("where", ["upload", "commit"])
 def test_a_push_that_breaks_off_leaves_nothing_to_load_and_goes_on(hub, adapter, where, monkeypatch):
     hub.fail(UP[where], "drop", times=1000)
-    with pytest.raises(InlayError, match="what has arrived is kept there: the same command goes on") as error:
+    with pytest.raises(InlayError, match="try the same again later, what has arrived is kept") as error:
         push_adapter(adapter, "ann/zoo")
     assert error.value.__cause__ is None and served(hub).keys() == {".gitattributes"}
     with pytest.raises(InlayError, match=r"is no adapter: it has no adapter_config\.json"):

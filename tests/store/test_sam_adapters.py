@@ -1,11 +1,13 @@
 """Adapters of SAM: saved, checked against their base, loaded and used; SAM as a base in 8 and 4 bits."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import SamImageProcessorPil, SamModel
 
@@ -75,6 +77,19 @@ def test_the_record_knows_the_encoder(saved):
     assert file.record["preprocessing"]["image_processor_type"].startswith("SamImageProcessor")
     card = (saved[1] / "README.md").read_text(encoding="utf-8")
     assert "pipeline_tag: mask-generation" in card and "| Mean IoU | 0.7500 |" in card and "predict_masks" in card
+
+
+def test_the_cards_two_ways_to_load_run(saved, tmp_path, monkeypatch, capsys):
+    model, folder = saved
+    text = (folder / "README.md").read_text(encoding="utf-8").replace("FOLDER", str(folder))
+    ours, plain = re.findall(r"```python\n(.*?)```", text, re.S)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (90, 70), "red").save("picture.png")
+    exec(ours, {})
+    assert capsys.readouterr().out.strip() == "(1, 70, 90)"
+    found = {}
+    exec(plain, found)
+    assert torch.allclose(answers(found["model"]), answers(model), atol=1e-5)
 
 
 def test_peft_alone_reads_it(saved):

@@ -1,13 +1,16 @@
 """Adapters for volumes: saved with classes and preprocessing, checked at loading, refused where they do not fit."""
 
 import json
+import re
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import SamModel
 
 from inlay import InlayError, VolumeProcessor, load_adapter, load_base, read_adapter, save_adapter
+from inlay.data.nifti import write_volume
 from inlay.store.load import task_of_adapter
 from methods.bases import randomise
 from methods.volumes import build, settings, volumes
@@ -64,6 +67,21 @@ def test_plain_peft_loads_it(saved, base):
     model = PeftModel.from_pretrained(SamModel.from_pretrained(base), folder).eval()
     with torch.no_grad():
         assert torch.allclose(model(pixel_values=volumes()).logits, expected, atol=1e-4)
+
+
+def test_the_cards_two_ways_to_load_run(saved, tmp_path, monkeypatch, capsys):
+    folder, expected = saved
+    ours, plain = re.findall(
+        r"```python\n(.*?)```", (folder / "README.md").read_text().replace("FOLDER", str(folder)), re.S
+    )
+    monkeypatch.chdir(tmp_path)
+    write_volume("scan.nii.gz", np.zeros((20, 20, 20), np.uint8), np.eye(4))
+    exec(ours, {})
+    assert capsys.readouterr().out.strip().startswith("{'organ': ")
+    found = {}
+    exec(plain, found)
+    with torch.no_grad():
+        assert torch.allclose(found["model"](pixel_values=volumes()).logits, expected, atol=1e-4)
 
 
 def test_its_card_says_how_scans_are_read(saved):

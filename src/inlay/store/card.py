@@ -195,9 +195,11 @@ def _limits(record: dict[str, Any], metrics: dict[str, Any]) -> str:
     lines = [
         _LIMITS[record["task"]],
         f"It fits `{_told(record['base']['name'])}` alone, whose own limits and biases it keeps.",
-        "Its scores are of one run" + (f" (seed {seed})" if seed is not None else "") + ", on held-out examples of the "
-        "same data; those of `validation` also chose its best step.",
     ]
+    if _scores(metrics):
+        run = "Its scores are of one run" + (f" (seed {seed})" if seed is not None else "")
+        chosen = "; those of `validation` also chose its best step" if metrics.get("training") else ""
+        lines.append(f"{run}, on held-out examples of the same data{chosen}.")
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -89,7 +89,7 @@ def _explain(error: BaseException, repo: str) -> str:
         return f"the Hub has no {repo!r}, or not for you{hint}."
     if status == 403:
         return f"this token may not write to {repo} (403): take one with the right to write, or another name."
-    tried = "; what has arrived is kept there: the same command goes on" if _passing(error) else ""
+    tried = "; try the same again later, what has arrived is kept" if _passing(error) else ""
     return f"the Hub does not do what {repo} needs ({_first_line(error)}){tried}."
 
 

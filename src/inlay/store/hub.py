@@ -176,7 +176,7 @@ def download(repo: str, revision: str | None = None, inside: str = "") -> Path:
                 repo, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*/*"] if inside else ["*/*"]
             )
         )
-        wrong = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _as_named(path)]
+        wrong = [path for pattern in wanted for path in folder.glob(pattern) if not _as_named(path)]
         for path in wrong:  # else the cache would give them again
             path.resolve().unlink()
             path.unlink(missing_ok=True)
