@@ -63,6 +63,7 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.tokens = {"hf_" + "a" * 34: "ann"}
+        self.role = "write"
         self.faults: list[Fault] = []
         self.calls: list[str] = []
         self.lock = threading.Lock()
@@ -177,7 +178,7 @@ class Handler(BaseHTTPRequestHandler):
         if user is None:
             self.send(401, {"error": "Invalid credentials"})
         else:
-            self.send(200, {"type": "user", "name": user, "auth": {"accessToken": {"role": "write"}}})
+            self.send(200, {"type": "user", "name": user, "auth": {"accessToken": {"role": self.hub.role}}})
 
     def create(self, body: bytes) -> None:
         asked, user = json.loads(body), self.user()

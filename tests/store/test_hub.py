@@ -384,6 +384,12 @@ def test_without_a_right_one_sentence_says_so(hub, adapter, token, sentence, mon
 def test_another_ones_name_is_refused(hub, adapter):
     with pytest.raises(InlayError, match=r"may not write to bob/zoo \(403\)"):
         push_adapter(adapter, "bob/zoo")
+    with pytest.raises(InlayError, match="may write to ann, not to bob/zoo"):
+        module.check_push("bob/zoo")
+    module.check_push("ann/zoo")
+    hub.role = "read"
+    with pytest.raises(InlayError, match="may only read"):
+        module.check_push("ann/zoo")
 
 
 @pytest.mark.parametrize("where", ["create", "commit", "upload"])

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from huggingface_hub import get_token
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
@@ -84,6 +85,8 @@ def _explain(error: BaseException, repo: str) -> str:
         return f"nobody is logged in to the Hub, as {repo} needs: run `hf auth login`, or set HF_TOKEN."
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
         return f"the Hub does not accept the token for {repo} (401): run `hf auth login`, or set HF_TOKEN."
+    if isinstance(error, GatedRepoError):
+        return f"{repo} is gated: accept its terms on its page on the Hub, logged in as who you are here."
     if isinstance(error, RepositoryNotFoundError):
         hint = "" if get_token() else ", and nobody is logged in: run `hf auth login`, or set HF_TOKEN"
         return f"the Hub has no {repo!r}, or not for you{hint}."

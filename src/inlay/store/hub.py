@@ -109,9 +109,14 @@ def push_adapter(
 
 
 def check_push(repo: str, token: str | None = None) -> None:
-    """Raise InlayError now for what would make a push fail later: a bad name, no connection, no token."""
+    """Raise InlayError now for what would make a push fail later: a bad name, no connection, no token or no right."""
     check_name(repo)
-    persist(lambda: HfApi(token=token).whoami(), repo, token)
+    me = persist(lambda: HfApi(token=token).whoami(), repo, token)
+    names = [me["name"], *(group["name"] for group in me.get("orgs", []))]
+    if repo.partition("/")[0] not in names:
+        raise InlayError(f"this token may write to {', '.join(names)}, not to {repo}; take another name, or its token.")
+    if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise InlayError(f"this token may only read, and {repo} is to be written; take one with the right to write.")
 
 
 def pull_adapter(repo: str, folder: str | Path | None = None, *, revision: str | None = None) -> Pulled:
