@@ -104,4 +104,4 @@ def main(recipe: Recipe, train: TrainConfig) -> Path:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Recipe(), TrainConfig(output_dir="runs/spatial_sam", epochs=12, batch_size=2, learning_rate=4e-3))
+    run_recipe(main, Recipe(), TrainConfig(output_dir="runs/spatial_sam", epochs=16, batch_size=2, learning_rate=4e-3))

@@ -26,6 +26,7 @@ import resource
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -147,17 +148,34 @@ def answer(way, model, volume, labels, mode):
             return None
         said = model.prompts(labels, count) if count else (None, None)
         return model(volume, *said).argmax(1)[0]
-    if not count:
-        return model(pixel_values=volume).logits.argmax(1)[0]
-    points, said = clicks_in_objects(labels, 1 if "clicks" in mode else count, CLASSES)
-    output = model(pixel_values=volume, input_points=points, input_labels=said)
+    points, said = clicks_in_objects(labels, 1 if "clicks" in mode else max(1, count), CLASSES)
+    points, said = (points, said) if count else (points[:, :0], said[:, :0])
+    shares = windows(model, volume, points[0], said[0])
     for _ in range(count - CLASSES if "clicks" in mode else 0):
-        more, named = clicks_on_errors(output.logits, labels, 1)
+        more, named = clicks_on_errors(shares, labels, 1)
         points, said = torch.cat([points, more], 1), torch.cat([said, named], 1)
-        output = model(
-            image_embeddings=output.image_embeddings, input_points=points, input_labels=said, input_masks=output.logits
-        )
-    return output.logits.argmax(1)[0]
+        shares = windows(model, volume, points[0], said[0])
+    return shares.argmax(1)[0]
+
+
+def windows(model, volume, points, said):
+    """Probabilities (1, 3, D, H, W) as `inlay segment` finds them: in windows, each with the clicks in it."""
+    from tqdm import tqdm
+
+    from inlay.data.scan import PADDING
+    from inlay.infer.windows import Prompts, probabilities, slide
+
+    there = said >= 0
+    prompts = Prompts(points[there].float(), said[there], torch.zeros(0, 6), torch.zeros(0, dtype=torch.long))
+    lacking = [max(0, side - n) for side, n in zip(CROP, volume.shape[2:], strict=True)]
+    pad = [n for n in reversed(lacking) for n in (0, n)]
+    image = F.pad(volume[0], pad, value=PADDING)
+    shares = torch.zeros(1, CLASSES + 1, *image.shape[1:])
+    predict = partial(probabilities, model, flips=False)
+    for first, values in slide(predict, image, CROP, prompts, overlap=0.5, batch_size=4, bar=tqdm(disable=True)):
+        shares[0, :, first : first + values.shape[1]] = values
+    d, h, w = volume.shape[2:]
+    return shares[:, :, :d, :h, :w]
 
 
 MODES = ("none", "1 point", "10 points", "10 clicks")

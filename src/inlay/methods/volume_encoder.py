@@ -43,6 +43,9 @@ class Bottleneck3d(nn.Module):
         if not reference:
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
+            if kernel > 1:  # a token starts with itself, and learns to see its neighbours
+                nn.init.dirac_(self.conv.weight, groups=width)
+                nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What is added to tokens (B, D, H, W, C)."""
