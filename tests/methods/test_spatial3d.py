@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import SamModel, SamVisionModel
+from transformers import SamConfig, SamModel, SamVisionModel
 
 from inlay import InlayError, SpatialAdapterConfig
 from inlay.methods.volume_attention import cut
@@ -336,3 +336,20 @@ def test_loss_is_dice_and_cross_entropy_of_what_counts():
     counted, sizes = (labels >= 0).sum(), [(labels == k).sum() for k in (1, 2)]
     dice = sum((2 * n / 3 + 1) / (n + counted / 3 + 1) for n in sizes) / 2
     assert even.item() == pytest.approx(((torch.log(torch.tensor(3.0)) + 1 - dice) / 2).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "blocks", "expected"), [(768, 12, 15_080_146), (1024, 24, 24_598_482), (1280, 32, 38_720_722)]
+)
+def test_it_goes_into_the_published_sizes_of_sam(size, blocks, expected):
+    """ViT-B, L and H, by their structure alone."""
+    vision = {
+        "hidden_size": size,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": size // 64 if size < 1280 else 16,
+    }
+    vision |= {"mlp_dim": 4 * size, "global_attn_indexes": [blocks // 4 * (i + 1) - 1 for i in range(4)]}
+    with torch.device("meta"):
+        model = get_peft_model(SamModel(SamConfig(vision_config=vision)), SpatialAdapterConfig(classes=["tumour"]))
+    assert model.get_nb_trainable_parameters()[0] == expected
+    assert len(model.vision_encoder.inlay_spatial3d_encoder["default"].necks) == 4
