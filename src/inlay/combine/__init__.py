@@ -14,7 +14,7 @@ from inlay.atomic import writing
 from inlay.combine.bottlenecks import BottleneckSum, SpatialSum
 from inlay.combine.heads import WAYS, Heads, join_heads
 from inlay.combine.lora import LoraSum
-from inlay.combine.read import PREFIX, PROMPT_TYPES, Array, Part, Source, open_adapters
+from inlay.combine.read import PREFIX, PROMPT_TYPES, Array, Part, Source, check_whole, opened
 from inlay.combine.rules import RULES, Settings, chosen_rule, weights_for
 from inlay.combine.sums import Plan, Sum
 from inlay.combine.unions import AttentionPrefixSum, DeltaSum, Ia3Sum, PeftPromptSum, VisualPromptSum
@@ -118,8 +118,7 @@ def combine(
     settings = Settings(density, seed)
     row = chosen_rule(rule, settings)
     _check_width(width, error)
-    sources = open_adapters(adapters)
-    try:
+    with opened(adapters) as sources:
         folder, head = _checked_folder(out, sources), join_heads(sources, heads)
         keep = heads if heads not in WAYS else None
         plan = Plan(row, settings, width, error, keep, dict(activations or {}))
@@ -131,14 +130,12 @@ def combine(
         if report is not None:
             from inlay.combine.report import overlap_of, write_report
 
+            check_whole(sources)
             write_report(overlap_of(sources), report)
         if dense:
             return _dense(sources, head, plan, rule, base, folder)
         made = _write(sources, sums(sources, plan), head, rule, keep, folder)
         return made if fitted is None else replace(made, fitted=fitted)
-    finally:
-        for source in sources:
-            source.tensors.close()
 
 
 def _check_width(width: Any, error: float) -> None:
@@ -276,6 +273,7 @@ def _write(
         metrics = {"combined": {**said, "error": off}, "dataset": _datasets(sources), "versions": versions()}
         write_settings(new, config, record, metrics)
         read_back(new, shapes)
+        check_whole(sources)
     weights = {source.name: source.weight for source in sources}
     widths = {kind: _width(each) for kind, each in made.items() if _width(each)}
     return Combined(folder, rule, weights, widths, heads.said, heads.labels, off, errors)

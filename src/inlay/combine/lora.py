@@ -7,6 +7,7 @@ alpha = r. Modules may have different ranks, and some may be in one adapter alon
 import math
 import re
 from collections import Counter
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -147,7 +148,7 @@ class LoraSum(Sum):
         shapes = self.shapes[site]
         down, up = np.empty(shapes[a], np.float32), np.empty(shapes[b], np.float32)
         rows = down.reshape(groups, -1, *shapes[a][1:])
-        probe = _probe(site, self._sizes(site)[1])
+        probe = _probe(self._sizes(site)[1])
         wanted, at = np.zeros((groups, len(up) // groups)), 0
         for part in self.acting(site):
             width = part.shape(site, a)[0] // groups
@@ -176,7 +177,7 @@ class LoraSum(Sum):
 
     def _check_cut(self, site: str, whole: tuple[Array, Array], up: Array, down: Array) -> None:
         """What was cut off is orthogonal to what stays."""
-        probe = _probe(site, down.shape[1])
+        probe = _probe(down.shape[1])
         wanted, found = whole[0] @ (whole[1] @ probe), up @ (down @ probe)
         self.check(site, up.T @ found, up.T @ wanted, norm(up) * max(norm(wanted), norm(found)))
 
@@ -224,9 +225,10 @@ class LoraSum(Sum):
         return total
 
 
-def _probe(site: str, size: int) -> Array:
-    """A random input, the same for a module each time."""
-    return np.random.default_rng(len(site)).standard_normal(size, np.float32)
+@cache
+def _probe(size: int) -> Array:
+    """A random input, the same one each time."""
+    return np.random.default_rng(size).standard_normal(size, np.float32)
 
 
 def _check(part: Part) -> None:

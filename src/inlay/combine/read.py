@@ -1,8 +1,9 @@
 """Adapters as what they hold at each site, tensor by tensor from their files: no model, no torch, no whole file."""
 
 import json
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from inlay.errors import InlayError
-from inlay.store.file import WEIGHTS, AdapterFile, fetch, read_adapter
+from inlay.store.file import WEIGHTS, AdapterFile, check_digest, fetch, read_adapter
 from inlay.store.likeness import TOLERANCE, distance
 
 Array = npt.NDArray[np.float32]
@@ -126,6 +127,7 @@ class Source:
         file: Its config and record.
         tensors: Its file.
         parts: By peft_type.
+        intact: That the file is what its digest says, once that is known.
         head: Key in the file of each tensor of a module that was trained whole, by name without PREFIX.
     """
 
@@ -134,11 +136,16 @@ class Source:
     file: AdapterFile
     tensors: Tensors
     parts: dict[str, Part]
+    intact: Future[None]
     head: dict[str, str] = field(default_factory=dict)
 
 
-def open_adapters(adapters: Mapping[Any, float]) -> list[Source]:
+@contextmanager
+def opened(adapters: Mapping[Any, float]) -> Iterator[list[Source]]:
     """Adapters by folder or Hub id, with their weights, checked to be of one base.
+
+    Digests are taken meanwhile, beside the work of the block: `check_whole` waits for them, as does the block's end.
+    Where a block fails on a damaged file, it is the damage that is said.
 
     Raises:
         InlayError: Whatever `read_adapter` finds; no adapter; a weight that is no finite number; other bases; tensors
@@ -149,11 +156,31 @@ def open_adapters(adapters: Mapping[Any, float]) -> list[Source]:
     for path, weight in adapters.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not np.isfinite(weight):
             raise InlayError(f"the weight of {path} must be a finite number, got {weight!r}.")
-    with ThreadPoolExecutor(min(len(adapters), 4)) as pool:  # digests, which take most of it, run side by side
-        files = list(pool.map(lambda path: read_adapter(fetch(path)), adapters))
-    names = short_names([file.folder for file in files])
-    _check_bases(dict(zip(names, files, strict=True)))
-    return [_open(n, float(w), f) for n, w, f in zip(names, adapters.values(), files, strict=True)]
+    files = [read_adapter(fetch(path), digest=False) for path in adapters]
+    sources: list[Source] = []
+    with ThreadPoolExecutor(min(len(adapters), 4)) as pool:
+        whole = [pool.submit(check_digest, file.folder) for file in files]
+        try:
+            names = short_names([file.folder for file in files])
+            _check_bases(dict(zip(names, files, strict=True)))
+            for name, weight, file, future in zip(names, adapters.values(), files, whole, strict=True):
+                sources.append(_open(name, float(weight), file, future))
+            yield sources
+        finally:
+            for source in sources:
+                source.tensors.close()
+            for future in whole:
+                future.result()
+
+
+def check_whole(sources: Iterable[Source]) -> None:
+    """Wait for the digests of all files.
+
+    Raises:
+        InlayError: A file is damaged.
+    """
+    for source in sources:
+        source.intact.result()
 
 
 def short_names(folders: list[Path]) -> list[str]:
@@ -187,7 +214,7 @@ def _check_bases(files: Mapping[str, AdapterFile]) -> None:
             )
 
 
-def _open(name: str, weight: float, file: AdapterFile) -> Source:
+def _open(name: str, weight: float, file: AdapterFile, intact: Future[None]) -> Source:
     tensors, config = Tensors(file.folder / WEIGHTS), file.config
     inner, whole = config.get("parts") or [], config.get("modules_to_save") or []
     named = isinstance(whole, list) and all(isinstance(module, str) for module in whole)
@@ -215,7 +242,7 @@ def _open(name: str, weight: float, file: AdapterFile) -> Source:
                 "adapters cannot be combined."
             )
     parts = {kind: Part(name, weight, configs[kind], sites[kind], tensors) for kind in configs}
-    return Source(name, weight, file, tensors, parts, head)
+    return Source(name, weight, file, tensors, parts, intact, head)
 
 
 def _place(key: str, kind: str) -> tuple[str, str, str]:

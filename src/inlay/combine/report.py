@@ -23,7 +23,7 @@ import numpy as np
 
 from inlay.combine.bottlenecks import bottleneck
 from inlay.combine.lora import factors
-from inlay.combine.read import Array, Part, Source, open_adapters
+from inlay.combine.read import Array, Part, Source, opened
 from inlay.combine.widths import norm
 from inlay.errors import InlayError
 
@@ -93,12 +93,8 @@ def overlap(adapters: Mapping[Any, float]) -> Overlap:
     Raises:
         InlayError: As `combine`, for what cannot be read or is of another base.
     """
-    sources = open_adapters(adapters)
-    try:
+    with opened(adapters) as sources:
         return overlap_of(sources)
-    finally:
-        for source in sources:
-            source.tensors.close()
 
 
 def overlap_of(sources: Sequence[Source]) -> Overlap:

@@ -3,10 +3,11 @@
 import json
 import os
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,14 @@ from inlay.combine.read import Array, Source
 from inlay.errors import InlayError
 from inlay.store.file import CARD, CONFIG, DIGEST, FORMAT, METRICS, WEIGHTS, fingerprint, hasher, read_adapter
 
-_PIECE = 1 << 14  # numbers
-_LARGE = 1 << 22  # bytes; of such tensors none waits in memory for its digest
+_PIECE = 1 << 15  # numbers
 
 
 class Stream:
     """A safetensors file in float32 that is written one tensor at a time, in the order of its header.
 
-    Each tensor is read back and compared with what is in memory, from which the digest in the header is taken.
+    Each tensor is read back and compared with what is in memory; another thread takes the digest for the header from
+    what stands in the file.
     """
 
     def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, str]) -> None:
@@ -35,11 +36,12 @@ class Stream:
             end = at + 4 * int(np.prod(shape, dtype=np.int64))
             header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, end]}
             at = end
-        self._header, self._seen = header, hasher(header)
+        self._header, self._back = header, np.empty(_PIECE, "<i4")
         self._file = path.open("w+b", buffering=0)
         self._put(self._text())
-        self._hashing, self._hashed = ThreadPoolExecutor(1), Future[None]()
-        self._hashed.set_result(None)
+        self._written: SimpleQueue[int] = SimpleQueue()
+        self._pool = ThreadPoolExecutor(1)
+        self._digest = self._pool.submit(self._follow, self._file.tell())
 
     def _text(self) -> bytes:
         text = json.dumps(self._header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
@@ -51,6 +53,19 @@ class Stream:
         while at < len(view):
             at += self._file.write(view[at : at + (1 << 30)])
 
+    def _follow(self, start: int) -> str:
+        """The digest of the file, as far as it is written, until a size of 0 tells its end."""
+        seen, piece = hasher(self._header), memoryview(bytearray(4 * _PIECE))
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while left := self._written.get():
+                while left and (count := file.readinto(piece[:left])):
+                    seen.update(piece[:count])
+                    left -= count
+                if left:
+                    raise InlayError(f"{self.path} was cut short while it was written; write it again.")
+        return str(seen.hexdigest())
+
     def write(self, key: str, value: Array) -> None:
         """The next tensor.
 
@@ -61,35 +76,34 @@ class Stream:
         if key != expected or value.shape != self._left.pop(expected):
             raise ValueError(f"expected {expected}, got {key} {value.shape}")  # a fault of this package
         flat = np.ascontiguousarray(value, "<f4").reshape(-1)
-        self._hashed.result()
-        self._hashed = self._hashing.submit(self._seen.update, flat.view(np.uint8))
         for i in range(0, len(flat), _PIECE):  # in pieces that stay in the processor's cache
             if not np.isfinite(flat[i : i + _PIECE]).all():
                 raise InlayError(f"the combined tensor {key!r} holds NaN or Inf; nothing was written.")
         self._put(flat.view(np.uint8))
+        if flat.nbytes:
+            self._written.put(flat.nbytes)
         self._file.seek(-flat.nbytes, os.SEEK_CUR)
-        back = np.empty(min(len(flat), _PIECE), "<i4")
         for i in range(0, len(flat), _PIECE):
-            own = back[: len(flat) - i]
-            count = self._file.readinto(memoryview(own.view(np.uint8)))  # type: ignore[arg-type]
-            if count != own.nbytes or not np.array_equal(flat[i : i + _PIECE].view(np.int32), own):
+            piece = flat[i : i + _PIECE].view(np.int32)
+            back = self._back[: len(piece)]
+            count = self._file.readinto(memoryview(back.view(np.uint8)))  # type: ignore[arg-type]
+            if count != back.nbytes or (piece != back).any():
                 raise InlayError(f"{self.path} does not hold what was written to it; is the disk full or failing?")
-        if flat.nbytes > _LARGE:
-            self._hashed.result()
 
     def close(self) -> None:
         """Put the digest in its place."""
         if self._left:
             raise ValueError(f"{next(iter(self._left))} was not written")
-        self._hashed.result()
-        self._header["__metadata__"][DIGEST] = self._seen.hexdigest()
+        self._written.put(0)
+        self._header["__metadata__"][DIGEST] = self._digest.result()
         self._file.seek(0)
         self._put(self._text())
         self.abandon()
 
     def abandon(self) -> None:
         """Let go of the file, whatever it holds."""
-        self._hashing.shutdown()
+        self._written.put(0)
+        self._pool.shutdown()
         self._file.close()
 
 

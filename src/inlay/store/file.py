@@ -81,7 +81,8 @@ def read_adapter(folder: str | Path, *, digest: bool = True) -> AdapterFile:
 
     Args:
         folder: Of the adapter.
-        digest: Compare the tensors with the digest that was stored with them; False for a file of one's own, just made.
+        digest: Compare the tensors with the digest that was stored with them; False where `check_digest` does so later,
+            or for a file of one's own, just made.
 
     Raises:
         InlayError: Not an adapter folder; a config that is no JSON or was changed since; weights that are truncated,
@@ -91,6 +92,15 @@ def read_adapter(folder: str | Path, *, digest: bool = True) -> AdapterFile:
         return _read(Path(folder), digest)
     except OSError as error:
         raise InlayError(f"{folder} cannot be read ({error.strerror or error}).") from error
+
+
+def check_digest(folder: str | Path) -> None:
+    """What `read_adapter` leaves out with digest=False, for later.
+
+    Raises:
+        InlayError: The file is damaged.
+    """
+    _header(Path(folder) / WEIGHTS, digest=True)
 
 
 def _read(folder: Path, digest: bool) -> AdapterFile:
@@ -220,7 +230,7 @@ def _header(path: Path, digest: bool) -> dict[str, Any]:
 
 def _digest_of(path: Path, header: dict[str, Any], start: int) -> str:
     """By pieces: a file may be larger than what memory is left for it."""
-    seen, piece = hasher(header), bytearray(1 << 16)
+    seen, piece = hasher(header), bytearray(1 << 17)
     with path.open("rb", buffering=0) as file:
         file.seek(start)
         while count := file.readinto(piece):
