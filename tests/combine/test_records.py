@@ -168,6 +168,8 @@ def test_spatial_adapters_add_block_by_block_and_keep_one_decoder(tmp_path):
     )
     small = combine({a: 0.5, b: -2.0}, heads="b", width=6, out=tmp_path / "small")
     assert small.widths == {"INLAY_SPATIAL3D": 6} and 0 < small.error < 1
+    auto = combine({a: 0.5, b: -2.0}, heads="b", width="auto", error=small.error + 1e-6, out=tmp_path / "auto")
+    assert auto.widths == small.widths and auto.error == small.error
     assert load(volumes.build, tmp_path / "small")(pixel_values=given).logits.isfinite().all()
     reference = save(tmp_path / "reference", volumes.build, volumes.settings(reference=True), 7)
     with pytest.raises(InlayError, match="different settings"):

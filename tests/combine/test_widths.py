@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
 
-from combine.cases import load, lora, partial, save, wide
+from combine.cases import Convolutions, load, lora, partial, save, wide
 from combine.test_add import off, same_outputs, updates
 from inlay import InlayError, combine
 from inlay.combine.rules import RULES, Settings, dare, magnitude, ties
@@ -60,6 +61,34 @@ def test_auto_is_the_narrowest_within_the_error(pair, error, tmp_path):
     assert load("vit", tmp_path / "out")(**batch("vit")).logits.isfinite().all()
 
 
+def test_convolutions_in_groups_are_compressed_group_by_group(tmp_path):
+    """Each group's rows of ΔW have a rank of their own."""
+    configs = [LoraConfig(r=r, lora_alpha=5, target_modules=["conv", "grouped"]) for r in (2, 4)]
+    a, b = (save(tmp_path / n, Convolutions, c, s) for n, c, s in zip("ab", configs, (3, 4), strict=True))
+    first, second = updates(a), updates(b)
+    exact = first["grouped"] + second["grouped"]  # 6 x 12 9, the first three rows of one group
+    for rule, width in (("add", 2), ("add", "auto"), ("ties", 4), ("knots", None)):
+        made = combine({a: 1.0, b: 1.0}, rule, width=width, error=0.3, density=1.0, out=tmp_path / "out")
+        found = updates(tmp_path / "out")["grouped"]
+        if rule in ("ties", "knots"):
+            assert load(Convolutions, tmp_path / "out")(torch.zeros(1, 2, 2, dtype=torch.long)).isfinite().all()
+            continue
+        rank = len(load_file(tmp_path / "out/adapter_model.safetensors")["base_model.model.grouped.lora_A.weight"]) // 2
+        lost = torch.cat([torch.linalg.svdvals(rows)[rank:] for rows in exact.chunk(2)]).norm() / exact.norm()
+        assert abs((found - exact).norm() / exact.norm() - lost) < 1e-6 and abs(made.errors["grouped"] - lost) < 1e-6
+        assert made.error <= 0.3 or width == 2
+    with pytest.raises(InlayError, match="convolution in 2 groups, each with units of its own"):
+        combine({a: 1.0, b: 1.0}, width=1, out=tmp_path / "none")
+
+
+def test_linear_bottlenecks_have_the_narrowest_width_that_their_rank_allows(tmp_path):
+    a, b = (save(tmp_path / n, "vit", wide(activation=None, sites=["mlp"]), s) for n, s in (("a", 3), ("b", 4)))
+    made = combine({a: 1.0, b: 1.0}, width="auto", error=0.3, out=tmp_path / "out")
+    width = made.widths["INLAY_BOTTLENECK"]
+    less = combine({a: 1.0, b: 1.0}, width=width - 1, out=tmp_path / "less")
+    assert made.error <= 0.3 < less.error and width < 8
+
+
 def test_updates_of_zeros_and_of_one_entry_have_a_spectrum():
     zero = spectrum(np.zeros((5, 3), np.float32), np.zeros((3, 4), np.float32))
     assert zero.error(1) == 0 and not np.any(zero.cut(2)[0]) and zero.cut(7)[0].shape == (5, 7)
@@ -67,7 +96,7 @@ def test_updates_of_zeros_and_of_one_entry_have_a_spectrum():
     assert up.shape == (1, 3) and np.allclose(up @ down, 2) and error < 1e-7
     up, down, error = spectrum_of(np.zeros((4, 2), np.float32), 1)
     assert error == 0 and np.isfinite(up).all() and np.isfinite(down).all()
-    assert auto_widths({"a": np.zeros(3, np.float32)}, 0.1) == {"a": 1}
+    assert auto_widths({"a": [np.zeros(3, np.float32)]}, 0.1) == {"a": 1}
 
 
 def test_dense_updates_are_cut_as_by_their_svd():
@@ -100,8 +129,13 @@ def test_bottlenecks_keep_their_important_units(tmp_path):
         tmp_path / "rough", tmp_path / "whole", inputs
     )
     assert rough.error > 0.1
-    with pytest.raises(InlayError, match="no error bound"):
-        combine({a: 1.0, b: 1.0}, width="auto", out=tmp_path / "auto")
+    auto = combine({a: 1.0, b: 1.0}, width="auto", error=1e-3, out=tmp_path / "auto")
+    assert auto.widths == {"INLAY_BOTTLENECK": 6} and 0 < auto.error < 1e-3
+    for error in (0.4, 0.1):
+        made = combine({a: 1.0, b: 1.0}, width="auto", error=error, activations=inputs, out=tmp_path / "auto")
+        width = made.widths["INLAY_BOTTLENECK"]
+        less = combine({a: 1.0, b: 1.0}, width=width - 1, activations=inputs, out=tmp_path / "less")
+        assert made.error <= error < less.error and width < 8
 
 
 def _error_on(folder, whole, inputs):
@@ -190,9 +224,9 @@ def test_rules_work_on_differences_and_refuse_what_has_none(tmp_path):
         assert torch.equal(value, merge_utils.ties([first[key], second[key]], torch.ones(2), density=density))
     c = save(tmp_path / "c", "vit", wide(), 5)
     for given, rule, more, reason in [
-        ({c: 1.0}, "ties", {}, "updates of weights, which bottleneck has none of"),
+        ({c: 1.0}, "ties", {}, "updates of weights, which a bottleneck does not have; use add"),
         ({a: 1.0}, "knots", {}, "factors of low-rank updates"),
-        ({a: 1.0}, "add", {"width": 4}, "no width to compress"),
+        ({a: 1.0}, "add", {"width": 4}, "partial fine-tuning has no width; leave width out"),
         ({a: 1.0}, "best", {}, f"no rule 'best'; {', '.join(RULES)} are"),
         ({a: 1.0}, "ties", {"density": 0}, "density must be above 0"),
         ({a: 1.0}, "add", {"width": 0}, "width of at least 1"),

@@ -11,11 +11,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from inlay.atomic import writing
-from inlay.combine.bottlenecks import BottleneckSum, SpatialSum
+from inlay.combine.bottlenecks import BottleneckSum
 from inlay.combine.heads import WAYS, Heads, join_heads
 from inlay.combine.lora import LoraSum
 from inlay.combine.read import PREFIX, PROMPT_TYPES, Array, Part, Source, check_whole, opened
 from inlay.combine.rules import RULES, Settings, chosen_rule, weights_for
+from inlay.combine.spatial import SpatialSum
 from inlay.combine.sums import Plan, Sum
 from inlay.combine.unions import AttentionPrefixSum, DeltaSum, Ia3Sum, PeftPromptSum, VisualPromptSum
 from inlay.combine.widths import total_error
@@ -268,7 +269,7 @@ def _write(
     with writing(folder) as new:
         _stream(Stream(new / WEIGHTS, shapes, metadata_of(config, record)), made, heads)
         errors = {site: value for each in made.values() for site, value in each.errors.items()}
-        norms = {site: each.norms.get(site, 1.0) for each in made.values() for site in each.errors}
+        norms = {site: each.norms.get(site, 0.0) for each in made.values() for site in each.errors}
         off = total_error(errors, norms)
         metrics = {"combined": {**said, "error": off}, "dataset": _datasets(sources), "versions": versions()}
         write_settings(new, config, record, metrics)

@@ -1,4 +1,4 @@
-"""Sums of bottlenecks, flat and spatial: units side by side, weights and scales in the way out.
+"""Sums of bottlenecks: units side by side, weights and scales in the way out.
 
 Units that stand beside one another do not see each other, so that the sum is exact for any non-linearity that all
 parts share. A layer norm before W_down is part of it (W_down takes up its weight and bias); one after W_up is not.
@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from inlay.combine.read import Array, Part
 from inlay.combine.sums import Leaves, Sum, agree, common
-from inlay.combine.widths import Activation, keep_units, norm, spectrum
+from inlay.combine.widths import Activation, keep_units, norm, one_width, spectrum, unit_errors
 from inlay.errors import InlayError
 
 _NAME = "inlay_bottleneck"
@@ -62,7 +62,7 @@ def _width(part: Part, site: str) -> int:
 class BottleneckSum(Sum):
     """Several bottlenecks as one; as a config has one width, sites with fewer units get some of zeros."""
 
-    method = "bottleneck"
+    method = "a bottleneck"
 
     @override
     def settle(self) -> dict[str, Any]:
@@ -84,15 +84,29 @@ class BottleneckSum(Sum):
                 )
         self.linear = self.config.get("activation") is None
         widths = {site: sum(_width(part, site) for part in self.acting(site)) for site in self.names}
+        if self.plan.width is not None and self.config.get("layer_norm") == "after":
+            raise InlayError("a layer norm after W_up mixes all units, so that none can go; leave width out.")
         self.width = max(widths.values())
-        if self.plan.width == "auto" or (self.plan.width is not None and self.config.get("layer_norm") == "after"):
-            raise InlayError(
-                "a bottleneck, which is not linear, has no error bound to choose a width by; give a number."
-            )
-        if self.plan.width is not None:
+        if self.plan.width == "auto":
+            self.width = min(self.width, self._narrowest())
+        elif self.plan.width is not None:
             self.width = min(self.width, self.plan.width)
         sites = list(dict.fromkeys(name for part in self.parts for name in part.config.get("sites") or []))
         return common(self.parts, self.names, width=self.width, scale=1.0, learn_scale=False, sites=sites)
+
+    def _narrowest(self) -> int:
+        """The smallest width, one for all sites, that keeps to the error."""
+        errors, norms = {}, {}
+        for site in self.names:
+            down, down_bias, up, _ = self._joined(site)
+            norms[site] = self._norm(down, up)
+            if self.linear:
+                values = spectrum(up, down).values
+                errors[site] = np.array([norm(values[i:]) for i in range(len(values) + 1)]) / max(norm(values), 1e-30)
+            else:
+                inputs = self.plan.activations.get(site)
+                errors[site] = unit_errors(down, down_bias, up, Activation(self.config["activation"]), inputs)
+        return one_width(errors, norms, self.plan.error)
 
     @override
     def layout(self, site: str) -> Leaves:
@@ -116,17 +130,8 @@ class BottleneckSum(Sum):
         size = shapes[_WEIGHT][2]
         if self.config.get("layer_norm") == "after":
             return self._after(site, here[0])
-        read = [bottleneck(part, site) for part in here]
-        down = np.concatenate([r[0] for r in read])
-        up = np.concatenate([np.float32(p.weight) * r[2] for p, r in zip(here, read, strict=True)], axis=1)
-        down_bias, up_bias = np.zeros(len(down), np.float32), np.zeros(size, np.float32)
-        if _BIAS in shapes:
-            down_bias = np.concatenate([r[1] for r in read if r[1] is not None])
-            for part, (_, _, _, bias) in zip(here, read, strict=True):
-                if bias is not None:
-                    up_bias += np.float32(part.weight) * bias
-        self._check(site, here, read, (down, down_bias, up, up_bias))
-        self.errors[site] = 0.0
+        down, down_bias, up, up_bias = self._joined(site)
+        self.errors[site], self.norms[site] = 0.0, self._norm(down, up)
         if len(down) > self.width:
             down, down_bias, up, up_bias = self._smaller(site, down, down_bias, up, up_bias)
         weight = np.zeros(shapes[_WEIGHT], np.float32)
@@ -138,6 +143,27 @@ class BottleneckSum(Sum):
             made |= {_NORM[0]: np.ones(size, np.float32), _NORM[1]: np.zeros(size, np.float32)}
         made |= {leaf: here[0].read(site, leaf) for leaf in shapes if leaf.startswith(f"{_NAME}_act")}
         return made
+
+    def _joined(self, site: str) -> tuple[Array, Array, Array, Array]:
+        """W_down, b_down, W_up and b_up of the exact sum, checked; biases of zeros where there are none."""
+        here = self.acting(site)
+        read = [bottleneck(part, site) for part in here]
+        down = np.concatenate([r[0] for r in read])
+        up = np.concatenate([np.float32(p.weight) * r[2] for p, r in zip(here, read, strict=True)], axis=1)
+        down_bias, up_bias = np.zeros(len(down), np.float32), np.zeros(len(up), np.float32)
+        if any(r[1] is not None for r in read):
+            down_bias = np.concatenate([r[1] for r in read if r[1] is not None])
+        for part, (_, _, _, bias) in zip(here, read, strict=True):
+            if bias is not None:
+                up_bias += np.float32(part.weight) * bias
+        self._check(site, here, read, (down, down_bias, up, up_bias))
+        return down, down_bias, up, up_bias
+
+    def _norm(self, down: Array, up: Array) -> float:
+        """How much a site does, beside others: of a linear one ‖W_up W_down‖, else of its units by themselves."""
+        if self.linear:
+            return float(np.sqrt(max(((up.T @ up) * (down @ down.T)).sum(dtype=np.float64), 0)))
+        return norm(np.linalg.norm(up, axis=0) * np.linalg.norm(down, axis=1))
 
     def _after(self, site: str, part: Part) -> dict[str, Array]:
         """One adapter alone, with a norm after W_up that takes up scale and weight."""
@@ -165,14 +191,13 @@ class BottleneckSum(Sum):
         inputs = self.plan.activations.get(site)
         if self.linear:
             found = spectrum(up, down)
-            self.errors[site], self.norms[site] = found.error(self.width), norm(found.values)
+            self.errors[site] = found.error(self.width)
             up_bias = up_bias + up @ down_bias
             up, down = found.cut(self.width)
             return down, np.zeros(len(down), np.float32), up, up_bias
         act = Activation(self.config["activation"])
         kept, fitted, error = keep_units(down, down_bias, up, self.width, act, inputs)
         self.errors[site] = error
-        self.norms[site] = norm(np.linalg.norm(up, axis=0) * np.linalg.norm(down, axis=1))
         if np.any(fitted[:, -1]) and _BIAS not in self.shapes[site]:
             raise InlayError(f"the bottleneck at {site} has no bias, which least squares needs; leave activations out.")
         return down[kept], down_bias[kept], fitted[:, :-1], up_bias + fitted[:, -1]
@@ -191,117 +216,3 @@ class BottleneckSum(Sum):
 
 def _size(part: Part, site: str) -> int:
     return part.shape(site, _WEIGHT)[2] if _WEIGHT in part.sites[site] else part.shape(site, _FIRST[0])[1]
-
-
-_ENCODER, _DECODER = "inlay_spatial3d_encoder.", "inlay_spatial3d_decoder."
-
-
-class SpatialSum(Sum):
-    """Several 3D spatial adapters as one: bottlenecks side by side, changes of SAM's weights added, one decoder kept.
-
-    A decoder with the necks in front of it is a head: a network of its own, which has no sum.
-    """
-
-    method = "3D spatial adapter"
-
-    @override
-    def settle(self) -> dict[str, Any]:
-        free = {"width", "reduction", "classes", "levels", "decoder_width", "prompts", "rounds", "reference"}
-        free |= {"init_weights", "target_modules", "exclude_modules", "modules_to_save", "base_model_name_or_path"}
-        free |= {"peft_version", "auto_mapping", "inference_mode", "revision", "task_type", "peft_type"}
-        agree("3D spatial adapters", self.parts, [k for k in self.parts[0].config if k not in free], "train them alike")
-        if any(part.config.get("reference") for part in self.parts) and len(self.parts) > 1:
-            raise InlayError(
-                "3D spatial adapters of the published kind have an activation after W_up, so that they do not add; "
-                "train them with reference=False."
-            )
-        if self.plan.width == "auto":
-            raise InlayError("a 3D spatial adapter is not linear, and has no error bound; give a number as width.")
-        keep = [part for part in self.parts if part.name == self.plan.keep] or self.parts
-        if len(keep) > 1:
-            raise InlayError(
-                "each of these adapters has a decoder of its own, a network that has no sum; say whose is kept: heads="
-                + " or ".join(repr(part.name) for part in self.parts)
-                + "."
-            )
-        self.kept = keep[0]
-        widths = [self._units(part) for part in self.parts if part.weight != 0 or self.plan.zeros]
-        self.full = sum(widths) or self._units(self.parts[0])
-        self.width = self.full if self.plan.width is None else min(self.full, self.plan.width)
-        own = {
-            k: self.kept.config[k] for k in ("classes", "levels", "decoder_width", "prompts") if k in self.kept.config
-        }
-        return common(self.parts, self.parts[0].config.get("target_modules") or [], width=self.width, **own)
-
-    def _units(self, part: Part) -> int:
-        for site in part.sites:
-            for leaf in part.sites[site]:
-                if leaf.endswith(".adapter.down.weight"):
-                    return part.shape(site, leaf)[0]
-        raise InlayError(f"adapter {part.name!r} holds no spatial bottleneck; get it again.")
-
-    @override
-    def layout(self, site: str) -> Leaves:
-        """Of the bottlenecks the width is another; all else is as it was."""
-        shapes: Leaves = {}
-        for leaf in self.kept.sites[site]:
-            shape = self.kept.shape(site, leaf)
-            if ".adapter." in leaf and not leaf.endswith("up.bias"):
-                axis = 1 if leaf.endswith("up.weight") else 0
-                shape = (*shape[:axis], self.width, *shape[axis + 1 :])
-            elif not _is_head(leaf):
-                for part in self.parts:
-                    if leaf in part.sites[site] and part.shape(site, leaf) != shape:
-                        raise InlayError(f"{leaf} is {part.shape(site, leaf)} in {part.name!r}, {shape} in others.")
-            shapes[leaf] = shape
-        return shapes
-
-    @override
-    def make(self, site: str) -> dict[str, Array]:
-        made: dict[str, Array] = {}
-        for leaf in self.shapes[site]:
-            if _is_head(leaf):
-                made[leaf] = self.kept.read(site, leaf)
-            elif ".adapter." not in leaf:
-                made[leaf] = self._added(site, leaf)
-            elif leaf.endswith("down.weight"):
-                made |= self._block(site, leaf.removesuffix("down.weight"))
-        self.errors.setdefault(site, 0.0)
-        return made
-
-    def _added(self, site: str, leaf: str) -> Array:
-        total = np.zeros(self.shapes[site][leaf], np.float32)
-        for part in self.acting(site):
-            total += np.float32(part.weight) * part.read(site, leaf)
-        return total
-
-    def _block(self, site: str, start: str) -> dict[str, Array]:
-        """The bottleneck of one block; where it has to be smaller, the units with the largest product of norms stay."""
-        here = self.acting(site)
-        made: dict[str, Array] = {}
-        own = [leaf for leaf in self.shapes[site] if leaf.startswith(start)]
-        for leaf in own:
-            read = [part.read(site, leaf) for part in here]
-            if leaf.endswith(("up.weight", "up.bias")):
-                read = [np.float32(part.weight) * x for part, x in zip(here, read, strict=True)]
-            if leaf.endswith("up.bias"):
-                made[leaf] = np.asarray(np.sum(read, axis=0), np.float32)
-            else:
-                made[leaf] = np.concatenate(read, axis=1 if leaf.endswith("up.weight") else 0)
-        if self.width < self.full:
-            up, down = made[f"{start}up.weight"], made[f"{start}down.weight"]
-            weight = np.asarray(np.linalg.norm(up, axis=0) * np.linalg.norm(down, axis=1))
-            if f"{start}conv.weight" in made:
-                weight = weight * np.linalg.norm(made[f"{start}conv.weight"].reshape(len(weight), -1), axis=1)
-            order = np.argsort(-weight, kind="stable")
-            kept = np.sort(order[: self.width])
-            for leaf in own:
-                if not leaf.endswith("up.bias"):
-                    made[leaf] = np.take(made[leaf], kept, axis=1 if leaf.endswith("up.weight") else 0)
-            lost = norm(weight[order[self.width :]]) / max(norm(weight), 1e-30)
-            self.errors[site] = max(self.errors.get(site, 0.0), lost)
-        return made
-
-
-def _is_head(leaf: str) -> bool:
-    return leaf.startswith(_DECODER) or ".necks." in leaf

@@ -7,6 +7,7 @@ alpha = r. Modules may have different ranks, and some may be in one adapter alon
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -16,7 +17,7 @@ from typing_extensions import override
 from inlay.combine.read import Array, Part
 from inlay.combine.rules import RULES
 from inlay.combine.sums import Leaves, Sum, agree, common
-from inlay.combine.widths import auto_widths, norm, spectrum, spectrum_of
+from inlay.combine.widths import Spectrum, auto_widths, norm, spectrum, spectrum_of
 from inlay.errors import InlayError
 
 _LINEAR = ("lora_A.weight", "lora_B.weight")
@@ -51,6 +52,17 @@ def factors(part: Part, site: str) -> tuple[Array, Array]:
     return up.reshape(len(up), -1) * np.float32(scale(part, site)), down.reshape(len(down), -1)
 
 
+def groups_of(part: Part, site: str) -> int:
+    """Groups of a convolution, each with units of its own: peft's B sees those of its group alone."""
+    down, up = (part.shape(site, leaf) for leaf in _leaves(part, site))
+    return down[0] // up[1] if len(up) > 2 else 1
+
+
+def _by_group(pair: tuple[Array, Array], groups: int) -> list[tuple[Array, Array]]:
+    """B (d_out / G, r / G) and A (r / G, d_in) of each group; of anything but such a convolution there is one."""
+    return list(zip(np.split(pair[0], groups), np.split(pair[1], groups), strict=True))
+
+
 def _leaves(part: Part, site: str) -> tuple[str, str]:
     return _EMBEDDING if _EMBEDDING[0] in part.sites[site] else _LINEAR
 
@@ -80,31 +92,29 @@ class LoraSum(Sum):
         full = {site: sum(p.shape(site, _leaves(p, site)[0])[0] for p in self.acting(site)) for site in self.names}
         if width is None:
             return full
-        grouped = [site for site in self.names if self._groups(site) > 1]
-        if grouped:
-            raise InlayError(
-                f"{grouped[0]} is a convolution in groups, whose LoRA has no smaller form; leave width out."
-            )
-        most = {site: min(full[site], *self._sizes(site)) for site in self.names}
+        groups = {site: self._groups(site) for site in self.names}
+        most = {site: min(full[site] // n, *self._sizes(site)) for site, n in groups.items()}  # of a group
         if width != "auto":
-            return {site: min(width, most[site]) for site in self.names}
+            if width < max(groups.values()):
+                site = max(groups, key=lambda name: groups[name])
+                raise InlayError(
+                    f"{site} is a convolution in {groups[site]} groups, each with units of its own; give at least that "
+                    "width."
+                )
+            return {site: n * min(width // n, most[site]) for site, n in groups.items()}
         if self.plan.rule.merge is not None:
             raise InlayError('width="auto" is for add and average; give a number with the other rules.')
-        return auto_widths(
-            {site: spectrum(*self._stacked(site)).values[: most[site]] for site in self.names}, self.plan.error
-        )
+        values = {site: [found.values[: most[site]] for found in self._spectra(site)] for site in self.names}
+        return auto_widths(values, self.plan.error)
 
     def _sizes(self, site: str) -> tuple[int, int]:
-        """d_out and d_in."""
+        """d_out and d_in, of a group."""
         part = self.acting(site)[0]
         down, up = (part.shape(site, leaf) for leaf in _leaves(part, site))
-        return up[0], math.prod(down[1:])
+        return up[0] // self._groups(site), math.prod(down[1:])
 
     def _groups(self, site: str) -> int:
-        """Of a convolution: peft's B sees the ranks of its own group alone."""
-        part = self.acting(site)[0]
-        down, up = (part.shape(site, leaf) for leaf in _leaves(part, site))
-        return down[0] // up[1] if len(up) > 2 else 1
+        return groups_of(self.acting(site)[0], site)
 
     @override
     def layout(self, site: str) -> Leaves:
@@ -129,11 +139,7 @@ class LoraSum(Sum):
         if self.plan.rule.merge is not None:
             up, down = self._merged(site)
         elif self.plan.width is not None:
-            whole, rank = self._stacked(site), self.ranks[site]
-            found = spectrum(*whole)
-            self.errors[site], self.norms[site] = found.error(rank), norm(found.values)
-            up, down = found.cut(rank)
-            self._check_cut(site, whole, up, down)
+            up, down = self._cut(site, self._spectra(site))
         else:
             up, down = self._joined(site)
             self.errors[site] = 0.0
@@ -169,48 +175,59 @@ class LoraSum(Sum):
         self.check(site, found, wanted, max(norm(wanted), size))
         return up, down
 
-    def _stacked(self, site: str) -> tuple[Array, Array]:
-        """B and A of the exact sum, with the weights in B; kernels of convolutions are flat."""
-        pairs = [(factors(part, site), part.weight) for part in self.acting(site)]
-        up = np.concatenate([np.float32(w) * b for (b, _), w in pairs], axis=1)
-        return up, np.concatenate([a for (_, a), _ in pairs])
+    def _spectra(self, site: str) -> list[Spectrum]:
+        """Of the exact sum, with the weights in B, group by group; kernels of convolutions are flat."""
+        groups = self._groups(site)
+        parts = [(_by_group(factors(part, site), groups), np.float32(part.weight)) for part in self.acting(site)]
+        found = []
+        for k in range(groups):
+            up = np.concatenate([weight * own[k][0] for own, weight in parts], axis=1)
+            found.append(spectrum(up, np.concatenate([own[k][1] for own, _ in parts])))
+        return found
 
-    def _check_cut(self, site: str, whole: tuple[Array, Array], up: Array, down: Array) -> None:
-        """What was cut off is orthogonal to what stays."""
-        probe = _probe(down.shape[1])
-        wanted, found = whole[0] @ (whole[1] @ probe), up @ (down @ probe)
-        self.check(site, up.T @ found, up.T @ wanted, norm(up) * max(norm(wanted), norm(found)))
+    def _cut(self, site: str, spectra: Sequence[Spectrum]) -> tuple[Array, Array]:
+        """B and A of the best update of the width, with its error; what is cut off is orthogonal to what stays."""
+        rank = self.ranks[site] // len(spectra)
+        made = [found.cut(rank) for found in spectra]
+        probe = _probe(spectra[0].down.shape[1])
+        for whole, (up, down) in zip(spectra, made, strict=True):
+            wanted, found = whole.up @ (whole.down @ probe), up @ (down @ probe)
+            self.check(site, up.T @ found, up.T @ wanted, norm(up) * max(norm(wanted), norm(found)))
+        self._lose(site, [norm(s.values[rank:]) for s in spectra], [norm(s.values) for s in spectra])
+        return np.concatenate([up for up, _ in made]), np.concatenate([down for _, down in made])
+
+    def _lose(self, site: str, lost: Sequence[float], sizes: Sequence[float]) -> None:
+        """Keep the error and the size of the update, from those of its groups."""
+        self.norms[site] = math.hypot(*sizes)
+        self.errors[site] = math.hypot(*lost) / self.norms[site] if self.norms[site] else 0.0
 
     def _merged(self, site: str) -> tuple[Array, Array]:
         """A rule on the true updates, and the best update of the width for what it gives."""
         merge = self.plan.rule.merge
         assert merge is not None
-        here, rank = self.acting(site), self.ranks[site]
-        weights = [part.weight for part in here]
+        here, groups = self.acting(site), self._groups(site)
+        pairs = [_by_group(factors(part, site), groups) for part in here]
         if self.plan.rule is RULES["knots"]:
-            up, down = self._knots(site)
-            found = spectrum(up, down)
-            self.errors[site], self.norms[site] = found.error(rank), norm(found.values)
-            return found.cut(rank)
-        deltas = [up @ down for up, down in (factors(part, site) for part in here)]
-        dense = merge(deltas, weights, self.plan.settings, site)
-        up, down, self.errors[site] = spectrum_of(dense, rank)
-        self.norms[site] = norm(dense)
-        self.check(site, up.T @ (up @ down), up.T @ dense, norm(up) * norm(dense))
-        return up, down
+            return self._cut(site, [spectrum(*self._knots(site, own)) for own in zip(*pairs, strict=True)])
+        deltas = [np.concatenate([up @ down for up, down in own]) for own in pairs]
+        whole = np.split(merge(deltas, [part.weight for part in here], self.plan.settings, site), groups)
+        made = [spectrum_of(dense, self.ranks[site] // groups) for dense in whole]
+        sizes = [norm(dense) for dense in whole]
+        self._lose(site, [error * size for (_, _, error), size in zip(made, sizes, strict=True)], sizes)
+        for dense, (up, down, _), size in zip(whole, made, sizes, strict=True):
+            self.check(site, up.T @ (up @ down), up.T @ dense, norm(up) * size)
+        return np.concatenate([up for up, _, _ in made]), np.concatenate([down for _, down, _ in made])
 
-    def _knots(self, site: str) -> tuple[Array, Array]:
+    def _knots(self, site: str, pairs: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
         """[ΔW_1, ..., ΔW_n] = U S [V_1, ..., V_n]ᵀ; the rule on the V_i, between U S and nothing: no ΔW is formed."""
         merge = self.plan.rule.merge
         assert merge is not None
-        here = self.acting(site)
-        pairs = [factors(part, site) for part in here]
         basis, tall = np.linalg.qr(np.concatenate([up for up, _ in pairs], axis=1))
         ends = np.cumsum([up.shape[1] for up, _ in pairs])[:-1]
         cores = [r @ down for r, (_, down) in zip(np.split(tall, ends, axis=1), pairs, strict=True)]
         u, s, v = np.linalg.svd(np.concatenate(cores, axis=1), full_matrices=False)
-        own = [np.ascontiguousarray(x, np.float32) for x in np.split(v, len(here), axis=1)]
-        merged = merge(own, [part.weight for part in here], self.plan.settings, site)
+        own = [np.ascontiguousarray(x, np.float32) for x in np.split(v, len(pairs), axis=1)]
+        merged = merge(own, [part.weight for part in self.acting(site)], self.plan.settings, site)
         return (basis @ u * s).astype(np.float32), merged
 
     def _bias(self, site: str) -> Array:

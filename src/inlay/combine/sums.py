@@ -51,7 +51,7 @@ class Sum(ABC):
         config: Settings of the result.
         shapes: Of its tensors, by site and leaf.
         errors: Relative error of each site that `make` has made; 0 where it is exact.
-        norms: How large the update of that site is, where it is an update of a weight.
+        norms: How large the update of that site is beside the others; none where all is exact.
     """
 
     method: ClassVar[str]
@@ -64,9 +64,7 @@ class Sum(ABC):
         self.norms: dict[str, float] = {}
         self.names = list(dict.fromkeys(site for part in parts for site in part.sites))
         if plan.rule.merge is not None and not self.merges:
-            raise InlayError(
-                f"this rule works on updates of weights, which {self.method} has none of; use add or average."
-            )
+            raise InlayError(f"this rule works on updates of weights, which {self.method} does not have; use add.")
         wrong = [part for part in parts if not self.weighs and part.weight not in (0, 1)]
         if wrong:
             raise InlayError(
@@ -93,10 +91,10 @@ class Sum(ABC):
         here = [part for part in self.parts if site in part.sites]
         return [part for part in here if part.weight != 0 or self.plan.zeros] or here[:1]
 
-    def refuse_width(self) -> None:
+    def refuse_width(self, why: str) -> None:
         """Where no width can be chosen."""
         if self.plan.width is not None:
-            raise InlayError(f"{self.method} has no width to compress without data; leave width out.")
+            raise InlayError(f"{self.method} {why}; leave width out.")
 
     def check(self, site: str, found: Floats, wanted: Floats, scale: float | None = None) -> None:
         """What is written computes what the parts compute together, or nothing is written."""

@@ -24,7 +24,7 @@ class UnionSum(Sum):
 
     @override
     def settle(self) -> dict[str, Any]:
-        self.refuse_width()
+        self.refuse_width("cannot be made shorter without data")
         self.extra()
         lengths = {sum(p.shape(site, next(iter(p.sites[site])))[0] for p in self.acting(site)) for site in self.names}
         if len(lengths) > 1:
@@ -133,7 +133,7 @@ class DeltaSum(Sum):
 
     @override
     def settle(self) -> dict[str, Any]:
-        self.refuse_width()
+        self.refuse_width("has no width")
         if self.plan.rule.paper.endswith("2410.19735"):
             raise InlayError("knots works on the factors of low-rank updates; use ties for differences of weights.")
         kinds = {str(part.config.get("train", "all")) for part in self.parts}
@@ -198,7 +198,7 @@ class Ia3Sum(DeltaSum):
 
     @override
     def settle(self) -> dict[str, Any]:
-        self.refuse_width()
+        self.refuse_width("has no width")
         if self.plan.rule.paper.endswith("2410.19735"):
             raise InlayError("knots works on the factors of low-rank updates; use ties for (IA)³.")
         agree("(IA)³ adapters", self.parts, ["fan_in_fan_out"], "only adapters of one base can be combined")

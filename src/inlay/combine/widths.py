@@ -5,7 +5,7 @@ norm (Eckart & Young 1936), found without the matrix itself, through r x r matri
 factored form is standard linear algebra.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,17 +103,22 @@ def spectrum_of(dense: Array, width: int) -> tuple[Array, Array, float]:
     return up.astype(np.float32), down.astype(np.float32), error
 
 
-def auto_widths(values: Mapping[str, Array], error: float) -> dict[str, int]:
+def auto_widths(values: Mapping[str, Sequence[Array]], error: float) -> dict[str, int]:
     """Ranks by site that keep the relative error of all updates together within `error`, with the fewest units.
 
-    The smallest singular values of all sites go first, wherever they are; each site keeps one.
+    The smallest singular values of all sites go first, wherever they are; each site keeps one. A site has as many
+    updates side by side as it has groups, usually one, of equal ranks: their values go together.
     """
-    sizes = np.concatenate([np.asarray(v, np.float64) ** 2 for v in values.values()])
-    owner = np.concatenate([np.full(len(v), i) for i, v in enumerate(values.values())])
-    order = np.argsort(sizes, kind="stable")
+    energy = {site: np.square(np.asarray(own, np.float64)).sum(0) for site, own in values.items()}
+    sizes = np.concatenate(list(energy.values()))
+    owner = np.concatenate([np.full(len(v), i) for i, v in enumerate(energy.values())])
+    cost = np.concatenate([np.full(v.size, float(len(values[site]))) for site, v in energy.items()])
+    order = np.argsort(sizes / cost, kind="stable")
     gone = order[np.cumsum(sizes[order]) <= error**2 * sizes.sum()]
     dropped = np.bincount(owner[gone], minlength=len(values))
-    return {site: max(1, len(v) - int(n)) for (site, v), n in zip(values.items(), dropped, strict=True)}
+    return {
+        site: len(values[site]) * max(1, len(v) - int(n)) for (site, v), n in zip(energy.items(), dropped, strict=True)
+    }
 
 
 def total_error(errors: Mapping[str, float], norms: Mapping[str, float]) -> float:
@@ -142,21 +147,66 @@ def keep_units(
         Numbers of the units (width,), their W_up with its bias as the last column (d, width + 1), and the relative
         error of what is added: on the inputs, or without any an estimate that takes the units for independent.
     """
-    if inputs is None:
-        weight = np.linalg.norm(up, axis=0) * np.sqrt((down**2).sum(1) + bias**2)
-        order = np.argsort(-weight, kind="stable")
-        kept = np.sort(order[:width])
+    order, spread, hidden = _by_importance(down, bias, up, act, inputs)
+    kept = np.sort(order[:width])
+    if hidden is None:
         out = np.column_stack([up[:, kept], np.zeros(len(up), np.float32)])
-        return kept, out.astype(np.float32), _ratio(norm(weight[order[width:]]), norm(weight))
-    if inputs.ndim != 2 or inputs.shape[1] != down.shape[1]:
-        raise InlayError(f"expected activations of shape (N, {down.shape[1]}), got {tuple(inputs.shape)}.")
-    hidden = act(inputs.astype(np.float64) @ down.T + bias)  # N m
-    spread = hidden.std(0) * np.linalg.norm(up, axis=0)
-    kept = np.sort(np.argsort(-spread, kind="stable")[:width])
+        return kept, out.astype(np.float32), _ratio(norm(spread[order[width:]]), norm(spread))
     wanted = hidden @ up.T
     basis = np.column_stack([hidden[:, kept], np.ones(len(hidden))])
     fitted = np.linalg.lstsq(basis, wanted, rcond=None)[0]
     return kept, fitted.T.astype(np.float32), _ratio(norm(wanted - basis @ fitted), norm(wanted))
+
+
+def unit_errors(
+    down: Array, bias: Array, up: Array, act: "Activation", inputs: Array | None
+) -> npt.NDArray[np.float64]:
+    """The relative error that `keep_units` gives for each width from 0 to all units, (m + 1,).
+
+    On inputs by one QR of the units in the order of their importance: each takes its share of what is added.
+    """
+    order, spread, hidden = _by_importance(down, bias, up, act, inputs)
+    if hidden is None:
+        shares = spread[order] ** 2
+        return np.sqrt(_left(shares, shares.sum()))
+    wanted = hidden @ up.T
+    basis, size = np.linalg.qr(np.column_stack([np.ones(len(hidden)), hidden[:, order]]))
+    shares = ((basis.T @ wanted) ** 2).sum(1)
+    shares[np.abs(np.diag(size)) < 1e-9 * np.abs(size).max()] = 0  # units that those before them make up for
+    shares = np.pad(shares, (0, len(order) + 1 - len(shares)))
+    return np.sqrt(_left(shares, norm(wanted) ** 2)[1:])
+
+
+def _left(shares: npt.NDArray[np.floating], whole: float) -> npt.NDArray[np.float64]:
+    """What is left of a whole, relative to it, after none, one, ... all of the shares."""
+    gone = np.concatenate([[0.0], np.cumsum(shares, dtype=np.float64)])
+    left: npt.NDArray[np.float64] = np.maximum(1 - gone / whole, 0) if whole > 0 else np.zeros(len(gone))
+    return left
+
+
+def _by_importance(
+    down: Array, bias: Array, up: Array, act: "Activation", inputs: Array | None
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.floating], npt.NDArray[np.float64] | None]:
+    """Units from the most important one on, how important each is (m,), and what they hold on the inputs (N, m)."""
+    size = np.linalg.norm(up, axis=0)
+    if inputs is None:
+        spread = size * np.sqrt((down**2).sum(1) + bias**2)
+        return np.argsort(-spread, kind="stable"), spread, None
+    if inputs.ndim != 2 or inputs.shape[1] != down.shape[1]:
+        raise InlayError(f"expected activations of shape (N, {down.shape[1]}), got {tuple(inputs.shape)}.")
+    hidden = act(inputs.astype(np.float64) @ down.T + bias)
+    spread = hidden.std(0) * size
+    return np.argsort(-spread, kind="stable"), spread, hidden
+
+
+def one_width(errors: Mapping[str, npt.NDArray[np.float64]], norms: Mapping[str, float], error: float) -> int:
+    """The smallest width for all sites that keeps the error of all together, from those of each by width."""
+    most = max(map(len, errors.values()))
+    for width in range(1, most - 1):
+        here = {site: float(own[min(width, len(own) - 1)]) for site, own in errors.items()}
+        if total_error(here, norms) <= error:
+            return width
+    return most - 1
 
 
 class Activation:
