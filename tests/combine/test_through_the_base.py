@@ -8,9 +8,26 @@ import torch
 from peft import LoHaConfig, LoraConfig, get_peft_model
 
 from combine.test_records import BASE, classifier
-from inlay import InlayError, cli, combine, load_adapter, load_base, load_images, load_processor, save_adapter
+from inlay import (
+    InlayError,
+    SpatialAdapterConfig,
+    TextProcessor,
+    VolumeProcessor,
+    cli,
+    combine,
+    load_adapter,
+    load_base,
+    load_images,
+    load_processor,
+    load_tokenizer,
+    load_volumes,
+    save_adapter,
+)
 from inlay.arch import head_modules, lora_targets
+from inlay.combine.examples import load_examples
 from methods.bases import randomise
+
+GPT2, SAM = "builtin:gpt2-tiny", "builtin:sam-tiny"
 
 
 def trained(folder, config, labels, seed):
@@ -54,16 +71,37 @@ def test_weights_are_fitted_on_a_few_examples(tmp_path):
     again = combine({noise: 1.0, zero: 1.0}, heads="zero", fit="builtin:digits", examples=20, out=tmp_path / "again")
     assert again.weights == made.weights
     loaded = load_adapter(tmp_path / "out")
-    from inlay.combine.fit import _batch
-
     with torch.no_grad():
-        loss = loaded.model(**_batch(loaded, "builtin:digits", 20, 0)).loss.item()
+        loss = load_examples(loaded, "builtin:digits", 20, 0).mean(loaded.model)
     assert loss == pytest.approx(fitted.after, rel=1e-4)
     other = classifier(tmp_path / "other", ["cat", "dog"], 5)
     with pytest.raises(InlayError, match="labels that the combination does not have"):
         combine({other: 1.0}, fit="builtin:digits", out=tmp_path / "none")
     with pytest.raises(InlayError, match="the other rules have no gradient"):
         combine({other: 1.0}, "ties", fit="builtin:digits", out=tmp_path / "none")
+
+
+def test_weights_are_fitted_for_texts_masks_and_volumes(tmp_path):
+    """Of an adapter that is noise, fitting takes away what it can."""
+    scans = SpatialAdapterConfig.fitted(load_base(SAM), ["organ", "lesion"], (8, 16, 16), (1.0, 1.0, 1.0), 4)
+    for base, data, config, processor in [
+        (GPT2, "builtin:restaurants", None, TextProcessor(load_tokenizer(GPT2), max_length=64)),
+        (SAM, "builtin:scenes", None, load_processor(SAM)),
+        (SAM, "builtin:volumes", scans, VolumeProcessor(None, (8, 16, 16))),
+    ]:
+        model = load_base(base)
+        config = config or LoraConfig(r=2, target_modules=lora_targets(model))
+        if data == "builtin:volumes":
+            config.classes = list(load_volumes(data).labels)
+        model = get_peft_model(model, config).eval()
+        randomise(model, "default", 3)
+        folder = save_adapter(model, tmp_path / data[8:], processor=processor)
+        made = combine({folder: 1.0}, fit=data, examples=3, out=tmp_path / f"{data[8:]}-out")
+        assert made.fitted.after < made.fitted.before and made.fitted.examples == 3
+        loaded = load_adapter(made.folder)
+        with torch.no_grad():
+            loss = load_examples(loaded, data, 3, 0).mean(loaded.model).item()
+        assert loss == pytest.approx(made.fitted.after, rel=1e-3)
 
 
 def run(capsys, monkeypatch, *arguments):

@@ -16,17 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.func import functional_call
 
 from inlay._peft import adapter_parameters
+from inlay.combine.examples import load_examples
 from inlay.combine.read import PREFIX, Source
 from inlay.combine.sums import Plan, Sum
-from inlay.data.images import load_images
-from inlay.data.picture import ImageView
-from inlay.data.text import load_texts
-from inlay.data.textview import TextView
 from inlay.errors import InlayError
-from inlay.store.load import LoadedAdapter, load_adapter
+from inlay.store.load import load_adapter
 
 RATE = 0.05  # of Adam, for weights of about 1
 
@@ -67,7 +65,7 @@ def fit_weights(
         sums: Makes sums of them.
         write: Writes such sums as an adapter.
         plan: Without a width, which comes afterwards.
-        data: Name of labelled data, as `load_images` or `load_texts` takes it.
+        data: Name of labelled data, as the loader of the adapters' task takes it.
         examples: How many to use, evenly over the classes.
         steps: Of Adam.
         penalty: On the mean of |w|, for weights no larger than they have to be.
@@ -91,34 +89,47 @@ def fit_weights(
     with tempfile.TemporaryDirectory() as folder:
         write(ones, sums(ones, fixed), Path(folder) / "sum")
         loaded = load_adapter(Path(folder) / "sum")
-    batch = _batch(loaded, data, examples, seed)
+    few = load_examples(loaded, data, examples, seed)
     corners = [at([float(i == k) for i in range(len(sources))]) for k in range(-1, len(sources))]
     base, *slopes = _tensors([sums(corner, fixed) for corner in corners])
     names = adapter_parameters(loaded.model)
-    count = len(batch["labels"])
 
-    def loss(weights: torch.Tensor) -> torch.Tensor:
-        moved = {
+    def moved(weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {
             names[key]: value + sum(w * slope[key] for w, slope in zip(weights, slopes, strict=True))
             for key, value in base.items()
         }
-        found: torch.Tensor = functional_call(loaded.model, moved, kwargs=batch).loss
-        return found
+
+    def loss(weights: torch.Tensor, backward: bool) -> float:
+        return few.mean(_At(loaded.model, lambda: moved(weights)), backward=backward).item()
 
     weights = torch.tensor(start, requires_grad=True)
     with torch.no_grad():
-        before = loss(weights).item()
+        before = loss(weights, backward=False)
     best = (before, start)
     optimizer = torch.optim.Adam([weights], RATE)
     for _ in range(steps):
         optimizer.zero_grad()
-        now = loss(weights)
-        if now.item() < best[0]:
-            best = (now.item(), weights.tolist())
-        (now + penalty * weights.abs().mean()).backward()
+        (penalty * weights.abs().mean()).backward()
+        now = loss(weights, backward=True)
+        if now < best[0]:
+            best = (now, weights.tolist())
         optimizer.step()
     fitted = dict(zip((s.name for s in sources), (round(w, 6) for w in best[1]), strict=True))
-    return Fitted(fitted, before, best[0], count)
+    return Fitted(fitted, before, best[0], few.count)
+
+
+class _At(nn.Module):
+    """A model with other values in the place of its adapter's; for a loss it looks as if it were wrapped by DDP."""
+
+    def __init__(self, module: nn.Module, values: Callable[[], dict[str, torch.Tensor]]) -> None:
+        super().__init__()
+        self.module, self.values = module, values
+        self.train(module.training)
+
+    def forward(self, **inputs: Any) -> Any:
+        """What the model gives; the values are made anew, as each backward frees what leads to them."""
+        return functional_call(self.module, self.values(), kwargs=inputs)
 
 
 def _with(source: Source, weight: float) -> Source:
@@ -140,43 +151,3 @@ def _tensors(corners: list[Mapping[str, Sum]]) -> list[dict[str, torch.Tensor]]:
                     for slope, other in zip(found[1:], made[1:], strict=True):
                         slope[key] = torch.from_numpy(other[leaf] - zero)
     return found
-
-
-def _batch(loaded: LoadedAdapter, data: str, examples: int, seed: int) -> dict[str, torch.Tensor]:
-    """All examples at once, on the device of the model."""
-    task = loaded.file.record.get("task")
-    if task == "text-generation":
-        rows = load_texts(data, seed=seed).train
-        view = TextView(rows.shuffle(seed=seed).select(range(min(examples, len(rows)))), loaded.processor)
-        batch = view.collate([view[i] for i in range(len(view))])
-    elif task == "image-classification":
-        images = load_images(data, seed=seed)
-        places = {label: i for i, label in enumerate(loaded.labels)}
-        strange = [label for label in images.labels if label not in places]
-        if strange:
-            raise InlayError(
-                f"the data {data!r} has labels that the combination does not have ({', '.join(strange[:5])}); it has "
-                f"{', '.join(loaded.labels[:10])}."
-            )
-        rows = images.train
-        view = ImageView(rows.select(_mixed(rows["label"][:], seed)[:examples]), loaded.processor)
-        items = [view[i] for i in range(len(view))]
-        batch = {
-            "pixel_values": torch.stack([torch.as_tensor(item["pixel_values"]) for item in items]),
-            "labels": torch.tensor([places[images.labels[int(item["labels"])]] for item in items]),
-        }
-    else:
-        raise InlayError(f"weights are fitted for classifiers of images and for language models, not for {task}.")
-    device = next(loaded.model.parameters()).device
-    return {key: value.to(device) for key, value in batch.items()}
-
-
-def _mixed(labels: list[int], seed: int) -> list[int]:
-    """Rows at random, the classes taking turns."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    turn: dict[int, int] = {}
-    keyed = []
-    for i in order.tolist():
-        turn[labels[i]] = turn.get(labels[i], 0) + 1
-        keyed.append((turn[labels[i]], i))
-    return [i for _, i in sorted(keyed, key=lambda pair: pair[0])]
