@@ -84,19 +84,20 @@ def main(recipe: Recipe, train: TrainConfig) -> Path:
         together = load_adapter(made.folder)
         for name, data in tasks.items():
             alone = accuracies(load_adapter(folders[name]), data)
-            both = accuracies(together, data)
+            both = accuracies(together, data, folders[name].name)
             print(f"{name:<20}{alone['own']:>8.4f}{both['own']:>10.4f}{both['all']:>12.4f}")
     return out / "sum"
 
 
-def accuracies(adapter: Any, data: Any) -> dict[str, float]:
+def accuracies(adapter: Any, data: Any, task: str | None = None) -> dict[str, float]:
     """Shares of pictures classified right: among the labels of their task alone, and among all of the adapter's."""
     import torch
 
     from inlay import ImageView
 
     view = ImageView(data.validation, adapter.processor)
-    own = torch.tensor([adapter.labels.index(label) for label in data.labels])
+    labels, rows = adapter.route(task if task in adapter.tasks else None)
+    own = torch.tensor([rows[labels.index(label)] for label in data.labels])
     right = {"own": 0, "all": 0}
     for start in range(0, len(view), 64):
         items = [view[i] for i in range(start, min(start + 64, len(view)))]

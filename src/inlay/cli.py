@@ -57,6 +57,9 @@ def predict(
     base: BaseOption = None,
     merge: Annotated[bool, typer.Option("--merge", help="Fold the adapter into its base first.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Pictures: classes to name for each.")] = 3,
+    task: Annotated[
+        str | None, typer.Option(help="Pictures: choose among the classes of this task of a combination alone.")
+    ] = None,
     grid: Annotated[
         Path | None, typer.Option(help="Pictures: save a sheet of them and their labels under this name.")
     ] = None,
@@ -81,14 +84,14 @@ def predict(
     from inlay.infer.text import Decoding, generate
     from inlay.store.load import load_adapter, task_of_adapter
 
-    task = task_of_adapter(adapter)
-    if task == "mask-generation":
+    kind = task_of_adapter(adapter)
+    if kind == "mask-generation":
         from inlay.infer.masks import places
 
         asked = {"points": places(point, 2), "negatives": places(negative, 2), "boxes": places(box, 4)}
         _find_masks(load_adapter(adapter, base), merge, inputs, asked, overlay, as_json)
         return
-    if task == "text-generation":
+    if kind == "text-generation":
         decoding = Decoding(max_new_tokens=max_new_tokens, beams=beams, temperature=temperature)
         loaded = load_adapter(adapter, base)
         loaded = loaded.merge() if merge else loaded
@@ -101,7 +104,7 @@ def predict(
         return
     files = find_pictures(inputs)
     loaded = load_adapter(adapter, base)
-    predictions = classify(loaded.merge() if merge else loaded, files, top=top)
+    predictions = classify(loaded.merge() if merge else loaded, files, task=task, top=top)
     if grid is not None:
         draw_sheet(predictions, files, grid)
     if as_json:

@@ -53,6 +53,7 @@ class Combined:
         widths: Rank, units or length of each method; none for differences of weights.
         heads: What became of the heads.
         labels: Class names in the order of the logits.
+        tasks: Names of the tasks that `predict` can be asked for.
         error: Relative error of the update in total, against what the rule gives without a limit of width; 0: exact.
         errors: The same by module.
         fitted: How the weights were fitted, where they were.
@@ -64,6 +65,7 @@ class Combined:
     widths: dict[str, int]
     heads: str
     labels: list[str]
+    tasks: list[str]
     error: float
     errors: dict[str, float] = field(default_factory=dict)
     fitted: "Fitted | None" = None
@@ -179,7 +181,7 @@ def _dense(sources: Sequence[Source], heads: Heads, plan: Plan, rule: str, base:
     metrics = {"combined": {**_said(sources, heads, rule), "error": 0.0}, "dataset": _datasets(sources)}
     write_dense(sources, heads, plan, base, folder, metrics)
     weights = {source.name: source.weight for source in sources}
-    return Combined(folder, rule, weights, {}, heads.said, heads.labels, 0.0)
+    return Combined(folder, rule, weights, {}, heads.said, heads.labels, list(heads.tasks), 0.0)
 
 
 def _said(sources: Sequence[Source], heads: Heads, rule: str) -> dict[str, Any]:
@@ -277,7 +279,7 @@ def _write(
         check_whole(sources)
     weights = {source.name: source.weight for source in sources}
     widths = {kind: _width(each) for kind, each in made.items() if _width(each)}
-    return Combined(folder, rule, weights, widths, heads.said, heads.labels, off, errors)
+    return Combined(folder, rule, weights, widths, heads.said, heads.labels, list(heads.tasks), off, errors)
 
 
 def _stream(stream: Stream, made: Mapping[str, Sum], heads: Heads) -> None:

@@ -54,7 +54,7 @@ def write_dense(
     }
     weights |= {key: torch.from_numpy(heads.make(key)) for key in heads.shapes}
     put(model, weights)
-    save_adapter(model, folder, processor=processor, metrics=metrics)
+    save_adapter(model, folder, processor=processor, metrics=metrics, tasks=heads.tasks)
 
 
 def _update(loaded: Any, name: str, source: Source) -> dict[str, Array]:

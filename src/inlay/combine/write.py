@@ -137,6 +137,7 @@ def record_of(sources: Sequence[Source], heads: Heads, keep: str | None, made: d
         "task": first.get("task", "image-classification"),
         "base": first["base"],
         "labels": labels,
+        **({"tasks": heads.tasks} if heads.tasks else {}),
         "head": first["head"],
         "preprocessing": first["preprocessing"],
         "golden": [],

@@ -35,17 +35,21 @@ class Prediction:
         return self.labels[0]
 
 
-def predict(adapter: LoadedAdapter, pictures: Sequence[Any], *, top: int = 5, batch_size: int = 32) -> list[Prediction]:
+def predict(
+    adapter: LoadedAdapter, pictures: Sequence[Any], *, task: str | None = None, top: int = 5, batch_size: int = 32
+) -> list[Prediction]:
     """Classify pictures, in their order.
 
     Args:
         adapter: From `load_adapter`.
         pictures: Paths, file contents as bytes, or PIL images of any size and mode.
+        task: Of a combination of several classifiers (`adapter.tasks`): choose among the classes of this one alone.
         top: How many classes to name, at least 1; all if there are fewer.
         batch_size: Pictures in one forward pass.
 
     Raises:
-        InlayError: A picture that cannot be read (named), or top or batch_size under 1.
+        InlayError: A picture that cannot be read (named), a task that the adapter does not have, or top or batch_size
+            under 1.
     """
     if top < 1 or batch_size < 1:
         raise InlayError(f"top and batch_size must be at least 1, got {top} and {batch_size}.")
@@ -53,7 +57,8 @@ def predict(adapter: LoadedAdapter, pictures: Sequence[Any], *, top: int = 5, ba
         asks = hasattr(adapter.processor, "mask_pad_size")
         way = "answers points and boxes: use predict_masks" if asks else "writes text: use generate"
         raise InlayError(f"adapter {adapter.file.name!r} {way}(adapter, ...).")
-    top = min(top, len(adapter.labels))
+    labels, rows = adapter.route(task)
+    top = min(top, len(labels))
     weight = next(p for p in adapter.model.parameters() if p.is_floating_point())
     predictions = []
     for begin in range(0, len(pictures), batch_size):
@@ -61,10 +66,10 @@ def predict(adapter: LoadedAdapter, pictures: Sequence[Any], *, top: int = 5, ba
         pixels = adapter.processor([as_rgb(p) for p in batch], return_tensors="pt")["pixel_values"]  # B C H W
         with torch.inference_mode():
             logits = adapter.model(pixel_values=pixels.to(weight.device, weight.dtype)).logits  # B K
-        probabilities, classes = logits.float().softmax(-1).topk(top)
+        probabilities, classes = logits[:, rows].float().softmax(-1).topk(top)
         for i, (values, indices) in enumerate(zip(probabilities.tolist(), classes.tolist(), strict=True)):
             source = str(batch[i]) if isinstance(batch[i], str | os.PathLike) else f"picture {begin + i}"
-            predictions.append(Prediction(source, [adapter.labels[k] for k in indices], values))
+            predictions.append(Prediction(source, [labels[k] for k in indices], values))
     return predictions
 
 

@@ -75,6 +75,17 @@ class AdapterFile:
         """Class names, empty if unknown."""
         return list(self.record.get("labels", []))
 
+    @property
+    def tasks(self) -> dict[str, dict[str, int]]:
+        """Of a combination of classifiers: by task, its class names with the logits that stand for them; else empty."""
+        found, count = self.record.get("tasks", {}), len(self.labels)
+        named = isinstance(found, dict) and all(isinstance(rows, dict) and rows for rows in found.values())
+        if not named or not all(type(i) is int and 0 <= i < count for rows in found.values() for i in rows.values()):
+            raise InlayError(
+                f"the tasks in the record of {self.folder} are no classes with their logits; get it again."
+            )
+        return dict(found)
+
 
 def read_adapter(folder: str | Path, *, digest: bool = True) -> AdapterFile:
     """Read and check an adapter folder without loading tensors or a base.

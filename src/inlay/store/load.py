@@ -62,6 +62,25 @@ class LoadedAdapter:
     deviation: float | None
     _unmerge: Callable[[], PeftModel] | None = field(default=None, repr=False)
 
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks of a combination of classifiers; none for others."""
+        return list(self.file.tasks)
+
+    def route(self, task: str | None) -> tuple[list[str], list[int]]:
+        """Class names of one task of a combination, and which logits stand for them; None: all classes.
+
+        Raises:
+            InlayError: There is no such task.
+        """
+        if task is None:
+            return self.labels, list(range(len(self.labels)))
+        if task not in self.file.tasks:
+            has = f"the tasks {', '.join(self.tasks)}" if self.tasks else "one task; leave task out"
+            raise InlayError(f"adapter {self.file.name!r} has no task {task!r}, it has {has}.")
+        rows = self.file.tasks[task]
+        return list(rows), list(rows.values())
+
     def merge(self) -> "LoadedAdapter":
         """Fold the adapter into the base's weights: the same outputs without its latency. `unmerge` undoes it.
 
