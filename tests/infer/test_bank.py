@@ -1,236 +1,21 @@
-"""A bank of adapters gives each row what its adapter, loaded alone, gives."""
+"""A bank over its life: adapters that come, are replaced and go, what does not fit, budgets and threads."""
 
 import shutil
 import threading
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import MobileNetV2Config, MobileNetV2ForImageClassification, MobileNetV2ImageProcessor
 
-from inlay import Bank, InlayError, TextProcessor, load_adapter, load_base, load_processor, load_tokenizer, save_adapter
-from inlay.arch import head_modules, lora_targets
-from inlay.methods import METHODS, AttentionPrefixConfig, BottleneckConfig, VisualPromptConfig
+from infer.banked import GPT2, LABELS, MIXED, VIT, alone, compare, pair, pixels, save
+from inlay import Bank, InlayError, load_adapter, load_base
+from inlay.methods import VisualPromptConfig
 from inlay.store.file import WEIGHTS
-
-VIT, GPT2, SAM = "builtin:vit-tiny", "builtin:gpt2-tiny", "builtin:sam-tiny"
-LABELS = {"a": ["cat", "dog", "emu"], "b": ["x", "y", "z", "u", "v"]}
-MIXED = ["a", "b", None, "a", "b"]
-
-
-def pixels(side=32, rows=5):
-    return {"pixel_values": torch.randn(rows, 3, side, side, generator=torch.Generator().manual_seed(7))}
-
-
-def tokens(pad=False):
-    ids = torch.randint(1, 2000, (5, 9), generator=torch.Generator().manual_seed(7))
-    mask = torch.ones_like(ids)
-    if pad:
-        mask[1, :3] = mask[2, :5] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def save(base, config, folder, seed=1, labels=("cat", "dog", "emu"), std=0.1):
-    """An adapter as if trained, by the name of a method or a config."""
-    torch.manual_seed(seed)
-    model = load_base(base, labels=labels) if base == VIT else load_base(base)
-    if isinstance(config, tuple):
-        model = METHODS[config[0]].adapt(model, config[1])
-    else:
-        config = config(model)
-        config.modules_to_save = head_modules(model) if base == VIT else None
-        model = get_peft_model(model, config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * std)
-    processor = TextProcessor(load_tokenizer(base), max_length=64) if base == GPT2 else load_processor(base)
-    return save_adapter(model, folder, processor=processor)
-
-
-def pair(base, method, folder):
-    """Two adapters of one method, of different widths and labels."""
-    for seed, name in enumerate("ab", 1):
-        config = (method, 2 + 2 * seed) if isinstance(method, str) else method(2 + 2 * seed)
-        save(base, config, folder / name, seed, LABELS[name])
-    return folder
-
-
-@cache
-def loaded(base, folder, name):
-    return load_base(base) if name is None else load_adapter(folder / name).model
-
-
-def alone(base, folder, inputs, adapters, last=None):
-    """Logits of each row by itself, under its adapter loaded alone."""
-    found = []
-    with torch.no_grad():
-        for i, name in enumerate(adapters):
-            row = {key: value[i : i + 1] for key, value in inputs.items()}
-            if "attention_mask" in row:  # without its padding
-                row = {key: value[:, row["attention_mask"][0].bool()] for key, value in row.items()}
-            logits = loaded(base, folder, name)(**row).logits[0]
-            found.append(logits if last is None else logits[-len(row["input_ids"][0]) :])
-    return found
-
-
-def compare(found, wanted):
-    for got, want in zip(found, wanted, strict=True):
-        if want.ndim == 1:  # labels that a row does not have are impossible
-            assert (got[len(want) :] == -torch.inf).all()
-            got = got[: len(want)]
-        else:
-            got = got[-len(want) :]  # behind the padding
-        assert (got - want).abs().max() < 1e-5 * max(1.0, float(want.abs().max()))
 
 
 @pytest.fixture(scope="module")
 def loras(tmp_path_factory):
     return pair(VIT, "lora", tmp_path_factory.mktemp("bank"))
-
-
-IMAGES = [
-    "lora",
-    "rslora",
-    "bottleneck",
-    "bottleneck-parallel",
-    "bottleneck-linear",
-    "visual-prompt",
-    "visual-prompt-shallow",
-    "attention-prefix",
-    "mam",
-]
-
-
-@pytest.mark.parametrize("method", IMAGES)
-def test_each_row_of_a_batch_of_pictures_has_its_adapter(method, tmp_path):
-    bank = Bank(VIT, pair(VIT, method, tmp_path))
-    assert bank.names == bank.resident == ["a", "b"] and bank.labels("b") == LABELS["b"]
-    plain = load_base(VIT)
-    for adapters in (MIXED, ["b"] * 5, ["a", None, None, None, None]):
-        compare(bank(pixels(), adapters).logits, alone(VIT, tmp_path, pixels(), adapters))
-    with torch.no_grad():
-        assert torch.equal(bank(pixels(), [None] * 5).logits, plain(**pixels()).logits)
-        assert torch.equal(bank.model(**pixels()).logits, plain(**pixels()).logits)  # outside of a call
-
-
-@pytest.mark.parametrize("pad", [False, True])
-@pytest.mark.parametrize("method", ["lora", "bottleneck", "bottleneck-parallel", "attention-prefix", "prompt"])
-def test_each_row_of_a_batch_of_texts_has_its_adapter(method, pad, tmp_path):
-    """A row of texts of different lengths gets what it gets alone."""
-    bank = Bank(GPT2, pair(GPT2, method, tmp_path))
-    more = {}
-    if pad and method != "prompt":
-        more["position_ids"] = (tokens(pad)["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    found = bank(tokens(pad), MIXED, **more).logits
-    assert found.shape[:2] == (5, 9)
-    compare(found, alone(GPT2, tmp_path, tokens(pad), MIXED, last=True))
-
-
-@pytest.mark.parametrize("method", ["lora", "bottleneck", "attention-prefix", "prompt"])
-def test_texts_are_continued_as_one_by_one(method, tmp_path):
-    folder = pair(GPT2, method, tmp_path)
-    bank, batch = Bank(GPT2, folder), tokens()
-    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    found = bank.generate(batch, MIXED, **settings)
-    assert found.shape == (5, 17)
-    models = {name: loaded(GPT2, folder, name) for name in MIXED}
-    for i, name in enumerate(MIXED):
-        row = {key: value[i : i + 1] for key, value in batch.items()}
-        want = models[name].generate(**row, **settings)[0]
-        assert found[i, -8:].tolist() == want[-8:].tolist() and found[i, :9].tolist() == batch["input_ids"][i].tolist()
-    if method != "prompt":
-        beams = bank.generate(batch, MIXED, num_beams=3, **settings)
-        want = models["b"].generate(**{k: v[1:2] for k, v in batch.items()}, num_beams=3, **settings)[0]
-        assert beams[1].tolist() == want.tolist()
-
-
-def parallel_norms(width):
-    return lambda model: BottleneckConfig(width=width, layer_norm="before", activation="gelu", scale=0.5)
-
-
-def after_norms(width):
-    return lambda model: BottleneckConfig(width=width, layer_norm="after", activation="tanh", learn_scale=True)
-
-
-def parallel_attention(width):
-    return lambda model: BottleneckConfig(width=width, placement="parallel", sites=["attention"], scale=2.0)
-
-
-def patterns(width):
-    def config(model):
-        names = lora_targets(model)[:7]
-        ranks = {"rank_pattern": {names[0]: width + 3}, "alpha_pattern": {names[1]: 31}}
-        return LoraConfig(r=width, lora_alpha=3, target_modules=names[: 3 + width], **ranks)
-
-    return config
-
-
-def some_blocks(width):
-    return lambda model: VisualPromptConfig(length=width, layers_to_transform=[0, width // 2 - 1])
-
-
-@pytest.mark.parametrize("method", [parallel_norms, after_norms, parallel_attention, patterns, some_blocks])
-def test_forms_of_methods_and_adapters_at_other_modules(method, tmp_path):
-    bank = Bank(VIT, pair(VIT, method, tmp_path))
-    compare(bank(pixels(), MIXED).logits, alone(VIT, tmp_path, pixels(), MIXED))
-
-
-def test_methods_may_be_mixed(tmp_path):
-    save(VIT, ("lora", 3), tmp_path / "a", 1, LABELS["a"])
-    save(VIT, ("attention-prefix", 5), tmp_path / "b", 2, LABELS["b"])
-    save(VIT, ("bottleneck", 4), tmp_path / "c", 3, LABELS["a"])
-    save(VIT, ("visual-prompt", 6), tmp_path / "d", 4, LABELS["a"])
-    adapters = ["d", "c", "b", "a", None]
-    compare(Bank(VIT, tmp_path)(pixels(), adapters).logits, alone(VIT, tmp_path, pixels(), adapters))
-
-
-@pytest.mark.parametrize("method", ["lora", "bottleneck", "attention-prefix", "visual-prompt"])
-def test_windows_of_sam(method, tmp_path):
-    """A window of SAM's attention is a row of its own; five prompts of a picture are not."""
-    for seed, name in enumerate("ab", 1):
-        torch.manual_seed(seed)
-        base = load_base(SAM)
-        config = METHODS[method].config(base, 2 + seed)
-        model = get_peft_model(base, config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter) * 0.05)
-        save_adapter(model, tmp_path / name, processor=load_processor(SAM))
-    bank, adapters = Bank(SAM, tmp_path), ["a", None, "b"]
-    batch = pixels(128, 3)
-    batch["input_points"] = torch.rand(3, 2, 1, 2, generator=torch.Generator().manual_seed(1)) * 128
-    found = bank(batch, adapters).pred_masks
-    for i, name in enumerate(adapters):
-        model = load_base(SAM) if name is None else load_adapter(tmp_path / name).model
-        with torch.no_grad():
-            want = model(**{key: value[i : i + 1] for key, value in batch.items()}).pred_masks[0]
-        assert (found[i] - want).abs().max() < 1e-4 * float(want.abs().max())
-
-
-def test_point_wise_convolutions(tmp_path):
-    torch.manual_seed(0)
-    config = MobileNetV2Config(depth_multiplier=0.25, image_size=32, num_labels=3, finegrained_output=False)
-    MobileNetV2ForImageClassification(config).save_pretrained(tmp_path / "base")
-    processor = MobileNetV2ImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    processor.save_pretrained(tmp_path / "base")
-    base = str(tmp_path / "base")
-    for seed, name in enumerate("ab", 1):
-        torch.manual_seed(seed)
-        model = load_base(base, labels=LABELS[name])
-        model = get_peft_model(
-            model, LoraConfig(r=1 + seed, target_modules=lora_targets(model), modules_to_save=head_modules(model))
-        )
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
-        save_adapter(model.eval(), tmp_path / "bank" / name, processor=load_processor(base))
-    bank = Bank(base, tmp_path / "bank")
-    compare(bank(pixels(), MIXED).logits, alone(base, tmp_path / "bank", pixels(), MIXED))
 
 
 def test_a_base_in_eight_bits(loras):
@@ -279,8 +64,8 @@ def test_an_adapter_that_does_not_fit_changes_nothing(loras, tmp_path):
     for path, reason in [
         (folder, "does not match the checksum"),
         (tmp_path / "text", "model type gpt2"),
-        (tmp_path / "dora", "not DoRA, biases"),
-        (tmp_path / "partial", "what PartialLayer adds"),
+        (tmp_path / "dora", "not DoRA and other variants"),
+        (tmp_path / "partial", "holds biases and norms of partial fine-tuning, not whole weights"),
         (tmp_path / "both", "another method beside them"),
         (tmp_path / "none", "does not exist"),
     ]:
@@ -399,11 +184,3 @@ def test_the_base_comes_back(method, tmp_path):
     with torch.no_grad():
         assert torch.equal(base(**pixels()).logits, before)
     assert load_adapter(tmp_path / "a", base).verified
-
-
-def test_a_prefix_of_the_cache_is_refused(tmp_path):
-    save(GPT2, ("prefix", 3), tmp_path / "a")
-    with pytest.raises(InlayError, match=r"holds no PREFIX_TUNING .a.; load it with load_adapter"):
-        Bank(GPT2, tmp_path)
-    save(GPT2, lambda model: AttentionPrefixConfig(length=3), tmp_path / "b")
-    assert Bank(GPT2, {"b": tmp_path / "b"}).resident == ["b"]

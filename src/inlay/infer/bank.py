@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from inlay._peft import release, strip, wrap
 from inlay.errors import InlayError
 from inlay.infer.bank_layers import BankLayer, Rows, Stacks
-from inlay.infer.bank_sites import Site, find_sites
-from inlay.infer.bank_tokens import PromptStacks
+from inlay.infer.bank_sites import Site, find_sites, split_cache
+from inlay.infer.bank_tokens import PromptStacks, moved_on
 from inlay.methods.bottleneck import join
 from inlay.models import load_base
 from inlay.store.file import CONFIG, AdapterFile, fetch, fingerprint, read_adapter
@@ -36,9 +36,9 @@ Values = dict[str, torch.Tensor]
 class Bank:
     """A base with any number of adapters, of which each row of a batch has one, or none.
 
-    A bank holds LoRA (linear layers, 1x1 convolutions), bottlenecks, attention prefixes, visual prompts, peft's
-    prompts, heads of one linear layer, and composites of those at different modules. Calls from several threads wait
-    for each other.
+    A bank holds LoRA (on linear layers, convolutions and embeddings), (IA)³, bottlenecks, attention prefixes, visual
+    prompts, peft's prompts and prefixes, biases and norms, heads of one linear layer, and composites of those at
+    different modules. Calls from several threads wait for each other.
 
     Attributes:
         model: The base, wrapped in place; outside of a call it computes what it did.
@@ -72,6 +72,7 @@ class Bank:
         self._rows = Rows(next(p for p in self.model.parameters() if p.is_floating_point()).device)
         self._prompts = PromptStacks(self._rows)
         self._layers: dict[tuple[str, type[BankLayer]], BankLayer] = {}
+        self._ahead: dict[str, int] = {}  # tokens in the cache, behind which positions go on
         self._slots: OrderedDict[str, int] = OrderedDict()  # the least recently used first
         self._known_sites: dict[Any, list[Site]] = {}
         self._lock = threading.RLock()
@@ -165,7 +166,8 @@ class Bank:
                     self._load(name, keep=set(wanted))
             self._rows.choose([0 if name is None else self._slots[name] for name in adapters])
             try:
-                yield self.model
+                with moved_on(self.model, self._rows, [self._ahead.get(name or "", 0) for name in adapters]):
+                    yield self.model
             finally:
                 self._rows.choose([])
 
@@ -233,6 +235,9 @@ class Bank:
         if file.record:
             check_base(file, self._identity)
         sites = self._sites(file, weights)
+        cache = file.config["peft_type"] == "PREFIX_TUNING"
+        if cache:
+            weights = split_cache([site.module for site in sites], weights["prompt_embeddings"])
         self._wrap(sites)
         values: dict[Stacks, Values] = {}
         for site in sites:
@@ -251,6 +256,7 @@ class Bank:
         self._prompts.sizes[slot] = len(values.get(self._prompts, {}).get("prompt", ()))
         self._slots[name] = slot
         self._slots.move_to_end(name)
+        self._ahead[name] = file.config["num_virtual_tokens"] if cache else 0
         self.files[name] = file
 
     def _sites(self, file: AdapterFile, weights: Values) -> list[Site]:

@@ -179,7 +179,10 @@ class LoraBank(BankLayer):
     @override
     def stored(self, tensors: Tensors, settings: float) -> dict[str, torch.Tensor]:
         down, up = tensors["lora_A.weight"].float(), tensors["lora_B.weight"].float()
-        return {"down": down.flatten(1), "up": up.flatten(1) * settings}  # r x inputs, outputs x r
+        values = {"down": down.flatten(1), "up": up.flatten(1) * settings}  # r x inputs, outputs x r
+        if (bias := tensors.get("lora_B.bias")) is not None:
+            values["bias"] = bias.float() * settings
+        return values
 
     @override
     def banked(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -198,6 +201,8 @@ class LoraBank(BankLayer):
         else:
             added = self.product(self.product(tokens, "down"), "up")
             total = total.reshape(len(x), -1, total.shape[-1]) + added.to(total.dtype)
+        if "bias" in self.stacks._buffers:
+            total = total + self.row("bias", len(x)).to(total.dtype)
         if isinstance(inner, nn.Conv2d):
             return total.movedim(-1, 1).reshape(result.shape)
         return total.reshape(result.shape)

@@ -3,7 +3,8 @@
 Rows differ in how many they have, so the shorter ones are filled up with tokens that a mask takes out of all attention.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from inlay.errors import InlayError
-from inlay.infer.bank_layers import BankLayer, Stacks, Tensors
+from inlay.infer.bank_layers import BankLayer, Rows, Stacks, Tensors
 from inlay.methods.attention_prefix import AttentionPrefixLayer, WindowPrefixLayer
 from inlay.methods.visual_prompt import hide
 from inlay.methods.window_attention import attend
@@ -137,6 +138,32 @@ class TravelBank(BankLayer):
         hide(tokens, x[:, :tokens], hidden[:, :tokens])
         hidden = hidden[:, :tokens] if drop else hidden
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+@contextmanager
+def moved_on(model: PreTrainedModel, rows: Rows, ahead: Sequence[int]) -> Iterator[None]:
+    """Inside the block each row's texts stand behind so many tokens in the cache: their positions go on from there."""
+    if not any(ahead):
+        yield
+        return
+    if "position_ids" not in signature(model.forward).parameters:
+        raise InlayError(f"a {type(model).__name__} takes no positions, which rows behind peft's prefixes need.")
+    steps = torch.tensor(list(ahead), device=rows.device)
+
+    def move(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        tokens = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None)
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            cache = kwargs.get("past_key_values")
+            start = 0 if cache is None else cache.get_seq_length()
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+        return args, {**kwargs, "position_ids": positions + rows.expand(steps, len(tokens))[:, None]}
+
+    hook = model.register_forward_pre_hook(move, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class PromptStacks(Stacks):
