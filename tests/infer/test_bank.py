@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from infer.banked import GPT2, LABELS, MIXED, VIT, alone, compare, pair, pixels, save
 from inlay import Bank, InlayError, load_adapter, load_base
@@ -61,12 +62,14 @@ def test_an_adapter_that_does_not_fit_changes_nothing(loras, tmp_path):
     save(VIT, ("dora", 2), tmp_path / "dora")
     save(VIT, ("partial", 2), tmp_path / "partial")
     save(VIT, ("lora-prompt", 2), tmp_path / "both")
+    save(VIT, lambda model: LoraConfig(r=2, target_modules=["q_proj"], bias="all"), tmp_path / "biases")
     for path, reason in [
         (folder, "does not match the checksum"),
         (tmp_path / "text", "model type gpt2"),
         (tmp_path / "dora", "not DoRA and other variants"),
         (tmp_path / "partial", "holds biases and norms of partial fine-tuning, not whole weights"),
         (tmp_path / "both", "another method beside them"),
+        (tmp_path / "biases", "not vit.embeddings.patch_embeddings.projection.bias of the base itself"),
         (tmp_path / "none", "does not exist"),
     ]:
         for name in ("a", "new"):

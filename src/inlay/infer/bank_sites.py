@@ -118,8 +118,11 @@ def _sites_of(adapted: PeftModel, keys: list[str]) -> list[Site]:
     for key in keys:
         inside = key.removeprefix(_START)
         name = max((n for n in wrapped if inside.startswith(f"{n}.")), key=len, default=None)
-        if name is not None:
-            own[name][inside[len(name) + 1 :]] = key
+        if name is None:
+            raise InlayError(
+                f"a bank holds what methods add to a base, not {inside} of the base itself; use load_adapter."
+            )
+        own[name][inside[len(name) + 1 :]] = key
     if any(_is_deep(m) for _, m in found) and not all(_is_deep(m) or _is_head(m) for _, m in found):
         raise InlayError(
             "a bank keeps deep prompts as the keys and values that the base makes of them, so it holds none that have "
