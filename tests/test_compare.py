@@ -1,11 +1,14 @@
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 
 from inlay import Decoding, InlayError, TrainConfig, load_base
 from inlay.compare import Compared, compare_images, compare_texts, table
 from inlay.methods import METHODS
+
+TEXTS = ("builtin:gpt2-tiny", "builtin:restaurants")
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if "vision" in method.bases])
@@ -106,4 +109,14 @@ def test_unknown_methods_are_refused_before_texts_are_read(tmp_path):
         compare_texts("builtin:gpt2-tiny", "builtin:restaurants", config, methods=["nothing"])
     with pytest.raises(InlayError, match="one learning rate for each of 2 methods, got 1"):
         compare_texts("builtin:gpt2-tiny", "builtin:restaurants", config, learning_rates=[1e-3])
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_would_stop_the_last_method_is_found_before_the_first_is_trained(tmp_path):
+    methods = {"methods": ["lora", "prompt", "prefix"], "width": 20, "seeds": [0]}
+    config = TrainConfig(output_dir=str(tmp_path / "run"))
+    with pytest.raises(InlayError, match="max_new_tokens 240 and 20 virtual tokens"):
+        compare_texts(*TEXTS, config, **methods, decoding=Decoding(max_new_tokens=240))
+    with pytest.raises(InlayError, match="prefix tuning puts keys and values into the cache"):
+        compare_texts(*TEXTS, replace(config, gradient_checkpointing=True), **methods)
     assert not (tmp_path / "run").exists()

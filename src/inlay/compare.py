@@ -25,11 +25,12 @@ from inlay.infer.text import Decoding, judge
 from inlay.measure import Accuracy, footprint
 from inlay.measure.memory import measure_peak
 from inlay.methods import METHODS
-from inlay.models import load_base
+from inlay.models import load_base, load_skeleton
 from inlay.processors import load_processor, load_tokenizer
 from inlay.store.file import WEIGHTS
 from inlay.store.save import save_adapter
 from inlay.train.config import TrainConfig
+from inlay.train.launch import enable_checkpointing
 from inlay.train.loop import FitResult, fit
 from inlay.train.losses import NextToken
 from inlay.train.run import WEIGHTS as TRAINED
@@ -123,7 +124,12 @@ def compare_texts(
     label_smoothing: float = 0.0,
     decoding: Decoding | None = None,
 ) -> list[Compared]:
-    """As `compare_images`, of language models: perplexity, and how close to the references is what they write."""
+    """As `compare_images`, of language models: perplexity, and how close to the references is what they write.
+
+    Raises:
+        InlayError: What `compare_images` says; a text for which the base has no room; a method that these settings do not
+            suit.
+    """
 
     def task(seed: int) -> _Task:
         data = load_texts(dataset, seed=seed)
@@ -157,6 +163,13 @@ def compare_texts(
         )
 
     _check(methods, learning_rates, seeds)
+    some = load_texts(dataset, seed=seeds[0])
+    for name in methods:  # what would stop the last of them is found before the first one is trained
+        plain = "lora" if name == "pissa" else name  # which would decompose the weights that a skeleton does not have
+        skeleton = METHODS[plain].adapt(load_skeleton(model), width)
+        (decoding or Decoding()).check(skeleton, some)
+        if train.gradient_checkpointing:
+            enable_checkpointing(skeleton)
     settings = {"model": model, "dataset": dataset, "width": width, "label_smoothing": label_smoothing}
     return _compare(task, train, methods, learning_rates, seeds, width, settings)
 

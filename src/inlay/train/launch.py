@@ -21,6 +21,7 @@ from accelerate.utils import (
 from torch import nn
 from torch.utils.data import DataLoader
 
+from inlay._peft import PeftModel
 from inlay.errors import InlayError
 from inlay.train.config import TrainConfig
 
@@ -182,7 +183,16 @@ def _leave_signals_to_main(worker: int) -> None:
 
 
 def enable_checkpointing(model: nn.Module) -> None:
-    """Switch gradient checkpointing on."""
+    """Switch gradient checkpointing on.
+
+    Raises:
+        InlayError: The model has none, or its adapter lives in the cache that checkpointing does without.
+    """
+    if isinstance(model, PeftModel) and model.active_peft_config.peft_type == "PREFIX_TUNING":
+        raise InlayError(
+            "peft's prefix tuning puts keys and values into the cache, which gradient checkpointing does without; "
+            "leave the setting out, or train an attention prefix (AttentionPrefixConfig), which needs no cache."
+        )
     try:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except (AttributeError, ValueError) as error:
