@@ -127,8 +127,8 @@ def compare_texts(
     """As `compare_images`, of language models: perplexity, and how close to the references is what they write.
 
     Raises:
-        InlayError: What `compare_images` says; a text for which the base has no room; a method that these settings do not
-            suit.
+        InlayError: What `compare_images` says; a text for which the base has no room; a method that does not suit these
+            settings.
     """
 
     def task(seed: int) -> _Task:
