@@ -408,7 +408,12 @@ def _show(facts: dict[str, Any], as_json: bool) -> None:
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
+        lists = any(isinstance(v, list) for v in value.values())
+        return (
+            "; ".join(f"{k}: {_text(v)}" for k, v in value.items())
+            if lists
+            else ", ".join(f"{k} {_text(v)}" for k, v in value.items())
+        )
     if isinstance(value, list):
         return ", ".join(map(str, value[:12])) + (f" ... ({len(value)})" if len(value) > 12 else "")
     if isinstance(value, int) and not isinstance(value, bool):

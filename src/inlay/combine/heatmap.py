@@ -54,7 +54,13 @@ def _cell(pen: ImageDraw.ImageDraw, x: float, y: float, value: float | None, fon
     colour = _NONE if value is None else _colour(value)
     pen.rectangle((x, y, x + _CELL - 2, y + _ROW - 2), colour)
     ink = "white" if value is not None and abs(value) > 0.7 else _INK
-    pen.text((x + _CELL / 2 - 1, y + _ROW / 2 - 1), "-" if value is None else f"{value:.2f}", ink, font, anchor="mm")
+    pen.text(
+        (x + _CELL / 2 - 1, y + _ROW / 2 - 1),
+        "-" if value is None else f"{round(value, 2) + 0.0:.2f}",
+        ink,
+        font,
+        anchor="mm",
+    )
 
 
 def _colour(value: float) -> tuple[int, ...]:

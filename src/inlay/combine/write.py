@@ -159,6 +159,9 @@ def write_settings(folder: Path, config: dict[str, Any], record: dict[str, Any],
         f"## Combined\n\nBy `{made['rule']}` ({made['paper']}). Relative error of the update: {made['error']:.2g}. "
         f"Head: {made['heads']}.\n\n| adapter | weight |\n|---|---|\n{rows}\n"
     )
+    if "tasks" in record:
+        tasks = "; ".join(f"`{name}`: {', '.join(rows)}" for name, rows in record["tasks"].items())
+        said += f"\nTasks, to choose one by `predict(..., task=)`: {tasks}.\n"
     if record:
         from inlay.store.card import card
 
