@@ -4,7 +4,8 @@
 
 Random adapters on the modules q, v and fc1 of a ViT of width 192. The error is ‖found - Σ w_i ΔW_i‖ / ‖Σ w_i ΔW_i‖ over
 all modules, ΔW_i being what peft says that each adapter adds to a weight. Of one adapter with weight 1 the right answer
-is that adapter.
+is that adapter. Of other methods it is the difference to both adapters active at once, beside what these two do:
+‖h_sum - h_both‖ / ‖h_both - h_base‖ over the last hidden states.
 """
 
 import json
@@ -18,6 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import ViTConfig, ViTForImageClassification
 
 from inlay.combine import combine
+from inlay.methods import METHODS
 
 RESULTS = Path(__file__).parent / "results" / "combine_error"
 KINDS = ("linear", "cat", "svd", "ties")
@@ -29,6 +31,15 @@ CASES: dict[str, tuple[list[dict[str, Any]], list[float]]] = {
     "rsLoRA, one alone": ([{"use_rslora": True}], [1.0]),
     "other modules": ([{}, {"target_modules": ["q_proj", "k_proj"]}], [1.0, 1.0]),
 }
+OTHERS = (
+    "bottleneck",
+    "bottleneck-parallel",
+    "bottleneck-linear",
+    "attention-prefix",
+    "visual-prompt",
+    "partial",
+    "mam",
+)
 
 
 def base() -> Any:
@@ -51,6 +62,38 @@ def error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> fl
     lost = sum((found.get(key, torch.zeros_like(value)) - value).square().sum() for key, value in wanted.items())
     whole = sum(value.square().sum() for value in wanted.values())
     return float((lost / whole) ** 0.5)
+
+
+def states(model: Any) -> torch.Tensor:
+    """The last hidden states, in float64."""
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    with torch.no_grad():
+        return model.double().eval()(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
+
+
+def other_row(method: str, folder: Path) -> dict[str, Any]:
+    """Two adapters of a method of METHODS."""
+    for seed, name in enumerate("ab", 1):
+        model = get_peft_model(base(), METHODS[method].config(base(), 8))
+        torch.manual_seed(seed)
+        for value in model.parameters():
+            if value.requires_grad:
+                value.data += 0.02 * torch.randn_like(value)
+        model.save_pretrained(folder / name)
+    both = PeftModel.from_pretrained(base(), str(folder / "a"), adapter_name="a")
+    both.load_adapter(str(folder / "b"), adapter_name="b")
+    both.base_model.set_adapter(["a", "b"])
+    wanted = states(both)
+    combine({folder / "a": 1.0, folder / "b": 1.0}, out=folder / "sum")
+    ours = PeftModel.from_pretrained(base(), str(folder / "sum"), adapter_name="sum")
+    found: dict[str, Any] = {"inlay add": float((states(ours) - wanted).norm() / (wanted - states(base())).norm())}
+    for kind in KINDS:
+        try:
+            both.add_weighted_adapter(["a", "b"], [1.0, 1.0], kind, combination_type=kind)
+            raise AssertionError(f"peft combines {method}: measure it")
+        except (ValueError, RuntimeError, KeyError, AttributeError) as reason:
+            found[f"peft {kind}"] = type(reason).__name__
+    return found
 
 
 def row(settings: list[dict[str, Any]], weights: list[float], folder: Path) -> dict[str, Any]:
@@ -89,6 +132,9 @@ def main() -> None:
     for case, (settings, weights) in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             table[case] = row(settings, weights, Path(folder))
+    for method in OTHERS:
+        with tempfile.TemporaryDirectory() as folder:
+            table[f"two of {method}"] = other_row(method, Path(folder))
     columns = list(next(iter(table.values())))
     lines = ["| relative error of the update | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for case, found in table.items():
