@@ -40,6 +40,7 @@ from inlay.methods import METHODS
 from inlay.store.file import CARD, CONFIG, WEIGHTS, read_adapter, sign
 
 RESULTS = Path(__file__).parent / "results" / "bank.json"
+TIMED = ("bottleneck", "bottleneck-parallel", "attention-prefix", "visual-prompt", "ia3", "bias", "norm")
 COUNTS, BATCH, ALL = (1, 4, 16, 64, 200), 64, 200
 SIZES = {
     "base": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "image_size": 224},
@@ -137,7 +138,7 @@ def forward(base: str, folder: Path, batch: dict[str, torch.Tensor], rounds: int
 @torch.no_grad()
 def methods(base: str, folder: Path, batch: dict[str, torch.Tensor], rounds: int) -> dict[str, Any]:
     found = {}
-    for method in ("bottleneck", "bottleneck-parallel", "attention-prefix", "visual-prompt"):
+    for method in TIMED:
         bank = Bank(base, make_adapters(base, method, folder / method, BATCH))
         ways = {"one": lambda bank=bank: bank(batch, names(1)), "64": lambda bank=bank: bank(batch, names(64))}
         ways["plain"] = lambda bank=bank: bank(batch, [None] * BATCH)

@@ -127,9 +127,9 @@ def combine(
         plan = Plan(row, settings, width, error, keep, dict(activations or {}))
         fitted = _fitted(sources, head, plan, fit, examples, seed) if fit is not None else None
         if fitted is not None:
-            sources = [_weighted(source, fitted.weights[source.name]) for source in sources]
+            sources = [source.weighted(fitted.weights[source.name]) for source in sources]
         weights = weights_for(row, [source.weight for source in sources])
-        sources = [_weighted(source, weight) for source, weight in zip(sources, weights, strict=True)]
+        sources = [source.weighted(weight) for source, weight in zip(sources, weights, strict=True)]
         if report is not None:
             from inlay.combine.report import overlap_of, write_report
 
@@ -156,11 +156,6 @@ def _checked_folder(out: str | Path, sources: Sequence[Source]) -> Path:
     if any(folder.resolve() == source.file.folder.resolve() for source in sources):
         raise InlayError(f"{folder} is one of the adapters that are combined; give another folder.")
     return folder
-
-
-def _weighted(source: Source, weight: float) -> Source:
-    parts = {kind: replace(part, weight=weight) for kind, part in source.parts.items()}
-    return replace(source, weight=weight, parts=parts)
 
 
 def _fitted(sources: list[Source], heads: Heads, plan: Plan, data: str, examples: int, seed: int) -> "Fitted":

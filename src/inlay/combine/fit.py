@@ -83,7 +83,7 @@ def fit_weights(
     fixed = replace(plan, width=None, zeros=True)
 
     def at(weights: list[float]) -> list[Source]:
-        return [_with(source, weight) for source, weight in zip(sources, weights, strict=True)]
+        return [source.weighted(weight) for source, weight in zip(sources, weights, strict=True)]
 
     ones = at([1.0] * len(sources))
     with tempfile.TemporaryDirectory() as folder:
@@ -130,11 +130,6 @@ class _At(nn.Module):
     def forward(self, **inputs: Any) -> Any:
         """What the model gives; the values are made anew, as each backward frees what leads to them."""
         return functional_call(self.module, self.values(), kwargs=inputs)
-
-
-def _with(source: Source, weight: float) -> Source:
-    parts = {kind: replace(part, weight=weight) for kind, part in source.parts.items()}
-    return replace(source, weight=weight, parts=parts)
 
 
 def _tensors(corners: list[Mapping[str, Sum]]) -> list[dict[str, torch.Tensor]]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,11 @@ class Source:
     parts: dict[str, Part]
     intact: Future[None]
     head: dict[str, str] = field(default_factory=dict)
+
+    def weighted(self, weight: float) -> "Source":
+        """The same adapter with another weight."""
+        parts = {kind: replace(part, weight=weight) for kind, part in self.parts.items()}
+        return replace(self, weight=weight, parts=parts)
 
 
 @contextmanager
