@@ -99,7 +99,8 @@ def combine(
         rule: A name in RULES.
         out: Folder of the result.
         width: Largest rank, or size of a bottleneck, of the result; auto: the smallest that `error` allows.
-        error: For "auto", ‖ΔW - ΔW'‖ / ‖ΔW‖ of all modules together.
+        error: For "auto", ‖ΔW - ΔW'‖ / ‖ΔW‖ of all modules together; of bottlenecks with a non-linearity the same of
+            what they add to `activations`, or else an estimate that takes their units for independent.
         density: Share of the entries that ties, dare, magnitude and knots keep.
         seed: Of dare.
         heads: What classifier heads become: auto (disjoint labels are stacked, equal ones averaged), stack, average, or
