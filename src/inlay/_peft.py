@@ -3,11 +3,13 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.layer import _ConvNd
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, register_peft_method, set_peft_model_state_dict
@@ -37,8 +39,24 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 def changes_base(config: PeftConfig) -> str | None:
     """The name of the initialisation of `config` if it is one that changes the base's weights."""
-    init = getattr(config, "init_lora_weights", None)
-    return init if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE) else None
+    for part in (config, *getattr(config, "parts", [])):
+        init = getattr(part, "init_lora_weights", None)
+        if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+            return init
+    return None
+
+
+def odd_settings(settings: dict[str, Any]) -> list[str]:
+    """What a config says that this peft would drop or misread: names unknown to its method, texts for yes or no.
+
+    peft drops what it does not know with no more than a warning, and takes any text for yes. Settings that say nothing
+    (null, false, empty) do not count, whatever their name.
+    """
+    known = {field.name: field for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(settings["peft_type"])])}
+    set_ones = {name: value for name, value in settings.items() if value not in (None, False, "", [], {})}
+    unknown = [name for name in set_ones if name not in known and name != "runtime_config"]
+    switches = [name for name, field in known.items() if field.type in (bool, "bool") and name in settings]
+    return sorted(unknown + [name for name in switches if not isinstance(settings[name], bool)])
 
 
 def inject(model: torch.nn.Module, config: PeftConfig) -> PeftModel:

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from inlay._peft import mirror_convolutions
 from inlay.arch import head_modules
 from inlay.errors import InlayError
+from inlay.names import refuse_ambiguous
 from inlay.quantized import Quantize, compute_plainly, flatten_inputs, quantization
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -49,7 +50,7 @@ def resolve(name: str | Path) -> str:
     """The folder of an embedded or local model; a Hub id is returned as it is.
 
     Raises:
-        InlayError: No embedded model of that name, a folder that holds no model, or neither folder nor Hub id.
+        InlayError: No embedded model of that name, a folder that holds no model, neither folder nor Hub id, or both.
     """
     name = str(name)
     if name.startswith("builtin:"):
@@ -60,6 +61,7 @@ def resolve(name: str | Path) -> str:
     if path.is_dir() and name:
         if not (path / "config.json").is_file():
             raise InlayError(f"expected a model folder with config.json, but {name} has none.")
+        refuse_ambiguous(name, "config.json")
         return str(path)
     if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         raise InlayError(f"no model folder at {name!r}; give a folder, a Hub id (user/name) or {builtin_names()[0]}.")
@@ -239,9 +241,13 @@ def _quiet(local: bool) -> Iterator[None]:
 def read_config(name: str, where: str, revision: str | None) -> Any:
     """The config of a base, from `resolve(name)`."""
     try:
-        return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
     except Exception as error:  # a config is data from anywhere: it fails in any way
         raise explained(name, error) from error
+    inner = (config, *(getattr(config, part, None) for part in config.sub_configs))
+    if kernels := [k for k in (getattr(part, "_attn_implementation", None) for part in inner) if "/" in str(k)]:
+        raise InlayError(f"{name} asks for the attention code {kernels[0]!r} from the Hub, which inlay never runs.")
+    return config
 
 
 def _check_report(name: str, model: PreTrainedModel, report: dict[str, Any], new_head: bool) -> None:

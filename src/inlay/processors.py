@@ -11,6 +11,8 @@ from inlay.errors import InlayError
 from inlay.models import explained, first_line, read_config, resolve, task_of
 
 _PROCESSOR = "preprocessor_config.json"
+MAX_SIDE = 8192  # pixels that settings from anywhere may have a picture resized to
+_SIDES = ("size", "crop_size", "pad_size", "mask_size", "mask_pad_size")
 
 
 def load_processor(name: str | Path, revision: str | None = None) -> BaseImageProcessor:
@@ -51,6 +53,9 @@ def processor_from(settings: dict[str, Any]) -> BaseImageProcessor:
     kind = named.removesuffix("Fast").removesuffix("Pil") + "Pil"
     if not any(kind == known.get("pil") for known in IMAGE_PROCESSOR_MAPPING_NAMES.values()):
         raise InlayError(f"unknown image processor {named!r}; transformers has none of that name for Pillow.")
+    sides = [n for key in _SIDES if isinstance(settings.get(key), dict) for n in settings[key].values()]
+    if large := [n for n in sides if isinstance(n, int | float) and not n <= MAX_SIDE]:
+        raise InlayError(f"the image processor {named} asks for {large[0]} pixels a side; expected at most {MAX_SIDE}.")
     try:
         return getattr(transformers, kind)(**{k: v for k, v in settings.items() if k != "image_processor_type"})
     except (TypeError, ValueError) as error:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from inlay.errors import InlayError
 from inlay.store.file import WEIGHTS, AdapterFile, check_digest, fetch, read_adapter
 from inlay.store.likeness import TOLERANCE, distance
+from inlay.store.patterns import check_patterns
 
 Array = npt.NDArray[np.float32]
 PREFIX = "base_model.model."  # of the keys in a file of peft
@@ -246,6 +247,7 @@ def _open(name: str, weight: float, file: AdapterFile, intact: Future[None]) -> 
                 f"the tensor {key!r} of adapter {name!r} belongs neither to its method nor to modules_to_save; such "
                 "adapters cannot be combined."
             )
+    check_patterns(config, {site for found in sites.values() for site in found}, name)
     parts = {kind: Part(name, weight, configs[kind], sites[kind], tensors) for kind in configs}
     return Source(name, weight, file, tensors, parts, intact, head)
 

@@ -26,6 +26,7 @@ from inlay.infer.bank_sites import Site, find_sites, split_cache
 from inlay.infer.bank_tokens import PromptStacks, moved_on
 from inlay.methods.bottleneck import join
 from inlay.models import load_base
+from inlay.store.config import refuse_biases
 from inlay.store.file import CONFIG, AdapterFile, fetch, fingerprint, read_adapter
 from inlay.store.identity import check_base, identity
 from inlay.store.load import check_method, given_base, read_weights
@@ -231,6 +232,7 @@ class Bank:
         """Read and check an adapter, then fill a slot with it."""
         file = read_adapter(fetch(self._known(name)))
         check_method(file)
+        refuse_biases(file.config, name)
         weights = join(read_weights(file))
         if file.record:
             check_base(file, self._identity)

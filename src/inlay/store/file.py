@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from inlay.errors import InlayError
+from inlay.names import like_hub_id, refuse_ambiguous
+from inlay.store.config import check_config
+from inlay.store.record import check_record
 
 CONFIG, WEIGHTS, METRICS, CARD = (
     "adapter_config.json",
@@ -21,15 +24,12 @@ CONFIG, WEIGHTS, METRICS, CARD = (
 )
 ORIGIN = "origin.json"  # of a pulled folder: repository, commit and hashes
 FORMAT = 1  # of the record; raised when an older inlay would read it wrong
-MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format itself
+# Larger ones are refused before they are read: 134 bytes of a header for each tensor, a few kB for a usual config.
+MAX_HEADER, MAX_TENSORS = 16_000_000, 100_000
+MAX_BYTES = {CONFIG: 1_000_000, METRICS: 16_000_000, WEIGHTS: 16_000_000_000}
 DIGEST = "inlay_sha256"
 _WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _INCIDENTAL = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
-# What loading reads from the record, with its type.
-_FIELDS: dict[str, dict[str, type]] = {
-    "record": {"base": dict, "labels": list, "head": list, "preprocessing": dict, "golden": list, "config": str},
-    "base": {"name": str, "model_type": str, "precision": str, "sketch": dict},
-}
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,9 @@ def read_adapter(folder: str | Path, *, digest: bool = True) -> AdapterFile:
             or for a file of one's own, just made.
 
     Raises:
-        InlayError: Not an adapter folder; a config that is no JSON or was changed since; weights that are truncated,
-            damaged, pickled, or an LFS pointer; tensor names that are paths; a record of a newer format.
+        InlayError: Not an adapter folder; files that are links out of it, or too large; a config that is no JSON, asks
+            for harm or was changed since; weights that are truncated, damaged, pickled, or an LFS pointer; tensor names
+            that are paths; a record of a newer format.
     """
     try:
         return _read(Path(folder), digest)
@@ -127,12 +128,14 @@ def _read(folder: Path, digest: bool) -> AdapterFile:
             else ""
         )
         raise InlayError(f"{folder} has no {WEIGHTS}{pickled}; save the adapter again as safetensors.")
-    config = _json(folder / CONFIG)
+    _check_files(folder)
+    config = _json(folder / CONFIG, exact=True)
     if not isinstance(config.get("peft_type"), str):
         raise InlayError(f"{folder / CONFIG} names no peft_type, so it is not an adapter's config.")
     header = _header(folder / WEIGHTS, digest)
     metadata = header.pop("__metadata__", {})
     shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
+    check_config(config, shapes, folder / CONFIG)
     metrics = _json(folder / METRICS) if (folder / METRICS).is_file() else {}
     size = (folder / WEIGHTS).stat().st_size
     record = _record(folder, metadata)
@@ -141,6 +144,19 @@ def _read(folder: Path, digest: bool) -> AdapterFile:
             f"{folder / CONFIG} is not what was saved with the weights; get it again, or save the adapter anew."
         )
     return AdapterFile(folder, config, shapes, record, metrics, size)
+
+
+def _check_files(folder: Path) -> None:
+    """Each file is there itself, or linked to from within: the Hub's cache keeps them in `blobs` beside `snapshots`."""
+    inside = folder.resolve()
+    homes = [inside, *([inside.parents[1] / "blobs"] if inside.parent.name == "snapshots" else [])]
+    for name in (CONFIG, WEIGHTS, METRICS, CARD):
+        path = folder / name
+        if path.is_symlink() and not any(path.resolve().is_relative_to(home) for home in homes):
+            raise InlayError(f"{path} is a link to a file outside of the folder; put the file itself there.")
+        limit = MAX_BYTES.get(name)
+        if limit and path.is_file() and (size := path.stat().st_size) > limit:
+            raise InlayError(f"{path} has {size:,} bytes, and inlay reads at most {limit:,}; it is no adapter's.")
 
 
 def fingerprint(config: dict[str, Any]) -> str:
@@ -153,12 +169,15 @@ def fetch(path: str | Path, revision: str | None = None) -> Path:
     """A local folder as it is; user/name, or user/name/adapter of several, from the Hub or its cache.
 
     Raises:
-        InlayError: There is neither; see `inlay.store.hub.download`.
+        InlayError: A name that means both; a revision of a local folder; there is neither; see `inlay.store.hub.download`.
     """
     folder = Path(path).expanduser()
     text = str(path)
+    if folder.exists():
+        refuse_ambiguous(text, CONFIG, revision)
+        return folder
     local = text.count("/") == 2 and Path(text.partition("/")[0]).is_dir()  # a path of this machine, mistyped
-    if folder.exists() or local or text.count("/") not in (1, 2) or text.startswith((".", "~", "/")):
+    if local or text.count("/") not in (1, 2) or text.startswith((".", "~", "/")):
         return folder
     from inlay.store.hub import download
 
@@ -205,9 +224,13 @@ def hasher(header: dict[str, Any]) -> Any:
     return hashlib.sha256(canonical.encode())
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path, *, exact: bool = False) -> dict[str, Any]:
+    """A JSON object; an exact one names nothing twice, which readers take in different ways."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.startswith("version https://git-lfs"):
+            raise ValueError("it is a Git LFS pointer: run `git lfs pull`")
+        content = json.loads(text, object_pairs_hook=_unique if exact else None)
     except (ValueError, RecursionError) as error:
         raise InlayError(f"{path} is not readable as JSON ({error}); get the adapter again.") from None
     if not isinstance(content, dict):
@@ -259,22 +282,26 @@ def _check_start(path: Path, start: bytes, size: int) -> None:
         raise InlayError(f"{path} is a pickle, not safetensors; inlay never opens pickles: save the adapter again.")
     if size == 0:
         raise InlayError(f"{path} is empty; get it again.")
-    if size < 10 or length > MAX_HEADER or 8 + length > size:
+    if size < 10 or 8 + length > size:
         raise InlayError(
             f"{path} is truncated or not a safetensors file: its header claims {length} bytes, the file has {size}; "
             "get it again."
         )
+    if length > MAX_HEADER:
+        raise InlayError(f"{path} has a header of {length:,} bytes, and inlay reads at most {MAX_HEADER:,}.")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        raise ValueError("its header names a tensor twice")
+        raise ValueError("it names a tensor or a setting twice")
     return content
 
 
 def _check_tiling(tensors: dict[str, Any], size: int) -> None:
     """The tensors, in the order of their bytes, fill the body without holes and overlaps: the rule of the format."""
+    if len(tensors) > MAX_TENSORS:
+        raise ValueError(f"it claims {len(tensors):,} tensors, and inlay reads at most {MAX_TENSORS:,}")
     extents = sorted(_extent(key, entry) for key, entry in tensors.items())
     at = 0
     for begin, end in extents:
@@ -298,7 +325,7 @@ def _extent(key: str, entry: Any) -> tuple[int, int]:
 
 
 def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and len(value) <= 8 and all(type(item) is int and item >= 0 for item in value)
 
 
 def _record(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -317,8 +344,5 @@ def _record(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
         raise InlayError(
             f"{folder} was saved in format {version}, this inlay reads up to {FORMAT}: pip install --upgrade inlay."
         )
-    for where, fields in _FIELDS.items():
-        for field, kind in fields.items():
-            if not isinstance((record if where == "record" else record[where]).get(field), kind):
-                raise InlayError(f"the record inside {folder / WEIGHTS} lacks {field}; save the adapter again.")
+    check_record(record, folder / WEIGHTS)
     return record

@@ -24,6 +24,7 @@ from inlay._peft import (
     inject,
     known_method,
     merge_keeping,
+    odd_settings,
     release,
     virtual_tokens,
 )
@@ -35,8 +36,10 @@ from inlay.models import Dtype, head_of, load_base, task_of
 from inlay.processors import load_processor, load_tokenizer, processor_from
 from inlay.quantized import Quantize
 from inlay.store import golden
+from inlay.store.config import audited, refuse_biases
 from inlay.store.file import CONFIG, WEIGHTS, AdapterFile, fetch, read_adapter
 from inlay.store.identity import check_base, identity
+from inlay.store.patterns import check_patterns
 from inlay.store.sketch import precision_of
 
 
@@ -129,15 +132,20 @@ def load_adapter(
         quantize: "8bit" or "4bit", where it is loaded here.
 
     Raises:
-        InlayError: Whatever `read_adapter` finds; a method that this peft does not know; a base of another structure or
-            with other weights; tensors that are missing, superfluous or of another shape; NaN; another golden output.
+        InlayError: Whatever `read_adapter` finds; a method or a setting that this peft does not know; a pattern that
+            is not done in time; a base of another structure or with other weights; tensors that are missing,
+            superfluous or of another shape; NaN; another golden output.
     """
     file = read_adapter(fetch(path, revision))
     check_method(file)
+    if isinstance(base, nn.Module):
+        refuse_biases(file.config, file.name)
     weights = read_weights(file)
     model = given_base(base) if isinstance(base, nn.Module) else load_own_base(file, base, dtype, quantize)
     if file.record:
         check_base(file, identity(model))
+    if getattr(model, "new_head", False) and not isinstance(base, nn.Module):
+        _check_head(file, model)
     task = file.record.get("task") or task_of(model.name_or_path, model.config)
     processor = _processor(file, model, task)
     undo = _undo(model)
@@ -151,6 +159,16 @@ def load_adapter(
         raise
     names = model.config.id2label if task == "image-classification" else dict(enumerate(file.labels))
     return LoadedAdapter(adapted, processor, [names[i] for i in sorted(names)], file, bool(file.record), off)
+
+
+def _check_head(file: AdapterFile, model: PreTrainedModel) -> None:
+    """A head that was drawn for the adapter's labels is to be replaced by the file's."""
+    lacking = [name for name in head_of(model) if not any(f".{name}." in key for key in file.shapes)]
+    if lacking:
+        raise InlayError(
+            f"adapter {file.name!r} has labels that are not its base's, but lacks a head ({lacking[0]!r}); get it "
+            "again."
+        )
 
 
 def task_of_adapter(path: str | Path) -> str:
@@ -207,12 +225,24 @@ def load_own_base(
 
 
 def check_method(file: AdapterFile) -> None:
-    """Raise InlayError for a method that this peft does not know."""
-    if not known_method(file.config["peft_type"]):
-        raise InlayError(
-            f"adapter {file.name!r} is of the method {file.config['peft_type']!r}, which neither this inlay nor this "
-            "peft knows: upgrade them."
-        )
+    """Raise InlayError for a method that this peft does not know, or inlay not well enough; settings it would drop."""
+    for part in (file.config, *(file.config.get("parts") or [])):
+        method = part["peft_type"]
+        if not known_method(method):
+            raise InlayError(
+                f"adapter {file.name!r} is of the method {method!r}, which neither this inlay nor this peft knows: "
+                "upgrade them."
+            )
+        if not audited(method):
+            raise InlayError(
+                f"adapter {file.name!r} is of peft's method {method!r}, of which inlay does not know that it takes no "
+                "more than its own file; load it with peft if you trust it."
+            )
+        if odd := odd_settings(part):
+            raise InlayError(
+                f"{file.folder / CONFIG} sets {', '.join(odd)}, which this peft does not know in {method} or would "
+                "misread; upgrade peft, or get the adapter again."
+            )
 
 
 def set_head(base: PreTrainedModel, file: AdapterFile) -> None:
@@ -271,6 +301,7 @@ def inject_checked(file: AdapterFile, base: PreTrainedModel, weights: dict[str, 
 
     Nothing is read of the base but its structure, which may stand on the meta device.
     """
+    check_patterns(file.config, (name for name, _ in base.named_modules()), file.name)
     try:
         config = PeftConfig.from_pretrained(str(file.folder))
         _check_tokens(file, config, weights)
