@@ -33,19 +33,6 @@ def _of_base_layer(name: str) -> Callable[[BaseTunerLayer], Any]:
     return lambda layer: getattr(layer.get_base_layer(), name)
 
 
-# Initialisations that move a part of the base's weights into the adapter: on the base as it was, the adapter is wrong.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-def changes_base(config: PeftConfig) -> str | None:
-    """The name of the initialisation of `config` if it is one that changes the base's weights."""
-    for part in (config, *getattr(config, "parts", [])):
-        init = getattr(part, "init_lora_weights", None)
-        if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
-            return init
-    return None
-
-
 def odd_settings(settings: dict[str, Any]) -> list[str]:
     """What a config says that this peft would drop or misread: names unknown to its method, texts for yes or no.
 

@@ -111,7 +111,9 @@ def predict(
         print(json.dumps([vars(p) for p in predictions], indent=2, ensure_ascii=False))
         return
     for p in predictions:
-        named = "  ".join(f"{label} {value:.1%}" for label, value in zip(p.labels, p.probabilities, strict=True))
+        named = "  ".join(
+            f"{printable(label)} {value:.1%}" for label, value in zip(p.labels, p.probabilities, strict=True)
+        )
         print(f"{p.source}: {named}")
 
 
@@ -402,8 +404,13 @@ def _show(facts: dict[str, Any], as_json: bool) -> None:
     table.add_column(overflow="fold")
     for key, value in facts.items():
         if value not in (None, "", [], {}):
-            table.add_row(key.replace("_", " "), _text(value))
+            table.add_row(key.replace("_", " "), printable(_text(value)))
     Console().print(table, markup=False, highlight=False)
+
+
+def printable(text: str) -> str:
+    """Without control characters: names and labels of an adapter are anyone's, and a terminal obeys some."""
+    return "".join(c if c.isprintable() else "�" for c in text)
 
 
 def _text(value: Any) -> str:
@@ -426,7 +433,7 @@ def main() -> None:
     try:
         app()
     except InlayError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `inlay ... | head`
         sys.stderr.close()

@@ -5,11 +5,6 @@ from pathlib import Path
 from inlay.errors import InlayError
 
 
-def like_hub_id(name: str) -> bool:
-    """True for `user/name`, which a folder beside may have for a name, too."""
-    return name.count("/") == 1 and not name.startswith((".", "~", "/")) and not name.endswith("/")
-
-
 def refuse_ambiguous(name: str, file: str, revision: str | None = None) -> None:
     """Raise InlayError where a folder stands in the way of what this machine has from the Hub under the same name.
 
@@ -26,7 +21,7 @@ def refuse_ambiguous(name: str, file: str, revision: str | None = None) -> None:
             f"revision {revision!r} is of a Hub id, but {name!r} is a folder here, which has none; leave the revision "
             "out, or work from another folder to get the Hub's."
         )
-    if not like_hub_id(name):
+    if not _like_hub_id(name):
         return
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -40,3 +35,8 @@ def refuse_ambiguous(name: str, file: str, revision: str | None = None) -> None:
             f"{name!r} is a folder here and a repository from the Hub in the cache; write './{name}' for the folder, "
             "or work from another folder to get the Hub's."
         )
+
+
+def _like_hub_id(name: str) -> bool:
+    """True for `user/name`, which a folder beside may have for a name, too."""
+    return name.count("/") == 1 and not name.startswith((".", "~", "/")) and not name.endswith("/")

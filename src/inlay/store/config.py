@@ -32,7 +32,9 @@ _EMPTY = {
     "megatron_config": "makes peft import a module that the config names",
     "prompt_tuning_init_state_dict_path": "makes peft read a file that the config names",
 }
-_INITS = frozenset([True, False, None, "eva", "gaussian", "mica", "orthogonal"])  # of LoRA; none touches the base
+# Initialisations of LoRA that move a part of the base's weights into the adapter, which is wrong on the base as it was.
+_MOVE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_INITS = frozenset([True, False, None, "eva", "gaussian", "mica", "orthogonal"])  # these leave it
 _RANKS = ("r", "rank", "num_vectors", "num_virtual_tokens", "encoder_hidden_size", "n_frequency")
 _META = ("LORA", "ADALORA", "PROMPT_TUNING", "PREFIX_TUNING")  # compared with the file before memory is taken
 
@@ -77,7 +79,7 @@ def _check_settings(config: dict[str, Any], where: Path) -> None:
         if config.get(name):
             raise InlayError(f"{where} sets {name}, which {harm}: inlay does not load such an adapter.")
     init = config.get("init_lora_weights", True)
-    if not isinstance(init, bool | str | None) or (init not in _INITS and not _moves_base(init)):
+    if not isinstance(init, bool | str | None) or (init not in _INITS and not changes_base(config)):
         raise InlayError(f"{where} names the unknown initialisation {init!r}; set init_lora_weights to true.")
 
 
@@ -91,9 +93,10 @@ def refuse_biases(config: dict[str, Any], adapter: str) -> None:
         )
 
 
-def _moves_base(init: Any) -> bool:
-    """Left to `changes_base`, which says what to do about them."""
-    return isinstance(init, str) and init.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
+def changes_base(config: dict[str, Any]) -> str | None:
+    """The initialisation of a config, or of one of its parts, if it is one that changes the base's weights."""
+    inits = [part.get("init_lora_weights") for part in (config, *(config.get("parts") or []))]
+    return next((init for init in inits if isinstance(init, str) and init.lower().startswith(_MOVE_BASE)), None)
 
 
 def _check_sizes(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], where: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from inlay.errors import InlayError
-from inlay.names import like_hub_id, refuse_ambiguous
+from inlay.names import refuse_ambiguous
 from inlay.store.config import check_config
 from inlay.store.record import check_record
 
@@ -169,7 +169,8 @@ def fetch(path: str | Path, revision: str | None = None) -> Path:
     """A local folder as it is; user/name, or user/name/adapter of several, from the Hub or its cache.
 
     Raises:
-        InlayError: A name that means both; a revision of a local folder; there is neither; see `inlay.store.hub.download`.
+        InlayError: A name that means both; a revision of a local folder; neither is there; what `inlay.store.hub.download`
+            finds.
     """
     folder = Path(path).expanduser()
     text = str(path)

@@ -19,7 +19,6 @@ from inlay._peft import (
     adapter_shapes,
     adapter_weights,
     carries_adapter,
-    changes_base,
     fill,
     inject,
     known_method,
@@ -36,7 +35,7 @@ from inlay.models import Dtype, head_of, load_base, task_of
 from inlay.processors import load_processor, load_tokenizer, processor_from
 from inlay.quantized import Quantize
 from inlay.store import golden
-from inlay.store.config import audited, refuse_biases
+from inlay.store.config import audited, changes_base, refuse_biases
 from inlay.store.file import CONFIG, WEIGHTS, AdapterFile, fetch, read_adapter
 from inlay.store.identity import check_base, identity
 from inlay.store.patterns import check_patterns
@@ -301,6 +300,11 @@ def inject_checked(file: AdapterFile, base: PreTrainedModel, weights: dict[str, 
 
     Nothing is read of the base but its structure, which may stand on the meta device.
     """
+    if init := changes_base(file.config):
+        raise InlayError(
+            f"adapter {file.name!r} was initialised by {init!r}, which changes the base at each load; make it a plain "
+            "one with peft's save_pretrained(path_initial_model_for_weight_conversion=...)."
+        )
     check_patterns(file.config, (name for name, _ in base.named_modules()), file.name)
     try:
         config = PeftConfig.from_pretrained(str(file.folder))
@@ -310,18 +314,12 @@ def inject_checked(file: AdapterFile, base: PreTrainedModel, weights: dict[str, 
                 f"adapter {file.name!r} is a DoRA, for which peft loses the scales of an 8-bit base; load it in 4 "
                 "bits or whole."
             )
-        init = changes_base(config)
-        model = None if init else inject(base, copy.deepcopy(config))
+        model = inject(base, copy.deepcopy(config))
     except InlayError:
         raise
     except Exception as error:  # a config is data from anywhere: it makes peft fail in any way
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InlayError(f"{file.folder / CONFIG} does not fit this base: {reason}") from error
-    if model is None:
-        raise InlayError(
-            f"adapter {file.name!r} was initialised by {init!r}, which changes the base at each load; make it a "
-            "plain one with peft's save_pretrained(path_initial_model_for_weight_conversion=...)."
-        )
     expected = adapter_shapes(model)
     missing, superfluous = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     heads = [name for name in file.record.get("head", []) if any(f".{name}." in key for key in missing)]

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from transformers.image_processing_utils import BaseImageProcessor
 
-from inlay._peft import PeftModel, changes_base, plainly_active, put
+from inlay._peft import PeftModel, plainly_active, put
 from inlay.atomic import write_json, writing
 from inlay.data.scan import VolumeProcessor
 from inlay.errors import InlayError
 from inlay.models import head_of, size_of, task_of
 from inlay.store import golden
 from inlay.store.card import card
+from inlay.store.config import changes_base
 from inlay.store.curve import CURVE, draw_curve, drawable
 from inlay.store.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, fingerprint, read_adapter, sign
 from inlay.store.sketch import precision_of, sketch
@@ -98,7 +99,7 @@ def _check_model(model: Any) -> None:
         raise InlayError(
             "save_adapter takes a model with one active adapter, neither merged nor disabled: undo that first."
         )
-    if init := changes_base(model.active_peft_config):
+    if init := changes_base(model.active_peft_config.to_dict()):
         raise InlayError(
             f"the initialisation {init!r} changes the base, so that the adapter alone would be wrong on it; train with "
             "another init_lora_weights, such as True."

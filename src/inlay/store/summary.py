@@ -18,6 +18,7 @@ def summary(folder: str | Path) -> dict[str, Any]:
     parameters = sum(_product(shape) for shape in file.shapes.values())
     return {
         "name": file.name,
+        "folder": str(file.folder.resolve()),
         "method": method(file),
         "base": file.base_name or "unknown",
         "revision": base.get("revision"),
