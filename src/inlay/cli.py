@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from inlay.cli_hub import VERBS
+from inlay import cli_hub, cli_trust
+from inlay.cli_trust import printable
 from inlay.errors import InlayError
 
 app = typer.Typer(
@@ -27,8 +28,20 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
-def info(adapter: AdapterArgument, base: BaseOption = None, as_json: JsonOption = False) -> None:
+def info(
+    adapter: AdapterArgument,
+    base: BaseOption = None,
+    check: Annotated[
+        bool, typer.Option("--verify", help="Check all that can be checked; exit status 1 if anything failed.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Say what an adapter is; with --base also whether it fits that base, checked by loading it."""
+    if check:
+        from inlay.cli_trust import show_checks
+
+        show_checks(adapter, base, as_json)
+        return
     from inlay.store.file import fetch
     from inlay.store.summary import summary
 
@@ -333,10 +346,6 @@ def doctor(as_json: JsonOption = False) -> None:
     Console().print(table)
 
 
-for name, verb in VERBS.items():
-    app.command(name)(verb)
-
-
 def _find_masks(
     loaded: Any, merge: bool, inputs: list[str], asked: dict[str, Any], overlay: Path | None, as_json: bool
 ) -> None:
@@ -408,11 +417,6 @@ def _show(facts: dict[str, Any], as_json: bool) -> None:
     Console().print(table, markup=False, highlight=False)
 
 
-def printable(text: str) -> str:
-    """Without control characters: names and labels of an adapter are anyone's, and a terminal obeys some."""
-    return "".join(c if c.isprintable() else "�" for c in text)
-
-
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         lists = any(isinstance(v, list) for v in value.values())
@@ -426,6 +430,10 @@ def _text(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+for name, verb in {**cli_hub.VERBS, **cli_trust.VERBS}.items():
+    app.command(name)(verb)
 
 
 def main() -> None:

@@ -29,7 +29,8 @@ from inlay.models import load_base
 from inlay.store.config import refuse_biases
 from inlay.store.file import CONFIG, AdapterFile, fetch, fingerprint, read_adapter
 from inlay.store.identity import check_base, identity
-from inlay.store.load import check_method, given_base, read_weights
+from inlay.store.load import given_base, read_weights
+from inlay.store.method import check_method
 
 Values = dict[str, torch.Tensor]
 

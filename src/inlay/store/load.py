@@ -21,9 +21,7 @@ from inlay._peft import (
     carries_adapter,
     fill,
     inject,
-    known_method,
     merge_keeping,
-    odd_settings,
     release,
     virtual_tokens,
 )
@@ -35,9 +33,10 @@ from inlay.models import Dtype, head_of, load_base, task_of
 from inlay.processors import load_processor, load_tokenizer, processor_from
 from inlay.quantized import Quantize
 from inlay.store import golden
-from inlay.store.config import audited, changes_base, refuse_biases
+from inlay.store.config import changes_base, refuse_biases
 from inlay.store.file import CONFIG, WEIGHTS, AdapterFile, fetch, read_adapter
 from inlay.store.identity import check_base, identity
+from inlay.store.method import check_method
 from inlay.store.patterns import check_patterns
 from inlay.store.sketch import precision_of
 
@@ -145,6 +144,15 @@ def load_adapter(
         check_base(file, identity(model))
     if getattr(model, "new_head", False) and not isinstance(base, nn.Module):
         _check_head(file, model)
+    return mount(file, weights, model)
+
+
+def mount(file: AdapterFile, weights: dict[str, torch.Tensor], model: PreTrainedModel) -> LoadedAdapter:
+    """A checked adapter on a base that was found to be its own, which is left as it was when the adapter does not fit.
+
+    Raises:
+        InlayError: Settings, names or shapes that do not fit; another golden output.
+    """
     task = file.record.get("task") or task_of(model.name_or_path, model.config)
     processor = _processor(file, model, task)
     undo = _undo(model)
@@ -221,27 +229,6 @@ def load_own_base(
     classifies = file.record.get("task", "image-classification") == "image-classification"
     labels = file.labels if classifies and file.labels else None
     return load_base(name or file.base_name, labels=labels, dtype=dtype, quantize=quantize, revision=pinned)
-
-
-def check_method(file: AdapterFile) -> None:
-    """Raise InlayError for a method that this peft does not know, or inlay not well enough; settings it would drop."""
-    for part in (file.config, *(file.config.get("parts") or [])):
-        method = part["peft_type"]
-        if not known_method(method):
-            raise InlayError(
-                f"adapter {file.name!r} is of the method {method!r}, which neither this inlay nor this peft knows: "
-                "upgrade them."
-            )
-        if not audited(method):
-            raise InlayError(
-                f"adapter {file.name!r} is of peft's method {method!r}, of which inlay does not know that it takes no "
-                "more than its own file; load it with peft if you trust it."
-            )
-        if odd := odd_settings(part):
-            raise InlayError(
-                f"{file.folder / CONFIG} sets {', '.join(odd)}, which this peft does not know in {method} or would "
-                "misread; upgrade peft, or get the adapter again."
-            )
 
 
 def set_head(base: PreTrainedModel, file: AdapterFile) -> None:
