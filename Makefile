@@ -43,7 +43,7 @@ bench: setup ## slow measurements, with their results in tests/benchmarks/result
 	$(BIN)/python tests/benchmarks/spatial_speed.py --edge 128
 	$(BIN)/python tests/benchmarks/segment_memory.py
 	$(BIN)/python tests/benchmarks/hippocampus.py
-	for name in combine_error combine_speed combine_rules merge_error bank; do $(BIN)/python tests/benchmarks/$$name.py || exit 1; done
+	for name in combine_error combine_speed combine_rules merge_error bank fuzz; do $(BIN)/python tests/benchmarks/$$name.py || exit 1; done
 
 bench-adapters: setup ## beside the library adapters, whose pins need an environment of their own
 	$(PYTHON) -m venv runs/adapters

@@ -48,14 +48,15 @@ def check_config(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], whe
         where: The file, for the message.
     """
     for path, value in _leaves(config):
+        if any(0xD800 <= ord(c) < 0xE000 for c in f"{path}{value if isinstance(value, str) else ''}"):
+            raise InlayError(f"{where} holds half a character, which no text has; get it again.")
         if isinstance(value, float) and not math.isfinite(value):
             raise InlayError(f"{where} says {path} = {value}, which is no number; get it again.")
         if path.endswith("trust_remote_code") and value:
             raise InlayError(f"{where} asks for code from a repository (trust_remote_code), which inlay never runs.")
-    whole, parts = config.get("modules_to_save") or [], config.get("parts") or []
-    named = isinstance(whole, list) and all(isinstance(module, str) for module in whole)
+    parts = config.get("parts") or []
     typed = isinstance(parts, list) and all(isinstance(p, dict) and isinstance(p.get("peft_type"), str) for p in parts)
-    if not named or not typed:
+    if not typed or not _names(config.get("modules_to_save"), list):
         raise InlayError(f"{where} has parts or modules_to_save of a wrong kind; get it again.")
     for part in [config, *parts]:
         _check_method(part["peft_type"], where)
@@ -75,12 +76,21 @@ def audited(method: str) -> bool:
 
 
 def _check_settings(config: dict[str, Any], where: Path) -> None:
+    for name in ("target_modules", "exclude_modules"):
+        if not _names(config.get(name), list, str):
+            raise InlayError(f"{where} does not fit this base: {name} must be a text or a list of texts; get it again.")
     for name, harm in _EMPTY.items():
         if config.get(name):
             raise InlayError(f"{where} sets {name}, which {harm}: inlay does not load such an adapter.")
     init = config.get("init_lora_weights", True)
     if not isinstance(init, bool | str | None) or (init not in _INITS and not changes_base(config)):
         raise InlayError(f"{where} names the unknown initialisation {init!r}; set init_lora_weights to true.")
+
+
+def _names(value: Any, *kinds: type) -> bool:
+    """True for nothing, and for one of these kinds; a list is of texts."""
+    listed = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return value is None or (listed if isinstance(value, list) else isinstance(value, kinds))
 
 
 def refuse_biases(config: dict[str, Any], adapter: str) -> None:

@@ -152,11 +152,19 @@ def _check_files(folder: Path) -> None:
     homes = [inside, *([inside.parents[1] / "blobs"] if inside.parent.name == "snapshots" else [])]
     for name in (CONFIG, WEIGHTS, METRICS, CARD):
         path = folder / name
-        if path.is_symlink() and not any(path.resolve().is_relative_to(home) for home in homes):
+        if path.is_symlink() and not any(_target(path).is_relative_to(home) for home in homes):
             raise InlayError(f"{path} is a link to a file outside of the folder; put the file itself there.")
         limit = MAX_BYTES.get(name)
         if limit and path.is_file() and (size := path.stat().st_size) > limit:
             raise InlayError(f"{path} has {size:,} bytes, and inlay reads at most {limit:,}; it is no adapter's.")
+
+
+def _target(link: Path) -> Path:
+    """Where it leads in the end; one that leads in a circle, nowhere."""
+    try:
+        return link.resolve()
+    except RuntimeError:  # before Python 3.13
+        return Path()
 
 
 def fingerprint(config: dict[str, Any]) -> str:

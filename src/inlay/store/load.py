@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -342,10 +343,18 @@ def _check_tokens(file: AdapterFile, config: PeftConfig, weights: dict[str, torc
 
 
 def _check_golden(file: AdapterFile, model: PeftModel, processor: Any) -> float | None:
+    """Relative difference to the stored output, None if there is none: what computes nothing is refused even so."""
     stored = file.record.get("golden")
+    try:
+        found = golden.output(model, processor)
+    except Exception as error:  # settings from anywhere let a model or a processor fail in any way
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InlayError(f"adapter {file.name!r} loads, but fails on its first input: {reason}") from error
     if not stored:
+        if not np.isfinite(found).all():
+            raise InlayError(f"adapter {file.name!r} loads, but gives NaN or Inf; get it again, or another base.")
         return None
-    off = golden.deviation(stored, golden.output(model, processor))
+    off = golden.deviation(stored, found)
     limit = max(golden.TOLERANCE[precision_of(model)], golden.TOLERANCE[file.record["base"]["precision"]])
     if off > limit:
         raise InlayError(

@@ -15,7 +15,7 @@ from typing import Any
 
 from inlay.errors import InlayError
 
-SECONDS = 10.0  # for all of them; usual ones take a few milliseconds, beside 50 for the process
+SECONDS = 5.0  # for all of them; usual ones take milliseconds, the process to try them 50
 MAX_LENGTH = 10_000  # of one
 _PLAIN = {"base_model_name_or_path", "revision", "peft_version", "peft_type", "task_type", "auto_mapping"}
 # Every form that peft gives a text of a config before it matches a name. One that is no expression is peft's to refuse.

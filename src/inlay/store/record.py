@@ -37,7 +37,7 @@ def check_record(record: dict[str, Any], where: Path) -> None:
     optional = {"blocks": int, "width": int, "revision": str}
     wrong = [name for name, kind in optional.items() if not isinstance(base.get(name), kind | None)]
     wrong += [name for name in ("labels", "head") if not all(isinstance(text, str) for text in record[name])]
-    wrong += ["golden"] * (not all(type(value) in (int, float) for value in golden))
+    wrong += ["golden"] * (not all(type(v) is float or (type(v) is int and abs(v) < 2**53) for v in golden))
     wrong += ["precision"] * (base["precision"] not in TOLERANCE) + ["task"] * (record.get("task") not in _TASKS)
     wrong += ["sketch"] * (not _is_sketch(base["sketch"]["values"]))
     if len(record["labels"]) > MAX_LABELS:
