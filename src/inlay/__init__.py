@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from inlay.models import load_base
     from inlay.processors import load_processor, load_tokenizer
     from inlay.recipe import run_recipe
+    from inlay.store.convert import import_adapter
     from inlay.store.file import read_adapter
     from inlay.store.hub import pull_adapter, push_adapter
     from inlay.store.load import load_adapter
@@ -87,6 +88,7 @@ _WHERE = {
     "combine": "combine",
     "fit": "train.loop",
     "generate": "infer.text",
+    "import_adapter": "store.convert",
     "judge": "infer.text",
     "load_adapter": "store.load",
     "load_base": "models",
@@ -135,6 +137,7 @@ __all__ = [
     "combine",
     "fit",
     "generate",
+    "import_adapter",
     "judge",
     "load_adapter",
     "load_base",

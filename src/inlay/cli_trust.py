@@ -1,7 +1,10 @@
 """The verbs of the `inlay` command for adapters from elsewhere: verify, import."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -25,4 +28,26 @@ def show_checks(adapter: str, base: str | None, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-VERBS: dict = {}
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="A folder or Hub id of peft, or a .safetensors, .bin, .pt or .pth file."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="The adapter: a new folder.")],
+    base: Annotated[str | None, typer.Option(help="Its base, where the source does not name it.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Of loralib: the update is alpha / r times B A.")] = None,
+    fused: Annotated[
+        str | None, typer.Option(metavar="q,v", help="Of loralib's fused layers: which of q, k, v are adapted.")
+    ] = None,
+) -> None:
+    """Convert an adapter of loralib, of Stable Diffusion's text encoder, or with names of an older transformers."""
+    from inlay.store.convert import import_adapter
+
+    made = import_adapter(source, out, base=base, alpha=alpha, fused=fused.split(",") if fused else None)
+    print(printable(f"{made.folder}: {made.form}, {made.layers} layers, {made.renamed} tensors renamed"))
+    for left in made.left_out:
+        print(printable(f"left out: {left}"))
+    print(f"compared with: {made.checked}")
+
+
+VERBS: dict[str, Callable[..., None]] = {"import": import_}

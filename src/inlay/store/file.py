@@ -132,7 +132,7 @@ def _read(folder: Path, digest: bool) -> AdapterFile:
     config = _json(folder / CONFIG, exact=True)
     if not isinstance(config.get("peft_type"), str):
         raise InlayError(f"{folder / CONFIG} names no peft_type, so it is not an adapter's config.")
-    header = _header(folder / WEIGHTS, digest)
+    header = read_header(folder / WEIGHTS, digest=digest)
     metadata = header.pop("__metadata__", {})
     shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
     check_config(config, shapes, folder / CONFIG)
@@ -247,8 +247,12 @@ def _json(path: Path, *, exact: bool = False) -> dict[str, Any]:
     return content
 
 
-def _header(path: Path, digest: bool) -> dict[str, Any]:
-    """Parse the safetensors header and compare it with the size and the digest of the file."""
+def read_header(path: Path, *, digest: bool = True) -> dict[str, Any]:
+    """Parse the header of a safetensors file and compare it with the size and the digest of the file.
+
+    Raises:
+        InlayError: A file that is damaged, pickled, an LFS pointer, or larger than inlay reads.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(48)
