@@ -1,5 +1,6 @@
 """Adapters from strangers: what a folder could be made to do, and that it does not."""
 
+import ast
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from conftest import ROOT
 from inlay import Bank, cli, load_adapter, load_base, read_adapter
 from inlay._peft import PeftType, base_modules
 from inlay.errors import InlayError
@@ -191,7 +193,6 @@ def test_info_says_where_it_read(zoo, capsys, monkeypatch):
         ({"arrow_config": {"top_k": 2}}, "sets arrow_config, which routes between other adapters"),
         ({"tokenizer_kwargs": {"trust_remote_code": True}}, "asks for code from a repository"),
         ({"trust_remote_code": True}, "asks for code from a repository"),
-        ({"auto_map": {"AutoConfig": "evil.Config"}}, "sets auto_map, which this peft does not know in LORA"),
         ({"peft_type": "XLORA"}, "of the method XLORA, which loads other adapters that its config names"),
         ({"peft_type": "MULTITASK_PROMPT_TUNING"}, "MULTITASK_PROMPT_TUNING, which reads a file that its config names"),
         ({"peft_type": "SHADOW"}, "of the method SHADOW, which loads a second model"),
@@ -200,8 +201,6 @@ def test_info_says_where_it_read(zoo, capsys, monkeypatch):
         ({"alpha_pattern": {"q_proj": -1e9}}, r"alpha_pattern.q_proj = -1e\+09; expected at most"),
         ({"lora_alpha": float("nan")}, "lora_alpha = nan, which is no number"),
         ({"lora_dropout": float("inf")}, "lora_dropout = inf, which is no number"),
-        ({"use_rslora": "false"}, "sets use_rslora, which this peft does not know in LORA or would misread"),
-        ({"use_new_scaling": True}, "sets use_new_scaling, which this peft does not know in LORA"),
         ({"init_lora_weights": "magic"}, "names the unknown initialisation 'magic'"),
         ({"parts": [{"r": 4}]}, "has parts or modules_to_save of a wrong kind"),
     ],
@@ -218,12 +217,51 @@ def test_a_config_that_asks_for_harm(signed, settings, message, zoo, plain, rewr
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.parametrize(
+    ("settings", "effect"),
+    [({"auto_map": {"AutoConfig": "evil.C"}}, False), ({"use_rslora": "false"}, True), ({"use_new_scaling": 3}, False)],
+)
+def test_a_setting_that_peft_would_drop_or_misread(settings, effect, zoo, plain, rewrite, five, original, outputs):
+    """A stored output tells whether it matters; without one nothing does."""
+    rewrite(zoo, config=lambda c: c.update(settings))
+    if effect:
+        refused(zoo, "its output differs")
+    else:
+        torch.testing.assert_close(outputs(load_adapter(zoo).model), outputs(original[0]), rtol=0, atol=0)
+    name = next(iter(settings))
+    refused(plain(zoo), f"sets {name}, which this peft does not know in LORA or would misread", base=five)
+
+
 def test_nothing_that_a_config_names_is_imported(zoo, plain, five, tmp_path, monkeypatch):
     (tmp_path / "evil_library.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     named = {"base_model_class": "ViTForImageClassification", "parent_library": "evil_library"}
     plain(zoo, lambda c: c.update(auto_mapping=named, megatron_core="evil_library"))
     assert load_adapter(zoo, five).verified is False and "evil_library" not in sys.modules
+
+
+def test_no_line_of_the_package_runs_what_it_reads():
+    """No pickle but through torch's reader of tensors alone, no code from a repository."""
+    asked = {"from_pretrained": "trust_remote_code", "from_config": "trust_remote_code"}
+    own = ("PeftConfig", "PeftModel", "json")  # read no code
+    calls = 0
+    for path in (ROOT / "src").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [getattr(node, "module", None), *(alias.name for alias in node.names)]
+                assert not {"pickle", "dill", "cloudpickle", "joblib"} & set(names), path
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            owner, keywords = ast.unparse(node.func.value), {k.arg: ast.unparse(k.value) for k in node.keywords}
+            if node.func.attr in asked and owner not in own:
+                assert keywords.get("trust_remote_code") == "False", (path, node.lineno)
+                calls += 1
+            if (owner, node.func.attr) == ("torch", "load"):
+                assert keywords.get("weights_only") == "True", (path, node.lineno)
+            if (owner, node.func.attr) == ("np", "load"):
+                assert keywords.get("allow_pickle") == "False", (path, node.lineno)
+    assert calls >= 5
 
 
 def test_a_setting_that_stands_twice(zoo, plain):

@@ -63,7 +63,7 @@ def test_what_plain_peft_wrote_is_not_recorded(zoo, plain):
         ({"weights": lambda t: t[A].view(-1).__setitem__(0, float("nan"))}, "finite weights"),
         ({"record": lambda r: r["base"].update(blocks=7)}, "base"),
         ({"record": lambda r: r.update(golden=[1.0] * 5)}, "golden output"),
-        ({"config": lambda c: c.update(use_new=True)}, "method"),
+        ({"config": lambda c: c.update(peft_type="MAGIC")}, "method"),
         ({"config": lambda c: c.update(lora_alpha=1e9)}, "files"),
     ],
 )

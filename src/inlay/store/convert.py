@@ -24,7 +24,7 @@ from transformers.core_model_loading import WeightRenaming
 from inlay.arch import is_linear, linear_shape
 from inlay.atomic import write_json, writing
 from inlay.errors import InlayError
-from inlay.models import load_base, read_config, resolve
+from inlay.models import explained, load_base, read_config, resolve
 from inlay.store.file import CONFIG, WEIGHTS, AdapterFile, fetch, read_adapter
 from inlay.store.foreign import Factors, read_factors
 from inlay.store.load import load_adapter, read_weights
@@ -258,11 +258,14 @@ def base_skeleton(name: str, architecture: str | None = None) -> transformers.Pr
     if architecture and (inner := getattr(config, "text_config", None)) is not None:
         config = inner
     named = architecture or next(iter(config.architectures or []), "")
-    kind = getattr(transformers, named, None)
+    kind = getattr(transformers, str(named), None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise InlayError(f"the config of {name} names the architecture {named!r}, which transformers does not have.")
-    with torch.device("meta"):
-        return kind(config)
+    try:
+        with torch.device("meta"):
+            return kind(config)
+    except Exception as error:  # a config is data from anywhere: it fails in any way
+        raise explained(name, error) from error
 
 
 def _renaming(skeleton: transformers.PreTrainedModel) -> Callable[[str], str]:

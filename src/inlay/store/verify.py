@@ -80,7 +80,7 @@ class _Look:
         from inlay.store.method import check_method
 
         check_method(self.file)
-        return "ok", f"{self.file.config['peft_type']}, with no setting that this peft would drop"
+        return "ok", f"{self.file.config['peft_type']}, which this peft knows"
 
     def weigh(self) -> tuple[Result, str]:
         from inlay.store.load import read_weights
