@@ -10,11 +10,12 @@ import time
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
 from inlay import Bank, cli, load_adapter, load_base, read_adapter
-from inlay._peft import PeftType, base_modules
+from inlay._peft import PeftType, base_modules, inject
 from inlay.errors import InlayError
 from inlay.models import resolve
 from inlay.store import config as rules
@@ -324,6 +325,26 @@ def test_methods_of_peft_are_known_or_refused():
     known = {name for name in PeftType.__members__ if rules.audited(name)}
     assert {"LORA", "IA3", "LOHA", "PROMPT_TUNING", "INLAY_BOTTLENECK"} <= known
     assert not known & {"XLORA", "MULTITASK_PROMPT_TUNING", "SHADOW", "OSF", "CPT", "POLY", "CARTRIDGE"}
+
+
+@pytest.mark.parametrize(
+    "name", sorted(rules.AUDITED - {"P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "TRAINABLE_TOKENS"})
+)
+def test_an_audited_method_leaves_the_base(name):
+    special = {
+        "C3A": {"block_size": 8},
+        "FOURIERFT": {"n_frequency": 50},
+        "IA3": {"feedforward_modules": []},
+        "LN_TUNING": {"target_modules": ["layernorm_before"]},
+        "ROAD": {"group_size": 32},
+        "VBLORA": {"vector_length": 8},
+        "ADALORA": {"total_step": 10},
+    }
+    base = load_base("builtin:vit-tiny")
+    before = held(base)
+    settings = {"target_modules": ["q_proj"], **special.get(name, {})}
+    after = held(inject(base, PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)](**settings)))
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in after)
 
 
 def test_biases_of_the_base(make, processor, outputs, five, tmp_path):
