@@ -112,7 +112,7 @@ def check_digest(folder: str | Path) -> None:
     Raises:
         InlayError: The file is damaged.
     """
-    _header(Path(folder) / WEIGHTS, digest=True)
+    read_header(Path(folder) / WEIGHTS)
 
 
 def _read(folder: Path, digest: bool) -> AdapterFile:
@@ -177,8 +177,8 @@ def fetch(path: str | Path, revision: str | None = None) -> Path:
     """A local folder as it is; user/name, or user/name/adapter of several, from the Hub or its cache.
 
     Raises:
-        InlayError: A name that means both; a revision of a local folder; neither is there; what `inlay.store.hub.download`
-            finds.
+        InlayError: A name that means both; a revision of a local folder; neither is there; what `download` of
+            inlay.store.hub finds.
     """
     folder = Path(path).expanduser()
     text = str(path)
