@@ -94,7 +94,7 @@ def test_a_huge_rank(settings, message, zoo, plain, five):
     plain(zoo, change)
     started = time.perf_counter()
     refused(zoo, message, base=five)
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 60  # without the limit it would be years
 
 
 def test_a_huge_prompt_is_compared_before_it_is_made(tmp_path):
@@ -417,7 +417,7 @@ def test_a_pattern_that_would_run_for_ever(settings, zoo, plain, five, monkeypat
     plain(zoo, lambda c: c.update(settings))
     started = time.perf_counter()
     refused(zoo, r"a pattern in the config of adapter 'zoo' was not done with .* module names after 0.5 s", base=five)
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 60  # without the limit it would be years
 
 
 def test_a_pattern_that_would_run_for_ever_in_combine(zoo, plain, tmp_path, monkeypatch):

@@ -149,7 +149,7 @@ def _read(folder: Path, digest: bool) -> AdapterFile:
 def _check_files(folder: Path) -> None:
     """Each file is there itself, or linked to from within: the Hub's cache keeps them in `blobs` beside `snapshots`."""
     inside = folder.resolve()
-    homes = [inside, *([inside.parents[1] / "blobs"] if inside.parent.name == "snapshots" else [])]
+    homes = [inside, *(parent.parent / "blobs" for parent in inside.parents if parent.name == "snapshots")]
     for name in (CONFIG, WEIGHTS, METRICS, CARD):
         path = folder / name
         if path.is_symlink() and not any(_target(path).is_relative_to(home) for home in homes):
