@@ -212,3 +212,12 @@ def test_a_folder_of_plain_peft_can_be_saved_over_and_read_by_transformers(origi
     )
     model = PeftModel.from_pretrained(base, str(original[1])).eval()
     torch.testing.assert_close(outputs(model), outputs(original[0]))
+
+
+def test_who_trained_it_is_recorded_where_it_is_said(monkeypatch):
+    from inlay.store.save import author
+
+    monkeypatch.delenv("INLAY_AUTHOR", raising=False)
+    assert author() == {}
+    monkeypatch.setenv("INLAY_AUTHOR", " A. Author ")
+    assert author() == {"trained_by": "A. Author"}

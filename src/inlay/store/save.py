@@ -1,6 +1,7 @@
 """Write a trained adapter as one folder."""
 
 import json
+import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -47,7 +48,8 @@ def save_adapter(
         folder: Where; its last part is the adapter's name.
         processor: The image processor, TextProcessor or VolumeProcessor that it was trained with.
         metrics: `validation` and `test` (scores), `dataset`, `cost`, `training`, `license`, and `history` (rows of an
-            evaluation each, drawn as training.png): shown in the card, stored in metrics.json.
+            evaluation each, drawn as training.png): shown in the card, stored in metrics.json. `trained_by` is who
+            trains, by default what INLAY_AUTHOR says in the environment.
         dtype: Of the numbers in the file. With float16, half the size, the model's own adapter is rounded too, so that
             it computes what was saved.
         tasks: Of a combination of classifiers, as in `AdapterFile.tasks`.
@@ -64,7 +66,7 @@ def save_adapter(
         raise InlayError(f"{folder} exists and is not an adapter; give another folder.")
     if not PartialState().is_main_process:
         return folder
-    metrics = {**(metrics or {}), "versions": versions()}
+    metrics = {**author(), **(metrics or {}), "versions": versions()}
     with writing(folder) as new:
         model.save_pretrained(str(new), selected_adapters=[model.active_adapter], save_embedding_layers=False)
         if model.active_adapter != "default":  # peft puts any other name in a folder of its own
@@ -116,6 +118,12 @@ def _check_weights(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
         raise InlayError(
             f"the head is new, but no part of this adapter, so it would be lost; train it: modules_to_save={heads}."
         )
+
+
+def author() -> dict[str, str]:
+    """Who trains, where INLAY_AUTHOR says so: nobody is named unasked, neither the login nor the Hub's user."""
+    name = os.environ.get("INLAY_AUTHOR", "").strip()
+    return {"trained_by": name} if name else {}
 
 
 def versions() -> dict[str, str]:
