@@ -39,7 +39,6 @@ bench: setup ## slow measurements, with their results in tests/benchmarks/result
 	$(BIN)/python tests/benchmarks/stories260k.py
 	$(BIN)/python tests/benchmarks/e2e_gpt2.py
 	$(BIN)/python tests/benchmarks/eight_bit_gpt2.py
-	$(BIN)/python tests/benchmarks/spatial_speed.py --edge 64
 	$(BIN)/python tests/benchmarks/spatial_speed.py --edge 128
 	$(BIN)/python tests/benchmarks/segment_memory.py
 	$(BIN)/python tests/benchmarks/hippocampus.py

@@ -1,6 +1,6 @@
 """Volumetric SAM on real MR scans beside SAM slice by slice, a 3D U-Net, and itself without its depth convolution.
 
-    python tests/benchmarks/hippocampus.py [--steps 300] [--seeds 0 1 2] [--ways spatial slices unet flat]
+    python tests/benchmarks/hippocampus.py [--steps 240] [--seeds 0 1 2] [--ways spatial slices unet flat]
 
 Medical Segmentation Decathlon, hippocampus: 48 scans for training, 12 held out, two classes. All ways have equal data
 and the same loop (AdamW, warm-up, cosine, clipped gradients; random crops of 32 x 48 x 32 voxels with augmentation) for
@@ -257,7 +257,7 @@ def table(rows, steps):
 def main():
     """All ways and seeds; results are written after each, and kept where they are there already."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--out", default="hippocampus")
