@@ -9,9 +9,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tes
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared" / "data"
-
 torch.set_num_threads(1)
 
 

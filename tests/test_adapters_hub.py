@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from conftest import ROOT
 from inlay import load_adapter, load_images, predict
 from inlay.store.index import write_index
 from inlay.store.summary import summary
+from places import ROOT
 
 HUB = ROOT / "adapters_hub"
 

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
-from conftest import ROOT
 from inlay.data.restaurants import descriptions
 from inlay.models import BUILTIN
+from places import ROOT
 
 FOLDER = BUILTIN / "gpt2-tiny"
 CARD = (FOLDER / "README.md").read_text(encoding="utf-8")

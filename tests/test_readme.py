@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from conftest import ROOT
 from inlay import cli
 from inlay.methods import METHODS
+from places import ROOT
 
 
 def test_the_table_of_methods_is_that_of_the_code():

@@ -27,7 +27,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from inlay import ImageView, TrainConfig, fit, load_images
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import SHARED
+from places import SHARED
 
 RESULTS = Path(__file__).parent / "results" / "frozen_blocks.json"
 # Name: hidden size, heads, batch, photos for training, photos for validation. Those of DeiT-Ti, DeiT-S and ViT-B.
@@ -115,7 +115,7 @@ def compare(size: str, data: Any, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny", "small"])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

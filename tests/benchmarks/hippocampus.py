@@ -35,7 +35,7 @@ from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import SHARED
+from places import SHARED
 
 RESULTS = Path(__file__).parent / "results"
 WAYS = ("spatial", "flat", "slices", "unet")

@@ -38,7 +38,7 @@ from inlay.models import BUILTIN
 from inlay.train.losses import NextToken
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import SHARED
+from places import SHARED
 
 RESULTS = Path(__file__).parent / "results" / "memory_plan.json"
 LLAMA, MOBILENET = SHARED / "lm_stories260K_llama" / "hf", SHARED / "mobilenet_imagenet" / "hf" / "mobilenet_v2_1.0_224"
@@ -200,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cases", nargs="+", default=[""], help="How their names begin; default: all.")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")

@@ -28,7 +28,7 @@ from inlay.measure import footprint
 from inlay.methods import METHODS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import SHARED
+from places import SHARED
 
 RESULTS = Path(__file__).parent / "results" / "stories260k"
 BASE, DATA = SHARED / "lm_stories260K_llama" / "hf", SHARED / "tinyshakespeare" / "input.txt.gz"
@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # as the figures were measured
     data = load_texts(str(DATA))
     processor = TextProcessor(load_tokenizer(BASE), separator="", max_length=128)
     views = TextView(data.train, processor, block=True), TextView(data.validation, processor, block=True)

@@ -12,7 +12,6 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from conftest import SHARED
 from inlay import load_base, load_tokenizer
 from inlay.data.tokens import TextProcessor
 from inlay.errors import InlayError
@@ -20,6 +19,7 @@ from inlay.infer.text import Decoding, _Draws, _ends, generate
 from inlay.methods import METHODS
 from inlay.train.config import TrainConfig
 from methods.bases import adapted, build
+from places import SHARED
 
 PROMPTS = ["name", "a much longer prompt than that", "x", "", "name pub "]
 SAME = ("full", "rslora", "pissa")  # no adapter, or LoRA layers with other numbers

@@ -8,11 +8,11 @@ import torch
 from monai.inferers import sliding_window_inference
 from peft import get_peft_model
 
-from conftest import SHARED
 from infer.standin import LABELS, adapter, blobs
 from inlay import InlayError, VolumeSession, cli, segment
 from inlay.data.scan import VolumeProcessor
 from methods.volumes import build, settings
+from places import SHARED
 
 HIPPOCAMPUS = SHARED / "hippocampus_msd04" / "dev"
 # Voxel index to mm: left-posterior-superior, with axes swapped, unequal spacing and an origin.

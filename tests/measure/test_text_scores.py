@@ -9,9 +9,9 @@ from collections import defaultdict
 import pytest
 from sacrebleu.metrics import BLEU, CHRF
 
-from conftest import SHARED
 from inlay.errors import InlayError
 from inlay.measure import TextScores, score_texts
+from places import SHARED
 
 DEVSET = SHARED / "e2e_nlg" / "devset.csv"
 

@@ -3,8 +3,8 @@
 import runpy
 import sys
 
-from conftest import ROOT
 from inlay import load_adapter
+from places import ROOT
 
 
 def test_two_tasks_are_trained_added_and_evaluated(monkeypatch, capsys, tmp_path):

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from conftest import ROOT
 from hub.client import online
 from inlay import load_adapter
+from places import ROOT
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from conftest import ROOT
 from inlay import load_adapter, read_adapter
+from places import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 

@@ -9,9 +9,9 @@ import torch
 from peft import get_peft_model
 from PIL import Image
 
-from conftest import ROOT
 from inlay import load_adapter, load_base, load_processor, predict_masks, read_adapter, save_adapter
 from inlay.data.scenes import scenes
+from places import ROOT
 
 RECIPE = ROOT / "recipes/lora_sam.py"
 

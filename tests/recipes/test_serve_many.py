@@ -3,8 +3,8 @@
 import runpy
 import sys
 
-from conftest import ROOT
 from inlay import read_adapter
+from places import ROOT
 
 
 def test_it_trains_two_methods_and_serves_them_in_one_batch(monkeypatch, capsys, tmp_path):

@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import ROOT
 from inlay import load_adapter, load_volumes, read_adapter
 from inlay.cli import app
 from inlay.data.nifti import read_volume, write_volume
+from places import ROOT
 
 SHORT = ["--crop", 16, 16, 16, "--width", 8, "--epochs", 0.11, "--batch_size", 2, "--workers", 0]
 
