@@ -270,6 +270,18 @@ def without_layers(model: PeftModel) -> Iterator[None]:
             layer._disable_adapters = state
 
 
+@contextmanager
+def base_alone(model: PeftModel) -> Iterator[None]:
+    """The base with its own head inside the block; afterwards, unlike peft's, what required a gradient does again."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, requires_grad in trained:
+            parameter.requires_grad = requires_grad
+
+
 def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
     """A copy of what a file of the active adapter would hold."""
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -1,4 +1,4 @@
-"""What a model holds, computes, takes and gets right: parameters, multiply-accumulates, latency, quality.
+"""What a model holds, computes, takes and gets right: parameters, multiply-accumulates, latency, energy, quality.
 
 All but `footprint` is imported on first use: torch takes a second, evaluate with what it imports several.
 """
@@ -13,6 +13,7 @@ from inlay.measure.footprint import Footprint, footprint
 
 if TYPE_CHECKING:
     from inlay.measure.costs import cost
+    from inlay.measure.energy import Energy, measure_energy
     from inlay.measure.macs import count_macs
     from inlay.measure.masks import VolumeDice, overlap, score_case, summarise, write_csv
     from inlay.measure.memory import MemoryPlan, measure_peak, plan_memory
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "F1",
     "Accuracy",
+    "Energy",
     "Footprint",
     "Latency",
     "MaskIoU",
@@ -33,6 +35,7 @@ __all__ = [
     "count_macs",
     "footprint",
     "latency",
+    "measure_energy",
     "measure_peak",
     "overlap",
     "plan_memory",
@@ -47,6 +50,8 @@ _HOME = {
     "Latency": "speed",
     "latency": "speed",
     "cost": "costs",
+    "Energy": "energy",
+    "measure_energy": "energy",
     "Accuracy": "quality",
     "F1": "quality",
     "MaskIoU": "quality",

@@ -33,14 +33,15 @@ def footprint(model: nn.Module) -> Footprint:
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     held = [*parameters, *model.buffers(), *_scales(model, parameters)]
     return Footprint(
-        parameters=sum(map(_true_size, parameters)),
-        trainable=sum(map(_true_size, trainable)),
+        parameters=sum(map(true_size, parameters)),
+        trainable=sum(map(true_size, trainable)),
         bytes_total=sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in held}.values()),
         bytes_trainable=sum(tensor.nbytes for tensor in trainable),
     )
 
 
-def _true_size(parameter: nn.Parameter) -> int:
+def true_size(parameter: nn.Parameter) -> int:
+    """Numbers that a parameter stands for: two per byte of a 4-bit weight of bitsandbytes."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
 

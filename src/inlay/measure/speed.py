@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -53,24 +53,19 @@ def latency(
     Raises:
         InlayError: repeats is under 1, or there are no inputs.
     """
-    if repeats < 1 or not inputs:
-        raise InlayError(
-            f"expected repeats >= 1 and one input or more, but got repeats={repeats} and {len(inputs)} inputs"
-        )
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    inputs = {name: value.to(device) for name, value in inputs.items()}
+    if repeats < 1:
+        raise InlayError(f"expected repeats >= 1, but got repeats={repeats}.")
+    device = device_of(model)
     times_ms: list[float] = []
-    with _eval_mode(model), torch.inference_mode():
+    with passes(model, inputs) as run:
         deadline = time.perf_counter() + budget_s
-        for run in range(warmup + repeats):
-            start = _now(device)
-            if start > deadline and times_ms:
+        for count in range(warmup + repeats):
+            if times_ms and time.perf_counter() > deadline:
                 break
-            model(**inputs)
-            end = _now(device)
+            took = run()
             # A warm-up that has used up the budget must do as the measurement.
-            if run >= warmup or end > deadline:
-                times_ms.append((end - start) * 1e3)
+            if count >= warmup or time.perf_counter() > deadline:
+                times_ms.append(took * 1e3)
     p10, median, p90 = np.quantile(times_ms, [0.1, 0.5, 0.9]).tolist()
     return Latency(
         median_ms=median,
@@ -84,14 +79,35 @@ def latency(
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def passes(model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[Callable[[], float]]:
+    """A function that does one forward pass of `inputs`, in eval and inference mode, and gives its seconds.
+
+    Raises:
+        InlayError: There are no inputs.
+    """
+    if not inputs:
+        raise InlayError("expected one input or more, but got 0 inputs.")
+    device = device_of(model)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+
+    def run() -> float:
+        start = _now(device)
+        model(**inputs)
+        return _now(device) - start
+
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with torch.inference_mode():
+            yield run
     finally:
         for module, training in modes:
             module.training = training
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter is; the CPU if it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _now(device: torch.device) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,15 @@ _METRICS = {
 }
 _KINDS = {"rouge_l": "rouge"}  # where the Hub's name of a metric is another one
 _COSTS = {
-    "parameters": "parameters, base and adapter",
-    "trainable_parameters": "parameters of the adapter, trained head included",
+    "parameters": "parameters",
+    "trainable_parameters": "parameters that were trained, head included",
     "weights_mb": "weights in memory, MB",
-    "trainable_mb": "of them the adapter's, MB",
+    "trainable_mb": "weights that were trained, MB",
     "mmacs": "multiply-accumulates of one input, millions",
     "latency_ms": "latency of one input, ms, median",
     "energy_j": "energy of one input, J",
 }
+_ASIDE = ("device", "threads", "latency_spread_ms", "energy_source")  # said below the table of costs
 _DATA = {
     "builtin:digits": "Optical Recognition of Handwritten Digits (Alpaydin & Kaynak 1998, UCI, through scikit-learn), "
     "CC BY 4.0",
@@ -168,16 +170,31 @@ def _scores(metrics: dict[str, Any]) -> list[tuple[str, str, float]]:
 
 
 def _cost(cost: dict[str, Any]) -> list[str]:
+    """A table of what was measured, beside the base alone where that was measured too, and how it was."""
     if not cost:
         return ["Not measured."]
-    rows = [(_COSTS.get(k, k.replace("_", " ")), _number(v)) for k, v in cost.items() if k not in ("device", "threads")]
-    said = f"Measured on {cost['device']}, threads: {cost.get('threads', 'unknown')}." if "device" in cost else ""
-    energy = "" if any("energy" in key for key in cost) else "Energy was not measured."
-    return [_table(("measure", "value"), rows), " ".join(filter(None, (said, energy)))]
+    told = [key for key in cost if not key.startswith("base_") and key not in _ASIDE]
+    names = [(key, _COSTS.get(key, key.replace("_", " "))) for key in told]
+    header: tuple[str, ...] = ("measure", "value")
+    rows: list[tuple[str, ...]] = [(name, _number(cost[key])) for key, name in names]
+    if beside := any(key.startswith("base_") for key in cost):
+        header = ("measure", "base alone", "with the adapter", "the adapter adds")
+        rows = [(name, *_beside(cost.get(f"base_{key}"), cost[key])) for key, name in names]
+    threads = cost.get("threads", "unknown")
+    where = f"Measured on {cost['device']}, threads: {threads}." if "device" in cost else ""
+    spread = f", between which a median varied by {_number(cost['latency_spread_ms'])} ms" if _ASIDE[2] in cost else ""
+    turns = f"Latencies were taken by turns{spread}." if "base_latency_ms" in cost else ""
+    lacks = "The base alone has no use for this input." if beside and "base_mmacs" not in cost else ""
+    source = cost.get("energy_source", "measured" if "energy_j" in cost else "was not measured")
+    return [_table(header, rows), " ".join(filter(None, (where, turns, lacks, f"Energy {source}.")))]
 
 
-def _settings(training: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(key, f"`{_told(value)}`") for key, value in training.items() if value is not None]
+def _beside(base: Any, value: Any) -> tuple[str, str, str]:
+    """The base's value, that with the adapter, and the difference, absolute and in per cent."""
+    if not isinstance(base, int | float):
+        return "", _number(value), ""
+    share = f" ({value / base - 1:+.1%})" if base else ""
+    return _number(base), _number(value), f"{_number(value - base)}{share}"
 
 
 def _licence(dataset: str) -> str:
@@ -306,11 +323,13 @@ def _peft_snippet(record: dict[str, Any], kind: str) -> str:
     return "```python\n" + "\n".join(lines) + "\n```" + note
 
 
-def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     if not rows:
         return ""
-    return "\n".join([f"| {header[0]} | {header[1]} |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
 
 def _number(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.3f}" if abs(value) >= 1 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

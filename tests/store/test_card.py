@@ -1,0 +1,66 @@
+"""What a card says of costs, measured by this inlay, by an earlier one, or not at all."""
+
+import pytest
+
+from inlay.store.card import card
+from inlay.store.file import read_adapter
+
+MEASURED = {
+    "parameters": 150,
+    "trainable_parameters": 40,
+    "weights_mb": 0.0006,
+    "base_parameters": 100,
+    "base_weights_mb": 0.0004,
+    "mmacs": 12.5,
+    "latency_ms": 3.0,
+    "energy_j": 0.0123,
+    "energy_source": "measured: RAPL, package-0 with idle power and other processes",
+    "base_mmacs": 10.0,
+    "base_latency_ms": 2.5,
+    "base_energy_j": 0.0100,
+    "latency_spread_ms": 0.25,
+    "device": "cpu",
+    "threads": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def costs_of(original):
+    """A function that gives the section on costs of a card with these."""
+    file = read_adapter(original[1])
+
+    def costs_of(cost):
+        text = card(file.record, file.config, {"cost": cost})
+        return text.split("## Cost\n")[1].split("\n## ")[0].strip()
+
+    return costs_of
+
+
+def test_costs_stand_beside_those_of_the_base_alone(costs_of):
+    said = costs_of(MEASURED)
+    assert "| measure | base alone | with the adapter | the adapter adds |" in said
+    assert "| parameters | 100 | 150 | 50 (+50.0%) |" in said
+    assert "| parameters that were trained, head included |  | 40 |  |" in said
+    assert "| multiply-accumulates of one input, millions | 10.000 | 12.500 | 2.500 (+25.0%) |" in said
+    assert "| latency of one input, ms, median | 2.500 | 3.000 | 0.5 (+20.0%) |" in said
+    assert "| energy of one input, J | 0.01 | 0.0123 | 0.0023 (+23.0%) |" in said
+    assert (
+        "Measured on cpu, threads: 1. Latencies were taken by turns, between which a median varied by 0.25 ms." in said
+    )
+    assert said.endswith("Energy measured: RAPL, package-0 with idle power and other processes.")
+    assert "energy source" not in said and "spread" not in said
+
+
+def test_energy_that_is_unavailable_and_a_base_that_has_no_use_for_the_input(costs_of):
+    lacking = {k: v for k, v in MEASURED.items() if k not in ("base_mmacs", "base_latency_ms") and "energy_j" not in k}
+    said = costs_of({**lacking, "energy_source": "unavailable: this machine shows no RAPL counter"})
+    assert "| latency of one input, ms, median |  | 3.000 |  |" in said
+    assert "energy of one input" not in said and "turns" not in said
+    assert "The base alone has no use for this input. Energy unavailable: this machine shows no RAPL counter." in said
+
+
+def test_costs_of_an_earlier_inlay_and_none(costs_of):
+    said = costs_of({"parameters": 5, "latency_ms": 2.0, "device": "cpu"})
+    assert "| parameters | 5 |" in said and "base alone" not in said
+    assert said.endswith("Measured on cpu, threads: unknown. Energy was not measured.")
+    assert costs_of({}) == "Not measured."
