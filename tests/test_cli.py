@@ -16,6 +16,14 @@ def run(capsys, monkeypatch, *arguments):
     return int(status.value.code or 0), out, err
 
 
+def test_what_the_system_refuses_is_one_sentence(capsys, monkeypatch):
+    long = "x" * 5000
+    for verb in (["list", long], ["index", long], ["info", long], ["search", "a", "--folder", long]):
+        status, out, err = run(capsys, monkeypatch, *verb)
+        assert status == 2 and out == "" and err.startswith("error: x") and "File name too long" in err
+        assert err.count("\n") == 1
+
+
 def test_info_says_what_an_adapter_is(capsys, monkeypatch, digits_adapter):
     status, out, _ = run(capsys, monkeypatch, "info", digits_adapter, "--json")
     facts = json.loads(out)

@@ -426,10 +426,10 @@ def _text(value: Any) -> str:
             else ", ".join(f"{k} {_text(v)}" for k, v in value.items())
         )
     if isinstance(value, list):
-        return ", ".join(map(str, value[:12])) + (f" ... ({len(value)})" if len(value) > 12 else "")
+        return printable(", ".join(map(str, value[:12]))) + (f" ... ({len(value)})" if len(value) > 12 else "")
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
 
 
 for name, verb in {**cli_hub.VERBS, **cli_trust.VERBS}.items():
@@ -446,3 +446,6 @@ def main() -> None:
     except BrokenPipeError:  # `inlay ... | head`
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:  # a full disk, a folder without rights, a name too long
+        print(f"error: {str(error.filename or 'the system')[:200]}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)

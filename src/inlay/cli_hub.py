@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from inlay.cli_trust import printable
+
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of adapters.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -44,7 +46,7 @@ def pull(
 def search(
     query: Annotated[str, typer.Argument(metavar="TASK|BASE", help="Or a word of a name, a method or the data.")],
     folder: Annotated[Path, typer.Option(help="A folder of adapters, searched too.")] = Path("adapters_hub"),
-    limit: Annotated[int, typer.Option(help="Most rows of the Hub.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="Most rows of the Hub.")] = 20,
     as_json: Json = False,
 ) -> None:
     """List adapters for a task or a base: of a local folder, and of the Hub unless HF_HUB_OFFLINE=1."""
@@ -53,12 +55,15 @@ def search(
     from inlay.store.search import search as find
 
     online = not is_offline_mode()
-    rows = find(query, folder, online=online, limit=limit)
+    rows = find(query, folder, online=False)
+    if not as_json:
+        _say([{**row, "name": row["path"]} for row in rows])  # now, as the Hub may not answer
+    remote = find(query, online=True, limit=limit) if online else []
     if as_json:
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        print(json.dumps([*rows, *remote], indent=2, ensure_ascii=False))
         return
-    _say([{**row, "name": row["path"]} for row in rows])
-    if not rows:
+    _say(remote)
+    if not rows and not remote:
         print(f"nothing for {query!r} in {folder}{' and on the Hub' if online else ''}")
     if not online:
         print("the Hub was not asked: HF_HUB_OFFLINE is set")
@@ -92,6 +97,7 @@ def _say(rows: list[dict[str, Any]]) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     for row in rows:
+        row = {key: printable(value) if isinstance(value, str) else value for key, value in row.items()}
         console.print(Text.assemble((row["name"], "bold"), f"  {row.get('task') or ''}"))
         if row.get("error"):
             console.print(Text(f"    broken: {row['error']}", "red"))

@@ -98,7 +98,7 @@ def _destination(main: Callable[..., Any], settings: Sequence[Any]) -> tuple[str
     """
     asked = {key: value for each in settings for key, value in vars(each).items() if key in ("push_to", "private")}
     repo = asked.get("push_to")
-    if repo:
+    if repo is not None:  # an empty name is a bad one: of a variable that was not set
         if get_type_hints(main).get("return") is not Path:
             raise InlayError("this recipe saves no adapter of its own, so there is nothing for --push_to to send.")
         if _join().is_main_process:

@@ -47,6 +47,8 @@ def test_a_recipe_trains_and_pushes_and_goes_on_after_a_broken_push(hub, monkeyp
     ("recipe", "repo", "sentence"),
     [
         ("lora_vit.py", "digits", "expected user/name on the Hub, got 'digits'"),
+        ("lora_vit.py", "", "expected user/name on the Hub, got ''"),
+        ("lora_vit.py", "ann/digits/a b", "expected user/name on the Hub, got 'ann/digits/a b'"),
         ("lora_vit.py", "ann/digits", "set HF_TOKEN"),
         ("compare_vit.py", "ann/digits", "this recipe saves no adapter of its own"),
     ],

@@ -1,8 +1,9 @@
-"""What a card says of costs, measured by this inlay, by an earlier one, or not at all."""
+"""What a card says of costs, measured by this inlay, by an earlier one or not at all; what the Hub would not read."""
 
 import pytest
 
-from inlay.store.card import card
+from inlay import InlayError
+from inlay.store.card import card, for_repository
 from inlay.store.file import read_adapter
 
 MEASURED = {
@@ -64,3 +65,23 @@ def test_costs_of_an_earlier_inlay_and_none(costs_of):
     assert "| parameters | 5 |" in said and "base alone" not in said
     assert said.endswith("Measured on cpu, threads: unknown. Energy was not measured.")
     assert costs_of({}) == "Not measured."
+
+
+def test_settings_of_any_kind_keep_the_table_a_table(original):
+    file = read_adapter(original[1])
+    text = card(file.record, file.config, {"training": {"dataset": "a|b", "separator": "x\ny"}})
+    assert "| dataset | `a\\|b` |" in text and "| separator | `x y` |" in text
+
+
+@pytest.mark.parametrize("header", ["---\nfoo: [\n---\n", "---\n- a\n- b\n---\n"])
+def test_a_header_that_the_hub_cannot_read_is_one_sentence(header):
+    with pytest.raises(InlayError, match=r"the header of the card is not as the Hub reads it: .* Mend it"):
+        for_repository(header + "# Text", "ann/zoo")
+
+
+def test_a_licence_is_a_name_that_the_hub_could_know():
+    for text in ("# Text", "", "---\ntags:\n- a\n---\n# Text"):
+        assert "license: cc-by-4.0" in for_repository(text, "ann/zoo", licence="cc-by-4.0")
+    for wrong in ("Apache 2.0", "mit\nx: y", "\udcff"):
+        with pytest.raises(InlayError, match=r"expected a licence as the Hub names it, such as apache-2\.0"):
+            for_repository("# Text", "ann/zoo", licence=wrong)

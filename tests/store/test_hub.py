@@ -246,6 +246,23 @@ def test_a_bad_name_is_refused_before_anything(hub, adapter, name):
     assert hub.calls == []
 
 
+@pytest.mark.parametrize("revision", ["", " ", "../..", "main/../../x"])
+def test_a_bad_revision_is_refused_before_anything(hub, tmp_path, revision):
+    with pytest.raises(InlayError, match="expected a branch, tag or commit of ann/zoo, got"):
+        pull_adapter("ann/zoo", tmp_path / "copy", revision=revision)
+    assert hub.calls == [] and not (tmp_path / "copy").exists()
+
+
+def test_a_pulled_folder_of_adapters_replaces_no_readme(hub, adapter, tmp_path):
+    push_adapter(adapter.parent, "ann/zoos")
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "README.md").write_text("# My project")
+    with pytest.raises(InlayError, match=r"README\.md is no index of adapters"):
+        pull_adapter("ann/zoos", project)
+    assert [path.name for path in project.iterdir()] == ["README.md"]
+
+
 # faults on the way up
 
 

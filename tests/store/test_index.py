@@ -1,6 +1,7 @@
 """A folder of adapters as a local hub: its rows, its table, and its page as a browser shows it."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -47,13 +48,42 @@ def test_the_index_names_all_and_no_machine(zoos):
     assert write_index(zoos) == rows and not list(zoos.glob("*.inlay-new*")) and not list(zoos.glob(".*"))
 
 
-@pytest.mark.parametrize("odd", [[], "text", [[1]], [{"step": "x"}, 3], {"a": [1]}])
+@pytest.mark.parametrize("odd", [[], "text", [[1]], [{"step": "x"}, 3], {"a": [1]}, {"latency_ms": "x", "loss": "y"}])
 def test_metrics_of_any_kind_are_listed(zoos, odd):
     content = dict.fromkeys(("validation", "test", "cost", "history", "dataset"), odd)
     (zoos / "large" / METRICS).write_text(json.dumps(content))
     (zoos / "large" / ORIGIN).write_text(json.dumps({"repo": odd, "commit": odd}))
     assert [row["name"] for row in write_index(zoos)] == ["broken", "large", "small"]
     assert [row["name"] for row in search("vit-tiny", zoos, online=False)] == ["large", "small"]
+
+
+def test_an_index_replaces_nothing_but_an_index(zoos):
+    for name in ("README.md", "index.html", "index.json"):
+        (zoos / name).write_text("# My project")
+        with pytest.raises(InlayError, match=rf"{name} is no index of adapters, and one would replace it"):
+            write_index(zoos)
+        assert (zoos / name).read_text() == "# My project" and len(list(zoos.iterdir())) == 4
+        (zoos / name).unlink()
+    card = (zoos / "small" / "README.md").read_text()
+    with pytest.raises(InlayError, match="is an adapter itself; give the folder that it lies in"):
+        write_index(zoos / "small")
+    assert (zoos / "small" / "README.md").read_text() == card
+
+
+def test_names_of_any_kind_keep_the_table_a_table(zoos):
+    (zoos / "small").rename(zoos / "sm|all [x](y)\n")
+    metrics = json.loads((zoos / "large" / METRICS).read_text())
+    (zoos / "large" / METRICS).write_text(json.dumps({**metrics, "dataset": "a|b\n# c"}))
+    rows = write_index(zoos)
+    lines = [line for line in (zoos / "README.md").read_text().splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(rows) and {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {9}
+    assert "| a\\|b # c |" in lines[3] and "(sm%7Call%20%5Bx%5D%28y%29%0A)" in lines[4]
+
+
+def test_a_folder_whose_name_is_no_text_is_listed_as_broken(zoos):
+    (zoos / "small").rename(zoos / os.fsdecode(b"\xff"))
+    row = next(row for row in write_index(zoos) if "udcff" in row["name"])
+    assert "is no text in UTF-8; rename it" in row["error"]
 
 
 def test_names_and_labels_cannot_break_out_of_the_page(zoos):
@@ -70,6 +100,8 @@ def test_names_and_labels_cannot_break_out_of_the_page(zoos):
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
 def test_a_browser_sorts_filters_and_opens(zoos):
+    odd = {"validation": {"accuracy": "high", "loss": None}, "cost": {"latency_ms": "x"}, "dataset": "digits"}
+    (zoos / "small" / METRICS).write_text(json.dumps(odd))  # which must not stop the page
     write_index(zoos)
     act = (
         "<script>document.querySelectorAll('th button')[5].click();"  # by parameters

@@ -2,14 +2,16 @@
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from inlay.errors import InlayError
 from inlay.store.curve import CURVE, drawable
 from inlay.store.method_names import citation, method_name, places
+from inlay.store.tables import cost_section, table
 
 _TASKS = {
     "image-classification": "AutoModelForImageClassification",
@@ -29,16 +31,6 @@ _METRICS = {
     "rouge_l": "ROUGE-L",
 }
 _KINDS = {"rouge_l": "rouge"}  # where the Hub's name of a metric is another one
-_COSTS = {
-    "parameters": "parameters",
-    "trainable_parameters": "parameters that were trained, head included",
-    "weights_mb": "weights in memory, MB",
-    "trainable_mb": "weights that were trained, MB",
-    "mmacs": "multiply-accumulates of one input, millions",
-    "latency_ms": "latency of one input, ms, median",
-    "energy_j": "energy of one input, J",
-}
-_ASIDE = ("device", "threads", "latency_spread_ms", "energy_source")  # said below the table of costs
 _DATA = {
     "builtin:digits": "Optical Recognition of Handwritten Digits (Alpaydin & Kaynak 1998, UCI, through scikit-learn), "
     "CC BY 4.0",
@@ -81,11 +73,11 @@ def card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]
         f"{method} adapter of {_linked(base['name'])}{_revision(base)} for {task}, trained on "
         f"{_linked(dataset, 'datasets/')}.",
         "## Results",
-        _table(("metric", "value"), [(_metric(split, key), f"{value:.4f}") for split, key, value in scores])
+        table(("metric", "value"), [(_metric(split, key), f"{value:.4f}") for split, key, value in scores])
         or "Not measured.",
         *([f"![Loss and scores by step]({CURVE})"] if drawable(metrics.get("history")) else []),
         "## Cost",
-        *_cost(metrics.get("cost", {})),
+        *cost_section(metrics.get("cost", {})),
         "## Load",
         "Checked against the base it was trained on:",
         f"```python\n{_USE[task]}\n```",
@@ -97,7 +89,7 @@ def card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]
         "## Data",
         _licence(dataset),
         "## Training",
-        _table(
+        table(
             ("setting", "value"),
             [(k, f"`{_told(v)}`") for k, v in metrics.get("training", {}).items() if v is not None],
         )
@@ -119,14 +111,26 @@ def for_repository(text: str, repo: str, inside: str = "", licence: str | None =
         repo: user/name.
         inside: The adapter's folder in it, where it holds several.
         licence: Of the adapter, such as apache-2.0.
+
+    Raises:
+        InlayError: Its header is no YAML table; the licence is no name that the Hub could know.
     """
+    if licence and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
+        raise InlayError(f"expected a licence as the Hub names it, such as apache-2.0 or mit, got {licence!r}.")
     if inside:
         text = text.replace('(base, "FOLDER")', f'(base, "{repo}", subfolder="{inside}")')
     text = text.replace('"FOLDER"', f'"{repo}/{inside}"'.replace('/"', '"'))
-    if licence:
-        read = ModelCard(text, ignore_metadata_errors=True)
-        read.data["license"] = licence
-        text = str(read)
+    if text.startswith("---") or licence:
+        try:
+            read = ModelCard(text, ignore_metadata_errors=True)
+        except (ValueError, yaml.YAMLError) as error:
+            said = " ".join(str(error).split())
+            raise InlayError(
+                f"the header of the card is not as the Hub reads it: {said}. Mend it, or save anew."
+            ) from None
+        if licence:
+            read.data["license"] = licence
+            text = str(read)
     return text
 
 
@@ -167,34 +171,6 @@ def _scores(metrics: dict[str, Any]) -> list[tuple[str, str, float]]:
         for key, value in (metrics.get(split) or {}).items()
         if isinstance(value, int | float)
     ]
-
-
-def _cost(cost: dict[str, Any]) -> list[str]:
-    """A table of what was measured, beside the base alone where that was measured too, and how it was."""
-    if not cost:
-        return ["Not measured."]
-    told = [key for key in cost if not key.startswith("base_") and key not in _ASIDE]
-    names = [(key, _COSTS.get(key, key.replace("_", " "))) for key in told]
-    header: tuple[str, ...] = ("measure", "value")
-    rows: list[tuple[str, ...]] = [(name, _number(cost[key])) for key, name in names]
-    if beside := any(key.startswith("base_") for key in cost):
-        header = ("measure", "base alone", "with the adapter", "the adapter adds")
-        rows = [(name, *_beside(cost.get(f"base_{key}"), cost[key])) for key, name in names]
-    threads = cost.get("threads", "unknown")
-    where = f"Measured on {cost['device']}, threads: {threads}." if "device" in cost else ""
-    spread = f", between which a median varied by {_number(cost['latency_spread_ms'])} ms" if _ASIDE[2] in cost else ""
-    turns = f"Latencies were taken by turns{spread}." if "base_latency_ms" in cost else ""
-    lacks = "The base alone has no use for this input." if beside and "base_mmacs" not in cost else ""
-    source = cost.get("energy_source", "measured" if "energy_j" in cost else "was not measured")
-    return [_table(header, rows), " ".join(filter(None, (where, turns, lacks, f"Energy {source}.")))]
-
-
-def _beside(base: Any, value: Any) -> tuple[str, str, str]:
-    """The base's value, that with the adapter, and the difference, absolute and in per cent."""
-    if not isinstance(base, int | float):
-        return "", _number(value), ""
-    share = f" ({value / base - 1:+.1%})" if base else ""
-    return _number(base), _number(value), f"{_number(value - base)}{share}"
 
 
 def _licence(dataset: str) -> str:
@@ -321,15 +297,3 @@ def _peft_snippet(record: dict[str, Any], kind: str) -> str:
             " does not have: run `from inlay._peft import mirror_convolutions; mirror_convolutions()` first."
         )
     return "```python\n" + "\n".join(lines) + "\n```" + note
-
-
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    if not rows:
-        return ""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.3f}" if abs(value) >= 1 else f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)

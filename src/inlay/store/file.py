@@ -14,6 +14,7 @@ from typing import Any
 from inlay.errors import InlayError
 from inlay.names import refuse_ambiguous
 from inlay.store.config import check_config
+from inlay.store.parse import is_text, parse_json, unique
 from inlay.store.record import check_record
 
 CONFIG, WEIGHTS, METRICS, CARD = (
@@ -128,6 +129,8 @@ def _read(folder: Path, digest: bool) -> AdapterFile:
             else ""
         )
         raise InlayError(f"{folder} has no {WEIGHTS}{pickled}; save the adapter again as safetensors.")
+    if not is_text(folder.name):
+        raise InlayError(f"the name of {str(folder)!r} is no text in UTF-8; rename it.")
     _check_files(folder)
     config = _json(folder / CONFIG, exact=True)
     if not isinstance(config.get("peft_type"), str):
@@ -180,8 +183,7 @@ def fetch(path: str | Path, revision: str | None = None) -> Path:
         InlayError: A name that means both; a revision of a local folder; neither is there; what `download` of
             inlay.store.hub finds.
     """
-    folder = Path(path).expanduser()
-    text = str(path)
+    folder, text = expanded(path), str(path)
     if folder.exists():
         refuse_ambiguous(text, CONFIG, revision)
         return folder
@@ -198,6 +200,14 @@ def fetch(path: str | Path, revision: str | None = None) -> Path:
     if not (found / CONFIG).is_file():
         raise InlayError(f"{text} on the Hub is no adapter: it has no {CONFIG}; one of several is user/name/adapter.")
     return found
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with ~ and ~user expanded, or as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def _cached(folder: Path) -> dict[str, Any]:
@@ -234,12 +244,12 @@ def hasher(header: dict[str, Any]) -> Any:
 
 
 def _json(path: Path, *, exact: bool = False) -> dict[str, Any]:
-    """A JSON object; an exact one names nothing twice, which readers take in different ways."""
+    """A JSON object; `exact` as in `parse_json`."""
     try:
         text = path.read_text(encoding="utf-8")
         if text.startswith("version https://git-lfs"):
             raise ValueError("it is a Git LFS pointer: run `git lfs pull`")
-        content = json.loads(text, object_pairs_hook=_unique if exact else None)
+        content = parse_json(text, exact=exact)
     except (ValueError, RecursionError) as error:
         raise InlayError(f"{path} is not readable as JSON ({error}); get the adapter again.") from None
     if not isinstance(content, dict):
@@ -261,7 +271,7 @@ def read_header(path: Path, *, digest: bool = True) -> dict[str, Any]:
         file.seek(8)
         text = file.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        header = json.loads(text, object_pairs_hook=unique)
         _check_tiling({key: entry for key, entry in header.items() if key != "__metadata__"}, size - 8 - length)
         metadata = header.get("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -304,13 +314,6 @@ def _check_start(path: Path, start: bytes, size: int) -> None:
         raise InlayError(f"{path} has a header of {length:,} bytes, and inlay reads at most {MAX_HEADER:,}.")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        raise ValueError("it names a tensor or a setting twice")
-    return content
-
-
 def _check_tiling(tensors: dict[str, Any], size: int) -> None:
     """The tensors, in the order of their bytes, fill the body without holes and overlaps: the rule of the format."""
     if len(tensors) > MAX_TENSORS:
@@ -345,10 +348,12 @@ def _record(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
     if "inlay" not in metadata:
         return {}
     try:
-        record = json.loads(metadata["inlay"])
+        record = parse_json(metadata["inlay"])
         version = record["format"]
         if type(version) is not int:
             raise ValueError("format is no number")
+        if not isinstance(record.get("task", ""), str):
+            raise ValueError("task is no text")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InlayError(
             f"the record inside {folder / WEIGHTS} cannot be read ({error}); get the adapter again."

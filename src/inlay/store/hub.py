@@ -17,8 +17,8 @@ from inlay.atomic import write_json, writing
 from inlay.errors import InlayError
 from inlay.store.card import for_repository
 from inlay.store.exchange import TOKEN, check_name, persist
-from inlay.store.file import CARD, CONFIG, METRICS, ORIGIN, WEIGHTS, read_adapter
-from inlay.store.index import INDEX, adapters_in, index_texts, write_index
+from inlay.store.file import CARD, CONFIG, METRICS, ORIGIN, WEIGHTS, expanded, read_adapter
+from inlay.store.index import INDEX, adapters_in, check_index, index_texts, write_index
 
 FILES = (CONFIG, WEIGHTS, METRICS, CARD, "*.png")  # of an adapter; nothing else is sent or fetched, so never a pickle
 _COLLECTION = "---\nlibrary_name: peft\ntags:\n- inlay\n---\n\n"
@@ -97,13 +97,14 @@ def push_adapter(
             no right, no connection.
     """
     check_name(repo)
-    contents, warnings = _contents(Path(folder).expanduser(), repo, license)
+    folder = expanded(folder)
+    contents, warnings = _contents(folder, repo, license)
     files = [Sent(path, *_size_and_hash(content)) for path, content in contents.items()]
     api = HfApi(token=token)
     url = f"{api.endpoint}/{repo}"
     if dry_run:
         return Push(repo, files, None, url, warnings)
-    message = f"Push {Path(folder).expanduser().resolve().name} with inlay"
+    message = f"Push {folder.resolve().name} with inlay"
     commit = persist(lambda: _commit(api, repo, contents, files, private, message), repo, token)
     return Push(repo, files, commit, url, warnings)
 
@@ -133,7 +134,7 @@ def pull_adapter(repo: str, folder: str | Path | None = None, *, revision: str |
         InlayError: As `download` and `read_adapter`; a folder that holds something else.
     """
     check_name(repo)
-    folder = Path(folder or repo.rpartition("/")[2]).expanduser()
+    folder = expanded(folder or repo.rpartition("/")[2])
     snapshot = download(repo, revision)
     single = (snapshot / CONFIG).is_file()
     if not single:
@@ -143,6 +144,8 @@ def pull_adapter(repo: str, folder: str | Path | None = None, *, revision: str |
         read_adapter(path)
         if copy.exists() and (not copy.is_dir() or any(copy.iterdir())) and not (copy / CONFIG).is_file():
             raise InlayError(f"{copy} exists and is not an adapter; give another folder.")
+    if not single:
+        check_index(folder)
     for path, copy in copies.items():
         origin = {"repo": repo, "revision": revision or "main", "commit": snapshot.name}
         with writing(copy) as new:
@@ -173,6 +176,8 @@ def download(repo: str, revision: str | None = None, inside: str = "") -> Path:
         InlayError: No such repository or revision, no right, no connection and nothing in the cache; other bytes than
             the Hub names.
     """
+    if revision is not None and (not revision.strip() or ".." in revision):  # no name of git's, and a path in the cache
+        raise InlayError(f"expected a branch, tag or commit of {repo}, got {revision!r}; leave it out for main.")
     wanted = [f"{inside}/{name}" for name in FILES] if inside else list(FILES)
 
     def get() -> Path:
@@ -204,11 +209,16 @@ def _contents(folder: Path, repo: str, licence: str | None) -> tuple[dict[str, b
         inside = "" if single else f"{path.name}/"
         contents |= {inside + part.name: part for part in _files_of(path)}
         if (path / CARD).is_file():
-            text = (path / CARD).read_text(encoding="utf-8")
+            try:
+                text = (path / CARD).read_text(encoding="utf-8")
+            except ValueError:
+                raise InlayError(
+                    f"{path / CARD} is no text in UTF-8; save the adapter again, or leave it out."
+                ) from None
             contents[inside + CARD] = for_repository(text, repo, inside.rstrip("/"), licence).encode()
         else:
             warnings.append(f"{path.name} has no {CARD}, so its page will be empty")
-        if file.base_name and Path(file.base_name).expanduser().exists():
+        if file.base_name and _is_here(file.base_name):
             warnings.append(f"{path.name} has the local folder {file.base_name!r} as its base, which others lack")
     if not single:
         texts = index_texts(folder)
@@ -220,6 +230,13 @@ def _contents(folder: Path, repo: str, licence: str | None) -> tuple[dict[str, b
             if TOKEN.search(data):
                 raise InlayError(f"{path_in_repo} holds what looks like a Hub token; take it out, and revoke it.")
     return contents, warnings
+
+
+def _is_here(name: str) -> bool:
+    try:
+        return expanded(name).exists()
+    except (OSError, ValueError):  # too long for a path, or no path at all
+        return False
 
 
 def _files_of(adapter: Path) -> list[Path]:

@@ -3,14 +3,17 @@
 import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from inlay.atomic import replacing
 from inlay.errors import InlayError
 from inlay.store.file import CARD, CONFIG
 from inlay.store.page import PAGE, page
 from inlay.store.summary import summary
+from inlay.store.tables import table_row
 
 INDEX = "index.json"
+_SIGNS = {INDEX: '[\n  {\n    "name": ', CARD: "Written by `inlay index`.", PAGE: "const ROWS = ["}
 _LISTED = ("name", "task", "method", "base", "dataset", "parameters", "file_kb", "validation")
 
 
@@ -20,7 +23,10 @@ def adapters_in(folder: Path) -> list[Path]:
     Raises:
         InlayError: It does not exist or holds none.
     """
-    found = [folder] if (folder / CONFIG).is_file() else sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    try:
+        found = [folder] if (folder / CONFIG).is_file() else sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    except OSError as error:
+        raise InlayError(f"{folder} cannot be read ({error.strerror}).") from None
     if not found:
         raise InlayError(f"expected an adapter or a folder of adapters, but {folder} holds none.")
     return found
@@ -37,9 +43,8 @@ def list_adapters(folder: str | Path) -> list[dict[str, Any]]:
         try:
             facts = summary(path)
         except InlayError as error:
-            rows.append(
-                {"name": path.name, "method": "broken", "base": "", "error": str(error).replace(f"{path}/", "")}
-            )
+            name = path.name.encode(errors="backslashreplace").decode()
+            rows.append({"name": name, "method": "broken", "base": "", "error": str(error).replace(f"{path}/", "")})
         else:
             rows.append({key: facts[key] for key in (*_LISTED, *["test"] * bool(facts["test"]))})
     return rows
@@ -49,15 +54,26 @@ def write_index(folder: str | Path) -> list[dict[str, Any]]:
     """Write index.json, README.md and index.html of a folder of adapters; its rows, as `list_adapters`.
 
     Raises:
-        InlayError: The folder does not exist or holds no adapter.
+        InlayError: The folder does not exist, is an adapter or holds none, or has other files of these names.
     """
     folder = Path(folder)
+    check_index(folder)
     texts = index_texts(folder)
     for name, text in texts.items():
         with replacing(folder / name) as new:
             new.write_text(text, encoding="utf-8")
     rows: list[dict[str, Any]] = json.loads(texts[INDEX])
     return rows
+
+
+def check_index(folder: Path) -> None:
+    """Raise InlayError if an index here would replace something else: a project's README, an adapter's card."""
+    if (folder / CONFIG).is_file():
+        raise InlayError(f"{folder} is an adapter itself; give the folder that it lies in.")
+    for name, sign in _SIGNS.items():
+        path = folder / name
+        if path.exists() and not (path.is_file() and sign.encode() in path.read_bytes()):
+            raise InlayError(f"{path} is no index of adapters, and one would replace it; use another folder.")
 
 
 def index_texts(folder: Path) -> dict[str, str]:
@@ -69,11 +85,10 @@ def index_texts(folder: Path) -> dict[str, str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        size = f"{row['parameters']:,} | {row['file_kb']}" if "parameters" in row else " | "
-        lines.append(
-            f"| [{row['name']}]({row['name']}) | {row.get('task') or ''} | {row['method']} | {row['base']} | "
-            f"{row.get('dataset') or ''} | {size} | {scores(row) or row.get('error', '')} |"
-        )
+        size = (f"{row['parameters']:,}", row["file_kb"]) if "parameters" in row else ("", "")
+        made_of = (row.get("task") or "", row["method"], row["base"], row.get("dataset") or "")
+        link = f"[{row['name']}]({quote(row['name'])})"
+        lines.append(table_row(link, *made_of, *size, scores(row) or row.get("error", "")))
     return {
         INDEX: json.dumps(rows, indent=2, ensure_ascii=False) + "\n",
         CARD: "\n".join(lines) + "\n",
