@@ -10,7 +10,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from conftest import SHARED
+from places import SHARED
 from inlay import cli, import_adapter, load_adapter, load_base
 from inlay.errors import InlayError
 from inlay.store.file import CONFIG, WEIGHTS, read_adapter

@@ -39,11 +39,11 @@ def test_what_nobody_could_print_or_store(text, said, zoo):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"target_modules": [1, 2]}, "target_modules that are no names"),
-        ({"target_modules": 7}, "target_modules that are no names"),
-        ({"parts": [1]}, "names no peft_type"),
-        ({"parts": {"a": 1}}, "names no peft_type"),
-        ({"parts": [{}]}, "names no peft_type"),
+        ({"target_modules": [1, 2]}, "target_modules must be a text or a list of texts"),
+        ({"target_modules": 7}, "target_modules must be a text or a list of texts"),
+        ({"parts": [1]}, "parts or modules_to_save of a wrong kind"),
+        ({"parts": {"a": 1}}, "parts or modules_to_save of a wrong kind"),
+        ({"parts": [{}]}, "parts or modules_to_save of a wrong kind"),
         ({"peft_type": 3}, "names no peft_type"),
     ],
 )

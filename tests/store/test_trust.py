@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 
-from conftest import ROOT
+from places import ROOT
 from inlay import Bank, cli, load_adapter, load_base, read_adapter
 from inlay._peft import PeftType, base_modules, inject
 from inlay.errors import InlayError
