@@ -10,10 +10,10 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from places import SHARED
 from inlay import cli, import_adapter, load_adapter, load_base
 from inlay.errors import InlayError
 from inlay.store.file import CONFIG, WEIGHTS, read_adapter
+from places import SHARED
 
 FILES = SHARED / "lora_checkpoints"
 REAL = pytest.mark.skipif(not FILES.is_dir(), reason="the real files are not here")

@@ -13,7 +13,6 @@ from peft import LoraConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 
-from places import ROOT
 from inlay import Bank, cli, load_adapter, load_base, read_adapter
 from inlay._peft import PeftType, base_modules, inject
 from inlay.errors import InlayError
@@ -22,6 +21,7 @@ from inlay.store import config as rules
 from inlay.store import file as files
 from inlay.store import patterns
 from inlay.store.file import CONFIG, METRICS, WEIGHTS, fetch
+from places import ROOT
 
 A = "base_model.model.vit.layers.0.attention.q_proj.lora_A.weight"
 

@@ -7,10 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from inlay.cli_trust import printable
+from inlay.cli.show import JsonOption, printable
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of adapters.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def push(
@@ -47,7 +46,7 @@ def search(
     query: Annotated[str, typer.Argument(metavar="TASK|BASE", help="Or a word of a name, a method or the data.")],
     folder: Annotated[Path, typer.Option(help="A folder of adapters, searched too.")] = Path("adapters_hub"),
     limit: Annotated[int, typer.Option(min=1, help="Most rows of the Hub.")] = 20,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List adapters for a task or a base: of a local folder, and of the Hub unless HF_HUB_OFFLINE=1."""
     from huggingface_hub import is_offline_mode
@@ -69,7 +68,7 @@ def search(
         print("the Hub was not asked: HF_HUB_OFFLINE is set")
 
 
-def list_(folder: Folder = Path("adapters_hub"), as_json: Json = False) -> None:
+def list_(folder: Folder = Path("adapters_hub"), as_json: JsonOption = False) -> None:
     """List a folder of adapters: task, method, base, data, size, scores."""
     from inlay.store.index import list_adapters, scores
 

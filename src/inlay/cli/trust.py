@@ -8,10 +8,7 @@ from typing import Annotated
 
 import typer
 
-
-def printable(text: str) -> str:
-    """Without control characters: names and labels of an adapter are anyone's, and a terminal obeys some."""
-    return "".join(c if c.isprintable() else "�" for c in text)
+from inlay.cli.show import printable
 
 
 def show_checks(adapter: str, base: str | None, as_json: bool) -> None:

@@ -1,0 +1,93 @@
+"""The verbs of `inlay` that make one adapter of several, or a plain model of one and its base."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from inlay.cli.show import AdapterArgument, BaseOption, JsonOption, show
+from inlay.errors import InlayError
+
+
+def merge(
+    adapter: AdapterArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="The model: a new folder.")],
+    base: BaseOption = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the stored weights: float32 (the default), bfloat16 or float16.")
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="8bit or 4bit: into what such a base stands for; stored so too without --dtype.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Save even where few bits lose much of the adapter.")] = False,
+) -> None:
+    """Fold an adapter into its base, as a model that loads with transformers alone, and say what that costs."""
+    import math
+
+    from inlay.combine.merge import merge as fold
+
+    limits = {"limit": math.inf} if force else {}
+    print(fold(adapter, out, base=base, dtype=dtype, quantize=quantize, **limits))  # type: ignore[arg-type]
+
+
+def combine(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER=WEIGHT...", help="Folders or Hub ids; weight 1 where none is given.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="The result; without it: the report alone.")
+    ] = None,
+    rule: Annotated[str, typer.Option(help="add, average, task_arithmetic, ties, dare, magnitude or knots.")] = "add",
+    width: Annotated[str | None, typer.Option(help="Largest rank or other width of the result, or auto.")] = None,
+    error: Annotated[float, typer.Option(help="With --width auto: largest relative error of the update.")] = 0.01,
+    density: Annotated[float, typer.Option(help="Share of entries that ties, dare, magnitude and knots keep.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of dare, and of the examples of --fit.")] = 0,
+    heads: Annotated[
+        str, typer.Option(help="auto, stack, average, or the name of the adapter whose head is kept.")
+    ] = "auto",
+    report: Annotated[Path | None, typer.Option(help="Where they meet, as .png, .json or .txt.")] = None,
+    fit: Annotated[str | None, typer.Option(metavar="DATA", help="Fit the weights on some of these examples.")] = None,
+    examples: Annotated[int, typer.Option(help="How many, for --fit.")] = 32,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="A difference of the base's weights, for DoRA and such.")
+    ] = False,
+    base: BaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make one adapter of several, such as `combine a=1.0 b=-0.5 -o out`; say how they agree, and the error."""
+    from inlay.combine import combine as join
+    from inlay.combine.report import overlap, write_report
+
+    weights = dict(_weighted(text) for text in adapters)
+    if len(weights) < len(adapters):
+        raise InlayError(f"expected different adapters, got {', '.join(adapters)}.")
+    if out is None:
+        found = overlap(weights)
+        if report is not None:
+            write_report(found, report)
+        print(found.to_json() if as_json else found)
+        return
+    made = join(
+        weights, rule, out=out, width=int(width) if width and width.isdecimal() else width,  # type: ignore[arg-type]
+        error=error, density=density, seed=seed, heads=heads, report=report, fit=fit, examples=examples, dense=dense,
+        base=base,
+    )  # fmt: skip
+    facts = {**asdict(made), "folder": str(made.folder)}
+    if not as_json:
+        facts.pop("errors")
+        facts["error"] = "0: exact" if made.error == 0 else f"{made.error:.3g}"
+    show(facts, as_json)
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """A folder and its weight."""
+    path, found, number = text.rpartition("=")
+    try:
+        return (path, float(number)) if found else (text, 1.0)
+    except ValueError:
+        raise InlayError(f"expected ADAPTER=WEIGHT, such as runs/a=0.5, but got {text!r}.") from None
+
+
+VERBS: dict[str, Callable[..., None]] = {"merge": merge, "combine": combine}

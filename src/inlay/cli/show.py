@@ -1,0 +1,49 @@
+"""What the verbs of the `inlay` command share: options, and how facts are printed."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or its Hub id.")]
+BaseOption = Annotated[
+    str | None, typer.Option("--base", help="Load it on this base (builtin:, folder or Hub id), not on its own.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def printable(text: str) -> str:
+    """Without control characters: names and labels of an adapter are anyone's, and a terminal obeys some."""
+    return "".join(c if c.isprintable() else "�" for c in text)
+
+
+def show(facts: dict[str, Any], as_json: bool) -> None:
+    """A table of facts, or JSON."""
+    if as_json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in facts.items():
+        if value not in (None, "", [], {}):
+            table.add_row(key.replace("_", " "), printable(_text(value)))
+    Console().print(table, markup=False, highlight=False)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        lists = any(isinstance(v, list) for v in value.values())
+        return (
+            "; ".join(f"{k}: {_text(v)}" for k, v in value.items())
+            if lists
+            else ", ".join(f"{k} {_text(v)}" for k, v in value.items())
+        )
+    if isinstance(value, list):
+        return printable(", ".join(map(str, value[:12]))) + (f" ... ({len(value)})" if len(value) > 12 else "")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))

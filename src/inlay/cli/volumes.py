@@ -1,0 +1,119 @@
+"""The verbs of `inlay` for scans: segment, audit."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from inlay.cli.show import AdapterArgument, BaseOption, JsonOption
+from inlay.errors import InlayError
+
+
+def segment(
+    adapter: AdapterArgument,
+    scan: Annotated[Path, typer.Argument(metavar="SCAN", help="A .nii.gz, .nii or .npz file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="MASK", help="The mask: a .nii.gz or .nii file.")],
+    point: Annotated[
+        list[str] | None, typer.Option(metavar="X,Y,Z[,LABEL]", help="A voxel of a class (default 1). Repeatable.")
+    ] = None,
+    negative: Annotated[list[str] | None, typer.Option(metavar="X,Y,Z", help="A voxel of none. Repeatable.")] = None,
+    box: Annotated[
+        list[str] | None,
+        typer.Option(metavar="X0,Y0,Z0,X1,Y1,Z1[,LABEL]", help="Corners around an object. Repeatable."),
+    ] = None,
+    base: BaseOption = None,
+    overlap: Annotated[float, typer.Option(help="Share of a window that the next one covers too.")] = 0.5,
+    batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 1,
+    flips: Annotated[bool, typer.Option("--flips", help="Average over mirrored windows: 8 times the work.")] = False,
+    largest: Annotated[bool, typer.Option("--largest", help="Keep each class's largest component alone.")] = False,
+    montage: Annotated[Path | None, typer.Option(help="Also draw three planes and slices: a .png file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also make a page to look through: an .html file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find an adapter's classes in a scan, and save them as a mask on its grid.
+
+    Voxels are counted from 0 along the file's own axes, as nibabel indexes them; a label is a class's number or name.
+    """
+    from inlay.infer.montage import PICTURES, draw_montage
+    from inlay.infer.viewer import PAGES, write_viewer
+    from inlay.infer.volumes import MASKS, output_name
+    from inlay.infer.volumes import segment as find
+    from inlay.store.load import load_adapter
+
+    for path, suffixes in ((out, MASKS), (montage, PICTURES), (html, PAGES)):
+        if path is not None:
+            output_name(path, suffixes)  # before all the work
+    points = [_place(text, 3) for text in point or []] + [[*_place(text, 3)[:3], 0] for text in negative or []]
+    boxes = [_place(text, 6) for text in box or []]
+    found = find(
+        load_adapter(adapter, base), scan, points=points, boxes=boxes, overlap=overlap, batch_size=batch_size,
+        flips=flips, largest=largest,
+    )  # fmt: skip
+    facts: dict[str, Any] = {"mask": str(found.save(out))}
+    if montage is not None or html is not None:
+        from inlay.data.nifti import read_volume
+
+        image, _ = read_volume(scan)
+        if montage is not None:
+            facts["montage"] = str(draw_montage(image, found, montage))
+        if html is not None:
+            facts["html"] = str(write_viewer(image, found, html))
+    if as_json:
+        print(json.dumps({**facts, "volumes_ml": found.volumes_ml}, indent=2, ensure_ascii=False))
+        return
+    for name, volume in found.volumes_ml.items():
+        print(f"{name}: {volume:.4g} ml")
+    for kind, written in facts.items():
+        print(f"{kind}: {written}")
+
+
+def audit(
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="Labelled scans: images/ and labels/, dataset.json or .npz files.")
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Say what is wrong with labelled scans before training on them; exit status 1 if there are errors."""
+    from inlay.data.audit import audit as look
+
+    report = look(folder)
+    if as_json:
+        print(json.dumps(asdict(report), indent=2, ensure_ascii=False))
+    else:
+        _list_findings(report)
+    if report.errors:
+        raise typer.Exit(1)
+
+
+def _place(text: str, size: int) -> list[Any]:
+    """Numbers, and a label behind them or none."""
+    words = [word.strip() for word in text.split(",")]
+    try:
+        if len(words) not in (size, size + 1):
+            raise ValueError
+        return [*map(float, words[:size]), *words[size:]]
+    except ValueError:
+        wanted = "x,y,z" if size == 3 else "x0,y0,z0,x1,y1,z1"
+        raise InlayError(f"expected {wanted} and perhaps a label, but got {text!r}. Part them by commas.") from None
+
+
+def _list_findings(report: Any) -> None:
+    """A table of an audit's findings, errors first, and its summary."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for finding in sorted(report.findings, key=lambda finding: finding.level != "error"):
+        colour = "red" if finding.level == "error" else "yellow"
+        file = finding.file.removeprefix(report.folder).lstrip("/") or report.folder
+        table.add_row(f"[{colour}]{finding.level}[/]", escape(file), escape(finding.what))
+    if report.findings:
+        Console().print(table)
+    print(report)
+
+
+VERBS: dict[str, Callable[..., None]] = {"segment": segment, "audit": audit}
