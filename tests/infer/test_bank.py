@@ -69,7 +69,7 @@ def test_an_adapter_that_does_not_fit_changes_nothing(loras, tmp_path):
         (tmp_path / "dora", "not DoRA and other variants"),
         (tmp_path / "partial", "holds biases and norms of partial fine-tuning, not whole weights"),
         (tmp_path / "both", "another method beside them"),
-        (tmp_path / "biases", "not vit.embeddings.patch_embeddings.projection.bias of the base itself"),
+        (tmp_path / "biases", "replaces biases of the base itself"),
         (tmp_path / "none", "does not exist"),
     ]:
         for name in ("a", "new"):
