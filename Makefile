@@ -49,6 +49,7 @@ bench-adapters: setup ## beside the library adapters, whose pins need an environ
 	runs/adapters/bin/pip install --quiet adapters==1.3.0 torch==2.13.0
 	$(BIN)/python tests/benchmarks/bottleneck_vs_adapters.py --adapters_python runs/adapters/bin/python
 
+hub: export INLAY_AUTHOR ?= the inlay authors
 hub: setup ## train again what adapters_hub holds, at the recipes' defaults
 	PATH="$(BIN):$$PATH" accelerate launch recipes/lora_vit.py --output_dir runs/hub/lora_vit --overwrite
 	rm -rf adapters_hub/digits-lora-vit-tiny

@@ -139,7 +139,7 @@ def test_rapl_that_only_root_may_read(machine, monkeypatch):
 
 def test_watts_are_declared_or_nothing_is_said(machine, monkeypatch):
     used = measure_energy(machine, INPUTS)
-    assert str(used).startswith("unavailable: this machine shows no RAPL counter; no watts per core are declared")
+    assert str(used).startswith("unavailable: the machine shows no RAPL counter; no watts per core are declared")
     monkeypatch.setenv(meter.WATTS, "7.5")
     used = measure_energy(machine, INPUTS)
     assert (used.kind, used.joules) == ("estimated", pytest.approx(0.02 * 7.5)) and "x 7.5 W per core" in used.source

@@ -54,10 +54,10 @@ def test_costs_stand_beside_those_of_the_base_alone(costs_of):
 
 def test_energy_that_is_unavailable_and_a_base_that_has_no_use_for_the_input(costs_of):
     lacking = {k: v for k, v in MEASURED.items() if k not in ("base_mmacs", "base_latency_ms") and "energy_j" not in k}
-    said = costs_of({**lacking, "energy_source": "unavailable: this machine shows no RAPL counter"})
+    said = costs_of({**lacking, "energy_source": "unavailable: the machine shows no RAPL counter"})
     assert "| latency of one input, ms, median |  | 3.000 |  |" in said
     assert "energy of one input" not in said and "turns" not in said
-    assert "The base alone has no use for this input. Energy unavailable: this machine shows no RAPL counter." in said
+    assert "The base alone has no use for this input. Energy unavailable: the machine shows no RAPL counter." in said
 
 
 def test_costs_of_an_earlier_inlay_and_none(costs_of):
@@ -85,3 +85,11 @@ def test_a_licence_is_a_name_that_the_hub_could_know():
     for wrong in ("Apache 2.0", "mit\nx: y", "\udcff"):
         with pytest.raises(InlayError, match=r"expected a licence as the Hub names it, such as apache-2\.0"):
             for_repository("# Text", "ann/zoo", licence=wrong)
+
+
+def test_a_card_names_who_trained_it(zoo):
+    file = read_adapter(zoo)
+    assert "Trained by" not in card(file.record, file.config, file.metrics)
+    assert "Trained by A. Author. Versions: python" in card(
+        file.record, file.config, {**file.metrics, "trained_by": "A. Author"}
+    )

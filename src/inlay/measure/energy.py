@@ -132,7 +132,7 @@ def _rapl() -> _Counter:
     """All packages and their memory; `core` and `uncore` are parts of a package, and `psys` holds it again."""
     zones = [_Zone(path) for path in sorted(POWERCAP.glob("intel-rapl:*")) if _counts(path)]
     if not any(zone.name.startswith("package") for zone in zones):
-        raise _Unavailable("this machine shows no RAPL counter")
+        raise _Unavailable("the machine shows no RAPL counter")
     names = " + ".join(zone.name for zone in zones)
     return _Counter(f"RAPL, {names} with idle power and other processes", lambda: sum(zone.joules() for zone in zones))
 

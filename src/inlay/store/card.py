@@ -94,7 +94,8 @@ def card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]
             [(k, f"`{_told(v)}`") for k, v in metrics.get("training", {}).items() if v is not None],
         )
         or "Not recorded.",
-        "Versions: " + ", ".join(f"{k} {v}" for k, v in metrics.get("versions", {}).items()) + ".",
+        (f"Trained by {_told(metrics['trained_by'])}. " if metrics.get("trained_by") else "")
+        + f"Versions: {', '.join(f'{k} {v}' for k, v in metrics.get('versions', {}).items())}.",
         "## Limits",
         _limits(record, metrics),
         "## Citation",
@@ -285,9 +286,11 @@ def _peft_snippet(record: dict[str, Any], kind: str) -> str:
     if base["name"].startswith("builtin:"):
         lines.append("from inlay.models import resolve  # only the folder of the embedded base")
         where = f"resolve({where})"
+    load, given = f"base = {_TASKS[record['task']]}.from_pretrained", ", ".join([where, *options])
+    short = len(f"{load}({given})") <= 120  # ruff, which looks at the cards of adapters_hub too, breaks longer lines
     lines += [
         "",
-        f"base = {_TASKS[record['task']]}.from_pretrained({', '.join([where, *options])})",
+        f"{load}({given})" if short else f"{load}(\n    {given}\n)",
         'model = PeftModel.from_pretrained(base, "FOLDER").eval()',
     ]
     note = ""
