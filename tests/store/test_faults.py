@@ -325,7 +325,7 @@ def test_a_header_that_is_none(header, message, zoo, plain):
         ({"r": None}, "does not fit this base"),
         ({"target_modules": ["nothing_here"]}, "does not fit this base"),
         ({"target_modules": "("}, "does not fit this base"),
-        ({"target_modules": 5}, "target_modules that are no names"),
+        ({"target_modules": 5}, "target_modules must be a text or a list of texts"),
         ({"target_modules": ["layernorm"]}, "does not fit this base"),
         ({"lora_dropout": 7}, "does not fit this base"),
         ({"use_dora": True}, "lacks 24 tensors"),
