@@ -4,16 +4,7 @@ import sys
 
 import pytest
 
-from inlay import cli
-
-
-def run(capsys, monkeypatch, *arguments):
-    """The command in this process: exit status, standard output, standard error."""
-    monkeypatch.setattr(sys, "argv", ["inlay", *map(str, arguments)])
-    with pytest.raises(SystemExit) as status:
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(status.value.code or 0), out, err
+from command import run
 
 
 def test_what_the_system_refuses_is_one_sentence(capsys, monkeypatch):

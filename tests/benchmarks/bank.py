@@ -37,7 +37,8 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from inlay import Bank, load_adapter, load_base, load_processor, save_adapter
 from inlay.arch import lora_targets
 from inlay.methods import METHODS
-from inlay.store.file import CARD, CONFIG, WEIGHTS, read_adapter, sign
+from inlay.store.file import CARD, CONFIG, WEIGHTS, read_adapter
+from inlay.store.header import sign
 
 RESULTS = Path(__file__).parent / "results" / "bank.json"
 TIMED = ("bottleneck", "bottleneck-parallel", "attention-prefix", "visual-prompt", "ia3", "bias", "norm")

@@ -27,7 +27,8 @@ import numpy as np
 
 from inlay.combine import combine
 from inlay.combine.read import Tensors
-from inlay.store.file import WEIGHTS, sign
+from inlay.store.file import WEIGHTS
+from inlay.store.header import sign
 
 RESULTS = Path(__file__).parent / "results" / "combine_speed.json"
 SIZE, BLOCKS = 768, 12

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save
 from inlay.arch import head_modules, lora_targets
 from inlay.models import load_base
 from inlay.processors import load_processor
-from inlay.store.file import CONFIG, WEIGHTS, fingerprint, sign
+from inlay.store.file import CONFIG, WEIGHTS, fingerprint
+from inlay.store.header import sign
 from inlay.store.save import save_adapter
 
 BASE = "builtin:vit-tiny"

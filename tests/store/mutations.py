@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save
 
 from inlay.errors import InlayError
 from inlay.store import golden
-from inlay.store.file import CONFIG, METRICS, WEIGHTS, fingerprint, sign
+from inlay.store.file import CONFIG, METRICS, WEIGHTS, fingerprint
+from inlay.store.header import sign
 from inlay.store.load import load_adapter
 from inlay.store.summary import summary
 

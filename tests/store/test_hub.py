@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 
 import pytest
 import torch
@@ -12,9 +11,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import logging as hub_logging
 from PIL import Image
 
+from command import run
 from hub.client import TOKEN, online
 from hub.server import oid
-from inlay import InlayError, cli, load_adapter, pull_adapter, push_adapter, read_adapter
+from inlay import InlayError, load_adapter, pull_adapter, push_adapter, read_adapter
 from inlay.store import hub as module
 from inlay.store.card import card as write_card
 from inlay.store.file import CARD, CONFIG, METRICS, ORIGIN, WEIGHTS
@@ -438,14 +438,6 @@ def test_offline_and_unknown_are_one_sentence(hub, adapter, monkeypatch):
 
 
 # the command
-
-
-def run(capsys, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["inlay", *map(str, arguments)])
-    with pytest.raises(SystemExit) as status:
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(status.value.code or 0), out, err
 
 
 def test_push_pull_search_and_list_as_commands(hub, adapter, tmp_path, capsys, monkeypatch):

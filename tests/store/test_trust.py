@@ -13,13 +13,14 @@ from peft import LoraConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 
-from inlay import Bank, cli, load_adapter, load_base, read_adapter
+from command import run
+from inlay import Bank, load_adapter, load_base, read_adapter
 from inlay._peft import PeftType, base_modules, inject
 from inlay.errors import InlayError
 from inlay.models import resolve
 from inlay.store import config as rules
 from inlay.store import file as files
-from inlay.store import patterns
+from inlay.store import header, patterns
 from inlay.store.file import CONFIG, METRICS, WEIGHTS, fetch
 from places import ROOT
 
@@ -41,10 +42,10 @@ def held(base):
 
 def test_limits_come_before_memory(zoo, plain, monkeypatch):
     data = (zoo / WEIGHTS).read_bytes()
-    monkeypatch.setattr(files, "MAX_HEADER", 1000)
+    monkeypatch.setattr(header, "MAX_HEADER", 1000)
     refused(zoo, r"has a header of [\d,]+ bytes, and inlay reads at most 1,000")
     monkeypatch.undo()
-    monkeypatch.setattr(files, "MAX_TENSORS", 10)
+    monkeypatch.setattr(header, "MAX_TENSORS", 10)
     refused(zoo, r"it claims 50 tensors, and inlay reads at most 10")
     monkeypatch.undo()
     for name, limit in files.MAX_BYTES.items():
@@ -446,14 +447,6 @@ def test_names_without_repeats_take_no_process(zoo, monkeypatch):
 
 
 # what reaches the terminal
-
-
-def run(capsys, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["inlay", *map(str, arguments)])
-    with pytest.raises(SystemExit) as status:
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(status.value.code or 0), out, err
 
 
 def test_control_characters_do_not_reach_the_terminal(zoo, rewrite, capsys, monkeypatch):

@@ -31,9 +31,7 @@ def info(
 ) -> None:
     """Say what an adapter is; with --base also whether it fits that base, checked by loading it."""
     if check:
-        from inlay.cli.trust import show_checks
-
-        show_checks(adapter, base, as_json)
+        trust.show_checks(adapter, base, as_json)
         return
     from inlay.store.file import fetch
     from inlay.store.summary import summary

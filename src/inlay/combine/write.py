@@ -16,7 +16,8 @@ from inlay.atomic import write_json
 from inlay.combine.heads import Heads
 from inlay.combine.read import Array, Source
 from inlay.errors import InlayError
-from inlay.store.file import CARD, CONFIG, DIGEST, FORMAT, METRICS, WEIGHTS, fingerprint, hasher, read_adapter
+from inlay.store.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, fingerprint, read_adapter
+from inlay.store.header import DIGEST, hasher
 
 _PIECE = 1 << 15  # numbers
 

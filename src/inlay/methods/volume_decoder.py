@@ -139,27 +139,29 @@ class VolumeDecoder(nn.Module):
     def forward(self, encoded: Encoded, prompts: Prompts, stride: tuple[int, int, int]) -> torch.Tensor:
         """Logits; `stride` as in `encode`."""
         last, others, fine, coarse, volume = encoded
-        last = self._prompted(last, prompts, stride) if self.takes_prompts else last
+        previous = None
+        if self.takes_prompts and prompts.previous is not None:
+            previous = _extended(prompts.previous.to(fine.dtype).softmax(1), fine.shape[2:])
+        last = self._prompted(last, prompts, previous, stride) if self.takes_prompts else last
         weight = self.tokens.weight.chunk(len(self.levels), dim=1)[-1]
         x = others + _linear(self.levels[-1](last), weight, self.tokens.bias)
-        guides = [self._guides(prompts, fine, x.shape[2:]) for x in (coarse, fine)] if self.takes_prompts else [[], []]
-        x = self.refine(torch.cat([_at(x, coarse.shape[2:]), coarse, *guides[0]], dim=1))
+        guides = self._guides(prompts, previous, fine, coarse.shape[2:]) if self.takes_prompts else []
+        x = self.refine(torch.cat([_at(x, coarse.shape[2:]), coarse, *guides], dim=1))
         x = _at(self.shrink(x), fine.shape[2:]) + fine  # summed: a click then costs one narrow convolution here
         if self.takes_prompts:
-            x = x + self.marks(torch.cat(guides[1], dim=1))
+            x = x + self.marks(torch.cat(self._guides(prompts, previous, fine, fine.shape[2:]), dim=1))
         x = self.score(x)
         return x[:, :, : volume.shape[2], : volume.shape[3], : volume.shape[4]]
 
-    def _prompted(self, last: torch.Tensor, prompts: Prompts, stride: tuple[int, int, int]) -> torch.Tensor:
+    def _prompted(
+        self, last: torch.Tensor, prompts: Prompts, previous: torch.Tensor | None, stride: tuple[int, int, int]
+    ) -> torch.Tensor:
         """The last level after its exchange with the prompts, (B, E, D', H', W')."""
         batch, channels = last.shape[:2]
-        mask = last.new_zeros(
-            batch, self.classes + 1, *last.shape[2:]
-        )  # adds nothing, but is in the graph: DDP wants it
-        if prompts.previous is not None:
-            mask = prompts.previous.to(last.dtype).softmax(1)
-            mask = _extended(mask, covered(last, stride))
-            mask = F.adaptive_avg_pool3d(mask, last.shape[2:])
+        if previous is None:  # zeros add nothing, but are in the graph: DDP wants it
+            mask = last.new_zeros(batch, self.classes + 1, *last.shape[2:])
+        else:
+            mask = F.adaptive_avg_pool3d(previous.to(last.dtype), last.shape[2:])
         last = last + _linear(mask, self.previous.weight)
         place = _places(_grid(last.shape[2:], last), channels)
         tokens, absent = (
@@ -185,14 +187,16 @@ class VolumeDecoder(nn.Module):
                 said.append((corner, torch.where(labels < 0, labels, labels + (i + 1) * k)))
         return said
 
-    def _guides(self, prompts: Prompts, volume: torch.Tensor, middle: Sequence[int]) -> list[torch.Tensor]:
-        """Clicks, boxes and the previous mask as pictures of the sizes `middle`; `volume` has those of the voxels."""
+    def _guides(
+        self, prompts: Prompts, previous: torch.Tensor | None, volume: torch.Tensor, sizes: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Clicks, boxes and the previous answer as pictures of some `sizes`; `volume` has those of the voxels."""
         batch, k = len(volume), self.classes
-        clicks, boxes = volume.new_zeros(batch, k + 1, *middle), volume.new_zeros(batch, k, *middle)
-        scale = [n / m for n, m in zip(volume.shape[2:], middle, strict=True)]  # voxels
+        clicks, boxes = volume.new_zeros(batch, k + 1, *sizes), volume.new_zeros(batch, k, *sizes)
+        scale = [n / m for n, m in zip(volume.shape[2:], sizes, strict=True)]  # voxels
         axes = [
             (torch.arange(m, device=volume.device, dtype=volume.dtype) + 0.5) * s - 0.5
-            for m, s in zip(middle, scale, strict=True)
+            for m, s in zip(sizes, scale, strict=True)
         ]
         if prompts.points is not None and prompts.labels is not None:
             near = [
@@ -210,10 +214,8 @@ class VolumeDecoder(nn.Module):
             for label in range(1, k + 1):
                 said = prompts.box_labels.eq(label).to(volume.dtype)
                 boxes[:, label - 1] = torch.einsum("bn,bnd,bnh,bnw->bdhw", said, *inside).clamp(max=1)
-        if prompts.previous is None:
-            return [clicks, boxes, torch.zeros_like(clicks)]
-        mask = _extended(prompts.previous.to(volume.dtype).softmax(1), volume.shape[2:])
-        return [clicks, boxes, F.adaptive_avg_pool3d(mask, middle)]
+        mask = torch.zeros_like(clicks) if previous is None else F.adaptive_avg_pool3d(previous, sizes)
+        return [clicks, boxes, mask]
 
 
 def covered(tokens: torch.Tensor, stride: tuple[int, int, int]) -> list[int]:

@@ -134,7 +134,8 @@ class VolumeSamModel(SamModel):
     def _taught(self, encoded: Encoded, labels: torch.Tensor) -> VolumeOutput:
         """An answer without prompts, then `rounds` more, each after further clicks; the loss is their mean.
 
-        Of the first clicks one in four steps is a box; the later ones go where the answer before was wrong.
+        Of the first clicks one in four steps is a box; the later ones go where the answer before was wrong. The first
+        answer is handed on with the first prompts in half of the steps, as a click may begin or mend.
         """
         encoder: Any = self.vision_encoder
         config = encoder.options[self._acting()]

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from inlay.errors import InlayError
-from inlay.store.file import MAX_BYTES, WEIGHTS, read_header
+from inlay.store.file import MAX_BYTES, WEIGHTS
+from inlay.store.header import read_header
 
 Tensors = Mapping[str, torch.Tensor]
 _CLIP = ("k_proj", "v_proj", "q_proj", "out_proj")  # the order of CLIPAttention's layers

@@ -23,7 +23,8 @@ from inlay.store import golden
 from inlay.store.card import card
 from inlay.store.config import changes_base
 from inlay.store.curve import CURVE, draw_curve, drawable
-from inlay.store.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, fingerprint, read_adapter, sign
+from inlay.store.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, fingerprint, read_adapter
+from inlay.store.header import sign
 from inlay.store.sketch import precision_of, sketch
 
 

@@ -1,0 +1,16 @@
+"""The `inlay` command in the tests' own process."""
+
+import sys
+
+import pytest
+
+from inlay import cli
+
+
+def run(capsys, monkeypatch, *arguments):
+    """Exit status, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["inlay", *map(str, arguments)])
+    with pytest.raises(SystemExit) as status:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(status.value.code or 0), out, err
