@@ -130,16 +130,31 @@ def test_mistakes_are_named(tmp_path, scan, mask):
     assert list(tmp_path.iterdir()) == []
 
 
+def browse(tmp_path, option, path):
+    options = ["--headless", "--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,700", "--virtual-time-budget=10000"]
+    return subprocess.run([CHROMIUM, *options, option, path.as_uri()], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page with")
+def test_a_page_opens_in_the_mask_of_an_oblique_scan(tmp_path, scan, mask):
+    turn, _ = np.linalg.qr(np.eye(3) + 0.2 * np.random.default_rng(0).standard_normal((3, 3)))
+    affine = AFFINE.copy()
+    affine[:3, :3] = turn @ AFFINE[:3, :3]
+    path = write_viewer(scan, Segmentation(mask, affine, ["tumour"]), tmp_path / "v.html")
+    _, data, _, _ = content(path)
+    voxel = (np.array(data["inverse"]) @ [*data["centre"], 1]).round().astype(int)
+    here = re.search(r'<p id="here">(.*?)</p>', browse(tmp_path, "--dump-dom", path).stdout, re.S)
+    told = re.sub(r"<[^>]*>", "", here[1])
+    assert ",".join(map(str, voxel)) in told.replace(" ", "") and told.endswith("tumour")
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page with")
 def test_a_browser_shows_scan_and_mask_from_the_disk(tmp_path, scan, mask):
     scan[mask == 1] += 100
     path = write_viewer(scan, Segmentation(mask, AFFINE, ["tumour"]), tmp_path / "v.html")
-    options = ["--headless", "--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
-    options += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,700", "--virtual-time-budget=10000"]
     shot = tmp_path / "shot.png"
-    done = subprocess.run(
-        [CHROMIUM, *options, f"--screenshot={shot}", path.as_uri()], capture_output=True, text=True, timeout=120
-    )
+    done = browse(tmp_path, f"--screenshot={shot}", path)
     assert shot.exists(), done.stderr[-2000:]
     picture = pixels(shot)[:, :720]
     grey = (np.ptp(picture, axis=-1) < 8) & (picture.mean(-1) > 35)
