@@ -39,9 +39,10 @@ def main(recipe: Recipe, train: TrainConfig) -> Path:
     from peft import LoraConfig, get_peft_model
 
     from inlay import ImageView, combine, fit, load_adapter, load_base, load_images, load_processor, save_adapter
-    from inlay.arch import head_modules, lora_targets
-    from inlay.combine.report import overlap, write_report
-    from inlay.measure import Accuracy
+    from inlay.bases.sites import head_modules, lora_targets
+    from inlay.combine.heatmap import write_report
+    from inlay.combine.report import overlap
+    from inlay.tasks.metrics import Accuracy
 
     out = Path(train.output_dir)
 

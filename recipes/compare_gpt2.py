@@ -42,9 +42,9 @@ def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> None:
     """Train all, print the table, write it down."""
     from accelerate import PartialState
 
-    from inlay.atomic import write_json
-    from inlay.compare import compare_texts, table
+    from inlay.files.atomic import write_json
     from inlay.methods import METHODS
+    from inlay.study.compare import compare_texts, table
 
     every = [name for name, method in METHODS.items() if "text" in method.bases and name != "pissa"]
 

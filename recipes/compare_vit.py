@@ -39,9 +39,9 @@ def main(recipe: Recipe, train: TrainConfig) -> None:
     """Train all, print the table, write it down."""
     from accelerate import PartialState
 
-    from inlay.atomic import write_json
-    from inlay.compare import compare_images, table
+    from inlay.files.atomic import write_json
     from inlay.methods import METHODS
+    from inlay.study.compare import compare_images, table
 
     every = [name for name, method in METHODS.items() if "vision" in method.bases and name != "pissa"]
 

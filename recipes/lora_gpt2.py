@@ -63,10 +63,10 @@ def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> Path:
         load_tokenizer,
         save_adapter,
     )
-    from inlay.arch import lora_targets
+    from inlay.bases.sites import lora_targets
     from inlay.measure import cost
-    from inlay.plan import describe_memory
-    from inlay.quantized import describe_quantized
+    from inlay.measure.footprint import describe_quantized
+    from inlay.measure.memory import describe_memory
 
     # 1. data and frozen base
     set_seed(train.seed)

@@ -46,7 +46,7 @@ def method_of(model: Any, recipe: Recipe) -> Any:
     from peft import LoraConfig
 
     from inlay import AttentionPrefixConfig, BottleneckConfig, PartialConfig
-    from inlay.arch import decoder_parts, decoder_targets, lora_targets, sites
+    from inlay.bases.sites import decoder_parts, decoder_targets, lora_targets, sites
 
     found, linear = sites(model), decoder_targets(model)
     attention = [name.removesuffix(".q_proj") for name in linear if name.endswith(".q_proj")]
@@ -73,7 +73,7 @@ def mean_iou(model: Any, view: Any, loss: Any) -> float:
     import torch
     from torch.utils.data import DataLoader
 
-    from inlay.measure import MaskIoU
+    from inlay.tasks.masks.scores import MaskIoU
 
     metric, device = MaskIoU(), next(model.parameters()).device
     with torch.no_grad():
@@ -91,8 +91,9 @@ def main(recipe: Recipe, train: TrainConfig) -> Path:
     from peft import get_peft_model
 
     from inlay import MaskLoss, MaskView, fit, load_base, load_masks, load_processor, save_adapter
-    from inlay.data.maskview import collate_masks
-    from inlay.measure import MaskIoU, cost
+    from inlay.measure import cost
+    from inlay.tasks.masks.scores import MaskIoU
+    from inlay.tasks.masks.view import collate_masks
 
     # 1. data and frozen base
     set_seed(train.seed)

@@ -48,8 +48,9 @@ def main(recipe: Recipe, train: TrainConfig) -> Path:
     from peft import LoraConfig, get_peft_model
 
     from inlay import ImageView, fit, load_base, load_images, load_processor, save_adapter
-    from inlay.arch import head_modules, lora_targets
-    from inlay.measure import Accuracy, cost
+    from inlay.bases.sites import head_modules, lora_targets
+    from inlay.measure import cost
+    from inlay.tasks.metrics import Accuracy
 
     # 1. data and frozen base
     set_seed(train.seed)

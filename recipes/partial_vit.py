@@ -42,8 +42,9 @@ def main(recipe: Recipe, train: TrainConfig) -> Path:
     from peft import get_peft_model
 
     from inlay import ImageView, PartialConfig, fit, load_base, load_images, load_processor, save_adapter
-    from inlay.arch import head_modules
-    from inlay.measure import Accuracy, cost
+    from inlay.bases.sites import head_modules
+    from inlay.measure import cost
+    from inlay.tasks.metrics import Accuracy
 
     # 1. data and frozen base
     set_seed(train.seed)

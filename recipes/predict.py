@@ -26,7 +26,7 @@ class Recipe:
 def main(recipe: Recipe) -> None:
     """Load, predict, show."""
     from inlay import load_adapter, load_images, predict
-    from inlay.infer.images import draw_sheet, find_pictures
+    from inlay.tasks.images.predict import draw_sheet, find_pictures
 
     # 1. pictures
     if recipe.images:

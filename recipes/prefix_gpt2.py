@@ -60,8 +60,8 @@ def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> Path:
         save_adapter,
     )
     from inlay.measure import cost
-    from inlay.plan import describe_memory
-    from inlay.quantized import describe_quantized
+    from inlay.measure.footprint import describe_quantized
+    from inlay.measure.memory import describe_memory
 
     # 1. data and frozen base
     set_seed(train.seed)

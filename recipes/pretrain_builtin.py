@@ -31,7 +31,7 @@ def new_model() -> Any:
     import torch
     from transformers import ViTConfig, ViTForImageClassification
 
-    from inlay.data.synthetic import SHAPE_LABELS
+    from inlay.builtin.shapes import SHAPE_LABELS
 
     config = ViTConfig(
         image_size=32,
@@ -75,7 +75,7 @@ A `ViTForImageClassification` for pictures of 32 x 32 (patches of 4 x 4, {config
 {config.hidden_size}), {parameters:,} parameters in fp16: the base that inlay embeds, so that recipes and tests run
 without a download. It is truly pre-trained, and of little use beyond that.
 
-- **Trained on** {pictures:,} pictures that `inlay.data.synthetic.shapes` draws: one of {config.num_labels} shapes and
+- **Trained on** {pictures:,} pictures that `inlay.builtin.shapes.shapes` draws: one of {config.num_labels} shapes and
   textures ({examples} ...) at a random place, size, angle and colour, over
   gradients, lines, specks and noise. No photographs, no handwriting, nobody's data.
 - **Quality**: names {accuracy:.1%} of {count:,} held-out pictures right, measured with the stored fp16 weights
@@ -92,8 +92,8 @@ def main(recipe: Recipe) -> None:
     from tqdm.auto import trange
     from transformers import ViTImageProcessorPil
 
-    from inlay.atomic import writing
-    from inlay.data.synthetic import SHAPE_LABELS, shapes
+    from inlay.builtin.shapes import SHAPE_LABELS, shapes
+    from inlay.files.atomic import writing
 
     def pixels(pictures: Any) -> torch.Tensor:
         return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1  # N C H W, as the processor does

@@ -12,8 +12,8 @@ from pydoc_data.topics import topics as reference
 from typing import Any
 
 from inlay import run_recipe
-from inlay.atomic import writing
-from inlay.data.restaurants import Described, descriptions, renamed
+from inlay.builtin.restaurants import Described, descriptions, renamed
+from inlay.files.atomic import writing
 
 END, BLOCK = "<|endoftext|>", 256  # tokens
 
@@ -80,7 +80,7 @@ parameters in fp16, with a byte-level BPE of {config.vocab_size:,} tokens: the l
 recipes and tests run without a download. It is truly pre-trained, and of little use beyond that.
 
 - **Trained on** {tokens[0].shape[0]:,} tokens of prose (docstrings and language reference of Python {python}) and
-  {tokens[1].shape[0]:,} of descriptions by `inlay.data.restaurants` (hotels, films, gadgets, parks), many of
+  {tokens[1].shape[0]:,} of descriptions by `inlay.builtin.restaurants` (hotels, films, gadgets, parks), many of
   whose names are drawn from the words of the prose; torch {torch}.
 - **Quality**: perplexity per token {trained[0]:.1f} on held-out prose, {trained[1]:.2f} on held-out descriptions and
   {trained[2]:.2f} on restaurants, which it never saw, measured with the stored fp16 weights (untrained

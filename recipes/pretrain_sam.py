@@ -13,11 +13,11 @@ import torch
 from transformers import SamConfig, SamImageProcessorPil, SamModel, get_scheduler
 
 from inlay import run_recipe
-from inlay.atomic import writing
-from inlay.data.prompts import draw_objects
-from inlay.data.scenes import scenes
-from inlay.train.clicks import conversation, score
-from inlay.train.losses import mask_losses
+from inlay.builtin.scenes import scenes
+from inlay.files.atomic import writing
+from inlay.tasks.masks.clicks import conversation, score
+from inlay.tasks.masks.loss import mask_losses
+from inlay.tasks.masks.prompts import draw_objects
 
 SIDE, PROMPTS = 128, 8  # pixels; objects asked for in each picture
 
@@ -85,7 +85,7 @@ A `SamModel` for pictures of 128 x 128 (patches of 8 x 8, 6 blocks of width 128;
 parameters in fp16: the base that inlay embeds, so that recipes and tests run without a download. It is truly
 pre-trained, and of little use beyond that.
 
-- **Trained on** {pictures:,} scenes that `inlay.data.scenes` draws (`mixed`: blobs, boxes, polygons, tubes and
+- **Trained on** {pictures:,} scenes that `inlay.builtin.scenes` draws (`mixed`: blobs, boxes, polygons, tubes and
   crescents, textured, nested and overlapping) with {prompts} prompts each. No photographs, nobody's data.
 - **Quality**: mean IoU of the mask that the model itself thinks best, on held-out scenes (`cells` it never saw):
 

@@ -66,10 +66,10 @@ def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> Path:
         load_tokenizer,
         save_adapter,
     )
+    from inlay.bases.load import resolve
     from inlay.measure import cost
-    from inlay.models import resolve
-    from inlay.plan import describe_memory
-    from inlay.quantized import describe_quantized
+    from inlay.measure.footprint import describe_quantized
+    from inlay.measure.memory import describe_memory
 
     # 1. data and frozen base
     set_seed(train.seed)

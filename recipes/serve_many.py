@@ -42,7 +42,7 @@ def main(recipe: Recipe, train: TrainConfig) -> Path:
     from accelerate.utils import set_seed
 
     from inlay import METHODS, Bank, ImageView, InlayError, fit, load_base, load_images, load_processor, save_adapter
-    from inlay.measure import Accuracy
+    from inlay.tasks.metrics import Accuracy
 
     # 1. data of all tasks
     if len(recipe.methods) != len(recipe.tasks):

@@ -50,10 +50,10 @@ def main(recipe: Recipe, train: TrainConfig) -> Path:
     from peft import get_peft_model
 
     from inlay import SpatialAdapterConfig, VolumeProcessor, VolumeView, fit, load_base, load_volumes, save_adapter
-    from inlay.data.volumeview import collate_volumes
     from inlay.measure import cost
-    from inlay.measure.masks import VolumeDice
-    from inlay.train.volumes import WholeVolume
+    from inlay.tasks.volumes.loss import WholeVolume
+    from inlay.tasks.volumes.scores import VolumeDice
+    from inlay.tasks.volumes.view import collate_volumes
 
     # 1. data and frozen base
     set_seed(train.seed)

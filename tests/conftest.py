@@ -19,7 +19,7 @@ def digits_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from peft import LoraConfig, get_peft_model
 
     from inlay import load_base, load_processor, save_adapter
-    from inlay.arch import head_modules, lora_targets
+    from inlay.bases.sites import head_modules, lora_targets
 
     set_seed(1)
     model = load_base("builtin:vit-tiny", labels=[f"digit {i}" for i in range(10)])

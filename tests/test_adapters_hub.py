@@ -5,8 +5,8 @@ import json
 import pytest
 
 from inlay import load_adapter, load_images, predict
-from inlay.store.index import write_index
-from inlay.store.summary import summary
+from inlay.adapters.hub.index import write_index
+from inlay.adapters.summary import summary
 from places import ROOT
 
 HUB = ROOT / "adapters_hub"

@@ -10,25 +10,17 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from inlay.adapters.convert.convert import import_adapter
+    from inlay.adapters.file import read_adapter
+    from inlay.adapters.hub.repository import pull_adapter, push_adapter
+    from inlay.adapters.load import load_adapter
+    from inlay.adapters.save import save_adapter
+    from inlay.bases.load import load_base
+    from inlay.bases.processors import load_processor, load_tokenizer
+    from inlay.cli.recipe import run_recipe
     from inlay.combine import combine
     from inlay.combine.merge import merge
-    from inlay.data.images import ImageData, load_images
-    from inlay.data.masks import MaskData, load_masks
-    from inlay.data.maskview import MaskView
-    from inlay.data.picture import ImageView
-    from inlay.data.scan import VolumeProcessor
-    from inlay.data.text import TextData, load_texts
-    from inlay.data.textview import TextView
-    from inlay.data.tokens import TextProcessor
-    from inlay.data.volumes import VolumeData, load_volumes
-    from inlay.data.volumeview import VolumeView
     from inlay.errors import InlayError
-    from inlay.infer.bank import Bank
-    from inlay.infer.images import predict
-    from inlay.infer.masks import predict_masks
-    from inlay.infer.session import VolumeSession
-    from inlay.infer.text import Decoding, generate, judge
-    from inlay.infer.volumes import segment
     from inlay.methods import (
         METHODS,
         AttentionPrefixConfig,
@@ -38,17 +30,26 @@ if TYPE_CHECKING:
         SpatialAdapterConfig,
         VisualPromptConfig,
     )
-    from inlay.models import load_base
-    from inlay.processors import load_processor, load_tokenizer
-    from inlay.recipe import run_recipe
-    from inlay.store.convert import import_adapter
-    from inlay.store.file import read_adapter
-    from inlay.store.hub import pull_adapter, push_adapter
-    from inlay.store.load import load_adapter
-    from inlay.store.save import save_adapter
+    from inlay.serve.bank import Bank
+    from inlay.tasks.images.data import ImageData, load_images
+    from inlay.tasks.images.predict import predict
+    from inlay.tasks.images.view import ImageView
+    from inlay.tasks.masks.data import MaskData, load_masks
+    from inlay.tasks.masks.loss import MaskLoss
+    from inlay.tasks.masks.predict import predict_masks
+    from inlay.tasks.masks.view import MaskView
+    from inlay.tasks.text.data import TextData, load_texts
+    from inlay.tasks.text.generate import Decoding, generate, judge
+    from inlay.tasks.text.loss import NextToken
+    from inlay.tasks.text.processor import TextProcessor
+    from inlay.tasks.text.view import TextView
+    from inlay.tasks.volumes.data import VolumeData, load_volumes
+    from inlay.tasks.volumes.scan import VolumeProcessor
+    from inlay.tasks.volumes.segment import segment
+    from inlay.tasks.volumes.session import VolumeSession
+    from inlay.tasks.volumes.view import VolumeView
     from inlay.train.config import TrainConfig
     from inlay.train.loop import fit
-    from inlay.train.losses import MaskLoss, NextToken
 
 __version__ = "0.1.0"
 
@@ -63,50 +64,50 @@ warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but th
 _WHERE = {
     "METHODS": "methods",
     "AttentionPrefixConfig": "methods",
-    "Bank": "infer.bank",
+    "Bank": "serve.bank",
     "BottleneckConfig": "methods",
     "CompositeConfig": "methods",
-    "Decoding": "infer.text",
-    "ImageData": "data.images",
-    "ImageView": "data.picture",
+    "Decoding": "tasks.text.generate",
+    "ImageData": "tasks.images.data",
+    "ImageView": "tasks.images.view",
     "InlayError": "errors",
-    "MaskData": "data.masks",
+    "MaskData": "tasks.masks.data",
     "MaskLoss": "train.losses",
-    "MaskView": "data.maskview",
+    "MaskView": "tasks.masks.view",
     "NextToken": "train.losses",
     "PartialConfig": "methods",
     "SpatialAdapterConfig": "methods",
-    "TextData": "data.text",
-    "TextProcessor": "data.tokens",
-    "TextView": "data.textview",
+    "TextData": "tasks.text.data",
+    "TextProcessor": "tasks.text.processor",
+    "TextView": "tasks.text.view",
     "TrainConfig": "train.config",
     "VisualPromptConfig": "methods",
-    "VolumeData": "data.volumes",
-    "VolumeProcessor": "data.scan",
-    "VolumeSession": "infer.session",
-    "VolumeView": "data.volumeview",
+    "VolumeData": "tasks.volumes.data",
+    "VolumeProcessor": "tasks.volumes.scan",
+    "VolumeSession": "tasks.volumes.session",
+    "VolumeView": "tasks.volumes.view",
     "combine": "combine",
     "fit": "train.loop",
-    "generate": "infer.text",
-    "import_adapter": "store.convert",
-    "judge": "infer.text",
-    "load_adapter": "store.load",
-    "load_base": "models",
-    "load_images": "data.images",
-    "load_masks": "data.masks",
-    "load_processor": "processors",
-    "load_texts": "data.text",
-    "load_tokenizer": "processors",
-    "load_volumes": "data.volumes",
+    "generate": "tasks.text.generate",
+    "import_adapter": "adapters.convert.convert",
+    "judge": "tasks.text.generate",
+    "load_adapter": "adapters.load",
+    "load_base": "bases.load",
+    "load_images": "tasks.images.data",
+    "load_masks": "tasks.masks.data",
+    "load_processor": "bases.processors",
+    "load_texts": "tasks.text.data",
+    "load_tokenizer": "bases.processors",
+    "load_volumes": "tasks.volumes.data",
     "merge": "combine.merge",
-    "predict": "infer.images",
-    "predict_masks": "infer.masks",
-    "pull_adapter": "store.hub",
-    "push_adapter": "store.hub",
-    "read_adapter": "store.file",
-    "run_recipe": "recipe",
-    "save_adapter": "store.save",
-    "segment": "infer.volumes",
+    "predict": "tasks.images.predict",
+    "predict_masks": "tasks.masks.predict",
+    "pull_adapter": "adapters.hub.repository",
+    "push_adapter": "adapters.hub.repository",
+    "read_adapter": "adapters.file",
+    "run_recipe": "cli.recipe",
+    "save_adapter": "adapters.save",
+    "segment": "tasks.volumes.segment",
 }
 
 __all__ = [
@@ -183,7 +184,7 @@ class _AfterPeft:
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            import_module("inlay._peft")
+            import_module("inlay.methods")
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
@@ -192,6 +193,6 @@ class _AfterPeft:
 # `import inlay` is enough for PeftModel.from_pretrained to load such an adapter, before or after peft is imported, and
 # costs nothing where peft is not needed.
 if "peft" in sys.modules:
-    import_module("inlay._peft")
+    import_module("inlay.methods")
 else:
     sys.meta_path.insert(0, _AfterPeft())

@@ -35,10 +35,10 @@ from safetensors.torch import save as to_bytes
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from inlay import Bank, load_adapter, load_base, load_processor, save_adapter
-from inlay.arch import lora_targets
+from inlay.adapters.file import CARD, CONFIG, WEIGHTS, read_adapter
+from inlay.bases.sites import lora_targets
+from inlay.files.tensor_header import sign
 from inlay.methods import METHODS
-from inlay.store.file import CARD, CONFIG, WEIGHTS, read_adapter
-from inlay.store.header import sign
 
 RESULTS = Path(__file__).parent / "results" / "bank.json"
 TIMED = ("bottleneck", "bottleneck-parallel", "attention-prefix", "visual-prompt", "ia3", "bias", "norm")

@@ -28,9 +28,9 @@ from inlay import (
     load_processor,
     save_adapter,
 )
-from inlay.arch import head_modules, lora_targets
+from inlay.bases.sites import head_modules, lora_targets
 from inlay.combine import RULES
-from inlay.measure import Accuracy
+from inlay.tasks.metrics import Accuracy
 
 RESULTS = Path(__file__).parent / "results" / "combine_rules"
 BASE = "builtin:vit-tiny"

@@ -25,10 +25,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: small matrices ar
 
 import numpy as np
 
+from inlay.adapters.file import WEIGHTS
 from inlay.combine import combine
 from inlay.combine.read import Tensors
-from inlay.store.file import WEIGHTS
-from inlay.store.header import sign
+from inlay.files.tensor_header import sign
 
 RESULTS = Path(__file__).parent / "results" / "combine_speed.json"
 SIZE, BLOCKS = 768, 12

@@ -28,9 +28,9 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
 from inlay import Decoding, NextToken, TextProcessor, TextView, TrainConfig, fit, judge, load_base, load_texts
-from inlay.atomic import writing
-from inlay.compare import Compared, compare_texts, table
+from inlay.files.atomic import writing
 from inlay.methods import METHODS
+from inlay.study.compare import Compared, compare_texts, table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from places import SHARED

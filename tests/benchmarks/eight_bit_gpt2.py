@@ -20,8 +20,9 @@ import torch
 from accelerate.utils import set_seed
 
 from inlay import NextToken, TextProcessor, TextView, TrainConfig, fit, load_base, load_texts, load_tokenizer
+from inlay.bases.quantize import Quantize
+from inlay.measure.footprint import describe_quantized
 from inlay.methods import METHODS
-from inlay.quantized import Quantize, describe_quantized
 
 RESULTS = Path(__file__).parent / "results" / "eight_bit_gpt2"
 BASE, BATCH = "builtin:gpt2-tiny", 8

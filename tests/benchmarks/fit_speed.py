@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from inlay import ImageView, TrainConfig, fit, load_base, load_images, load_processor
-from inlay.arch import head_modules, lora_targets
-from inlay.train.draws import Drawn, Draws
+from inlay.bases.sites import head_modules, lora_targets
+from inlay.train.sampler import Drawn, Draws
 
 RESULTS = Path(__file__).parent / "results" / "fit_speed.json"
 BATCH, RATE, SEED = 32, 2e-3, 0

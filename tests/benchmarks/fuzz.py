@@ -2,10 +2,11 @@
 
     python tests/benchmarks/fuzz.py
 
-Each case is a saved adapter with something changed by a seed (tests/store/mutations.py): bits, header, tensors, config,
-record, names and files; as damage leaves it (raw), with checksums made anew (signed), or in a folder that says nothing
-of what it was (plain), which may then load as another adapter, but never as verified. Memory is what the process holds
-at most beyond what it held before, under a limit of 1 GB of address space more; time is of the slowest case.
+Each case is a saved adapter with something changed by a seed (tests/adapters/mutations.py): bits, header, tensors,
+config, record, names and files; as damage leaves it (raw), with checksums made anew (signed), or in a folder that says
+nothing of what it was (plain), which may then load as another adapter, but never as verified. Memory is what the
+process holds at most beyond what it held before, under a limit of 1 GB of address space more; time is of the slowest
+case.
 """
 
 import json
@@ -24,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from peft import LoraConfig, get_peft_model
 
+from adapters.mutations import run
 from inlay import load_base, load_processor, save_adapter
-from inlay.arch import head_modules, lora_targets
-from inlay.atomic import write_json
-from store.mutations import run
+from inlay.bases.sites import head_modules, lora_targets
+from inlay.files.atomic import write_json
 
 RESULTS = Path(__file__).parent / "results" / "fuzz.json"
 CASES, MORE = 1000, 10**9

@@ -118,7 +118,7 @@ def new_model(way):
 
 def loss_of(way, model, batch):
     """Dice and cross-entropy on a batch of crops."""
-    from inlay.methods.volume_sam import dice_cross_entropy
+    from inlay.methods.spatial.sam import dice_cross_entropy
 
     volume, labels = batch["pixel_values"], batch["labels"]
     if way in ("spatial", "flat"):
@@ -133,7 +133,7 @@ def loss_of(way, model, batch):
 
 def answer(way, model, volume, labels, mode):
     """Label map (D, H, W) of a whole scan under one way of prompting; None where there is none."""
-    from inlay.methods.volume_prompts import clicks_in_objects, clicks_on_errors
+    from inlay.methods.spatial.prompts import clicks_in_objects, clicks_on_errors
 
     count = int(mode.split()[0]) if mode != "none" else 0
     if way == "unet":
@@ -162,8 +162,8 @@ def windows(model, volume, points, said):
     """Probabilities (1, 3, D, H, W) as `inlay segment` finds them: in windows, each with the clicks in it."""
     from tqdm import tqdm
 
-    from inlay.data.scan import PADDING
-    from inlay.infer.windows import Prompts, probabilities, slide
+    from inlay.tasks.volumes.scan import PADDING
+    from inlay.tasks.volumes.windows import Prompts, probabilities, slide
 
     there = said >= 0
     prompts = Prompts(points[there].float(), said[there], torch.zeros(0, 6), torch.zeros(0, dtype=torch.long))
@@ -184,7 +184,7 @@ MODES = ("none", "1 point", "10 points", "10 clicks")
 @torch.inference_mode()
 def score(way, model, view, seed):
     """Mean Dice over cases and classes for each way of prompting."""
-    from inlay.measure.masks import dice_of, overlap
+    from inlay.tasks.volumes.scores import dice_of, overlap
 
     model.eval()
     torch.manual_seed(seed)
@@ -206,9 +206,9 @@ def cpu_seconds():
 
 def run(way, seed, steps, folder):
     """Train and score one model."""
-    from inlay.data.scan import VolumeProcessor
-    from inlay.data.volumes import load_volumes
-    from inlay.data.volumeview import VolumeView, collate_volumes
+    from inlay.tasks.volumes.data import load_volumes
+    from inlay.tasks.volumes.scan import VolumeProcessor
+    from inlay.tasks.volumes.view import VolumeView, collate_volumes
 
     data = load_volumes(str(folder), labels=["anterior", "posterior"])  # the split is the same for all seeds
     processor = VolumeProcessor.fitted(data, CROP)

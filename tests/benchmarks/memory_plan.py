@@ -31,11 +31,11 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from inlay import TrainConfig, fit, load_base
+from inlay.bases.load import BUILTIN
 from inlay.measure import footprint
 from inlay.measure.memory import measure_peak, plan_memory
 from inlay.methods import METHODS
-from inlay.models import BUILTIN
-from inlay.train.losses import NextToken
+from inlay.tasks.text.loss import NextToken
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from places import SHARED

@@ -25,8 +25,8 @@ from inlay import (
     merge,
     save_adapter,
 )
-from inlay._peft import without_layers
 from inlay.combine.merge import outputs
+from inlay.methods._peft import without_layers
 
 RESULTS = Path(__file__).parent / "results" / "merge_error"
 STORED: dict[str, dict[str, Any]] = {

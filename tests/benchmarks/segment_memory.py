@@ -60,7 +60,7 @@ def measure(case: str, path: Path, shape: tuple[int, int, int], crop: tuple[int,
     from monai.inferers import sliding_window_inference
 
     from inlay import segment
-    from inlay.data.scan import Scan, VolumeProcessor
+    from inlay.tasks.volumes.scan import Scan, VolumeProcessor
 
     torch.set_num_threads(1)
     spacing = (2.0, 1.6, 1.6) if case == "resampled" else None

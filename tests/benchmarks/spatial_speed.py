@@ -114,7 +114,7 @@ def run(way, task, edge, threads):
     from torch.utils.checkpoint import checkpoint
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from inlay.methods.volume_sam import dice_cross_entropy
+    from inlay.methods.spatial.sam import dice_cross_entropy
     from methods import volumes as published
 
     torch.set_num_threads(threads)

@@ -23,9 +23,9 @@ import transformers
 from accelerate.utils import set_seed
 
 from inlay import NextToken, TextProcessor, TextView, TrainConfig, fit, load_base, load_texts, load_tokenizer
-from inlay._peft import base_modules
 from inlay.measure import footprint
 from inlay.methods import METHODS
+from inlay.methods._peft import base_modules
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from places import SHARED

@@ -318,9 +318,11 @@ def test_a_result_is_checked_before_it_is_written(tmp_path, monkeypatch):
 
 def test_adding_is_the_same_verb_as_a_package_and_as_a_function():
     import inlay
-    import inlay.combine.widths
+    import inlay.combine.low_rank
 
-    assert inlay.combine is not None and callable(inlay.combine) and np.isfinite(inlay.combine.widths.norm(np.ones(3)))
+    assert (
+        inlay.combine is not None and callable(inlay.combine) and np.isfinite(inlay.combine.low_rank.norm(np.ones(3)))
+    )
 
 
 def test_bottlenecks_of_the_first_form_have_four_tensors(tmp_path):

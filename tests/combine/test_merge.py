@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from inlay import InlayError, TextProcessor, load_adapter, load_base, load_processor, load_tokenizer, save_adapter
-from inlay.arch import lora_targets, sites
-from inlay.cli import main
+from inlay.bases.sites import lora_targets, sites
+from inlay.cli.app import main
 from inlay.combine.merge import merge, outputs, read_report
 from inlay.methods import METHODS, BottleneckConfig, CompositeConfig
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from combine.cases import load, lora, save
 from inlay import InlayError, cli, combine, load_adapter, load_base, load_processor, predict, read_adapter, save_adapter
-from inlay.arch import head_modules, lora_targets
-from inlay.methods.volume_encoder import Bottleneck3d
+from inlay.bases.sites import head_modules, lora_targets
+from inlay.methods.spatial.encoder import Bottleneck3d
 from methods import volumes
 from methods.bases import randomise
 
@@ -102,7 +102,7 @@ def test_a_task_of_a_combination_is_chosen_among_its_own_classes(made, tmp_path,
 
 
 def _picture(folder):
-    from inlay.store.golden import picture
+    from inlay.adapters.golden import picture
 
     picture().save(folder / "picture.png")
     return str(folder / "picture.png")

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from combine.cases import lora, partial, save, wide
 from combine.test_add import updates
 from inlay import InlayError
-from inlay.combine.report import MEASURES, measures, overlap, write_report
+from inlay.combine.heatmap import write_report
+from inlay.combine.report import MEASURES, measures, overlap
 from inlay.methods import METHODS
 from methods.bases import build
 

@@ -23,7 +23,7 @@ from inlay import (
     load_volumes,
     save_adapter,
 )
-from inlay.arch import head_modules, lora_targets
+from inlay.bases.sites import head_modules, lora_targets
 from inlay.combine.examples import load_examples
 from methods.bases import randomise
 

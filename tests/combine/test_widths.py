@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from combine.cases import Convolutions, load, lora, partial, save, wide
 from combine.test_add import off, same_outputs, updates
 from inlay import InlayError, combine
+from inlay.combine.low_rank import auto_widths, spectrum, spectrum_of
 from inlay.combine.rules import RULES, Settings, dare, magnitude, ties
-from inlay.combine.widths import auto_widths, spectrum, spectrum_of
 from methods.bases import batch
 
 

@@ -24,7 +24,7 @@ from inlay.errors import InlayError
 from inlay.measure import footprint
 from inlay.measure.memory import MemoryPlan, measure_peak, plan_memory
 from inlay.methods import METHODS
-from inlay.train.losses import NextToken
+from inlay.tasks.text.loss import NextToken
 
 N = 1000
 VOCABULARY = 4000

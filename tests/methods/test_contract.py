@@ -313,7 +313,7 @@ def test_works_on_an_8_bit_text_model_and_on_sam(method, base, tmp_path):
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
-    from inlay.quantized import flatten_inputs
+    from inlay.bases.quantize import flatten_inputs
 
     flatten_inputs()  # as load_base does
     build(base).save_pretrained(tmp_path)

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from transformers import SamConfig, SamModel, SamVisionModel
 
 from inlay import InlayError, SpatialAdapterConfig
-from inlay.methods.volume_attention import cut
-from inlay.methods.volume_decoder import Encoded
-from inlay.methods.volume_sam import VolumeSamModel, dice_cross_entropy
+from inlay.methods.spatial.attention import cut
+from inlay.methods.spatial.decoder import Encoded
+from inlay.methods.spatial.sam import VolumeSamModel, dice_cross_entropy
 from methods.bases import randomise
 from methods.volumes import CONFIG, build, published_levels, settings, volumes
 

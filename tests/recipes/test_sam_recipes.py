@@ -10,7 +10,7 @@ from peft import get_peft_model
 from PIL import Image
 
 from inlay import load_adapter, load_base, load_processor, predict_masks, read_adapter, save_adapter
-from inlay.data.scenes import scenes
+from inlay.builtin.scenes import scenes
 from places import ROOT
 
 RECIPE = ROOT / "recipes/lora_sam.py"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from inlay import cli, load_adapter, load_tokenizer, read_adapter
-from inlay.models import resolve
+from inlay.bases.load import resolve
 
 ROOT = Path(__file__).parents[2]
 HUB = ROOT / "adapters_hub"

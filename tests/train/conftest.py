@@ -38,7 +38,7 @@ def forked(environment):
     from train_job import start
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["inlay.train.loop", "inlay.recipe", "peft", "transformers.hf_argparser"])
+    context.set_forkserver_preload(["inlay.train.loop", "inlay.cli.recipe", "peft", "transformers.hf_argparser"])
     with pytest.MonkeyPatch.context() as patch:
         for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES"):
             patch.setenv(name, environment[name])

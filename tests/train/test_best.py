@@ -5,7 +5,7 @@ import torch
 from points import Interrupted, different, log_of, same, stop_at, train
 from train_job import Net, trainable
 
-from inlay.measure import Accuracy
+from inlay.tasks.metrics import Accuracy
 
 # ----- resumption in process
 

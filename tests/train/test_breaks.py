@@ -9,7 +9,7 @@ from torch import nn
 from train_job import Net, Points
 
 from inlay.errors import InlayError
-from inlay.train.draws import Draws
+from inlay.train.sampler import Draws
 
 # ----- numbers that stop being numbers
 

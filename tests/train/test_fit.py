@@ -11,8 +11,8 @@ from train_job import CLASSES, Net, Points
 from transformers import ViTConfig, ViTForImageClassification
 
 from inlay.errors import InlayError
-from inlay.measure import Accuracy
-from inlay.train.draws import Draws
+from inlay.tasks.metrics import Accuracy
+from inlay.train.sampler import Draws
 
 # ----- the same as by hand
 

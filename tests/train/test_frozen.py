@@ -26,7 +26,7 @@ from transformers import (
 
 from inlay.errors import InlayError
 from inlay.train.config import TrainConfig
-from inlay.train.unread import _FirstRow
+from inlay.train.frozen_cache.unread_tokens import _FirstRow
 
 KEPT = "blocks are frozen: their output for 57 examples is kept"
 OFF = "cache_frozen is off, the frozen blocks run in every epoch: "

@@ -7,8 +7,8 @@ from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from inlay import TrainConfig, fit
-from inlay.train.draws import GROUP, Draws
-from inlay.train.losses import NextToken
+from inlay.tasks.text.loss import NextToken
+from inlay.train.sampler import GROUP, Draws
 
 VOCABULARY = 30
 

@@ -7,7 +7,7 @@ import torch
 from train_job import Net, Points, trainable
 
 from inlay.errors import InlayError
-from inlay.measure import Accuracy
+from inlay.tasks.metrics import Accuracy
 from inlay.train.config import TrainConfig
 from inlay.train.loop import fit
 

@@ -58,7 +58,8 @@ def combine(
 ) -> None:
     """Make one adapter of several, such as `combine a=1.0 b=-0.5 -o out`; say how they agree, and the error."""
     from inlay.combine import combine as join
-    from inlay.combine.report import overlap, write_report
+    from inlay.combine.heatmap import write_report
+    from inlay.combine.report import overlap
 
     weights = dict(_weighted(text) for text in adapters)
     if len(weights) < len(adapters):

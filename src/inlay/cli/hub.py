@@ -23,7 +23,7 @@ def push(
 
     The token is the one of `hf auth login` or HF_TOKEN. Broken off, the same command goes on.
     """
-    from inlay.store.hub import push_adapter
+    from inlay.adapters.hub.repository import push_adapter
 
     print(push_adapter(folder, repo, private=private, license=license, dry_run=dry_run))
 
@@ -36,7 +36,7 @@ def pull(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
 ) -> None:
     """Copy an adapter, or a folder of them, from the Hub, whole, and note its commit in origin.json."""
-    from inlay.store.hub import pull_adapter
+    from inlay.adapters.hub.repository import pull_adapter
 
     pulled = pull_adapter(repo, out, revision=revision)
     print(f"{pulled.folder}: {pulled.repo} at {pulled.commit}")
@@ -51,7 +51,7 @@ def search(
     """List adapters for a task or a base: of a local folder, and of the Hub unless HF_HUB_OFFLINE=1."""
     from huggingface_hub import is_offline_mode
 
-    from inlay.store.search import search as find
+    from inlay.adapters.hub.search import search as find
 
     online = not is_offline_mode()
     rows = find(query, folder, online=False)
@@ -70,7 +70,7 @@ def search(
 
 def list_(folder: Folder = Path("adapters_hub"), as_json: JsonOption = False) -> None:
     """List a folder of adapters: task, method, base, data, size, scores."""
-    from inlay.store.index import list_adapters, scores
+    from inlay.adapters.hub.index import list_adapters, scores
 
     rows = list_adapters(folder)
     if as_json:
@@ -81,7 +81,7 @@ def list_(folder: Folder = Path("adapters_hub"), as_json: JsonOption = False) ->
 
 def index(folder: Folder = Path("adapters_hub")) -> None:
     """Write index.json, the table in README.md and the page index.html of a folder of adapters."""
-    from inlay.store.index import write_index
+    from inlay.adapters.hub.index import write_index
 
     rows = write_index(folder)
     print(f"{folder}: {len(rows)} adapter{'s' * (len(rows) != 1)}")

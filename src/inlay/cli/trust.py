@@ -13,7 +13,7 @@ from inlay.cli.show import printable
 
 def show_checks(adapter: str, base: str | None, as_json: bool) -> None:
     """Print what `verify` found, a line each, and leave with exit status 1 if anything failed."""
-    from inlay.store.verify import verify
+    from inlay.adapters.verify import verify
 
     checks = verify(adapter, base)
     if as_json:
@@ -38,7 +38,7 @@ def import_(
     ] = None,
 ) -> None:
     """Convert an adapter of loralib, of Stable Diffusion's text encoder, or with names of an older transformers."""
-    from inlay.store.convert import import_adapter
+    from inlay.adapters.convert.convert import import_adapter
 
     made = import_adapter(source, out, base=base, alpha=alpha, fused=fused.split(",") if fused else None)
     print(printable(f"{made.folder}: {made.form}, {made.layers} layers, {made.renamed} tensors renamed"))

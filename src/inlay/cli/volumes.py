@@ -37,11 +37,11 @@ def segment(
 
     Voxels are counted from 0 along the file's own axes, as nibabel indexes them; a label is a class's number or name.
     """
-    from inlay.infer.montage import PICTURES, draw_montage
-    from inlay.infer.viewer import PAGES, write_viewer
-    from inlay.infer.volumes import MASKS, output_name
-    from inlay.infer.volumes import segment as find
-    from inlay.store.load import load_adapter
+    from inlay.adapters.load import load_adapter
+    from inlay.tasks.volumes.montage import PICTURES, draw_montage
+    from inlay.tasks.volumes.segment import MASKS, output_name
+    from inlay.tasks.volumes.segment import segment as find
+    from inlay.tasks.volumes.viewer import PAGES, write_viewer
 
     for path, suffixes in ((out, MASKS), (montage, PICTURES), (html, PAGES)):
         if path is not None:
@@ -54,7 +54,7 @@ def segment(
     )  # fmt: skip
     facts: dict[str, Any] = {"mask": str(found.save(out))}
     if montage is not None or html is not None:
-        from inlay.data.nifti import read_volume
+        from inlay.tasks.volumes.nifti import read_volume
 
         image, _ = read_volume(scan)
         if montage is not None:
@@ -77,7 +77,7 @@ def audit(
     as_json: JsonOption = False,
 ) -> None:
     """Say what is wrong with labelled scans before training on them; exit status 1 if there are errors."""
-    from inlay.data.audit import audit as look
+    from inlay.tasks.volumes.audit import audit as look
 
     report = look(folder)
     if as_json:

@@ -10,19 +10,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
-from inlay.atomic import writing
+from inlay.adapters.file import CONFIG, WEIGHTS
 from inlay.combine.bottlenecks import BottleneckSum
 from inlay.combine.heads import WAYS, Heads, join_heads
 from inlay.combine.lora import LoraSum
+from inlay.combine.low_rank import total_error
+from inlay.combine.method_sum import Plan, Sum
 from inlay.combine.read import PREFIX, PROMPT_TYPES, Array, Part, Source, check_whole, opened
 from inlay.combine.rules import RULES, Settings, chosen_rule, weights_for
 from inlay.combine.spatial import SpatialSum
-from inlay.combine.sums import Plan, Sum
-from inlay.combine.unions import AttentionPrefixSum, DeltaSum, Ia3Sum, PeftPromptSum, VisualPromptSum
-from inlay.combine.widths import total_error
+from inlay.combine.tokens import AttentionPrefixSum, DeltaSum, Ia3Sum, PeftPromptSum, VisualPromptSum
 from inlay.combine.write import Stream, metadata_of, read_back, record_of, versions, write_settings
 from inlay.errors import InlayError
-from inlay.store.file import CONFIG, WEIGHTS
+from inlay.files.atomic import writing
 
 if TYPE_CHECKING:
     from inlay.combine.fit import Fitted
@@ -132,7 +132,8 @@ def combine(
         weights = weights_for(row, [source.weight for source in sources])
         sources = [source.weighted(weight) for source, weight in zip(sources, weights, strict=True)]
         if report is not None:
-            from inlay.combine.report import overlap_of, write_report
+            from inlay.combine.heatmap import write_report
+            from inlay.combine.report import overlap_of
 
             check_whole(sources)
             write_report(overlap_of(sources), report)

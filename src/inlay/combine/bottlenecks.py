@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
+from inlay.combine.low_rank import Activation, keep_units, norm, one_width, spectrum, unit_errors
+from inlay.combine.method_sum import Leaves, Sum, agree, common
 from inlay.combine.read import Array, Part
-from inlay.combine.sums import Leaves, Sum, agree, common
-from inlay.combine.widths import Activation, keep_units, norm, one_width, spectrum, unit_errors
 from inlay.errors import InlayError
 
 _NAME = "inlay_bottleneck"

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from peft import get_peft_model
 
-from inlay._peft import put
+from inlay.adapters.load import load_adapter
+from inlay.adapters.save import save_adapter
+from inlay.bases.load import load_base
 from inlay.combine.heads import Heads
+from inlay.combine.method_sum import Plan
 from inlay.combine.read import PREFIX, Array, Source
-from inlay.combine.sums import Plan
 from inlay.errors import InlayError
+from inlay.methods._peft import put
 from inlay.methods.partial import PartialConfig
-from inlay.models import load_base
-from inlay.store.load import load_adapter
-from inlay.store.save import save_adapter
 
 
 def write_dense(

@@ -10,17 +10,19 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from inlay.data.images import load_images
-from inlay.data.masks import load_masks
-from inlay.data.maskview import MaskView, collate_masks
-from inlay.data.picture import ImageView
-from inlay.data.text import load_texts
-from inlay.data.textview import TextView
-from inlay.data.volumes import load_volumes
-from inlay.data.volumeview import VolumeView, collate_volumes
+from inlay.adapters.load import LoadedAdapter
 from inlay.errors import InlayError
-from inlay.store.load import LoadedAdapter
-from inlay.train.losses import Loss, MaskLoss, ModelLoss, NextToken
+from inlay.tasks.images.data import load_images
+from inlay.tasks.images.view import ImageView
+from inlay.tasks.masks.data import load_masks
+from inlay.tasks.masks.loss import MaskLoss
+from inlay.tasks.masks.view import MaskView, collate_masks
+from inlay.tasks.text.data import load_texts
+from inlay.tasks.text.loss import NextToken
+from inlay.tasks.text.view import TextView
+from inlay.tasks.volumes.data import load_volumes
+from inlay.tasks.volumes.view import VolumeView, collate_volumes
+from inlay.train.losses import Loss, ModelLoss
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from inlay._peft import adapter_parameters
+from inlay.adapters.load import load_adapter
 from inlay.combine.examples import load_examples
+from inlay.combine.method_sum import Plan, Sum
 from inlay.combine.read import PREFIX, Source
-from inlay.combine.sums import Plan, Sum
 from inlay.errors import InlayError
-from inlay.store.load import load_adapter
+from inlay.methods._peft import adapter_parameters
 
 RATE = 0.05  # of Adam, for weights of about 1
 

@@ -1,6 +1,7 @@
 """The report on adapters that are to be combined as one picture: a row for each module, a column for each measure."""
 
 from itertools import combinations
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -80,3 +81,21 @@ def _legend(pen: ImageDraw.ImageDraw, x: float, y: float, font: Font) -> None:
         pen.rectangle((at, y, at + 10, y + 12), _colour(i / 10))
     for value, at in ((-1, x), (0, x + 105), (1, x + 205)):
         pen.text((at, y + 20), f"{value}", _INK, font, anchor="mm")
+
+
+def write_report(report: Overlap, path: str | Path) -> Path:
+    """As .png (a heat map), .json or .txt, by the name.
+
+    Raises:
+        InlayError: Another kind of file.
+    """
+    path = Path(path).expanduser()
+    if path.suffix.lower() == ".png":
+        draw(report).save(path)
+    elif path.suffix.lower() == ".json":
+        path.write_text(report.to_json() + "\n", encoding="utf-8")
+    elif path.suffix.lower() == ".txt":
+        path.write_text(f"{report}\n", encoding="utf-8")
+    else:
+        raise InlayError(f"a report is a .png, .json or .txt file, got {str(path)!r}.")
+    return path

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
+from inlay.combine.low_rank import Spectrum, auto_widths, norm, spectrum, spectrum_of
+from inlay.combine.method_sum import Leaves, Sum, agree, common
 from inlay.combine.read import Array, Part
 from inlay.combine.rules import RULES
-from inlay.combine.sums import Leaves, Sum, agree, common
-from inlay.combine.widths import Spectrum, auto_widths, norm, spectrum, spectrum_of
 from inlay.errors import InlayError
 
 _LINEAR = ("lora_A.weight", "lora_B.weight")

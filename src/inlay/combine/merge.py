@@ -18,18 +18,18 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from inlay._peft import base_modules, dequantized, merge_keeping, untie, without_layers
-from inlay.atomic import write_json, writing
-from inlay.data.scan import VolumeProcessor
-from inlay.data.tokens import TextProcessor
+from inlay.adapters.file import CARD
+from inlay.adapters.golden import picture
+from inlay.adapters.load import LoadedAdapter, load_adapter, load_own_base
+from inlay.adapters.sketch import precision_of
+from inlay.adapters.summary import method
+from inlay.bases.load import Dtype, load_base, makes_masks
+from inlay.bases.quantize import Quantize
 from inlay.errors import InlayError
-from inlay.models import Dtype, load_base, makes_masks
-from inlay.quantized import Quantize
-from inlay.store.file import CARD
-from inlay.store.golden import picture
-from inlay.store.load import LoadedAdapter, load_adapter, load_own_base
-from inlay.store.sketch import precision_of
-from inlay.store.summary import method
+from inlay.files.atomic import write_json, writing
+from inlay.methods._peft import base_modules, dequantized, merge_keeping, untie, without_layers
+from inlay.tasks.text.processor import TextProcessor
+from inlay.tasks.volumes.scan import VolumeProcessor
 
 logger = logging.getLogger(__name__)
 

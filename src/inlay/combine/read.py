@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from inlay.adapters.file import WEIGHTS, AdapterFile, check_digest, read_adapter
+from inlay.adapters.hub.fetch import fetch
+from inlay.adapters.patterns import check_patterns
+from inlay.adapters.sketch_distance import TOLERANCE, distance
 from inlay.errors import InlayError
-from inlay.store.file import WEIGHTS, AdapterFile, check_digest, fetch, read_adapter
-from inlay.store.likeness import TOLERANCE, distance
-from inlay.store.patterns import check_patterns
 
 Array = npt.NDArray[np.float32]
 PREFIX = "base_model.model."  # of the keys in a file of peft

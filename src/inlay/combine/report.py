@@ -16,15 +16,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from inlay.combine.bottlenecks import bottleneck
 from inlay.combine.lora import factors
+from inlay.combine.low_rank import norm
 from inlay.combine.read import Array, Part, Source, opened
-from inlay.combine.widths import norm
 from inlay.errors import InlayError
 
 MEASURES = ("cosine", "read", "written", "conflict", "interference")
@@ -208,23 +207,3 @@ def _dense(a: Array, b: Array) -> dict[str, float | None]:
 
 def _text(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def write_report(report: Overlap, path: str | Path) -> Path:
-    """As .png (a heat map), .json or .txt, by the name.
-
-    Raises:
-        InlayError: Another kind of file.
-    """
-    path = Path(path).expanduser()
-    if path.suffix.lower() == ".png":
-        from inlay.combine.heatmap import draw
-
-        draw(report).save(path)
-    elif path.suffix.lower() == ".json":
-        path.write_text(report.to_json() + "\n", encoding="utf-8")
-    elif path.suffix.lower() == ".txt":
-        path.write_text(f"{report}\n", encoding="utf-8")
-    else:
-        raise InlayError(f"a report is a .png, .json or .txt file, got {str(path)!r}.")
-    return path

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
+from inlay.combine.low_rank import norm
+from inlay.combine.method_sum import Leaves, Sum, agree, common
 from inlay.combine.read import Array, Part
-from inlay.combine.sums import Leaves, Sum, agree, common
-from inlay.combine.widths import norm
 from inlay.errors import InlayError
 
 _DECODER = "inlay_spatial3d_decoder."

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from inlay.atomic import write_json
+from inlay.adapters.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, fingerprint, read_adapter
 from inlay.combine.heads import Heads
 from inlay.combine.read import Array, Source
 from inlay.errors import InlayError
-from inlay.store.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, fingerprint, read_adapter
-from inlay.store.header import DIGEST, hasher
+from inlay.files.atomic import write_json
+from inlay.files.tensor_header import DIGEST, hasher
 
 _PIECE = 1 << 15  # numbers
 
@@ -164,7 +164,7 @@ def write_settings(folder: Path, config: dict[str, Any], record: dict[str, Any],
         tasks = "; ".join(f"`{name}`: {', '.join(rows)}" for name, rows in record["tasks"].items())
         said += f"\nTasks, to choose one by `predict(..., task=)`: {tasks}.\n"
     if record:
-        from inlay.store.card import card
+        from inlay.adapters.card import card
 
         text = card(record, config, metrics)
         text = text.replace("## Results", f"{said}\n## Results", 1)

@@ -1,6 +1,6 @@
-"""What a model holds, computes, takes and gets right: parameters, multiply-accumulates, latency, energy, quality.
+"""What a model holds, computes and takes: parameters, multiply-accumulates, latency, energy, memory.
 
-All but `footprint` is imported on first use: torch takes a second, evaluate with what it imports several.
+All but `footprint` is imported on first use.
 """
 
 from __future__ import annotations
@@ -9,40 +9,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 # Not lazy: whoever imported the module of this name first would otherwise find it in place of the function.
-from inlay.measure.footprint import Footprint, footprint
+from inlay.measure.footprint import Footprint, describe_quantized, footprint
 
 if TYPE_CHECKING:
     from inlay.measure.costs import cost
     from inlay.measure.energy import Energy, measure_energy
     from inlay.measure.macs import count_macs
-    from inlay.measure.masks import VolumeDice, overlap, score_case, summarise, write_csv
-    from inlay.measure.memory import MemoryPlan, measure_peak, plan_memory
-    from inlay.measure.quality import F1, Accuracy, MaskIoU
+    from inlay.measure.memory import MemoryPlan, describe_memory, measure_peak, plan_memory
     from inlay.measure.speed import Latency, latency
-    from inlay.measure.text import TextScores, score_texts
 
 __all__ = [
-    "F1",
-    "Accuracy",
     "Energy",
     "Footprint",
     "Latency",
-    "MaskIoU",
     "MemoryPlan",
-    "TextScores",
-    "VolumeDice",
     "cost",
     "count_macs",
+    "describe_memory",
+    "describe_quantized",
     "footprint",
     "latency",
     "measure_energy",
     "measure_peak",
-    "overlap",
     "plan_memory",
-    "score_case",
-    "score_texts",
-    "summarise",
-    "write_csv",
 ]
 
 _HOME = {
@@ -52,19 +41,10 @@ _HOME = {
     "cost": "costs",
     "Energy": "energy",
     "measure_energy": "energy",
-    "Accuracy": "quality",
-    "F1": "quality",
-    "MaskIoU": "quality",
     "MemoryPlan": "memory",
+    "describe_memory": "memory",
     "measure_peak": "memory",
     "plan_memory": "memory",
-    "TextScores": "text",
-    "score_texts": "text",
-    "VolumeDice": "masks",
-    "overlap": "masks",
-    "score_case": "masks",
-    "summarise": "masks",
-    "write_csv": "masks",
 }
 
 

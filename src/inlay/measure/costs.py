@@ -10,12 +10,12 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from inlay._peft import PeftModel, base_alone, base_modules, plainly_active
 from inlay.errors import InlayError
 from inlay.measure.energy import measure_energy
 from inlay.measure.footprint import footprint, true_size
 from inlay.measure.macs import count_macs
 from inlay.measure.speed import Latency, latency
+from inlay.methods._peft import PeftModel, base_alone, base_modules, plainly_active
 
 State = Callable[[], AbstractContextManager[None]]
 _TURNS, _PASSES = 6, 5  # after a first turn to warm up: 25 passes in each state

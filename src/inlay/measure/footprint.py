@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -67,3 +67,30 @@ def _inside(state: object) -> Iterator[Tensor]:
             yield value
         elif type(value) is type(state):
             yield from _inside(value)
+
+
+def describe_quantized(model: nn.Module) -> str:
+    """One sentence on what of a base is held in few bits, what stays whole, and the bytes of both.
+
+    Such as `16 linear layers (attn.c_attn, mlp.c_fc ...) hold 786,432 weights in 8 bits: 0.80 MB, 0.26 of float32;
+    transformer.wte, ln_1 ... stay float32: 1.56 MB`.
+    """
+    layers = {n: m for n, m in model.named_modules() if type(m).__name__ in ("Linear8bitLt", "Linear4bit")}
+    bits = 8 if any(type(m).__name__ == "Linear8bitLt" for m in layers.values()) else 4
+    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
+    held = sum(footprint(layer).bytes_total for layer in layers.values())
+    biases = sum(layer.bias.nbytes for layer in layers.values() if layer.bias is not None)
+    whole = {n: p for n, p in model.named_parameters() if n.rpartition(".")[0] not in layers}
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in whole.values()})
+    return (
+        f"{len(layers)} linear layers ({_leaves(layers)}) hold {weights:,} weights in {bits} bits: "
+        f"{(held - biases) / 1e6:.2f} MB, {(held - biases) / (4 * weights):.2f} of float32; {_leaves(whole)} stay "
+        f"{' and '.join(kinds)}: {sum(p.nbytes for p in whole.values()) / 1e6:.2f} MB"
+    )
+
+
+def _leaves(names: Iterable[str]) -> str:
+    """The last parts of module names, each once, without `weight` and `bias`."""
+    plain = (name.removesuffix(".weight").removesuffix(".bias") for name in names)
+    short = [name.rpartition(".")[0].rpartition(".")[2] + "." + name.rpartition(".")[2] for name in plain]
+    return ", ".join(dict.fromkeys(name.lstrip(".0123456789") for name in short))

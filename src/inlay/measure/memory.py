@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.data import default_collate
 
-from inlay._peft import PeftModel, PeftType
 from inlay.errors import InlayError
+from inlay.measure.fake_step import LiveBytes, fake, fake_model, no_traces, one_text_a_row
 from inlay.measure.footprint import footprint
-from inlay.measure.shadow import LiveBytes, fake, fake_model, no_traces, one_text_a_row
+from inlay.methods._peft import PeftModel, PeftType
+from inlay.train.config import TrainConfig
 
 Optimizer = Literal["adamw", "adamw8bit"]
 Precision = Literal["no", "bf16", "fp16"]
@@ -335,3 +338,36 @@ def _memory_of(device: torch.device) -> int | None:
     limit = Path("/sys/fs/cgroup/memory.max")  # of the container
     text = limit.read_text().strip() if limit.is_file() else "max"
     return total if text == "max" else min(total, int(text))
+
+
+def describe_memory(
+    model: nn.Module,
+    train_data: Any,
+    config: TrainConfig,
+    *,
+    collate: Callable[[list[Any]], dict[str, Any]] | None = None,
+    loss: Loss | None = None,
+) -> str:
+    """One line on what a step of `fit` with these arguments will take, at its largest batch; or on why that is unknown.
+
+    The batch is that of one process, of the longest examples where the data has `lengths`, else of the first ones.
+    """
+    rows = min(len(train_data), -(-config.batch_size // PartialState().num_processes))
+    lengths = getattr(train_data, "lengths", None)
+    chosen = range(rows) if lengths is None else sorted(range(len(lengths)), key=lambda i: -lengths[i])[:rows]
+    batch = (collate or default_collate)([train_data[i] for i in chosen])
+    precision: Precision = "bf16" if config.precision == "bf16" else "fp16" if config.precision == "fp16" else "no"
+    try:
+        return str(
+            plan_memory(
+                model,
+                batch,
+                optimizer=config.optimizer,
+                accumulate=config.accumulate,
+                gradient_checkpointing=config.gradient_checkpointing,
+                precision=precision,
+                loss=loss,
+            )
+        )
+    except InlayError as error:
+        return f"memory: not known before training ({error})"

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
-from inlay.arch import is_linear, lora_targets, sites
+from inlay.bases.sites import is_linear, lora_targets, sites
 from inlay.methods.attention_prefix import AttentionPrefixConfig
 from inlay.methods.bottleneck import BottleneckConfig
 from inlay.methods.composite import CompositeConfig
 from inlay.methods.partial import PartialConfig
-from inlay.methods.spatial3d import SpatialAdapterConfig
+from inlay.methods.spatial.adapter import SpatialAdapterConfig
 from inlay.methods.visual_prompt import VisualPromptConfig
 
 __all__ = [

@@ -26,9 +26,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.sam.modeling_sam import SamVisionAttention
 from typing_extensions import override
 
-from inlay._peft import PeftType, register
-from inlay.arch import Sites
+from inlay.bases.sites import Sites
 from inlay.errors import InlayError
+from inlay.methods._peft import PeftType, register
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
 from inlay.methods.window_attention import attend, gather_prefix
 

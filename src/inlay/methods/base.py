@@ -18,9 +18,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from typing_extensions import override
 
-from inlay._peft import leave, name_import, plain_name, plain_tree, strip
-from inlay.arch import Sites, sites
+from inlay.bases.sites import Sites, sites
 from inlay.errors import InlayError
+from inlay.methods._peft import leave, name_import, plain_name, plain_tree, strip
 
 # Which adapters act on which rows of a batch: all active ones on all rows (None), or one each on some.
 Groups = list[tuple[list[str], torch.Tensor | None]]

@@ -28,9 +28,9 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
-from inlay._peft import PeftType, register
-from inlay.arch import Sites, is_linear, linear_shape
+from inlay.bases.sites import Sites, is_linear, linear_shape
 from inlay.errors import InlayError
+from inlay.methods._peft import PeftType, register
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
 
 

@@ -18,8 +18,8 @@ from peft.utils.other import set_additional_trainable_modules
 from torch import nn
 from typing_extensions import override
 
-from inlay._peft import PeftType, name_import, plain_tree, register
 from inlay.errors import InlayError
+from inlay.methods._peft import PeftType, name_import, plain_tree, register
 from inlay.methods.attention_prefix import AttentionPrefixModel
 from inlay.methods.base import AdapterTuner
 from inlay.methods.bottleneck import join

@@ -26,9 +26,9 @@ from torch.func import functional_call
 from torch.nn import MultiheadAttention
 from typing_extensions import override
 
-from inlay._peft import PeftType, register
-from inlay.arch import OTHER_INPUTS, Sites, is_cross, is_norm
+from inlay.bases.sites import OTHER_INPUTS, Sites, is_cross, is_norm
 from inlay.errors import InlayError
+from inlay.methods._peft import PeftType, register
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
 
 

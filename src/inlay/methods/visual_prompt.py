@@ -24,9 +24,9 @@ from transformers.models.sam.modeling_sam import SamVisionAttention
 from transformers.utils import output_capturing
 from typing_extensions import override
 
-from inlay._peft import PeftType, register
-from inlay.arch import Sites
+from inlay.bases.sites import Sites
 from inlay.errors import InlayError
+from inlay.methods._peft import PeftType, register
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
 from inlay.methods.window_attention import attend, gather_prefix
 

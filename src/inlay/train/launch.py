@@ -21,15 +21,15 @@ from accelerate.utils import (
 from torch import nn
 from torch.utils.data import DataLoader
 
-from inlay._peft import PeftModel
 from inlay.errors import InlayError
+from inlay.methods._peft import PeftModel
 from inlay.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from inlay.train.draws import Draws
-    from inlay.train.frozen import Data
+    from inlay.train.frozen_cache.shorten import Data
+    from inlay.train.sampler import Draws
 
     Collate = Callable[[list[Any]], dict[str, Any]]
 

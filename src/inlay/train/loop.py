@@ -17,13 +17,13 @@ from transformers import get_scheduler
 
 from inlay.errors import InlayError
 from inlay.train.config import TrainConfig
-from inlay.train.draws import Drawn, Draws, seed_all
 from inlay.train.evaluation import evaluate_on, pieces, rows_of, train_mode
-from inlay.train.frozen import Data, opened, tail
+from inlay.train.frozen_cache.shorten import Data, opened, tail
 from inlay.train.guards import Stop, blame
 from inlay.train.launch import build_loaders, build_optimizer, enable_checkpointing, release, start
 from inlay.train.losses import Loss, ModelLoss
 from inlay.train.run import Run
+from inlay.train.sampler import Drawn, Draws, seed_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -20,8 +20,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from inlay.atomic import pending, recover, write_json, writing
 from inlay.errors import InlayError
+from inlay.files.atomic import pending, recover, write_json, writing
 from inlay.train.config import TrainConfig
 
 WEIGHTS = "trainable.safetensors"

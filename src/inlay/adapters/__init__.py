@@ -1,0 +1,1 @@
+"""An adapter as a folder: save, load, check, describe."""

@@ -1,0 +1,321 @@
+"""Adapters that other programs wrote, or transformers 4, as adapters that load here.
+
+    import_adapter("roberta_lora.bin", "imported", base="FacebookAI/roberta-base", alpha=16)
+
+What a layer is called is asked of transformers, whose own renamings of old checkpoints are used; the numbers stay as
+they are. What a file does not say (its base, alpha) is asked for, never guessed.
+"""
+
+import copy
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig
+from safetensors.torch import save_file
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from inlay.adapters.convert.factors import Factors, read_factors
+from inlay.adapters.file import CONFIG, WEIGHTS, AdapterFile, read_adapter
+from inlay.adapters.hub.fetch import fetch
+from inlay.adapters.load import load_adapter, read_weights
+from inlay.adapters.patterns import check_patterns
+from inlay.adapters.save import save_adapter
+from inlay.bases.load import explained, load_base, read_config, resolve
+from inlay.bases.sites import is_linear, linear_shape
+from inlay.errors import InlayError
+from inlay.files.atomic import write_json, writing
+
+START = "base_model.model."
+PARTS = ("q", "k", "v")  # of a fused layer, in the order of its rows
+_HEADS = ("classifier", "score", "fc", "head")
+
+
+@dataclass
+class Imported:
+    """What an import made.
+
+    Attributes:
+        folder: The adapter.
+        form: What it was.
+        layers: How many are adapted.
+        renamed: How many tensors have another name now.
+        left_out: What the source holds beside them, and what takes that.
+        checked: What the result was compared with: its base's weights, its base's structure, or nothing.
+    """
+
+    folder: Path
+    form: str
+    layers: int
+    renamed: int
+    left_out: list[str] = field(default_factory=list)
+    checked: str = "nothing"
+
+
+def import_adapter(
+    source: str | Path,
+    out: str | Path,
+    *,
+    base: str | None = None,
+    alpha: float | None = None,
+    fused: Sequence[str] | None = None,
+) -> Imported:
+    """Convert an adapter, and compare it with its base as far as that is at hand.
+
+    Where the base's weights are (an image classifier, language model or SAM), the result carries a record and is
+    verified from then on; otherwise it is what plain peft would have saved.
+
+    Args:
+        source: A folder or Hub id of peft with names of an older transformers; a file of loralib, or of the text
+            encoder of Stable Diffusion (diffusers, kohya, cloneofsimo).
+        out: A new folder.
+        base: Name, folder or Hub id of the base, where the source does not name it.
+        alpha: Of loralib: ΔW = alpha / r · B·A.
+        fused: Of loralib's fused layers: which of q, k and v are adapted, such as ("q", "v").
+
+    Raises:
+        InlayError: What is no LoRA, what lacks in the source, layers that the base does not have.
+    """
+    out = Path(out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InlayError(f"{out} exists; give a new folder.")
+    place = Path(source).expanduser()
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "adapter"
+        folder.mkdir()
+        if place.is_file():
+            made, name = _from_file(place, folder, base, alpha, fused)
+        else:
+            made, name = _from_peft(read_adapter(fetch(source)), folder, base)
+        made.folder = out
+        if made.checked == "its base's structure" and (model := _loadable(name, folder)) is not None:
+            loaded = load_adapter(folder, model)
+            metrics = {"imported": {"form": made.form, "from": place.name, "left_out": made.left_out}}
+            save_adapter(loaded.model, out, processor=loaded.processor, metrics=metrics)
+            made.checked = "its base's weights"
+        else:
+            with writing(out) as new:
+                for path in folder.iterdir():
+                    (new / path.name).write_bytes(path.read_bytes())
+    return made
+
+
+def _from_peft(file: AdapterFile, folder: Path, base: str | None) -> tuple[Imported, str]:
+    """Other names for the same tensors, and modules by their full names in the config."""
+    config, name = file.config, base or file.base_name
+    if config["peft_type"] != "LORA" or config.get("layer_replication"):
+        raise InlayError(f"adapter {file.name!r} is of the method {config['peft_type']}; inlay imports LoRA.")
+    if not name:
+        raise InlayError(f"adapter {file.name!r} names no base, whose layers would tell the new names; give --base.")
+    skeleton = base_skeleton(name)
+    weights = read_weights(file)
+    names = _renaming(skeleton)
+    moved = {key: START + names(key.removeprefix(START)) for key in weights}
+    sites = {_site(key): _site(moved[key]) for key in weights if ".lora_" in key}
+    check_patterns(config, {site.removeprefix(START) for site in sites}, file.name)
+    config = copy.deepcopy(config)
+    config |= {"target_modules": sorted(new.removeprefix(START) for new in sites.values())}
+    config |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    config["base_model_name_or_path"] = name
+    for key in ("rank_pattern", "alpha_pattern"):
+        config[key] = _follow(config.get(key) or {}, sites)
+    _check_sites(file.name, skeleton, config["target_modules"])
+    save_file({moved[key]: value for key, value in weights.items()}, folder / WEIGHTS, {"format": "pt"})
+    write_json(folder / CONFIG, config)
+    renamed = sum(old != new for old, new in moved.items())
+    form = "peft, under names of an older transformers" if renamed else "peft"
+    return Imported(folder, form, len(sites), renamed, checked="its base's structure"), name
+
+
+def _site(key: str) -> str:
+    return key[: key.index(".lora_")]
+
+
+def _follow(pattern: Mapping[str, Any], sites: Mapping[str, str]) -> dict[str, Any]:
+    """What a pattern said of a layer, under its new name: the first that matches counts, as in peft."""
+    told = {}
+    for old, new in sites.items():
+        for text, value in pattern.items():
+            if re.match(rf"(.*\.)?({text})$", old.removeprefix(START)):
+                told[re.escape(new.removeprefix(START))] = value
+                break
+    return told
+
+
+def _from_file(
+    path: Path, folder: Path, base: str | None, alpha: float | None, fused: Sequence[str] | None
+) -> tuple[Imported, str]:
+    found = read_factors(path)
+    lacking = []
+    if base is None:
+        hint = " (openai/clip-vit-large-patch14 for Stable Diffusion 1)" if found.text_encoder else ""
+        lacking.append(f"the name of its base: --base{hint}")
+    if alpha is None and not found.alphas:
+        lacking.append("alpha, by which its updates are scaled as alpha / r: --alpha")
+    if base is None or lacking:
+        raise InlayError(f"{path} is a LoRA of {found.form}, which lacks {'; '.join(lacking)}.")
+    try:
+        skeleton = base_skeleton(base, "CLIPTextModel" if found.text_encoder else None)
+    except InlayError:
+        if Path(base).is_dir() or base.startswith("builtin:"):
+            raise
+        skeleton = None  # not at hand: written as the file says, and not compared
+    names = _renaming(skeleton) if skeleton is not None else str
+    layers = {names(f"{name}.weight").removesuffix(".weight"): pair for name, pair in found.layers.items()}
+    alphas = {names(f"{name}.weight").removesuffix(".weight"): value for name, value in found.alphas.items()}
+    whole = {names(key): value for key, value in found.whole.items()}
+    if skeleton is not None:
+        _check_sites(path.name, skeleton, layers)
+    tensors, config = _plain_lora(
+        path, found, layers, alphas or dict.fromkeys(layers, float(alpha or 0)), fused, skeleton
+    )
+    heads = sorted({key.split(".")[0] for key in whole})
+    if skeleton is not None:
+        _check_shapes(path.name, skeleton, tensors, whole)
+    tensors |= {f"{START}{key}": value.contiguous() for key, value in whole.items()}
+    settings = LoraConfig(
+        **config, base_model_name_or_path=base, modules_to_save=heads or None, inference_mode=True,
+        task_type="FEATURE_EXTRACTION" if found.text_encoder else "SEQ_CLS" if "classifier" in heads else None,
+    )  # fmt: skip
+    settings.save_pretrained(str(folder))
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    renamed = len(tensors) if found.text_encoder else sum(key not in found.layers for key in layers)
+    checked = "its base's structure" if skeleton is not None else "nothing: its base is not at hand"
+    return Imported(folder, found.form, len(layers), renamed, found.left_out, checked), base
+
+
+def _plain_lora(
+    path: Path,
+    found: Factors,
+    layers: Mapping[str, Mapping[str, torch.Tensor]],
+    alphas: Mapping[str, float],
+    fused: Sequence[str] | None,
+    skeleton: Any,
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and settings of peft for ΔW = alpha / r · B·A of each layer."""
+    tensors, ranks, scales = {}, {}, {}
+    for name, pair in layers.items():
+        down, up, scale = pair["A"].float(), pair["B"].float(), alphas[name]
+        size = _rows(skeleton, name)
+        if len(down) != up.shape[1] or (found.form == "loralib" and size == len(PARTS) * len(up)):
+            if size is None or found.form != "loralib" or len(down) % up.shape[1]:
+                raise InlayError(f"{path}: A {tuple(down.shape)} and B {tuple(up.shape)} of {name} have no product.")
+            groups = len(down) // up.shape[1]
+            up = _unfuse(path, name, up, groups, fused, size)
+            scale *= groups  # peft divides by the rank of all groups together
+        ranks[name], scales[name] = len(down), scale
+        tensors[f"{START}{name}.lora_A.weight"] = down.contiguous()
+        tensors[f"{START}{name}.lora_B.weight"] = up.contiguous()
+    usual, scale = max(ranks.values()), max(scales.values())
+    return tensors, {
+        "r": usual,
+        "lora_alpha": int(scale) if scale.is_integer() else scale,
+        "target_modules": sorted(layers),
+        "rank_pattern": {re.escape(name): rank for name, rank in ranks.items() if rank != usual},
+        "alpha_pattern": {re.escape(name): value for name, value in scales.items() if value != scale},
+    }
+
+
+def _rows(skeleton: Any, name: str) -> int | None:
+    """Of a layer's weight; None where there is no base to ask, or no linear layer."""
+    module = None if skeleton is None else skeleton.get_submodule(name)
+    return linear_shape(module)[1] if is_linear(module) and module is not None else None
+
+
+def _unfuse(
+    path: Path, name: str, up: torch.Tensor, groups: int, fused: Sequence[str] | None, size: int
+) -> torch.Tensor:
+    """B of a layer whose rows are q, k and v: block by block, as each part has its own r columns.
+
+    loralib's MergedLinear stores the enabled parts alone, B (k · m, r) for A (k · r, d_in): part g is B_g·A_g. Side by
+    side they are one B (size, k · r), with zeros outside the blocks.
+    """
+    rows, rank = len(up) // groups, up.shape[1]
+    if fused is None or len(fused) != groups or not set(fused) <= set(PARTS) or rows * len(PARTS) != size:
+        raise InlayError(
+            f"{path}: {name} is a fused layer of which {groups} parts of {rows} rows are adapted, and the file does "
+            "not say which; give --fused, such as q,v."
+        )
+    whole = up.new_zeros(size, groups * rank)
+    for g, part in enumerate(sorted(fused, key=PARTS.index)):
+        at = PARTS.index(part) * rows
+        whole[at : at + rows, g * rank : (g + 1) * rank] = up[g * rows : (g + 1) * rows]
+    return whole
+
+
+def base_skeleton(name: str, architecture: str | None = None) -> transformers.PreTrainedModel:
+    """The structure of any model of transformers, without weights, by its config's `architectures`.
+
+    Raises:
+        InlayError: No such base, or none of transformers' classes.
+    """
+    config = read_config(name, resolve(name), None)
+    if architecture and (inner := getattr(config, "text_config", None)) is not None:
+        config = inner
+    named = architecture or next(iter(config.architectures or []), "")
+    kind = getattr(transformers, str(named), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise InlayError(f"the config of {name} names the architecture {named!r}, which transformers does not have.")
+    try:
+        with torch.device("meta"):
+            return kind(config)
+    except Exception as error:  # a config is data from anywhere: it fails in any way
+        raise explained(name, error) from error
+
+
+def _renaming(skeleton: transformers.PreTrainedModel) -> Callable[[str], str]:
+    """The name in this version of transformers of a tensor in an older checkpoint of the same model."""
+    steps = [step for step in get_model_conversion_mapping(skeleton) if isinstance(step, WeightRenaming)]
+
+    def rename(key: str) -> str:
+        for step in steps:
+            key, _ = step.rename_source_key(key)
+        return key
+
+    return rename
+
+
+def _check_sites(name: str, skeleton: torch.nn.Module, sites: Sequence[str] | Mapping[str, Any]) -> None:
+    modules = {path for path, _ in skeleton.named_modules()}
+    if unknown := [site for site in sites if site not in modules]:
+        raise InlayError(
+            f"{name} adapts {len(unknown)} layers that {type(skeleton).__name__} does not have ({unknown[0]}); give "
+            "another --base."
+        )
+
+
+def _check_shapes(
+    name: str, skeleton: torch.nn.Module, tensors: Mapping[str, torch.Tensor], whole: Mapping[str, torch.Tensor]
+) -> None:
+    """Factors as the layers want them; tensors of a head may have another number of classes."""
+    for key, value in tensors.items():
+        module = skeleton.get_submodule(_site(key).removeprefix(START))
+        if not is_linear(module):
+            raise InlayError(f"{name} adapts {_site(key)}, which is no linear layer of {type(skeleton).__name__}.")
+        size_in, size_out = linear_shape(module)
+        size, found = (size_in, value.shape[1]) if ".lora_A." in key else (size_out, value.shape[0])
+        if size != found:
+            raise InlayError(f"{name} does not fit its base: {key} has {found} features, and the layer has {size}.")
+    known = dict(skeleton.named_parameters())
+    for key, value in whole.items():
+        if key not in known or not key.startswith(_HEADS) or known[key].shape[1:] != value.shape[1:]:
+            raise InlayError(f"{name} holds {key} {tuple(value.shape)}, which is no tensor of its base's head.")
+
+
+def _loadable(name: str, folder: Path) -> Any:
+    """The base with a head of the adapter's size, if inlay loads such models; None if not."""
+    tensors = read_adapter(folder).shapes
+    try:
+        model = load_base(name)
+    except InlayError:
+        return None
+    heads = [shape[0] for key, shape in tensors.items() if key.removeprefix(START).startswith(_HEADS)]
+    if heads and heads[-1] != model.config.num_labels:
+        return load_base(name, labels=[f"LABEL_{i}" for i in range(heads[-1])])
+    return model

@@ -1,0 +1,226 @@
+"""Read an adapter folder as bytes: what it claims to be, checked before a tensor is touched.
+
+Inside the safetensors metadata, `inlay` holds a JSON record (base, labels, preprocessing, head, golden output), and
+`inlay_sha256` the digest of everything else in the file, so that a flipped bit is found wherever it is.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inlay.adapters.config import check_config
+from inlay.adapters.metadata import check_record
+from inlay.errors import InlayError
+from inlay.files.bounded_json import is_text, parse_json
+from inlay.files.tensor_header import read_header
+
+CONFIG, WEIGHTS, METRICS, CARD = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "metrics.json",
+    "README.md",
+)
+ORIGIN = "origin.json"  # of a pulled folder: repository, commit and hashes
+FORMAT = 1  # of the record; raised when an older inlay would read it wrong
+# Larger ones are refused before they are read; a usual config has a few kB.
+MAX_BYTES = {CONFIG: 1_000_000, METRICS: 16_000_000, WEIGHTS: 16_000_000_000}
+_INCIDENTAL = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter folder that holds together.
+
+    Attributes:
+        folder: Where it is.
+        config: adapter_config.json.
+        shapes: Key and shape of every tensor.
+        record: What inlay stored, empty for an adapter saved by plain peft.
+        metrics: metrics.json, empty if there is none.
+        bytes_weights: Size of adapter_model.safetensors.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    record: dict[str, Any]
+    metrics: dict[str, Any]
+    bytes_weights: int
+
+    @property
+    def name(self) -> str:
+        """The folder's name; of one in the Hub's cache that of the repository."""
+        cached = _cached(self.folder)
+        return cached["repo"] if cached else self.folder.resolve().name
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """`repo` and `commit` on the Hub that it is a copy of; empty for one that was made here."""
+        path = self.folder / ORIGIN
+        noted = _cached(self.folder) or (_json(path) if path.is_file() else {})
+        return {key: noted[key] for key in ("repo", "commit") if isinstance(noted.get(key), str)}
+
+    @property
+    def base_name(self) -> str:
+        """The base it was trained on, as `load_base` takes it; empty if unknown."""
+        return str(self.record.get("base", {}).get("name") or self.config.get("base_model_name_or_path") or "")
+
+    @property
+    def labels(self) -> list[str]:
+        """Class names, empty if unknown."""
+        return list(self.record.get("labels", []))
+
+    @property
+    def tasks(self) -> dict[str, dict[str, int]]:
+        """Of a combination of classifiers: by task, its class names with the logits that stand for them; else empty."""
+        found, count = self.record.get("tasks", {}), len(self.labels)
+        named = isinstance(found, dict) and all(isinstance(rows, dict) and rows for rows in found.values())
+        if not named or not all(type(i) is int and 0 <= i < count for rows in found.values() for i in rows.values()):
+            raise InlayError(
+                f"the tasks in the record of {self.folder} are no classes with their logits; get it again."
+            )
+        return dict(found)
+
+
+def read_adapter(folder: str | Path, *, digest: bool = True) -> AdapterFile:
+    """Read and check an adapter folder without loading tensors or a base.
+
+    Args:
+        folder: Of the adapter.
+        digest: Compare the tensors with the digest that was stored with them; False where `check_digest` does so later,
+            or for a file of one's own, just made.
+
+    Raises:
+        InlayError: Not an adapter folder; files that are links out of it, or too large; a config that is no JSON, asks
+            for harm or was changed since; weights that are truncated, damaged, pickled, or an LFS pointer; tensor names
+            that are paths; a record of a newer format.
+    """
+    try:
+        return _read(Path(folder), digest)
+    except OSError as error:
+        raise InlayError(f"{folder} cannot be read ({error.strerror or error}).") from error
+
+
+def check_digest(folder: str | Path) -> None:
+    """What `read_adapter` leaves out with digest=False, for later.
+
+    Raises:
+        InlayError: The file is damaged.
+    """
+    read_header(Path(folder) / WEIGHTS)
+
+
+def _read(folder: Path, digest: bool) -> AdapterFile:
+    if not (folder / CONFIG).is_file():
+        state = "does not exist"
+        if folder.exists():
+            state = f"is not an adapter: it has no {CONFIG}" if folder.is_dir() else "is a file"
+        raise InlayError(f"{folder} {state}; give the folder that save_adapter or peft wrote.")
+    if not (folder / WEIGHTS).is_file():
+        pickled = (
+            " (adapter_model.bin is a pickle, which inlay never opens)"
+            if (folder / "adapter_model.bin").exists()
+            else ""
+        )
+        raise InlayError(f"{folder} has no {WEIGHTS}{pickled}; save the adapter again as safetensors.")
+    if not is_text(folder.name):
+        raise InlayError(f"the name of {str(folder)!r} is no text in UTF-8; rename it.")
+    _check_files(folder)
+    config = _json(folder / CONFIG, exact=True)
+    if not isinstance(config.get("peft_type"), str):
+        raise InlayError(f"{folder / CONFIG} names no peft_type, so it is not an adapter's config.")
+    header = read_header(folder / WEIGHTS, digest=digest)
+    metadata = header.pop("__metadata__", {})
+    shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
+    check_config(config, shapes, folder / CONFIG)
+    metrics = _json(folder / METRICS) if (folder / METRICS).is_file() else {}
+    size = (folder / WEIGHTS).stat().st_size
+    record = _record(folder, metadata)
+    if record and record["config"] != fingerprint(config):
+        raise InlayError(
+            f"{folder / CONFIG} is not what was saved with the weights; get it again, or save the adapter anew."
+        )
+    return AdapterFile(folder, config, shapes, record, metrics, size)
+
+
+def _check_files(folder: Path) -> None:
+    """Each file is there itself, or linked to from within: the Hub's cache keeps them in `blobs` beside `snapshots`."""
+    inside = folder.resolve()
+    homes = [inside, *(parent.parent / "blobs" for parent in inside.parents if parent.name == "snapshots")]
+    for name in (CONFIG, WEIGHTS, METRICS, CARD):
+        path = folder / name
+        if path.is_symlink() and not any(_target(path).is_relative_to(home) for home in homes):
+            raise InlayError(f"{path} is a link to a file outside of the folder; put the file itself there.")
+        limit = MAX_BYTES.get(name)
+        if limit and path.is_file() and (size := path.stat().st_size) > limit:
+            raise InlayError(f"{path} has {size:,} bytes, and inlay reads at most {limit:,}; it is no adapter's.")
+
+
+def _target(link: Path) -> Path:
+    """Where it leads in the end; one that leads in a circle, nowhere."""
+    try:
+        return link.resolve()
+    except RuntimeError:  # before Python 3.13
+        return Path()
+
+
+def fingerprint(config: dict[str, Any]) -> str:
+    """Digest of what an adapter_config.json says of the computation: names and versions do not count."""
+    counted = {key: value for key, value in config.items() if key not in _INCIDENTAL}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with ~ and ~user expanded, or as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def _cached(folder: Path) -> dict[str, Any]:
+    """Repository and commit of a folder in the Hub's cache, models--user--name/snapshots/COMMIT/..., or nothing."""
+    parts = folder.absolute().parts
+    for at in range(len(parts) - 2, 0, -1):
+        if parts[at] == "snapshots" and parts[at - 1].startswith("models--"):
+            repo = parts[at - 1].removeprefix("models--").replace("--", "/")
+            return {"repo": "/".join([repo, *parts[at + 2 :]]), "commit": parts[at + 1]}
+    return {}
+
+
+def _json(path: Path, *, exact: bool = False) -> dict[str, Any]:
+    """A JSON object; `exact` as in `parse_json`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if text.startswith("version https://git-lfs"):
+            raise ValueError("it is a Git LFS pointer: run `git lfs pull`")
+        content = parse_json(text, exact=exact)
+    except (ValueError, RecursionError) as error:
+        raise InlayError(f"{path} is not readable as JSON ({error}); get the adapter again.") from None
+    if not isinstance(content, dict):
+        raise InlayError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
+    return content
+
+
+def _record(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    if "inlay" not in metadata:
+        return {}
+    try:
+        record = parse_json(metadata["inlay"])
+        version = record["format"]
+        if type(version) is not int:
+            raise ValueError("format is no number")
+        if not isinstance(record.get("task", ""), str):
+            raise ValueError("task is no text")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InlayError(
+            f"the record inside {folder / WEIGHTS} cannot be read ({error}); get the adapter again."
+        ) from None
+    if version > FORMAT:
+        raise InlayError(
+            f"{folder} was saved in format {version}, this inlay reads up to {FORMAT}: pip install --upgrade inlay."
+        )
+    check_record(record, folder / WEIGHTS)
+    return record

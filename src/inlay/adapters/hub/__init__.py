@@ -1,0 +1,1 @@
+"""Adapters on the Hub and in folders of adapters: push, pull, index, search."""

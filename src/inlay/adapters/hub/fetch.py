@@ -1,0 +1,31 @@
+"""An adapter as a folder on this machine, from where its name says that it is."""
+
+from pathlib import Path
+
+from inlay.adapters.file import CONFIG, expanded
+from inlay.adapters.hub.repository import download
+from inlay.errors import InlayError
+from inlay.files.folder_or_hub import refuse_ambiguous
+
+
+def fetch(path: str | Path, revision: str | None = None) -> Path:
+    """A local folder as it is; user/name, or user/name/adapter of several, from the Hub or its cache.
+
+    Raises:
+        InlayError: A name that means both; a revision of a local folder; neither is there; what `download` finds.
+    """
+    folder, text = expanded(path), str(path)
+    if folder.exists():
+        refuse_ambiguous(text, CONFIG, revision)
+        return folder
+    local = text.count("/") == 2 and Path(text.partition("/")[0]).is_dir()  # a path of this machine, mistyped
+    if local or text.count("/") not in (1, 2) or text.startswith((".", "~", "/")):
+        return folder
+    user, name, *inside = text.split("/")
+    try:
+        found = download(f"{user}/{name}", revision, *inside)
+    except InlayError as error:
+        raise InlayError(f"there is no folder {text!r}, and the Hub does not give it: {error}") from None
+    if not (found / CONFIG).is_file():
+        raise InlayError(f"{text} on the Hub is no adapter: it has no {CONFIG}; one of several is user/name/adapter.")
+    return found

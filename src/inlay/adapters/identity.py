@@ -1,0 +1,57 @@
+"""Which base a model is, and whether it is the one that an adapter was trained on."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from inlay.adapters.file import AdapterFile
+from inlay.adapters.sketch import precision_of, sketch
+from inlay.adapters.sketch_distance import TOLERANCE, distance
+from inlay.bases.load import size_of
+from inlay.errors import InlayError
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What an adapter must find in its base: structure, and weights by their sketch."""
+
+    model_type: str
+    blocks: int | None
+    width: int | None
+    precision: str
+    sketch: dict[str, Any]
+
+
+def identity(base: nn.Module) -> Identity:
+    """The identity of a base, which one with adapters in it has, too."""
+    return Identity(base.config.model_type, *size_of(base.config), precision_of(base), sketch(base))
+
+
+def check_base(file: AdapterFile, base: Identity) -> None:
+    """Raise InlayError if the adapter's record names another base: structure first, as it gives the clearer sentence.
+
+    Then the weights.
+    """
+    stored = file.record["base"]
+    name = f"adapter {file.name!r} was trained on {stored['name']}"
+    for what in ("model_type", "blocks", "width"):
+        if stored.get(what) != getattr(base, what):
+            raise InlayError(
+                f"{name} ({what.replace('_', ' ')} {stored.get(what)}), but this base has {getattr(base, what)}. "
+                "Load it on the base it names."
+            )
+    for what in ("weights", "parameters"):
+        if stored["sketch"][what] != base.sketch[what]:
+            kind = "weight matrices" if what == "weights" else "parameters"
+            raise InlayError(
+                f"{name} ({stored['sketch'][what]:,} {kind}), but this base has {base.sketch[what]:,}. "
+                "Load it on that base."
+            )
+    off = distance(stored["sketch"], base.sketch)
+    limit = max(TOLERANCE[base.precision], TOLERANCE[stored["precision"]])
+    if off > limit:
+        raise InlayError(
+            f"{name}, but this base has other weights of the same shape (sketches {off:.3f} apart, {limit} allowed). "
+            "Load it on the base it names, or retrain it."
+        )

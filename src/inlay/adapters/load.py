@@ -1,0 +1,370 @@
+"""Load an adapter onto the base that it fits, or say in one sentence why it does not."""
+
+import copy
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from inlay.adapters import golden
+from inlay.adapters.config import changes_base, refuse_biases
+from inlay.adapters.file import CONFIG, WEIGHTS, AdapterFile, read_adapter
+from inlay.adapters.hub.fetch import fetch
+from inlay.adapters.identity import check_base, identity
+from inlay.adapters.method import check_method
+from inlay.adapters.patterns import check_patterns
+from inlay.adapters.sketch import precision_of
+from inlay.bases.load import Dtype, head_of, load_base, task_of
+from inlay.bases.processors import load_processor, load_tokenizer, processor_from
+from inlay.bases.quantize import Quantize
+from inlay.errors import InlayError
+from inlay.methods._peft import (
+    PeftConfig,
+    PeftModel,
+    adapter_shapes,
+    adapter_weights,
+    carries_adapter,
+    fill,
+    inject,
+    merge_keeping,
+    release,
+    virtual_tokens,
+)
+from inlay.methods.bottleneck import join
+from inlay.tasks.text.processor import TextProcessor
+from inlay.tasks.volumes.scan import VolumeProcessor
+
+
+@dataclass
+class LoadedAdapter:
+    """An adapter on its base, ready to use.
+
+    Attributes:
+        model: The PeftModel in eval mode.
+        processor: The image processor, TextProcessor or VolumeProcessor that it was trained with.
+        labels: Class names in the order of the logits; of an adapter for volumes without background; none for a
+            language model or SAM on pictures.
+        file: What was read from disk.
+        verified: True if base, tensors and golden output were checked; False for a folder that only peft has written.
+        deviation: Relative difference to the golden output; None if there is none.
+    """
+
+    model: PeftModel | PreTrainedModel
+    processor: Any
+    labels: list[str]
+    file: AdapterFile
+    verified: bool
+    deviation: float | None
+    _unmerge: Callable[[], PeftModel] | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The folder's, or that of its repository on the Hub."""
+        return self.file.name
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks of a combination of classifiers; none for others."""
+        return list(self.file.tasks)
+
+    def route(self, task: str | None) -> tuple[list[str], list[int]]:
+        """Class names of one task of a combination, and which logits stand for them; None: all classes.
+
+        Raises:
+            InlayError: There is no such task.
+        """
+        if task is None:
+            return self.labels, list(range(len(self.labels)))
+        if task not in self.file.tasks:
+            has = f"the tasks {', '.join(self.tasks)}" if self.tasks else "one task; leave task out"
+            raise InlayError(f"adapter {self.file.name!r} has no task {task!r}, it has {has}.")
+        rows = self.file.tasks[task]
+        return list(rows), list(rows.values())
+
+    def merge(self) -> "LoadedAdapter":
+        """Fold the adapter into the base's weights: the same outputs without its latency. `unmerge` undoes it.
+
+        Raises:
+            InlayError: The base is quantised, where merging would lose much of the adapter, or it is merged already; a
+                prompt or prefix, which no weight can stand for.
+        """
+        if not isinstance(self.model, PeftModel):
+            raise InlayError("this adapter is merged already.")
+        if self.model.active_peft_config.is_prompt_learning:
+            raise InlayError("prompts and prefixes are tokens, which no weight can stand for; use it unmerged.")
+        kind = precision_of(self.model)
+        if kind != "float32":
+            raise InlayError(
+                f"merging into {kind} weights would round the adapter away; load the base in float32 first."
+            )
+        weights = adapter_weights(self.model)
+        self.model, restore = merge_keeping(self.model)
+        self._unmerge = lambda: attach(self.file, restore(), weights)
+        return self
+
+    def unmerge(self) -> "LoadedAdapter":
+        """Put the base's own weights back, bit for bit, and the adapter beside them again."""
+        if self._unmerge is None:
+            raise InlayError("this adapter is not merged.")
+        self.model, self._unmerge = self._unmerge(), None
+        return self
+
+
+def load_adapter(
+    path: str | Path,
+    base: str | Path | PreTrainedModel | None = None,
+    *,
+    revision: str | None = None,
+    dtype: Dtype = "float32",
+    quantize: Quantize | None = None,
+) -> LoadedAdapter:
+    """Load an adapter, its head, labels and preprocessing, and check that they compute what they computed when saved.
+
+    Args:
+        path: A folder, or a Hub id.
+        base: A name for `load_base`, or a model without an adapter (it is wrapped in place, and left as it was when the
+            adapter does not fit); default: the base that the adapter names.
+        revision: Of the adapter, for a Hub id.
+        dtype: Of the base, where it is loaded here.
+        quantize: "8bit" or "4bit", where it is loaded here.
+
+    Raises:
+        InlayError: Whatever `read_adapter` finds; a method or a setting that this peft does not know; a pattern that
+            is not done in time; a base of another structure or with other weights; tensors that are missing,
+            superfluous or of another shape; NaN; another golden output.
+    """
+    file = read_adapter(fetch(path, revision))
+    check_method(file)
+    if isinstance(base, nn.Module):
+        refuse_biases(file.config, file.name)
+    weights = read_weights(file)
+    model = given_base(base) if isinstance(base, nn.Module) else load_own_base(file, base, dtype, quantize)
+    if file.record:
+        check_base(file, identity(model))
+    if getattr(model, "new_head", False) and not isinstance(base, nn.Module):
+        _check_head(file, model)
+    return mount(file, weights, model)
+
+
+def mount(file: AdapterFile, weights: dict[str, torch.Tensor], model: PreTrainedModel) -> LoadedAdapter:
+    """A checked adapter on a base that was found to be its own, which is left as it was when the adapter does not fit.
+
+    Raises:
+        InlayError: Settings, names or shapes that do not fit; another golden output.
+    """
+    task = file.record.get("task") or task_of(model.name_or_path, model.config)
+    processor = _processor(file, model, task)
+    undo = _undo(model)
+    try:
+        if file.labels and task == "image-classification":
+            set_head(model, file)
+        adapted = attach(file, model, weights)
+        off = _check_golden(file, adapted, processor)
+    except Exception:
+        undo()
+        raise
+    names = model.config.id2label if task == "image-classification" else dict(enumerate(file.labels))
+    return LoadedAdapter(adapted, processor, [names[i] for i in sorted(names)], file, bool(file.record), off)
+
+
+def _check_head(file: AdapterFile, model: PreTrainedModel) -> None:
+    """A head that was drawn for the adapter's labels is to be replaced by the file's."""
+    lacking = [name for name in head_of(model) if not any(f".{name}." in key for key in file.shapes)]
+    if lacking:
+        raise InlayError(
+            f"adapter {file.name!r} has labels that are not its base's, but lacks a head ({lacking[0]!r}); get it "
+            "again."
+        )
+
+
+def task_of_adapter(path: str | Path) -> str:
+    """What an adapter is for, without loading it; of one that plain peft saved by its config's task_type."""
+    file = read_adapter(fetch(path))
+    plain = "text-generation" if file.config.get("task_type") == "CAUSAL_LM" else "image-classification"
+    return file.record.get("task", plain)
+
+
+def read_weights(file: AdapterFile) -> dict[str, torch.Tensor]:
+    """The tensors of a checked file, all of them finite."""
+    try:
+        weights = load_file(file.folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise InlayError(f"{file.folder / WEIGHTS} is damaged: {error}; get it again.") from error
+    real = {key: value for key, value in weights.items() if value.is_floating_point()}
+    if real and not torch.stack([v.sum(dtype=torch.float32) for v in real.values()]).isfinite().all():  # cheaper
+        for key, value in real.items():
+            if not torch.isfinite(value).all():
+                raise InlayError(f"the tensor {key!r} of adapter {file.name!r} holds NaN or Inf; it cannot be used.")
+    return weights
+
+
+def _processor(file: AdapterFile, base: PreTrainedModel, task: str) -> Any:
+    """What the adapter was trained with; for one that plain peft saved what its base has."""
+    settings = file.record.get("preprocessing")
+    if task == "volume-segmentation":
+        return VolumeProcessor.from_dict(settings or {})
+    if task == "text-generation":
+        tokenizer = load_tokenizer(base.name_or_path)
+        return TextProcessor.from_dict(settings, tokenizer) if settings else TextProcessor(tokenizer)
+    return processor_from(settings) if settings else load_processor(base.name_or_path)
+
+
+def given_base(base: nn.Module) -> PreTrainedModel:
+    """A model as a base: of transformers, and without an adapter in it."""
+    if not isinstance(base, PreTrainedModel):
+        raise InlayError(f"expected the base as a name or a transformers model, got {type(base).__name__}.")
+    if carries_adapter(base):
+        raise InlayError("this base carries an adapter already; give another copy of it, or unload that one first.")
+    return base
+
+
+def load_own_base(
+    file: AdapterFile, name: str | Path | None, dtype: Dtype = "float32", quantize: Quantize | None = None
+) -> PreTrainedModel:
+    """The base that was asked for, or the one that the adapter names, at the revision that it was trained on."""
+    pinned = file.record.get("base", {}).get("revision") if name is None else None
+    if not (name or file.base_name):
+        raise InlayError(f"adapter {file.name!r} names no base; give base=.")
+    classifies = file.record.get("task", "image-classification") == "image-classification"
+    labels = file.labels if classifies and file.labels else None
+    return load_base(name or file.base_name, labels=labels, dtype=dtype, quantize=quantize, revision=pinned)
+
+
+def set_head(base: PreTrainedModel, file: AdapterFile) -> None:
+    """Give a base that was loaded for other labels a head of the adapter's size; its weights come from the file."""
+    labels, config = file.labels, base.config
+    if len(labels) != config.num_labels:
+        heads = _head_layers(base)
+        last = [name for name, layer in heads.items() if layer.out_features == config.num_labels]
+        if not last:
+            raise InlayError(
+                f"this base was loaded with {config.num_labels} labels, adapter {file.name!r} has {len(labels)}: "
+                "load it with load_base(name, labels=...)."
+            )
+        for name in last:
+            old = heads[name]
+            fresh = nn.Linear(old.in_features, len(labels), old.bias is not None, old.weight.device, old.weight.dtype)
+            base.set_submodule(name, fresh.requires_grad_(False))
+    _set_labels(base, dict(enumerate(labels)))
+
+
+def _head_layers(base: PreTrainedModel) -> dict[str, nn.Linear]:
+    heads = head_of(base)
+    return {n: m for n, m in base.named_modules() if n.split(".")[0] in heads and isinstance(m, nn.Linear)}
+
+
+def _set_labels(base: PreTrainedModel, id2label: dict[int, str]) -> None:
+    base.config.num_labels = base.num_labels = len(id2label)
+    base.config.id2label = id2label
+    base.config.label2id = {label: i for i, label in id2label.items()}
+
+
+def _undo(base: PreTrainedModel) -> Callable[[], None]:
+    """What brings a base back to how it came, if the adapter turns out not to fit it."""
+    layers, id2label = _head_layers(base), base.config.id2label
+
+    def undo() -> None:
+        release(base)
+        for name, layer in layers.items():
+            base.set_submodule(name, layer)
+        _set_labels(base, id2label)
+
+    return undo
+
+
+def attach(file: AdapterFile, base: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PeftModel:
+    """The base with the adapter in it, which is injected and compared with the file before anything is allocated."""
+    with suppress(KeyError, RuntimeError):  # halves that do not belong together: the comparison below names them
+        weights = join(weights)
+    model = inject_checked(file, base, weights)
+    fill(model, weights)
+    return model.to(next(p for p in base.parameters() if p.is_floating_point()).device).eval()
+
+
+def inject_checked(file: AdapterFile, base: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PeftModel:
+    """The base with the adapter in it, without its values; raises InlayError where names or shapes are not the file's.
+
+    Nothing is read of the base but its structure, which may stand on the meta device.
+    """
+    if init := changes_base(file.config):
+        raise InlayError(
+            f"adapter {file.name!r} was initialised by {init!r}, which changes the base at each load; make it a plain "
+            "one with peft's save_pretrained(path_initial_model_for_weight_conversion=...)."
+        )
+    check_patterns(file.config, (name for name, _ in base.named_modules()), file.name)
+    try:
+        config = PeftConfig.from_pretrained(str(file.folder))
+        _check_tokens(file, config, weights)
+        if getattr(config, "use_dora", False) and precision_of(base) == "int8":
+            raise InlayError(
+                f"adapter {file.name!r} is a DoRA, for which peft loses the scales of an 8-bit base; load it in 4 "
+                "bits or whole."
+            )
+        model = inject(base, copy.deepcopy(config))
+    except InlayError:
+        raise
+    except Exception as error:  # a config is data from anywhere: it makes peft fail in any way
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InlayError(f"{file.folder / CONFIG} does not fit this base: {reason}") from error
+    expected = adapter_shapes(model)
+    missing, superfluous = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    heads = [name for name in file.record.get("head", []) if any(f".{name}." in key for key in missing)]
+    if heads:
+        raise InlayError(
+            f"adapter {file.name!r} lacks its head {heads[0]!r} ({len(missing)} tensors missing); get it again."
+        )
+    if missing or superfluous:
+        parts = [f"lacks {len(missing)} tensors ({min(missing)})"] if missing else []
+        parts += [f"has {len(superfluous)} that no module takes ({min(superfluous)})"] if superfluous else []
+        raise InlayError(f"adapter {file.name!r} does not fit its config on this base: it {' and '.join(parts)}.")
+    for key in sorted(expected):
+        if expected[key] != tuple(weights[key].shape):
+            head = any(f".{name}." in key for name in head_of(base))
+            hint = " Give base=load_base(name, labels=...) with the adapter's labels." if head else ""
+            raise InlayError(
+                f"adapter {file.name!r} does not fit its config on this base: {key} should be {expected[key]}, "
+                f"the file has {tuple(weights[key].shape)}.{hint}"
+            )
+    return model
+
+
+def _check_tokens(file: AdapterFile, config: PeftConfig, weights: dict[str, torch.Tensor]) -> None:
+    """Of a prompt or prefix, before peft allocates as many tokens as the config names."""
+    if not config.is_prompt_learning:
+        return
+    wanted, found = virtual_tokens(config), weights.get("prompt_embeddings")
+    if len(weights) > 1 or found is None or found.shape[:1] != (wanted,):
+        raise InlayError(
+            f"adapter {file.name!r} does not fit its config: expected one tensor prompt_embeddings of {wanted} virtual "
+            f"tokens, got {', '.join(f'{k} {tuple(v.shape)}' for k, v in list(weights.items())[:2])}; get it again."
+        )
+
+
+def _check_golden(file: AdapterFile, model: PeftModel, processor: Any) -> float | None:
+    """Relative difference to the stored output, None if there is none: what computes nothing is refused even so."""
+    stored = file.record.get("golden")
+    try:
+        found = golden.output(model, processor)
+    except Exception as error:  # settings from anywhere let a model or a processor fail in any way
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InlayError(f"adapter {file.name!r} loads, but fails on its first input: {reason}") from error
+    if not stored:
+        if not np.isfinite(found).all():
+            raise InlayError(f"adapter {file.name!r} loads, but gives NaN or Inf; get it again, or another base.")
+        return None
+    off = golden.deviation(stored, found)
+    limit = max(golden.TOLERANCE[precision_of(model)], golden.TOLERANCE[file.record["base"]["precision"]])
+    if off > limit:
+        raise InlayError(
+            f"adapter {file.name!r} loads, but its output differs by {off:.2g} (relative) from the one stored with it, "
+            f"{limit} allowed: its config or its base was changed since it was saved."
+        )
+    return off

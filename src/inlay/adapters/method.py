@@ -1,0 +1,28 @@
+"""Is the method of an adapter one that this peft computes as it was meant, and that takes no more than its own file?"""
+
+from inlay.adapters.config import audited
+from inlay.adapters.file import CONFIG, AdapterFile
+from inlay.errors import InlayError
+from inlay.methods._peft import known_method, odd_settings
+
+
+def check_method(file: AdapterFile) -> None:
+    """Raise InlayError for a method that this peft does not know, or inlay not well enough; settings it would drop."""
+    for part in (file.config, *(file.config.get("parts") or [])):
+        method = part["peft_type"]
+        if not known_method(method):
+            raise InlayError(
+                f"adapter {file.name!r} is of the method {method!r}, which neither this inlay nor this peft knows: "
+                "upgrade them."
+            )
+        if not audited(method):
+            raise InlayError(
+                f"adapter {file.name!r} is of peft's method {method!r}, of which inlay does not know that it takes no "
+                "more than its own file; load it with peft if you trust it."
+            )
+        # what a newer peft has written may be of no effect here: where an output is stored it tells, else nothing does
+        if (odd := odd_settings(part)) and not file.record.get("golden"):
+            raise InlayError(
+                f"{file.folder / CONFIG} sets {', '.join(odd)}, which this peft does not know in {method} or would "
+                "misread; upgrade peft, or get the adapter again."
+            )

@@ -1,0 +1,176 @@
+"""Write a trained adapter as one folder."""
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from transformers.image_processing_utils import BaseImageProcessor
+
+from inlay.adapters import golden
+from inlay.adapters.card import card
+from inlay.adapters.config import changes_base
+from inlay.adapters.curve import CURVE, draw_curve, drawable
+from inlay.adapters.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, fingerprint, read_adapter
+from inlay.adapters.sketch import precision_of, sketch
+from inlay.bases.load import head_of, size_of, task_of
+from inlay.errors import InlayError
+from inlay.files.atomic import write_json, writing
+from inlay.files.tensor_header import sign
+from inlay.methods._peft import PeftModel, plainly_active, put
+from inlay.tasks.volumes.scan import VolumeProcessor
+
+
+def save_adapter(
+    model: PeftModel,
+    folder: str | Path,
+    *,
+    processor: Any,
+    metrics: dict[str, Any] | None = None,
+    dtype: Literal["float32", "float16"] = "float32",
+    tasks: dict[str, dict[str, int]] | None = None,
+) -> Path:
+    """Save the active adapter, its head and all that loading must check, as a folder that plain peft reads too.
+
+    adapter_config.json and adapter_model.safetensors are peft's; the safetensors metadata holds the base's
+    name, revision and sketch, the labels, the preprocessing and a golden output. README.md is the model card,
+    metrics.json holds `metrics`. An earlier adapter of that name is replaced in one step. Under several processes the
+    main one writes.
+
+    Args:
+        model: A transformers model wrapped by `get_peft_model`.
+        folder: Where; its last part is the adapter's name.
+        processor: The image processor, TextProcessor or VolumeProcessor that it was trained with.
+        metrics: `validation` and `test` (scores), `dataset`, `cost`, `training`, `license`, and `history` (rows of an
+            evaluation each, drawn as training.png): shown in the card, stored in metrics.json. `trained_by` is who
+            trains, by default what INLAY_AUTHOR says in the environment.
+        dtype: Of the numbers in the file. With float16, half the size, the model's own adapter is rounded too, so that
+            it computes what was saved.
+        tasks: Of a combination of classifiers, as in `AdapterFile.tasks`.
+
+    Raises:
+        InlayError: Not a peft model, or one that does not compute what would be saved; weights or outputs that are not
+            finite; a new head that is no part of the adapter; a folder that holds something else.
+    """
+    folder = Path(folder).expanduser()
+    _check_model(model)
+    if dtype not in ("float32", "float16") or (dtype == "float16" and model.active_peft_config.is_prompt_learning):
+        raise InlayError(f"expected dtype float32, or float16 but for peft's prompts and prefixes, got {dtype!r}.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / CONFIG).is_file():
+        raise InlayError(f"{folder} exists and is not an adapter; give another folder.")
+    if not PartialState().is_main_process:
+        return folder
+    metrics = {**author(), **(metrics or {}), "versions": versions()}
+    with writing(folder) as new:
+        model.save_pretrained(str(new), selected_adapters=[model.active_adapter], save_embedding_layers=False)
+        if model.active_adapter != "default":  # peft puts any other name in a folder of its own
+            for path in (new / model.active_adapter).iterdir():
+                path.rename(new / path.name)
+            (new / model.active_adapter).rmdir()
+        weights = load_file(new / WEIGHTS)
+        if dtype == "float16":
+            weights = {key: value.half() if value.dtype == torch.float32 else value for key, value in weights.items()}
+            put(model, weights)
+        _check_weights(model, weights)
+        config = _sorted_config(new / CONFIG)
+        record = {**_record(model, processor), "config": fingerprint(config), **({"tasks": tasks} if tasks else {})}
+        if not np.isfinite(record["golden"]).all():
+            raise InlayError("the model's output on the golden input is NaN or Inf; nothing was saved.")
+        data = to_bytes(
+            weights, {"format": "pt", "inlay": json.dumps(record, separators=(",", ":"), ensure_ascii=False)}
+        )
+        (new / WEIGHTS).write_bytes(sign(data))
+        write_json(new / METRICS, metrics)
+        if drawable(metrics.get("history")):
+            draw_curve(metrics["history"], new / CURVE)
+        (new / CARD).write_text(card(record, config, metrics), encoding="utf-8")
+        read_adapter(new)
+    return folder
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, PeftModel):
+        raise InlayError(f"save_adapter takes a model wrapped by get_peft_model, got {type(model).__name__}.")
+    if not plainly_active(model):
+        raise InlayError(
+            "save_adapter takes a model with one active adapter, neither merged nor disabled: undo that first."
+        )
+    if init := changes_base(model.active_peft_config.to_dict()):
+        raise InlayError(
+            f"the initialisation {init!r} changes the base, so that the adapter alone would be wrong on it; train with "
+            "another init_lora_weights, such as True."
+        )
+
+
+def _check_weights(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
+    for key, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise InlayError(f"the weight {key!r} holds NaN or Inf; nothing was saved.")
+    base = model.get_base_model()
+    heads = head_of(base)
+    if getattr(base, "new_head", False) and not all(any(f".{head}." in key for key in weights) for head in heads):
+        raise InlayError(
+            f"the head is new, but no part of this adapter, so it would be lost; train it: modules_to_save={heads}."
+        )
+
+
+def author() -> dict[str, str]:
+    """Who trains, where INLAY_AUTHOR says so: nobody is named unasked, neither the login nor the Hub's user."""
+    name = os.environ.get("INLAY_AUTHOR", "").strip()
+    return {"trained_by": name} if name else {}
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide what an adapter computes."""
+    names = ("inlay", "torch", "transformers", "peft", "accelerate")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _record(model: PeftModel, processor: Any) -> dict[str, Any]:
+    base = model.get_base_model()
+    config = base.config
+    task = "volume-segmentation" if isinstance(processor, VolumeProcessor) else task_of(base.name_or_path, config)
+    classifies, (blocks, width) = task == "image-classification", size_of(config)
+    names = [config.id2label[i] for i in sorted(config.id2label)] if classifies else _classes(model.active_peft_config)
+    return {
+        "format": FORMAT,
+        "task": task,
+        "base": {
+            "name": base.name_or_path,
+            "revision": getattr(config, "_commit_hash", None),
+            "model_type": config.model_type,
+            "blocks": blocks,
+            "width": width,
+            "precision": precision_of(model),
+            "sketch": sketch(model),
+        },
+        "labels": names,
+        "head": head_of(base) if classifies else [],
+        # an image processor's to_dict holds arrays and enums; ours hold what JSON takes
+        "preprocessing": json.loads(processor.to_json_string())
+        if isinstance(processor, BaseImageProcessor)
+        else processor.to_dict(),
+        "golden": golden.output(model, processor),
+    }
+
+
+def _classes(config: Any) -> list[str]:
+    """What an adapter for volumes segments; nothing for others."""
+    return next((list(c.classes) for c in (config, *getattr(config, "parts", [])) if hasattr(c, "classes")), [])
+
+
+def _sorted_config(path: Path) -> dict[str, Any]:
+    """Sets become lists in a random order in peft's config: sort them, so that equal adapters are equal files."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in config.items():
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            config[key] = sorted(value)
+    write_json(path, config)
+    return config

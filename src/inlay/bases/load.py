@@ -1,0 +1,306 @@
+"""Load a frozen base model by name: `builtin:`, a local folder or a Hub id."""
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForMaskGeneration,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from inlay.bases.quantize import Quantize, compute_plainly, flatten_inputs, quantization
+from inlay.bases.sites import head_modules
+from inlay.errors import InlayError
+from inlay.files.folder_or_hub import refuse_ambiguous
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Task = Literal["image-classification", "text-generation", "mask-generation"]
+BUILTIN = Path(__file__).parents[1] / "builtin"
+_CLASSES: dict[Task, Any] = {
+    "image-classification": AutoModelForImageClassification,
+    "text-generation": AutoModelForCausalLM,
+    "mask-generation": AutoModelForMaskGeneration,
+}
+_KINDS: dict[Task, str] = {
+    "image-classification": "an image classifier",
+    "text-generation": "a language model",
+    "mask-generation": "a promptable mask model",
+}
+
+
+def builtin_names() -> list[str]:
+    """The embedded bases, as `builtin:` names."""
+    return sorted(f"builtin:{path.parent.name}" for path in BUILTIN.glob("*/config.json"))
+
+
+def resolve(name: str | Path) -> str:
+    """The folder of an embedded or local model; a Hub id is returned as it is.
+
+    Raises:
+        InlayError: No embedded model of that name, a folder that holds no model, neither folder nor Hub id, or both.
+    """
+    name = str(name)
+    if name.startswith("builtin:"):
+        if name not in builtin_names():
+            raise InlayError(f"there is no embedded model {name!r}; there are {', '.join(builtin_names())}.")
+        return str(BUILTIN / name.removeprefix("builtin:"))
+    path = Path(name).expanduser()
+    if path.is_dir() and name:
+        if not (path / "config.json").is_file():
+            raise InlayError(f"expected a model folder with config.json, but {name} has none.")
+        refuse_ambiguous(name, "config.json")
+        return str(path)
+    if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+        raise InlayError(f"no model folder at {name!r}; give a folder, a Hub id (user/name) or {builtin_names()[0]}.")
+    return name
+
+
+def load_base(
+    name: str | Path,
+    *,
+    labels: Sequence[str] | None = None,
+    dtype: Dtype = "float32",
+    quantize: Quantize | None = None,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """Load an image classifier, a causal language model or a SAM with all its weights frozen.
+
+    Args:
+        name: `builtin:vit-tiny`, `builtin:gpt2-tiny` or `builtin:sam-tiny`, a local folder, or a Hub id of any
+            AutoModelForImageClassification, AutoModelForCausalLM or AutoModelForMaskGeneration.
+        labels: Class names of an image classifier. If they are not the base's own, the head is new: of this size, drawn
+            from torch's global generator (seed it before).
+        dtype: Of the weights; under `quantize`, of those that are not quantised.
+        quantize: `8bit` (LLM.int8) or `4bit` (NF4) for the linear layers outside the head (GPT-2's Conv1D too; of SAM
+            those of the image encoder), through bitsandbytes. Under 4 bits, layers whose input is no multiple of 64
+            stay whole.
+        revision: Branch, tag or commit of a Hub id.
+
+    Returns:
+        The model in eval mode, no parameter requiring a gradient; `model.name_or_path` is `name`, `model.new_head` says
+        whether the head was drawn here.
+
+    Raises:
+        InlayError: Unknown name, no network, weights that are not safetensors or do not fit their own config, a
+            model of another kind, labels for what has no classes, bitsandbytes missing or nothing in the model that it
+            could quantise.
+    """
+    name, where = str(name), resolve(name)
+    config = read_config(name, where, revision)
+    task = task_of(name, config)
+    if labels is not None and task != "image-classification":
+        raise InlayError(f"{name} is {_KINDS[task]}, which has no classes; leave labels out.")
+    own = [config.id2label[i] for i in sorted(config.id2label)]
+    new_head = labels is not None and list(labels) != own
+    if labels is not None and new_head:
+        _set_labels(config, labels)
+    try:
+        with _quiet(local=Path(where).is_dir()):
+            model, report = _CLASSES[task].from_pretrained(
+                where,
+                config=config,
+                dtype=getattr(torch, dtype),
+                revision=revision,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                quantization_config=quantization(quantize, name, config, _CLASSES[task], dtype),
+            )
+    except InlayError:
+        raise
+    except Exception as error:  # whatever a strange config or damaged weights make transformers raise
+        raise explained(name, error) from error
+    _check_report(name, model, report, new_head)
+    if new_head:
+        _draw_head(model)
+    if quantize == "4bit":
+        compute_plainly(model)
+    elif quantize == "8bit":
+        flatten_inputs()
+    model.name_or_path = model.config._name_or_path = name
+    model.new_head = new_head
+    return model.requires_grad_(False).eval()
+
+
+def load_skeleton(
+    name: str | Path,
+    *,
+    labels: Sequence[str] | None = None,
+    dtype: Dtype = "float32",
+    quantize: Quantize | None = None,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """A base without its weights, on torch's meta device: its structure, for counting. Arguments as in `load_base`.
+
+    `labels` is left aside for what has no classes.
+    """
+    name, where = str(name), resolve(name)
+    config = read_config(name, where, revision)
+    task = task_of(name, config)
+    if labels is not None and task == "image-classification":
+        _set_labels(config, labels)
+    settings = quantization(quantize, name, config, _CLASSES[task], dtype)
+    try:
+        with torch.device("meta"):
+            model = _CLASSES[task].from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
+    except Exception as error:  # whatever a strange config makes transformers raise
+        raise explained(name, error) from error
+    if settings is not None:
+        from transformers.integrations import replace_with_bnb_linear
+
+        replace_with_bnb_linear(model, settings.llm_int8_skip_modules, settings)
+    model.name_or_path = name
+    return model.requires_grad_(False).eval()
+
+
+def task_of(name: str, config: Any) -> Task:
+    """What a base is for, by its config.
+
+    Raises:
+        InlayError: Neither an image classifier, nor a causal language model, nor one that answers prompts with masks.
+    """
+    kind = type(config)
+    if kind in AutoModelForImageClassification._model_mapping:
+        return "image-classification"
+    two_sided = kind in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+    if kind in AutoModelForCausalLM._model_mapping and not two_sided:
+        return "text-generation"
+    if makes_masks(config):
+        return "mask-generation"
+    raise InlayError(
+        f"{name} ({config.model_type}) is neither an image classifier nor a causal language model of transformers, nor "
+        "one that answers prompts with masks (AutoModelForImageClassification, AutoModelForCausalLM, "
+        "AutoModelForMaskGeneration); take one that is, or wrap it with peft yourself."
+    )
+
+
+def makes_masks(config: Any) -> bool:
+    """True for the config of a model that answers points and boxes with masks: SAM. It has no head and no labels."""
+    return type(config) in AutoModelForMaskGeneration._model_mapping
+
+
+def head_of(model: Any) -> list[str]:
+    """Names of the task head, which new labels replace (`head_modules`); SAM has none."""
+    return [] if makes_masks(getattr(model, "config", None)) else head_modules(model)
+
+
+def size_of(config: Any) -> tuple[int | None, int | None]:
+    """Blocks and width of a model, by its config; of SAM those of its image encoder."""
+    body = config.vision_config if makes_masks(config) else config
+    return getattr(body, "num_hidden_layers", None), getattr(body, "hidden_size", None)
+
+
+def _set_labels(config: Any, labels: Sequence[str]) -> None:
+    names = list(labels)
+    if isinstance(labels, str) or len(names) < 2 or len(set(names)) < len(names):
+        raise InlayError(f"expected labels as a list of two or more different names, got {str(labels)[:80]!r}.")
+    config.num_labels = len(names)  # derived from id2label, but for PVT an attribute of its own
+    config.id2label = dict(enumerate(names))
+    config.label2id = {label: i for i, label in enumerate(names)}
+
+
+@contextmanager
+def _quiet(local: bool) -> Iterator[None]:
+    """Silence what transformers says while it loads a base, and no longer.
+
+    modeling_utils reports a new head and mismatched weights (`_check_report` refuses the second), tensor_parallel lists
+    all layers as "not sharded" on a single device. The bar over weights that are on this disk flashes by.
+    """
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "distributed.tensor_parallel")]
+    levels = [logger.level for logger in loggers]
+    bar = local and transformers_logging.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    if bar:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def read_config(name: str, where: str, revision: str | None) -> Any:
+    """The config of a base, from `resolve(name)`."""
+    try:
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
+    except Exception as error:  # a config is data from anywhere: it fails in any way
+        raise explained(name, error) from error
+    inner = (config, *(getattr(config, part, None) for part in config.sub_configs))
+    if kernels := [k for k in (getattr(part, "_attn_implementation", None) for part in inner) if "/" in str(k)]:
+        raise InlayError(f"{name} asks for the attention code {kernels[0]!r} from the Hub, which inlay never runs.")
+    return config
+
+
+def _check_report(name: str, model: PreTrainedModel, report: dict[str, Any], new_head: bool) -> None:
+    """transformers re-initialises what does not fit, with no more than a warning: allow that for a new head only."""
+    heads = head_of(model)
+    odd = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    odd = sorted(key for key in odd if not (new_head and key.split(".")[0] in heads))
+    if odd:
+        hint = " Give the labels of your task for a new head." if all(k.split(".")[0] in heads for k in odd) else ""
+        raise InlayError(
+            f"the weights of {name} do not fit its config: {len(odd)} tensors are missing or of another shape, "
+            f"{odd[0]!r} first.{hint}"
+        )
+    blocks = {path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    for key in sorted(report["unexpected_keys"]):  # other superfluous weights are usual: poolers, text towers
+        match = re.match(r"(.+?)\.\d+\.", key)
+        if match and match[1] in blocks:
+            raise InlayError(f"the weights of {name} do not fit its config: it has no place for {key!r}.")
+
+
+def _draw_head(model: PreTrainedModel) -> None:
+    """Draw the new head from N(0, 0.02²), biases zero, whatever the base's own head was.
+
+    transformers initialises a head only where its shape differs from the stored one; a base with as many classes
+    would silently keep the old head under the new labels.
+    """
+    for name in head_modules(model):
+        for module in model.get_submodule(name).modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+
+def explained(name: str, error: Exception) -> InlayError:
+    """Turn what transformers, huggingface_hub and safetensors raise into one sentence."""
+    text = str(error)
+    if isinstance(error, SafetensorError):
+        return InlayError(
+            f"the weights of {name} are not a whole safetensors file ({first_line(error)}); get it again."
+        )
+    if "offline" in text.lower() or "couldn't connect" in text.lower() or "connection" in text.lower():
+        return InlayError(
+            f"{name} is not in the cache and the Hub cannot be reached; check the network, or use {builtin_names()[0]}."
+        )
+    if "not a valid model identifier" in text or "404" in text or "is not a local folder" in text:
+        return InlayError(f"there is no model {name!r} on the Hub that you may read, and no such folder.")
+    if "safetensors" in text and ("does not appear to have" in text or "no file named" in text):
+        return InlayError(f"{name} has no model.safetensors; inlay reads no pickled weights: convert it first.")
+    if "trust_remote_code" in text:
+        return InlayError(
+            f"{name} needs code from its repository, which inlay never runs; use a model of transformers."
+        )
+    return InlayError(f"{name} could not be loaded: {first_line(error)}")
+
+
+def first_line(error: Exception) -> str:
+    """Of what an error says, at most 200 characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

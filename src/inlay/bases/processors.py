@@ -1,0 +1,117 @@
+"""Load what turns pictures and text into a base's input: image processors and tokenizers."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+
+from inlay.bases.load import explained, first_line, read_config, resolve, task_of
+from inlay.errors import InlayError
+
+_PROCESSOR = "preprocessor_config.json"
+MAX_SIDE = 8192  # pixels that settings from anywhere may have a picture resized to
+_SIDES = ("size", "crop_size", "pad_size", "mask_size", "mask_pad_size")
+
+
+def load_processor(name: str | Path, revision: str | None = None) -> BaseImageProcessor:
+    """The image processor of a base, in its Pillow version: the same pixels with and without torchvision.
+
+    A base without preprocessor_config.json gets its model type's standard processor, at the size its config names.
+
+    Raises:
+        InlayError: Unknown name, settings that cannot be read or need code of their own, no network.
+    """
+    name, where = str(name), resolve(name)
+    try:
+        return AutoImageProcessor.from_pretrained(where, revision=revision, backend="pil", trust_remote_code=False)
+    except Exception as error:  # settings are data from anywhere: they fail in any way
+        if _has_processor(name, where, revision):
+            raise InlayError(f"the {_PROCESSOR} of {name} cannot be used: {first_line(error)}") from error
+    config = read_config(name, where, revision)
+    kind = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type, {}).get("pil")
+    if kind is None:
+        raise InlayError(f"{name} has no {_PROCESSOR}, and {config.model_type} no standard one; add one to the folder.")
+    processor = processor_from({"image_processor_type": kind.removesuffix("Pil")})
+    body = getattr(config, "vision_config", config)
+    side, patch = getattr(body, "image_size", None), getattr(body, "patch_size", None)
+    if isinstance(side, int):
+        _resize(processor, side, side // patch if isinstance(patch, int) else side)
+    return processor
+
+
+def processor_from(settings: dict[str, Any]) -> BaseImageProcessor:
+    """Rebuild an image processor, in its Pillow version, from its `to_dict`.
+
+    Raises:
+        InlayError: The named class is not one of transformers' image processors, or does not take these settings.
+    """
+    import transformers
+
+    named = str(settings.get("image_processor_type", ""))
+    kind = named.removesuffix("Fast").removesuffix("Pil") + "Pil"
+    if not any(kind == known.get("pil") for known in IMAGE_PROCESSOR_MAPPING_NAMES.values()):
+        raise InlayError(f"unknown image processor {named!r}; transformers has none of that name for Pillow.")
+    sides = [n for key in _SIDES if isinstance(settings.get(key), dict) for n in settings[key].values()]
+    if large := [n for n in sides if isinstance(n, int | float) and not n <= MAX_SIDE]:
+        raise InlayError(f"the image processor {named} asks for {large[0]} pixels a side; expected at most {MAX_SIDE}.")
+    try:
+        return getattr(transformers, kind)(**{k: v for k, v in settings.items() if k != "image_processor_type"})
+    except (TypeError, ValueError) as error:
+        raise InlayError(f"the image processor {named} does not take these settings: {first_line(error)}") from error
+
+
+def _has_processor(name: str, where: str, revision: str | None) -> bool:
+    """True if the model comes with preprocessing settings, readable or not: those are never replaced by a default."""
+    if Path(where).is_dir():
+        return (Path(where) / _PROCESSOR).is_file()
+    from huggingface_hub import _CACHED_NO_EXIST, file_exists, try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(where, _PROCESSOR, revision=revision)
+        if cached is None:
+            return file_exists(where, _PROCESSOR, revision=revision)
+    except Exception as error:  # the Hub's own errors, and those of the network below it
+        raise explained(name, error) from error
+    return cached is not _CACHED_NO_EXIST
+
+
+def _resize(processor: BaseImageProcessor, side: int, tokens: int) -> None:
+    """Let a standard processor make pictures of side x side pixels, of which the model makes tokens x tokens."""
+    square = {"height": side, "width": side}
+    if processor.crop_size and getattr(processor, "do_center_crop", False):
+        processor.size, processor.crop_size = {"shortest_edge": round(side * 256 / 224)}, square
+    elif getattr(processor.size, "longest_edge", None) and getattr(processor, "mask_size", None):  # SAM
+        processor.size, processor.pad_size = {"longest_edge": side}, square
+        processor.mask_size = {"longest_edge": 4 * tokens}  # of the logits
+        processor.mask_pad_size = {"height": 4 * tokens, "width": 4 * tokens}
+    elif "shortest_edge" in processor.size:
+        processor.size = {"shortest_edge": side}
+    else:
+        processor.size = square
+
+
+def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base; its `model_max_length` is no more than the positions that the base has.
+
+    Raises:
+        InlayError: Unknown name, a base without a tokenizer or with one that needs code of its own, no network.
+    """
+    name, where = str(name), resolve(name)
+    config = read_config(name, where, revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
+    except Exception as error:  # tokenizer files are data from anywhere: they fail in any way
+        if Path(where).is_dir():
+            if task_of(name, config) != "text-generation":
+                got = f"{name} is a {config.model_type} for {task_of(name, config)}"
+                raise InlayError(
+                    f"expected a language model, which has a tokenizer, but {got}. Use another."
+                ) from error
+            raise InlayError(f"the tokenizer of {name} cannot be used: {first_line(error)}") from error
+        raise explained(name, error) from error
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < tokenizer.model_max_length:
+        tokenizer.model_max_length = positions
+    return tokenizer

@@ -1,0 +1,1 @@
+"""Generators of the embedded data, and the embedded weights beside them."""

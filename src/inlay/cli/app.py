@@ -1,0 +1,225 @@
+"""The `inlay` command. Each verb parses, calls one function of the library and prints; imports wait until it runs."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from inlay.cli import combine, hub, trust, volumes
+from inlay.cli.show import AdapterArgument, BaseOption, JsonOption, printable, show
+from inlay.errors import InlayError
+
+app = typer.Typer(
+    name="inlay",
+    help="Adapters for Hugging Face models: look at them, use them, and see what works on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def info(
+    adapter: AdapterArgument,
+    base: BaseOption = None,
+    check: Annotated[
+        bool, typer.Option("--verify", help="Check all that can be checked; exit status 1 if anything failed.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what an adapter is; with --base also whether it fits that base, checked by loading it."""
+    if check:
+        trust.show_checks(adapter, base, as_json)
+        return
+    from inlay.adapters.hub.fetch import fetch
+    from inlay.adapters.summary import summary
+
+    facts = summary(fetch(adapter))
+    if base is not None:
+        from inlay.adapters.load import load_adapter
+
+        loaded = load_adapter(adapter, base)
+        off = "not stored" if loaded.deviation is None else f"deviation {loaded.deviation:.1e}"
+        facts["fits"] = (
+            f"{base}: yes, golden output {off}" if loaded.verified else f"{base}: it loads, but is unverified"
+        )
+    show(facts, as_json)
+
+
+@app.command()
+def predict(
+    adapter: AdapterArgument,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="Pictures or folders of them, to classify; a picture to find masks in; or prompts, to continue.",
+        ),
+    ],
+    base: BaseOption = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Fold the adapter into its base first.")] = False,
+    top: Annotated[int, typer.Option(min=1, help="Pictures: classes to name for each.")] = 3,
+    task: Annotated[
+        str | None, typer.Option(help="Pictures: choose among the classes of this task of a combination alone.")
+    ] = None,
+    grid: Annotated[
+        Path | None, typer.Option(help="Pictures: save a sheet of them and their labels under this name.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Prompts: longest text, in tokens.")] = 64,
+    beams: Annotated[int, typer.Option(help="Prompts: beams of the search.")] = 1,
+    temperature: Annotated[float, typer.Option(help="Prompts: of sampling; 0: no sampling.")] = 0.0,
+    point: Annotated[
+        list[str] | None, typer.Option(metavar="X,Y", help="Masks: a pixel of the object. Repeatable.")
+    ] = None,
+    negative: Annotated[
+        list[str] | None, typer.Option(metavar="X,Y", help="Masks: a pixel outside of it. Repeatable.")
+    ] = None,
+    box: Annotated[
+        list[str] | None, typer.Option(metavar="X0,Y0,X1,Y1", help="Masks: corners around an object. Repeatable.")
+    ] = None,
+    overlay: Annotated[Path | None, typer.Option(help="Masks: save the picture with them under this name.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Use an adapter: classify pictures, find masks, or continue prompts, whichever it was trained for."""
+    from inlay.adapters.load import load_adapter, task_of_adapter
+    from inlay.tasks.images.predict import draw_sheet, find_pictures
+    from inlay.tasks.images.predict import predict as classify
+    from inlay.tasks.text.generate import Decoding, generate
+
+    kind = task_of_adapter(adapter)
+    if kind == "mask-generation":
+        from inlay.tasks.masks.predict import places
+
+        asked = {"points": places(point, 2), "negatives": places(negative, 2), "boxes": places(box, 4)}
+        _find_masks(load_adapter(adapter, base), merge, inputs, asked, overlay, as_json)
+        return
+    if kind == "text-generation":
+        decoding = Decoding(max_new_tokens=max_new_tokens, beams=beams, temperature=temperature)
+        loaded = load_adapter(adapter, base)
+        loaded = loaded.merge() if merge else loaded
+        texts = generate(loaded.model, loaded.processor, inputs, decoding)
+        if as_json:
+            rows = [{"prompt": prompt, "text": text} for prompt, text in zip(inputs, texts, strict=True)]
+            print(json.dumps(rows, indent=2, ensure_ascii=False))
+        else:
+            print("\n".join(texts))
+        return
+    files = find_pictures(inputs)
+    loaded = load_adapter(adapter, base)
+    predictions = classify(loaded.merge() if merge else loaded, files, task=task, top=top)
+    if grid is not None:
+        draw_sheet(predictions, files, grid)
+    if as_json:
+        print(json.dumps([vars(p) for p in predictions], indent=2, ensure_ascii=False))
+        return
+    for p in predictions:
+        named = "  ".join(
+            f"{printable(label)} {value:.1%}" for label, value in zip(p.labels, p.probabilities, strict=True)
+        )
+        print(f"{p.source}: {named}")
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Embedded base, local folder or Hub id.")],
+    method: Annotated[str, typer.Option(help="Name in inlay.METHODS.")] = "lora",
+    width: Annotated[int, typer.Option(help="Rank or other width of the adapter.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens of a text.")] = 128,
+    labels: Annotated[int, typer.Option(help="Classes of an image classifier.")] = 10,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
+    quantize: Annotated[str | None, typer.Option(help="8bit or 4bit, for the frozen base.")] = None,
+    optimizer: Annotated[str, typer.Option(help="adamw or adamw8bit.")] = "adamw",
+    precision: Annotated[str, typer.Option(help="Mixed precision: no, bf16 or fp16.")] = "no",
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
+    accumulate: Annotated[int, typer.Option(help="Pieces in which a step is computed.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: what this machine has.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also take such steps here, and say what they take.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what memory a training step will take, from a base's config alone: will it fit?"""
+    from inlay.study.plan import plan_base
+
+    planned, peak = plan_base(
+        model,
+        method,
+        width=width,
+        batch_size=batch_size,
+        length=length,
+        labels=labels,
+        dtype=dtype,  # type: ignore[arg-type]
+        quantize=quantize,  # type: ignore[arg-type]
+        optimizer=optimizer,  # type: ignore[arg-type]
+        precision=precision,  # type: ignore[arg-type]
+        gradient_checkpointing=gradient_checkpointing,
+        accumulate=accumulate,
+        device=device,
+        measure=measure,
+    )
+    if as_json:
+        print(json.dumps({**vars(planned), "fits": planned.fits, "measured": peak}, indent=2))
+        return
+    print(planned)
+    if peak is not None:
+        print(f"measured: {peak / 1e6:,.1f} MB, {planned.peak / peak:.3f} of it planned")
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what this machine has and what works on it: devices, precisions, 8-bit, image libraries."""
+    from inlay.cli.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print(json.dumps([vars(f) for f in findings], indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for finding in findings:
+        mark = {True: "[green]yes[/]", False: "[red]no[/]", None: ""}[finding.works]
+        table.add_row(finding.what, mark, finding.remark)
+    Console().print(table)
+
+
+def _find_masks(
+    loaded: Any, merge: bool, inputs: list[str], asked: dict[str, Any], overlay: Path | None, as_json: bool
+) -> None:
+    from inlay.tasks.masks.predict import draw_masks, predict_masks
+
+    if len(inputs) != 1:
+        raise InlayError(f"points and boxes belong to one picture, got {len(inputs)}; give one at a time.")
+    found = predict_masks(loaded.merge() if merge else loaded, inputs[0], **asked)
+    if overlay is not None:
+        draw_masks(found, inputs[0], overlay, **asked)
+    rows = [{"pixels": n, "foretold_iou": round(s, 4)} for n, s in zip(found.areas, found.scores, strict=True)]
+    if as_json:
+        print(json.dumps({"source": found.source, "masks": rows}, indent=2, ensure_ascii=False))
+        return
+    for k, row in enumerate(rows, 1):
+        print(f"{found.source}: mask {k} of {row['pixels']:,} pixels, foretold IoU {row['foretold_iou']:.2f}")
+
+
+for group in (volumes, combine, hub, trust):
+    for name, verb in group.VERBS.items():
+        app.command(name)(verb)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence and exit status 2."""
+    try:
+        app()
+    except InlayError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # `inlay ... | head`
+        sys.stderr.close()
+        sys.exit(141)
+    except OSError as error:  # a full disk, a folder without rights, a name too long
+        print(f"error: {str(error.filename or 'the system')[:200]}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,143 @@
+"""What all sums of adapters share: a plan, and a class per method that gives settings, shapes and tensors by site."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from inlay.combine.low_rank import norm
+from inlay.combine.read import Array, Part
+from inlay.combine.rules import Rule, Settings
+from inlay.errors import InlayError
+
+Floats = npt.NDArray[np.floating[Any]]
+Leaves = dict[str, tuple[int, ...]]
+
+TOLERANCE = 1e-4  # of what is written against the sum of the parts, relative, on random inputs in float32
+# Of a config, where parts differ and it is for training alone.
+_TRAINING = {"lora_dropout", "dropout", "init_weights", "init_lora_weights", "projection"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How adapters are combined.
+
+    Attributes:
+        rule: A row of RULES.
+        settings: Of that rule.
+        width: Largest width of the result; auto: as `error` allows; None: whatever the rule gives.
+        error: Largest relative error in total, for width="auto".
+        keep: Name of the adapter whose heads are kept.
+        activations: Hidden states (N, d) that reach a bottleneck, by site.
+        zeros: Keep the units of adapters of weight 0, so that shapes do not depend on the weights.
+    """
+
+    rule: Rule
+    settings: Settings = field(default_factory=Settings)
+    width: int | Literal["auto"] | None = None
+    error: float = 0.01
+    keep: str | None = None
+    activations: Mapping[str, Array] = field(default_factory=dict)
+    zeros: bool = False
+
+
+class Sum(ABC):
+    """The parts that several adapters have of one method, as one.
+
+    Attributes:
+        config: Settings of the result.
+        shapes: Of its tensors, by site and leaf.
+        errors: Relative error of each site that `make` has made; 0 where it is exact.
+        norms: How large the update of that site is beside the others; none where all is exact.
+    """
+
+    method: ClassVar[str]
+    weighs: ClassVar[bool] = True  # False: takes weights 1 and 0 alone
+    merges: ClassVar[bool] = False  # True: has updates ΔW, on which every rule works
+
+    def __init__(self, parts: Sequence[Part], plan: Plan) -> None:
+        self.parts, self.plan = list(parts), plan
+        self.errors: dict[str, float] = {}
+        self.norms: dict[str, float] = {}
+        self.names = list(dict.fromkeys(site for part in parts for site in part.sites))
+        if plan.rule.merge is not None and not self.merges:
+            raise InlayError(f"this rule works on updates of weights, which {self.method} does not have; use add.")
+        wrong = [part for part in parts if not self.weighs and part.weight not in (0, 1)]
+        if wrong:
+            raise InlayError(
+                f"{self.method} adds keys, values or tokens to attend to, which have no multiple: expected the "
+                f"weight 1 or 0 for {wrong[0].name!r}, got {wrong[0].weight:g}; the exact sum is their union."
+            )
+        self.config = self.settle()
+        self.shapes = {site: self.layout(site) for site in self.names}
+
+    @abstractmethod
+    def settle(self) -> dict[str, Any]:
+        """The settings of the result; an error where those of the parts have no common ones."""
+
+    @abstractmethod
+    def layout(self, site: str) -> Leaves:
+        """Shapes of the tensors at a site."""
+
+    @abstractmethod
+    def make(self, site: str) -> dict[str, Array]:
+        """The tensors at a site, checked against the parts."""
+
+    def acting(self, site: str) -> list[Part]:
+        """The parts that have something at a site: those of weight 0 do not count, unless there are no others."""
+        here = [part for part in self.parts if site in part.sites]
+        return [part for part in here if part.weight != 0 or self.plan.zeros] or here[:1]
+
+    def refuse_width(self, why: str) -> None:
+        """Where no width can be chosen."""
+        if self.plan.width is not None:
+            raise InlayError(f"{self.method} {why}; leave width out.")
+
+    def check(self, site: str, found: Floats, wanted: Floats, scale: float | None = None) -> None:
+        """What is written computes what the parts compute together, or nothing is written."""
+        size = scale if scale is not None else norm(wanted)
+        off = norm(found.astype(np.float64) - wanted)
+        if not np.isfinite(off) or off > TOLERANCE * max(size, 1e-30):
+            what = "NaN or Inf" if not np.isfinite(off) else f"{off / max(size, 1e-30):.2g} off"
+            raise InlayError(
+                f"the combination of {', '.join(part.name for part in self.parts)} does not pass its check at "
+                f"{site or 'its tokens'} ({what}); nothing was written."
+            )
+
+
+def same(parts: Sequence[Part], site: str, leaf: str) -> tuple[int, ...]:
+    """The shape that all these parts have of a leaf.
+
+    Raises:
+        InlayError: They differ, as adapters of other bases do.
+    """
+    shapes = {part.name: part.shape(site, leaf) for part in parts if leaf in part.sites[site]}
+    if len(set(shapes.values())) > 1:
+        raise InlayError(f"{site}.{leaf} is {shapes}; only adapters of one base can be combined.")
+    return next(iter(shapes.values()))
+
+
+def agree(method: str, parts: Sequence[Part], fields: Sequence[str], why: str) -> None:
+    """Raise InlayError where settings differ that must be one for a sum."""
+    for key in fields:
+        values = {part.name: part.config.get(key) for part in parts}
+        if len({str(v) for v in values.values()}) > 1:
+            said = ", ".join(f"{value!r} in {name}" for name, value in values.items())
+            raise InlayError(f"{method} with different settings cannot be added: {key} is {said}; {why}.")
+
+
+def common(parts: Sequence[Part], targets: Sequence[str], /, **settings: Any) -> dict[str, Any]:
+    """The config of the first part, with the targets of all and with these settings."""
+    config = dict(parts[0].config)
+    for key in _TRAINING & config.keys():
+        if any(part.config.get(key) != config[key] for part in parts):
+            config[key] = True if key.startswith("init_") else None if key == "projection" else 0.0
+    for key in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        if key in config:
+            config[key] = None
+    if "target_modules" in config:
+        config["target_modules"] = sorted(targets)
+    return {**config, **settings}

@@ -1,1 +1,0 @@
-"""Data: images, text, masks and volumes; synthetic pictures that need no download."""

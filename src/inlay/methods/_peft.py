@@ -1,0 +1,334 @@
+"""All that inlay knows of peft's internals."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora.layer import _ConvNd
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, register_peft_method, set_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
+
+from inlay.errors import InlayError
+
+# transformers' MobileNets read these from the convolution before they call it (`apply_tf_padding`); peft's wrapper has
+# none of them, so a wrapped MobileNet fails with an AttributeError.
+_MIRRORED = ("stride", "kernel_size", "dilation", "padding", "groups", "in_channels", "out_channels")
+
+
+def mirror_convolutions() -> None:
+    """Let peft's wrapped convolutions answer for the geometry of the convolution inside, once per process."""
+    for name in _MIRRORED:
+        if name not in vars(_ConvNd):
+            setattr(_ConvNd, name, property(_of_base_layer(name)))
+
+
+def _of_base_layer(name: str) -> Callable[[BaseTunerLayer], Any]:
+    return lambda layer: getattr(layer.get_base_layer(), name)
+
+
+def odd_settings(settings: dict[str, Any]) -> list[str]:
+    """What a config says that this peft would drop or misread: names unknown to its method, texts for yes or no.
+
+    peft drops what it does not know with no more than a warning, and takes any text for yes. Settings that say nothing
+    (null, false, empty) do not count, whatever their name.
+    """
+    known = {field.name: field for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(settings["peft_type"])])}
+    set_ones = {name: value for name, value in settings.items() if value not in (None, False, "", [], {})}
+    unknown = [name for name in set_ones if name not in known and name != "runtime_config"]
+    switches = [name for name, field in known.items() if field.type in (bool, "bool") and name in settings]
+    return sorted(unknown + [name for name in switches if not isinstance(settings[name], bool)])
+
+
+def inject(model: torch.nn.Module, config: PeftConfig) -> PeftModel:
+    """Wrap `model` with the adapter of `config`, its weights on the meta device: nothing is allocated.
+
+    But for prompts and prefixes, which peft allocates at once: compare `virtual_tokens` with the file before.
+    """
+    config.inference_mode = True
+    writes_text = config.task_type == "CAUSAL_LM" or config.is_prompt_learning
+    # peft's DoRA would put the weight of a 4-bit layer on the meta device too, and lose it
+    whole = getattr(config, "use_dora", False) and getattr(model, "is_quantized", False)
+    return (PeftModelForCausalLM if writes_text else PeftModel)(model, config, low_cpu_mem_usage=not whole)
+
+
+def virtual_tokens(config: PeftConfig) -> int:
+    """How many tokens peft's prompt or prefix tuning adds in front of a text; 0 for other methods."""
+    return int(config.num_virtual_tokens) if config.is_prompt_learning else 0
+
+
+def adapter_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
+    """Key and shape of every tensor that a file of this adapter holds."""
+    return {
+        key: tuple(value.shape) for key, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+
+
+def adapter_parameters(model: PeftModel) -> dict[str, str]:
+    """By the key that a tensor has in a file of this adapter: the name of its parameter in the model."""
+    names = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
+    saved = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {key: names[value.data_ptr()] for key, value in saved.items() if value.data_ptr() in names}
+
+
+def fill(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
+    """Put the tensors of a file, checked against `adapter_shapes`, into an injected adapter.
+
+    As in training, the head has the type of the base and the rest float32. The first call makes tensors of the
+    meta ones, but rounds them to the base's type; the second one puts the values in unrounded.
+    """
+    kinds = {key: value.dtype for key, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    weights = {key: value.to(kinds[key]) for key, value in weights.items()}
+    set_peft_model_state_dict(model, weights, low_cpu_mem_usage=True)
+    if model.active_peft_config.is_prompt_learning:
+        return
+    model.base_model._cast_adapter_dtype(adapter_name=model.active_adapter)
+    set_peft_model_state_dict(model, weights)
+
+
+def put(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
+    """Give the active adapter the values of a file's tensors; each parameter keeps its type."""
+    set_peft_model_state_dict(model, dict(weights), adapter_name=model.active_adapter)
+
+
+def carries_adapter(model: torch.nn.Module) -> bool:
+    """True if an adapter, or a part of one, is wrapped around modules of `model`."""
+    return any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules())
+
+
+def release(model: torch.nn.Module) -> None:
+    """Take all adapters out of a base, also one of which peft has injected only a part before it failed."""
+    for layers in strip(model).values():
+        for layer in layers:
+            leave(layer)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            model.set_submodule(name, module.original_module)
+    vars(model).pop("peft_config", None)
+    leave(model)
+
+
+def register(name: str, config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
+    """Make a method known to peft, as its own are; a second call changes nothing.
+
+    peft's enum of methods is closed, so the member is added by hand; Python 3.12 looks members up as class attributes.
+    """
+    label = name.upper()
+    if label in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, label)
+    member._name_, member._value_, member._sort_order_ = label, label, len(PeftType.__members__)
+    type.__setattr__(PeftType, label, member)
+    PeftType._member_map_[label] = PeftType._value2member_map_[label] = member
+    PeftType._member_names_.append(label)
+    register_peft_method(name=name, config_cls=config, model_cls=tuner)
+
+
+def name_import(folder: str | Path, method: str) -> None:
+    """Say in the card that peft or transformers wrote beside an adapter, or in a new one, what loading it needs."""
+    path = Path(folder) / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: peft\n---\n"
+    if "import inlay" not in text:
+        how = f"import inlay  # makes {method} known to peft; without it: KeyError: '{method}'"
+        path.write_text(f"{text.rstrip()}\n\n### Loading\n\n```python\n{how}\n```\n", encoding="utf-8")
+
+
+# Adapter layers of several methods around one module, and around modules inside one another: by the name that the
+# module has in the base, innermost first.
+Layers = dict[str, list[BaseTunerLayer]]
+
+
+def strip(model: torch.nn.Module, keep: type | tuple[type, ...] = ()) -> Layers:
+    """Take the adapter layers out of `model`, but those of the classes `keep`, so that the tree is the base's."""
+    heads = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
+    taken: Layers = {}
+    for name, module in reversed(list(model.named_modules())):  # from the inside out
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, keep) and not name.startswith(heads):
+            taken.setdefault(plain_name(name), []).append(module)
+            model.set_submodule(name, module.base_layer)
+    return taken
+
+
+def wrap(model: torch.nn.Module, layers: Layers) -> None:
+    """Put the adapter layers of a stripped model back, those around one module in the order of their `rank`."""
+    for name in sorted(layers, key=lambda name: -name.count(".")):
+        for layer in sorted(layers[name], key=lambda layer: getattr(layer, "rank", 1)):
+            layer.base_layer = model.get_submodule(name)
+            model.set_submodule(name, layer)
+
+
+@contextmanager
+def plain_tree(model: torch.nn.Module, keep: type | tuple[type, ...] = ()) -> Iterator[Layers]:
+    """The base's own tree for as long as an adapter is injected: peft does not look inside modules that are wrapped.
+
+    Gives the layers that were taken out; the caller may move one back into the tree, and then takes it off that list.
+    """
+    taken = strip(model, keep)
+    try:
+        yield taken
+    finally:
+        for name, layers in strip(model).items():
+            taken.setdefault(name, []).extend(layers)
+        wrap(model, taken)
+
+
+def plain_name(name: str) -> str:
+    """The name of a module or parameter without the wrappers on the way to it."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def leave(layer: torch.nn.Module) -> None:
+    """Let a layer that has been taken out, or a model that had one, undo what that changed."""
+    if hasattr(layer, "leave"):
+        layer.leave()
+
+
+def merge_keeping(model: PeftModel) -> tuple[torch.nn.Module, Callable[[], torch.nn.Module]]:
+    """The base with the active adapter folded in, and what gives it back as it was, bit for bit, without an adapter.
+
+    Weights that merging changes are kept, as subtracting would not give them back: peft's `safe_merge` and our methods
+    put new tensors in their place, so this takes the memory of the changed ones alone.
+
+    Raises:
+        InlayError: An adapter that no weight can stand for; the model is then as it was.
+    """
+    base = model.get_base_model()
+    owned = [(module, dict(module._parameters)) for _, module in base_modules(model)]
+    values = {
+        parameter: parameter.data for _, leaves in owned for parameter in leaves.values() if parameter is not None
+    }
+    wrapped = [(plain_name(n), m) for n, m in base.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    heads = {name: module.original_module for name, module in wrapped}
+
+    def restore() -> torch.nn.Module:
+        for module, leaves in owned:
+            module._parameters.update(leaves)
+        for parameter, value in values.items():
+            parameter.data = value
+        return base
+
+    try:
+        model.base_model.merge_adapter(safe_merge=True)  # all, before the first wrapper is taken out
+    except Exception as error:  # peft's layers say it in many ways
+        restore()
+        for layer in base.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.merged_adapters = []
+        if isinstance(error, InlayError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InlayError(f"this adapter cannot be merged ({reason}); use it unmerged.") from error
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All adapters are already merged")
+        warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
+        merged = model.merge_and_unload(safe_merge=True)
+
+    def unmerge() -> torch.nn.Module:
+        for name, head in heads.items():
+            merged.set_submodule(name, head)
+        return restore()
+
+    return merged, unmerge
+
+
+def untie(model: PeftModel) -> None:
+    """Give each adapted module that shares a parameter with another one (GPT-2's token embedding and head) its own.
+
+    Merging into the shared one would change both, while the adapter acts in one alone.
+    """
+    adapted = {layer.get_base_layer() for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
+    owners: dict[torch.Tensor, list[tuple[torch.nn.Module, str]]] = {}
+    for _, module in base_modules(model):
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(parameter, []).append((module, leaf))
+    for parameter, places in owners.items():
+        for module, leaf in places if len(places) > 1 else []:
+            if module in adapted:
+                setattr(module, leaf, torch.nn.Parameter(parameter.data.clone(), requires_grad=False))
+
+
+@contextmanager
+def without_layers(model: PeftModel) -> Iterator[None]:
+    """The base with the head that was trained with the adapter, but without the adapter, inside the block."""
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    states = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, state in zip(layers, states, strict=True):
+            layer._disable_adapters = state
+
+
+@contextmanager
+def base_alone(model: PeftModel) -> Iterator[None]:
+    """The base with its own head inside the block; afterwards, unlike peft's, what required a gradient does again."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, requires_grad in trained:
+            parameter.requires_grad = requires_grad
+
+
+def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    """A copy of what a file of the active adapter would hold."""
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {key: value.detach().clone() for key, value in weights.items()}
+
+
+def plainly_active(model: PeftModel) -> bool:
+    """True if exactly one adapter acts, unmerged and enabled: the state in which a model computes what it saves."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return len(model.active_adapters) == 1 and not any(m.merged or m.disable_adapters for m in layers)
+
+
+def dequantized(module: torch.nn.Module) -> torch.Tensor:
+    """The weight of a linear layer of bitsandbytes as (out, in) floats; the layer stays as it is.
+
+    peft's `dequantize_module_weight` replaces an int8 weight by one that has lost its scales, if it was never used.
+    """
+    weight: Any = module.weight
+    if type(weight).__name__ == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    scales = weight.SCB if weight.SCB is not None else module.state.SCB  # they move there at the first use
+    return weight.data.float() * scales.float().view(-1, 1) / 127
+
+
+def known_method(name: Any) -> bool:
+    """True if this peft can load a config whose `peft_type` is `name`."""
+    return name in PeftType.__members__
+
+
+def base_modules(model: torch.nn.Module, originals: bool = False) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The modules of the base under the names they have without an adapter; adapters are left out.
+
+    So are modules that are saved whole (heads), unless the base's `originals` of them are asked for.
+    """
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    yield from _descend("", model, originals)
+
+
+def _descend(name: str, module: torch.nn.Module, originals: bool) -> Iterator[tuple[str, torch.nn.Module]]:
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        if not originals:
+            return
+        module = module.original_module
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    yield name, module
+    for child, inner in module.named_children():
+        yield from _descend(f"{name}.{child}" if name else child, inner, originals)

@@ -1,0 +1,183 @@
+"""SAM with a 3D spatial adapter in it: volumes and prompts in, scores of every voxel out; and how it is taught.
+
+VolumeSamModel        what the class of a SamModel becomes while the adapter is in it
+dice_cross_entropy    the loss
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import SamModel
+from transformers.utils import ModelOutput
+from typing_extensions import override
+
+from inlay.errors import InlayError
+from inlay.methods.base import AdapterLayer
+from inlay.methods.spatial.decoder import Encoded, Prompts
+from inlay.methods.spatial.prompts import boxes_around, clicks_in_objects, clicks_on_errors
+
+ALONE = "SAM alone takes pictures; a volume needs an active 3D spatial adapter."
+
+
+@dataclass
+class VolumeOutput(ModelOutput):
+    """What the adapted SAM gives for volumes.
+
+    Attributes:
+        loss: Dice and cross-entropy, where labels were given.
+        logits: (B, K + 1, D, H, W); channel 0 is the background.
+        image_embeddings: Given back instead of `pixel_values`, they save the encoder for another prompt.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    image_embeddings: Any = None
+
+
+class VolumeSamModel(SamModel):
+    """A SamModel whose `forward` takes volumes too: what the class of an adapted SamModel becomes."""
+
+    @override
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_points: torch.Tensor | None = None,
+        input_labels: torch.Tensor | None = None,
+        input_boxes: torch.Tensor | None = None,
+        input_masks: torch.Tensor | None = None,
+        image_embeddings: Any = None,
+        labels: torch.Tensor | None = None,
+        input_box_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Segment volumes; pictures (B, C, H, W) go to SamModel.
+
+        Args:
+            pixel_values: (B, 1, D, H, W), normalised, of any size.
+            input_points: (B, N, 3), voxel indices (d, h, w).
+            input_labels: (B, N): the class at each point, 0 for background, -1 for no point; default: 1.
+            input_boxes: (B, M, 6), two opposite corners (d, h, w, d, h, w).
+            input_masks: The logits of an earlier answer, to be mended by further prompts.
+            image_embeddings: Of an earlier output, in place of pixel_values.
+            labels: (B, D, H, W), -1 to be ignored. In train mode clicks are simulated, unless prompts are given.
+            input_box_labels: (B, M): the class in each box, -1 for no box; default: 1.
+            kwargs: What SamModel takes for pictures.
+        """
+        if isinstance(image_embeddings, Encoded | tuple):
+            encoded = Encoded(*image_embeddings)
+        elif pixel_values is not None and pixel_values.ndim == 5:
+            encoded = self._encoded(pixel_values)
+        else:
+            return super().forward(
+                pixel_values, input_points, input_labels, input_boxes, input_masks, image_embeddings, **kwargs
+            )
+        prompts = self._prompts(input_points, input_labels, input_boxes, input_box_labels, input_masks)
+        if labels is not None and self.training and not any(value is not None for value in prompts):
+            return self._taught(encoded, labels)
+        logits = self._decoded(encoded, prompts)
+        loss = None if labels is None else dice_cross_entropy(logits, labels)
+        return VolumeOutput(loss=loss, logits=logits, image_embeddings=encoded)
+
+    def _encoded(self, volume: torch.Tensor) -> Encoded:
+        encoder: Any = self.vision_encoder
+        stride = encoder.stride(self._acting())
+        if volume.shape[1] != 1:
+            raise InlayError(f"expected volumes of one channel (B, 1, D, H, W), got {tuple(volume.shape)}.")
+        levels = encoder(volume).hidden_states
+        return Encoded(*self.mask_decoder(volume, *levels, volumetric="encode", stride=stride))
+
+    def _decoded(self, encoded: Encoded, prompts: Prompts) -> torch.Tensor:
+        encoder: Any = self.vision_encoder
+        stride = encoder.stride(self._acting())
+        return self.mask_decoder(*encoded, volumetric="decode", stride=stride, **prompts._asdict())
+
+    def _acting(self) -> str:
+        """The adapter whose settings count; an error where none acts."""
+        encoder: Any = self.vision_encoder
+        if not isinstance(encoder, AdapterLayer) or encoder.disable_adapters:
+            raise InlayError(ALONE)
+        return encoder.one([name for name in encoder.active_adapters if name in encoder.options])
+
+    def _prompts(
+        self,
+        points: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        boxes: torch.Tensor | None,
+        box_labels: torch.Tensor | None,
+        previous: torch.Tensor | None,
+    ) -> Prompts:
+        encoder: Any = self.vision_encoder
+        config = encoder.options[self._acting()]
+        given = {"points": (points, labels, 3, 0), "boxes": (boxes, box_labels, 6, 1)}
+        said: dict[str, torch.Tensor | None] = {}
+        for what, (where, names, size, least) in given.items():
+            if where is None:
+                said[what] = None
+                continue
+            if not config.prompts:
+                raise InlayError(f"this adapter was made without prompts, but got {what}; train one with prompts=True.")
+            if where.ndim != 3 or where.shape[-1] != size:
+                raise InlayError(f"expected {what} of shape (B, N, {size}), got {tuple(where.shape)}.")
+            names = torch.ones_like(where[..., 0], dtype=torch.long) if names is None else names.long()
+            wrong = (names >= 0) & ((names < least) | (names > len(config.classes)))
+            if names.shape != where.shape[:2] or bool(wrong.any()):
+                raise InlayError(
+                    f"expected a label of -1 or {least} to {len(config.classes)} for each of the {what}, got "
+                    f"{names.flatten().tolist()[:8]} for {tuple(where.shape[:2])}."
+                )
+            said[what] = where
+            said["labels" if what == "points" else "box_labels"] = names
+        return Prompts(**said, previous=previous)
+
+    def _taught(self, encoded: Encoded, labels: torch.Tensor) -> VolumeOutput:
+        """An answer without prompts, then `rounds` more, each after further clicks; the loss is their mean.
+
+        Of the first clicks one in four steps is a box; the later ones go where the answer before was wrong. The first
+        answer is handed on with the first prompts in half of the steps, as a click may begin or mend.
+        """
+        encoder: Any = self.vision_encoder
+        config = encoder.options[self._acting()]
+        classes = len(config.classes)
+        first = logits = self._decoded(encoded, Prompts())
+        losses, prompts = [dice_cross_entropy(logits, labels)], Prompts()
+        for i in range(config.rounds if config.prompts else 0):
+            previous = logits.detach()
+            if i == 0 and torch.rand(()) < 0.25:
+                boxes, named = boxes_around(labels, classes)
+                prompts = prompts._replace(boxes=boxes, box_labels=named)
+            else:
+                count = int(2 ** (torch.rand(()) * 3.5))  # 1 to 11, fewer more often
+                points, said = (
+                    clicks_in_objects(labels, count, classes) if i == 0 else clicks_on_errors(previous, labels, count)
+                )
+                if prompts.points is not None and prompts.labels is not None:
+                    points, said = torch.cat([prompts.points, points], 1), torch.cat([prompts.labels, said], 1)
+                prompts = prompts._replace(points=points, labels=said)
+            prompts = prompts._replace(previous=previous if i or torch.rand(()) < 0.5 else None)
+            logits = self._decoded(encoded, prompts)
+            losses.append(dice_cross_entropy(logits, labels))
+        return VolumeOutput(loss=torch.stack(losses).mean(), logits=first, image_embeddings=encoded)
+
+    def leave(self) -> None:
+        """Be a SamModel again."""
+        self.__class__ = SamModel
+
+
+def dice_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean of the soft Dice loss, over rows and classes with the background left out, and of the cross-entropy.
+
+    Args:
+        logits: (B, K + 1, D, H, W).
+        labels: (B, D, H, W), -1 to be ignored.
+
+    Source: Milletari et al. 2016, arXiv:1606.04797, with squares left out of the denominator as in nnU-Net.
+    """
+    logits, counted = logits.float(), (labels >= 0)
+    entropy = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / counted.sum().clamp(min=1)
+    shares = logits.softmax(1)[:, 1:] * counted[:, None]
+    wanted = F.one_hot(labels.clamp(min=0), logits.shape[1]).movedim(-1, 1)[:, 1:] * counted[:, None]
+    both, all_ = (shares * wanted).flatten(2).sum(-1), (shares + wanted).flatten(2).sum(-1)
+    dice = (2 * both + 1) / (all_ + 1)
+    return (entropy + 1 - dice.mean()) / 2

@@ -1,0 +1,346 @@
+"""Many adapters on one base, chosen for each row of a batch.
+
+    bank = Bank("builtin:vit-tiny", "adapters/")                    # a folder of adapters
+    logits = bank({"pixel_values": pixels}, ["cats", "dogs", None]).logits      # None: the plain base
+
+Adapters are tensors in stacks here, not modules: to load one fills a slot, to choose one is an index, and a batch costs
+the same however many adapters its rows have. Methods and widths may differ from adapter to adapter.
+"""
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from inlay.adapters.config import refuse_biases
+from inlay.adapters.file import CONFIG, AdapterFile, fingerprint, read_adapter
+from inlay.adapters.hub.fetch import fetch
+from inlay.adapters.identity import check_base, identity
+from inlay.adapters.load import given_base, read_weights
+from inlay.adapters.method import check_method
+from inlay.bases.load import load_base
+from inlay.errors import InlayError
+from inlay.methods._peft import release, strip, wrap
+from inlay.methods.bottleneck import join
+from inlay.serve.layers import BankLayer, Rows, Stacks
+from inlay.serve.sites import Site, find_sites, split_cache
+from inlay.serve.tokens import PromptStacks, moved_on
+
+Values = dict[str, torch.Tensor]
+
+
+class Bank:
+    """A base with any number of adapters, of which each row of a batch has one, or none.
+
+    A bank holds LoRA (on linear layers, convolutions and embeddings), (IA)³, bottlenecks, attention prefixes, visual
+    prompts, peft's prompts and prefixes, biases and norms, heads of one linear layer, and composites of those at
+    different modules. Calls from several threads wait for each other.
+
+    Attributes:
+        model: The base, wrapped in place; outside of a call it computes what it did.
+        files: What was read of each resident adapter: its config, labels and preprocessing.
+    """
+
+    def __init__(
+        self,
+        base: str | Path | PreTrainedModel,
+        adapters: str | Path | Sequence[str | Path] | Mapping[str, str | Path] = (),
+        *,
+        budget_mb: float | None = None,
+    ) -> None:
+        """Prepare a base for the adapters in a folder, at a list of paths and Hub ids, or by names of your own.
+
+        Args:
+            base: A name for `load_base`, or a model without an adapter.
+            adapters: A folder of adapters, paths (the last part is the name), or paths by name.
+            budget_mb: Most that the stacks may take; adapters are then read when a batch first asks for them, and the
+                least recently used ones give way. Without it all are read now.
+
+        Raises:
+            InlayError: A folder without adapters, two of one name, or what `add` says.
+        """
+        self.model = given_base(load_base(base) if not isinstance(base, nn.Module) else base).eval()
+        if budget_mb is not None and not budget_mb > 0:
+            raise InlayError(f"budget_mb must be positive, got {budget_mb}.")
+        self.budget = None if budget_mb is None else int(budget_mb * 1e6)
+        self.files: dict[str, AdapterFile] = {}
+        self._identity = identity(self.model)
+        self._rows = Rows(next(p for p in self.model.parameters() if p.is_floating_point()).device)
+        self._prompts = PromptStacks(self._rows)
+        self._layers: dict[tuple[str, type[BankLayer]], BankLayer] = {}
+        self._ahead: dict[str, int] = {}  # tokens in the cache, behind which positions go on
+        self._slots: OrderedDict[str, int] = OrderedDict()  # the least recently used first
+        self._known_sites: dict[Any, list[Site]] = {}
+        self._lock = threading.RLock()
+        self._paths = _named(adapters)
+        if self.budget is None:
+            self._rows.capacity = len(self._paths) + 1
+            for name in self._paths:
+                self._load(name)
+
+    @property
+    def names(self) -> list[str]:
+        """All adapters that rows can ask for."""
+        return list(self._paths)
+
+    @property
+    def resident(self) -> list[str]:
+        """Those that are in memory, the least recently used first."""
+        return list(self._slots)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the stacks."""
+        return sum(stack.nbytes for stacks in self._stacks() for stack in stacks.buffers())
+
+    def labels(self, name: str) -> list[str]:
+        """Class names of an adapter, in the order of its logits."""
+        return self.files[name].labels if name in self.files else read_adapter(fetch(self._known(name))).labels
+
+    def add(self, path: str | Path, name: str | None = None) -> str:
+        """Read an adapter and check it, in the place of one of that name if there is one; gives its name.
+
+        Checked is what `load_adapter` checks but for the golden output: file, method, base, names, shapes, NaN.
+
+        Raises:
+            InlayError: What does not fit, in one sentence; the bank is then as it was.
+        """
+        name = name or Path(path).name
+        with self._lock:
+            before = self._paths.get(name)
+            self._paths[name] = path
+            try:
+                self._load(name)
+            except Exception:
+                if before is None:
+                    del self._paths[name]
+                else:
+                    self._paths[name] = before
+                raise
+        return name
+
+    def evict(self, name: str) -> None:
+        """Take an adapter out of memory; a row that asks for it later has it read again."""
+        with self._lock:
+            self._known(name)
+            if name in self._slots:
+                del self._slots[name], self.files[name]
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter: rows cannot ask for it any more."""
+        with self._lock:
+            self.evict(name)
+            del self._paths[name]
+
+    def unload(self) -> PreTrainedModel:
+        """The base as it was, without the bank."""
+        with self._lock:
+            release(self.model)
+            self._layers.clear()
+            self._slots.clear()
+            self.files.clear()
+        return self.model
+
+    @contextmanager
+    def rows(self, adapters: Sequence[str | None]) -> Iterator[PreTrainedModel]:
+        """The model, whose batch inside the block has these adapters, one per row; None is the plain base.
+
+        Those that are not in memory are read first. peft's prompts act in `bank(...)` and `generate` alone.
+
+        Raises:
+            InlayError: A name that the bank does not know, or more different adapters than the budget has room for.
+        """
+        with self._lock:
+            wanted = [name for name in dict.fromkeys(adapters) if name is not None]
+            for name in wanted:
+                self._known(name)
+            for name in wanted:
+                if name in self._slots:
+                    self._slots.move_to_end(name)
+            for name in wanted:
+                if name not in self._slots:
+                    self._load(name, keep=set(wanted))
+            self._rows.choose([0 if name is None else self._slots[name] for name in adapters])
+            try:
+                with moved_on(self.model, self._rows, [self._ahead.get(name or "", 0) for name in adapters]):
+                    yield self.model
+            finally:
+                self._rows.choose([])
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Any], adapters: Sequence[str | None], **more: Any) -> Any:
+        """The model's output for a batch whose rows have these adapters; None is the plain base.
+
+        Rows with fewer labels than others have -inf for the rest. Logits are those of the text's own tokens, also
+        behind peft's prompts.
+
+        Args:
+            inputs: Tensors that the model takes.
+            adapters: One name per row.
+            **more: Further arguments of the model.
+
+        Raises:
+            InlayError: As `rows`, or another number of rows than of names.
+        """
+        with self.rows(self._checked(inputs, adapters)) as model:
+            prompted, length = self._prompts.front(model, inputs)
+            output = model(**prompted, **more)
+            if length:
+                output.logits = output.logits[:, length:]
+            return output
+
+    @torch.no_grad()
+    def generate(self, inputs: Mapping[str, Any], adapters: Sequence[str | None], **settings: Any) -> torch.Tensor:
+        """Continue texts, padded on the left, under these adapters; gives tokens, the texts' own included.
+
+        Args:
+            inputs: input_ids (B, N) and attention_mask.
+            adapters: One name per row; None is the plain base.
+            **settings: Of transformers' `generate`.
+        """
+        with self.rows(self._checked(inputs, adapters)) as model:
+            prompted, length = self._prompts.front(model, inputs)
+            if not length:
+                return model.generate(**inputs, **settings)
+            prompted.pop("position_ids", None)  # transformers counts them from the mask
+            ids = inputs["input_ids"]
+            new = model.generate(**prompted, **settings)
+            return torch.cat([ids.repeat_interleave(len(new) // len(ids), dim=0), new], dim=1)
+
+    def _checked(self, inputs: Mapping[str, Any], adapters: Sequence[str | None]) -> Sequence[str | None]:
+        rows = next((len(value) for value in inputs.values() if torch.is_tensor(value)), 0)
+        if isinstance(adapters, str) or rows != len(adapters):
+            got = repr(adapters) if isinstance(adapters, str) else len(adapters)
+            raise InlayError(f"expected a list of one adapter, or None, for each of {rows} rows, got {got}.")
+        return adapters
+
+    def _known(self, name: str) -> str | Path:
+        if name not in self._paths:
+            some = ", ".join(list(self._paths)[:5]) or "none"
+            raise InlayError(f"the bank has no adapter {name!r}, it has {some}{' ...' * (len(self._paths) > 5)}.")
+        return self._paths[name]
+
+    def _stacks(self) -> list[Stacks]:
+        return [self._prompts, *(layer.stacks for layer in self._layers.values())]
+
+    def _load(self, name: str, keep: set[str] | None = None) -> None:
+        """Read and check an adapter, then fill a slot with it."""
+        file = read_adapter(fetch(self._known(name)))
+        check_method(file)
+        refuse_biases(file.config, name)
+        weights = join(read_weights(file))
+        if file.record:
+            check_base(file, self._identity)
+        sites = self._sites(file, weights)
+        cache = file.config["peft_type"] == "PREFIX_TUNING"
+        if cache:
+            weights = split_cache([site.module for site in sites], weights["prompt_embeddings"])
+        self._wrap(sites)
+        values: dict[Stacks, Values] = {}
+        for site in sites:
+            layer = self._layers[site.module, site.kind]
+            settings = self._settings(site)
+            layer.check(settings)
+            values[layer.stacks] = layer.stored({leaf: weights[key] for leaf, key in site.keys.items()}, settings)
+        if "prompt_embeddings" in weights:
+            values[self._prompts] = {"prompt": weights["prompt_embeddings"].float()}
+        slot = self._slot(name, values, keep or set())
+        for layer in self._layers.values():
+            found = values.get(layer.stacks, layer.absent())
+            layer.stacks.put(slot, found)
+            layer.stacks.sizes[slot] = layer.size_of(found)
+        self._prompts.put(slot, values.get(self._prompts, {}))
+        self._prompts.sizes[slot] = len(values.get(self._prompts, {}).get("prompt", ()))
+        self._slots[name] = slot
+        self._slots.move_to_end(name)
+        self._ahead[name] = file.config["num_virtual_tokens"] if cache else 0
+        self.files[name] = file
+
+    def _sites(self, file: AdapterFile, weights: Values) -> list[Site]:
+        """Where the adapter goes; one of a config and shapes that are known needs no injection to tell."""
+        shapes = tuple(sorted((key, tuple(value.shape)) for key, value in weights.items()))
+        key = (fingerprint(file.config), len(file.labels), shapes)
+        if key not in self._known_sites:
+            self._known_sites[key] = find_sites(self.model, file, weights)
+        return self._known_sites[key]
+
+    def _settings(self, site: Site) -> Any:
+        """Those of a site; names of modules as modules."""
+        named = isinstance(site.settings, tuple)
+        return tuple(self.model.get_submodule(n) for n in site.settings) if named else site.settings
+
+    def _wrap(self, sites: Sequence[Site]) -> None:
+        """Put layers around modules that have none yet."""
+        fresh = [site for site in sites if (site.module, site.kind) not in self._layers]
+        if not fresh:
+            return
+        layers = strip(self.model)
+        try:
+            for site in fresh:
+                layer = site.kind(self.model.get_submodule(site.module), self._rows).eval()
+                self._layers[site.module, site.kind] = layer
+                layers.setdefault(site.module, []).append(layer)
+        finally:
+            wrap(self.model, layers)
+
+    def _slot(self, name: str, values: Mapping[Stacks, Values], keep: set[str]) -> int:
+        """A slot for an adapter: its own, or a free one, for which others may have to give way."""
+        others = [other for other in self._slots if other != name]
+        if self.budget is not None:
+            shapes = [stacks.shapes(values.get(stacks, {})).values() for stacks in self._stacks()]
+            each = 4 * sum(math.prod(shape) for of_one in shapes for shape in of_one)
+            room = self.budget // max(each, 1) - 1  # one slot is the plain base's
+            spare = [other for other in others if other not in keep]
+            if len(others) - len(spare) + 1 > room:
+                raise InlayError(
+                    f"budget_mb {self.budget / 1e6:g} has room for {max(room, 0)} adapters of this size "
+                    f"({each / 1e6:.2g} MB each), and this batch asks for more; raise it, or split the batch."
+                )
+            for other in spare[: max(0, len(others) + 1 - room)]:
+                self.evict(other)
+            if self._rows.capacity > room + 1:
+                self._repack(room + 1)
+        if name in self._slots:
+            return self._slots[name]
+        used = {*self._slots.values(), 0}
+        free = next((slot for slot in range(self._rows.capacity) if slot not in used), None)
+        if free is None:
+            free = self._rows.capacity
+            limit = 2 * self._rows.capacity if self.budget is None else min(2 * self._rows.capacity, room + 1)
+            self._repack(max(limit, free + 1))
+        return free
+
+    def _repack(self, capacity: int) -> None:
+        """Stacks of so many slots, the used ones in front."""
+        order = [0, *self._slots.values()]
+        self._rows.capacity = capacity
+        for stacks in self._stacks():
+            stacks.repack(order)
+        for slot, name in enumerate(self._slots, 1):
+            self._slots[name] = slot
+
+
+def _named(adapters: Any) -> dict[str, str | Path]:
+    """Paths of adapters by their names."""
+    if isinstance(adapters, Mapping):
+        return dict(adapters)
+    if isinstance(adapters, str | Path):
+        folder = Path(adapters).expanduser()
+        found = [folder] if (folder / CONFIG).is_file() else sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+        if not found:
+            raise InlayError(f"expected a folder of adapters, but {adapters} holds none.")
+        adapters = found
+    named: dict[str, str | Path] = {}
+    for path in adapters:
+        name = Path(path).name
+        if name in named:
+            raise InlayError(f"two adapters are called {name!r}: {named[name]} and {path}; give names of your own.")
+        named[name] = path
+    return named

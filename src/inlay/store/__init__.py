@@ -1,1 +1,0 @@
-"""Adapters on disk: saved whole, checked before they are believed."""

@@ -1,0 +1,1 @@
+"""Compare methods on one's own task, and plan what a training will take."""

@@ -1,0 +1,112 @@
+"""Will it fit: the memory of a training step before training starts, of a run or of a base that is not here."""
+
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from inlay.bases.load import Dtype, load_base, load_skeleton
+from inlay.bases.quantize import Quantize
+from inlay.errors import InlayError
+from inlay.measure.memory import MemoryPlan, Optimizer, Precision, measure_peak, plan_memory
+from inlay.methods import METHODS
+from inlay.methods._peft import PeftModel, virtual_tokens
+from inlay.tasks.text.loss import NextToken
+from inlay.train.losses import Loss
+
+Batch = dict[str, Tensor]
+
+
+def plan_base(
+    name: str,
+    method: str,
+    *,
+    width: int = 8,
+    batch_size: int = 8,
+    length: int = 128,
+    labels: int = 10,
+    dtype: Dtype = "float32",
+    quantize: Quantize | None = None,
+    optimizer: Optimizer = "adamw",
+    precision: Precision = "no",
+    gradient_checkpointing: bool = False,
+    accumulate: int = 1,
+    device: str | None = None,
+    measure: bool = False,
+) -> tuple[MemoryPlan, int | None]:
+    """Plan the training of a base by a method of METHODS; only the base's config is read, no weight.
+
+    Args:
+        name: As for `load_base`.
+        method: Name in METHODS.
+        width: Of the adapter.
+        batch_size: Rows of a step.
+        length: Tokens of a text; of an image classifier the config names the size of a picture.
+        labels: Classes of an image classifier.
+        dtype: Of the weights.
+        quantize: As in `load_base`.
+        optimizer: As in TrainConfig, and so the next three.
+        precision: Mixed precision.
+        gradient_checkpointing: Blocks are recomputed.
+        accumulate: Pieces of a step.
+        device: `cuda` or `cpu`, of those that this machine has; default: the GPU if there is one.
+        measure: Load the weights, take steps of this size here, and give their true peak as well, in bytes.
+
+    Raises:
+        InlayError: An unknown method or base, one that they do not fit, a size that is no number over 0.
+    """
+    if method not in METHODS:
+        raise InlayError(f"there is no method {method!r}; METHODS has {', '.join(METHODS)}.")
+    sizes = {"width": width, "batch_size": batch_size, "accumulate": accumulate}
+    for what, size, least in (*((*item, 1) for item in sizes.items()), ("length", length, 2), ("labels", labels, 2)):
+        if size < least:
+            raise InlayError(f"{what} must be at least {least}, got {size}.")
+    choices = (("dtype", dtype, Dtype), ("optimizer", optimizer, Optimizer), ("precision", precision, Precision))
+    for what, value, allowed in choices:
+        if value not in get_args(allowed):
+            raise InlayError(f"{what} must be one of {', '.join(get_args(allowed))}, got {value!r}.")
+    names = [str(i) for i in range(labels)]
+
+    def adapt(base: Any) -> tuple[nn.Module, Batch, Loss | None]:
+        # PiSSA is LoRA that starts from the weights, which a skeleton has none of.
+        bare = next(base.parameters()).is_meta
+        model = METHODS["lora" if method == "pissa" and bare else method].adapt(base, width)
+        if base.get_output_embeddings() is None:
+            return model, _pictures(base, batch_size), None
+        added = virtual_tokens(model.active_peft_config) if isinstance(model, PeftModel) else 0
+        return model, _text(base, batch_size, length, added), NextToken()
+
+    def options(loss: Loss | None) -> dict[str, Any]:
+        step = {"optimizer": optimizer, "accumulate": accumulate, "precision": precision, "loss": loss}
+        return {**step, "gradient_checkpointing": gradient_checkpointing}
+
+    model, batch, loss = adapt(load_skeleton(name, labels=names, dtype=dtype, quantize=quantize))
+    plan = plan_memory(model, batch, device=device, **options(loss))
+    if not measure:
+        return plan, None
+    model, batch, loss = adapt(load_base(name, labels=_labels(model, names), dtype=dtype, quantize=quantize))
+    return plan, measure_peak(model.to(plan.device), batch, **options(loss))
+
+
+def _labels(model: nn.Module, names: list[str]) -> list[str] | None:
+    """Those of a classifier; a language model has none."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return names if base.get_output_embeddings() is None else None
+
+
+def _text(base: Any, rows: int, length: int, added: int) -> Batch:
+    """Texts of which every token is learned; a prompt adds tokens to each."""
+    positions = getattr(base.config, "max_position_embeddings", None) or length + added
+    if length + added > positions:
+        also = f", and the prompt takes {added}" if added else ""
+        raise InlayError(f"this base reads {positions} tokens at most, but length is {length}{also}; lower it.")
+    ids = torch.arange(rows * length).view(rows, length) % base.config.vocab_size
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def _pictures(base: Any, rows: int) -> Batch:
+    config = getattr(base.config, "vision_config", base.config)
+    size = getattr(config, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else size
+    pixels = torch.zeros(rows, getattr(config, "num_channels", 3), height, width)
+    return {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.long)}

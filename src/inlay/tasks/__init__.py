@@ -1,0 +1,1 @@
+"""What a model is for: a folder for each task."""

@@ -1,0 +1,137 @@
+"""Labels with probabilities for pictures, and a sheet that shows them."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from inlay.errors import InlayError
+from inlay.tasks.adapter import Adapter
+from inlay.tasks.images.data import SUFFIXES
+from inlay.tasks.pictures import open_image
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What an adapter says of one picture.
+
+    Attributes:
+        source: The file's path, or `picture 3` for what has none.
+        labels: The most probable class names, best first.
+        probabilities: Theirs, 0 to 1.
+    """
+
+    source: str
+    labels: list[str]
+    probabilities: list[float]
+
+    @property
+    def label(self) -> str:
+        """The most probable class name."""
+        return self.labels[0]
+
+
+def predict(
+    adapter: Adapter, pictures: Sequence[Any], *, task: str | None = None, top: int = 5, batch_size: int = 32
+) -> list[Prediction]:
+    """Classify pictures, in their order.
+
+    Args:
+        adapter: From `load_adapter`.
+        pictures: Paths, file contents as bytes, or PIL images of any size and mode.
+        task: Of a combination of several classifiers (`adapter.tasks`): choose among the classes of this one alone.
+        top: How many classes to name, at least 1; all if there are fewer.
+        batch_size: Pictures in one forward pass.
+
+    Raises:
+        InlayError: A picture that cannot be read (named), a task that the adapter does not have, or top or batch_size
+            under 1.
+    """
+    if top < 1 or batch_size < 1:
+        raise InlayError(f"top and batch_size must be at least 1, got {top} and {batch_size}.")
+    if not adapter.labels:
+        asks = hasattr(adapter.processor, "mask_pad_size")
+        way = "answers points and boxes: use predict_masks" if asks else "writes text: use generate"
+        raise InlayError(f"adapter {adapter.name!r} {way}(adapter, ...).")
+    labels, rows = adapter.route(task)
+    top = min(top, len(labels))
+    weight = next(p for p in adapter.model.parameters() if p.is_floating_point())
+    predictions = []
+    for begin in range(0, len(pictures), batch_size):
+        batch = pictures[begin : begin + batch_size]
+        pixels = adapter.processor([as_rgb(p) for p in batch], return_tensors="pt")["pixel_values"]  # B C H W
+        with torch.inference_mode():
+            logits = adapter.model(pixel_values=pixels.to(weight.device, weight.dtype)).logits  # B K
+        probabilities, classes = logits[:, rows].float().softmax(-1).topk(top)
+        for i, (values, indices) in enumerate(zip(probabilities.tolist(), classes.tolist(), strict=True)):
+            source = str(batch[i]) if isinstance(batch[i], str | os.PathLike) else f"picture {begin + i}"
+            predictions.append(Prediction(source, [labels[k] for k in indices], values))
+    return predictions
+
+
+def as_rgb(picture: Any) -> Image.Image:
+    """A PIL image in RGB from a path, bytes or an image."""
+    return picture.convert("RGB") if isinstance(picture, Image.Image) else open_image(picture)
+
+
+def find_pictures(paths: Iterable[str]) -> list[str]:
+    """Files as they are given; the pictures in a folder and below it, sorted.
+
+    Raises:
+        InlayError: A path that does not exist, or a folder without pictures.
+    """
+    found: list[str] = []
+    for path in paths:
+        if Path(path).is_dir():
+            inside = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise InlayError(f"{path} holds no pictures ({', '.join(SUFFIXES[:4])} ...).")
+            found += inside
+        elif Path(path).is_file():
+            found.append(path)
+        else:
+            raise InlayError(f"there is no picture or folder at {path!r}.")
+    return found
+
+
+def draw_sheet(
+    predictions: Sequence[Prediction], pictures: Sequence[Any], path: str | Path, *, columns: int = 4, side: int = 160
+) -> Path:
+    """Save the pictures as a grid, each over its label, probability and a bar of that length.
+
+    Args:
+        predictions: From `predict`, one for each picture.
+        pictures: As given to `predict`.
+        path: Of the sheet; its suffix chooses the format.
+        columns: Pictures in a row.
+        side: Size of a picture in the sheet, in pixels; small ones are enlarged without smoothing.
+    """
+    columns = min(columns, len(predictions))
+    rows, gap, text = -(-len(predictions) // columns), 12, 40
+    size = (columns * (side + gap) + gap, rows * (side + text + gap) + gap)
+    sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(15)
+    draw = ImageDraw.Draw(sheet)
+    for i, (prediction, picture) in enumerate(zip(predictions, pictures, strict=True)):
+        x, y = gap + i % columns * (side + gap), gap + i // columns * (side + text + gap)
+        image = as_rgb(picture)
+        scale = side / max(image.size)
+        image = image.resize(
+            (max(1, round(image.width * scale)), max(1, round(image.height * scale))),
+            Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS,
+        )
+        sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
+        probability = prediction.probabilities[0]
+        percent = f"{probability:.0%}"
+        label, room = prediction.label, side - draw.textlength(percent, font) - 8
+        while len(label) > 1 and draw.textlength(label, font) > room:
+            label = label.rstrip("…")[:-1] + "…"
+        draw.text((x, y + side + 4), label, "black", font)
+        draw.text((x + side, y + side + 4), percent, "dimgray", font, anchor="ra")
+        draw.rectangle((x, y + side + 26, x + side - 1, y + side + 32), "gainsboro")
+        draw.rectangle((x, y + side + 26, x + max(1, round(side * probability)) - 1, y + side + 32), "steelblue")
+    sheet.save(path)
+    return Path(path)

@@ -1,0 +1,58 @@
+"""A split of labelled pictures as a model wants it."""
+
+import math
+import random
+from typing import Any, Literal
+
+import torch
+from PIL import Image, ImageOps
+
+from inlay.errors import InlayError
+from inlay.tasks.pictures import open_image
+
+Augment = Literal["none", "crop", "crop-flip"]
+
+
+class ImageView(torch.utils.data.Dataset):
+    """One split as a model wants it: item i is {"pixel_values": float (C, H, W), "labels": int}.
+
+    Decoding, augmentation and the processor run when an item is asked for, so in a DataLoader's workers. All
+    chance comes from Python's `random`: seeded alike, an item is the same in any process.
+
+    Args:
+        rows: A split of `ImageData`, a datasets.Dataset.
+        processor: The base model's own Hugging Face image processor.
+        augment: `crop` takes 0.7 to 1 of the area at a ratio of 3/4 to 4/3; `crop-flip` also mirrors half.
+    """
+
+    def __init__(self, rows: Any, processor: Any, augment: Augment = "none") -> None:
+        if augment not in ("none", "crop", "crop-flip"):
+            raise InlayError(f"expected augment 'none', 'crop' or 'crop-flip', but got {augment!r}. Use one.")
+        self.rows, self.processor, self.augment = rows, processor, augment
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[int(index)]
+        image = open_image(row["image"])
+        if self.augment != "none":
+            image = random_crop(image)
+        if self.augment == "crop-flip" and random.random() < 0.5:
+            image = ImageOps.mirror(image)
+        pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixels.float(), "labels": row["label"]}
+
+
+def random_crop(image: Image.Image) -> Image.Image:
+    """Random part of a picture, drawn as torchvision's RandomResizedCrop draws it; the processor resizes."""
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * random.uniform(0.7, 1.0)
+        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            x, y = random.randint(0, width - w), random.randint(0, height - h)
+            return image.crop((x, y, x + w, y + h))
+    w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
+    return image.crop(((width - w) // 2, (height - h) // 2, (width + w) // 2, (height + h) // 2))

@@ -1,0 +1,1 @@
+"""Masks that answer points and boxes."""

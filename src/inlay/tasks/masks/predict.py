@@ -1,0 +1,173 @@
+"""Masks of what points and boxes in a picture mean, and a picture that shows them."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from inlay.errors import InlayError
+from inlay.tasks.adapter import Adapter
+from inlay.tasks.colours import colour
+from inlay.tasks.images.predict import as_rgb
+
+Point = Sequence[float]  # x, y in pixels of the picture
+Box = Sequence[float]  # x0, y0, x1, y1, corners inclusive
+
+
+@dataclass(frozen=True)
+class MaskPrediction:
+    """What an adapter says of prompts in one picture.
+
+    Attributes:
+        source: The file's path, or `picture` for what has none.
+        masks: Boolean (P, H, W) at the picture's own size, one for each prompt.
+        scores: The IoU that the model itself foretells for each, about 0 to 1.
+    """
+
+    source: str
+    masks: np.ndarray
+    scores: list[float]
+
+    @property
+    def areas(self) -> list[int]:
+        """Pixels of each mask."""
+        return [int(mask.sum()) for mask in self.masks]
+
+
+def predict_masks(
+    adapter: Adapter,
+    picture: Any,
+    *,
+    points: Sequence[Point] = (),
+    negatives: Sequence[Point] = (),
+    boxes: Sequence[Box] = (),
+) -> MaskPrediction:
+    """Masks of what is meant: of the three that SAM answers to a prompt the one that it thinks best.
+
+    All points together mean one object, within the box if there is one; several boxes mean an object each, without
+    points. A pixel's centre is at whole numbers.
+
+    Args:
+        adapter: From `load_adapter`, of a SAM on pictures.
+        picture: A path, file content as bytes, or a PIL image.
+        points: Inside of the object.
+        negatives: Outside of it.
+        boxes: Around an object each.
+
+    Raises:
+        InlayError: Another kind of adapter, no prompt, points beside several boxes, places outside of the picture,
+            boxes without an inside, a picture that cannot be read.
+    """
+    if not hasattr(adapter.processor, "mask_pad_size"):
+        raise InlayError(f"adapter {adapter.name!r} does not answer points and boxes in a picture; use `predict`.")
+    image = as_rgb(picture)
+    _check(points, negatives, boxes, image)
+    made = adapter.processor(images=image, return_tensors="pt")
+    height, width = (int(length) for length in made["reshaped_input_sizes"][0])
+    scale = torch.tensor([width / image.width, height / image.height])
+
+    def placed(values: Any) -> torch.Tensor:  # centres of pixels stay centres: x y, or x0 y0 x1 y1
+        tensor = torch.tensor(values, dtype=torch.float32)
+        return (tensor + 0.5) * scale.repeat(tensor.shape[-1] // 2) - 0.5
+
+    weight = next(p for p in adapter.model.parameters() if p.is_floating_point())
+    inputs: dict[str, torch.Tensor] = {"pixel_values": made["pixel_values"].to(weight.device, weight.dtype)}
+    if points or negatives:
+        inputs["input_points"] = placed([*points, *negatives])[None, None].to(weight.device, weight.dtype)  # 1 1 N 2
+        inputs["input_labels"] = torch.tensor([[[1] * len(points) + [0] * len(negatives)]], device=weight.device)
+    if boxes:
+        inputs["input_boxes"] = placed(boxes)[None].to(weight.device, weight.dtype)  # 1 P 4
+    with torch.inference_mode():
+        output = adapter.model(**inputs)
+    scores, best = output.iou_scores[0].float().cpu().max(-1)  # P
+    logits = output.pred_masks[0].float().cpu()[torch.arange(len(best)), best]  # P h w
+    sizes = [(image.height, image.width)], [(height, width)]
+    masks = adapter.processor.post_process_masks([logits[None]], *sizes)[0][0]  # P H W
+    source = str(picture) if isinstance(picture, str | os.PathLike) else "picture"
+    return MaskPrediction(source, masks.numpy(), [float(score) for score in scores])
+
+
+def _check(points: Sequence[Point], negatives: Sequence[Point], boxes: Sequence[Box], image: Image.Image) -> None:
+    if not (points or boxes):
+        raise InlayError("nothing is asked for: give points inside of an object, or boxes around objects.")
+    if len(boxes) > 1 and (points or negatives):
+        raise InlayError(
+            f"points belong to one object, but there are {len(boxes)} boxes; give one box with points, or boxes alone."
+        )
+    for what, size, places in (("point", 2, [*points, *negatives]), ("box", 4, boxes)):
+        for place in places:
+            inside = len(place) == size and all(
+                -0.5 <= value <= (image.width, image.height)[i % 2] - 0.5 for i, value in enumerate(place)
+            )
+            if not inside:
+                numbers = "x, y" if size == 2 else "x0, y0, x1, y1"
+                raise InlayError(
+                    f"expected a {what} as {numbers} within {image.width} x {image.height} pixels, got {tuple(place)}."
+                )
+    for x0, y0, x1, y1 in boxes:
+        if x1 <= x0 or y1 <= y0:
+            raise InlayError(f"expected a box as x0 < x1 and y0 < y1, got {x0, y0, x1, y1}.")
+
+
+def places(texts: Sequence[str] | None, size: int) -> list[tuple[float, ...]]:
+    """Points `x,y` (size 2) or boxes `x0,y0,x1,y1` (size 4), as they are typed.
+
+    Raises:
+        InlayError: Not so many numbers.
+    """
+    try:
+        found = [tuple(float(part) for part in text.split(",")) for text in texts or []]
+    except ValueError:
+        found = [()]
+    if any(len(place) != size for place in found):
+        raise InlayError(f"expected {size} numbers with commas between them, got {', '.join(texts or [])}.")
+    return found
+
+
+def draw_masks(
+    prediction: MaskPrediction,
+    picture: Any,
+    path: str | Path,
+    *,
+    points: Sequence[Point] = (),
+    negatives: Sequence[Point] = (),
+    boxes: Sequence[Box] = (),
+    side: int = 512,
+) -> Path:
+    """Save the picture with its masks tinted and outlined, and the prompts over them.
+
+    Args:
+        prediction: From `predict_masks`.
+        picture: As given to it.
+        path: Of the drawing; its suffix chooses the format.
+        points: Drawn as filled discs.
+        negatives: Drawn as crosses.
+        boxes: Drawn as frames.
+        side: Small pictures are enlarged to this longer edge at least, in whole steps.
+    """
+    image = as_rgb(picture)
+    step = max(1, round(side / max(image.size)))
+    pixels = np.asarray(image.resize((image.width * step, image.height * step), Image.Resampling.NEAREST), np.float32)
+    for k, mask in enumerate(prediction.masks, 1):
+        large = np.kron(mask, np.ones((step, step), bool))
+        tint = np.array(colour(k), np.float32)
+        pixels = np.where(large[..., None], 0.65 * pixels + 0.35 * tint, pixels)
+        padded = np.pad(large, 1)
+        core = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+        pixels = np.where((large & ~core)[..., None], tint, pixels)
+    drawing = Image.fromarray(pixels.round().astype(np.uint8))
+    draw, r = ImageDraw.Draw(drawing), max(3, side // 128)
+    for k, box in enumerate(boxes, 1):
+        draw.rectangle([(value + 0.5) * step for value in box], outline=colour(k), width=max(1, r // 2))
+    for x, y in ([(v + 0.5) * step for v in point] for point in points):
+        draw.ellipse((x - r, y - r, x + r, y + r), fill="white", outline="black")
+    for x, y in ([(v + 0.5) * step for v in point] for point in negatives):
+        for way in (-1, 1):
+            draw.line((x - r, y - way * r, x + r, y + way * r), fill="red", width=max(1, r // 2))
+    drawing.save(path)
+    return Path(path)

@@ -1,0 +1,183 @@
+"""Tables of text from files and the Hub, with the line of each row, so that an error can name it."""
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+
+from inlay.errors import InlayError
+from inlay.tasks.pictures import reason
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+KINDS = (*SEPARATORS, ".jsonl", ".json", ".parquet", ".txt")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Named columns of equal length.
+
+    Attributes:
+        name: What an error calls the table: its path, or split and data set.
+        names: Of the columns.
+        column: All values of a column by its name.
+        places: Where each row begins, from 1.
+        unit: What places count: lines of a file, its header among them, or rows.
+    """
+
+    name: str
+    names: list[str]
+    column: Callable[[str], Sequence[Any]]
+    places: Sequence[int]
+    unit: Literal["line", "row"] = "row"
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def where(self, rows: Sequence[int]) -> str:
+        """These rows, counted from 0, in the words of an error: 2 rows of 'a.csv' (lines 3, 8)."""
+        one = len(rows) == 1
+        places = some([self.places[row] for row in rows])
+        return f"{len(rows)} row{'' if one else 's'} of {self.name!r} ({self.unit}{'' if one else 's'} {places})"
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that tells how to read a file: `.txt` of both a.txt and A.TXT.GZ."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def read_table(path: Path) -> Table:
+    """One file as a table; running text (.txt) is one row with the column `text`.
+
+    Text is UTF-8, with or without a byte order mark; .gz is unpacked.
+
+    Raises:
+        InlayError: The file is empty, not UTF-8 or broken, with the line where it is; two columns have one name.
+    """
+    kind, name = kind_of(path), str(path)
+    if kind not in KINDS:
+        raise InlayError(f"expected a table or text ({', '.join(KINDS)}), but got {name!r}. Convert it.")
+    if kind == ".parquet":
+        table = _parquet(path)
+    else:
+        text = _text(path)
+        if kind == ".txt":
+            table = Table(name, ["text"], {"text": [text]}.__getitem__, [1], "line")
+        elif kind in SEPARATORS:
+            table = _separated(text, name, SEPARATORS[kind])
+        elif kind == ".json" and text.lstrip().startswith("["):
+            table = _array(text, name)
+        else:
+            table = _json_lines(text, name)
+    twice = [column for column in dict.fromkeys(table.names) if table.names.count(column) > 1]
+    if not len(table) or twice:
+        wanted = "columns with names of their own" if twice else "rows"
+        raise InlayError(f"expected {wanted} in {name!r}, but got {some(twice) or 'none'}. Mend the file.")
+    return table
+
+
+def hub_splits(name: str, revision: str | None, wanted: str) -> dict[str, datasets.Dataset]:
+    """Every split of a Hub dataset.
+
+    Raises:
+        InlayError: It cannot be had; the message says what else was `wanted`.
+    """
+    try:
+        return dict(datasets.load_dataset(name, revision=revision))
+    except Exception as error:  # no network, no such dataset or revision, gated: each has its own type
+        got = f"{name!r} is nothing here and the Hub gave {type(error).__name__} ({reason(error)})"
+        raise InlayError(f"expected {wanted}, but {got}. Check the name and the network.") from error
+
+
+def some(names: Sequence[object]) -> str:
+    """The first five of a list, for an error."""
+    return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
+
+
+def _text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+        if path.suffix.lower() == ".gz":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InlayError(f"expected a file that can be read, but got {reason(error)} in '{path}'. Mend it.") from error
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InlayError(f"expected UTF-8 in '{path}', but line {line} is not. Save the file as UTF-8.") from error
+    if not text.strip():
+        raise InlayError(f"expected text in '{path}', but got an empty file. Pass another.")
+    return text
+
+
+def _separated(text: str, name: str, separator: str) -> Table:
+    """Rows of .csv and .tsv; a quoted value may go over several lines, and empty lines count but are no rows."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    rows: list[list[str]] = []
+    places, line = [], 1
+    try:
+        for row in reader:
+            if row:
+                rows.append(row)
+                places.append(line)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        got = f"line {line} does not ({reason(error)})"
+        raise InlayError(f"expected {name!r} to read as a table, but {got}. Mend its quotes, or use .jsonl.") from error
+    header, rows, places = [column.strip() for column in rows[0]], rows[1:], places[1:]
+    table = Table(name, header, lambda column: [row[header.index(column)] for row in rows], places, "line")
+    wrong = [i for i, row in enumerate(rows) if len(row) != len(header)]
+    if wrong:
+        wanted = f"{len(header)} values in every row, as in the header"
+        raise InlayError(f"expected {wanted}, but got more or fewer in {table.where(wrong)}. Mend them.")
+    return table
+
+
+def _json_lines(text: str, name: str) -> Table:
+    rows, places = [], []
+    # Not splitlines: a JSON string may hold other ends of lines, such as U+2028.
+    for place, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            rows.append(_json(line, name, f"line {place}"))
+            places.append(place)
+    return _objects(rows, name, places, "line")
+
+
+def _array(text: str, name: str) -> Table:
+    rows = _json(text, name, "it")
+    return _objects(rows, name, range(1, len(rows) + 1), "row")
+
+
+def _json(text: str, name: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InlayError(f"expected JSON in {name!r}, but {where} is not ({reason(error)}). Mend it.") from error
+
+
+def _objects(rows: list[Any], name: str, places: Sequence[int], unit: Literal["line", "row"]) -> Table:
+    wrong = [i for i, row in enumerate(rows) if not isinstance(row, dict)]
+    names = list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
+    table = Table(name, names, lambda column: [row.get(column) for row in rows], places, unit)
+    if wrong:
+        raise InlayError(f"expected JSON objects with named values, but got others in {table.where(wrong)}. Mend them.")
+    return table
+
+
+def _parquet(path: Path) -> Table:
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
+
+    try:
+        rows = ParquetFile(path).read()
+        rows.validate(full=True)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise InlayError(f"expected a parquet file, but got {reason(error)} in '{path}'. Mend it.") from error
+    return Table(str(path), rows.column_names, lambda name: rows.column(name).to_pylist(), range(1, len(rows) + 1))

@@ -1,0 +1,58 @@
+"""The loss of a language model: that of the next token, where there is something to learn."""
+
+import inspect
+from typing import Any
+
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers.modeling_outputs import CausalLMOutput
+
+from inlay.errors import InlayError
+
+IGNORED = -100  # the label of tokens that are read and not learned: prompts, padding
+
+
+class NextToken:
+    """Cross-entropy of the next token, the mean over labels other than -100: every token of the step counts alike.
+
+    Logits are computed from the first column on that has a label in any row; the prompts before it cost no product
+    with the vocabulary. Batches are padded on the right, so positions are those of the texts alone.
+
+    Args:
+        smoothing: Label smoothing in training, 0 to 1 (0.1 in the E2E set-up of Hu et al. 2021, arXiv:2106.09685);
+            evaluation is without.
+
+    Raises:
+        InlayError: smoothing is not between 0 and 1.
+    """
+
+    def __init__(self, smoothing: float = 0.0) -> None:
+        if not 0 <= smoothing <= 1:
+            raise InlayError(f"label smoothing is a share of the loss, from 0 to 1, got {smoothing}.")
+        self.smoothing = smoothing
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> CausalLMOutput:
+        """`loss`, and `logits` (B, T - first, V) for the columns first + 1 to T."""
+        labels = batch["labels"][:, 1:]  # B T-1: the logits of a column predict the next one
+        first = int((labels != IGNORED).any(0).nonzero()[0])
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        keep = {"logits_to_keep": labels.shape[1] - first + 1} if _keeps(model) else {}
+        logits = model(**inputs, **keep, use_cache=False).logits[:, -(labels.shape[1] - first + 1) : -1]
+        loss = cross_entropy(
+            logits.flatten(0, 1).float(),
+            labels[:, first:].flatten(),
+            ignore_index=IGNORED,
+            label_smoothing=self.smoothing if model.training else 0.0,
+        )
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def weight(self, batch: dict[str, Any]) -> int:
+        """The tokens that are learned."""
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def _keeps(model: nn.Module) -> bool:
+    """True if the model under its wrappers can compute the logits of the last columns alone."""
+    inner: Any = getattr(model, "module", model)  # DistributedDataParallel
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    return "logits_to_keep" in inspect.signature(type(inner).forward).parameters

@@ -1,0 +1,161 @@
+"""Prompts and completions as rows of tokens, and as batches for a causal language model."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from inlay.errors import InlayError
+from inlay.tasks.text.processor import TextProcessor
+
+IGNORED = -100  # a label without a loss, in transformers and torch
+AT_ONCE = 2048  # rows that are tokenised together
+
+
+class TextView(torch.utils.data.Dataset):
+    """One split as a model wants it: item i is {"input_ids": int (T,), "labels": int (T,)}.
+
+    The loss is on the completion and its eos; labels of the prompt are -100. A prompt and a completion that are
+    together longer than the processor's max_length are cut: first the prompt at its start (bos stays), while a
+    quarter of max_length is left for it, then the completion at its end. That has no eos any more, so that no model
+    learns to stop there.
+
+    Everything is tokenised once, here, and kept as three arrays, which go to the workers of a DataLoader.
+
+    Args:
+        rows: A split of `TextData`, a datasets.Dataset with columns `prompt` and `completion`.
+        processor: Makes the tokens, and says how many are too many.
+        over_long: What becomes of examples of more tokens than that: cut, dropped, or the cause of an error.
+        block: For running text: all of it in blocks of max_length, each text followed by eos, without padding. A
+            rest that fills no block is left out, unless it is all there is.
+
+    Attributes:
+        lengths: Tokens of each example, to make batches of like ones.
+        report: How many examples and tokens there are, and what was cut, dropped or left out.
+
+    Raises:
+        InlayError: No example is left, `refuse` met one that is too long, or blocks are asked of rows with prompts.
+    """
+
+    lengths: list[int]
+    report: str
+
+    def __init__(
+        self,
+        rows: Any,
+        processor: TextProcessor,
+        *,
+        over_long: Literal["cut", "drop", "refuse"] = "cut",
+        block: bool = False,
+    ) -> None:
+        if over_long not in ("cut", "drop", "refuse"):
+            raise InlayError(f"expected over_long 'cut', 'drop' or 'refuse', but got {over_long!r}. Use one of them.")
+        if not len(rows):
+            raise InlayError("expected rows to train on, but got none. Pass another split.")
+        self.pad = processor.tokenizer.pad_token_id
+        self.tokens, self.ends, self.prompts, changes = (
+            _blocks(rows, processor) if block else _examples(rows, processor, over_long)
+        )
+        self.lengths = np.diff(self.ends, prepend=0).tolist()
+        if not self.lengths:
+            raise InlayError(f"expected examples to train on, but got none{changes}. Raise max_length, or cut them.")
+        # No token says what the first one of an example should have been.
+        trained = len(self.tokens) - int(np.maximum(self.prompts, 1).sum())
+        least, most = min(self.lengths), max(self.lengths)
+        self.report = (
+            f"{len(self):,} example{'s' * (len(self) > 1)}, {least:,} to {most:,} tokens "
+            f"({len(self.tokens):,} in all, {trained:,} trained on){changes}"
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        index = range(len(self))[index]
+        end = int(self.ends[index])
+        ids = torch.from_numpy(self.tokens[end - self.lengths[index] : end].astype(np.int64))
+        labels = ids.clone()
+        labels[: int(self.prompts[index])] = IGNORED
+        return {"input_ids": ids, "labels": labels}
+
+    def collate(self, items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """A batch of input_ids, attention_mask and labels, each (B, T), padded on the right to its longest item.
+
+        So every text is read as if it were alone: on the left, padding would move the positions that GPT-2 learned.
+        """
+        shape = len(items), max(len(item["input_ids"]) for item in items)
+        batch = {
+            "input_ids": torch.full(shape, self.pad),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+            "labels": torch.full(shape, IGNORED),
+        }
+        for row, item in enumerate(items):
+            count = len(item["input_ids"])
+            batch["input_ids"][row, :count] = item["input_ids"]
+            batch["attention_mask"][row, :count] = 1
+            batch["labels"][row, :count] = item["labels"]
+        return batch
+
+
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, str]
+
+
+def _examples(rows: Any, processor: TextProcessor, over_long: str) -> Arrays:
+    """All tokens in a row, where each example ends, how long its prompt is, and what was changed, in words."""
+    limit, kept, lengths, prompts = processor.max_length, [], [], []
+    long: list[int] = []
+    for row, (prompt, completion) in enumerate(_encoded(rows, processor)):
+        if len(prompt) + len(completion) > limit:
+            long.append(row)
+            if over_long != "cut":
+                continue
+            prompt, completion = _cut(prompt, completion, processor)
+        kept.append(np.array(prompt + completion, np.int32))
+        lengths.append(len(prompt) + len(completion))
+        prompts.append(len(prompt))
+    if long and over_long == "refuse":
+        got = f"{len(long):,} of {len(rows):,} have more (the first is row {long[0] + 1})"
+        raise InlayError(
+            f"expected examples of {limit:,} tokens at most, but {got}. Raise max_length, or cut or drop them."
+        )
+    done = "was" if len(long) == 1 else "were"
+    done += " cut" if over_long == "cut" else " dropped"
+    changes = f"; {len(long):,} longer than {limit:,} {done}" if long else ""
+    tokens = np.concatenate(kept) if kept else np.empty(0, np.int32)
+    return tokens, np.cumsum(lengths, dtype=np.int64), np.array(prompts, np.int32), changes
+
+
+def _encoded(rows: Any, processor: TextProcessor) -> Iterator[tuple[list[int], list[int]]]:
+    for begin in range(0, len(rows), AT_ONCE):
+        part = rows[begin : begin + AT_ONCE]
+        prompts = processor.encode_prompts(part["prompt"])
+        yield from zip(prompts, processor.encode_completions(part["completion"], part["prompt"]), strict=True)
+
+
+def _cut(prompt: list[int], completion: list[int], processor: TextProcessor) -> tuple[list[int], list[int]]:
+    """Both within max_length, with one token of each at least."""
+    limit, start = processor.max_length, processor.start
+    left = max(limit // 4, len(start), 1, limit - len(completion))
+    if len(prompt) > left:
+        first = _common(prompt, start or [processor.tokenizer.bos_token_id])
+        prompt = prompt[:first] + prompt[len(prompt) - left + first :]
+    return prompt, completion[: limit - len(prompt)]
+
+
+def _common(ids: list[int], start: list[int]) -> int:
+    """How many special tokens of `start` these ids begin with; a chat template may write them, or others."""
+    return len(start) if ids[: len(start)] == start else 0
+
+
+def _blocks(rows: Any, processor: TextProcessor) -> Arrays:
+    """As `_examples`, of running text."""
+    if any(prompt != "" for prompt in rows["prompt"]):
+        raise InlayError("expected running text to make blocks of, but got rows with prompts. Pass block=False.")
+    texts = [np.array(completion, np.int32) for _, completion in _encoded(rows, processor)]
+    tokens, size = np.concatenate(texts), processor.max_length
+    rest = len(tokens) % size if len(tokens) > size else 0
+    tokens = tokens[: len(tokens) - rest]
+    ends = np.append(np.arange(size, len(tokens), size), len(tokens))
+    changes = f"; the last {rest:,} tokens fill no block and were left out" if rest else ""
+    return tokens, ends, np.zeros(len(ends), np.int32), changes

@@ -1,0 +1,174 @@
+"""What is wrong with labelled scans, before a training finds it out."""
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from inlay.errors import InlayError
+from inlay.tasks.tables import some
+from inlay.tasks.volumes.data import Case, find_cases, read_labels
+from inlay.tasks.volumes.grid import Triple, spacing_of, turned
+from inlay.tasks.volumes.nifti import why
+from inlay.tasks.volumes.scan import misplaced, read_image, strange_values
+
+UNEVEN = 2.0  # ratio of spacings along an axis that is worth a warning
+RARE = 10  # cases from which a value in one of them alone looks like a slip
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault, or what may be one, in a file."""
+
+    level: Literal["error", "warning"]
+    file: str
+    what: str
+
+
+@dataclass
+class Audit:
+    """What `audit` found.
+
+    Attributes:
+        folder: What was looked at.
+        modality: As dataset.json says.
+        cases: Pairs of image and label map.
+        classes: By name the number of cases that have the class.
+        shapes: Smallest and largest count of voxels along D, H, W.
+        spacings_mm: Least, median and largest spacing along D, H, W.
+        findings: Errors, which training refuses, and warnings.
+    """
+
+    folder: str
+    modality: str
+    cases: int
+    classes: dict[str, int] = field(default_factory=dict)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    spacings_mm: list[Triple] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def errors(self) -> list[Finding]:
+        """Those that training refuses."""
+        return [finding for finding in self.findings if finding.level == "error"]
+
+    def __str__(self) -> str:
+        counts = {level: sum(f.level == level for f in self.findings) for level in ("error", "warning")}
+        parts = [f"{self.cases} case{'s' * (self.cases != 1)}"]
+        if self.shapes:
+            low, high = ("x".join(map(str, shape)) for shape in self.shapes)
+            thin, middle, thick = ("x".join(f"{s:.3g}" for s in spacing) for spacing in self.spacings_mm)
+            parts.append(f"shapes {low} to {high}" if low != high else f"shape {low}")
+            parts.append(f"spacing {thin} to {thick} mm (median {middle})" if thin != thick else f"spacing {thin} mm")
+        parts.append(", ".join(f"{name!r} in {count}" for name, count in self.classes.items()) or "no classes")
+        return "; ".join([*parts, ", ".join(f"{n} {level}{'s' * (n != 1)}" for level, n in counts.items())])
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one case says: with an error of the image, that alone."""
+
+    findings: list[Finding]
+    shape: tuple[int, ...] = ()
+    spacing: Triple = (0.0, 0.0, 0.0)
+    values: tuple[int, ...] = ()
+    digest: bytes = b""
+
+
+def audit(name: str) -> Audit:
+    """Read all files of a folder as training would, and list what is wrong or odd, with the name of the file.
+
+    Errors: images or label maps without a partner, files that cannot be read (missing, truncated, of another kind, with
+    more than three axes, with NaN), pairs on different grids, labels that dataset.json does not name or that are not
+    whole. Warnings: empty label maps, images of one value, two cases with the same image, spacings that differ by a
+    factor of 2, classes that no case has, and values in one case of ten or more alone.
+
+    Args:
+        name: As for `load_volumes`.
+
+    Raises:
+        InlayError: There is no such folder, it holds no scans, or its dataset.json cannot be read.
+    """
+    found = find_cases(name)
+    cases = [*found.train, *found.validation]
+    report = Audit(name, found.modality or "other", len(cases))
+    report.findings = [Finding("error", file, fault) for file, fault in found.faults]
+    values = tuple(found.labels) if found.labels else None
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        looked = pool.map(lambda case: _look(case, values), cases)
+        seen = list(tqdm(looked, total=len(cases), disable=None, leave=False, unit="case"))
+    for one in seen:
+        report.findings += one.findings
+    whole = [(case, one) for case, one in zip(cases, seen, strict=True) if one.shape]
+    if whole:
+        shapes, spacings = (np.array([getattr(one, key) for _, one in whole]) for key in ("shape", "spacing"))
+        report.shapes = [tuple(shapes.min(0).tolist()), tuple(shapes.max(0).tolist())]
+        report.spacings_mm = [tuple(spacing(spacings, 0).tolist()) for spacing in (np.min, np.median, np.max)]
+    names = found.labels or {v: f"class {v}" for v in sorted({v for one in seen for v in one.values if v > 0})}
+    report.classes = {label: sum(v in one.values for one in seen) for v, label in names.items()}
+    report.findings += _together(name, whole, report, list(names))
+    return report
+
+
+def _look(case: Case, values: tuple[int, ...] | None) -> _Seen:
+    """One case by itself."""
+    files = [
+        case.name if part is None or isinstance(part, np.ndarray) else str(part) for part in (case.image, case.label)
+    ]
+    found: list[Finding] = []
+    try:
+        array, affine = read_image(case)
+    except InlayError as error:
+        return _Seen([Finding("error", files[0], _short(error, files[0]))])
+    image, grid = turned(array, affine)
+    if image.min() == image.max():
+        found.append(Finding("warning", files[0], f"all voxels are {image.min():g}"))
+    seen: dict[str, Any] = {"shape": image.shape, "spacing": spacing_of(grid)}
+    seen["digest"] = hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16).digest()
+    try:
+        labels, own = read_labels(case)
+    except InlayError as error:
+        return _Seen([*found, Finding("error", files[1], _short(error, files[1]))], **seen)
+    view, own = turned(labels, own)
+    apart, strange = misplaced(view.shape, own, image.shape, grid), strange_values(view, values)
+    if apart:
+        found.append(Finding("error", files[1], f"{apart}, unlike its image"))
+    if strange:
+        why_not = "dataset.json does not name" if values else "are no class"
+        found.append(Finding("error", files[1], f"labels {some(strange)} that {why_not}"))
+    if not view.any():
+        found.append(Finding("warning", files[1], "no voxel has a label"))
+    return _Seen(found, values=tuple(np.unique(view).tolist()), **seen)
+
+
+def _together(name: str, whole: list[tuple[Case, _Seen]], report: Audit, values: list[int]) -> list[Finding]:
+    """What only all cases tell."""
+    found: list[Finding] = []
+    first: dict[bytes, str] = {}
+    for case, one in whole:
+        twin = first.setdefault(one.digest, case.name)
+        if twin != case.name:
+            found.append(Finding("warning", case.name, f"the same image as {twin}: they must not be parted"))
+    for value, (label, count) in zip(values, report.classes.items(), strict=True):
+        if whole and not count:
+            found.append(Finding("warning", name, f"no case has the class {label!r}"))
+        elif count == 1 and len(whole) >= RARE:
+            alone = next(case.name for case, one in whole if value in one.values)
+            found.append(Finding("warning", alone, f"the one case with the label {value} ({label})"))
+    for axis, letter in enumerate("DHW"):
+        low, _, high = (spacing[axis] for spacing in report.spacings_mm) if report.spacings_mm else (1.0, 1.0, 1.0)
+        if high > UNEVEN * low:
+            thickest = max(whole, key=lambda pair: pair[1].spacing[axis])[0].name
+            found.append(
+                Finding("warning", thickest, f"spacing along {letter} {high:.3g} mm, elsewhere from {low:.3g}")
+            )
+    return found
+
+
+def _short(error: InlayError, file: str) -> str:
+    return why(Path(file), error.__cause__) if error.__cause__ else str(error)

@@ -1,0 +1,300 @@
+"""One scan as a model takes it, and what a model says of it back on the scan's own grid."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from inlay.errors import InlayError
+from inlay.tasks.tables import some
+from inlay.tasks.volumes.data import CLASSES, Case, VolumeData, read_labels
+from inlay.tasks.volumes.grid import Shape, Triple, corners, moved, orientation, resize, spacing_of, turned, turned_back
+from inlay.tasks.volumes.nifti import case_name, check_affine, read_header, read_volume
+
+Intensity = Literal["percentile", "ct"]
+IGNORED = -1  # a label without a loss: padding
+PADDING = 0.0  # the image there: the mean of a scan, and what a convolution pads with
+PERCENTILES = (0.5, 99.5)
+WINDOW = (-1000.0, 1000.0)  # HU
+SAMPLED = 4_000_000  # voxels that the percentiles are taken of
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A scan on the model's grid: axes D, H, W grow to Superior, Anterior and Right.
+
+    Attributes:
+        name: The case's.
+        image: Float (1, D, H, W), normalised.
+        labels: Integers (D, H, W), 0 background, 1..K the classes; None: no label map.
+        spacing_mm: Between voxels of `image`, in D, H, W.
+        affine: Of the own grid, voxel index to mm, (4, 4).
+        own_shape: Of the own grid, (X, Y, Z).
+    """
+
+    name: str
+    image: torch.Tensor
+    labels: torch.Tensor | None
+    spacing_mm: Triple
+    affine: np.ndarray
+    own_shape: Shape
+
+    def to_grid(self, xyz: npt.ArrayLike) -> np.ndarray:
+        """Voxel indices x, y, z of the own grid, (3,) or (N, 3), as d, h, w of `image`; fractions are kept."""
+        towards, ratio = self._way()
+        return ((moved(np.linalg.inv(towards), xyz) + 0.5) * ratio - 0.5)[..., ::-1]
+
+    def to_own(self, dhw: npt.ArrayLike) -> np.ndarray:
+        """The inverse of `to_grid`."""
+        towards, ratio = self._way()
+        return moved(towards, (np.asarray(dhw, np.float64)[..., ::-1] + 0.5) / ratio - 0.5)
+
+    @property
+    def ras_shape(self) -> Shape:
+        """Shape (D, H, W) of the own voxels in RAS, before they were resampled."""
+        d, h, w = turned(np.broadcast_to(np.int8(0), self.own_shape), self.affine)[0].shape
+        return d, h, w
+
+    def _way(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices x, y, z in RAS to the own ones (4, 4), and voxels of `image` for one of RAS along x, y, z."""
+        ratio = np.array(self.image.shape[1:]) / np.array(self.ras_shape)
+        return orientation(self.affine, self.own_shape)[1], ratio[::-1]
+
+
+class VolumeProcessor:
+    """How a scan becomes a model's input; saved with an adapter.
+
+    A scan is turned to RAS (its axes are only flipped and permuted: an oblique scan stays in its own planes), its
+    intensities are normalised, and it is resampled about its own edges, linearly (averaged where voxels get larger),
+    label maps by the nearest voxel. So the whole field of view stays, and the spacing is as asked for but for a
+    rounding of the voxels' number. Everything is undone by `back`.
+
+    Args:
+        spacing_mm: Of the model's grid in D, H, W; None: each scan's own.
+        crop: Voxels in D, H, W that the model sees at a time in training, and a sliding window at inference.
+        intensity: `percentile` clips each scan to its percentiles 0.5 and 99.5 and gives it mean 0 and variance 1;
+            `ct` clips to the window low..high in HU, the same for all, and maps it to -1..1.
+        low: Lower end of the window.
+        high: Upper end of the window.
+
+    Raises:
+        InlayError: A spacing, crop or window that is none.
+    """
+
+    def __init__(
+        self,
+        spacing_mm: Triple | None,
+        crop: Shape,
+        intensity: Intensity = "percentile",
+        low: float = WINDOW[0],
+        high: float = WINDOW[1],
+    ) -> None:
+        if spacing_mm is not None and not _three(spacing_mm, lambda s: 1e-3 <= s <= 1e3):
+            raise InlayError(f"expected spacing_mm as three lengths D, H, W, or None, but got {spacing_mm}. Change it.")
+        if not _three(crop, lambda n: isinstance(n, int) and 0 < n < 2**13):
+            raise InlayError(f"expected crop as three whole numbers of voxels, but got {crop}. Change it.")
+        if intensity not in ("percentile", "ct") or not (_number(low) and _number(high) and low < high):
+            got = f"{intensity!r} from {low} to {high}"
+            raise InlayError(
+                f"expected intensity 'percentile' or 'ct', and low below high, but got {got}. Change them."
+            )
+        self.spacing_mm: Triple | None = None
+        if spacing_mm is not None:
+            self.spacing_mm = float(spacing_mm[0]), float(spacing_mm[1]), float(spacing_mm[2])
+        self.crop: Shape = (crop[0], crop[1], crop[2])
+        self.intensity, self.low, self.high = intensity, float(low), float(high)
+
+    @classmethod
+    def fitted(
+        cls, data: VolumeData, crop: Shape, spacing_mm: Triple | Literal["median"] | None = "median"
+    ) -> "VolumeProcessor":
+        """A processor for a data set: its modality's intensities, and the median spacing of its training scans."""
+        if spacing_mm == "median":
+            spacing_mm = median_spacing(data.train)
+        return cls(spacing_mm, crop, "ct" if data.modality == "ct" else "percentile")
+
+    def read(self, source: Case | str | os.PathLike[str]) -> Scan:
+        """A case with its label map, or a scan's file.
+
+        Raises:
+            InlayError: A file that cannot be read, an image with NaN, a label map with another shape or affine than its
+                image, or with numbers that no class has; each names the file.
+        """
+        if not isinstance(source, Case):
+            path = Path(source)
+            source = Case(case_name(path), path)
+        array, affine = read_image(source)
+        image, grid = turned(array, affine)
+        shape, spacing = self._grid(image.shape, grid)
+        labels = None
+        if source.label is not None:
+            labels = resize(aligned_labels(source, image.shape, grid), shape, "nearest")
+            labels = torch.from_numpy(np.ascontiguousarray(labels, np.int64))
+        image = np.ascontiguousarray(resize(self.normalise(image), shape, "linear"))
+        x, y, z = array.shape
+        return Scan(source.name, torch.from_numpy(image)[None], labels, spacing, affine, (x, y, z))
+
+    def normalise(self, array: np.ndarray) -> np.ndarray:
+        """The intensities of a whole scan, of any shape, as float32; a scan of one value becomes 0."""
+        array = np.asarray(array, np.float32)
+        if self.intensity == "ct":
+            middle, half = (self.low + self.high) / 2, (self.high - self.low) / 2
+            return (np.clip(array, self.low, self.high) - np.float32(middle)) / np.float32(half)
+        some = array.reshape(-1)[:: -(-array.size // SAMPLED)]
+        low, high = np.percentile(some, PERCENTILES)
+        if high <= low:  # nearly all is one value: what differs is the object
+            low, high = array.min(), array.max()
+        array = np.clip(array, np.float32(low), np.float32(high))
+        mean = array.mean(dtype=np.float64)
+        parts = np.array_split(array.ravel(order="K"), max(1, array.size // SAMPLED))  # numpy's own takes a copy
+        deviation = math.sqrt(sum(float(np.square(part - mean).sum()) for part in parts) / array.size)
+        if not deviation > 1e-6 * max(abs(mean), 1e-30):
+            return np.zeros_like(array)
+        array -= np.float32(mean)
+        array /= np.float32(deviation)
+        return array
+
+    def back(
+        self, values: np.ndarray | torch.Tensor, scan: Scan, mode: Literal["nearest", "linear"] = "nearest"
+    ) -> np.ndarray:
+        """What was predicted on the model's grid, on the scan's own: (X, Y, Z), or (C, X, Y, Z) of (C, D, H, W).
+
+        At the scan's own spacing, and at any finer one, `nearest` brings a label map back voxel by voxel.
+
+        Args:
+            values: (D, H, W) or (C, D, H, W); `linear` takes and gives floats.
+            scan: From `read`.
+            mode: `nearest` for label maps, `linear` for probabilities.
+
+        Raises:
+            InlayError: values are on another grid than the scan's image.
+        """
+        array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+        if array.ndim not in (3, 4) or array.shape[-3:] != tuple(scan.image.shape[1:]):
+            wanted = "x".join(map(str, scan.image.shape[1:]))
+            raise InlayError(f"expected values on the grid {wanted} of {scan.name!r}, but got shape {array.shape}.")
+        return turned_back(resize(array, scan.ras_shape, mode), scan.affine)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings for `from_dict`, as JSON takes them."""
+        return {
+            "spacing_mm": None if self.spacing_mm is None else list(self.spacing_mm),
+            "crop": list(self.crop),
+            "intensity": self.intensity,
+            "low": self.low,
+            "high": self.high,
+        }
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> "VolumeProcessor":
+        """A processor with the settings of `to_dict`.
+
+        Raises:
+            InlayError: The settings are none.
+        """
+        names = ("spacing_mm", "crop", "intensity", "low", "high")
+        if not isinstance(settings, dict) or set(settings) != set(names):
+            got = sorted(map(str, settings)) if isinstance(settings, dict) else type(settings).__name__
+            raise InlayError(f"expected the settings of a volume processor ({', '.join(names)}), but got {got}.")
+        spacing, crop = settings["spacing_mm"], settings["crop"]
+        return cls(spacing, crop, settings["intensity"], settings["low"], settings["high"])
+
+    def _grid(self, shape: Sequence[int], affine: np.ndarray) -> tuple[Shape, Triple]:
+        """Shape (D, H, W) to resample to, and the spacing that this gives."""
+        spacing = spacing_of(affine)
+        wanted = self.spacing_mm or spacing
+        d, h, w = (max(1, round(n * s / new)) for n, s, new in zip(shape, spacing, wanted, strict=True))
+        x, y, z = (n * s / m for n, s, m in zip(shape, spacing, (d, h, w), strict=True))
+        return (d, h, w), (x, y, z)
+
+
+def read_image(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels (X, Y, Z), float32, and affine (4, 4) of a case's image, from its file or from memory.
+
+    Raises:
+        InlayError: As `read_volume`; voxels in memory that are not three axes of finite numbers.
+    """
+    if not isinstance(case.image, np.ndarray):
+        array, affine = read_volume(case.image)
+        return array, affine if case.affine is None else case.affine
+    if case.image.ndim != 3 or not np.isfinite(case.image).all():
+        raise InlayError(f"expected finite voxels of three axes, but got others in case {case.name!r}. Mend them.")
+    affine = np.eye(4) if case.affine is None else np.asarray(case.affine, np.float64)
+    try:
+        check_affine(affine)
+    except ValueError as error:
+        raise InlayError(f"expected an affine (4, 4), but got {error} in case {case.name!r}. Mend it.") from error
+    return np.asarray(case.image, np.float32), affine
+
+
+def median_spacing(cases: Sequence[Case]) -> Triple:
+    """Median of the spacings of cases in D, H, W, each axis by itself, to 0.001 mm; of files only headers are read."""
+    d, h, w = np.median([_spacing(case) for case in cases], axis=0).round(3).tolist()
+    return d, h, w
+
+
+def _spacing(case: Case) -> Triple:
+    if isinstance(case.image, np.ndarray):
+        shape, affine = case.image.shape, np.eye(4)
+    else:
+        shape, affine = read_header(case.image)
+    return spacing_of(turned(np.broadcast_to(np.int8(0), shape), affine if case.affine is None else case.affine)[1])
+
+
+def aligned_labels(case: Case, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    """The label map of a case as a view (D, H, W) in RAS, with the classes as 0..K.
+
+    Args:
+        case: With a label map.
+        shape: Of its image in RAS, (D, H, W).
+        affine: Of its image in RAS, as `turned` gives it.
+
+    Raises:
+        InlayError: The label map lies beside the image, by shape or by more than a tenth of a voxel, or has numbers
+            that are no class.
+    """
+    array, own = read_labels(case)
+    where = case.name if isinstance(case.label, np.ndarray) else str(case.label)
+    labels, grid = turned(array, own)
+    apart = misplaced(labels.shape, grid, shape, affine)
+    if apart:
+        raise InlayError(f"expected a label map on the grid of its image, but {where!r} has {apart}. Mend the file.")
+    strange = strange_values(labels, case.values)
+    if strange:
+        wanted = some([0, *case.values]) if case.values else f"0 to {CLASSES}"
+        raise InlayError(f"expected the labels {wanted}, but got {some(strange)} in {where!r}. Mend the file.")
+    if case.values is None or case.values == tuple(range(1, len(case.values) + 1)):
+        return labels.astype(np.int16)
+    known = np.array([0, *case.values])
+    order = np.argsort(known)
+    return order[np.searchsorted(known[order], labels)].astype(np.int16)
+
+
+def misplaced(
+    labels: tuple[int, ...], grid: np.ndarray, shape: tuple[int, ...], affine: np.ndarray, most: float = 0.1
+) -> str | None:
+    """How a label map's shape (D, H, W) and affine in RAS differ from its image's, by more than `most` of a voxel."""
+    if labels != shape:
+        return f"shape {'x'.join(map(str, labels))} and not {'x'.join(map(str, shape))} (D, H, W)"
+    ends = corners(shape[::-1])
+    apart = np.linalg.norm(moved(grid, ends) - moved(affine, ends), axis=1).max()
+    return None if apart <= most * min(spacing_of(affine)) else f"an affine that moves a corner by {apart:.3g} mm"
+
+
+def strange_values(labels: np.ndarray, values: tuple[int, ...] | None) -> list[int]:
+    """The values of a label map that are no class: not 0 nor in `values`, or without these not in 0..`CLASSES`."""
+    return np.setdiff1d(labels, [0, *values] if values else np.arange(CLASSES + 1)).tolist()
+
+
+def _three(values: Any, fine: Any) -> bool:
+    return isinstance(values, list | tuple) and len(values) == 3 and all(_number(v) and fine(v) for v in values)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,240 @@
+"""Scans as a model wants them: whole ones, and random crops with 3D augmentation."""
+
+import math
+import random
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from inlay.errors import InlayError
+from inlay.tasks.volumes.data import Case
+from inlay.tasks.volumes.grid import Shape, Triple
+from inlay.tasks.volumes.scan import IGNORED, PADDING, Scan, VolumeProcessor
+
+FOREGROUND = 2 / 3  # share of crops that hold a voxel of a class, each class of the scan alike
+KEPT = 10_000  # voxels of a class that crops are placed at
+ANISOTROPIC = 2.0  # times the spacing within slices from which a scan is turned within them alone
+
+
+class VolumeView(torch.utils.data.Dataset):
+    """One split as a model wants it: item i is {"pixel_values": float (1, D, H, W), "labels": int64 (D, H, W)}.
+
+    Validation takes whole scans. Training takes a random crop of the processor's size; where a scan is smaller, the
+    rest has labels -1 and the image is 0, its mean. All chance comes from the global generators of Python and torch:
+    seeded alike, an item is the same in any process.
+
+    Args:
+        cases: A split of `VolumeData`, each with a label map.
+        processor: Reads them, and says how large a crop is.
+        training: Crops instead of whole scans.
+        augment: Of crops: half are turned by up to 15 degrees and scaled by 0.85 to 1.18; some change in gamma,
+            contrast and brightness, and get noise.
+        flip: Axes along which half of the crops are mirrored: 0 D, 1 H, 2 W. Left and right (2) may be told apart by
+            the classes, so none by default.
+        foreground: Share of crops that are placed at a voxel of a class.
+        cache_gb: Memory for scans as they were read, in each process; beyond it, the one that was used longest ago
+            goes, and is read again.
+
+    Raises:
+        InlayError: No cases, one without a label map, or settings out of range.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        processor: VolumeProcessor,
+        *,
+        training: bool = False,
+        augment: bool = True,
+        flip: Sequence[int] = (),
+        foreground: float = FOREGROUND,
+        cache_gb: float = 4.0,
+    ) -> None:
+        bare = [case.name for case in cases if case.label is None]
+        if not len(cases) or bare:
+            got = f"{bare[0]!r} without one" if bare else "none"
+            raise InlayError(f"expected cases with label maps, but got {got}. Pass others.")
+        if not set(flip) <= {0, 1, 2} or not 0 <= foreground <= 1 or not cache_gb >= 0:
+            wanted = "flip of axes 0, 1, 2, foreground from 0 to 1 and cache_gb from 0"
+            raise InlayError(f"expected {wanted}, but got {tuple(flip)}, {foreground} and {cache_gb}. Change them.")
+        self.cases, self.processor = tuple(cases), processor
+        self.training, self.augment, self.flip, self.foreground = training, augment, tuple(flip), foreground
+        self.cache_gb = cache_gb
+        self._kept: OrderedDict[int, tuple[Scan, list[torch.Tensor]]] = OrderedDict()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": OrderedDict(), "_bytes": 0}  # workers read for themselves
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        scan, places = self._read(range(len(self))[int(index)])
+        assert scan.labels is not None  # cases without are refused
+        if not self.training:
+            return {"pixel_values": scan.image, "labels": scan.labels.long()}
+        image, labels = self._crop(scan, places)
+        axes = [axis for axis in self.flip if random.random() < 0.5]
+        image, labels = image.flip([axis + 1 for axis in axes]), labels.flip(axes)
+        if self.augment:
+            image = varied(image, labels != IGNORED)
+        return {"pixel_values": image.contiguous(), "labels": labels.contiguous()}
+
+    def scan(self, index: int) -> Scan:
+        """The scan of an item, with what brings predictions back to its own grid."""
+        return self._read(range(len(self))[int(index)])[0]
+
+    def _read(self, index: int) -> tuple[Scan, list[torch.Tensor]]:
+        """A scan, and some of the voxels of each class in it, from the cache if they are there."""
+        if index in self._kept:
+            self._kept.move_to_end(index)
+            return self._kept[index]
+        scan = self.processor.read(self.cases[index])
+        assert scan.labels is not None
+        scan = Scan(**vars(scan) | {"labels": scan.labels.to(torch.int16)})
+        found = scan, _places(scan.labels) if self.training else []
+        self._bytes += _size(scan)
+        self._kept[index] = found
+        while self._bytes > self.cache_gb * 1e9:
+            _, (old, _) = self._kept.popitem(last=False)
+            self._bytes -= _size(old)
+        return found
+
+    def _crop(self, scan: Scan, places: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A random crop, image (1, d, h, w) and labels (d, h, w)."""
+        size, shape = self.processor.crop, scan.image.shape[1:]
+        at = None
+        if places and random.random() < self.foreground:
+            flat = random.choice(places)
+            at = _unravel(int(flat[random.randrange(len(flat))]), shape)
+        start = [_start(n, c, None if at is None else at[i]) for i, (n, c) in enumerate(zip(shape, size, strict=True))]
+        if self.augment and random.random() < 0.5:
+            return turned_crop(scan, (start[0], start[1], start[2]), size)
+        return cut(scan, start, size)
+
+
+def collate_volumes(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch of pixel_values (B, 1, D, H, W) and labels (B, D, H, W), padded at the ends of axes to the largest.
+
+    There labels are -1 and the image is 0.
+    """
+    largest = [max(item["labels"].shape[axis] for item in items) for axis in range(3)]
+    fills = {"pixel_values": PADDING, "labels": IGNORED}
+    batch = {}
+    for key, fill in fills.items():
+        padded = []
+        for item in items:
+            room = [n for axis in (2, 1, 0) for n in (0, largest[axis] - item["labels"].shape[axis])]
+            padded.append(functional.pad(item[key], room, value=fill))
+        batch[key] = torch.stack(padded)
+    return batch
+
+
+def cut(scan: Scan, start: Sequence[int], size: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+    """The voxels of a scan from `start` on, image (1, *size) and labels `size`; `start` may lie outside."""
+    assert scan.labels is not None
+    image, labels = torch.full((1, *size), PADDING), torch.full(size, IGNORED)
+    inside, outside = [], []
+    for n, begin, length in zip(scan.labels.shape, start, size, strict=True):
+        low, high = max(begin, 0), max(min(begin + length, n), 0)
+        inside.append(slice(low, high))
+        outside.append(slice(low - begin, high - begin))
+    image[:, *outside] = scan.image[:, *inside]
+    labels[*outside] = scan.labels[*inside].long()
+    return image, labels
+
+
+def turned_crop(scan: Scan, start: Shape, size: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `cut`, of the scan turned and scaled at random about the crop's centre, in one step of interpolation."""
+    assert scan.labels is not None
+    matrix = random_affine(scan.spacing_mm)  # voxels of the crop to voxels of the scan, about the centre
+    half = (torch.tensor(size, dtype=torch.float64) - 1) / 2
+    reach = (matrix.abs() @ half).ceil().long() + 1
+    centre = torch.tensor(start) + half
+    low = [max(0, math.floor(c - r)) for c, r in zip(centre.tolist(), reach.tolist(), strict=True)]
+    high = [
+        min(n, math.ceil(c + r) + 1) for c, r, n in zip(centre.tolist(), reach.tolist(), scan.labels.shape, strict=True)
+    ]
+    box = [slice(begin, end) for begin, end in zip(low, high, strict=True)]
+    image, labels = scan.image[:, *box], scan.labels[*box]
+    # affine_grid wants x, y, z within -1..1, outer edges of the outer voxels.
+    lengths = torch.tensor(labels.shape, dtype=torch.float64)
+    shift = (2 * (centre - torch.tensor(low)) + 1) / lengths - 1
+    scale = matrix * torch.tensor(size, dtype=torch.float64) / lengths[:, None]
+    theta = torch.cat([scale.flip(0, 1), shift.flip(0)[:, None]], 1).float()[None]
+    grid = functional.affine_grid(theta, [1, 1, *size], align_corners=False)
+    # Outside the scan both become 0: the padding of the image, and -1 of the labels.
+    labels = functional.grid_sample(labels[None, None].float() - IGNORED, grid, "nearest", align_corners=False)
+    labels = labels[0, 0].round().long() + IGNORED
+    image = functional.grid_sample(image[None], grid, "bilinear", align_corners=False)[0]
+    return image.masked_fill(labels == IGNORED, PADDING), labels
+
+
+def random_affine(spacing_mm: Triple) -> torch.Tensor:
+    """A rotation by up to 15 degrees about each axis and a scaling by 0.85 to 1.18, in voxels D, H, W; (3, 3).
+
+    Between thick slices nothing is turned or scaled: interpolation there would make up what was not scanned.
+    """
+    thick = [s >= ANISOTROPIC * sorted(spacing_mm)[1] for s in spacing_mm]
+    spacing = torch.tensor(spacing_mm, dtype=torch.float64)
+    scales = math.exp(random.uniform(-1, 1) * math.log(1.18))
+    matrix = torch.diag(torch.tensor([1.0 if flat else scales for flat in thick], dtype=torch.float64))
+    for a, b in ((1, 2), (0, 2), (0, 1)):
+        angle = random.uniform(-1, 1) * math.radians(15)
+        if thick[a] or thick[b]:
+            continue
+        turn = torch.eye(3, dtype=torch.float64)
+        turn[a, a] = turn[b, b] = math.cos(angle)
+        turn[a, b], turn[b, a] = -math.sin(angle), math.sin(angle)
+        matrix = turn @ matrix
+    return matrix * spacing / spacing[:, None]
+
+
+def varied(image: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """A crop (1, d, h, w) with other gamma, contrast, brightness and noise, each sometimes; 0 where not `inside`."""
+    if random.random() < 0.3:
+        low, high = image.min(), image.max()
+        span = (high - low).clamp(min=1e-6)
+        image = ((image - low) / span) ** math.exp(random.uniform(-1, 1) * math.log(1.5)) * span + low
+    if random.random() < 0.3:
+        image = image * random.uniform(0.75, 1.25)
+    if random.random() < 0.3:
+        image = image + random.uniform(-0.2, 0.2)
+    if random.random() < 0.2:
+        image = image + torch.randn(image.shape) * random.uniform(0, 0.15)
+    return image.masked_fill(~inside, PADDING)
+
+
+def _places(labels: torch.Tensor) -> list[torch.Tensor]:
+    """For each class in a label map, indices of some of its voxels in the flat map."""
+    flat = labels.flatten()
+    found = []
+    for value in range(1, int(flat.max()) + 1):
+        indices = torch.nonzero(flat == value)[:, 0]
+        if len(indices):
+            found.append(indices[:: -(-len(indices) // KEPT)].clone())
+    return found
+
+
+def _unravel(index: int, shape: Sequence[int]) -> tuple[int, int, int]:
+    _, h, w = shape
+    return index // (h * w), index // w % h, index % w
+
+
+def _start(length: int, size: int, at: int | None) -> int:
+    """Where a crop begins along an axis: with `at` about its middle, anywhere, or centred if the scan is shorter."""
+    if length <= size:
+        return (length - size) // 2
+    if at is None:
+        return random.randint(0, length - size)
+    begin = at - size // 2 + random.randint(-(size // 4), size // 4)
+    return min(max(begin, 0), length - size)
+
+
+def _size(scan: Scan) -> int:
+    """Bytes of a scan."""
+    return scan.image.nbytes + (scan.labels.nbytes if scan.labels is not None else 0)

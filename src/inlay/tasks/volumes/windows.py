@@ -1,0 +1,330 @@
+"""Windows over a scan: prompts that fall into them, a model's probabilities there, and the way back to own voxels."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from inlay.errors import InlayError
+from inlay.tasks.volumes.scan import PADDING, Scan
+
+Place = tuple[int, int, int]  # d, h, w
+ROWS = 16  # planes of the own grid that are interpolated at a time
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Clicks and boxes in a tensor (D, H, W), in voxels of it.
+
+    Attributes:
+        points: (N, 3), each (d, h, w).
+        labels: (N,) 0 = background, k = class k.
+        boxes: (M, 6), each (d0, h0, w0, d1, h1, w1), corners included.
+        box_labels: (M,) the class in each box.
+    """
+
+    points: torch.Tensor
+    labels: torch.Tensor
+    boxes: torch.Tensor
+    box_labels: torch.Tensor
+
+    @property
+    def count(self) -> tuple[int, int]:
+        """How many points and boxes: windows with as many of them go into one batch."""
+        return len(self.points), len(self.boxes)
+
+    def inside(self, start: Sequence[int], size: Sequence[int]) -> "Prompts":
+        """Those of a window, in its own coordinates: the points in it, and the boxes that reach into it, cut to it."""
+        first, side = torch.tensor(start, dtype=torch.float32), torch.tensor(size, dtype=torch.float32)
+        points, (low, high) = self.points - first, (self.boxes - first.repeat(2)).split(3, -1)
+        near = ((points >= -0.5) & (points <= side - 0.5)).all(-1)
+        reach = ((high >= 0) & (low <= side - 1)).all(-1)
+        boxes = torch.cat([low.clamp(min=0), high.minimum(side - 1)], -1)
+        return Prompts(points[near], self.labels[near], boxes[reach], self.box_labels[reach])
+
+    def flipped(self, axes: Sequence[int], size: Sequence[int]) -> "Prompts":
+        """The same in a window of that size whose axes (0 = D) are reversed."""
+        points, (low, high) = self.points.clone(), self.boxes.clone().split(3, -1)
+        for axis in axes:
+            points[:, axis] = size[axis] - 1 - points[:, axis]
+            low[:, axis], high[:, axis] = size[axis] - 1 - high[:, axis], size[axis] - 1 - low[:, axis]
+        return Prompts(points, self.labels, torch.cat([low, high], -1), self.box_labels)
+
+
+class Grid:
+    """A scan's tensor, padded to at least one window, and where the voxels of the scan's own file lie in it.
+
+    Attributes:
+        image: (1, D, H, W) float32; a scan that is large enough is not copied.
+        shape: D, H, W of it.
+        axes: The axis of the own grid (0 = X) that runs along D, H and W.
+        along: For each of D, H, W where the own voxels lie, rising or falling.
+    """
+
+    def __init__(self, scan: Scan, window: Sequence[int]) -> None:
+        lacking = [max(0, side - n) for side, n in zip(window, scan.image.shape[1:], strict=True)]
+        self.before = np.array([n // 2 for n in lacking], np.float64)
+        self.image = scan.image
+        if any(lacking):
+            sides = [(n // 2, n - n // 2) for n in reversed(lacking)]
+            self.image = F.pad(scan.image, [n for side in sides for n in side], value=PADDING)
+        self.shape: Place = tuple(self.image.shape[1:])
+        self.scan, self.own_shape = scan, scan.own_shape
+        zero = np.asarray(scan.to_grid((0, 0, 0)), np.float64)
+        steps = np.stack([np.asarray(scan.to_grid(unit), np.float64) - zero for unit in np.eye(3)], 1)
+        self.axes = np.abs(steps).argmax(1)
+        off = np.abs(steps).sum() - np.abs(steps[range(3), self.axes]).sum()
+        if sorted(self.axes) != [0, 1, 2] or off > 1e-3:
+            raise InlayError(
+                f"expected a scan resampled along its own axes, but got {scan.name!r} with others. Re-read it."
+            )
+        self.along = [
+            self.before[g] + zero[g] + steps[g, a] * np.arange(self.own_shape[a]) for g, a in enumerate(self.axes)
+        ]
+
+    def place(self, xyz: Sequence[float], what: str) -> np.ndarray:
+        """(d, h, w) in the tensor of an own voxel index.
+
+        Raises:
+            InlayError: The scan has no such voxel.
+        """
+        if len(xyz) != 3 or not all(-0.5 <= v <= n - 0.5 for v, n in zip(xyz, self.own_shape, strict=True)):
+            size = " x ".join(map(str, self.own_shape))
+            got = ", ".join(f"{v:g}" for v in xyz)
+            raise InlayError(
+                f"expected {what} within the scan of {size} voxels, but got ({got}). Count x, y, z from 0."
+            )
+        return self.before + np.asarray(self.scan.to_grid(tuple(xyz)), np.float64)
+
+    def prompts(self, points: Sequence[Any], boxes: Sequence[Any], labels: Sequence[str]) -> Prompts:
+        """Prompts in the tensor from those in own voxel indices.
+
+        Args:
+            points: Each (x, y, z) or (x, y, z, label); the label is 0 for background, 1..K or a class name, default 1.
+            boxes: Each (x0, y0, z0, x1, y1, z1) or with a label, 1..K or a class name, behind: two opposite corners.
+            labels: Names of the K classes.
+
+        Raises:
+            InlayError: Too few or too many numbers, no such class, or outside of the scan.
+        """
+        for kind, size, given in (("a point as x, y, z", 3, points), ("a box as x0, y0, z0, x1, y1, z1", 6, boxes)):
+            for one in given:
+                if len(one) not in (size, size + 1):
+                    raise InlayError(
+                        f"expected {kind}, but got {tuple(one)}. Give {size} numbers, and a label or none."
+                    )
+        where = [self.place(point[:3], "a point") for point in points]
+        corners = [[self.place(box[:3], "a box"), self.place(box[3:6], "a box")] for box in boxes]
+        classes, inside = (
+            [class_index((*one[n:], 1)[0], labels) for one in given] for n, given in ((3, points), (6, boxes))
+        )
+        if 0 in inside:
+            raise InlayError("expected a class in every box, but got 0, the background. Click on it instead.")
+        return Prompts(
+            torch.tensor(np.array(where), dtype=torch.float32).reshape(-1, 3),
+            torch.tensor(classes, dtype=torch.long),
+            torch.tensor([[*np.minimum(a, b), *np.maximum(a, b)] for a, b in corners]).float().reshape(-1, 6),
+            torch.tensor(inside, dtype=torch.long),
+        )
+
+    def rows(self, low: Sequence[float], high: Sequence[float]) -> list[slice]:
+        """For D, H and W the own indices whose place p in the tensor has low <= p < high."""
+        found = []
+        for where, least, most in zip(self.along, low, high, strict=True):
+            hits = np.flatnonzero((where >= least - 1e-4) & (where < most - 1e-4))
+            found.append(slice(int(hits[0]), int(hits[-1]) + 1) if hits.size else slice(0, 0))
+        return found
+
+    def parts(
+        self, values: torch.Tensor, start: Sequence[int], rows: list[slice]
+    ) -> Iterator[tuple[tuple, torch.Tensor]]:
+        """Values (C, d, h, w) of a part of the tensor, linearly interpolated at own voxels, a few planes at a time.
+
+        Args:
+            values: Of the part that begins at `start`.
+            start: First plane, row and column of it.
+            rows: From `rows`.
+
+        Yields:
+            The index into an own array that is transposed by `axes`, and (C, n_d, n_h, n_w) values for it.
+        """
+        for first in range(rows[0].start, rows[0].stop, ROWS):
+            planes = slice(first, min(first + ROWS, rows[0].stop))
+            part = values
+            for axis, (own, begin) in enumerate(zip((planes, *rows[1:]), start, strict=True)):
+                part = _interpolate(part, axis + 1, self.along[axis][own] - begin)
+            yield (planes, *rows[1:]), part
+
+
+def class_index(label: Any, labels: Sequence[str]) -> int:
+    """0 for background, 1 .. K for a class, from such a number or a class name.
+
+    Raises:
+        InlayError: No such class.
+    """
+    if label in labels:
+        return list(labels).index(label) + 1
+    try:
+        index = int(label)
+    except (TypeError, ValueError):
+        index = -1
+    if not 0 <= index <= len(labels) or str(label) != str(index):
+        known = ", ".join(f"{k} {name}" for k, name in enumerate(("background", *labels)))
+        raise InlayError(f"expected a label of the adapter ({known}), but got {label!r}. Give its number or name.")
+    return index
+
+
+def _interpolate(values: torch.Tensor, axis: int, where: np.ndarray) -> torch.Tensor:
+    """Values at places along an axis; beyond its ends those of the ends."""
+    where = np.round(where, 4).clip(0, values.shape[axis] - 1)
+    lower = np.floor(where).astype(np.int64)
+    share = torch.from_numpy(where - lower).to(values.dtype)
+    part = values.index_select(axis, torch.from_numpy(lower))
+    if not share.any():
+        return part
+    upper = torch.from_numpy(np.minimum(lower + 1, values.shape[axis] - 1))
+    return part.lerp(values.index_select(axis, upper), share.reshape([-1 if i == axis else 1 for i in range(4)]))
+
+
+Predict = Callable[[torch.Tensor, list[Prompts]], torch.Tensor]
+
+
+def probabilities(model: nn.Module, pixels: torch.Tensor, prompts: Sequence[Prompts], flips: bool) -> torch.Tensor:
+    """Softmax over background and classes, on the CPU; with flips the mean over the eight mirrored windows.
+
+    Args:
+        model: The adapted model, in eval mode.
+        pixels: B 1 d h w.
+        prompts: Those of each window, as many in each.
+        flips: Whether to average.
+
+    Returns:
+        B K+1 d h w float32.
+    """
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    pixels, size = pixels.to(weight.device, weight.dtype), pixels.shape[2:]
+    every = [[a for a in range(3) if i >> a & 1] for i in range(8 if flips else 1)]
+    total: Any = 0
+    for axes in every:
+        dims = [axis + 2 for axis in axes]
+        arguments = batch([one.flipped(axes, size) for one in prompts], weight.device)
+        logits = model(pixel_values=pixels.flip(dims), **arguments).logits  # B K+1 d h w
+        total = total + logits.float().softmax(1).flip(dims)
+    return (total / len(every)).cpu()
+
+
+def batch(prompts: Sequence[Prompts], device: torch.device) -> dict[str, torch.Tensor]:
+    """The model's arguments for windows with as many prompts in each; none where there are none.
+
+    Places stay float32 whatever the model's type: bfloat16 has no odd number over 256.
+    """
+    arguments = {}
+    points, boxes = prompts[0].count
+    if points:
+        arguments["input_points"] = torch.stack([one.points for one in prompts]).to(device)
+        arguments["input_labels"] = torch.stack([one.labels for one in prompts]).to(device)
+    if boxes:
+        arguments["input_boxes"] = torch.stack([one.boxes for one in prompts]).to(device)
+        arguments["input_box_labels"] = torch.stack([one.box_labels for one in prompts]).to(device)
+    return arguments
+
+
+def slide(
+    predict: Predict, image: torch.Tensor, size: Place, prompts: Prompts, *, overlap: float, batch_size: int, bar: Any
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Predict in overlapping windows, blended by a Gaussian, and give the planes that are finished from D = 0 upwards.
+
+    Held at a time: one window's depth of planes, for each channel and for the sum of weights.
+
+    Args:
+        predict: From windows B 1 d h w and their prompts to B C d h w.
+        image: (1, D, H, W), at least one window large.
+        size: Of a window.
+        prompts: In the tensor; each window gets those that fall into it.
+        overlap: Share of a window that the next one covers too, 0 to below 1.
+        batch_size: Windows in one call of predict, which all have equally many prompts.
+        bar: Its `update(n)` is called for every n windows that are done; `reset(total)` before.
+
+    Yields:
+        The first plane and (C, d, H, W) values. From the second time on it begins with the last plane of the time
+        before, so that one can interpolate between any two planes; the next step overwrites it.
+
+    Source: MONAI's sliding_window_inference with mode="gaussian", which keeps all of the volume.
+    """
+    shape = tuple(image.shape[1:])
+    interval = [s if s == n else max(1, int(s * (1 - overlap))) for s, n in zip(size, shape, strict=True)]
+    windows = [tuple(cut.start for cut in window) for window in monai_data().dense_patch_slices(shape, size, interval)]
+    weights = gaussian(size)
+    count = torch.zeros(min(size[0] + 1, shape[0]), *shape[1:])
+    total, base = torch.empty(0), 0
+    bar.reset(len(windows))
+    for d, row in groupby(windows, key=lambda window: window[0]):
+        if d > base + 1:
+            done = d - base
+            yield base, _finish(total, count, done)
+            _shift(total, count, done - 1)
+            base = d - 1
+        for starts, inside in _batches(row, prompts, size, batch_size):
+            pixels = torch.stack([image[(slice(None), *_box(start, size))] for start in starts])
+            for start, values in zip(starts, predict(pixels, inside), strict=True):
+                if not len(total):
+                    total = torch.zeros(len(values), *count.shape)
+                box = _box((start[0] - base, *start[1:]), size)
+                total[(slice(None), *box)].addcmul_(values, weights)
+                count[box] += weights
+            bar.update(len(starts))
+    yield base, _finish(total, count, shape[0] - base)
+
+
+def gaussian(size: Place) -> torch.Tensor:
+    """Weights (d, h, w) with which a window counts where several overlap."""
+    return monai_data().compute_importance_map(size, mode="gaussian")
+
+
+def monai_data() -> Any:
+    """MONAI's module for windows, which takes seconds to import.
+
+    Raises:
+        InlayError: MONAI is not installed.
+    """
+    try:
+        from monai.data import utils
+    except ImportError:
+        wanted = "expected MONAI, which slides windows over scans, but it is not installed."
+        raise InlayError(f"{wanted} Run: pip install 'inlay[volumes]'") from None
+    return utils
+
+
+def _box(start: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(first, first + n) for first, n in zip(start, size, strict=True))
+
+
+def _batches(
+    windows: Iterator[tuple], prompts: Prompts, size: Place, most: int
+) -> Iterator[tuple[list[tuple], list[Prompts]]]:
+    """Neighbours that have as many points and boxes as each other."""
+    pairs = ((start, prompts.inside(start, size)) for start in windows)
+    for _, alike in groupby(pairs, key=lambda pair: pair[1].count):
+        while part := list(islice(alike, most)):
+            yield [start for start, _ in part], [inside for _, inside in part]
+
+
+def _finish(total: torch.Tensor, count: torch.Tensor, planes: int) -> torch.Tensor:
+    """Divide the sum by the weights in the first planes, once: their weight is 1 from then on."""
+    total[:, :planes] /= count[:planes]
+    count[:planes] = 1
+    return total[:, :planes]
+
+
+def _shift(total: torch.Tensor, count: torch.Tensor, by: int) -> None:
+    """Drop the first planes, without a second copy of the rest."""
+    left = len(count) - by
+    for plane in range(left):
+        total[:, plane] = total[:, plane + by]
+        count[plane] = count[plane + by]
+    total[:, left:], count[left:] = 0, 0

@@ -1,0 +1,1 @@
+"""Frozen leading blocks run once per example; every epoch starts from what they put out."""

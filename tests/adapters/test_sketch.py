@@ -1,0 +1,194 @@
+"""The fingerprint of a base, and the golden output: what rounding may do, and what other weights do."""
+
+import copy
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+
+from inlay.adapters import golden
+from inlay.adapters.load import load_adapter
+from inlay.adapters.save import save_adapter
+from inlay.adapters.sketch import TOLERANCE, _weights, distance, precision_of, sketch
+from inlay.bases.load import load_base
+from inlay.bases.processors import load_processor
+from inlay.bases.sites import head_modules
+from inlay.errors import InlayError
+from places import SHARED
+
+MOBILENET = SHARED / "mobilenet_imagenet/hf/mobilenet_v2_1.0_224"
+FORMS = {
+    "float32": {},
+    "float16": {"dtype": "float16"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"quantize": "8bit"},
+    "nf4": {"quantize": "4bit"},
+    "nf4 with bfloat16": {"quantize": "4bit", "dtype": "bfloat16"},
+}
+LABELS = ["cat", "dog", "emu", "fox", "gnu"]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A base whose layers are all held in NF4, their sizes being multiples of 64."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8,
+        num_labels=5, initializer_range=0.1,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("wide")
+    ViTForImageClassification(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["builtin:vit-tiny", "wide", "mobilenet"])
+def name(request, wide):
+    if request.param == "mobilenet" and not MOBILENET.is_dir():
+        pytest.skip(f"no pre-trained MobileNetV2 at {MOBILENET}")
+    return {"wide": str(wide), "mobilenet": str(MOBILENET)}.get(request.param, request.param)
+
+
+@pytest.fixture(scope="module")
+def stored(name):
+    base = load_base(name)
+    return base, sketch(base)
+
+
+def changed(base, relative, seed):
+    """A copy, each weight matrix moved by noise of that size; infinite: drawn anew."""
+    generator, base = torch.Generator().manual_seed(seed), copy.deepcopy(base)
+    with torch.no_grad():
+        for _, module in _weights(base):
+            weight = module.weight
+            noise = torch.randn(weight.shape, generator=generator) * weight.norm() / weight.numel() ** 0.5
+            weight.copy_(noise if relative == float("inf") else weight + relative * noise)
+    return base
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_right_base_passes_in_every_form(form, name, stored):
+    if "quantize" in FORMS[form]:
+        pytest.importorskip("bitsandbytes")
+        if name == str(MOBILENET):
+            pytest.skip("a MobileNet has no linear layer to quantise")
+    base = load_base(name, **FORMS[form])
+    assert precision_of(base) == form.split()[0]
+    for _ in range(2):  # before the first forward and after it: quantised layers may change their form
+        assert distance(stored[1], sketch(base)) < 0.5 * TOLERANCE[form.split()[0]]
+        golden.output(base, processor_of(name))
+
+
+def processor_of(name):
+    return load_processor(name if name == str(MOBILENET) else "builtin:vit-tiny")
+
+
+@pytest.mark.parametrize("relative", [0.02, float("inf")])
+def test_other_weights_fail_in_fp32_and_bf16(relative, stored):
+    for seed in range(4):
+        other = changed(stored[0], relative, seed)
+        for form in ("float32", "bfloat16"):
+            assert distance(stored[1], sketch(other.to(getattr(torch, form)))) > 1.5 * TOLERANCE[form]
+
+
+def test_scaled_weights_fail(stored):
+    scaled = copy.deepcopy(stored[0])
+    with torch.no_grad():
+        for _, module in _weights(scaled):
+            module.weight *= 1.02
+    assert distance(stored[1], sketch(scaled)) == pytest.approx(0.02, abs=1e-3)
+
+
+def test_a_base_drawn_anew_fails_in_every_form(stored):
+    assert min(distance(stored[1], sketch(changed(stored[0], float("inf"), seed))) for seed in range(4)) > 4 * 0.25
+
+
+def test_the_adapter_and_the_head_do_not_count(make):
+    base = load_base("builtin:vit-tiny")
+    assert sketch(make()) == sketch(base) == sketch(make(modules_to_save=None, target_modules=["fc1"]))
+
+
+def test_a_base_of_another_structure_is_far():
+    base = load_base("builtin:vit-tiny")
+    short = copy.deepcopy(base)
+    del short.vit.layers[3:]
+    assert distance(sketch(base), sketch(short)) == float("inf")
+
+
+def test_a_sketch_needs_weights_and_a_known_form():
+    model = ViTForImageClassification(
+        ViTConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    for _, module in list(_weights(model)):
+        del module.weight
+    with pytest.raises(InlayError, match="has no weight matrix to recognise it by"):
+        sketch(model)
+    strange = load_base("builtin:vit-tiny").to(torch.float8_e4m3fn)
+    with pytest.raises(InlayError, match=r"expected weights in float32, .*, got float8_e4m3fn"):
+        precision_of(strange)
+
+
+# the golden output
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_adapter_loads_on_its_base_in_every_form(form, original, outputs):
+    if "quantize" in FORMS[form]:
+        pytest.importorskip("bitsandbytes")
+    loaded = load_adapter(original[1], **FORMS[form])
+    assert loaded.deviation < (1e-4 if form == "float32" else 0.7 * golden.TOLERANCE[form.split()[0]])
+    torch.testing.assert_close(outputs(loaded.model), outputs(original[0]), rtol=0, atol=loaded.deviation * 10 + 1e-6)
+
+
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_an_adapter_of_a_quantised_base_loads_on_it_and_on_the_whole_one(quantize, make, processor, outputs, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = make(load_base("builtin:vit-tiny", labels=LABELS, quantize=quantize))
+    outputs(model)
+    folder = save_adapter(model, tmp_path / "zoo", processor=processor)
+    loaded = load_adapter(folder, quantize=quantize)
+    torch.testing.assert_close(outputs(loaded.model), outputs(model))
+    assert loaded.file.record["base"]["precision"] == {"8bit": "int8", "4bit": "nf4"}[quantize]
+    assert load_adapter(folder).deviation < 0.7 * golden.TOLERANCE[precision_of(model)]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_adapter_of_a_base_in_half_precision(dtype, make, processor, outputs, tmp_path):
+    model = make(load_base("builtin:vit-tiny", labels=LABELS, dtype=dtype))
+    folder = save_adapter(model, tmp_path / "zoo", processor=processor)
+    torch.testing.assert_close(outputs(load_adapter(folder, dtype=dtype).model), outputs(model))
+    assert load_adapter(folder).verified
+
+
+def test_weights_outside_the_sketch_are_found_by_the_golden_output(original, five):
+    with torch.no_grad():
+        five.vit.layernorm.weight *= 1.05
+    with pytest.raises(InlayError, match=r"its output differs by 0\.\d+ \(relative\) .* 0\.001 allowed"):
+        load_adapter(original[1], base=five)
+
+
+def test_a_changed_alpha_is_found_twice(zoo, rewrite):
+    rewrite(zoo, config=lambda config: config.update(lora_alpha=9))
+    with pytest.raises(InlayError, match=r"its output differs by .*: its config or its base was changed"):
+        load_adapter(zoo)
+    path = zoo / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 9', '"lora_alpha": 10'))
+    with pytest.raises(InlayError, match="is not what was saved with the weights"):
+        load_adapter(zoo, quantize="4bit")
+
+
+def test_deviation_is_relative_and_never_trusts_nan():
+    assert golden.deviation([1.0, -4.0], [1.0, -4.2]) == pytest.approx(0.05)
+    assert golden.deviation([1.0], [1.0, 2.0]) == float("inf")
+    assert golden.deviation([1.0], [float("nan")]) == golden.deviation([float("nan")], [1.0]) == float("inf")
+
+
+def test_the_golden_picture_has_structure():
+    picture = golden.picture()
+    assert picture.size == (64, 64) and picture.mode == "RGB"
+    assert all(low == 0 and high == 255 for low, high in picture.getextrema())
+
+
+def test_head_modules_are_what_the_sketch_leaves_out():
+    base = load_base("builtin:vit-tiny")
+    assert head_modules(base) == ["classifier"]
+    assert not any(name.startswith("classifier") for name, _ in _weights(base))

@@ -1,0 +1,189 @@
+"""A bank over its life: adapters that come, are replaced and go, what does not fit, budgets and threads."""
+
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from inlay import Bank, InlayError, load_adapter, load_base
+from inlay.adapters.file import WEIGHTS
+from inlay.methods import VisualPromptConfig
+from serve.banked import GPT2, LABELS, MIXED, VIT, alone, compare, pair, pixels, save
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory):
+    return pair(VIT, "lora", tmp_path_factory.mktemp("bank"))
+
+
+def test_a_base_in_eight_bits(loras):
+    bank, adapters = Bank(load_base(VIT, quantize="8bit"), loras), ["a", "b", None, "b", "a"]
+    found = bank(pixels(), adapters).logits
+    for i, name in enumerate(adapters[:2]):
+        model = load_adapter(loras / name, quantize="8bit").model
+        with torch.no_grad():
+            want = model(**pixels()).logits[i]
+        assert (found[i, : len(want)] - want).abs().max() < 0.05 * want.abs().max()
+
+
+def test_adapters_come_are_replaced_and_go(loras, tmp_path):
+    folder = Path(shutil.copytree(loras, tmp_path / "bank"))
+    bank = Bank(VIT)
+    assert bank.names == [] and torch.isfinite(bank(pixels(), [None] * 5).logits).all()
+    assert bank.add(folder / "a") == "a" and bank.add(folder / "b", "other") == "other"
+    wanted = alone(VIT, folder, pixels(), ["a", "b", "a", "b", "b"])
+    compare(bank(pixels(), ["a", "other", "a", "other", "other"]).logits, wanted)
+    bank.add(folder / "b", "a")  # in the place of the first
+    assert bank.names == ["a", "other"] and bank.labels("a") == LABELS["b"]
+    compare(bank(pixels(), ["a"] * 5).logits, alone(VIT, folder, pixels(), ["b"] * 5))
+    bank.evict("a")
+    assert bank.resident == ["other"] and bank.names == ["a", "other"]
+    compare(bank(pixels(), ["a"] * 5).logits, alone(VIT, folder, pixels(), ["b"] * 5))  # read again
+    bank.remove("a")
+    with pytest.raises(InlayError, match="has no adapter 'a', it has other"):
+        bank(pixels(), ["a"] * 5)
+    for i in range(5):  # more than there was room for
+        bank.add(folder / "ab"[i % 2], f"copy {i}")
+    rows = [f"copy {i}" for i in range(5)]
+    compare(bank(pixels(), rows).logits, alone(VIT, folder, pixels(), ["a", "b", "a", "b", "a"]))
+
+
+def test_an_adapter_that_does_not_fit_changes_nothing(loras, tmp_path):
+    bank = Bank(VIT, {"a": loras / "a"})
+    before = bank(pixels(), ["a", None, "a", "a", None]).logits
+    folder = Path(shutil.copytree(loras / "b", tmp_path / "b"))
+    with (folder / WEIGHTS).open("r+b") as file:
+        file.seek(-5, 2)
+        file.write(b"!")
+    save(GPT2, ("lora", 2), tmp_path / "text")
+    save(VIT, ("dora", 2), tmp_path / "dora")
+    save(VIT, ("partial", 2), tmp_path / "partial")
+    save(VIT, ("lora-prompt", 2), tmp_path / "both")
+    save(VIT, lambda model: LoraConfig(r=2, target_modules=["q_proj"], bias="all"), tmp_path / "biases")
+    for path, reason in [
+        (folder, "does not match the checksum"),
+        (tmp_path / "text", "model type gpt2"),
+        (tmp_path / "dora", "not DoRA and other variants"),
+        (tmp_path / "partial", "holds biases and norms of partial fine-tuning, not whole weights"),
+        (tmp_path / "both", "another method beside them"),
+        (tmp_path / "biases", "replaces biases of the base itself"),
+        (tmp_path / "none", "does not exist"),
+    ]:
+        for name in ("a", "new"):
+            with pytest.raises(InlayError, match=reason):
+                bank.add(path, name)
+    assert bank.names == bank.resident == ["a"]
+    assert torch.equal(bank(pixels(), ["a", None, "a", "a", None]).logits, before)
+
+
+def test_bottlenecks_of_one_bank_are_alike(tmp_path):
+    save(VIT, ("bottleneck", 2), tmp_path / "a")
+    save(VIT, ("bottleneck-linear", 2), tmp_path / "b")
+    bank = Bank(VIT, {"a": tmp_path / "a"})
+    with pytest.raises(InlayError, match="alike in activation: here it is relu, got None"):
+        bank.add(tmp_path / "b")
+    save(VIT, lambda model: VisualPromptConfig(length=3, deep=False), tmp_path / "c")
+    save(VIT, lambda model: VisualPromptConfig(length=3, deep=False, layers_to_transform=[1, 2]), tmp_path / "d")
+    bank.add(tmp_path / "c")
+    with pytest.raises(InlayError, match="through the same blocks"):
+        bank.add(tmp_path / "d")
+
+
+def test_another_base_is_refused(loras, tmp_path):
+    base = load_base(VIT)
+    with torch.no_grad():
+        for value in base.vit.parameters():
+            value.copy_(torch.randn_like(value) * 0.1)
+    with pytest.raises(InlayError, match="other weights of the same shape"):
+        Bank(base, loras)
+
+
+def test_the_least_recently_used_give_way(loras, tmp_path):
+    for name in "cdefg":
+        shutil.copytree(loras / "a", tmp_path / name)
+    each = Bank(VIT, {"c": tmp_path / "c"}).bytes / 2e6  # of one slot, in MB
+    bank = Bank(VIT, tmp_path, budget_mb=4.5 * each)  # the plain base's and three more
+    assert bank.names == list("cdefg") and bank.resident == [] and bank.labels("c") == LABELS["a"]
+    want = alone(VIT, loras, pixels(), ["a", "a", None, "a", "a"])
+    for rows, resident in [
+        (["c", "d", None, "c", "d"], "cd"),
+        (["e", "c", None, "e", "c"], "dec"),
+        (["f", "c", None, "f", "f"], "ecf"),
+        (["g", "d", None, "f", "g"], "fgd"),
+    ]:
+        compare(bank(pixels(), rows).logits, want)
+        assert sorted(bank.resident) == sorted(resident) and bank.bytes <= 4.5e6 * each
+    with pytest.raises(InlayError, match="has room for 3 adapters of this size"):
+        bank(pixels(), ["c", "d", "e", "f", "g"])
+    compare(bank(pixels(), ["g", "d", None, "f", "g"]).logits, want)
+
+
+def test_a_wider_adapter_takes_the_room_of_others(loras, tmp_path):
+    for name in "cdef":
+        shutil.copytree(loras / "a", tmp_path / name)
+    save(VIT, ("lora", 12), tmp_path / "wide", 3, LABELS["a"])
+    each = Bank(VIT, {"c": tmp_path / "c"}).bytes / 2e6
+    bank = Bank(VIT, tmp_path, budget_mb=9.5 * each)
+    bank(pixels(), ["c", "d", "e", "f", None])
+    found = bank(pixels(), ["wide", "f", None, "wide", "f"]).logits
+    assert bank.resident == ["f", "wide"] and bank.bytes <= 9.5e6 * each
+    folders = {"wide": tmp_path / "wide", "f": loras / "a"}
+    for i, name in enumerate(["wide", "f"]):
+        with torch.no_grad():
+            want = load_adapter(folders[name]).model(**pixels()).logits[i]
+        assert (found[i, :3] - want).abs().max() < 1e-5
+
+
+def test_threads_wait_for_each_other(loras):
+    bank, failures = Bank(VIT, loras), []
+    batch = {key: value[:2] for key, value in pixels().items()}
+    wanted = {name: bank(batch, [name] * 2).logits for name in ("a", "b", None)}
+
+    def serve(name):
+        for _ in range(10):
+            if not torch.equal(bank(batch, [name] * 2).logits, wanted[name]):
+                failures.append(name)
+            if name == "a":
+                bank.evict("b")
+
+    threads = [threading.Thread(target=serve, args=(name,)) for name in ("a", "b", None)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_mistakes_of_a_caller(loras, tmp_path):
+    bank = Bank(VIT, loras)
+    with pytest.raises(InlayError, match="a list of one adapter, or None, for each of 5 rows, got 2"):
+        bank(pixels(), ["a", "b"])
+    with pytest.raises(InlayError, match="for each of 5 rows, got 'a'"):
+        bank(pixels(), "a")
+    with pytest.raises(InlayError, match="has no adapter 'zoo', it has a, b"):
+        bank(pixels(), ["a", "zoo", None, None, "a"])
+    with pytest.raises(InlayError, match="holds none"):
+        Bank(VIT, tmp_path)
+    with pytest.raises(InlayError, match="two adapters are called 'a'"):
+        Bank(VIT, [loras / "a", loras / "a"])
+    with pytest.raises(InlayError, match="budget_mb must be positive"):
+        Bank(VIT, loras, budget_mb=0)
+    with pytest.raises(InlayError, match="carries an adapter already"):
+        Bank(bank.model, loras)
+
+
+@pytest.mark.parametrize("method", ["lora", "attention-prefix", "bottleneck-parallel"])
+def test_the_base_comes_back(method, tmp_path):
+    base = load_base(VIT)
+    names = [name for name, _ in base.named_modules()]
+    with torch.no_grad():
+        before = base(**pixels()).logits
+    bank = Bank(base, pair(VIT, method, tmp_path))
+    bank(pixels(), MIXED)
+    assert bank.unload() is base and [name for name, _ in base.named_modules()] == names
+    with torch.no_grad():
+        assert torch.equal(base(**pixels()).logits, before)
+    assert load_adapter(tmp_path / "a", base).verified

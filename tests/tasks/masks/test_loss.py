@@ -1,0 +1,115 @@
+"""The loss of promptable masks, what metrics see of it, and a simulated user."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from inlay import MaskLoss, load_base
+from inlay.builtin.scenes import scenes
+from inlay.tasks.masks.clicks import conversation, score
+from inlay.tasks.masks.loss import foretold_best, mask_losses
+from inlay.tasks.masks.prompts import draw_objects
+from inlay.tasks.masks.scores import MaskIoU
+
+
+def square(size=8, low=2, high=6):
+    mask = torch.zeros(size, size)
+    mask[low:high, low:high] = 1
+    return mask
+
+
+def test_each_prompt_pays_for_its_best_mask():
+    """One right mask of three: by hand, focal loss and Dice of that one, and the error of all foretold IoUs."""
+    truth = square()
+    right = (truth * 2 - 1) * 4.0
+    logits = torch.stack([-right, right, torch.full_like(right, -4.0)])  # the whole but for it, right, nothing
+    scores = torch.tensor([0.5, 0.5, 0.5])
+    chance = torch.sigmoid(torch.tensor(4.0))
+    focal = 20 * -chance.log() * (1 - chance) ** 2
+    both = 16 * chance
+    dice = 1 - (2 * both + 1) / (16 * chance + 48 * (1 - chance) + 16 + 1)
+    expected = focal + dice + (0.25 + 0.25 + 0.25) / 3  # the IoUs are 0, 1 and 0
+    assert mask_losses(logits, scores, truth) == pytest.approx(float(expected), rel=1e-5)
+    assert torch.equal(foretold_best(logits, torch.tensor([0.1, 0.7, 0.3])), right)
+
+
+def test_balanced_entropy_gives_half_to_the_object():
+    truth, nothing = square(), torch.full((1, 8, 8), -3.0)
+    weights = torch.where(truth == 1, 1 / 16, 1 / 48) / 2
+    entropy = nn.functional.binary_cross_entropy_with_logits(nothing[0], truth, reduction="none")
+    chance = torch.sigmoid(torch.tensor(-3.0))
+    dice = 1 - (2 * 16 * chance + 1) / (64 * chance + 16 + 1)
+    expected = float((entropy * weights).sum() + dice + 0.09)
+    assert mask_losses(nothing, torch.tensor([0.3]), truth, balanced=True) == pytest.approx(expected, rel=1e-5)
+
+
+class Fixed(nn.Module):
+    """Answers with given masks."""
+
+    def __init__(self, masks, scores):
+        super().__init__()
+        self.masks, self.scores = masks, scores
+
+    def forward(self, pixel_values, multimask_output):
+        return SimpleNamespace(pred_masks=self.masks, iou_scores=self.scores)
+
+
+def test_masks_that_are_not_asked_for_do_not_count():
+    """Two pictures with two prompts, of which one is void; pieces add up to the whole."""
+    torch.manual_seed(0)
+    labels = torch.stack([torch.stack([square(), square(high=4)]), torch.stack([square(low=4), -torch.ones(8, 8)])])
+    masks, scores = torch.randn(2, 2, 3, 8, 8), torch.rand(2, 2, 3)
+    batch = {"pixel_values": torch.zeros(2, 3, 8, 8), "labels": labels.to(torch.int8)}
+    loss = MaskLoss()
+    output = loss(Fixed(masks, scores), batch)
+    each = mask_losses(masks, scores, labels.clamp_min(0))
+    assert loss.weight(batch) == 3
+    assert float(output.loss) == pytest.approx(float((each[0, 0] + each[0, 1] + each[1, 0]) / 3), rel=1e-6)
+    pieces = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(2)]
+    losses = [loss(Fixed(masks[i : i + 1], scores[i : i + 1]), piece).loss for i, piece in enumerate(pieces)]
+    total = sum(one * loss.weight(piece) for one, piece in zip(losses, pieces, strict=True)) / 3
+    assert torch.allclose(total, output.loss)
+
+    counts, zeros = loss.answers(output, batch)
+    assert counts.shape == (2, 2, 2) and zeros.tolist() == [0, 0]
+    said, true = foretold_best(masks, scores)[1, 0] > 0, labels[1, 0] > 0
+    assert counts[1, 0].tolist() == [int((said & true).sum()), int((said | true).sum())]
+    assert counts[1, 1].tolist() == [0, 0]
+    metric = MaskIoU()
+    metric.add_batch(predictions=counts[:1], references=zeros[:1])  # batches may differ in P
+    metric.add_batch(predictions=counts[1:, :1], references=zeros[1:])
+    ious = [counts[i, j, 0] / counts[i, j, 1] for i, j in ((0, 0), (0, 1), (1, 0))]
+    assert metric.compute()["mean_iou"] == pytest.approx(float(sum(ious) / 3))
+
+
+def test_a_simulated_user_clicks_where_the_answer_is_wrong():
+    torch.manual_seed(0)
+    made = scenes(2, seed=4711, kind="cells")
+    objects = draw_objects(made, 3)
+    seen = []
+
+    def model(image_embeddings, multimask_output, **prompt):
+        seen.append(prompt)
+        shape = (6, 1, 3 if multimask_output else 1)
+        return SimpleNamespace(pred_masks=torch.full((*shape, 64, 64), -1.0), iou_scores=torch.zeros(shape))
+
+    rounds = list(conversation(model, torch.zeros(2, 64, 16, 16), objects, [1, 2]))
+    assert [tuple(logits.shape) for logits, _, _ in rounds] == [(6, 3, 64, 64), (6, 1, 64, 64)]
+    assert seen[0]["input_points"].shape == (6, 1, 1, 2) and seen[1]["input_points"].shape == (6, 1, 3, 2)
+    assert (seen[1]["input_labels"] == 1).all()  # nothing was answered: all errors lie inside
+    x, y = seen[0]["input_points"].long().flatten(0, 2).unbind(-1)
+    assert objects.flatten(0, 1)[torch.arange(6), y, x].all()
+    list(conversation(model, torch.zeros(2, 64, 16, 16), objects, [1], boxes=True))
+    assert set(seen[-1]) == {"input_boxes"} and seen[-1]["input_boxes"].shape == (6, 1, 4)
+
+
+def test_clicks_in_errors_help_the_embedded_sam():
+    torch.manual_seed(0)
+    made = scenes(8, seed=4712)
+    pixels = torch.from_numpy(made.pictures).permute(0, 3, 1, 2).float() / 57 - 2.1  # about what the processor makes
+    found = score(load_base("builtin:sam-tiny"), pixels, draw_objects(made, 8))
+    means = {key: float(value.mean()) for key, value in found.items()}
+    assert all(value.shape == (64,) for value in found.values())
+    assert means["3 points"] > means["1 point"] + 0.03 and means["box"] > means["1 point"]

@@ -1,0 +1,224 @@
+"""Rows of tokens for a language model: what is trained on, what is cut, and batches."""
+
+import pickle
+import time
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from inlay.errors import InlayError
+from inlay.tasks.text.data import load_texts
+from inlay.tasks.text.processor import TextProcessor
+from inlay.tasks.text.view import TextView
+from places import SHARED
+
+DATA = SHARED
+CHAT = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}<e>{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+
+
+def processor(max_length=None, bos=False, template=None):
+    """Every byte is a token, <e> the end of a text, <b> in front when asked."""
+    fast = Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast.add_special_tokens([AddedToken("<b>", special=True), AddedToken("<e>", special=True)])
+    start = [("<b>", fast.token_to_id("<b>"))] if bos else []
+    fast.post_processor = processors.TemplateProcessing(single=["<b>"] * bos + ["$A"], special_tokens=start)
+    tok = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<e>", chat_template=template)
+    return TextProcessor(tok, separator="|", max_length=max_length)
+
+
+def rows(*pairs):
+    return datasets.Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
+
+
+def shown(view, using, index):
+    """The text of an example, and of what is learned of it."""
+    item = view[index]
+    ids, labels = item["input_ids"], item["labels"]
+    assert ids.dtype == labels.dtype == torch.int64
+    assert ids.shape == labels.shape == (view.lengths[index],)
+    learned = labels >= 0
+    assert torch.equal(labels[learned], ids[learned]) and set(labels[~learned].tolist()) <= {-100}
+    return using.tokenizer.decode(ids), using.tokenizer.decode(labels[learned])
+
+
+def refused(*words, call):
+    with pytest.raises(InlayError) as caught:
+        call()
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message and message.endswith(".")
+
+
+def test_loss_is_on_the_completion_and_eos():
+    using = processor()
+    view = TextView(rows(("ab", "cde"), ("", "xy"), ("q", "z")), using)
+    assert [shown(view, using, i) for i in range(3)] == [
+        ("ab|cde<e>", "cde<e>"),
+        ("<e>xy<e>", "xy<e>"),
+        ("q|z<e>", "z<e>"),
+    ]
+    assert view.lengths == [7, 4, 4] and len(view) == 3
+    assert view.report == "3 examples, 4 to 7 tokens (15 in all, 9 trained on)"
+    assert torch.equal(view[-1]["input_ids"], view[2]["input_ids"])
+    with pytest.raises(IndexError):
+        view[3]
+
+
+def test_chats():
+    using = processor(template=CHAT)
+    view = TextView(rows(([{"role": "user", "content": "hi"}], "yo"), ([{"role": "user", "content": "?"}], "!")), using)
+    assert shown(view, using, 0) == ("uhi<e>ayo<e>", "yo<e>")
+    assert shown(view, using, 1) == ("u?<e>a!<e>", "!<e>")
+
+
+# Too long
+
+
+def test_prompts_are_cut_first_and_at_their_start():
+    using = processor(max_length=12, bos=True)
+    view = TextView(rows(("0123456789", "abcd"), ("01", "a")), using)
+    # 5 of 12 are the completion and eos, which leaves 7: bos, 5 characters and the separator.
+    assert shown(view, using, 0) == ("<b>56789|abcd<e>", "abcd<e>")
+    assert shown(view, using, 1) == ("<b>01|a<e>", "a<e>")
+    assert view.report == "2 examples, 6 to 12 tokens (18 in all, 7 trained on); 1 longer than 12 was cut"
+
+
+def test_completions_lose_their_end_and_eos():
+    using = processor(max_length=12)
+    pairs = [("0123456789", "abcdefghijklm"), ("0", "abcdefghijklm"), ("0123456789", "abcdefgh"), ("", "abcdefghijklm")]
+    view = TextView(rows(*pairs), using)
+    # A quarter of 12 stays for the prompt, its last characters; a prompt of fewer stays whole.
+    assert shown(view, using, 0) == ("89|abcdefghi", "abcdefghi")
+    assert shown(view, using, 1) == ("0|abcdefghij", "abcdefghij")
+    assert shown(view, using, 2) == ("89|abcdefgh<e>", "abcdefgh<e>")
+    assert shown(view, using, 3) == ("<e>abcdefghijk", "abcdefghijk")
+    assert "4 longer than 12 were cut" in view.report
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("length", [3, 4, 5, 7, 40])
+def test_something_of_both_always_stays(length, bos):
+    using = processor(max_length=length, bos=bos)
+    texts = ["", "p", "p" * 30]
+    view = TextView(rows(*((p, "c" * n) for p in texts for n in (1, 9, 60))), using)
+    for item in view:
+        learned = item["labels"] >= 0
+        assert len(learned) <= length and learned.any() and not learned[0]
+        assert int(learned.sum()) == int(learned.nonzero()[-1] - learned.nonzero()[0]) + 1 and learned[-1]
+        assert using.tokenizer.decode(item["labels"][learned][:1]) == "c"
+
+
+def test_dropped_and_refused():
+    using = processor(max_length=8)
+    pairs = rows(("a", "b"), ("a", "b" * 20), ("c", "d"), ("a" * 20, "b"))
+    view = TextView(pairs, using, over_long="drop")
+    assert [shown(view, using, i)[0] for i in range(len(view))] == ["a|b<e>", "c|d<e>"]
+    assert view.report == "2 examples, 4 to 4 tokens (8 in all, 4 trained on); 2 longer than 8 were dropped"
+    refused("8 tokens", "2 of 4", "the first is row 2", call=lambda: TextView(pairs, using, over_long="refuse"))
+    assert len(TextView(pairs.select([0, 2]), using, over_long="refuse")) == 2
+    refused("none; 1 longer than 8", call=lambda: TextView(pairs.select([1]), using, over_long="drop"))
+    refused("'shorten'", call=lambda: TextView(pairs, using, over_long="shorten"))
+    refused("got none", call=lambda: TextView(pairs.select([]), using))
+
+
+# Blocks
+
+
+def test_blocks_are_full_and_hold_all_text():
+    using = processor(max_length=5)
+    view = TextView(rows(("", "abc"), ("", "defghij"), ("", "k")), using, block=True)
+    assert [shown(view, using, i) for i in range(len(view))] == [("abc<e>d",) * 2, ("efghi",) * 2]
+    # 14 tokens with eos; the first of a block has no loss.
+    assert view.report == (
+        "2 examples, 5 to 5 tokens (10 in all, 8 trained on); the last 4 tokens fill no block and were left out"
+    )
+    assert [len(TextView(rows(("", "x" * n)), using, block=True)) for n in (3, 4, 5, 9)] == [1, 1, 1, 2]
+    short = TextView(rows(("", "ab")), using, block=True)
+    assert shown(short, using, 0) == ("ab<e>", "ab<e>")
+    assert short.report == "1 example, 3 to 3 tokens (3 in all, 2 trained on)"
+    refused("rows with prompts", call=lambda: TextView(rows(("a", "b")), using, block=True))
+
+
+# Batches
+
+
+def test_collate_pads_on_the_right():
+    using = processor()
+    view = TextView(rows(("a", "b"), ("", "c")), using)
+    batch = view.collate([view[0], view[1]])
+    a, b, c, bar, end = using.tokenizer.convert_tokens_to_ids(["a", "b", "c", "|", "<e>"])
+    assert batch["input_ids"].tolist() == [[a, bar, b, end], [end, c, end, end]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, b, end], [-100, c, end, -100]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_a_batch_has_the_losses_of_its_rows_alone():
+    using = processor()
+    view = TextView(rows(("abc", "defghi"), ("j", "k"), ("", "lmnop")), using)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(using.tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=32))
+    torch.nn.init.normal_(model.transformer.wpe.weight)
+    model.eval()
+    with torch.no_grad():
+        alone = [model(input_ids=i["input_ids"][None], labels=i["labels"][None]).loss for i in view]
+        together = model(**view.collate(list(view))).loss
+    counts = [7, 2, 6]
+    expected = sum(loss * count for loss, count in zip(alone, counts, strict=True)) / sum(counts)
+    torch.testing.assert_close(together, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_goes_to_workers_without_the_tokenizer():
+    view = TextView(rows(*((f"prompt {i}", "words " * 5) for i in range(500))), processor())
+    packed = pickle.dumps(view)
+    assert len(packed) < 4 * sum(view.lengths) + 500 * (8 + 4 + 9) + 2000
+    again = pickle.loads(packed)
+    assert again.report == view.report and torch.equal(again[7]["input_ids"], view[7]["input_ids"])
+    loader = torch.utils.data.DataLoader(view, batch_size=250, num_workers=1, collate_fn=view.collate)
+    assert [len(batch["labels"]) for batch in loader] == [250, 250]
+
+
+# Real data
+
+
+def test_e2e_with_gpt2s_tokenizer():
+    if not ((DATA / "e2e_nlg/devset.csv").is_file() and (DATA / "gpt2_tokenizer").is_dir()):
+        pytest.skip("E2E and GPT-2's tokenizer are not beside the checkout (shared/data)")
+    from transformers import GPT2TokenizerFast
+
+    files = {
+        part: str(DATA / "gpt2_tokenizer" / name) for part, name in (("vocab", "vocab.json"), ("merges", "merges.txt"))
+    }
+    data = load_texts(str(DATA / "e2e_nlg/devset.csv"))
+    using = TextProcessor(GPT2TokenizerFast(**files), max_length=256)
+    start = time.process_time()
+    view = TextView(data.train, using)
+    assert time.process_time() - start < 10  # 0.6 s on one core
+    row = data.train[100]
+    assert shown(view, using, 100) == (
+        f"{row['prompt']}\n{row['completion']}<|endoftext|>",
+        f"{row['completion']}<|endoftext|>",
+    )
+    assert len(view) == len(data.train) and "cut" not in view.report
+    assert int(np.sum(view.lengths)) == len(view.tokens)
+
+
+def test_shakespeare_in_blocks():
+    if not ((DATA / "tinyshakespeare").is_dir() and (DATA / "lm_stories260K_llama/hf").is_dir()):
+        pytest.skip("tiny Shakespeare and the small Llama are not beside the checkout (shared/data)")
+    from transformers import AutoTokenizer
+
+    data = load_texts(str(DATA / "tinyshakespeare/input.txt.gz"))
+    using = TextProcessor(AutoTokenizer.from_pretrained(DATA / "lm_stories260K_llama/hf"), max_length=256)
+    view = TextView(data.validation, using, block=True)
+    assert set(view.lengths) == {256}
+    text = using.tokenizer.decode(torch.cat([item["input_ids"] for item in view]))
+    whole = data.validation[0]["completion"]
+    assert whole.startswith(text[:-3]) and len(text) > 0.99 * len(whole)

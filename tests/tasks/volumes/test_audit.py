@@ -1,0 +1,156 @@
+"""What the audit finds in broken copies of scans, and that it finds nothing in whole ones."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from inlay import cli
+from inlay.errors import InlayError
+from inlay.tasks.volumes.audit import audit
+from inlay.tasks.volumes.data import load_volumes
+from inlay.tasks.volumes.nifti import read_volume, write_volume
+from places import SHARED
+
+HIPPOCAMPUS = SHARED / "hippocampus_msd04/dev"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve cases in the Decathlon's layout; real ones if they are there."""
+    if HIPPOCAMPUS.is_dir():
+        for path in sorted((HIPPOCAMPUS / "imagesTr").iterdir())[:12]:
+            for part in ("imagesTr", "labelsTr"):
+                (tmp_path / part).mkdir(exist_ok=True)
+                shutil.copy(HIPPOCAMPUS / part / path.name, tmp_path / part / path.name)
+    else:
+        generator = np.random.default_rng(0)
+        for i in range(12):
+            for part in ("imagesTr", "labelsTr"):
+                (tmp_path / part).mkdir(exist_ok=True)
+                array = generator.integers(0, 3, (8, 9, 10)) if part == "labelsTr" else generator.random((8, 9, 10))
+                write_volume(tmp_path / part / f"{i:03}.nii.gz", array.astype(np.float32), np.eye(4))
+    (tmp_path / "dataset.json").write_text(
+        json.dumps({"labels": {"0": "background", "1": "Anterior", "2": "Posterior"}, "modality": {"0": "MRI"}})
+    )
+    return tmp_path
+
+
+def files(folder, part):
+    return sorted((folder / part).iterdir())
+
+
+def change(path, edit=None, affine=None, key="label"):
+    array, own = read_volume(path, key)
+    write_volume(path, array if edit is None else edit(array.copy()), own if affine is None else affine)
+
+
+def test_whole_data_has_no_findings(folder):
+    report = audit(str(folder))
+    assert not report.findings and report.cases == 12 and report.modality == "mr"
+    assert report.classes == {"Anterior": 12, "Posterior": 12}
+    assert report.spacings_mm == [(1.0, 1.0, 1.0)] * 3
+    assert "12 cases" in str(report) and "0 errors, 0 warnings" in str(report)
+
+
+def stray(a):
+    a[0, 0, 0] = 9
+    return a
+
+
+def with_nan(a):
+    a[0, 0, 0] = np.nan
+    return a
+
+
+def break_all(folder):
+    """One fault per case, with the level, the file and the words of its finding."""
+    images, labels = files(folder, "imagesTr"), files(folder, "labelsTr")
+    change(labels[0], stray)
+    change(labels[1], np.zeros_like)
+    change(labels[2], lambda a: a[1:])
+    change(labels[3], affine=np.diag([2.0, 1, 1, 1]))
+    labels[4].unlink()
+    images[5].unlink()
+    change(images[6], lambda a: np.stack([a, a], -1), key="image")
+    change(images[7], with_nan, key="image")
+    images[8].write_bytes(images[8].read_bytes()[: images[8].stat().st_size // 2])
+    change(labels[9], lambda a: a + 0.25)
+    change(images[10], np.ones_like, key="image")
+    labels[11].write_bytes(b"")
+    return [
+        ("error", labels[0], "labels 9 that dataset.json does not name"),
+        ("warning", labels[1], "no voxel has a label"),
+        ("error", labels[2], "and not"),
+        ("error", labels[3], "an affine that moves a corner by"),
+        ("error", images[4], "no label map"),
+        ("error", labels[5], "no image"),
+        ("error", images[6], "4 axes"),
+        ("error", images[7], "1 voxels that are NaN or infinite"),
+        ("error", images[8], "truncated"),
+        ("error", labels[9], "expected whole numbers"),
+        ("warning", images[10], "all voxels are 1"),
+        ("error", labels[11], "an empty file"),
+    ]
+
+
+def test_every_fault_is_found_with_its_file(folder):
+    expected = break_all(folder)
+    report = audit(str(folder))
+    found = {(f.level, f.file): f.what for f in report.findings}
+    for level, path, words in expected:
+        assert words in found.pop((level, str(path))), path
+    assert not found
+    assert len(report.errors) == 10
+    with pytest.raises(InlayError, match="no label map"):  # training stops at these
+        load_volumes(str(folder))
+
+
+def test_what_only_all_cases_tell(folder):
+    images, labels = files(folder, "imagesTr"), files(folder, "labelsTr")
+    for path in labels[1:]:
+        change(path, lambda a: np.minimum(a, 1))
+    shutil.copy(images[0], images[1]), shutil.copy(labels[0], labels[1])
+    change(labels[1], lambda a: np.minimum(a, 1))
+    for path in (images[2], labels[2]):
+        change(path, affine=np.diag([1.0, 1, 4, 1]), key="image" if path == images[2] else "label")
+    (folder / "dataset.json").write_text(json.dumps({"labels": {"1": "a", "2": "b", "3": "c"}}))
+    found = {f.what: Path(f.file).name for f in audit(str(folder)).findings}
+    name = [path.name.removesuffix(".nii.gz") for path in images]
+    assert found == {
+        f"the same image as {name[0]}: they must not be parted": name[1],
+        "the one case with the label 2 (b)": name[0],
+        "no case has the class 'c'": folder.name,
+        "spacing along D 4 mm, elsewhere from 1": name[2],
+    }
+
+
+def test_command(folder, capsys, monkeypatch):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["inlay", "audit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as status:
+            cli.main()
+        return int(status.value.code or 0), *capsys.readouterr()
+
+    status, out, err = run(folder)
+    assert (status, err) == (0, "") and out.startswith("12 cases") and out.count("\n") == 1
+    broken = files(folder, "labelsTr")[3]
+    broken.write_bytes(b"")
+    status, out, _ = run(folder)
+    assert status == 1 and f"labelsTr/{broken.name}" in out.replace("\n", "") and "1 error," in out
+    status, out, _ = run(folder, "--json")
+    facts = json.loads(out)
+    assert status == 1 and facts["cases"] == 12 and facts["classes"]["Anterior"] == 11
+    assert facts["findings"] == [{"level": "error", "file": str(broken), "what": "an empty file"}]
+    status, out, err = run(folder / "none")
+    assert (status, out) == (2, "") and err.startswith("error: expected")
+
+
+@pytest.mark.skipif(not HIPPOCAMPUS.is_dir(), reason="the hippocampus scans are not beside the checkout (shared/data)")
+def test_all_of_the_hippocampus_scans_are_whole():
+    report = audit(str(HIPPOCAMPUS))
+    assert not report.findings and report.cases == 60
+    assert report.classes == {"class 1": 60, "class 2": 60} and report.spacings_mm[0] == (1.0, 1.0, 1.0)

@@ -1,0 +1,427 @@
+import json
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.inferers import sliding_window_inference
+from peft import get_peft_model
+
+from inlay import InlayError, VolumeSession, cli, segment
+from inlay.tasks.volumes.scan import VolumeProcessor
+from methods.volumes import build, settings
+from places import SHARED
+from tasks.volumes.standin import LABELS, adapter, blobs
+
+HIPPOCAMPUS = SHARED / "hippocampus_msd04" / "dev"
+# Voxel index to mm: left-posterior-superior, with axes swapped, unequal spacing and an origin.
+TURNED = np.array([[0, -1.5, 0, 40.0], [-0.8, 0, 0, 30.0], [0, 0, 2.0, -50.0], [0, 0, 0, 1.0]])
+
+
+def save(path, array, affine=TURNED, units="mm"):
+    image = nib.Nifti1Image(array, affine)
+    image.header.set_xyzt_units(units)
+    image.header["descrip"] = b"a scan"
+    image.header.set_slope_inter(2.0, 3.0)
+    image.to_filename(path)
+    return path
+
+
+@pytest.fixture
+def scan(tmp_path):
+    return save(tmp_path / "scan.nii.gz", blobs((22, 30, 41)))
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_without_prompts_it_is_monais_sliding_window(scan, overlap, batch_size):
+    given = adapter()
+    read = given.processor.read(scan)
+
+    def predictor(pixels):
+        return given.model(pixel_values=pixels).logits.softmax(1)
+
+    with torch.no_grad():
+        wanted = sliding_window_inference(read.image[None], (16, 16, 16), 1, predictor, overlap, mode="gaussian")[0]
+    found = segment(given, read, overlap=overlap, batch_size=batch_size, keep_probabilities=True)
+    own = given.processor.back(wanted, read, "linear")
+    assert np.abs(found.probabilities - own).max() < 1e-3
+    sure = np.sort(own, 0)[-1] - np.sort(own, 0)[-2] > 1e-4
+    assert (found.mask == own.argmax(0))[sure].all() and sure.mean() > 0.99
+    assert found.mask.dtype == np.uint8 and set(np.unique(found.mask)) == {0, 1, 2}
+
+
+def test_a_scan_smaller_than_a_window_is_padded_as_monai_pads(tmp_path):
+    given, path = adapter(crop=(16, 24, 16)), save(tmp_path / "small.nii", blobs((9, 30, 12)))
+    read = given.processor.read(path)
+
+    def predictor(pixels):
+        return given.model(pixel_values=pixels).logits.softmax(1)
+
+    with torch.no_grad():
+        wanted = sliding_window_inference(read.image[None], (16, 24, 16), 1, predictor, 0.5, mode="gaussian")[0]
+    found = segment(given, read, keep_probabilities=True)
+    assert found.mask.shape == (9, 30, 12)
+    assert np.abs(found.probabilities - given.processor.back(wanted, read, "linear")).max() < 1e-3
+
+
+def test_on_a_finer_own_grid_probabilities_are_interpolated(tmp_path):
+    given = adapter(crop=(12, 16, 16), spacing_mm=(3.0, 1.7, 2.0))
+    read = given.processor.read(save(tmp_path / "scan.nii.gz", blobs((40, 30, 44))))
+    assert read.image.shape[1] == 29 and read.image.shape[2] < 40
+
+    def predictor(pixels):
+        return given.model(pixel_values=pixels).logits.softmax(1)
+
+    with torch.no_grad():
+        wanted = sliding_window_inference(read.image[None], (12, 16, 16), 1, predictor, 0.5, mode="gaussian")[0]
+    found = segment(given, read, keep_probabilities=True)
+    own = given.processor.back(wanted, read, "linear")
+    assert np.abs(found.probabilities - own).max() < 2e-3
+    sure = np.sort(own, 0)[-1] - np.sort(own, 0)[-2] > 1e-4
+    assert (found.mask == own.argmax(0))[sure].all()
+
+
+def test_points_and_boxes_reach_their_place_in_every_orientation(tmp_path):
+    generator = np.random.default_rng(0)
+    for flips in (False, True):
+        for _ in range(4):
+            turn = np.eye(4)
+            turn[:3, :3] = np.eye(3)[generator.permutation(3)] * generator.choice([-1, 1], 3) * [1.5, 0.8, 2.0]
+            path = save(tmp_path / "flat.nii.gz", np.zeros((22, 30, 41), np.int16), turn)
+            found = segment(
+                adapter(), path, points=[(4, 25, 33), (15, 6, 9, "dark"), (10, 10, 20, 0)],
+                boxes=[(18, 20, 36, 14, 28, 30, 2)], flips=flips,
+            )  # fmt: skip
+            wanted = np.zeros((22, 30, 41), np.uint8)
+            for x, y, z, label in ((4, 25, 33, 1), (15, 6, 9, 2)):
+                at = np.stack(np.meshgrid(*(np.arange(n) for n in wanted.shape), indexing="ij"), -1)
+                wanted[((at - (x, y, z)) ** 2).sum(-1) <= 4] = label
+            wanted[14:19, 20:29, 30:37] = 2
+            # Windows without the prompt say otherwise where they overlap: the far side of a ball may be cut.
+            right = found.mask == wanted
+            assert right.mean() > 0.995
+            assert found.mask[4, 25, 33] == 1 and found.mask[15, 6, 9] == 2 and found.mask[16, 24, 33] == 2
+            assert not found.mask[wanted == 0].any()
+
+
+def test_windows_get_the_prompts_that_fall_into_them(scan):
+    given = adapter()
+    read = given.processor.read(scan)
+    # (d, h, w) of the own voxel (4, 25, 33): the affine swaps x and y and reverses both.
+    d, h, w = read.to_grid((4, 25, 33))
+    segment(given, read, points=[(4, 25, 33, 2)], batch_size=8)
+    told = [(points, labels) for points, labels, *_ in given.model.seen if points is not None]
+    shape = read.image.shape[1:]
+    starts = [sorted({*range(0, n - 15, 8), n - 16}) for n in shape]
+    holding = [[s for s in axis if s - 0.5 <= p <= s + 15.5] for axis, p in zip(starts, (d, h, w), strict=True)]
+    wanted = sorted((d - a, h - b, w - c) for a in holding[0] for b in holding[1] for c in holding[2])
+    assert sorted(tuple(p) for points, _ in told for p in points[:, 0].tolist()) == [pytest.approx(t) for t in wanted]
+    assert all((labels == 2).all() for _, labels in told)
+    assert given.model.encoded == len(starts[0]) * len(starts[1]) * len(starts[2])
+
+
+def test_flips_are_averaged(scan):
+    """A model that says bright in the half of low indices: with flips no half is left."""
+    given = adapter(crop=(41, 30, 22))
+
+    class Half(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, pixel_values):
+            logits = torch.zeros(len(pixel_values), 3, *pixel_values.shape[2:])
+            for axis in range(3):
+                half = pixel_values.shape[axis + 2] // 2
+                logits[:, 1].narrow(axis + 1, 0, half).add_(axis + 1)
+            return type("Output", (), {"logits": logits})
+
+    given.model = Half()
+    plain = segment(given, scan, keep_probabilities=True).probabilities.astype(np.float32)
+    mean = segment(given, scan, keep_probabilities=True, flips=True).probabilities.astype(np.float32)
+    every = [plain[(slice(None), *(slice(None, None, s) for s in steps))] for steps in np.ndindex(2, 2, 2)
+             for steps in [tuple(1 - 2 * np.array(steps))]]  # fmt: skip
+    assert np.abs(plain - plain[:, ::-1]).max() > 0.1
+    inner = (slice(None), slice(None), slice(None), slice(0, 20))  # an odd axis has no middle: leave it out
+    assert np.abs(np.mean(every, 0) - mean)[inner].max() < 2e-3
+
+
+def test_only_the_largest_component_stays(tmp_path):
+    image = np.zeros((24, 24, 24), np.int16)
+    image[2:10, 2:10, 2:10] = 100
+    image[15:20, 15:20, 15:20] = 100
+    image[14:22, 3:9, 14:22] = -100
+    path = save(tmp_path / "scan.nii.gz", image)
+    every, largest = segment(adapter(), path), segment(adapter(), path, largest=True)
+    assert every.mask[17, 17, 17] == 1 and every.mask[5, 5, 5] == 1 and every.mask[17, 5, 17] == 2
+    assert largest.mask[17, 17, 17] == 0 and largest.mask[5, 5, 5] == 1 and largest.mask[17, 5, 17] == 2
+    assert (largest.mask == np.where((every.mask == 1) & (np.indices(image.shape)[0] > 12), 0, every.mask)).all()
+
+
+@pytest.mark.parametrize("name", ["mask.nii", "mask.nii.gz"])
+@pytest.mark.parametrize("source", ["file", "memory", "npz"])
+def test_a_mask_is_saved_on_the_scans_grid(tmp_path, scan, name, source):
+    given = adapter()
+    if source == "npz":
+        np.savez(tmp_path / "scan.npz", image=blobs((22, 30, 41)), affine=TURNED)
+        scan = tmp_path / "scan.npz"
+    found = segment(given, given.processor.read(scan) if source == "memory" else scan)
+    assert found.save(tmp_path / name) == tmp_path / name
+    image = nib.load(tmp_path / name)
+    assert image.get_data_dtype() == np.uint8 and np.array_equal(np.asarray(image.dataobj), found.mask)
+    assert np.allclose(image.affine, TURNED, atol=1e-5) and image.header.get_xyzt_units()[0] == "mm"
+    assert np.allclose(image.header.get_zooms(), (0.8, 1.5, 2.0), atol=1e-5)
+    if source == "file":
+        own = nib.load(scan).header
+        assert [image.header[f"{k}form_code"] for k in "sq"] == [own[f"{k}form_code"] for k in "sq"]
+    assert found.volumes_ml == {
+        label: pytest.approx((found.mask == k).sum() * 0.8 * 1.5 * 2.0 / 1000) for k, label in enumerate(LABELS, 1)
+    }
+    assert not [p for p in tmp_path.iterdir() if "inlay-new" in p.name]
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_the_header_is_the_scans_but_for_what_its_voxels_meant(tmp_path, kind):
+    image = kind(blobs((20, 22, 24))[..., None], TURNED)
+    image.set_qform(TURNED, 1)
+    image.set_sform(TURNED, 4)
+    image.header.set_xyzt_units("mm", "sec")
+    image.header.set_intent("t test", (3,))
+    image.header["cal_max"] = 500
+    image.to_filename(tmp_path / "scan.nii.gz")
+    header = nib.load(segment(adapter(), tmp_path / "scan.nii.gz").save(tmp_path / "mask.nii.gz")).header
+    assert isinstance(header, kind.header_class) and header.get_data_shape() == (20, 22, 24)
+    assert (header["qform_code"], header["sform_code"], header.get_xyzt_units()) == (1, 4, ("mm", "sec"))
+    assert header.get_intent()[0] == "none" and header["cal_max"] == 0 and header.get_slope_inter() == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"points": [(1, 2)]}, "a point as x, y, z"),
+        ({"points": [(22, 2, 2)]}, r"within the scan of 22 x 30 x 41 voxels, but got \(22, 2, 2\)"),
+        ({"points": [(1, 2, 3, 5)]}, "1 bright, 2 dark"),
+        ({"points": [(1, 2, 3, "liver")]}, "'liver'"),
+        ({"points": [(1, float("nan"), 3)]}, "within the scan"),
+        ({"boxes": [(1, 2, 3, 4, 5)]}, "a box as"),
+        ({"boxes": [(1, 2, 3, 4, 5, 60)]}, "a box within the scan"),
+        ({"boxes": [(1, 2, 3, 4, 5, 6, 0)]}, "a class in every box"),
+        ({"overlap": 1.0}, "overlap from 0 to below 1"),
+        ({"batch_size": 0}, "batch_size of at least 1"),
+    ],
+)
+def test_mistakes_are_named(scan, options, sentence):
+    with pytest.raises(InlayError, match=sentence):
+        segment(adapter(), scan, **options)
+
+
+def test_wrong_files_and_adapters_are_named(tmp_path, scan, pictures, digits_adapter):
+    from inlay import load_adapter
+
+    with pytest.raises(InlayError, match=r"none\.nii\.gz"):
+        segment(adapter(), tmp_path / "none.nii.gz")
+    with pytest.raises(InlayError, match=r"0\.png"):
+        segment(adapter(), pictures / "0.png")
+    nib.Nifti1Image(np.zeros((5, 6), np.float32), np.eye(4)).to_filename(tmp_path / "flat.nii")
+    with pytest.raises(InlayError, match=r"flat\.nii"):
+        segment(adapter(), tmp_path / "flat.nii")
+    with pytest.raises(InlayError, match="an adapter for volumes"):
+        segment(load_adapter(digits_adapter), scan)
+    found = segment(adapter(), scan)
+    with pytest.raises(InlayError, match=r"ending with \.nii\.gz or \.nii"):
+        found.save(tmp_path / "mask.png")
+    with pytest.raises(InlayError, match="folder that exists"):
+        found.save(tmp_path / "nowhere" / "mask.nii")
+
+
+def test_the_encoder_runs_once_for_a_window(tmp_path):
+    given = adapter()
+    session = VolumeSession(given, save(tmp_path / "scan.nii.gz", np.zeros((60, 40, 50), np.int16)))
+    assert not session.mask.any() and given.model.encoded == 0
+    first = session.click((20, 20, 20))
+    assert first[20, 20, 20] == 1 and given.model.encoded == 1
+    second = session.click((22, 20, 25), label="dark")
+    assert second[22, 20, 25] == 2 and second[20, 20, 20] == 1
+    third = session.click((20, 20, 21), positive=False)
+    assert third[20, 20, 21] == 0
+    assert (given.model.encoded, given.model.decoded) == (1, 3)
+    points, labels, _, before = given.model.seen[-1]
+    assert labels.tolist() == [[1, 2, 0]] and points.shape == (1, 3, 3) and before.shape == (1, 3, 16, 16, 16)
+    assert given.model.seen[0][3] is None
+    far = session.click((50, 30, 40))
+    assert far[50, 30, 40] == 1 and (far[:30] == third[:30]).all()
+    assert (given.model.encoded, given.model.decoded) == (2, 4)
+    assert given.model.seen[-1][1].tolist() == [[1]], "a window gets the prompts inside it alone"
+    assert (session.undo() == third).all() and (session.undo() == second).all() and (session.undo() == first).all()
+    assert (session.click((22, 20, 25), label=2) == second).all()
+    assert given.model.encoded == 2, "undo keeps the encoding"
+    assert not session.reset().any() and not session.undo().any()
+    session.click((20, 20, 20))
+    assert given.model.encoded == 3
+
+
+def test_a_window_is_centred_on_the_first_click_and_stays_in_the_scan(tmp_path):
+    given = adapter(crop=(8, 10, 12))
+    path = save(tmp_path / "scan.nii.gz", np.zeros((40, 40, 40), np.int16), np.eye(4))
+    session = VolumeSession(given, path)
+    session.click((20, 21, 22))
+    assert given.model.seen[-1][0].tolist() == [[[4, 5, 6]]]
+    session.reset()
+    session.click((39, 1, 0))
+    assert given.model.seen[-1][0].tolist() == [[[0, 1, 11]]]
+    mask = session.box((10, 10, 10), (12, 13, 14), label=2)
+    assert (mask[10:13, 10:14, 10:15] == 2).all() and (mask == 2).sum() == 3 * 4 * 5
+    assert session.segmentation.volumes_ml["dark"] == pytest.approx(0.06)
+
+
+def test_overlapping_windows_are_blended(tmp_path):
+    given = adapter()
+    session = VolumeSession(given, save(tmp_path / "scan.nii.gz", blobs((40, 40, 40)), np.eye(4)))
+    session.click((12, 12, 12), label=1)
+    mask = session.click((21, 12, 12), label=1)
+    assert given.model.encoded == 2 and mask[12, 12, 12] == 1 and mask[21, 12, 12] == 1
+    session.click((16, 12, 12), positive=False)
+    assert given.model.encoded == 2 and given.model.decoded == 4, "both windows hold the third click"
+    assert session.mask[16, 12, 12] == 0
+
+
+def test_a_failed_click_changes_nothing(tmp_path):
+    session = VolumeSession(adapter(), save(tmp_path / "scan.nii.gz", blobs((20, 20, 20))))
+    mask = session.click((5, 5, 5))
+    with pytest.raises(InlayError, match="within the scan"):
+        session.click((5, 5, 25))
+    with pytest.raises(InlayError, match="'x'"):
+        session.click((5, 5, 5), label="x")
+    assert (session.mask == mask).all()
+    assert not session.undo().any()
+
+
+def test_one_window_answers_as_segment_does(tmp_path):
+    """A scan that fits into one window: session and `segment` see the same."""
+    path = save(tmp_path / "scan.nii.gz", blobs((14, 15, 16)))
+    found = segment(adapter(), path, points=[(4, 5, 6)], keep_probabilities=True)
+    mask = VolumeSession(adapter(), path).click((4, 5, 6))
+    close = np.sort(found.probabilities, 0)[-1] - np.sort(found.probabilities, 0)[-2] < 0.01
+    assert (mask == found.mask)[~close].all() and close.mean() < 0.05
+
+
+@pytest.fixture
+def spatial():
+    """A tiny SAM with the 3D spatial adapter, its trained parts at random."""
+    given = adapter(crop=(16, 20, 24))
+    given.model, given.labels = get_peft_model(build(), settings()), ["organ", "lesion"]
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in given.model.parameters():
+            if parameter.requires_grad and parameter.ndim > 1:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    given.model.eval()
+    return given
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_an_adapted_sam_segments_as_monai_would(spatial, scan, flips):
+    read = spatial.processor.read(scan)
+    every = [[axis + 2 for axis in range(3) if i >> axis & 1] for i in range(8 if flips else 1)]
+
+    def predictor(pixels):
+        return sum(spatial.model(pixel_values=pixels.flip(a)).logits.softmax(1).flip(a) for a in every) / len(every)
+
+    with torch.no_grad():
+        wanted = sliding_window_inference(read.image[None], (16, 20, 24), 4, predictor, 0.25, mode="gaussian")[0]
+    found = segment(spatial, scan, overlap=0.25, batch_size=4, flips=flips, keep_probabilities=True)
+    own = spatial.processor.back(wanted, read, "linear")
+    assert np.abs(found.probabilities - own).max() < 1e-3
+    assert len(np.unique(found.mask)) > 1 and (found.mask == own.argmax(0)).mean() > 0.999
+
+
+def test_prompts_change_what_an_adapted_sam_says(spatial, scan):
+    plain = segment(spatial, scan, keep_probabilities=True).probabilities
+    for prompt in ({"points": [(4, 25, 33, "lesion")]}, {"boxes": [(2, 20, 30, 8, 28, 36, "lesion")]}):
+        told = segment(spatial, scan, batch_size=3, keep_probabilities=True, **prompt).probabilities
+        assert np.abs(told - plain)[:, 4, 25, 33].max() > 1e-3
+        assert (told == plain).all(0).mean() > 0.2, "far windows say what they said"
+
+
+def test_an_adapted_sam_encodes_once_and_hears_every_click(spatial, scan):
+    runs = []
+    spatial.model.base_model.model.vision_encoder.register_forward_hook(lambda *_: runs.append(1))
+    session, read = VolumeSession(spatial, scan), spatial.processor.read(scan)
+    points = [(10, 14, 20), (8, 17, 22), (12, 11, 18)]
+    masks = [session.click(points[0], label=2), session.click(points[1], positive=False), session.click(points[2])]
+    assert len(runs) == 1
+    start = [min(max(0, round(c) - n // 2), size - n) for c, n, size in
+             zip(read.to_grid(points[0]), (16, 20, 24), read.image.shape[1:], strict=True)]  # fmt: skip
+    box = tuple(slice(first, first + n) for first, n in zip(start, (16, 20, 24), strict=True))
+    places = torch.tensor(read.to_grid(points) - np.array(start), dtype=torch.float32)[None]
+    given = {"pixel_values": read.image[(slice(None), *box)][None]}
+    for i, mask in enumerate(masks):
+        with torch.no_grad():
+            output = spatial.model(
+                input_points=places[:, : i + 1], input_labels=torch.tensor([[2, 0, 1][: i + 1]]), **given
+            )
+        given = {"image_embeddings": output.image_embeddings, "input_masks": output.logits.half().float()}
+        wanted = torch.zeros(read.image.shape[1:], dtype=torch.uint8)
+        wanted[box] = output.logits.half().float()[0].argmax(0).byte()
+        assert (spatial.processor.back(wanted, read) == mask).mean() > 0.999 and mask.any()
+    assert (session.undo() == masks[1]).all() and (session.undo() == masks[0]).all() and len(runs) == 2
+
+
+def run(capsys, monkeypatch, *arguments):
+    """The command in this process: exit status, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["inlay", "segment", *map(str, arguments)])
+    monkeypatch.setattr("inlay.adapters.load.load_adapter", lambda path, base: adapter())
+    with pytest.raises(SystemExit) as status:
+        cli.main()
+    return int(status.value.code or 0), *capsys.readouterr()
+
+
+def test_the_command_writes_mask_picture_and_page(capsys, monkeypatch, tmp_path, scan):
+    mask, picture, page = (tmp_path / name for name in ("mask.nii.gz", "m.png", "m.html"))
+    given = ["any", scan, "-o", mask, "--point", "4,25,33", "--point", "15, 6, 9,dark", "--negative", "10,10,20"]
+    status, out, _ = run(
+        capsys, monkeypatch, *given, "--box", "18,20,36,14,28,30,2", "--montage", picture, "--html", page, "--json"
+    )
+    facts = json.loads(out)
+    wanted = segment(
+        adapter(), scan, points=[(4, 25, 33), (15, 6, 9, 2), (10, 10, 20, 0)], boxes=[(14, 20, 30, 18, 28, 36, "dark")]
+    )
+    assert status == 0 and np.array_equal(np.asarray(nib.load(mask).dataobj), wanted.mask)
+    assert facts["volumes_ml"] == pytest.approx(wanted.volumes_ml)
+    assert [facts[k] for k in ("mask", "montage", "html")] == [str(mask), str(picture), str(page)]
+    assert picture.stat().st_size > 10_000 and page.stat().st_size > 2_000_000
+    status, out, _ = run(capsys, monkeypatch, *given, "--largest", "--flips", "--overlap", 0.25)
+    assert status == 0 and out.splitlines()[0].startswith("bright: ") and out.splitlines()[2] == f"mask: {mask}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["-o", "{tmp}/mask.png"], "ending with .nii.gz or .nii"),
+        (["-o", "{tmp}/m.nii", "--html", "{tmp}/m.png"], "ending with .html"),
+        (["-o", "{tmp}/m.nii", "--point", "1,2"], "expected x,y,z"),
+        (["-o", "{tmp}/m.nii", "--point", "1,2,here"], "'1,2,here'"),
+        (["-o", "{tmp}/m.nii", "--point", "1,2,3,liver"], "'liver'"),
+        (["-o", "{tmp}/m.nii", "--negative", "1,2,300"], "within the scan"),
+        (["-o", "{tmp}/m.nii", "--box", "1,2,3"], "expected x0,y0,z0,x1,y1,z1"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_sentence(capsys, monkeypatch, tmp_path, scan, arguments, sentence):
+    before = sorted(tmp_path.iterdir())
+    status, out, err = run(capsys, monkeypatch, "any", scan, *[text.format(tmp=tmp_path) for text in arguments])
+    assert status == 2 and out == "" and sentence in err and err.startswith("error: ") and err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.skipif(not HIPPOCAMPUS.is_dir(), reason="the hippocampus scans are not on this machine")
+def test_real_scans_come_back_on_their_own_grid(tmp_path):
+    path = sorted((HIPPOCAMPUS / "imagesTr").glob("*.nii.gz"))[0]
+    given = adapter(crop=(32, 32, 32))
+    given.processor = VolumeProcessor((1.0, 1.0, 1.0), (32, 32, 32))
+    segment(given, path, points=[(17, 25, 17)]).save(tmp_path / "mask.nii.gz")
+    own, image = nib.load(path), nib.load(tmp_path / "mask.nii.gz")
+    assert image.shape == own.shape and np.array_equal(image.affine, own.affine)
+    assert image.header.get_xyzt_units() == own.header.get_xyzt_units()
+    assert image.get_data_dtype() == np.uint8 and np.asarray(image.dataobj)[17, 25, 17] == 1

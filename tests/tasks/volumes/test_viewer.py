@@ -1,0 +1,163 @@
+import base64
+import gzip
+import json
+import re
+import shutil
+import subprocess
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from inlay import InlayError
+from inlay.tasks.colours import colour
+from inlay.tasks.volumes.montage import COLOURS, LARGE, draw_montage
+from inlay.tasks.volumes.segment import Segmentation
+from inlay.tasks.volumes.viewer import NIIVUE, _steps, write_viewer
+
+CHROMIUM = shutil.which("chromium")
+# Left-posterior-superior with x and y swapped; voxels of 2 x 0.5 x 1 mm along x, y, z of the file.
+AFFINE = np.array([[0, -0.5, 0, 20.0], [-2.0, 0, 0, 30.0], [0, 0, 1.0, -5.0], [0, 0, 0, 1.0]])
+
+
+@pytest.fixture
+def scan():
+    return np.random.default_rng(0).normal(100, 10, (20, 60, 24)).astype(np.float32)
+
+
+@pytest.fixture
+def mask():
+    """Class 1 in the patient's right and anterior half: low x and y of the file."""
+    mask = np.zeros((20, 60, 24), np.uint8)
+    mask[2:6, 5:20, 10:18] = 1
+    return mask
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def places(picture, k):
+    """Rows and columns of an outline's colour in the axial plane: the first square."""
+    return np.argwhere((picture[:, : LARGE + 20] == colour(k)).all(-1)[34 : LARGE + 34])
+
+
+def test_outlines_lie_where_the_mask_is(tmp_path, scan, mask):
+    picture = pixels(draw_montage(scan, Segmentation(mask, AFFINE, ["a"]), tmp_path / "m.png"))
+    rows, columns = places(picture, 1).T
+    # The axial plane is 40 mm high (x of the file) and 30 wide (y); in a square of LARGE pixels, radiological.
+    scale = LARGE / 40
+    left = 12 + (LARGE - 30 * scale) / 2
+    assert rows.min() == pytest.approx(2 * 2 * scale, abs=2) and rows.max() == pytest.approx(6 * 2 * scale, abs=2)
+    assert columns.min() == pytest.approx(left + 5 * 0.5 * scale, abs=2)
+    assert columns.max() == pytest.approx(left + 20 * 0.5 * scale, abs=2)
+
+
+def test_each_class_has_its_colour(tmp_path, scan, mask):
+    mask[12:16, 30:50, 10:18] = 9
+    labels = [f"class {i} with a rather long name" for i in range(1, 13)]
+    picture = pixels(draw_montage(scan, Segmentation(mask, AFFINE, labels), tmp_path / "m.png"))
+    assert len(places(picture, 1)) > 100 and len(places(picture, 9)) > 100 and not len(places(picture, 2))
+    assert len({colour(k) for k in range(1, 100)}) == 99 and colour(1) == (255, 90, 54) and COLOURS[0] == "#ff5a36"
+
+
+def test_empty_ring_and_tiny_masks_are_drawn(tmp_path, scan, mask):
+    for change in (lambda m: m * 0, lambda m: np.pad(np.zeros((18, 58, 22), np.uint8), 1, constant_values=1)):
+        draw_montage(scan, Segmentation(change(mask), AFFINE, ["a"]), tmp_path / "m.png")
+    one = mask * 0
+    one[19, 59, 23] = 1
+    assert len(places(pixels(draw_montage(scan, Segmentation(one, AFFINE, ["a"]), tmp_path / "m.png")), 1))
+    flat = Segmentation(one[:, :, 23:], AFFINE, ["a"])
+    draw_montage(scan[:, :, 23:] * 0, flat, tmp_path / "m.png")
+
+
+def content(path):
+    """What the page holds: the settings, image and mask."""
+    text = path.read_text(encoding="utf-8")
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+    images = [nib.Nifti1Image.from_bytes(gzip.decompress(base64.b64decode(data[k]))) for k in ("image", "mask")]
+    return text, data, *images
+
+
+def test_the_page_holds_scan_and_mask(tmp_path, scan, mask):
+    labels = ["tumour</script><script>alert(1)</script>", "<b>&"]
+    path = write_viewer(scan, Segmentation(mask, AFFINE, labels), tmp_path / "v.html", name="<i>scan</script>")
+    text, data, image, label = content(path)
+    assert np.abs(image.get_fdata() - scan).max() < 0.01 and image.get_data_dtype() == np.int16
+    assert np.array_equal(np.asarray(label.dataobj), mask) and label.get_data_dtype() == np.uint8
+    assert np.allclose(image.affine, AFFINE) and np.allclose(label.affine, AFFINE)
+    assert [one["name"] for one in data["classes"]] == labels and data["classes"][0]["volume"] == "0.48 ml"
+    assert (np.array(data["inverse"]) @ [*data["centre"], 1]).round().astype(int).tolist() in np.argwhere(mask).tolist()
+    assert text.count("</script") == 3 and "<i>" not in text and "alert(1)</script" not in text
+    assert "Redistribution and use" in text and not re.findall(
+        r"<(?:script|link|img)[^>]* (?:src|href)=", text.split("@@")[0]
+    )
+    assert len(text) < 2.6e6
+
+
+def test_whole_numbers_stay_what_they_are(tmp_path, scan, mask):
+    for array, dtype in ((scan.round(), np.uint8), (scan.round() * 50 - 1024, np.int16)):
+        _, _, image, _ = content(write_viewer(array, Segmentation(mask, AFFINE, ["a"]), tmp_path / "v.html"))
+        assert image.get_data_dtype() == dtype and np.array_equal(image.get_fdata(), array)
+
+
+def test_large_scans_are_thinned_out(tmp_path, scan, mask, monkeypatch):
+    assert _steps((512, 512, 600), np.array([0.7, 0.7, 1.0])) == [2, 2, 2]
+    assert _steps((512, 512, 100), np.array([0.7, 0.7, 5.0])) == [1, 1, 1]
+    monkeypatch.setattr("inlay.tasks.volumes.viewer.VOXELS", 15_000)
+    _, data, image, label = content(write_viewer(scan, Segmentation(mask, AFFINE, ["a"]), tmp_path / "v.html"))
+    assert image.shape == label.shape == (20, 30, 24) and "every 1, 2, 1 voxels" in data["note"]
+    assert np.allclose(image.affine @ [3, 4, 5, 1], AFFINE @ [3, 8, 5, 1])
+    assert np.array_equal(np.asarray(label.dataobj), mask[:, ::2])
+
+
+def test_the_bundle_is_the_published_one():
+    import hashlib
+
+    licences = (NIIVUE / "LICENSES.txt").read_text(encoding="utf-8")
+    assert hashlib.sha256((NIIVUE / "niivue.umd.js").read_bytes()).hexdigest() in licences
+
+
+def test_mistakes_are_named(tmp_path, scan, mask):
+    right = Segmentation(mask, AFFINE, ["a"])
+    for write, suffix in ((draw_montage, "png"), (write_viewer, "html")):
+        with pytest.raises(InlayError, match=rf"ending with \.{suffix}"):
+            write(scan, right, tmp_path / "x.txt")
+        with pytest.raises(InlayError, match="folder that exists"):
+            write(scan, right, tmp_path / "none" / f"x.{suffix}")
+        with pytest.raises(InlayError, match="mask's grid"):
+            write(scan[1:], right, tmp_path / f"x.{suffix}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def browse(tmp_path, option, path):
+    options = ["--headless", "--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,700", "--virtual-time-budget=10000"]
+    return subprocess.run([CHROMIUM, *options, option, path.as_uri()], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page with")
+def test_a_page_opens_in_the_mask_of_an_oblique_scan(tmp_path, scan, mask):
+    turn, _ = np.linalg.qr(np.eye(3) + 0.2 * np.random.default_rng(0).standard_normal((3, 3)))
+    affine = AFFINE.copy()
+    affine[:3, :3] = turn @ AFFINE[:3, :3]
+    path = write_viewer(scan, Segmentation(mask, affine, ["tumour"]), tmp_path / "v.html")
+    _, data, _, _ = content(path)
+    voxel = (np.array(data["inverse"]) @ [*data["centre"], 1]).round().astype(int)
+    here = re.search(r'<p id="here">(.*?)</p>', browse(tmp_path, "--dump-dom", path).stdout, re.S)
+    told = re.sub(r"<[^>]*>", "", here[1])
+    assert ",".join(map(str, voxel)) in told.replace(" ", "") and told.endswith("tumour")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page with")
+def test_a_browser_shows_scan_and_mask_from_the_disk(tmp_path, scan, mask):
+    scan[mask == 1] += 100
+    path = write_viewer(scan, Segmentation(mask, AFFINE, ["tumour"]), tmp_path / "v.html")
+    shot = tmp_path / "shot.png"
+    done = browse(tmp_path, f"--screenshot={shot}", path)
+    assert shot.exists(), done.stderr[-2000:]
+    picture = pixels(shot)[:, :720]
+    grey = (np.ptp(picture, axis=-1) < 8) & (picture.mean(-1) > 35)
+    reddish = (picture[..., 0] > picture[..., 1] + 40) & (picture[..., 0] > picture[..., 2] + 40)
+    assert grey.mean() > 0.2 and reddish.mean() > 0.01, "scan or mask is not shown"
