@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from inlay import cli
+from inlay.cli import app as cli
 
 
 def run(capsys, monkeypatch, *arguments):

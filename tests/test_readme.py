@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from inlay import cli
+from inlay.cli import app as cli
 from inlay.methods import METHODS
 from places import ROOT
 

@@ -10,8 +10,9 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from inlay import cli, import_adapter, load_adapter, load_base
+from inlay import import_adapter, load_adapter, load_base
 from inlay.adapters.file import CONFIG, WEIGHTS, read_adapter
+from inlay.cli import app as cli
 from inlay.errors import InlayError
 from places import SHARED
 

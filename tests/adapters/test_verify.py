@@ -7,9 +7,9 @@ import sys
 import pytest
 from safetensors.torch import load_file, save_file
 
-from inlay import cli
 from inlay.adapters.file import METRICS, WEIGHTS
 from inlay.adapters.verify import verify
+from inlay.cli import app as cli
 from inlay.errors import InlayError
 
 A = "base_model.model.vit.layers.0.attention.q_proj.lora_A.weight"

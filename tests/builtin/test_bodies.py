@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from inlay.builtin.bodies import LABELS, bodies
-from inlay.tasks.volumes.data import load_volumes
+from inlay.tasks.volumes.data import Case, load_volumes
 from inlay.tasks.volumes.scan import VolumeProcessor
 
 
 @pytest.fixture(scope="module")
 def cases():
-    return list(bodies())
+    values = tuple(range(1, len(LABELS) + 1))
+    return [Case(*body, values) for body in bodies()]
 
 
 def test_seeded_and_independent_of_the_count(cases):

@@ -83,8 +83,8 @@ def test_doctor_tries_what_it_reports(capsys, monkeypatch):
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys, inlay.cli\nsys.argv = ['inlay', '--help']\n"
-        "try: inlay.cli.main()\nexcept SystemExit: pass\n"
+        "import sys, inlay.cli.app\nsys.argv = ['inlay', '--help']\n"
+        "try: inlay.cli.app.main()\nexcept SystemExit: pass\n"
         "print('HEAVY', [m for m in ('torch', 'transformers', 'peft', 'numpy', 'datasets') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

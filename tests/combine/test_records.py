@@ -9,8 +9,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from combine.cases import load, lora, save
-from inlay import InlayError, cli, combine, load_adapter, load_base, load_processor, predict, read_adapter, save_adapter
+from inlay import InlayError, combine, load_adapter, load_base, load_processor, predict, read_adapter, save_adapter
 from inlay.bases.sites import head_modules, lora_targets
+from inlay.cli import app as cli
 from inlay.methods.spatial.encoder import Bottleneck3d
 from methods import volumes
 from methods.bases import randomise

@@ -13,7 +13,6 @@ from inlay import (
     SpatialAdapterConfig,
     TextProcessor,
     VolumeProcessor,
-    cli,
     combine,
     load_adapter,
     load_base,
@@ -24,6 +23,7 @@ from inlay import (
     save_adapter,
 )
 from inlay.bases.sites import head_modules, lora_targets
+from inlay.cli import app as cli
 from inlay.combine.examples import load_examples
 from methods.bases import randomise
 

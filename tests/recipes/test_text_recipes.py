@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from inlay import cli, load_adapter, load_tokenizer, read_adapter
+from inlay import load_adapter, load_tokenizer, read_adapter
 from inlay.bases.load import resolve
+from inlay.cli import app as cli
 
 ROOT = Path(__file__).parents[2]
 HUB = ROOT / "adapters_hub"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from inlay import load_adapter, load_volumes, read_adapter
-from inlay.cli import app
+from inlay.cli.app import app
 from inlay.tasks.volumes.nifti import read_volume, write_volume
 from places import ROOT
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from inlay import InlayError, NextToken, TextProcessor, TextView, TrainConfig, cli, load_base, load_tokenizer
+from inlay import InlayError, NextToken, TextProcessor, TextView, TrainConfig, load_base, load_tokenizer
+from inlay.cli import app as cli
 from inlay.measure.memory import describe_memory, plan_memory
 from inlay.methods import METHODS
 from inlay.study.plan import plan_base

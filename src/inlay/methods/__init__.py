@@ -7,6 +7,7 @@ from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptTu
 from torch import nn
 
 from inlay.bases.sites import is_linear, lora_targets, sites
+from inlay.methods._peft import mirror_convolutions
 from inlay.methods.attention_prefix import AttentionPrefixConfig
 from inlay.methods.bottleneck import BottleneckConfig
 from inlay.methods.composite import CompositeConfig
@@ -24,6 +25,9 @@ __all__ = [
     "SpatialAdapterConfig",
     "VisualPromptConfig",
 ]
+
+
+mirror_convolutions()
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-from inlay import InlayError, cli, load_adapter, load_base, load_processor, predict, predict_masks, save_adapter
+from inlay import InlayError, load_adapter, load_base, load_processor, predict, predict_masks, save_adapter
 from inlay.bases.sites import decoder_targets
+from inlay.cli import app as cli
 from inlay.tasks.masks.predict import MaskPrediction, draw_masks, places
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from inlay import cli
+from inlay.cli import app as cli
 from inlay.errors import InlayError
 from inlay.tasks.volumes.audit import audit
 from inlay.tasks.volumes.data import load_volumes

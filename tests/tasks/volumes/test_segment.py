@@ -8,7 +8,8 @@ import torch
 from monai.inferers import sliding_window_inference
 from peft import get_peft_model
 
-from inlay import InlayError, VolumeSession, cli, segment
+from inlay import InlayError, VolumeSession, segment
+from inlay.cli import app as cli
 from inlay.tasks.volumes.scan import VolumeProcessor
 from methods.volumes import build, settings
 from places import SHARED

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from inlay import InlayError
-from inlay.tasks.colours import colour
-from inlay.tasks.volumes.montage import COLOURS, LARGE, draw_montage
+from inlay.tasks.colours import COLOURS, colour
+from inlay.tasks.volumes.montage import LARGE, draw_montage
 from inlay.tasks.volumes.segment import Segmentation
 from inlay.tasks.volumes.viewer import NIIVUE, _steps, write_viewer
 
