@@ -66,7 +66,7 @@ def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> Path:
         load_tokenizer,
         save_adapter,
     )
-    from inlay.bases.load import resolve
+    from inlay.bases.load import resolve_base
     from inlay.measure import cost
     from inlay.measure.footprint import describe_quantized
     from inlay.measure.memory import describe_memory
@@ -91,7 +91,7 @@ def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> Path:
 
     # 2. method: only the prompt is trainable
     start = {"random": "RANDOM", "vocabulary": "SAMPLE_VOCAB", "text": "TEXT"}[recipe.init]
-    text = {"prompt_tuning_init_text": recipe.init_text, "tokenizer_name_or_path": resolve(recipe.model)}
+    text = {"prompt_tuning_init_text": recipe.init_text, "tokenizer_name_or_path": resolve_base(recipe.model)}
     method = PromptTuningConfig(
         num_virtual_tokens=recipe.length,
         prompt_tuning_init=start,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from inlay.adapters.hub.repository import pull_adapter, push_adapter
     from inlay.adapters.load import load_adapter
     from inlay.adapters.save import save_adapter
-    from inlay.bases.load import load_base
+    from inlay.bases.load import resolve_base
     from inlay.bases.processors import load_processor, load_tokenizer
     from inlay.cli.recipe import run_recipe
     from inlay.combine import combine
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         VisualPromptConfig,
     )
     from inlay.serve.bank import Bank
+    from inlay.tasks.base import load_base
     from inlay.tasks.images.data import ImageData, load_images
     from inlay.tasks.images.predict import predict
     from inlay.tasks.images.view import ImageView
@@ -92,7 +93,7 @@ _WHERE = {
     "import_adapter": "adapters.convert.convert",
     "judge": "tasks.text.generate",
     "load_adapter": "adapters.load",
-    "load_base": "bases.load",
+    "load_base": "tasks.base",
     "load_images": "tasks.images.data",
     "load_masks": "tasks.masks.data",
     "load_processor": "bases.processors",
@@ -105,6 +106,7 @@ _WHERE = {
     "pull_adapter": "adapters.hub.repository",
     "push_adapter": "adapters.hub.repository",
     "read_adapter": "adapters.file",
+    "resolve_base": "bases.load",
     "run_recipe": "cli.recipe",
     "save_adapter": "adapters.save",
     "segment": "tasks.volumes.segment",
@@ -154,6 +156,7 @@ __all__ = [
     "pull_adapter",
     "push_adapter",
     "read_adapter",
+    "resolve_base",
     "run_recipe",
     "save_adapter",
     "segment",

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save
 
 from inlay.adapters.file import CONFIG, WEIGHTS, fingerprint
 from inlay.adapters.save import save_adapter
-from inlay.bases.load import load_base
 from inlay.bases.processors import load_processor
 from inlay.bases.sites import head_modules, lora_targets
 from inlay.files.tensor_header import sign
+from inlay.tasks.base import load_base
 
 BASE = "builtin:vit-tiny"
 LABELS = ["cat", "dog", "emu", "fox", "gnu"]

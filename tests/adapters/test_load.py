@@ -11,8 +11,8 @@ from transformers import ViTConfig, ViTForImageClassification
 from inlay.adapters.file import CONFIG, read_adapter
 from inlay.adapters.load import load_adapter
 from inlay.adapters.save import save_adapter
-from inlay.bases.load import load_base
 from inlay.errors import InlayError
+from inlay.tasks.base import load_base
 
 LABELS = ["cat", "dog", "emu", "fox", "gnu"]
 

@@ -13,9 +13,10 @@ from transformers import SamImageProcessorPil, SamModel
 
 from inlay import InlayError, load_adapter, load_base, load_processor, read_adapter, save_adapter
 from inlay.adapters.sketch import sketch
-from inlay.bases.load import load_skeleton, resolve
+from inlay.bases.load import resolve_base
 from inlay.bases.sites import decoder_targets, lora_targets
 from inlay.methods import METHODS
+from inlay.tasks.base import load_skeleton
 
 BASE = "builtin:sam-tiny"
 
@@ -95,7 +96,9 @@ def test_the_cards_two_ways_to_load_run(saved, tmp_path, monkeypatch, capsys):
 def test_peft_alone_reads_it(saved):
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(SamModel.from_pretrained(resolve(BASE), dtype=torch.float32), saved[1]).eval()
+    model = PeftModel.from_pretrained(
+        SamModel.from_pretrained(resolve_base(BASE), dtype=torch.float32), saved[1]
+    ).eval()
     assert torch.allclose(answers(model), answers(saved[0]), atol=1e-5)
 
 
@@ -123,7 +126,7 @@ def test_another_positional_encoding_is_refused_by_the_golden_output(saved):
 def test_another_base_is_refused(saved, tmp_path):
     with pytest.raises(InlayError, match="model type sam"):
         load_adapter(saved[1], load_base("builtin:vit-tiny"))
-    config = SamModel.config_class.from_pretrained(resolve(BASE))
+    config = SamModel.config_class.from_pretrained(resolve_base(BASE))
     config.vision_config.num_hidden_layers = 4
     SamModel(config).save_pretrained(tmp_path)
     with pytest.raises(InlayError, match=r"blocks 6.*this base has 4"):
@@ -137,7 +140,7 @@ def test_it_has_no_labels():
 
 
 def test_a_base_with_a_damaged_decoder_is_refused(tmp_path):
-    shutil.copytree(resolve(BASE), tmp_path / "base")
+    shutil.copytree(resolve_base(BASE), tmp_path / "base")
     config = json.loads((tmp_path / "base/config.json").read_text())
     config["mask_decoder_config"]["mlp_dim"] = 128
     (tmp_path / "base/config.json").write_text(json.dumps(config))
@@ -176,7 +179,7 @@ def test_the_file_is_the_adapter_alone(saved):
 
 
 def test_a_base_without_preprocessing_gets_sams_at_its_size(tmp_path):
-    shutil.copytree(resolve(BASE), tmp_path / "base")
+    shutil.copytree(resolve_base(BASE), tmp_path / "base")
     (tmp_path / "base/preprocessor_config.json").unlink()
     processor = load_processor(tmp_path / "base")
     assert processor.size["longest_edge"] == processor.pad_size["width"] == 128

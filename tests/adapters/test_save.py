@@ -15,7 +15,7 @@ from transformers import AutoModelForImageClassification
 from inlay.adapters.file import CARD, CONFIG, METRICS, WEIGHTS, read_adapter
 from inlay.adapters.load import load_adapter
 from inlay.adapters.save import save_adapter
-from inlay.bases.load import resolve
+from inlay.bases.load import resolve_base
 from inlay.errors import InlayError
 
 LABELS = ["cat", "dog", "emu", "fox", "gnu"]
@@ -50,7 +50,7 @@ def test_round_trip_restores_outputs_labels_head_and_preprocessing(original, out
 
 def test_loads_in_a_fresh_process_with_plain_peft(original, outputs, pixels, tmp_path):
     torch.save(pixels, tmp_path / "pixels.pt")
-    arguments = [resolve("builtin:vit-tiny"), str(original[1]), str(tmp_path / "pixels.pt")]
+    arguments = [resolve_base("builtin:vit-tiny"), str(original[1]), str(tmp_path / "pixels.pt")]
     done = subprocess.run([sys.executable, "-c", ALONE, *arguments], capture_output=True, text=True, check=True)
     torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), outputs(original[0]), rtol=0, atol=1e-6)
 
@@ -208,7 +208,7 @@ def test_refuses_an_initialisation_that_changes_the_base(make, processor, tmp_pa
 def test_a_folder_of_plain_peft_can_be_saved_over_and_read_by_transformers(original, outputs):
     """AutoModel and PeftModel in this process: no record of inlay disturbs them."""
     base = AutoModelForImageClassification.from_pretrained(
-        resolve("builtin:vit-tiny"), num_labels=5, ignore_mismatched_sizes=True, dtype="float32"
+        resolve_base("builtin:vit-tiny"), num_labels=5, ignore_mismatched_sizes=True, dtype="float32"
     )
     model = PeftModel.from_pretrained(base, str(original[1])).eval()
     torch.testing.assert_close(outputs(model), outputs(original[0]))

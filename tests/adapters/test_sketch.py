@@ -10,10 +10,12 @@ from inlay.adapters import golden
 from inlay.adapters.load import load_adapter
 from inlay.adapters.save import save_adapter
 from inlay.adapters.sketch import TOLERANCE, _weights, distance, precision_of, sketch
-from inlay.bases.load import load_base
 from inlay.bases.processors import load_processor
 from inlay.bases.sites import head_modules
 from inlay.errors import InlayError
+from inlay.tasks import TASKS
+from inlay.tasks.base import load_base
+from inlay.tasks.golden import golden_picture
 from places import SHARED
 
 MOBILENET = SHARED / "mobilenet_imagenet/hf/mobilenet_v2_1.0_224"
@@ -75,7 +77,7 @@ def test_the_right_base_passes_in_every_form(form, name, stored):
     assert precision_of(base) == form.split()[0]
     for _ in range(2):  # before the first forward and after it: quantised layers may change their form
         assert distance(stored[1], sketch(base)) < 0.5 * TOLERANCE[form.split()[0]]
-        golden.output(base, processor_of(name))
+        golden.output(base, processor_of(name), TASKS["image-classification"])
 
 
 def processor_of(name):
@@ -183,7 +185,7 @@ def test_deviation_is_relative_and_never_trusts_nan():
 
 
 def test_the_golden_picture_has_structure():
-    picture = golden.picture()
+    picture = golden_picture()
     assert picture.size == (64, 64) and picture.mode == "RGB"
     assert all(low == 0 and high == 255 for low, high in picture.getextrema())
 

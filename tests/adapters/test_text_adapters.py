@@ -133,7 +133,7 @@ def test_other_weights_and_other_tasks_are_refused(lora, tmp_path):
         load_adapter(lora[0], other)
     with pytest.raises(InlayError, match=r"model type gpt2\), but this base has vit"):
         load_adapter(lora[0], "builtin:vit-tiny")
-    with pytest.raises(InlayError, match=r"writes text: use generate"):
+    with pytest.raises(InlayError, match=r"is for text-generation.*use generate"):
         classify(load_adapter(lora[0]), ["picture.png"])
 
 

@@ -20,7 +20,7 @@ from inlay.adapters import file as files
 from inlay.adapters import patterns
 from inlay.adapters.file import CONFIG, METRICS, WEIGHTS
 from inlay.adapters.hub.fetch import fetch
-from inlay.bases.load import resolve
+from inlay.bases.load import resolve_base
 from inlay.errors import InlayError
 from inlay.files import tensor_header as header
 from inlay.methods._peft import PeftType, base_modules, inject
@@ -178,7 +178,7 @@ def test_a_folder_that_shadows_the_base(cached):
     cached.mkdir()
     (cached / "config.json").write_text("{}")
     with pytest.raises(InlayError, match="'user/name' is a folder here and a repository from the Hub"):
-        resolve("user/name")
+        resolve_base("user/name")
 
 
 def test_info_says_where_it_read(zoo, capsys, monkeypatch):
@@ -287,7 +287,7 @@ def test_a_config_that_is_an_lfs_pointer(zoo):
     ],
 )
 def test_a_base_that_brings_code(change, message, tmp_path):
-    folder = shutil.copytree(resolve("builtin:vit-tiny"), tmp_path / "base")
+    folder = shutil.copytree(resolve_base("builtin:vit-tiny"), tmp_path / "base")
     settings = json.loads((folder / "config.json").read_text())
     change(settings)
     (folder / "config.json").write_text(json.dumps(settings))

@@ -24,10 +24,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from inlay.bases.load import builtin_names, load_base, resolve
+from inlay.bases.load import builtin_names, resolve_base
 from inlay.bases.processors import load_processor
 from inlay.errors import InlayError
 from inlay.measure.footprint import describe_quantized
+from inlay.tasks.base import load_base
 
 LABELS = ["cat", "dog", "emu", "fox", "gnu"]
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -189,7 +190,7 @@ def test_a_name_that_leads_nowhere(name, message):
 
 def test_a_folder_without_a_model(tmp_path):
     refused(r"expected a model folder with config.json, but .* has none", tmp_path)
-    assert resolve("someone/something") == "someone/something"
+    assert resolve_base("someone/something") == "someone/something"
 
 
 def test_a_language_model(tmp_path):
@@ -222,7 +223,7 @@ def test_a_model_that_reads_both_ways_is_no_language_model(tmp_path):
     BertForMaskedLM(
         BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
     ).save_pretrained(tmp_path)
-    refused(r"\(bert\) is neither an image classifier nor a causal language model of transformers", tmp_path)
+    refused(r"\(bert\) is a base for none of image-classification, text-generation", tmp_path)
 
 
 def test_pickled_weights_are_not_read(folder):
@@ -295,7 +296,7 @@ def test_bits_that_do_nothing_or_do_not_exist(tmp_path, small, monkeypatch):
 # quiet
 
 QUIET = """
-from inlay.bases.load import load_base
+from inlay.tasks.base import load_base
 from inlay.bases.processors import load_processor
 from inlay.bases.sites import head_modules, lora_targets
 from peft import LoraConfig, get_peft_model

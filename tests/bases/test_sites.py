@@ -10,13 +10,13 @@ import transformers as hf
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from inlay.adapters.golden import picture
 from inlay.adapters.load import load_adapter
 from inlay.adapters.save import save_adapter
-from inlay.bases.load import load_base
 from inlay.bases.processors import load_processor
 from inlay.bases.sites import SITES, Sites, head_modules, lora_targets, sites
 from inlay.errors import InlayError
+from inlay.tasks.base import load_base
+from inlay.tasks.golden import golden_picture as picture
 
 BLOCKS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 VIT = {**BLOCKS, "intermediate_size": 64}

@@ -103,7 +103,7 @@ def test_a_task_of_a_combination_is_chosen_among_its_own_classes(made, tmp_path,
 
 
 def _picture(folder):
-    from inlay.adapters.golden import picture
+    from inlay.tasks.golden import golden_picture as picture
 
     picture().save(folder / "picture.png")
     return str(folder / "picture.png")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from inlay import load_adapter, load_tokenizer, read_adapter
-from inlay.bases.load import resolve
+from inlay.bases.load import resolve_base
 from inlay.cli import app as cli
 
 ROOT = Path(__file__).parents[2]
@@ -229,7 +229,7 @@ def test_generate_finds_a_mistake_before_it_writes(monkeypatch, capsys, argument
 
 def test_chats_are_asked_as_in_training_and_scored_by_what_was_held_out_there(monkeypatch, capsys, tmp_path):
     base, chats, scores = tmp_path / "base", tmp_path / "chats.jsonl", tmp_path / "scores.json"
-    shutil.copytree(resolve("builtin:gpt2-tiny"), base)
+    shutil.copytree(resolve_base("builtin:gpt2-tiny"), base)
     tokenizer = load_tokenizer(base)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}<|endoftext|>{% endfor %}"

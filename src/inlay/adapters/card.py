@@ -1,6 +1,5 @@
 """The model card (README.md) of a saved adapter."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,8 @@ from inlay.adapters.curve import CURVE, drawable
 from inlay.adapters.method_names import citation, method_name, places
 from inlay.adapters.tables import cost_section, table
 from inlay.errors import InlayError
+from inlay.tasks import TASKS
 
-_TASKS = {
-    "image-classification": "AutoModelForImageClassification",
-    "text-generation": "AutoModelForCausalLM",
-    "mask-generation": "AutoModelForMaskGeneration",
-    "volume-segmentation": "AutoModelForMaskGeneration",
-}
 _METRICS = {
     "accuracy": "Accuracy",
     "bleu": "BLEU",
@@ -34,24 +28,6 @@ _KINDS = {"rouge_l": "rouge"}  # where the Hub's name of a metric is another one
 _DATA = {
     "builtin:digits": "Optical Recognition of Handwritten Digits (Alpaydin & Kaynak 1998, UCI, through scikit-learn), "
     "CC BY 4.0",
-}
-_LIMITS = {
-    "image-classification": "It names one of its labels for any picture, also for one that shows something else; its "
-    "probabilities have not been calibrated.",
-    "text-generation": "What it writes can be fluent and wrong; check it before others rely on it.",
-    "mask-generation": "Its masks answer a point or a box; objects unlike those of the training data may be missed.",
-    "volume-segmentation": "It is no medical device and has not been validated for clinical use; scanners, protocols "
-    "and patients unlike those of the training data can give wrong masks without a sign.",
-}
-_USE = {
-    "image-classification": 'from inlay import load_adapter, predict\n\nadapter = load_adapter("FOLDER")\n'
-    'print(predict(adapter, ["picture.png"]))',
-    "text-generation": 'from inlay import generate, load_adapter\n\nadapter = load_adapter("FOLDER")\n'
-    'print(generate(adapter.model, adapter.processor, ["a prompt"]))',
-    "mask-generation": 'from inlay import load_adapter, predict_masks\n\nadapter = load_adapter("FOLDER")\n'
-    'print(predict_masks(adapter, "picture.png", points=[(40, 60)]).masks.shape)',
-    "volume-segmentation": 'from inlay import load_adapter, segment\n\nadapter = load_adapter("FOLDER")\n'
-    'print(segment(adapter, "scan.nii.gz").volumes_ml)',
 }
 
 
@@ -80,7 +56,7 @@ def card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]
         *cost_section(metrics.get("cost", {})),
         "## Load",
         "Checked against the base it was trained on:",
-        f"```python\n{_USE[task]}\n```",
+        f"```python\n{TASKS[task].usage}\n```",
         "With peft alone, which checks nothing:",
         _peft_snippet(record, config["peft_type"]),
         *_inputs(record),
@@ -157,7 +133,7 @@ def _header(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, A
         datasets=[dataset] if _on_hub(dataset) and "/" in dataset else None,
         library_name="peft",
         license=metrics.get("license"),
-        pipeline_tag={"volume-segmentation": "image-segmentation"}.get(task, task),
+        pipeline_tag=TASKS[task].hub_tag,
         tags=["inlay", config["peft_type"].lower(), base["model_type"], f"base:{_told(base['name'])}"],
         model_name=title,
         eval_results=results or None,
@@ -187,7 +163,7 @@ def _licence(dataset: str) -> str:
 def _limits(record: dict[str, Any], metrics: dict[str, Any]) -> str:
     seed = metrics.get("training", {}).get("seed")
     lines = [
-        _LIMITS[record["task"]],
+        TASKS[record["task"]].limits,
         f"It fits `{_told(record['base']['name'])}` alone, whose own limits and biases it keeps.",
     ]
     if _scores(metrics):
@@ -203,48 +179,9 @@ def _metric(split: str, key: str) -> str:
 
 
 def _inputs(record: dict[str, Any]) -> list[str]:
-    """The classes, or how a prompt is given."""
-    labels, settings = record["labels"], record["preprocessing"]
-    if record["task"] == "volume-segmentation":
-        labels = ["background", *labels]
-        spacing = settings["spacing_mm"] and " x ".join(f"{s:g}" for s in settings["spacing_mm"])
-        crop = " x ".join(map(str, settings["crop"]))
-        said = f"Scans are turned to RAS, at {spacing or 'their own'} mm (D, H, W), and seen {crop} voxels at a time."
-    else:
-        said = _pixels(settings)
-    named = ", ".join(f"{i} = {label}" for i, label in enumerate(labels[:50]))
-    if labels:
-        named += " ..." if len(labels) > 50 else ""
-        return ["## Labels", named, *([said] if said else [])]
-    if record["task"] == "mask-generation":
-        said = (
-            "Points `x, y`, inside or outside of what is meant, and boxes `x0, y0, x1, y1`, in pixels of the picture."
-        )
-        return ["## Prompts", said]
-    read = f"Prompt and completion had at most {settings['max_length']} tokens of the base's tokenizer."
-    if settings.get("chat"):
-        said = (
-            "Prompts are conversations, written with the base's chat template; a text alone is what a user says first, "
-            f"and what the adapter adds is the assistant's answer. {read}"
-        )
-        return ["## Prompts", said]
-    return [
-        "## Prompts",
-        f"A prompt is followed by `{json.dumps(settings['separator'])}` in front of its completion. {read}",
-    ]
-
-
-def _pixels(settings: dict[str, Any]) -> str:
-    """What an image processor does, in one sentence; nothing for settings that are no image processor's."""
-    size, steps = settings.get("size") or {}, []
-    if isinstance(size, dict) and size and settings.get("do_resize"):
-        steps.append("resized to " + " x ".join(f"{v}" for v in size.values() if isinstance(v, int)) + " pixels")
-    if settings.get("do_rescale"):
-        steps.append(f"scaled by {settings.get('rescale_factor', 1):.4g}")
-    if settings.get("do_normalize"):
-        means, spreads = ([round(x, 4) for x in settings.get(key) or []] for key in ("image_mean", "image_std"))
-        steps.append(f"normalised by the means {means} and the deviations {spreads}")
-    return f"Pictures are {', '.join(steps)}." if steps else ""
+    """The classes, and how inputs are given, in the words of the task."""
+    heading, *said = TASKS[record["task"]].describe_inputs(record)
+    return [f"## {heading}", *said]
 
 
 def _short(name: str) -> str:
@@ -273,20 +210,20 @@ def _revision(base: dict[str, Any]) -> str:
 
 
 def _peft_snippet(record: dict[str, Any], kind: str) -> str:
-    base, count = record["base"], len(record["labels"])
+    base, count, task = record["base"], len(record["labels"]), TASKS[record["task"]]
     held = base["precision"] if base["precision"] in ("float16", "bfloat16") else "float32"
     options = [f'dtype="{held}"']  # without it transformers takes that of the file
-    if count and record["task"] == "image-classification":
+    if count and task.classifies:
         options = [f"num_labels={count}", "ignore_mismatched_sizes=True", *options]
     if base.get("revision"):
         options.append(f'revision="{base["revision"]}"')
     own = [f"import inlay  # makes {kind} known to peft; without it: KeyError: '{kind}'"] if "INLAY" in kind else []
-    lines = [*own, "from peft import PeftModel", f"from transformers import {_TASKS[record['task']]}"]
+    lines = [*own, "from peft import PeftModel", f"from transformers import {task.auto_class}"]
     where = f'"{base["name"]}"'
     if base["name"].startswith("builtin:"):
-        lines.append("from inlay.bases.load import resolve  # only the folder of the embedded base")
-        where = f"resolve({where})"
-    load, given = f"base = {_TASKS[record['task']]}.from_pretrained", ", ".join([where, *options])
+        lines.append("from inlay import resolve_base  # only the folder of the embedded base")
+        where = f"resolve_base({where})"
+    load, given = f"base = {task.auto_class}.from_pretrained", ", ".join([where, *options])
     short = len(f"{load}({given})") <= 120  # ruff, which looks at the cards of adapters_hub too, breaks longer lines
     lines += [
         "",

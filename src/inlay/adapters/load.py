@@ -22,8 +22,8 @@ from inlay.adapters.identity import check_base, identity
 from inlay.adapters.method import check_method
 from inlay.adapters.patterns import check_patterns
 from inlay.adapters.sketch import precision_of
-from inlay.bases.load import Dtype, head_of, load_base, task_of
-from inlay.bases.processors import load_processor, load_tokenizer, processor_from
+from inlay.adapters.task import task_of_file
+from inlay.bases.load import Dtype, head_of, read_config, resolve_base
 from inlay.bases.quantize import Quantize
 from inlay.errors import InlayError
 from inlay.methods._peft import (
@@ -39,8 +39,8 @@ from inlay.methods._peft import (
     virtual_tokens,
 )
 from inlay.methods.bottleneck import join
-from inlay.tasks.text.processor import TextProcessor
-from inlay.tasks.volumes.scan import VolumeProcessor
+from inlay.tasks.base import load_base
+from inlay.tasks.task import Task
 
 
 @dataclass
@@ -49,6 +49,7 @@ class LoadedAdapter:
 
     Attributes:
         model: The PeftModel in eval mode.
+        task: What it is for, a row of TASKS.
         processor: The image processor, TextProcessor or VolumeProcessor that it was trained with.
         labels: Class names in the order of the logits; of an adapter for volumes without background; none for a
             language model or SAM on pictures.
@@ -58,6 +59,7 @@ class LoadedAdapter:
     """
 
     model: PeftModel | PreTrainedModel
+    task: Task
     processor: Any
     labels: list[str]
     file: AdapterFile
@@ -160,19 +162,19 @@ def mount(file: AdapterFile, weights: dict[str, torch.Tensor], model: PreTrained
     Raises:
         InlayError: Settings, names or shapes that do not fit; another golden output.
     """
-    task = file.record.get("task") or task_of(model.name_or_path, model.config)
-    processor = _processor(file, model, task)
+    task = task_of_file(file, model.config)
+    processor = task.load_processor(model.name_or_path, file.record.get("preprocessing"))
     undo = _undo(model)
     try:
-        if file.labels and task == "image-classification":
+        if file.labels and task.classifies:
             set_head(model, file)
         adapted = attach(file, model, weights)
-        off = _check_golden(file, adapted, processor)
+        off = _check_golden(file, adapted, processor, task)
     except Exception:
         undo()
         raise
-    names = model.config.id2label if task == "image-classification" else dict(enumerate(file.labels))
-    return LoadedAdapter(adapted, processor, [names[i] for i in sorted(names)], file, bool(file.record), off)
+    labels = task.labels(model, adapted.active_peft_config) if task.classifies else list(file.labels)
+    return LoadedAdapter(adapted, task, processor, labels, file, bool(file.record), off)
 
 
 def _check_head(file: AdapterFile, model: PreTrainedModel) -> None:
@@ -183,13 +185,6 @@ def _check_head(file: AdapterFile, model: PreTrainedModel) -> None:
             f"adapter {file.name!r} has labels that are not its base's, but lacks a head ({lacking[0]!r}); get it "
             "again."
         )
-
-
-def task_of_adapter(path: str | Path) -> str:
-    """What an adapter is for, without loading it; of one that plain peft saved by its config's task_type."""
-    file = read_adapter(fetch(path))
-    plain = "text-generation" if file.config.get("task_type") == "CAUSAL_LM" else "image-classification"
-    return file.record.get("task", plain)
 
 
 def read_weights(file: AdapterFile) -> dict[str, torch.Tensor]:
@@ -204,17 +199,6 @@ def read_weights(file: AdapterFile) -> dict[str, torch.Tensor]:
             if not torch.isfinite(value).all():
                 raise InlayError(f"the tensor {key!r} of adapter {file.name!r} holds NaN or Inf; it cannot be used.")
     return weights
-
-
-def _processor(file: AdapterFile, base: PreTrainedModel, task: str) -> Any:
-    """What the adapter was trained with; for one that plain peft saved what its base has."""
-    settings = file.record.get("preprocessing")
-    if task == "volume-segmentation":
-        return VolumeProcessor.from_dict(settings or {})
-    if task == "text-generation":
-        tokenizer = load_tokenizer(base.name_or_path)
-        return TextProcessor.from_dict(settings, tokenizer) if settings else TextProcessor(tokenizer)
-    return processor_from(settings) if settings else load_processor(base.name_or_path)
 
 
 def given_base(base: nn.Module) -> PreTrainedModel:
@@ -233,9 +217,13 @@ def load_own_base(
     pinned = file.record.get("base", {}).get("revision") if name is None else None
     if not (name or file.base_name):
         raise InlayError(f"adapter {file.name!r} names no base; give base=.")
-    classifies = file.record.get("task", "image-classification") == "image-classification"
-    labels = file.labels if classifies and file.labels else None
-    return load_base(name or file.base_name, labels=labels, dtype=dtype, quantize=quantize, revision=pinned)
+    where = str(name or file.base_name)
+    config = read_config(where, resolve_base(where), pinned)
+    task = task_of_file(file, config)
+    if not task.could_take_base(config):  # the comparison of bases says it better
+        return load_base(where, dtype=dtype, quantize=quantize)
+    labels = file.labels if file.labels and task.classifies else None
+    return load_base(where, task=task.name, labels=labels, dtype=dtype, quantize=quantize, revision=pinned)
 
 
 def set_head(base: PreTrainedModel, file: AdapterFile) -> None:
@@ -348,11 +336,11 @@ def _check_tokens(file: AdapterFile, config: PeftConfig, weights: dict[str, torc
         )
 
 
-def _check_golden(file: AdapterFile, model: PeftModel, processor: Any) -> float | None:
+def _check_golden(file: AdapterFile, model: PeftModel, processor: Any, task: Task) -> float | None:
     """Relative difference to the stored output, None if there is none: what computes nothing is refused even so."""
     stored = file.record.get("golden")
     try:
-        found = golden.output(model, processor)
+        found = golden.output(model, processor, task)
     except Exception as error:  # settings from anywhere let a model or a processor fail in any way
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise InlayError(f"adapter {file.name!r} loads, but fails on its first input: {reason}") from error

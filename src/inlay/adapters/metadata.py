@@ -10,9 +10,9 @@ from typing import Any
 
 from inlay.adapters.sketch_distance import TOLERANCE
 from inlay.errors import InlayError
+from inlay.tasks import TASKS
 
 MAX_LABELS = 100_000  # a head of so many classes is made before the file's own is compared with it
-_TASKS = (None, "image-classification", "text-generation", "mask-generation", "volume-segmentation")
 _FIELDS: dict[str, dict[str, type]] = {
     "record": {"base": dict, "labels": list, "head": list, "preprocessing": dict, "golden": list, "config": str},
     "base": {"name": str, "model_type": str, "precision": str, "sketch": dict},
@@ -38,7 +38,9 @@ def check_record(record: dict[str, Any], where: Path) -> None:
     wrong = [name for name, kind in optional.items() if not isinstance(base.get(name), kind | None)]
     wrong += [name for name in ("labels", "head") if not all(isinstance(text, str) for text in record[name])]
     wrong += ["golden"] * (not all(type(v) is float or (type(v) is int and abs(v) < 2**53) for v in golden))
-    wrong += ["precision"] * (base["precision"] not in TOLERANCE) + ["task"] * (record.get("task") not in _TASKS)
+    wrong += ["precision"] * (base["precision"] not in TOLERANCE) + ["task"] * (
+        record.get("task") not in (None, *TASKS)
+    )
     wrong += ["sketch"] * (not _is_sketch(base["sketch"]["values"]))
     if len(record["labels"]) > MAX_LABELS:
         raise InlayError(f"{where} names {len(record['labels']):,} labels, and inlay reads at most {MAX_LABELS:,}.")

@@ -12,7 +12,6 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
-from transformers.image_processing_utils import BaseImageProcessor
 
 from inlay.adapters import golden
 from inlay.adapters.card import card
@@ -20,12 +19,12 @@ from inlay.adapters.config import changes_base
 from inlay.adapters.curve import CURVE, draw_curve, drawable
 from inlay.adapters.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, fingerprint, read_adapter
 from inlay.adapters.sketch import precision_of, sketch
-from inlay.bases.load import head_of, size_of, task_of
+from inlay.bases.load import head_of, size_of
 from inlay.errors import InlayError
 from inlay.files.atomic import write_json, writing
 from inlay.files.tensor_header import sign
 from inlay.methods._peft import PeftModel, plainly_active, put
-from inlay.tasks.volumes.scan import VolumeProcessor
+from inlay.tasks import task_of_model
 
 
 def save_adapter(
@@ -136,12 +135,11 @@ def versions() -> dict[str, str]:
 def _record(model: PeftModel, processor: Any) -> dict[str, Any]:
     base = model.get_base_model()
     config = base.config
-    task = "volume-segmentation" if isinstance(processor, VolumeProcessor) else task_of(base.name_or_path, config)
-    classifies, (blocks, width) = task == "image-classification", size_of(config)
-    names = [config.id2label[i] for i in sorted(config.id2label)] if classifies else _classes(model.active_peft_config)
+    task = task_of_model(base, processor)
+    blocks, width = size_of(config)
     return {
         "format": FORMAT,
-        "task": task,
+        "task": task.name,
         "base": {
             "name": base.name_or_path,
             "revision": getattr(config, "_commit_hash", None),
@@ -151,19 +149,11 @@ def _record(model: PeftModel, processor: Any) -> dict[str, Any]:
             "precision": precision_of(model),
             "sketch": sketch(model),
         },
-        "labels": names,
-        "head": head_of(base) if classifies else [],
-        # an image processor's to_dict holds arrays and enums; ours hold what JSON takes
-        "preprocessing": json.loads(processor.to_json_string())
-        if isinstance(processor, BaseImageProcessor)
-        else processor.to_dict(),
-        "golden": golden.output(model, processor),
+        "labels": task.labels(base, model.active_peft_config),
+        "head": head_of(base) if task.classifies else [],
+        "preprocessing": task.processor_settings(processor),
+        "golden": golden.output(model, processor, task),
     }
-
-
-def _classes(config: Any) -> list[str]:
-    """What an adapter for volumes segments; nothing for others."""
-    return next((list(c.classes) for c in (config, *getattr(config, "parts", [])) if hasattr(c, "classes")), [])
 
 
 def _sorted_config(path: Path) -> dict[str, Any]:

@@ -8,16 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForMaskedLM,
-    AutoModelForMaskGeneration,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForMaskGeneration, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from inlay.bases.quantize import Quantize, compute_plainly, flatten_inputs, quantization
@@ -26,18 +20,7 @@ from inlay.errors import InlayError
 from inlay.files.folder_or_hub import refuse_ambiguous
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Task = Literal["image-classification", "text-generation", "mask-generation"]
 BUILTIN = Path(__file__).parents[1] / "builtin"
-_CLASSES: dict[Task, Any] = {
-    "image-classification": AutoModelForImageClassification,
-    "text-generation": AutoModelForCausalLM,
-    "mask-generation": AutoModelForMaskGeneration,
-}
-_KINDS: dict[Task, str] = {
-    "image-classification": "an image classifier",
-    "text-generation": "a language model",
-    "mask-generation": "a promptable mask model",
-}
 
 
 def builtin_names() -> list[str]:
@@ -45,7 +28,7 @@ def builtin_names() -> list[str]:
     return sorted(f"builtin:{path.parent.name}" for path in BUILTIN.glob("*/config.json"))
 
 
-def resolve(name: str | Path) -> str:
+def resolve_base(name: str | Path) -> str:
     """The folder of an embedded or local model; a Hub id is returned as it is.
 
     Raises:
@@ -67,25 +50,26 @@ def resolve(name: str | Path) -> str:
     return name
 
 
-def load_base(
-    name: str | Path,
+def load_pretrained(
+    name: str,
+    auto_class: str,
+    config: Any,
     *,
     labels: Sequence[str] | None = None,
     dtype: Dtype = "float32",
     quantize: Quantize | None = None,
     revision: str | None = None,
 ) -> PreTrainedModel:
-    """Load an image classifier, a causal language model or a SAM with all its weights frozen.
+    """Load a base by one of transformers' auto classes, with all its weights frozen.
 
     Args:
-        name: `builtin:vit-tiny`, `builtin:gpt2-tiny` or `builtin:sam-tiny`, a local folder, or a Hub id of any
-            AutoModelForImageClassification, AutoModelForCausalLM or AutoModelForMaskGeneration.
-        labels: Class names of an image classifier. If they are not the base's own, the head is new: of this size, drawn
-            from torch's global generator (seed it before).
+        name: As `resolve_base` takes it.
+        auto_class: Name of transformers' class, such as AutoModelForCausalLM.
+        config: From `read_config`; new labels are written into it.
+        labels: Class names. If they are not the base's own, the head is new: of this size, drawn from torch's global
+            generator (seed it before).
         dtype: Of the weights; under `quantize`, of those that are not quantised.
-        quantize: `8bit` (LLM.int8) or `4bit` (NF4) for the linear layers outside the head (GPT-2's Conv1D too; of SAM
-            those of the image encoder), through bitsandbytes. Under 4 bits, layers whose input is no multiple of 64
-            stay whole.
+        quantize: `8bit` (LLM.int8) or `4bit` (NF4) for the linear layers outside the head, through bitsandbytes.
         revision: Branch, tag or commit of a Hub id.
 
     Returns:
@@ -93,22 +77,18 @@ def load_base(
         whether the head was drawn here.
 
     Raises:
-        InlayError: Unknown name, no network, weights that are not safetensors or do not fit their own config, a
-            model of another kind, labels for what has no classes, bitsandbytes missing or nothing in the model that it
-            could quantise.
+        InlayError: No network, weights that are not safetensors or do not fit their own config, bitsandbytes missing or
+            nothing in the model that it could quantise.
     """
-    name, where = str(name), resolve(name)
-    config = read_config(name, where, revision)
-    task = task_of(name, config)
-    if labels is not None and task != "image-classification":
-        raise InlayError(f"{name} is {_KINDS[task]}, which has no classes; leave labels out.")
+    where = resolve_base(name)
     own = [config.id2label[i] for i in sorted(config.id2label)]
     new_head = labels is not None and list(labels) != own
     if labels is not None and new_head:
-        _set_labels(config, labels)
+        set_labels(config, labels)
+    loader = getattr(transformers, auto_class)
     try:
         with _quiet(local=Path(where).is_dir()):
-            model, report = _CLASSES[task].from_pretrained(
+            model, report = loader.from_pretrained(
                 where,
                 config=config,
                 dtype=getattr(torch, dtype),
@@ -117,7 +97,7 @@ def load_base(
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                quantization_config=quantization(quantize, name, config, _CLASSES[task], dtype),
+                quantization_config=quantization(quantize, name, config, loader, dtype),
             )
     except InlayError:
         raise
@@ -135,27 +115,15 @@ def load_base(
     return model.requires_grad_(False).eval()
 
 
-def load_skeleton(
-    name: str | Path,
-    *,
-    labels: Sequence[str] | None = None,
-    dtype: Dtype = "float32",
-    quantize: Quantize | None = None,
-    revision: str | None = None,
+def load_structure(
+    name: str, auto_class: str, config: Any, *, dtype: Dtype = "float32", quantize: Quantize | None = None
 ) -> PreTrainedModel:
-    """A base without its weights, on torch's meta device: its structure, for counting. Arguments as in `load_base`.
-
-    `labels` is left aside for what has no classes.
-    """
-    name, where = str(name), resolve(name)
-    config = read_config(name, where, revision)
-    task = task_of(name, config)
-    if labels is not None and task == "image-classification":
-        _set_labels(config, labels)
-    settings = quantization(quantize, name, config, _CLASSES[task], dtype)
+    """A base without its weights, on torch's meta device. Arguments as in `load_pretrained`."""
+    loader = getattr(transformers, auto_class)
+    settings = quantization(quantize, name, config, loader, dtype)
     try:
         with torch.device("meta"):
-            model = _CLASSES[task].from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
+            model = loader.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
     except Exception as error:  # whatever a strange config makes transformers raise
         raise explained(name, error) from error
     if settings is not None:
@@ -166,29 +134,8 @@ def load_skeleton(
     return model.requires_grad_(False).eval()
 
 
-def task_of(name: str, config: Any) -> Task:
-    """What a base is for, by its config.
-
-    Raises:
-        InlayError: Neither an image classifier, nor a causal language model, nor one that answers prompts with masks.
-    """
-    kind = type(config)
-    if kind in AutoModelForImageClassification._model_mapping:
-        return "image-classification"
-    two_sided = kind in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
-    if kind in AutoModelForCausalLM._model_mapping and not two_sided:
-        return "text-generation"
-    if makes_masks(config):
-        return "mask-generation"
-    raise InlayError(
-        f"{name} ({config.model_type}) is neither an image classifier nor a causal language model of transformers, nor "
-        "one that answers prompts with masks (AutoModelForImageClassification, AutoModelForCausalLM, "
-        "AutoModelForMaskGeneration); take one that is, or wrap it with peft yourself."
-    )
-
-
 def makes_masks(config: Any) -> bool:
-    """True for the config of a model that answers points and boxes with masks: SAM. It has no head and no labels."""
+    """True for the config of a SAM: it answers points and boxes with masks, and has neither head nor labels."""
     return type(config) in AutoModelForMaskGeneration._model_mapping
 
 
@@ -203,7 +150,12 @@ def size_of(config: Any) -> tuple[int | None, int | None]:
     return getattr(body, "num_hidden_layers", None), getattr(body, "hidden_size", None)
 
 
-def _set_labels(config: Any, labels: Sequence[str]) -> None:
+def set_labels(config: Any, labels: Sequence[str]) -> None:
+    """Write the class names of a new head into a config.
+
+    Raises:
+        InlayError: Fewer than two, or one of them twice.
+    """
     names = list(labels)
     if isinstance(labels, str) or len(names) < 2 or len(set(names)) < len(names):
         raise InlayError(f"expected labels as a list of two or more different names, got {str(labels)[:80]!r}.")
@@ -236,7 +188,7 @@ def _quiet(local: bool) -> Iterator[None]:
 
 
 def read_config(name: str, where: str, revision: str | None) -> Any:
-    """The config of a base, from `resolve(name)`."""
+    """The config of a base, from `resolve_base(name)`."""
     try:
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
     except Exception as error:  # a config is data from anywhere: it fails in any way

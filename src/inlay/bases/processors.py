@@ -7,7 +7,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerB
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
-from inlay.bases.load import explained, first_line, read_config, resolve, task_of
+from inlay.bases.load import explained, first_line, read_config, resolve_base
 from inlay.errors import InlayError
 
 _PROCESSOR = "preprocessor_config.json"
@@ -23,7 +23,7 @@ def load_processor(name: str | Path, revision: str | None = None) -> BaseImagePr
     Raises:
         InlayError: Unknown name, settings that cannot be read or need code of their own, no network.
     """
-    name, where = str(name), resolve(name)
+    name, where = str(name), resolve_base(name)
     try:
         return AutoImageProcessor.from_pretrained(where, revision=revision, backend="pil", trust_remote_code=False)
     except Exception as error:  # settings are data from anywhere: they fail in any way
@@ -98,16 +98,16 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     Raises:
         InlayError: Unknown name, a base without a tokenizer or with one that needs code of its own, no network.
     """
-    name, where = str(name), resolve(name)
+    name, where = str(name), resolve_base(name)
     config = read_config(name, where, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
     except Exception as error:  # tokenizer files are data from anywhere: they fail in any way
         if Path(where).is_dir():
-            if task_of(name, config) != "text-generation":
-                got = f"{name} is a {config.model_type} for {task_of(name, config)}"
+            if not _has_tokenizer(Path(where)):
                 raise InlayError(
-                    f"expected a language model, which has a tokenizer, but {got}. Use another."
+                    f"{name} is a {config.model_type} without a tokenizer; use a language model, or add its "
+                    "tokenizer.json to the folder."
                 ) from error
             raise InlayError(f"the tokenizer of {name} cannot be used: {first_line(error)}") from error
         raise explained(name, error) from error
@@ -115,3 +115,9 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     if isinstance(positions, int) and 0 < positions < tokenizer.model_max_length:
         tokenizer.model_max_length = positions
     return tokenizer
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder holds any file of a tokenizer, readable or not."""
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
+    return any((folder / name).is_file() for name in (*names, "tokenizer.model", "sentencepiece.bpe.model"))

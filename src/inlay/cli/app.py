@@ -2,12 +2,12 @@
 
 import json
 import sys
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from inlay.cli import combine, hub, trust, volumes
+from inlay.cli.predict import predict
 from inlay.cli.show import AdapterArgument, BaseOption, JsonOption, printable, show
 from inlay.errors import InlayError
 
@@ -46,79 +46,6 @@ def info(
             f"{base}: yes, golden output {off}" if loaded.verified else f"{base}: it loads, but is unverified"
         )
     show(facts, as_json)
-
-
-@app.command()
-def predict(
-    adapter: AdapterArgument,
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="INPUT...",
-            help="Pictures or folders of them, to classify; a picture to find masks in; or prompts, to continue.",
-        ),
-    ],
-    base: BaseOption = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Fold the adapter into its base first.")] = False,
-    top: Annotated[int, typer.Option(min=1, help="Pictures: classes to name for each.")] = 3,
-    task: Annotated[
-        str | None, typer.Option(help="Pictures: choose among the classes of this task of a combination alone.")
-    ] = None,
-    grid: Annotated[
-        Path | None, typer.Option(help="Pictures: save a sheet of them and their labels under this name.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Prompts: longest text, in tokens.")] = 64,
-    beams: Annotated[int, typer.Option(help="Prompts: beams of the search.")] = 1,
-    temperature: Annotated[float, typer.Option(help="Prompts: of sampling; 0: no sampling.")] = 0.0,
-    point: Annotated[
-        list[str] | None, typer.Option(metavar="X,Y", help="Masks: a pixel of the object. Repeatable.")
-    ] = None,
-    negative: Annotated[
-        list[str] | None, typer.Option(metavar="X,Y", help="Masks: a pixel outside of it. Repeatable.")
-    ] = None,
-    box: Annotated[
-        list[str] | None, typer.Option(metavar="X0,Y0,X1,Y1", help="Masks: corners around an object. Repeatable.")
-    ] = None,
-    overlay: Annotated[Path | None, typer.Option(help="Masks: save the picture with them under this name.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Use an adapter: classify pictures, find masks, or continue prompts, whichever it was trained for."""
-    from inlay.adapters.load import load_adapter, task_of_adapter
-    from inlay.tasks.images.predict import draw_sheet, find_pictures
-    from inlay.tasks.images.predict import predict as classify
-    from inlay.tasks.text.generate import Decoding, generate
-
-    kind = task_of_adapter(adapter)
-    if kind == "mask-generation":
-        from inlay.tasks.masks.predict import places
-
-        asked = {"points": places(point, 2), "negatives": places(negative, 2), "boxes": places(box, 4)}
-        _find_masks(load_adapter(adapter, base), merge, inputs, asked, overlay, as_json)
-        return
-    if kind == "text-generation":
-        decoding = Decoding(max_new_tokens=max_new_tokens, beams=beams, temperature=temperature)
-        loaded = load_adapter(adapter, base)
-        loaded = loaded.merge() if merge else loaded
-        texts = generate(loaded.model, loaded.processor, inputs, decoding)
-        if as_json:
-            rows = [{"prompt": prompt, "text": text} for prompt, text in zip(inputs, texts, strict=True)]
-            print(json.dumps(rows, indent=2, ensure_ascii=False))
-        else:
-            print("\n".join(texts))
-        return
-    files = find_pictures(inputs)
-    loaded = load_adapter(adapter, base)
-    predictions = classify(loaded.merge() if merge else loaded, files, task=task, top=top)
-    if grid is not None:
-        draw_sheet(predictions, files, grid)
-    if as_json:
-        print(json.dumps([vars(p) for p in predictions], indent=2, ensure_ascii=False))
-        return
-    for p in predictions:
-        named = "  ".join(
-            f"{printable(label)} {value:.1%}" for label, value in zip(p.labels, p.probabilities, strict=True)
-        )
-        print(f"{p.source}: {named}")
 
 
 @app.command()
@@ -187,24 +114,11 @@ def doctor(as_json: JsonOption = False) -> None:
     Console().print(table)
 
 
-def _find_masks(
-    loaded: Any, merge: bool, inputs: list[str], asked: dict[str, Any], overlay: Path | None, as_json: bool
-) -> None:
-    from inlay.tasks.masks.predict import draw_masks, predict_masks
-
-    if len(inputs) != 1:
-        raise InlayError(f"points and boxes belong to one picture, got {len(inputs)}; give one at a time.")
-    found = predict_masks(loaded.merge() if merge else loaded, inputs[0], **asked)
-    if overlay is not None:
-        draw_masks(found, inputs[0], overlay, **asked)
-    rows = [{"pixels": n, "foretold_iou": round(s, 4)} for n, s in zip(found.areas, found.scores, strict=True)]
-    if as_json:
-        print(json.dumps({"source": found.source, "masks": rows}, indent=2, ensure_ascii=False))
-        return
-    for k, row in enumerate(rows, 1):
-        print(f"{found.source}: mask {k} of {row['pixels']:,} pixels, foretold IoU {row['foretold_iou']:.2f}")
-
-
+# Its options depend on the adapter, so it reads the command line itself.
+app.command(
+    "predict",
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+)(predict)
 for group in (volumes, combine, hub, trust):
     for name, verb in group.VERBS.items():
         app.command(name)(verb)

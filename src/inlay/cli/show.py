@@ -5,16 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
+from inlay.tasks.printing import printable
+
 AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or its Hub id.")]
 BaseOption = Annotated[
     str | None, typer.Option("--base", help="Load it on this base (builtin:, folder or Hub id), not on its own.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def printable(text: str) -> str:
-    """Without control characters: names and labels of an adapter are anyone's, and a terminal obeys some."""
-    return "".join(c if c.isprintable() else "�" for c in text)
 
 
 def show(facts: dict[str, Any], as_json: bool) -> None:

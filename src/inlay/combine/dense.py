@@ -14,13 +14,13 @@ from peft import get_peft_model
 
 from inlay.adapters.load import load_adapter
 from inlay.adapters.save import save_adapter
-from inlay.bases.load import load_base
 from inlay.combine.heads import Heads
 from inlay.combine.method_sum import Plan
 from inlay.combine.read import PREFIX, Array, Source
 from inlay.errors import InlayError
 from inlay.methods._peft import put
 from inlay.methods.partial import PartialConfig
+from inlay.tasks.base import load_base
 
 
 def write_dense(

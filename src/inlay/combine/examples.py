@@ -6,23 +6,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import default_collate
 
 from inlay.adapters.load import LoadedAdapter
-from inlay.errors import InlayError
-from inlay.tasks.images.data import load_images
-from inlay.tasks.images.view import ImageView
-from inlay.tasks.masks.data import load_masks
-from inlay.tasks.masks.loss import MaskLoss
-from inlay.tasks.masks.view import MaskView, collate_masks
-from inlay.tasks.text.data import load_texts
-from inlay.tasks.text.loss import NextToken
-from inlay.tasks.text.view import TextView
-from inlay.tasks.volumes.data import load_volumes
-from inlay.tasks.volumes.view import VolumeView, collate_volumes
-from inlay.train.losses import Loss, ModelLoss
+from inlay.train.losses import Loss
 
 
 @dataclass(frozen=True)
@@ -63,16 +50,13 @@ def load_examples(loaded: LoadedAdapter, data: str, count: int, seed: int) -> Ex
     Raises:
         InlayError: Data of other labels, or none of that task.
     """
-    task = loaded.file.record.get("task")
-    if task not in _TASKS:
-        raise InlayError(f"weights are fitted for the tasks {', '.join(_TASKS)}, not for {task}; give them yourself.")
-    view, collate, loss, rows = _TASKS[task](loaded, data, count, seed)
+    labelled = loaded.task.load_labelled(loaded, data, count, seed)
     with _seeded(seed):
-        items = [view[i] for i in range(min(count, len(view)))]
-    device = next(loaded.model.parameters()).device
-    batches = [collate(items[i : i + rows]) for i in range(0, len(items), rows)]
-    placed = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
-    return Examples(placed, loss, len(items))
+        items = [labelled.view[i] for i in range(min(count, len(labelled.view)))]
+    weight = next(p for p in loaded.model.parameters() if p.is_floating_point())
+    batches = [labelled.collate(items[i : i + labelled.rows]) for i in range(0, len(items), labelled.rows)]
+    placed = [{key: value.to(weight.device) for key, value in batch.items()} for batch in batches]
+    return Examples(placed, labelled.loss, len(items))
 
 
 @contextmanager
@@ -85,67 +69,3 @@ def _seeded(seed: int) -> Iterator[None]:
             yield
         finally:
             random.setstate(state)
-
-
-def _images(loaded: LoadedAdapter, data: str, count: int, seed: int) -> Any:
-    """The classes take turns; numbers of labels are those of the adapter."""
-    images = load_images(data, seed=seed)
-    strange = [label for label in images.labels if label not in loaded.labels]
-    if strange:
-        raise InlayError(
-            f"the data {data!r} has labels that the combination does not have ({', '.join(strange[:5])}); it has "
-            f"{', '.join(loaded.labels[:10])}."
-        )
-    places = torch.tensor([loaded.labels.index(label) for label in images.labels])
-    view = ImageView(images.train.select(_mixed(images.train["label"][:], seed)[:count]), loaded.processor)
-
-    def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = default_collate(items)
-        return {**batch, "labels": places[batch["labels"]]}
-
-    return view, collate, ModelLoss(), 8
-
-
-def _texts(loaded: LoadedAdapter, data: str, count: int, seed: int) -> Any:
-    rows = load_texts(data, seed=seed).train
-    view = TextView(rows.shuffle(seed=seed).select(range(min(count, len(rows)))), loaded.processor)
-    return view, view.collate, NextToken(), 8
-
-
-def _masks(loaded: LoadedAdapter, data: str, count: int, seed: int) -> Any:
-    """Up to 8 objects of a picture, asked for by points, boxes or both."""
-    rows = load_masks(data, seed=seed).train
-    order = np.random.default_rng(seed).permutation(len(rows))[:count]
-    return MaskView([rows[i] for i in order.tolist()], loaded.processor, seed=seed), collate_masks, MaskLoss(), 1
-
-
-def _volumes(loaded: LoadedAdapter, data: str, count: int, seed: int) -> Any:
-    """A crop of each scan, without prompts."""
-    volumes = load_volumes(data, seed=seed)
-    if list(volumes.labels) != loaded.labels:
-        raise InlayError(
-            f"the data {data!r} has the classes {', '.join(volumes.labels)}, the combination {', '.join(loaded.labels)}"
-            "; fit on data of the same ones."
-        )
-    order = np.random.default_rng(seed).permutation(len(volumes.train))[:count]
-    cases = [volumes.train[i] for i in order.tolist()]
-    return VolumeView(cases, loaded.processor, training=True, augment=False), collate_volumes, ModelLoss(), 1
-
-
-_TASKS = {
-    "image-classification": _images,
-    "text-generation": _texts,
-    "mask-generation": _masks,
-    "volume-segmentation": _volumes,
-}
-
-
-def _mixed(labels: list[int], seed: int) -> list[int]:
-    """Rows at random, the classes taking turns."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    turn: dict[int, int] = {}
-    keyed = []
-    for i in order.tolist():
-        turn[labels[i]] = turn.get(labels[i], 0) + 1
-        keyed.append((turn[labels[i]], i))
-    return [i for _, i in sorted(keyed, key=lambda pair: pair[0])]

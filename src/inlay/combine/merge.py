@@ -19,17 +19,15 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from inlay.adapters.file import CARD
-from inlay.adapters.golden import picture
 from inlay.adapters.load import LoadedAdapter, load_adapter, load_own_base
 from inlay.adapters.sketch import precision_of
 from inlay.adapters.summary import method
-from inlay.bases.load import Dtype, load_base, makes_masks
+from inlay.bases.load import Dtype
 from inlay.bases.quantize import Quantize
 from inlay.errors import InlayError
 from inlay.files.atomic import write_json, writing
 from inlay.methods._peft import base_modules, dequantized, merge_keeping, untie, without_layers
-from inlay.tasks.text.processor import TextProcessor
-from inlay.tasks.volumes.scan import VolumeProcessor
+from inlay.tasks.base import load_base
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +106,7 @@ def merge(
         logger.warning("%s was trained on a base in %s: quantize=%r merges into those weights.", adapter, held, held)
     if quantize:
         dequantize(load_own_base(loaded.file, base, quantize=quantize), model)
-    batch = _random(model, loaded.processor) if inputs is None else dict(inputs)
+    batch = loaded.task.random_inputs(model, loaded.processor) if inputs is None else dict(inputs)
     with without_layers(model):
         plain = outputs(model, batch)
     unmerged = outputs(model, batch)
@@ -118,7 +116,7 @@ def merge(
     stored = quantize if quantize and dtype is None else dtype or "float32"
     with writing(out) as new:
         _write(merged, new, stored, loaded)
-        kept = load_base(new)  # checks that transformers finds all weights
+        kept = load_base(new, task=loaded.task.name)  # checks that transformers finds all weights
         if stored in ("8bit", "4bit"):
             dequantize(kept, merged)
             kept = merged
@@ -177,32 +175,13 @@ def _check_arguments(out: Path, dtype: str | None, quantize: str | None, limit: 
 def _check_merges(loaded: LoadedAdapter) -> None:
     """What can be said before anything is computed."""
     model = loaded.model
-    if isinstance(loaded.processor, VolumeProcessor):
-        raise InlayError(f"adapter {loaded.file.name!r} makes a model for scans of one for pictures; use it unmerged.")
+    loaded.task.check_merges(loaded.name)
     if model.active_peft_config.is_prompt_learning:
         raise InlayError("prompts and prefixes are tokens, which no weight can stand for; use the adapter unmerged.")
     if precision_of(model) in ("int8", "nf4"):
         raise InlayError("this base is stored in few bits: give the one that it was quantised from, and quantize.")
     if hasattr(model.base_model, "check_merge"):
         model.base_model.check_merge()
-
-
-def _random(model: nn.Module, processor: Any) -> dict[str, torch.Tensor]:
-    """Noise where pictures would be, any tokens where texts would be; the same at each call."""
-    generator = torch.Generator().manual_seed(0)
-    if isinstance(processor, TextProcessor):
-        length = min(32, processor.max_length)
-        ids = torch.randint(len(processor.tokenizer), (4, length), generator=generator)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    shape = processor(picture(), return_tensors="pt")["pixel_values"].shape[1:]  # C H W
-    if not makes_masks(model.config):
-        return {"pixel_values": torch.randn(8, *shape, generator=generator)}
-    side = shape[-1]
-    return {
-        "pixel_values": torch.randn(1, *shape, generator=generator),
-        "input_points": torch.tensor([[[[0.4 * side, 0.55 * side]]]]),  # 1 image, 1 prompt, 1 point
-        "input_boxes": torch.tensor([[[0.2 * side, 0.3 * side, 0.7 * side, 0.9 * side]]]),
-    }
 
 
 def _tell_tied(model: PreTrainedModel) -> None:
@@ -220,7 +199,7 @@ def _write(merged: PreTrainedModel, new: Path, stored: str, loaded: LoadedAdapte
     if stored in ("8bit", "4bit"):
         with tempfile.TemporaryDirectory() as whole:
             _save(merged, Path(whole))
-            few = load_base(whole, quantize=stored)  # type: ignore[arg-type]
+            few = load_base(whole, task=loaded.task.name, quantize=stored)  # type: ignore[arg-type]
             few.config._name_or_path = ""
             _save(few, new)
     else:
@@ -229,8 +208,7 @@ def _write(merged: PreTrainedModel, new: Path, stored: str, loaded: LoadedAdapte
         _save(merged, new, values)
         config = json.loads((new / "config.json").read_text(encoding="utf-8"))
         write_json(new / "config.json", {**config, "dtype": stored})
-    processor = loaded.processor
-    (processor.tokenizer if isinstance(processor, TextProcessor) else processor).save_pretrained(new)
+    loaded.task.save_processor(loaded.processor, new)
 
 
 def _save(model: PreTrainedModel, folder: Path, values: dict[str, torch.Tensor] | None = None) -> None:
@@ -266,10 +244,9 @@ def _describe(report: Merged, new: Path, loaded: LoadedAdapter) -> None:
     facts |= {"metrics": {key: loaded.file.metrics.get(key) for key in ("validation", "dataset")}}
     write_json(new / REPORT, facts)
     name = report.base if report.base.count("/") == 1 and not report.base.startswith((".", "/", "~")) else None
-    head = ["---", "library_name: transformers", f"pipeline_tag: {record.get('task', 'image-classification')}"]
+    head = ["---", "library_name: transformers", f"pipeline_tag: {loaded.task.hub_tag}"]
     head += [f"base_model: {name}", "base_model_relation: finetune"] if name else []
-    kind = {"image-classification": "ImageClassification", "text-generation": "CausalLM"}
-    auto = f"AutoModelFor{kind.get(record.get('task', 'image-classification'), 'MaskGeneration')}"
+    auto = loaded.task.auto_class
     text = [
         *head,
         "---",

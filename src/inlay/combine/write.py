@@ -135,7 +135,7 @@ def record_of(sources: Sequence[Source], heads: Heads, keep: str | None, made: d
     labels = heads.labels or list(first["labels"])
     return {
         "format": FORMAT,
-        "task": first.get("task", "image-classification"),
+        "task": first["task"],
         "base": first["base"],
         "labels": labels,
         **({"tasks": heads.tasks} if heads.tasks else {}),

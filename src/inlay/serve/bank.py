@@ -25,13 +25,13 @@ from inlay.adapters.hub.fetch import fetch
 from inlay.adapters.identity import check_base, identity
 from inlay.adapters.load import given_base, read_weights
 from inlay.adapters.method import check_method
-from inlay.bases.load import load_base
 from inlay.errors import InlayError
 from inlay.methods._peft import release, strip, wrap
 from inlay.methods.bottleneck import join
 from inlay.serve.layers import BankLayer, Rows, Stacks
 from inlay.serve.sites import Site, find_sites, split_cache
 from inlay.serve.tokens import PromptStacks, moved_on
+from inlay.tasks.base import load_base
 
 Values = dict[str, torch.Tensor]
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from inlay.adapters.file import AdapterFile
 from inlay.adapters.load import inject_checked, set_head
+from inlay.adapters.task import task_of_file
 from inlay.bases.sites import is_linear, is_pointwise, sites
 from inlay.errors import InlayError
 from inlay.methods._peft import PeftModel, adapter_shapes, plain_name
@@ -57,7 +58,7 @@ def find_sites(model: PreTrainedModel, file: AdapterFile, weights: dict[str, tor
         InlayError: Tensors that do not fit; a method, or a form of one, that does not add to each row by itself.
     """
     skeleton = _skeleton(model)
-    if file.labels and file.record.get("task") == "image-classification":
+    if file.labels and task_of_file(file, model.config).classifies:
         set_head(skeleton, file)
     adapted = inject_checked(file, skeleton, weights)
     if not adapted.active_peft_config.is_prompt_learning:

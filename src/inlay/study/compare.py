@@ -15,7 +15,6 @@ from torch import nn
 
 from inlay.adapters.file import WEIGHTS
 from inlay.adapters.save import save_adapter
-from inlay.bases.load import load_base, load_skeleton
 from inlay.bases.processors import load_processor, load_tokenizer
 from inlay.errors import InlayError
 from inlay.files.atomic import write_json
@@ -23,6 +22,7 @@ from inlay.measure import footprint
 from inlay.measure.memory import measure_peak
 from inlay.methods import METHODS
 from inlay.methods._peft import PeftModel
+from inlay.tasks.base import load_base, load_skeleton
 from inlay.tasks.images.data import load_images
 from inlay.tasks.images.view import Augment, ImageView
 from inlay.tasks.metrics import Accuracy

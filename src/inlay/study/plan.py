@@ -2,16 +2,17 @@
 
 from typing import Any, get_args
 
-import torch
 from torch import Tensor, nn
 
-from inlay.bases.load import Dtype, load_base, load_skeleton
+from inlay.bases.load import Dtype, read_config, resolve_base
 from inlay.bases.quantize import Quantize
 from inlay.errors import InlayError
 from inlay.measure.memory import MemoryPlan, Optimizer, Precision, measure_peak, plan_memory
 from inlay.methods import METHODS
 from inlay.methods._peft import PeftModel, virtual_tokens
-from inlay.tasks.text.loss import NextToken
+from inlay.tasks import TASKS, task_of_base
+from inlay.tasks.base import load_base, load_skeleton
+from inlay.tasks.task import Task
 from inlay.train.losses import Loss
 
 Batch = dict[str, Tensor]
@@ -65,48 +66,31 @@ def plan_base(
     for what, value, allowed in choices:
         if value not in get_args(allowed):
             raise InlayError(f"{what} must be one of {', '.join(get_args(allowed))}, got {value!r}.")
-    names = [str(i) for i in range(labels)]
+    task = _task_for(name, method)
+    names = [str(i) for i in range(labels)] if task.classifies else None
 
     def adapt(base: Any) -> tuple[nn.Module, Batch, Loss | None]:
         # PiSSA is LoRA that starts from the weights, which a skeleton has none of.
         bare = next(base.parameters()).is_meta
         model = METHODS["lora" if method == "pissa" and bare else method].adapt(base, width)
-        if base.get_output_embeddings() is None:
-            return model, _pictures(base, batch_size), None
         added = virtual_tokens(model.active_peft_config) if isinstance(model, PeftModel) else 0
-        return model, _text(base, batch_size, length, added), NextToken()
+        return model, *task.planned_batch(base, batch_size, length, added)
 
     def options(loss: Loss | None) -> dict[str, Any]:
         step = {"optimizer": optimizer, "accumulate": accumulate, "precision": precision, "loss": loss}
         return {**step, "gradient_checkpointing": gradient_checkpointing}
 
-    model, batch, loss = adapt(load_skeleton(name, labels=names, dtype=dtype, quantize=quantize))
+    model, batch, loss = adapt(load_skeleton(name, task=task.name, labels=names, dtype=dtype, quantize=quantize))
     plan = plan_memory(model, batch, device=device, **options(loss))
     if not measure:
         return plan, None
-    model, batch, loss = adapt(load_base(name, labels=_labels(model, names), dtype=dtype, quantize=quantize))
+    model, batch, loss = adapt(load_base(name, task=task.name, labels=names, dtype=dtype, quantize=quantize))
     return plan, measure_peak(model.to(plan.device), batch, **options(loss))
 
 
-def _labels(model: nn.Module, names: list[str]) -> list[str] | None:
-    """Those of a classifier; a language model has none."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return names if base.get_output_embeddings() is None else None
-
-
-def _text(base: Any, rows: int, length: int, added: int) -> Batch:
-    """Texts of which every token is learned; a prompt adds tokens to each."""
-    positions = getattr(base.config, "max_position_embeddings", None) or length + added
-    if length + added > positions:
-        also = f", and the prompt takes {added}" if added else ""
-        raise InlayError(f"this base reads {positions} tokens at most, but length is {length}{also}; lower it.")
-    ids = torch.arange(rows * length).view(rows, length) % base.config.vocab_size
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-
-
-def _pictures(base: Any, rows: int) -> Batch:
-    config = getattr(base.config, "vision_config", base.config)
-    size = getattr(config, "image_size", None) or 224
-    height, width = (size, size) if isinstance(size, int) else size
-    pixels = torch.zeros(rows, getattr(config, "num_channels", 3), height, width)
-    return {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.long)}
+def _task_for(name: str, method: str) -> Task:
+    """What the base is for, or what the method makes of it: the spatial adapter takes SAM to volumes."""
+    config = read_config(name, resolve_base(name), None)
+    own = task_of_base(name, config)
+    made = [t for t in TASKS.values() if t.could_take_base(config) and {*t.base_kinds} & {*METHODS[method].bases}]
+    return own if own in made or not made else made[0]

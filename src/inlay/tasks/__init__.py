@@ -1,1 +1,66 @@
-"""What a model is for: a folder for each task."""
+"""TASKS: what models are for. A task is one folder and one row here; the first that a base is for is its own."""
+
+from typing import Any
+
+from inlay.errors import InlayError
+from inlay.tasks.images.task import ImageClassification
+from inlay.tasks.masks.task import MaskGeneration
+from inlay.tasks.task import Task
+from inlay.tasks.text.task import TextGeneration
+from inlay.tasks.volumes.task import VolumeSegmentation
+
+TASKS: dict[str, Task] = {
+    task.name: task for task in (ImageClassification(), TextGeneration(), MaskGeneration(), VolumeSegmentation())
+}
+
+
+def find_task(name: str) -> Task:
+    """A row of TASKS.
+
+    Raises:
+        InlayError: There is none of that name.
+    """
+    if name not in TASKS:
+        raise InlayError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}.")
+    return TASKS[name]
+
+
+def task_of_base(name: str, config: Any, peft_task_type: str | None = None) -> Task:
+    """What a base is for, by its config.
+
+    Args:
+        name: For the message.
+        config: Of a transformers model.
+        peft_task_type: What plain peft has written beside an adapter of it, where it has: a base that can be loaded
+            for several tasks is for that one.
+
+    Raises:
+        InlayError: A base for none of TASKS.
+    """
+    said = [task for task in TASKS.values() if peft_task_type and task.peft_task_type == peft_task_type]
+    for task in said:
+        if task.could_take_base(config):
+            return task
+    for task in TASKS.values():
+        if task.takes_base(config):
+            return task
+    raise InlayError(
+        f"{name} ({config.model_type}) is a base for none of {', '.join(TASKS)}: transformers loads it with none of "
+        f"{', '.join(dict.fromkeys(task.auto_class for task in TASKS.values()))}. Take one that it does, or wrap it "
+        "with peft yourself."
+    )
+
+
+def task_of_model(model: Any, processor: Any) -> Task:
+    """What a trained model is for: the task that takes its base and the processor that made its inputs.
+
+    Raises:
+        InlayError: None does.
+    """
+    for task in TASKS.values():
+        if task.could_take_base(model.config) and task.takes_processor(processor):
+            return task
+    raise InlayError(
+        f"no task takes {type(model).__name__} with {type(processor).__name__} as its processor; give the processor "
+        "that makes the model's inputs."
+    )

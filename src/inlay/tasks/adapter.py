@@ -2,11 +2,15 @@
 
 from typing import Any, Protocol
 
+from inlay.errors import InlayError
+from inlay.tasks.task import Task
+
 
 class Adapter(Protocol):
     """A model with an adapter in it, in eval mode, and what it was trained with."""
 
     model: Any
+    task: Task
     processor: Any
     labels: list[str]
 
@@ -16,3 +20,11 @@ class Adapter(Protocol):
 
     def route(self, task: str | None) -> tuple[list[str], list[int]]:
         """Class names of one task of a combination, and which logits stand for them; None: all classes."""
+
+
+def check_task(adapter: Adapter, name: str) -> None:
+    """Raise InlayError for an adapter of another task, with the function that takes it."""
+    if adapter.task.name != name:
+        raise InlayError(
+            f"adapter {adapter.name!r} is for {adapter.task.name}, not for {name}; use {adapter.task.function}."
+        )

@@ -27,10 +27,11 @@ from inlay.adapters.hub.fetch import fetch
 from inlay.adapters.load import load_adapter, read_weights
 from inlay.adapters.patterns import check_patterns
 from inlay.adapters.save import save_adapter
-from inlay.bases.load import explained, load_base, read_config, resolve
+from inlay.bases.load import explained, read_config, resolve_base
 from inlay.bases.sites import is_linear, linear_shape
 from inlay.errors import InlayError
 from inlay.files.atomic import write_json, writing
+from inlay.tasks.base import load_base
 
 START = "base_model.model."
 PARTS = ("q", "k", "v")  # of a fused layer, in the order of its rows
@@ -255,7 +256,7 @@ def base_skeleton(name: str, architecture: str | None = None) -> transformers.Pr
     Raises:
         InlayError: No such base, or none of transformers' classes.
     """
-    config = read_config(name, resolve(name), None)
+    config = read_config(name, resolve_base(name), None)
     if architecture and (inner := getattr(config, "text_config", None)) is not None:
         config = inner
     named = architecture or next(iter(config.architectures or []), "")

@@ -7,14 +7,7 @@ from huggingface_hub import HfApi
 
 from inlay.adapters.hub.exchange import persist
 from inlay.adapters.hub.index import list_adapters, scores
-
-# What inlay calls a task, and what the Hub does; anything else that is asked for is a base or a word.
-_TASKS = {
-    "image-classification": "image-classification",
-    "text-generation": "text-generation",
-    "mask-generation": "mask-generation",
-    "volume-segmentation": "image-segmentation",
-}
+from inlay.tasks import TASKS
 
 
 def search(
@@ -23,7 +16,7 @@ def search(
     """Adapters that fit, those of the folder first, then those of the Hub, the most downloaded ones first.
 
     Args:
-        query: A task (image-classification, text-generation, mask-generation, volume-segmentation), a base (builtin:,
+        query: The name of a task, a base (builtin:,
             or a Hub id), or a word of a name, method or data.
         folder: Of adapters; None, or one that is not there: the Hub alone.
         online: Ask the Hub too.
@@ -47,7 +40,7 @@ def _local(row: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _fits(row: dict[str, Any], query: str) -> bool:
-    if query in _TASKS:
+    if query in TASKS:
         return bool(row["task"] == query)
     if "/" in query or query.startswith("builtin:"):
         return bool(row["base"] == query)
@@ -56,8 +49,8 @@ def _fits(row: dict[str, Any], query: str) -> bool:
 
 def _on_hub(query: str, limit: int) -> list[dict[str, Any]]:
     asked: dict[str, Any] = {"filter": ["peft"], "search": query}
-    if query in _TASKS:
-        asked = {"filter": ["peft"], "pipeline_tag": _TASKS[query]}
+    if query in TASKS:
+        asked = {"filter": ["peft"], "pipeline_tag": TASKS[query].hub_tag}
     elif query.startswith("builtin:"):
         asked = {"filter": ["peft", f"base:{query}"]}
     elif "/" in query:

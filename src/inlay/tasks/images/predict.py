@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from inlay.errors import InlayError
-from inlay.tasks.adapter import Adapter
+from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.images.data import SUFFIXES
 from inlay.tasks.pictures import open_image
 
@@ -53,10 +53,7 @@ def predict(
     """
     if top < 1 or batch_size < 1:
         raise InlayError(f"top and batch_size must be at least 1, got {top} and {batch_size}.")
-    if not adapter.labels:
-        asks = hasattr(adapter.processor, "mask_pad_size")
-        way = "answers points and boxes: use predict_masks" if asks else "writes text: use generate"
-        raise InlayError(f"adapter {adapter.name!r} {way}(adapter, ...).")
+    check_task(adapter, "image-classification")
     labels, rows = adapter.route(task)
     top = min(top, len(labels))
     weight = next(p for p in adapter.model.parameters() if p.is_floating_point())

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from inlay.errors import InlayError
-from inlay.tasks.adapter import Adapter
+from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.colours import colour
 from inlay.tasks.images.predict import as_rgb
 
@@ -63,8 +63,7 @@ def predict_masks(
         InlayError: Another kind of adapter, no prompt, points beside several boxes, places outside of the picture,
             boxes without an inside, a picture that cannot be read.
     """
-    if not hasattr(adapter.processor, "mask_pad_size"):
-        raise InlayError(f"adapter {adapter.name!r} does not answer points and boxes in a picture; use `predict`.")
+    check_task(adapter, "mask-generation")
     image = as_rgb(picture)
     _check(points, negatives, boxes, image)
     made = adapter.processor(images=image, return_tensors="pt")

@@ -15,6 +15,7 @@ from inlay.tasks.masks.prompts import boxes_around, draw_points
 from inlay.tasks.pictures import open_image
 
 Prompts = Literal["any", "point", "points", "box"]
+OBJECTS = 8  # that are asked for in an image, where nothing else is said
 _KINDS = ("any", "point", "points", "box")
 
 
@@ -44,7 +45,7 @@ class MaskView(Dataset[dict[str, Any]]):
         processor: Any,
         prompts: Prompts = "any",
         *,
-        count: int = 8,
+        count: int = OBJECTS,
         seed: int | None = None,
         turn: bool = False,
         crop: int | None = None,

@@ -7,18 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from inlay.errors import InlayError
 from inlay.files.atomic import replacing
-from inlay.tasks.volumes.scan import Scan, VolumeProcessor
+from inlay.tasks.adapter import Adapter, check_task
+from inlay.tasks.volumes.scan import Scan
 from inlay.tasks.volumes.windows import Grid, Place, probabilities, slide
-
-if TYPE_CHECKING:
-    from inlay.tasks.adapter import Adapter
 
 MASKS = (".nii.gz", ".nii")
 
@@ -142,11 +140,7 @@ def open_scan(adapter: Adapter, scan: Any) -> tuple[Path | None, Scan]:
     Raises:
         InlayError: The adapter is not for volumes, or the file is no scan.
     """
-    if not isinstance(adapter.processor, VolumeProcessor):
-        name = adapter.name
-        raise InlayError(
-            f"expected an adapter for volumes, but {name!r} is for pictures or text. Use `predict` for it."
-        )
+    check_task(adapter, "volume-segmentation")
     if isinstance(scan, Scan):
         return None, scan
     return Path(scan), adapter.processor.read(Path(scan))

@@ -1,0 +1,94 @@
+"""Load a frozen base for what it is for: `builtin:`, a local folder or a Hub id."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from inlay.bases.load import Dtype, load_pretrained, load_structure, read_config, resolve_base, set_labels
+from inlay.bases.quantize import Quantize
+from inlay.errors import InlayError
+from inlay.tasks import find_task, task_of_base
+from inlay.tasks.task import Task
+
+
+def load_base(
+    name: str | Path,
+    *,
+    task: str | None = None,
+    labels: Sequence[str] | None = None,
+    dtype: Dtype = "float32",
+    quantize: Quantize | None = None,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """Load a base of one of TASKS with all its weights frozen.
+
+    Args:
+        name: An embedded base such as `builtin:vit-tiny`, a local folder, or a Hub id of any model that the auto class
+            of a task loads.
+        task: Name in TASKS, for a base that can be loaded for several; default: what its config says.
+        labels: Class names of a classifier. If they are not the base's own, the head is new: of this size, drawn from
+            torch's global generator (seed it before).
+        dtype: Of the weights; under `quantize`, of those that are not quantised.
+        quantize: `8bit` (LLM.int8) or `4bit` (NF4) for the linear layers outside the head (GPT-2's Conv1D too; of SAM
+            those of the image encoder), through bitsandbytes. Under 4 bits, layers whose input is no multiple of 64
+            stay whole.
+        revision: Branch, tag or commit of a Hub id.
+
+    Returns:
+        The model in eval mode, no parameter requiring a gradient; `model.name_or_path` is `name`, `model.new_head` says
+        whether the head was drawn here.
+
+    Raises:
+        InlayError: Unknown name or task, no network, weights that are not safetensors or do not fit their own config, a
+            model of another kind, labels for what has no classes, bitsandbytes missing or nothing in the model that it
+            could quantise.
+    """
+    name = str(name)
+    config = read_config(name, resolve_base(name), revision)
+    chosen = _chosen(name, config, task)
+    if labels is not None and not chosen.classifies:
+        raise InlayError(f"{name} is {chosen.base_noun}, which has no classes; leave labels out.")
+    return load_pretrained(
+        name, chosen.auto_class, config, labels=labels, dtype=dtype, quantize=quantize, revision=revision
+    )
+
+
+def load_skeleton(
+    name: str | Path,
+    *,
+    task: str | None = None,
+    labels: Sequence[str] | None = None,
+    dtype: Dtype = "float32",
+    quantize: Quantize | None = None,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """A base without its weights, on torch's meta device: its structure, for counting. Arguments as in `load_base`.
+
+    `labels` is left aside for what has no classes.
+    """
+    name = str(name)
+    config = read_config(name, resolve_base(name), revision)
+    chosen = _chosen(name, config, task)
+    if labels is not None and chosen.classifies:
+        set_labels(config, labels)
+    return load_structure(name, chosen.auto_class, config, dtype=dtype, quantize=quantize)
+
+
+def read_task(name: str | Path, revision: str | None = None) -> Task:
+    """What a base is for, by its config alone."""
+    name = str(name)
+    return task_of_base(name, read_config(name, resolve_base(name), revision))
+
+
+def _chosen(name: str, config: Any, task: str | None) -> Task:
+    if task is None:
+        return task_of_base(name, config)
+    asked = find_task(task)
+    if not asked.could_take_base(config):
+        raise InlayError(
+            f"{name} ({config.model_type}) cannot be loaded for {task}: {asked.auto_class} does not take it. Use "
+            f"{asked.base_noun}."
+        )
+    return asked

@@ -1,0 +1,187 @@
+"""What a task is: the one contract between what a model is for and everything that trains, saves, checks and serves it.
+
+A task is one folder of inlay.tasks, and one row of TASKS. Nothing here and nothing in a task's `task.py` imports torch
+or transformers before a method is called, so that a command line can ask which tasks there are at no cost.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from inlay.tasks.adapter import Adapter
+    from inlay.train.losses import Loss
+
+Record = dict[str, Any]  # what inlay keeps inside an adapter's file
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of `inlay predict` that belongs to one task.
+
+    Attributes:
+        kind: Its type, as typer takes it.
+        help: One sentence.
+        default: None where it may be left out.
+        metavar: What stands for the value in the help; default: what typer makes of the type.
+        least: Smallest value of a number.
+    """
+
+    kind: Any
+    help: str
+    default: Any = None
+    metavar: str | None = None
+    least: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an adapter says of its inputs: `lines` for people, `facts` as JSON takes them."""
+
+    lines: list[str]
+    facts: Any
+
+
+@dataclass(frozen=True)
+class LabelledBatches:
+    """Examples of a task for a model that is already there: what `combine` fits its weights on.
+
+    Attributes:
+        view: Items by index.
+        collate: Makes a batch of items.
+        loss: Of a batch.
+        rows: Items in a batch.
+    """
+
+    view: Any
+    collate: Callable[[list[Any]], dict[str, Any]]
+    loss: Loss
+    rows: int
+
+
+class Task(ABC):
+    """One row of TASKS.
+
+    Attributes:
+        name: As the Hub, a record and a user call it.
+        auto_class: transformers' class that loads a base for it.
+        base_noun: What such a base is, with its article, for messages.
+        hub_tag: The Hub's pipeline tag.
+        base_kinds: What the rows of METHODS call its bases.
+        classifies: Labels can be given to a base, whose head is then new; the adapter holds that head.
+        peft_task_type: What plain peft calls it in a config, where peft names it.
+        function: Of inlay, that uses such an adapter.
+        limits: A sentence for the card: what to beware of.
+        usage: Python for the card that uses an adapter; FOLDER stands for where it is.
+        inputs: What the inputs of `inlay predict` are.
+        options: Those of `inlay predict`, by name.
+    """
+
+    name: ClassVar[str]
+    auto_class: ClassVar[str]
+    base_noun: ClassVar[str]
+    hub_tag: ClassVar[str]
+    base_kinds: ClassVar[Sequence[str]]
+    classifies: ClassVar[bool] = False
+    peft_task_type: ClassVar[str | None] = None
+    function: ClassVar[str]
+    limits: ClassVar[str]
+    usage: ClassVar[str]
+    inputs: ClassVar[str]
+    options: ClassVar[Mapping[str, Option]] = {}
+
+    # Bases.
+
+    @abstractmethod
+    def takes_base(self, config: Any) -> bool:
+        """Whether the config of a transformers model is that of a base for this task, unless another is asked for."""
+
+    def could_take_base(self, config: Any) -> bool:
+        """Whether it can be loaded for this task when that is asked for; most bases have one task only."""
+        return self.takes_base(config)
+
+    # Processors: what makes a model's input.
+
+    @abstractmethod
+    def takes_processor(self, processor: Any) -> bool:
+        """Whether this is the kind of processor that the task's adapters are trained with."""
+
+    @abstractmethod
+    def load_processor(self, base_name: str, settings: Record | None) -> Any:
+        """The processor that `settings` of a record describe, or without them the one that the base comes with."""
+
+    def processor_settings(self, processor: Any) -> Record:
+        """What `load_processor` needs, as JSON takes it."""
+        return dict(processor.to_dict())
+
+    def save_processor(self, processor: Any, folder: Any) -> None:
+        """Write it beside a merged model, as transformers reads it."""
+        processor.save_pretrained(folder)
+
+    # The record of an adapter.
+
+    def labels(self, base: Any, method: Any) -> list[str]:
+        """Class names, in the order of the outputs, of a model with `method` (peft's config) on it; most have none."""
+        return []
+
+    # The golden input.
+
+    @abstractmethod
+    def golden_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
+        """One fixed input, through the whole preprocessing, on the CPU; floats are float32."""
+
+    @abstractmethod
+    def golden_values(self, output: Any, count: int) -> Tensor:
+        """At most `count` numbers of what the model makes of it, spread over the whole."""
+
+    # Merging into the base.
+
+    def check_merges(self, name: str) -> None:
+        """Raise InlayError where the task's adapters cannot become a plain model of transformers."""
+        return
+
+    @abstractmethod
+    def random_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
+        """Inputs without a meaning, the same at each call, on which the error of merging is measured."""
+
+    # Data.
+
+    @abstractmethod
+    def load_labelled(self, adapter: Adapter, data: str, count: int, seed: int) -> LabelledBatches:
+        """Up to `count` training examples of labelled data, as this adapter's model takes them.
+
+        Raises:
+            InlayError: Data of other labels, or none of this task.
+        """
+
+    @abstractmethod
+    def planned_batch(self, base: Any, rows: int, length: int, added: int) -> tuple[dict[str, Tensor], Loss | None]:
+        """A batch of the size of a training step, and its loss, for planning memory.
+
+        Args:
+            base: The model, which may be on the meta device.
+            rows: Examples.
+            length: Tokens of a text.
+            added: Tokens that a method puts in front of it.
+        """
+
+    # Use.
+
+    @abstractmethod
+    def prepare(self, inputs: Sequence[str], options: Mapping[str, Any]) -> Callable[[Adapter], Answer]:
+        """What `inlay predict` does with these inputs and the values of `options`, once the adapter is loaded.
+
+        Raises:
+            InlayError: Whatever can be found wrong before that.
+        """
+
+    # Words.
+
+    def describe_inputs(self, record: Record) -> list[str]:
+        """A heading without `#`, and paragraphs for the card: classes, and how inputs are given."""
+        return []

@@ -1,0 +1,145 @@
+"""Text generation: a prompt is continued by a completion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from inlay.errors import InlayError
+from inlay.tasks.golden import golden_tokens
+from inlay.tasks.task import Answer, LabelledBatches, Option, Record, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from inlay.tasks.adapter import Adapter
+    from inlay.train.losses import Loss
+
+
+class TextGeneration(Task):
+    """Bases are causal language models: all that AutoModelForCausalLM loads, but for encoders that it could mask."""
+
+    name = "text-generation"
+    auto_class = "AutoModelForCausalLM"
+    base_noun = "a language model"
+    hub_tag = "text-generation"
+    base_kinds = ("text",)
+    peft_task_type = "CAUSAL_LM"
+    function = "generate"
+    limits = "What it writes can be fluent and wrong; check it before others rely on it."
+    usage = (
+        'from inlay import generate, load_adapter\n\nadapter = load_adapter("FOLDER")\n'
+        'print(generate(adapter.model, adapter.processor, ["a prompt"]))'
+    )
+    inputs = "prompts, to continue"
+    options: ClassVar[Mapping[str, Option]] = {
+        "max_new_tokens": Option(int, "Longest text, in tokens.", 64),
+        "beams": Option(int, "Beams of the search.", 1),
+        "temperature": Option(float, "Of sampling; 0: no sampling.", 0.0),
+    }
+
+    def takes_base(self, config: Any) -> bool:
+        return self.could_take_base(config) and not _is_for_sequences(config)
+
+    def could_take_base(self, config: Any) -> bool:
+        from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+        two_sided = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+        return type(config) in AutoModelForCausalLM._model_mapping and not two_sided
+
+    def takes_processor(self, processor: Any) -> bool:
+        from inlay.tasks.text.processor import TextProcessor
+
+        return isinstance(processor, TextProcessor)
+
+    def load_processor(self, base_name: str, settings: Record | None) -> Any:
+        from inlay.bases.processors import load_tokenizer
+        from inlay.tasks.text.processor import TextProcessor
+
+        tokenizer = load_tokenizer(base_name)
+        return TextProcessor.from_dict(settings, tokenizer) if settings else TextProcessor(tokenizer)
+
+    def save_processor(self, processor: Any, folder: Any) -> None:
+        processor.tokenizer.save_pretrained(folder)
+
+    def golden_inputs(self, model: nn.Module, processor: Any) -> dict[str, Any]:
+        import torch
+
+        ids = golden_tokens(len(processor.tokenizer))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+
+    def golden_values(self, output: Any, count: int) -> Tensor:
+        """Logits of the token that follows, evenly spaced over the vocabulary."""
+        logits = output.logits[:, -1]
+        return logits[:, :: max(1, logits.shape[-1] // count)].flatten()[:count]
+
+    def random_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
+        import torch
+
+        length = min(32, processor.max_length)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(len(processor.tokenizer), (4, length), generator=generator)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def load_labelled(self, adapter: Adapter, data: str, count: int, seed: int) -> LabelledBatches:
+        from inlay.tasks.text.data import load_texts
+        from inlay.tasks.text.loss import NextToken
+        from inlay.tasks.text.view import TextView
+
+        rows = load_texts(data, seed=seed).train
+        view = TextView(rows.shuffle(seed=seed).select(range(min(count, len(rows)))), adapter.processor)
+        return LabelledBatches(view, view.collate, NextToken(), rows=8)
+
+    def planned_batch(self, base: Any, rows: int, length: int, added: int) -> tuple[dict[str, Tensor], Loss | None]:
+        """Texts of which every token is learned; a prompt adds tokens to each."""
+        import torch
+
+        from inlay.tasks.text.loss import NextToken
+
+        ids = token_ids(base.config, rows, length, added)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}, NextToken()
+
+    def prepare(self, inputs: Sequence[str], options: Mapping[str, Any]) -> Callable[[Adapter], Answer]:
+        from inlay.tasks.text.generate import Decoding, generate
+
+        decoding = Decoding(**options)
+
+        def answer(adapter: Adapter) -> Answer:
+            texts = generate(adapter.model, adapter.processor, inputs, decoding)
+            rows = [{"prompt": prompt, "text": text} for prompt, text in zip(inputs, texts, strict=True)]
+            return Answer(texts, rows)
+
+        return answer
+
+    def describe_inputs(self, record: Record) -> list[str]:
+        settings = record["preprocessing"]
+        read = f"Prompt and completion had at most {settings['max_length']} tokens of the base's tokenizer."
+        if settings.get("chat"):
+            return [
+                "Prompts",
+                "Prompts are conversations, written with the base's chat template; a text alone is what a user says "
+                f"first, and what the adapter adds is the assistant's answer. {read}",
+            ]
+        separator = json.dumps(settings["separator"])
+        return ["Prompts", f"A prompt is followed by `{separator}` in front of its completion. {read}"]
+
+
+def _is_for_sequences(config: Any) -> bool:
+    """A decoder that was saved with a head over whole sequences, such as GPT2ForSequenceClassification."""
+    return any("ForSequenceClassification" in name for name in getattr(config, "architectures", None) or [])
+
+
+def token_ids(config: Any, rows: int, length: int, added: int = 0) -> Tensor:
+    """Any tokens (B, T) of a base's vocabulary.
+
+    Raises:
+        InlayError: The base reads fewer.
+    """
+    import torch
+
+    positions = getattr(config, "max_position_embeddings", None) or length + added
+    if length + added > positions:
+        also = f", and the prompt takes {added}" if added else ""
+        raise InlayError(f"this base reads {positions} tokens at most, but length is {length}{also}; lower it.")
+    return torch.arange(rows * length).view(rows, length) % config.vocab_size

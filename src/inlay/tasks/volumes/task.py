@@ -1,0 +1,138 @@
+"""Segmentation of volumes: the class of each voxel of a 3D scan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from inlay.errors import InlayError
+from inlay.tasks.golden import golden_scan
+from inlay.tasks.images.task import describe_labels
+from inlay.tasks.printing import printable
+from inlay.tasks.task import Answer, LabelledBatches, Option, Record, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from inlay.tasks.adapter import Adapter
+    from inlay.train.losses import Loss
+
+PLANNED_CROP = 32  # voxels D, H and W of a crop where nothing else is said
+
+
+class VolumeSegmentation(Task):
+    """Bases are SAMs, which the 3D spatial adapter turns into segmenters of volumes."""
+
+    name = "volume-segmentation"
+    auto_class = "AutoModelForMaskGeneration"
+    base_noun = "a SAM for volumes"
+    hub_tag = "image-segmentation"
+    base_kinds = ("volume",)
+    function = "segment"
+    limits = (
+        "It is no medical device and has not been validated for clinical use; scanners, protocols and patients unlike "
+        "those of the training data can give wrong masks without a sign."
+    )
+    usage = (
+        'from inlay import load_adapter, segment\n\nadapter = load_adapter("FOLDER")\n'
+        'print(segment(adapter, "scan.nii.gz").volumes_ml)'
+    )
+    inputs = "a scan, to segment"
+    options: ClassVar[Mapping[str, Option]] = {
+        "out": Option(Path | None, "Save the mask as a .nii.gz or .nii file.", metavar="MASK"),
+    }
+
+    def takes_base(self, config: Any) -> bool:
+        """A SAM alone is for masks in images: only its adapter makes it one for volumes."""
+        return False
+
+    def could_take_base(self, config: Any) -> bool:
+        from transformers import AutoModelForMaskGeneration
+
+        return type(config) in AutoModelForMaskGeneration._model_mapping
+
+    def takes_processor(self, processor: Any) -> bool:
+        from inlay.tasks.volumes.scan import VolumeProcessor
+
+        return isinstance(processor, VolumeProcessor)
+
+    def load_processor(self, base_name: str, settings: Record | None) -> Any:
+        from inlay.tasks.volumes.scan import VolumeProcessor
+
+        return VolumeProcessor.from_dict(settings or {})
+
+    def labels(self, base: Any, method: Any) -> list[str]:
+        """Of the adapter's own decoder, without background."""
+        configs = (method, *getattr(method, "parts", []))
+        return next((list(config.classes) for config in configs if hasattr(config, "classes")), [])
+
+    def golden_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
+        import torch
+
+        return {"pixel_values": torch.from_numpy(processor.normalise(golden_scan()))[None, None]}  # 1 1 D H W
+
+    def golden_values(self, output: Any, count: int) -> Tensor:
+        """Logits without a prompt, evenly spaced."""
+        return output.logits.flatten()[:: output.logits.numel() // count][:count]
+
+    def check_merges(self, name: str) -> None:
+        raise InlayError(f"adapter {name!r} makes a model for scans of one for pictures; use it unmerged.")
+
+    def random_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
+        import torch
+
+        return {"pixel_values": torch.randn(1, 1, *processor.crop, generator=torch.Generator().manual_seed(0))}
+
+    def load_labelled(self, adapter: Adapter, data: str, count: int, seed: int) -> LabelledBatches:
+        """A crop of each scan, without prompts."""
+        import numpy as np
+
+        from inlay.tasks.volumes.data import load_volumes
+        from inlay.tasks.volumes.view import VolumeView, collate_volumes
+        from inlay.train.losses import ModelLoss
+
+        volumes = load_volumes(data, seed=seed)
+        if list(volumes.labels) != adapter.labels:
+            raise InlayError(
+                f"the data {data!r} has the classes {', '.join(volumes.labels)}, the combination "
+                f"{', '.join(adapter.labels)}; fit on data of the same ones."
+            )
+        order = np.random.default_rng(seed).permutation(len(volumes.train))[:count]
+        cases = [volumes.train[i] for i in order.tolist()]
+        view = VolumeView(cases, adapter.processor, training=True, augment=False)
+        return LabelledBatches(view, collate_volumes, ModelLoss(), rows=1)
+
+    def planned_batch(self, base: Any, rows: int, length: int, added: int) -> tuple[dict[str, Tensor], Loss | None]:
+        """Crops with labels."""
+        import torch
+
+        pixels = torch.zeros(rows, 1, PLANNED_CROP, PLANNED_CROP, PLANNED_CROP)
+        return {"pixel_values": pixels, "labels": torch.zeros_like(pixels[:, 0], dtype=torch.long)}, None
+
+    def prepare(self, inputs: Sequence[str], options: Mapping[str, Any]) -> Callable[[Adapter], Answer]:
+        from inlay.tasks.volumes.segment import MASKS, output_name, segment
+
+        if len(inputs) != 1:
+            raise InlayError(f"expected one scan, got {len(inputs)}; give one at a time.")
+        out = options["out"]
+        if out is not None:
+            output_name(out, MASKS)
+
+        def answer(adapter: Adapter) -> Answer:
+            found = segment(adapter, inputs[0])
+            lines = [f"{printable(name)}: {volume:.4g} ml" for name, volume in found.volumes_ml.items()]
+            facts: dict[str, Any] = {"source": inputs[0], "volumes_ml": found.volumes_ml}
+            if out is not None:
+                facts["mask"] = str(found.save(out))
+                lines.append(f"mask: {facts['mask']}")
+            return Answer(lines, facts)
+
+        return answer
+
+    def describe_inputs(self, record: Record) -> list[str]:
+        settings = record["preprocessing"]
+        spacing = settings["spacing_mm"] and " x ".join(f"{s:g}" for s in settings["spacing_mm"])
+        crop = " x ".join(map(str, settings["crop"]))
+        said = f"Scans are turned to RAS, at {spacing or 'their own'} mm (D, H, W), and seen {crop} voxels at a time."
+        return ["Labels", *describe_labels(["background", *record["labels"]]), said]
