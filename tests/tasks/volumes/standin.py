@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from inlay.tasks import TASKS
 from inlay.tasks.volumes.scan import VolumeProcessor
 
 LABELS = ["bright", "dark"]
@@ -58,7 +59,8 @@ def adapter(crop=(16, 16, 16), spacing_mm=None):
         model=Segmenter().eval(),
         processor=VolumeProcessor(spacing_mm, crop),
         labels=list(LABELS),
-        file=SimpleNamespace(name="stand-in"),
+        task=TASKS["volume-segmentation"],
+        name="stand-in",
     )
 
 

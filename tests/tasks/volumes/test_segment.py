@@ -228,7 +228,7 @@ def test_wrong_files_and_adapters_are_named(tmp_path, scan, pictures, digits_ada
     nib.Nifti1Image(np.zeros((5, 6), np.float32), np.eye(4)).to_filename(tmp_path / "flat.nii")
     with pytest.raises(InlayError, match=r"flat\.nii"):
         segment(adapter(), tmp_path / "flat.nii")
-    with pytest.raises(InlayError, match="an adapter for volumes"):
+    with pytest.raises(InlayError, match="is for image-classification, not for volume-segmentation"):
         segment(load_adapter(digits_adapter), scan)
     found = segment(adapter(), scan)
     with pytest.raises(InlayError, match=r"ending with \.nii\.gz or \.nii"):
