@@ -19,6 +19,7 @@ from inlay.combine.method_sum import Leaves, Sum, agree, common
 from inlay.combine.read import Array, Part
 from inlay.combine.rules import RULES
 from inlay.errors import InlayError
+from inlay.peft_types import base_changing_init
 
 _LINEAR = ("lora_A.weight", "lora_B.weight")
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
@@ -32,7 +33,6 @@ _UNDERSTOOD = frozenset(
     loftq_config eva_config corda_config lora_ga_config runtime_config ensure_weight_tying use_dora
     """.split()  # noqa: SIM905
 )
-_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change the base
 
 
 def scale(part: Part, site: str) -> float:
@@ -251,13 +251,12 @@ def _probe(size: int) -> Array:
 def _check(part: Part) -> None:
     """That a sum of these is the sum of their effects."""
     config, name = part.config, part.name
-    init = config.get("init_lora_weights")
     if config.get("use_dora"):
         raise InlayError(
             f"adapter {name!r} is a DoRA, whose magnitudes depend on the base's weights, so that updates do not add; "
             "use dense=True, which takes the base and gives the sum as a partial delta."
         )
-    if isinstance(init, str) and init.lower().startswith(_CHANGING):
+    if init := base_changing_init(config):
         raise InlayError(
             f"adapter {name!r} was initialised by {init!r}, which changes the base; make it a plain one with peft's "
             "save_pretrained(path_initial_model_for_weight_conversion=...)."

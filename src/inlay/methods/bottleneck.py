@@ -32,6 +32,8 @@ from inlay.bases.sites import Sites, is_linear, linear_shape
 from inlay.errors import InlayError
 from inlay.methods._peft import PeftType, register
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
+from inlay.methods.method import EVERY_BASE, Method
+from inlay.peft_types import PEFT_TYPES
 
 
 @dataclass
@@ -286,3 +288,42 @@ def join(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 register("inlay_bottleneck", BottleneckConfig, BottleneckModel)
+
+HOULSBY = Method(
+    name="bottleneck",
+    paper=PEFT_TYPES["INLAY_BOTTLENECK"].paper,
+    attaches="after attention and MLP",
+    width="bottleneck size",
+    merges=False,
+    learning_rate=1e-2,
+    config=lambda model, width: BottleneckConfig(width=width),
+)
+PFEIFFER = Method(
+    name="bottleneck-mlp",
+    paper="Pfeiffer et al. 2020, arXiv:2005.00052",
+    attaches="after the MLP",
+    width="bottleneck size",
+    merges=False,
+    learning_rate=1e-2,
+    config=lambda model, width: BottleneckConfig(width=width, sites=["mlp"]),
+    bases=EVERY_BASE,
+)
+SCALED_PARALLEL = Method(
+    name="bottleneck-parallel",
+    paper="He et al. 2021, arXiv:2110.04366",
+    attaches="beside the MLP",
+    width="bottleneck size",
+    merges=False,
+    learning_rate=1e-2,
+    config=lambda model, width: BottleneckConfig(width=width, sites=["mlp"], placement="parallel", scale=4.0),
+)
+REP_ADAPTER = Method(
+    name="bottleneck-linear",
+    paper="Luo et al. 2023, arXiv:2302.08106",
+    attaches="after attention and MLP",
+    width="bottleneck size",
+    merges=True,
+    learning_rate=1e-2,
+    config=lambda model, width: BottleneckConfig(width=width, activation=None),
+)
+ROWS = (HOULSBY, PFEIFFER, SCALED_PARALLEL, REP_ADAPTER)

@@ -20,9 +20,12 @@ from typing_extensions import override
 
 from inlay.errors import InlayError
 from inlay.methods._peft import PeftType, name_import, plain_tree, register
-from inlay.methods.attention_prefix import AttentionPrefixModel
+from inlay.methods.attention_prefix import ATTENTION_PREFIX, AttentionPrefixModel
 from inlay.methods.base import AdapterTuner
-from inlay.methods.bottleneck import join
+from inlay.methods.bottleneck import SCALED_PARALLEL, join
+from inlay.methods.lora import LORA
+from inlay.methods.method import Method
+from inlay.methods.visual_prompt import DEEP
 
 
 @dataclass
@@ -117,3 +120,32 @@ class CompositeModel(AdapterTuner):
 
 
 register("inlay_composite", CompositeConfig, CompositeModel)
+
+
+def _without_number(paper: str) -> str:
+    """Authors and year."""
+    return paper.partition(",")[0]
+
+
+MIX_AND_MATCH = Method(
+    name="mam",
+    paper=f"{SCALED_PARALLEL.paper}, section 4.6",
+    attaches="attention, and beside the MLP",
+    width="prefix length, bottleneck size",
+    merges=False,
+    learning_rate=1e-2,
+    config=lambda model, width: CompositeConfig(
+        parts=[ATTENTION_PREFIX.config(model, width), SCALED_PARALLEL.config(model, width)]
+    ),
+)
+LORA_PROMPT = Method(
+    name="lora-prompt",
+    paper=f"{_without_number(LORA.paper)} and {_without_number(DEEP.paper)}",
+    attaches="linear layers and every block",
+    width="rank r, prompt length",
+    merges=False,
+    learning_rate=3e-3,
+    config=lambda model, width: CompositeConfig(parts=[LORA.config(model, width), DEEP.config(model, width)]),
+    bases=("vision", "sam"),
+)
+ROWS = (MIX_AND_MATCH, LORA_PROMPT)
