@@ -2,6 +2,7 @@
 
 from inlay.methods import attention_prefix as prefix
 from inlay.methods import baselines, bottleneck, composite, ia3, lora, partial, prompt, visual_prompt
+from inlay.methods._peft import mirror_convolutions
 from inlay.methods.attention_prefix import AttentionPrefixConfig
 from inlay.methods.bottleneck import BottleneckConfig
 from inlay.methods.composite import CompositeConfig
@@ -36,3 +37,5 @@ _ROWS: tuple[Method, ...] = (
     baselines.FULL,
 )
 METHODS = {row.name: row for row in _ROWS}
+
+mirror_convolutions()

@@ -269,23 +269,6 @@ class BottleneckModel(AdapterTuner):
         }
         return [name for site in config.sites for name in where[config.placement, site]]
 
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]
-    ) -> dict[str, Any]:
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, join(state_dict))
-
-
-def join(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a file, those of a first form that had four a site (down and up, weight and bias) as two."""
-    joined = dict(weights)
-    for key in [key for key in weights if key.endswith(".inlay_bottleneck_down.weight")]:
-        site = key.removesuffix("_down.weight")
-        joined[f"{site}_weight"] = torch.stack([joined.pop(key), joined.pop(f"{site}_up.weight").T])
-        if f"{site}_down.bias" in joined:
-            joined[f"{site}_bias"] = torch.cat([joined.pop(f"{site}_down.bias"), joined.pop(f"{site}_up.bias")])
-    return joined
-
 
 register("inlay_bottleneck", BottleneckConfig, BottleneckModel)
 
