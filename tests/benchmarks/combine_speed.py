@@ -27,7 +27,7 @@ import numpy as np
 
 from inlay.adapters.file import WEIGHTS
 from inlay.combine import combine
-from inlay.combine.read import Tensors
+from inlay.combine.parts import Tensors
 from inlay.files.tensor_header import sign
 
 RESULTS = Path(__file__).parent / "results" / "combine_speed.json"

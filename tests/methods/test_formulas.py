@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import MobileNetV2Config, MobileNetV2ForImageClassification, ViTConfig, ViTForImageClassification
@@ -197,31 +196,6 @@ def test_a_file_of_a_base_sized_vit_is_8_kb_larger_than_what_is_trained():
         k: {"dtype": "F32", "shape": list(t.shape), "data_offsets": [trained, trained]} for k, t in tensors.items()
     }
     assert len(json.dumps(header, separators=(",", ":"))) < 8_000  # beside eight bytes and padding
-
-
-@pytest.mark.parametrize("composite", [False, True])
-@pytest.mark.parametrize("settings", [{}, {"activation": None, "learn_scale": True}])
-@pytest.mark.parametrize("base", ["vit", "llama"])
-def test_a_file_of_the_first_form_with_four_tensors_a_site_loads(base, settings, composite, tmp_path):
-    config = BottleneckConfig(width=3, init_weights=False, **settings)
-    if composite:
-        config = CompositeConfig(parts=[config, AttentionPrefixConfig(length=2)])
-    model = get_peft_model(build(base), config).eval()
-    model.save_pretrained(tmp_path)
-    now, old = load_file(tmp_path / "adapter_model.safetensors"), {}
-    for key, value in now.items():
-        site, _, what = key.rpartition(".inlay_bottleneck_")
-        if what == "weight":
-            old[f"{site}.inlay_bottleneck_down.weight"] = value[0].contiguous()
-            old[f"{site}.inlay_bottleneck_up.weight"] = value[1].T.contiguous()
-        elif what == "bias":
-            old[f"{site}.inlay_bottleneck_down.bias"], old[f"{site}.inlay_bottleneck_up.bias"] = value[:3], value[3:]
-        else:
-            old[key] = value
-    assert len(old) > len(now)
-    save_file({key: value.clone() for key, value in old.items()}, tmp_path / "adapter_model.safetensors")
-    loaded = PeftModel.from_pretrained(build(base), tmp_path).eval()
-    assert torch.equal(compute(loaded, base), compute(model, base))
 
 
 def test_a_linear_bottleneck_merges_into_a_convolution():

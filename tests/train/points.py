@@ -14,10 +14,11 @@ class Interrupted(Exception):
     """Ends a run at a place where no signal would be exact."""
 
 
-def train(folder, net, rows=44, validation=13, data=None, metrics=(), **config):
+def train(folder, net, rows=44, validation=13, data=None, metrics=(), best_by=None, **config):
     config = {"batch_size": 8, "epochs": 3, "workers": 0, **config}
     validation = Points(validation, 2) if isinstance(validation, int) else validation
-    return fit(net, data or Points(rows, 1), validation, TrainConfig(str(folder), **config), metrics=metrics)
+    data = data or Points(rows, 1)
+    return fit(net, data, validation, TrainConfig(str(folder), **config), metrics=metrics, best_by=best_by)
 
 
 def same(a, b, atol=0.0):

@@ -5,6 +5,7 @@ import torch
 from points import Interrupted, different, log_of, same, stop_at, train
 from train_job import Net, trainable
 
+from inlay import InlayError
 from inlay.tasks.metrics import Accuracy
 
 # ----- resumption in process
@@ -72,6 +73,33 @@ def test_patience_stops_and_the_best_weights_are_kept(tmp_path):
     assert [row["score"] for row in result.history] == [0.1, 0.5, 0.5, 0.4]
     same(trainable(net), script.seen[1])
     assert not torch.equal(script.seen[1]["head.weight"], script.seen[3]["head.weight"])
+
+
+class Several(Scripted):
+    """Gives two scores, of which the second falls while the first rises."""
+
+    def _compute(self, predictions, references):
+        score = super()._compute(predictions, references)["score"]
+        return {"other": -score, "score": score}
+
+
+def test_the_score_that_is_named_chooses_the_best_step_wherever_it_stands(tmp_path):
+    net, scores = Net(), [0.1, 0.5, 0.9, 0.4, 0.3]
+
+    def best(folder, metric, **more):
+        return train(tmp_path / folder, net, metrics=[metric], eval_every=4, **more).best_step
+
+    with pytest.raises(InlayError, match="gives other, score; name the score"):
+        best("unnamed", Several(net, scores))
+    assert best("score", Several(net, scores), best_by="score") == 12
+    assert best("other", Several(net, scores), best_by="other") == 4
+    named = Several(net, scores)
+    named.score_name = "score"
+    assert best("declared", named) == 12
+    with pytest.raises(InlayError, match="unknown score 'f1' in best_by; the metrics give other, score"):
+        best("wrong", Several(net, scores), best_by="f1")
+    with pytest.raises(InlayError, match="no metrics"):
+        train(tmp_path / "none", net, best_by="f1")
 
 
 def test_patience_counts_on_after_a_resumption(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from inlay.errors import InlayError
+from inlay.peft_types import base_changing_init
 
 MAX_SCALE = 1e6  # of alpha and such; the largest in use are below 1e3
 # peft's methods (0.21.2) in whose code no file is read, no module imported and nothing downloaded that a config names,
@@ -34,8 +35,6 @@ _EMPTY = {
     "megatron_config": "makes peft import a module that the config names",
     "prompt_tuning_init_state_dict_path": "makes peft read a file that the config names",
 }
-# Initialisations of LoRA that move a part of the base's weights into the adapter, which is wrong on the base as it was.
-_MOVE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _INITS = frozenset([True, False, None, "eva", "gaussian", "mica", "orthogonal"])  # these leave it
 _RANKS = ("r", "rank", "num_vectors", "num_virtual_tokens", "encoder_hidden_size", "n_frequency")
 _META = ("LORA", "ADALORA", "PROMPT_TUNING", "PREFIX_TUNING")  # compared with the file before memory is taken
@@ -107,8 +106,8 @@ def refuse_biases(config: dict[str, Any], adapter: str) -> None:
 
 def changes_base(config: dict[str, Any]) -> str | None:
     """The initialisation of a config, or of one of its parts, if it is one that changes the base's weights."""
-    inits = [part.get("init_lora_weights") for part in (config, *(config.get("parts") or []))]
-    return next((init for init in inits if isinstance(init, str) and init.lower().startswith(_MOVE_BASE)), None)
+    inits = [base_changing_init(part) for part in (config, *(config.get("parts") or []))]
+    return next((init for init in inits if init is not None), None)
 
 
 def _check_sizes(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], where: Path) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,6 @@ from inlay.methods._peft import (
     release,
     virtual_tokens,
 )
-from inlay.methods.bottleneck import join
 from inlay.tasks.base import load_base
 from inlay.tasks.task import Task
 
@@ -270,8 +268,6 @@ def _undo(base: PreTrainedModel) -> Callable[[], None]:
 
 def attach(file: AdapterFile, base: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PeftModel:
     """The base with the adapter in it, which is injected and compared with the file before anything is allocated."""
-    with suppress(KeyError, RuntimeError):  # halves that do not belong together: the comparison below names them
-        weights = join(weights)
     model = inject_checked(file, base, weights)
     fill(model, weights)
     return model.to(next(p for p in base.parameters() if p.is_floating_point()).device).eval()

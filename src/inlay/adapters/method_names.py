@@ -2,29 +2,13 @@
 
 from typing import Any
 
-# What a method is called, and whose it is.
-_METHODS = {
-    "LORA": ("LoRA", "Hu et al. 2021, arXiv:2106.09685"),
-    "IA3": ("IA3", "Liu et al. 2022, arXiv:2205.05638"),
-    "INLAY_SPATIAL3D": ("3D spatial", "Gong et al. 2023, arXiv:2306.13465"),
-    "PREFIX_TUNING": ("Prefix tuning", "Li & Liang 2021, arXiv:2101.00190"),
-    "PROMPT_TUNING": ("Prompt tuning", "Lester et al. 2021, arXiv:2104.08691"),
-    "INLAY_ATTENTION_PREFIX": ("Attention prefix", "Li & Liang 2021, arXiv:2101.00190"),
-    "INLAY_BOTTLENECK": ("Bottleneck", "Houlsby et al. 2019, arXiv:1902.00751"),
-    "INLAY_COMPOSITE": ("Composite", ""),
-    "INLAY_PARTIAL": ("Partial fine-tuning", "Yosinski et al. 2014, arXiv:1411.1792"),
-    "INLAY_VISUAL_PROMPT": ("Visual prompt", "Jia et al. 2022, arXiv:2203.12119"),
-}
-_VARIANTS = {
-    "use_dora": "Liu et al. 2024 (DoRA), arXiv:2402.09353",
-    "use_rslora": "Kalajdzievski 2023 (rsLoRA), arXiv:2312.03732",
-}
+from inlay.peft_types import PEFT_TYPES
 
 
 def method_name(config: dict[str, Any]) -> str:
     """What the method of an adapter_config.json is called; of a composite with its parts."""
     kind = str(config["peft_type"])
-    name = _METHODS.get(kind, (kind, ""))[0]
+    name = PEFT_TYPES[kind].name if kind in PEFT_TYPES else kind
     parts = [method_name(part) for part in config.get("parts", [])]
     return f"{name} of {' and '.join(parts)}" if parts else name
 
@@ -50,8 +34,13 @@ def places(record: dict[str, Any], config: dict[str, Any]) -> str:
 def citation(config: dict[str, Any]) -> str:
     """The papers of a method, with links, by which the Hub finds it too."""
     parts = config.get("parts") or [config]
-    papers = [_METHODS.get(str(part["peft_type"]), ("", ""))[1] for part in parts]
-    papers += [paper for part in parts for key, paper in _VARIANTS.items() if part.get(key)]
+    known = [(PEFT_TYPES[str(part["peft_type"])], part) for part in parts if str(part["peft_type"]) in PEFT_TYPES]
+    papers = [facts.paper for facts, _ in known]
+    for facts, part in known:
+        for setting, variant in facts.variants.items():
+            if part.get(setting):
+                authors, comma, number = variant.paper.partition(",")
+                papers.append(f"{authors} ({variant.name}){comma}{number}")
     said = [
         f"[{paper}](https://arxiv.org/abs/{paper.rpartition('arXiv:')[2]})" for paper in dict.fromkeys(papers) if paper
     ]

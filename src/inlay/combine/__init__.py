@@ -11,15 +11,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from inlay.adapters.file import CONFIG, WEIGHTS
-from inlay.combine.bottlenecks import BottleneckSum
 from inlay.combine.heads import WAYS, Heads, join_heads
-from inlay.combine.lora import LoraSum
-from inlay.combine.low_rank import total_error
 from inlay.combine.method_sum import Plan, Sum
-from inlay.combine.read import PREFIX, PROMPT_TYPES, Array, Part, Source, check_whole, opened
+from inlay.combine.norms import total_error
+from inlay.combine.parts import PREFIX, Array, Part, Source
+from inlay.combine.read import check_whole, opened
 from inlay.combine.rules import RULES, Settings, chosen_rule, weights_for
-from inlay.combine.spatial import SpatialSum
-from inlay.combine.tokens import AttentionPrefixSum, DeltaSum, Ia3Sum, PeftPromptSum, VisualPromptSum
+from inlay.combine.sums import SUM_BY_PEFT_TYPE
 from inlay.combine.write import Stream, metadata_of, read_back, record_of, versions, write_settings
 from inlay.errors import InlayError
 from inlay.files.atomic import writing
@@ -28,18 +26,6 @@ if TYPE_CHECKING:
     from inlay.combine.fit import Fitted
 
 __all__ = ["RULES", "Combined", "combine"]
-
-SUMS: dict[str, type[Sum]] = {
-    "LORA": LoraSum,
-    "IA3": Ia3Sum,
-    "INLAY_BOTTLENECK": BottleneckSum,
-    "INLAY_ATTENTION_PREFIX": AttentionPrefixSum,
-    "INLAY_VISUAL_PROMPT": VisualPromptSum,
-    "INLAY_PARTIAL": DeltaSum,
-    "INLAY_SPATIAL3D": SpatialSum,
-    "PROMPT_TUNING": PeftPromptSum,
-    "PREFIX_TUNING": PeftPromptSum,
-}
 
 
 @dataclass(frozen=True)
@@ -200,12 +186,12 @@ def sums(sources: Sequence[Source], plan: Plan) -> dict[str, Sum]:
     kinds = dict.fromkeys(kind for source in sources for kind in source.parts)
     for source in sources:
         for kind in source.parts:
-            if kind not in SUMS:
+            if kind not in SUM_BY_PEFT_TYPE:
                 raise InlayError(
                     f"adapter {source.name!r} is of the method {kind}, which is no sum over a width, so that two of "
                     "them do not add; use dense=True, which takes the base and gives the sum as a partial delta."
                 )
-    if len(kinds) > 1 and set(kinds) & set(PROMPT_TYPES):
+    if len(kinds) > 1 and not all(SUM_BY_PEFT_TYPE[kind].wraps_modules for kind in kinds):
         raise InlayError(
             f"{' and '.join(kinds)} cannot be one adapter: peft's prompts and prefixes wrap no module; train an "
             "attention prefix of inlay instead."
@@ -214,7 +200,7 @@ def sums(sources: Sequence[Source], plan: Plan) -> dict[str, Sum]:
     for kind in kinds:
         parts: list[Part] = [source.parts[kind] for source in sources if kind in source.parts]
         try:
-            found[kind] = SUMS[kind](parts, plan)
+            found[kind] = SUM_BY_PEFT_TYPE[kind](parts, plan)
         except InlayError:
             raise
         except Exception as error:  # a config is data from anywhere: it makes this fail in any way
@@ -275,7 +261,7 @@ def _write(
         read_back(new, shapes)
         check_whole(sources)
     weights = {source.name: source.weight for source in sources}
-    widths = {kind: _width(each) for kind, each in made.items() if _width(each)}
+    widths = {kind: each.width for kind, each in made.items() if each.width}
     return Combined(folder, rule, weights, widths, heads.said, heads.labels, list(heads.tasks), off, errors)
 
 
@@ -292,13 +278,6 @@ def _stream(stream: Stream, made: Mapping[str, Sum], heads: Heads) -> None:
         stream.close()
     finally:
         stream.abandon()
-
-
-def _width(made: Sum) -> int:
-    config = made.config
-    if isinstance(made, LoraSum):
-        return max(made.ranks.values())
-    return int(config.get("width") or config.get("length") or config.get("num_virtual_tokens") or 0)
 
 
 class _Verb(ModuleType):

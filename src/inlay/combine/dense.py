@@ -16,7 +16,7 @@ from inlay.adapters.load import load_adapter
 from inlay.adapters.save import save_adapter
 from inlay.combine.heads import Heads
 from inlay.combine.method_sum import Plan
-from inlay.combine.read import PREFIX, Array, Source
+from inlay.combine.parts import PREFIX, Array, Source
 from inlay.errors import InlayError
 from inlay.methods._peft import put
 from inlay.methods.partial import PartialConfig

@@ -22,7 +22,7 @@ from torch.func import functional_call
 from inlay.adapters.load import load_adapter
 from inlay.combine.examples import load_examples
 from inlay.combine.method_sum import Plan, Sum
-from inlay.combine.read import PREFIX, Source
+from inlay.combine.parts import PREFIX, Source
 from inlay.errors import InlayError
 from inlay.methods._peft import adapter_parameters
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from inlay.combine.read import PREFIX, Array, Source
+from inlay.combine.parts import PREFIX, Array, Source
 from inlay.errors import InlayError
 
 WAYS = ("auto", "stack", "average")

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from inlay.combine.low_rank import Spectrum, auto_widths, norm, spectrum, spectrum_of
-from inlay.combine.method_sum import Leaves, Sum, agree, common
-from inlay.combine.read import Array, Part
-from inlay.combine.rules import RULES
+from inlay.combine.low_rank import Spectrum, auto_widths, spectrum, spectrum_of
+from inlay.combine.method_sum import Leaves, Sum, Update, agree, common
+from inlay.combine.norms import norm
+from inlay.combine.parts import Array, Part
 from inlay.errors import InlayError
+from inlay.peft_types import base_changing_init
 
 _LINEAR = ("lora_A.weight", "lora_B.weight")
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
@@ -32,7 +33,6 @@ _UNDERSTOOD = frozenset(
     loftq_config eva_config corda_config lora_ga_config runtime_config ensure_weight_tying use_dora
     """.split()  # noqa: SIM905
 )
-_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change the base
 
 
 def scale(part: Part, site: str) -> float:
@@ -70,8 +70,10 @@ def _leaves(part: Part, site: str) -> tuple[str, str]:
 class LoraSum(Sum):
     """Several LoRAs as one."""
 
-    method = "LoRA"
-    merges = True
+    peft_type = "LORA"
+    key_prefix = "lora_"
+    title = "LoRA"
+    has_updates = True
 
     @override
     def settle(self) -> dict[str, Any]:
@@ -86,6 +88,18 @@ class LoraSum(Sum):
             self.parts, self.names, r=usual, lora_alpha=usual, rank_pattern=others, alpha_pattern=dict(others),
             use_rslora=False, lora_bias=self.biased, loftq_config={}, init_lora_weights=True,
         )  # fmt: skip
+
+    @classmethod
+    @override
+    def update_at(cls, part: Part, site: str) -> Update | None:
+        up, down = factors(part, site)
+        grouped = up.shape[1] != down.shape[0]  # the units of a convolution in groups have no common product
+        return None if grouped else (up * np.float32(part.weight), down)
+
+    @property
+    @override
+    def width(self) -> int:
+        return max(self.ranks.values())
 
     def _ranks(self) -> dict[str, int]:
         width = self.plan.width
@@ -207,7 +221,7 @@ class LoraSum(Sum):
         assert merge is not None
         here, groups = self.acting(site), self._groups(site)
         pairs = [_by_group(factors(part, site), groups) for part in here]
-        if self.plan.rule is RULES["knots"]:
+        if self.plan.rule.needs_factors:
             return self._cut(site, [spectrum(*self._knots(site, own)) for own in zip(*pairs, strict=True)])
         deltas = [np.concatenate([up @ down for up, down in own]) for own in pairs]
         whole = np.split(merge(deltas, [part.weight for part in here], self.plan.settings, site), groups)
@@ -251,13 +265,12 @@ def _probe(size: int) -> Array:
 def _check(part: Part) -> None:
     """That a sum of these is the sum of their effects."""
     config, name = part.config, part.name
-    init = config.get("init_lora_weights")
     if config.get("use_dora"):
         raise InlayError(
             f"adapter {name!r} is a DoRA, whose magnitudes depend on the base's weights, so that updates do not add; "
             "use dense=True, which takes the base and gives the sum as a partial delta."
         )
-    if isinstance(init, str) and init.lower().startswith(_CHANGING):
+    if init := base_changing_init(config):
         raise InlayError(
             f"adapter {name!r} was initialised by {init!r}, which changes the base; make it a plain one with peft's "
             "save_pretrained(path_initial_model_for_weight_conversion=...)."

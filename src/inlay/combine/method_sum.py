@@ -8,13 +8,14 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from inlay.combine.low_rank import norm
-from inlay.combine.read import Array, Part
+from inlay.combine.norms import norm
+from inlay.combine.parts import Array, Part
 from inlay.combine.rules import Rule, Settings
 from inlay.errors import InlayError
 
 Floats = npt.NDArray[np.floating[Any]]
 Leaves = dict[str, tuple[int, ...]]
+Update = tuple[Array, Array | None]  # B and A of ΔW = B A, or ΔW itself and None
 
 TOLERANCE = 1e-4  # of what is written against the sum of the parts, relative, on random inputs in float32
 # Of a config, where parts differ and it is for training alone.
@@ -45,30 +46,39 @@ class Plan:
 
 
 class Sum(ABC):
-    """The parts that several adapters have of one method, as one.
+    """The parts that several adapters have of one method, as one. A subclass is the sum of one peft_type.
 
     Attributes:
+        peft_type: Which one.
+        key_prefix: Beginning of the part of a tensor's key that belongs to the method, not to the base.
+        title: What one such adapter is called in messages, with its article.
+        has_multiples: False where an adapter takes the weights 1 and 0 alone.
+        has_updates: True where an adapter is updates ΔW of weights, on which every rule works.
+        wraps_modules: False where the method has one tensor for the whole model, whose key is `key_prefix`.
         config: Settings of the result.
         shapes: Of its tensors, by site and leaf.
         errors: Relative error of each site that `make` has made; 0 where it is exact.
         norms: How large the update of that site is beside the others; none where all is exact.
     """
 
-    method: ClassVar[str]
-    weighs: ClassVar[bool] = True  # False: takes weights 1 and 0 alone
-    merges: ClassVar[bool] = False  # True: has updates ΔW, on which every rule works
+    peft_type: ClassVar[str]
+    key_prefix: ClassVar[str]
+    title: ClassVar[str]
+    has_multiples: ClassVar[bool] = True
+    has_updates: ClassVar[bool] = False
+    wraps_modules: ClassVar[bool] = True
 
     def __init__(self, parts: Sequence[Part], plan: Plan) -> None:
         self.parts, self.plan = list(parts), plan
         self.errors: dict[str, float] = {}
         self.norms: dict[str, float] = {}
         self.names = list(dict.fromkeys(site for part in parts for site in part.sites))
-        if plan.rule.merge is not None and not self.merges:
-            raise InlayError(f"this rule works on updates of weights, which {self.method} does not have; use add.")
-        wrong = [part for part in parts if not self.weighs and part.weight not in (0, 1)]
+        if plan.rule.merge is not None and not self.has_updates:
+            raise InlayError(f"this rule works on updates of weights, which {self.title} does not have; use add.")
+        wrong = [part for part in parts if not self.has_multiples and part.weight not in (0, 1)]
         if wrong:
             raise InlayError(
-                f"{self.method} adds keys, values or tokens to attend to, which have no multiple: expected the "
+                f"{self.title} adds keys, values or tokens to attend to, which have no multiple: expected the "
                 f"weight 1 or 0 for {wrong[0].name!r}, got {wrong[0].weight:g}; the exact sum is their union."
             )
         self.config = self.settle()
@@ -86,6 +96,16 @@ class Sum(ABC):
     def make(self, site: str) -> dict[str, Array]:
         """The tensors at a site, checked against the parts."""
 
+    @classmethod
+    def update_at(cls, part: Part, site: str) -> Update | None:
+        """What an adapter adds to the weight of a module, its own weight included; None where that is no matrix."""
+        return None
+
+    @property
+    def width(self) -> int:
+        """Largest width of the result: rank, units or length; 0 where the method has none."""
+        return 0
+
     def acting(self, site: str) -> list[Part]:
         """The parts that have something at a site: those of weight 0 do not count, unless there are no others."""
         here = [part for part in self.parts if site in part.sites]
@@ -94,7 +114,7 @@ class Sum(ABC):
     def refuse_width(self, why: str) -> None:
         """Where no width can be chosen."""
         if self.plan.width is not None:
-            raise InlayError(f"{self.method} {why}; leave width out.")
+            raise InlayError(f"{self.title} {why}; leave width out.")
 
     def check(self, site: str, found: Floats, wanted: Floats, scale: float | None = None) -> None:
         """What is written computes what the parts compute together, or nothing is written."""

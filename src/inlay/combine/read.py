@@ -1,150 +1,20 @@
-"""Adapters as what they hold at each site, tensor by tensor from their files: no model, no torch, no whole file."""
+"""Adapters opened for combining: checked to be of one base, their tensors sorted by method and site; no torch."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from inlay.adapters.file import WEIGHTS, AdapterFile, check_digest, read_adapter
 from inlay.adapters.hub.fetch import fetch
 from inlay.adapters.patterns import check_patterns
 from inlay.adapters.sketch_distance import TOLERANCE, distance
+from inlay.combine.parts import PREFIX, Part, Source, Tensors
+from inlay.combine.sums import SUM_BY_PEFT_TYPE
 from inlay.errors import InlayError
-
-Array = npt.NDArray[np.float32]
-PREFIX = "base_model.model."  # of the keys in a file of peft
-PROMPT_TYPES = ("PROMPT_TUNING", "PREFIX_TUNING")
-PROMPTS = "prompt_embeddings"  # the one tensor of peft's prompts and prefixes
-
-# The beginning of the first part of a key that belongs to a method, not to the base.
-_METHODS = {
-    "lora_": "LORA",
-    "ia3_": "IA3",
-    "inlay_bottleneck_": "INLAY_BOTTLENECK",
-    "inlay_attention_prefix_": "INLAY_ATTENTION_PREFIX",
-    "inlay_visual_prompt_": "INLAY_VISUAL_PROMPT",
-    "inlay_partial_": "INLAY_PARTIAL",
-    "inlay_spatial3d_": "INLAY_SPATIAL3D",
-}
-_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-
-
-class Tensors:
-    """The tensors of a safetensors file that `read_adapter` has checked, each read, as float32, when asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb", buffering=0)
-        length = int.from_bytes(self._file.read(8), "little")
-        header = json.loads(self._file.read(length))
-        header.pop("__metadata__", None)
-        self._start = 8 + length
-        self._entries: dict[str, Any] = header
-        self.path = path
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Of one tensor."""
-        return tuple(self._entries[key]["shape"])
-
-    def read(self, key: str) -> Array:
-        """One tensor.
-
-        Raises:
-            InlayError: It holds whole numbers.
-        """
-        kind = self._entries[key]["dtype"]
-        if kind not in _FLOATS:
-            raise InlayError(f"the tensor {key!r} of {self.path} is of {kind}; only floating-point ones add.")
-        found = np.empty(self.shape(key), _FLOATS[kind])
-        self._fill(key, found)
-        if kind == "BF16":
-            return (found.astype(np.uint32) << 16).view(np.float32)
-        return found.astype(np.float32, copy=False)
-
-    def into(self, key: str, place: Array) -> None:
-        """One tensor into a contiguous piece of another: a file in float32 is read right there."""
-        if self._entries[key]["dtype"] == "F32" and place.flags.c_contiguous:
-            self._fill(key, place)
-        else:
-            place[...] = self.read(key)
-
-    def _fill(self, key: str, place: npt.NDArray[Any]) -> None:
-        if not place.size:
-            return
-        view, at = memoryview(place.reshape(-1).view(np.uint8)), 0  # type: ignore[arg-type]
-        self._file.seek(self._start + self._entries[key]["data_offsets"][0])
-        while at < len(view):  # one call reads 2 GB at most
-            count = self._file.readinto(view[at:])
-            if not count:
-                raise InlayError(f"{self.path} was cut short while it was read; get it again.")
-            at += count
-
-    def close(self) -> None:
-        """No more reading."""
-        self._file.close()
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one method of one adapter holds: the whole adapter, or a part of a composite one.
-
-    Attributes:
-        name: The adapter's.
-        weight: What it is multiplied with.
-        config: The method's settings.
-        sites: By the module's name in the base: the key in the file of each leaf, such as `lora_A.weight`.
-        tensors: The file.
-    """
-
-    name: str
-    weight: float
-    config: dict[str, Any]
-    sites: dict[str, dict[str, str]]
-    tensors: Tensors
-
-    def shape(self, site: str, leaf: str) -> tuple[int, ...]:
-        """Of one leaf."""
-        return self.tensors.shape(self.sites[site][leaf])
-
-    def read(self, site: str, leaf: str) -> Array:
-        """One leaf."""
-        return self.tensors.read(self.sites[site][leaf])
-
-
-@dataclass(frozen=True)
-class Source:
-    """One adapter that is to be combined.
-
-    Attributes:
-        name: Its folder's, with as much of the path as tells it from the others.
-        weight: What its effect is multiplied with.
-        file: Its config and record.
-        tensors: Its file.
-        parts: By peft_type.
-        intact: That the file is what its digest says, once that is known.
-        head: Key in the file of each tensor of a module that was trained whole, by name without PREFIX.
-    """
-
-    name: str
-    weight: float
-    file: AdapterFile
-    tensors: Tensors
-    parts: dict[str, Part]
-    intact: Future[None]
-    head: dict[str, str] = field(default_factory=dict)
-
-    def weighted(self, weight: float) -> "Source":
-        """The same adapter with another weight."""
-        parts = {kind: replace(part, weight=weight) for kind, part in self.parts.items()}
-        return replace(self, weight=weight, parts=parts)
 
 
 @contextmanager
@@ -230,7 +100,7 @@ def _open(name: str, weight: float, file: AdapterFile, intact: Future[None]) -> 
     configs = {part["peft_type"]: part for part in inner} or {config["peft_type"]: config}
     sites: dict[str, dict[str, dict[str, str]]] = {kind: {} for kind in configs}
     head: dict[str, str] = {}
-    known = configs.keys() <= {*_METHODS.values(), *PROMPT_TYPES}  # others are refused, with the reason, by `sums`
+    known = configs.keys() <= SUM_BY_PEFT_TYPE.keys()  # others are refused, with the reason, by `sums`
     for key in tensors:
         plain = key.removeprefix(PREFIX)
         kind, site, leaf = _place(plain, config["peft_type"])
@@ -253,13 +123,14 @@ def _open(name: str, weight: float, file: AdapterFile, intact: Future[None]) -> 
     return Source(name, weight, file, tensors, parts, intact, head)
 
 
-def _place(key: str, kind: str) -> tuple[str, str, str]:
-    """Method, site and leaf of a key; no method for a tensor of the base."""
-    if key == PROMPTS:
-        return kind, "", key
+def _place(key: str, own: str) -> tuple[str, str, str]:
+    """Method, site and leaf of a key in an adapter of the peft_type `own`; no method for a tensor of the base."""
+    sum_class = SUM_BY_PEFT_TYPE.get(own)
+    if sum_class is not None and not sum_class.wraps_modules and key == sum_class.key_prefix:
+        return own, "", key
     words = key.split(".")
     for i, word in enumerate(words):
-        for beginning, method in _METHODS.items():
-            if word.startswith(beginning):
-                return method, ".".join(words[:i]), ".".join(words[i:])
+        for peft_type, each in SUM_BY_PEFT_TYPE.items():
+            if each.wraps_modules and word.startswith(each.key_prefix):
+                return peft_type, ".".join(words[:i]), ".".join(words[i:])
     return "", "", key

@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from inlay.combine.bottlenecks import bottleneck
-from inlay.combine.lora import factors
-from inlay.combine.low_rank import norm
-from inlay.combine.read import Array, Part, Source, opened
+from inlay.combine.method_sum import Update
+from inlay.combine.norms import norm
+from inlay.combine.parts import Array, Part, Source
+from inlay.combine.read import opened
+from inlay.combine.sums import SUM_BY_PEFT_TYPE
 from inlay.errors import InlayError
 
 MEASURES = ("cosine", "read", "written", "conflict", "interference")
@@ -113,29 +114,14 @@ def overlap_of(sources: Sequence[Source]) -> Overlap:
 
 
 def _meet(kind: str, site: str, a: Part, b: Part) -> Meeting:
-    pair = [_update(kind, site, part) for part in (a, b)]
+    sum_class = SUM_BY_PEFT_TYPE.get(kind)
+    pair = [None if sum_class is None else sum_class.update_at(part, site) for part in (a, b)]
     if pair[0] is None or pair[1] is None or pair[0][0].shape[:1] != pair[1][0].shape[:1]:
         return Meeting(site or "the input", a.name, b.name)
     return Meeting(site, a.name, b.name, **measures(pair[0], pair[1]))
 
 
-def _update(kind: str, site: str, part: Part) -> tuple[Array, Array | None] | None:
-    """B and A of an update with its weight, or ΔW by itself; None for tokens, which have no update."""
-    if kind == "LORA":
-        up, down = factors(part, site)
-        grouped = up.shape[1] != down.shape[0]
-        return None if grouped else (up * np.float32(part.weight), down)
-    if kind == "INLAY_BOTTLENECK":
-        down, _, up, _ = bottleneck(part, site)
-        return up * np.float32(part.weight), down
-    if kind in ("INLAY_PARTIAL", "IA3"):
-        leaf = max(part.sites[site], key=lambda leaf: np.prod(part.shape(site, leaf)))
-        delta = part.read(site, leaf) - np.float32(kind == "IA3")
-        return delta.reshape(len(delta), -1) * np.float32(part.weight), None
-    return None
-
-
-def measures(a: tuple[Array, Array | None], b: tuple[Array, Array | None]) -> dict[str, float | None]:
+def measures(a: Update, b: Update) -> dict[str, float | None]:
     """The five of two updates, each as (B, A), or as (ΔW, None)."""
     if a[1] is None or b[1] is None:
         return _dense(a[0], b[0])

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from inlay.combine.read import Array
+from inlay.combine.parts import Array
 from inlay.errors import InlayError
 
 
@@ -37,25 +37,29 @@ class Rule:
     """One row of RULES.
 
     Attributes:
+        name: As a user calls it.
         paper: Where it comes from.
         says: What it does, in a line.
         merge: Updates of one module, weights, settings and the module's name to one update; None: their weighted sum.
         normal: The weights are divided by their sum.
+        needs_factors: It works in the singular basis of updates that come as factors B and A, as those of LoRA do.
     """
 
+    name: str
     paper: str
     says: str
     merge: Merge | None = None
     normal: bool = False
+    needs_factors: bool = False
 
 
 def _peft(name: str, deltas: list[Array], weights: Sequence[float], **settings: Any) -> Array:
     """One of peft's functions on stacked updates; it needs torch, which the linear rules do not."""
     import torch
-    from peft.utils import merge_utils
 
-    merge = getattr(merge_utils, name)
-    merged = merge([torch.from_numpy(delta) for delta in deltas], torch.tensor(weights), **settings)
+    from inlay.methods._peft import merge_updates
+
+    merged = merge_updates(name, [torch.from_numpy(delta) for delta in deltas], torch.tensor(weights), **settings)
     found: Array = merged.numpy()
     return found
 
@@ -77,12 +81,10 @@ def ties(deltas: list[Array], weights: Sequence[float], settings: Settings, site
     density = _kept(settings, deltas[0].size)
     if density >= 1:  # peft would warn that nothing is pruned
         import torch
-        from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge
 
-        stacked = torch.from_numpy(np.stack(deltas))
-        mask = calculate_majority_sign_mask(stacked)
-        scale = torch.tensor(weights).view(-1, *[1] * deltas[0].ndim)
-        found: Array = disjoint_merge(stacked * scale, mask).numpy()
+        from inlay.methods._peft import merge_signs
+
+        found: Array = merge_signs(torch.from_numpy(np.stack(deltas)), torch.tensor(weights)).numpy()
         return found
     return _peft("ties", deltas, weights, density=density)
 
@@ -104,17 +106,31 @@ def dare(deltas: list[Array], weights: Sequence[float], settings: Settings, site
         return _peft("dare_linear", deltas, weights, density=settings.density)
 
 
-RULES = {
-    "add": Rule("Hu et al. 2021, arXiv:2106.09685, section 4", "the weighted sum of the updates: exact"),
-    "average": Rule(
-        "Chronopoulou et al. 2023, arXiv:2302.07027", "the sum, its weights divided by theirs: exact", normal=True
+_RULES = (
+    Rule("add", "Hu et al. 2021, arXiv:2106.09685, section 4", "the weighted sum of the updates: exact"),
+    Rule(
+        "average",
+        "Chronopoulou et al. 2023, arXiv:2302.07027",
+        "the sum, its weights divided by theirs: exact",
+        normal=True,
     ),
-    "task_arithmetic": Rule("Ilharco et al. 2022, arXiv:2212.04089", "the sum; negative weights forget a task: exact"),
-    "ties": Rule("Yadav et al. 2023, arXiv:2306.01708", "trim, elect signs, average those that agree", ties),
-    "dare": Rule("Yu et al. 2023, arXiv:2311.03099", "drop at random, rescale, add", dare),
-    "magnitude": Rule("Han et al. 2015, arXiv:1506.02626", "keep the largest entries, add", magnitude),
-    "knots": Rule("Stoica et al. 2024, arXiv:2410.19735", "ties in the singular basis that the updates share", ties),
-}
+    Rule(
+        "task_arithmetic",
+        "Ilharco et al. 2022, arXiv:2212.04089",
+        "the sum; negative weights forget a task: exact",
+    ),
+    Rule("ties", "Yadav et al. 2023, arXiv:2306.01708", "trim, elect signs, average those that agree", ties),
+    Rule("dare", "Yu et al. 2023, arXiv:2311.03099", "drop at random, rescale, add", dare),
+    Rule("magnitude", "Han et al. 2015, arXiv:1506.02626", "keep the largest entries, add", magnitude),
+    Rule(
+        "knots",
+        "Stoica et al. 2024, arXiv:2410.19735",
+        "ties in the singular basis that the updates share",
+        ties,
+        needs_factors=True,
+    ),
+)
+RULES = {rule.name: rule for rule in _RULES}
 
 
 def chosen_rule(name: str, settings: Settings) -> Rule:

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from inlay.combine.low_rank import norm
 from inlay.combine.method_sum import Leaves, Sum, agree, common
-from inlay.combine.read import Array, Part
+from inlay.combine.norms import norm
+from inlay.combine.parts import Array, Part
 from inlay.errors import InlayError
 
 _DECODER = "inlay_spatial3d_decoder."
@@ -19,7 +19,9 @@ class SpatialSum(Sum):
     A decoder with the necks in front of it is a head: a network of its own, which has no sum.
     """
 
-    method = "a 3D spatial adapter"
+    peft_type = "INLAY_SPATIAL3D"
+    key_prefix = "inlay_spatial3d_"
+    title = "a 3D spatial adapter"
 
     @override
     def settle(self) -> dict[str, Any]:
@@ -42,15 +44,20 @@ class SpatialSum(Sum):
         self.kept = keep[0]
         widths = [self._units(part) for part in self.parts if part.weight != 0 or self.plan.zeros]
         self.full = sum(widths) or self._units(self.parts[0])
-        self.width = self.full
+        self.units = self.full
         if self.plan.width == "auto":
-            self.width = min(self.full, self._narrowest())
+            self.units = min(self.full, self._narrowest())
         elif self.plan.width is not None:
-            self.width = min(self.full, self.plan.width)
+            self.units = min(self.full, self.plan.width)
         own = {
             k: self.kept.config[k] for k in ("classes", "levels", "decoder_width", "prompts") if k in self.kept.config
         }
-        return common(self.parts, self.parts[0].config.get("target_modules") or [], width=self.width, **own)
+        return common(self.parts, self.parts[0].config.get("target_modules") or [], width=self.units, **own)
+
+    @property
+    @override
+    def width(self) -> int:
+        return self.units
 
     def _units(self, part: Part) -> int:
         for site in part.sites:
@@ -67,7 +74,7 @@ class SpatialSum(Sum):
             shape = self.kept.shape(site, leaf)
             if ".adapter." in leaf and not leaf.endswith("up.bias"):
                 axis = 1 if leaf.endswith("up.weight") else 0
-                shape = (*shape[:axis], self.width, *shape[axis + 1 :])
+                shape = (*shape[:axis], self.units, *shape[axis + 1 :])
             elif not _is_head(leaf):
                 for part in self.parts:
                     if leaf in part.sites[site] and part.shape(site, leaf) != shape:
@@ -98,14 +105,14 @@ class SpatialSum(Sum):
     def _block(self, site: str, start: str) -> dict[str, Array]:
         """The bottleneck of one block; where it has to be smaller, the units with the largest product of norms stay."""
         made = self._beside(site, start)
-        if self.width < self.full:
+        if self.units < self.full:
             weight = _importance(made, start)
             order = np.argsort(-weight, kind="stable")
-            kept = np.sort(order[: self.width])
+            kept = np.sort(order[: self.units])
             for leaf in made:
                 if not leaf.endswith("up.bias"):
                     made[leaf] = np.take(made[leaf], kept, axis=1 if leaf.endswith("up.weight") else 0)
-            lost = norm(weight[order[self.width :]]) / max(norm(weight), 1e-30)
+            lost = norm(weight[order[self.units :]]) / max(norm(weight), 1e-30)
             self.errors[site] = max(self.errors.get(site, 0.0), lost)
         return made
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from inlay.adapters.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, fingerprint, read_adapter
 from inlay.combine.heads import Heads
-from inlay.combine.read import Array, Source
+from inlay.combine.parts import Array, Source
 from inlay.errors import InlayError
 from inlay.files.atomic import write_json
 from inlay.files.tensor_header import DIGEST, hasher

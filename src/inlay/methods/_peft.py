@@ -9,13 +9,30 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM, PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, get_peft_config
+from peft.tuners.ia3 import IA3Layer
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import _ConvNd
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import get_peft_model_state_dict, register_peft_method, set_peft_model_state_dict
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import get_peft_model_state_dict, merge_utils, register_peft_method, set_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 
 from inlay.errors import InlayError
+
+# What peft documents as its API is imported from peft; these are not, and may move with any release of it.
+__all__ = [
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "AuxiliaryTrainingWrapper",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "IA3Layer",
+    "LoraLayer",
+    "PeftModel",
+    "PeftType",
+    "check_adapters_to_merge",
+    "get_peft_config",
+    "set_additional_trainable_modules",
+]
 
 # transformers' MobileNets read these from the convolution before they call it (`apply_tf_padding`); peft's wrapper has
 # none of them, so a wrapped MobileNet fails with an AttributeError.
@@ -31,6 +48,17 @@ def mirror_convolutions() -> None:
 
 def _of_base_layer(name: str) -> Callable[[BaseTunerLayer], Any]:
     return lambda layer: getattr(layer.get_base_layer(), name)
+
+
+def merge_updates(function: str, updates: list[torch.Tensor], weights: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """One update of several of one shape, by a function of peft.utils.merge_utils, such as `ties`."""
+    return getattr(merge_utils, function)(updates, weights, **settings)
+
+
+def merge_signs(updates: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """TIES without its trimming: the mean of the entries that have the elected sign; updates are stacked in front."""
+    mask = merge_utils.calculate_majority_sign_mask(updates)
+    return merge_utils.disjoint_merge(updates * weights.view(-1, *[1] * (updates.ndim - 1)), mask)
 
 
 def odd_settings(settings: dict[str, Any]) -> list[str]:

@@ -30,7 +30,9 @@ from inlay.bases.sites import Sites
 from inlay.errors import InlayError
 from inlay.methods._peft import PeftType, register
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
+from inlay.methods.method import Method
 from inlay.methods.window_attention import attend, gather_prefix
+from inlay.peft_types import PEFT_TYPES
 
 _NAME = "inlay_attention_prefix"
 _SUPPORTED = ("eager", "sdpa")
@@ -332,3 +334,14 @@ def _key_size(attention: nn.Module) -> int:
 
 
 register("inlay_attention_prefix", AttentionPrefixConfig, AttentionPrefixModel)
+
+ATTENTION_PREFIX = Method(
+    name="attention-prefix",
+    paper=PEFT_TYPES["INLAY_ATTENTION_PREFIX"].paper,
+    attaches="attention",
+    width="prefix length",
+    merges=False,
+    learning_rate=5e-2,
+    config=lambda model, length: AttentionPrefixConfig(length=length),
+)
+ROWS = (ATTENTION_PREFIX,)

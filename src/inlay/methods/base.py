@@ -12,15 +12,23 @@ from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from typing_extensions import override
 
 from inlay.bases.sites import Sites, sites
 from inlay.errors import InlayError
-from inlay.methods._peft import leave, name_import, plain_name, plain_tree, strip
+from inlay.methods._peft import (
+    AuxiliaryTrainingWrapper,
+    BaseTuner,
+    BaseTunerLayer,
+    LoraLayer,
+    check_adapters_to_merge,
+    leave,
+    name_import,
+    plain_name,
+    plain_tree,
+    strip,
+)
 
 # Which adapters act on which rows of a batch: all active ones on all rows (None), or one each on some.
 Groups = list[tuple[list[str], torch.Tensor | None]]

@@ -32,6 +32,8 @@ from inlay.bases.sites import Sites, is_linear, linear_shape
 from inlay.errors import InlayError
 from inlay.methods._peft import PeftType, register
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
+from inlay.methods.method import EVERY_BASE, Method
+from inlay.peft_types import PEFT_TYPES
 
 
 @dataclass
@@ -267,22 +269,44 @@ class BottleneckModel(AdapterTuner):
         }
         return [name for site in config.sites for name in where[config.placement, site]]
 
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]
-    ) -> dict[str, Any]:
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, join(state_dict))
-
-
-def join(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a file, those of a first form that had four a site (down and up, weight and bias) as two."""
-    joined = dict(weights)
-    for key in [key for key in weights if key.endswith(".inlay_bottleneck_down.weight")]:
-        site = key.removesuffix("_down.weight")
-        joined[f"{site}_weight"] = torch.stack([joined.pop(key), joined.pop(f"{site}_up.weight").T])
-        if f"{site}_down.bias" in joined:
-            joined[f"{site}_bias"] = torch.cat([joined.pop(f"{site}_down.bias"), joined.pop(f"{site}_up.bias")])
-    return joined
-
 
 register("inlay_bottleneck", BottleneckConfig, BottleneckModel)
+
+HOULSBY = Method(
+    name="bottleneck",
+    paper=PEFT_TYPES["INLAY_BOTTLENECK"].paper,
+    attaches="after attention and MLP",
+    width="bottleneck size",
+    merges=False,
+    learning_rate=1e-2,
+    config=lambda model, width: BottleneckConfig(width=width),
+)
+PFEIFFER = Method(
+    name="bottleneck-mlp",
+    paper="Pfeiffer et al. 2020, arXiv:2005.00052",
+    attaches="after the MLP",
+    width="bottleneck size",
+    merges=False,
+    learning_rate=1e-2,
+    config=lambda model, width: BottleneckConfig(width=width, sites=["mlp"]),
+    bases=EVERY_BASE,
+)
+SCALED_PARALLEL = Method(
+    name="bottleneck-parallel",
+    paper="He et al. 2021, arXiv:2110.04366",
+    attaches="beside the MLP",
+    width="bottleneck size",
+    merges=False,
+    learning_rate=1e-2,
+    config=lambda model, width: BottleneckConfig(width=width, sites=["mlp"], placement="parallel", scale=4.0),
+)
+REP_ADAPTER = Method(
+    name="bottleneck-linear",
+    paper="Luo et al. 2023, arXiv:2302.08106",
+    attaches="after attention and MLP",
+    width="bottleneck size",
+    merges=True,
+    learning_rate=1e-2,
+    config=lambda model, width: BottleneckConfig(width=width, activation=None),
+)
+ROWS = (HOULSBY, PFEIFFER, SCALED_PARALLEL, REP_ADAPTER)

@@ -12,17 +12,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING, get_peft_config
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import set_additional_trainable_modules
 from torch import nn
 from typing_extensions import override
 
 from inlay.errors import InlayError
-from inlay.methods._peft import PeftType, name_import, plain_tree, register
-from inlay.methods.attention_prefix import AttentionPrefixModel
+from inlay.methods._peft import (
+    PEFT_TYPE_TO_TUNER_MAPPING,
+    BaseTunerLayer,
+    PeftType,
+    get_peft_config,
+    name_import,
+    plain_tree,
+    register,
+    set_additional_trainable_modules,
+)
+from inlay.methods.attention_prefix import ATTENTION_PREFIX, AttentionPrefixModel
 from inlay.methods.base import AdapterTuner
-from inlay.methods.bottleneck import join
+from inlay.methods.bottleneck import SCALED_PARALLEL
+from inlay.methods.lora import LORA
+from inlay.methods.method import Method
+from inlay.methods.visual_prompt import DEEP
 
 
 @dataclass
@@ -107,13 +116,36 @@ class CompositeModel(AdapterTuner):
 
     # The one part that saves other tensors than it trains; both work on any model.
     _get_adapter_state_dict = AttentionPrefixModel._get_adapter_state_dict
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]
-    ) -> dict[str, Any]:
-        remap = AttentionPrefixModel._remap_adapter_state_dict_for_load
-        return remap(model, config, adapter_name, join(state_dict))
+    _remap_adapter_state_dict_for_load = AttentionPrefixModel._remap_adapter_state_dict_for_load
 
 
 register("inlay_composite", CompositeConfig, CompositeModel)
+
+
+def _without_number(paper: str) -> str:
+    """Authors and year."""
+    return paper.partition(",")[0]
+
+
+MIX_AND_MATCH = Method(
+    name="mam",
+    paper=f"{SCALED_PARALLEL.paper}, section 4.6",
+    attaches="attention, and beside the MLP",
+    width="prefix length, bottleneck size",
+    merges=False,
+    learning_rate=1e-2,
+    config=lambda model, width: CompositeConfig(
+        parts=[ATTENTION_PREFIX.config(model, width), SCALED_PARALLEL.config(model, width)]
+    ),
+)
+LORA_PROMPT = Method(
+    name="lora-prompt",
+    paper=f"{_without_number(LORA.paper)} and {_without_number(DEEP.paper)}",
+    attaches="linear layers and every block",
+    width="rank r, prompt length",
+    merges=False,
+    learning_rate=3e-3,
+    config=lambda model, width: CompositeConfig(parts=[LORA.config(model, width), DEEP.config(model, width)]),
+    bases=("vision", "sam"),
+)
+ROWS = (MIX_AND_MATCH, LORA_PROMPT)

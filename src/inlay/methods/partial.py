@@ -30,6 +30,8 @@ from inlay.bases.sites import OTHER_INPUTS, Sites, is_cross, is_norm
 from inlay.errors import InlayError
 from inlay.methods._peft import PeftType, register
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
+from inlay.methods.method import EVERY_BASE, Method
+from inlay.peft_types import PEFT_TYPES
 
 
 @dataclass
@@ -222,3 +224,35 @@ def _shared(model: nn.Module) -> set[int]:
 
 
 register("inlay_partial", PartialConfig, PartialModel)
+
+LAST_BLOCK = Method(
+    name="partial",
+    paper=PEFT_TYPES["INLAY_PARTIAL"].paper,
+    attaches="the last block",
+    width="none: every weight",
+    merges=True,
+    learning_rate=3e-3,
+    config=lambda model, width: PartialConfig(last=1),
+    bases=EVERY_BASE,
+)
+BIT_FIT = Method(
+    name="bias",
+    paper="Ben Zaken et al. 2022, arXiv:2106.10199",
+    attaches="biases",
+    width="none",
+    merges=True,
+    learning_rate=1e-2,
+    config=lambda model, width: PartialConfig(train="bias"),
+    bases=EVERY_BASE,
+)
+NORM = Method(
+    name="norm",
+    paper="Basu et al. 2024, arXiv:2304.01466",
+    attaches="norms",
+    width="none",
+    merges=True,
+    learning_rate=1e-2,
+    config=lambda model, width: PartialConfig(train="norm"),
+    bases=EVERY_BASE,
+)
+ROWS = (LAST_BLOCK, BIT_FIT, NORM)

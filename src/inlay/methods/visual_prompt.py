@@ -28,7 +28,9 @@ from inlay.bases.sites import Sites
 from inlay.errors import InlayError
 from inlay.methods._peft import PeftType, register
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
+from inlay.methods.method import Method
 from inlay.methods.window_attention import attend, gather_prefix
+from inlay.peft_types import PEFT_TYPES
 
 # Encoders whose blocks take (B, N, D) without a mask; in others a prompt would have to be hidden from it.
 _ENCODERS = (
@@ -228,3 +230,26 @@ class VisualPromptModel(AdapterTuner):
 
 
 register("inlay_visual_prompt", VisualPromptConfig, VisualPromptModel)
+
+_PAPER = PEFT_TYPES["INLAY_VISUAL_PROMPT"].paper
+DEEP = Method(
+    name="visual-prompt",
+    paper=f"{_PAPER}, deep",
+    attaches="every block",
+    width="prompt length",
+    merges=False,
+    learning_rate=3e-2,
+    config=lambda model, length: VisualPromptConfig(length=length),
+    bases=("vision", "sam"),
+)
+SHALLOW = Method(
+    name="visual-prompt-shallow",
+    paper=_PAPER,
+    attaches="the first block",
+    width="prompt length",
+    merges=False,
+    learning_rate=3e-2,
+    config=lambda model, length: VisualPromptConfig(length=length, deep=False),
+    bases=("vision",),
+)
+ROWS = (DEEP, SHALLOW)

@@ -27,10 +27,9 @@ from inlay.adapters.load import given_base, read_weights
 from inlay.adapters.method import check_method
 from inlay.errors import InlayError
 from inlay.methods._peft import release, strip, wrap
-from inlay.methods.bottleneck import join
-from inlay.serve.layers import BankLayer, Rows, Stacks
-from inlay.serve.sites import Site, find_sites, split_cache
-from inlay.serve.tokens import PromptStacks, moved_on
+from inlay.serve.bank_layer import BankLayer, Rows, Site, Stacks
+from inlay.serve.prompt import TABLE, PromptStacks, is_cached_prefix, moved_on, split_cache
+from inlay.serve.sites import find_sites
 from inlay.tasks.base import load_base
 
 Values = dict[str, torch.Tensor]
@@ -235,13 +234,13 @@ class Bank:
         file = read_adapter(fetch(self._known(name)))
         check_method(file)
         refuse_biases(file.config, name)
-        weights = join(read_weights(file))
+        weights = read_weights(file)
         if file.record:
             check_base(file, self._identity)
         sites = self._sites(file, weights)
-        cache = file.config["peft_type"] == "PREFIX_TUNING"
+        cache = is_cached_prefix(file.config)
         if cache:
-            weights = split_cache([site.module for site in sites], weights["prompt_embeddings"])
+            weights = split_cache([site.module for site in sites], weights[TABLE])
         self._wrap(sites)
         values: dict[Stacks, Values] = {}
         for site in sites:
@@ -249,8 +248,8 @@ class Bank:
             settings = self._settings(site)
             layer.check(settings)
             values[layer.stacks] = layer.stored({leaf: weights[key] for leaf, key in site.keys.items()}, settings)
-        if "prompt_embeddings" in weights:
-            values[self._prompts] = {"prompt": weights["prompt_embeddings"].float()}
+        if TABLE in weights:
+            values[self._prompts] = {"prompt": weights[TABLE].float()}
         slot = self._slot(name, values, keep or set())
         for layer in self._layers.values():
             found = values.get(layer.stacks, layer.absent())

@@ -7,6 +7,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from inlay.errors import InlayError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -23,8 +25,11 @@ def evaluate_on(
     metrics: "Sequence[evaluate.Metric]",
     accelerator: Accelerator,
     accumulate: int = 1,
-) -> dict[str, float]:
-    """Mean loss, then what the metrics say of the loss's `answers`; leaves the model in train mode.
+    best_by: str | None = None,
+) -> tuple[dict[str, float], str]:
+    """Mean loss and what the metrics say of the loss's `answers`; leaves the model in train mode.
+
+    Gives the scores by name, and the name of the one that chooses the best step (`name_of_best`).
 
     Without such a method these are `logits.argmax(-1)` against `labels`.
 
@@ -56,15 +61,53 @@ def evaluate_on(
             for metric in metrics:
                 metric.add_batch(predictions=predictions.cpu(), references=references.cpu())
     train_mode(model)
-    scores: list[dict[str, float]] = [{}]
+    scores: dict[str, float] = {}
+    chooses = best_by or "loss"
     if accelerator.is_main_process:
         weight = torch.cat(weights).double()
-        scores[0]["loss"] = float((torch.cat(losses).double() * weight).sum() / weight.sum())
-        for metric in metrics:
-            scores[0] |= metric.compute() or {}
+        scores["loss"] = float((torch.cat(losses).double() * weight).sum() / weight.sum())
+        of_each = [metric.compute() or {} for metric in metrics]
+        for found in of_each:
+            scores |= found
+        if metrics:
+            chooses = name_of_best(metrics[0], of_each[0], scores, best_by)
     if accelerator.num_processes > 1:
-        broadcast_object_list(scores)
-    return scores[0]
+        shared = [scores, chooses]
+        broadcast_object_list(shared)
+        scores, chooses = shared
+    return scores, chooses
+
+
+def name_of_best(
+    metric: "evaluate.Metric", found: dict[str, float], scores: dict[str, float], asked: str | None
+) -> str:
+    """Name of the score that chooses the best step, of which more is better.
+
+    Args:
+        metric: The first metric. Where it gives several scores, the one of its own name or of its attribute
+            `score_name` is meant.
+        found: What it gives.
+        scores: What all metrics give, and the loss.
+        asked: The name that the caller gave.
+
+    Raises:
+        InlayError: There is no such score, or several that could be meant.
+    """
+    if asked is not None:
+        if asked not in scores or asked == "loss":
+            has = ", ".join(name for name in scores if name != "loss")
+            raise InlayError(f"unknown score {asked!r} in best_by; the metrics give {has}.")
+        return asked
+    own = getattr(metric, "name", type(metric).__name__)
+    declared = getattr(metric, "score_name", own)
+    if declared in found:
+        return declared
+    if len(found) != 1:
+        raise InlayError(
+            f"the metric {own} gives {', '.join(found) or 'no score'}; name the score that chooses the best "
+            "step: fit(..., best_by=NAME)."
+        )
+    return next(iter(found))
 
 
 def _classes(output: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

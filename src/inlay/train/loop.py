@@ -66,6 +66,7 @@ def fit(
     collate: "Collate | None" = None,
     loss: Loss | None = None,
     settings: dict[str, Any] | None = None,
+    best_by: str | None = None,
 ) -> FitResult:
     """Train what requires a gradient in `model`, and leave the best weights in it, in eval mode.
 
@@ -84,6 +85,8 @@ def fit(
         collate: Makes a batch of a list of items; default `torch.utils.data.default_collate`.
         loss: What is made small; default: what the model itself gives. `NextToken()` for language models.
         settings: Further settings that the run depends on (rank, data ...): a resumption must have the same.
+        best_by: Name of the score that decides instead, such as "f1"; default: the score that the first metric is
+            named after (`name_of_best`).
 
     Raises:
         InlayError: Nothing to train, an impossible launch, a run folder with other settings, NaN or Inf in loss or
@@ -99,7 +102,10 @@ def fit(
         raise InlayError("the validation data is empty; give some, or None to keep the last weights.")
     if config.patience is not None and validation_data is None:
         raise InlayError("patience counts evaluations without a new best: it needs validation data.")
-    run = Run(config, model, accelerator, {"examples": len(train_data), **(settings or {})})
+    if best_by is not None and not metrics:
+        raise InlayError(f"best_by={best_by!r} names a score of a metric, but there are no metrics; give some.")
+    further = {} if best_by is None else {"best_by": best_by}
+    run = Run(config, model, accelerator, {"examples": len(train_data), **further, **(settings or {})})
     if run.result is not None:
         accelerator.print(f"{run.folder} holds a finished run: kept as it is (--overwrite trains anew).")
         run.load_best()
@@ -122,7 +128,7 @@ def fit(
     order = Draws(len(train_data), config.batch_size, steps, config.seed, done=run.progress.step, lengths=lengths)
     if config.tracker is not None:
         accelerator.init_trackers("inlay", config=config.identity())
-    trainer = _Trainer(accelerator, wrapped, optimizer, scheduler, run, config, steps, loss, list(metrics))
+    trainer = _Trainer(accelerator, wrapped, optimizer, scheduler, run, config, steps, loss, list(metrics), best_by)
     data = Data(Drawn(train_data, config.seed), validation_data, collate, config.workers)
     with opened(net, data, config, accelerator) as data, Stop() as stop:
         loader, validation = build_loaders(data, order, config.batch_size, accelerator)
@@ -158,7 +164,9 @@ class _Trainer:
         steps: int,
         loss: Loss,
         metrics: "list[evaluate.Metric]",
+        best_by: str | None,
     ) -> None:
+        self.best_by = best_by
         self.accelerator, self.model, self.optimizer, self.scheduler = accelerator, model, optimizer, scheduler
         self.run, self.config, self.steps, self.loss, self.metrics = run, config, steps, loss, metrics
         self.eval_every = config.eval_every or max(1, round(steps / config.epochs))
@@ -326,14 +334,15 @@ class _Trainer:
         row = {"step": progress.step, "train_loss": progress.loss_sum / progress.loss_count}
         progress.loss_sum, progress.loss_count = 0.0, 0
         if loader is not None:
-            scores = evaluate_on(self.model, loader, self.loss, self.metrics, self.accelerator, progress.accumulate)
+            scores, chooses = evaluate_on(
+                self.model, loader, self.loss, self.metrics, self.accelerator, progress.accumulate, self.best_by
+            )
             if not math.isfinite(scores["loss"]):
                 raise InlayError(
                     f"the validation loss at step {progress.step} is {scores['loss']}, but the training loss is not: "
                     "look for NaN or Inf in the validation data."
                 )
-            # The first metric comes right after the loss; without metrics less loss is better.
-            value = list(scores.values())[1] if self.metrics else -scores["loss"]
+            value = scores[chooses] if self.metrics else -scores["loss"]  # without metrics less loss is better
             better = progress.best is None or value > progress.best
             if better:
                 progress.best, progress.best_step, progress.metrics, progress.waited = (

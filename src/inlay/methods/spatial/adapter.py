@@ -30,9 +30,11 @@ from inlay.bases.sites import Sites
 from inlay.errors import InlayError
 from inlay.methods._peft import BaseTunerLayer, PeftType, leave, register
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
+from inlay.methods.method import Method
 from inlay.methods.spatial.decoder import Encoded, Prompts, VolumeDecoder
 from inlay.methods.spatial.encoder import EncoderParts
 from inlay.methods.spatial.sam import ALONE, VolumeSamModel
+from inlay.peft_types import PEFT_TYPES
 
 
 @dataclass
@@ -282,3 +284,15 @@ class SpatialModel(AdapterTuner):
 
 
 register("inlay_spatial3d", SpatialAdapterConfig, SpatialModel)
+
+SPATIAL = Method(
+    name="spatial",
+    paper=PEFT_TYPES["INLAY_SPATIAL3D"].paper,
+    attaches="SAM's encoder, for volumes",
+    width="bottleneck size",
+    merges=False,
+    learning_rate=1e-3,
+    config=lambda model, width: SpatialAdapterConfig(width=width),
+    bases=("volume",),
+)
+ROWS = (SPATIAL,)

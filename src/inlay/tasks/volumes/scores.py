@@ -124,6 +124,8 @@ class VolumeDice(ClassMetric):
         labels: Names of the classes 1..K.
     """
 
+    score_name = "dice"  # chooses the best step; the others are of single classes
+
     def __init__(self, labels: Sequence[str]) -> None:
         self.labels = tuple(labels)
         super().__init__()

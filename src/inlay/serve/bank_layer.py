@@ -5,21 +5,19 @@ of those of a smaller width. Rows of one batch under different adapters cost one
 however many adapters there are.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers.activations import ACT2FN
 from typing_extensions import override
 
 from inlay.errors import InlayError
 from inlay.methods.base import AdapterLayer
-from inlay.methods.bottleneck import BottleneckLayer
 
 Tensors = Mapping[str, torch.Tensor]
+KEY_START = "base_model.model."  # of the keys in a file of peft
 
 
 class Rows:
@@ -106,15 +104,58 @@ class Stacks(nn.Module):
         return self.rows.expand(stack.index_select(0, self.rows.index), rows)
 
 
-class BankLayer(AdapterLayer):
-    """Wraps one module of the base and holds what every adapter of a bank adds there."""
+@dataclass(frozen=True)
+class Site:
+    """One module at which adapters of one config have tensors.
 
+    Attributes:
+        module: Its name in the base.
+        kind: The layer of a bank that goes around it.
+        keys: Names of the tensors in a file, by what they are called in the layer.
+        settings: What else the layer must know: a scale, a config, or names of modules.
+    """
+
+    module: str
+    kind: "type[BankLayer]"
+    keys: dict[str, str]
+    settings: Any = None
+
+
+class BankLayer(AdapterLayer):
+    """Wraps one module of the base and holds what every adapter of a bank adds there.
+
+    Attributes:
+        stands_for: The layer of a method that an adapter has there when it is loaded by itself; None where another
+            class of the bank gives the sites of that layer.
+    """
+
+    stands_for: ClassVar[type[nn.Module] | None] = None
     adapter_layer_names: Any = ()
 
     def __init__(self, base_layer: nn.Module, rows: Rows) -> None:
         super().__init__(base_layer)
         self.rows = rows
         self.inlay_bank_stacks = Stacks(rows)
+
+    @classmethod
+    def site(cls, base: nn.Module, name: str, layer: Any, keys: dict[str, str]) -> Site:
+        """Where in a bank goes what an adapter has at one module.
+
+        Args:
+            base: The base with the adapter in it, without weights.
+            name: Of the module.
+            layer: A layer of the class `stands_for` around that module.
+            keys: Names of the adapter's tensors in a file, by what they are called in the layer.
+
+        Raises:
+            InlayError: A form of the method that does not add to each row by itself.
+        """
+        return Site(name, cls, keys)
+
+    @classmethod
+    def why_alone(cls, layer: Any) -> str | None:
+        """Why a bank can hold an adapter with such a layer only where it has no other method; None where it can."""
+        return None
 
     @property
     def stacks(self) -> Stacks:
@@ -169,132 +210,3 @@ class BankLayer(AdapterLayer):
         if self.rows.only is not None:
             return self.stacks._buffers[key][self.rows.only][None, None]
         return self.stacks.take(key, rows)[:, None]
-
-
-class LoraBank(BankLayer):
-    """B·A·x of each row, around a linear layer or a 1x1 convolution; the scale is in B."""
-
-    rank = 1
-
-    @override
-    def stored(self, tensors: Tensors, settings: float) -> dict[str, torch.Tensor]:
-        down, up = tensors["lora_A.weight"].float(), tensors["lora_B.weight"].float()
-        values = {"down": down.flatten(1), "up": up.flatten(1) * settings}  # r x inputs, outputs x r
-        if (bias := tensors.get("lora_B.bias")) is not None:
-            values["bias"] = bias.float() * settings
-        return values
-
-    @override
-    def banked(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        result = self.base_layer(x, *args, **kwargs)
-        inner = self.get_base_layer()
-        if isinstance(inner, nn.Conv2d):  # B C H W: positions are tokens
-            step_y, step_x = inner.stride
-            x = x[..., ::step_y, ::step_x].movedim(1, -1)
-            total = result.movedim(1, -1)
-        else:
-            total = result
-        width = x.shape[-1]
-        tokens = x.reshape(len(x), -1, width).to(torch.float32)
-        if total.dtype == torch.float32:
-            total = self.product(self.product(tokens, "down"), "up", total.reshape(len(x), -1, total.shape[-1]))
-        else:
-            added = self.product(self.product(tokens, "down"), "up")
-            total = total.reshape(len(x), -1, total.shape[-1]) + added.to(total.dtype)
-        if "bias" in self.stacks._buffers:
-            total = total + self.row("bias", len(x)).to(total.dtype)
-        if isinstance(inner, nn.Conv2d):
-            return total.movedim(-1, 1).reshape(result.shape)
-        return total.reshape(result.shape)
-
-
-class BottleneckBank(BankLayer, BottleneckLayer):
-    """Bottlenecks of one placement and non-linearity; the scale is in W_up and b_up."""
-
-    rank = 3
-
-    @override
-    def check(self, settings: Any) -> None:
-        own = self.options.get("bank")
-        for what in ("placement", "activation", "layer_norm"):
-            if own is not None and getattr(own, what) != getattr(settings, what):
-                raise InlayError(
-                    f"the bottlenecks of a bank are alike in {what}: here it is {getattr(own, what)}, got "
-                    f"{getattr(settings, what)}; give this adapter a bank of its own."
-                )
-
-    @override
-    def stored(self, tensors: Tensors, settings: Any) -> dict[str, torch.Tensor]:
-        self.options["bank"] = settings
-        weight = tensors["inlay_bottleneck_weight"].float()
-        learned = tensors.get("inlay_bottleneck_scale")
-        scale: Any = settings.scale if learned is None else learned.float()
-        after = settings.layer_norm == "after"
-        up = weight[1].T  # d x m
-        values = {"down": weight[0], "up": up if after else up * scale}
-        if (bias := tensors.get("inlay_bottleneck_bias")) is not None:
-            down_bias, up_bias = bias.float().split([weight.shape[1], weight.shape[2]])
-            values |= {"down_bias": down_bias, "up_bias": up_bias if after else up_bias * scale}
-        if settings.layer_norm:
-            for leaf in ("weight", "bias"):
-                norm = tensors[f"inlay_bottleneck_norm.{leaf}"].float()
-                values[f"norm_{leaf}"] = norm * scale if after else norm
-        return values
-
-    @override
-    def banked(self, *args: Any, **kwargs: Any) -> Any:
-        return self.adapted([(["bank"], None)], *args, **kwargs)  # which asks for `_sum`
-
-    @override
-    def _sum(self, x: torch.Tensor, groups: Any) -> torch.Tensor:
-        if self.channels_first:
-            x = x.movedim(1, -1)
-        config, here = self.options["bank"], self.stacks._buffers
-        h = x.reshape(len(x), -1, x.shape[-1]).to(torch.float32)
-        h = self._norm(h) if config.layer_norm == "before" else h
-        h = self.product(h, "down", self.row("down_bias", len(x)) if "down_bias" in here else None)
-        h = h if config.activation is None else ACT2FN[config.activation](h)
-        h = self.product(h, "up", self.row("up_bias", len(x)) if "up_bias" in here else None)
-        h = self._norm(h) if config.layer_norm == "after" else h
-        total = h.reshape(x.shape).to(x.dtype)
-        return total.movedim(-1, 1) if self.channels_first else total
-
-    def _norm(self, h: torch.Tensor) -> torch.Tensor:
-        normed = F.layer_norm(h, h.shape[-1:])
-        return normed * self.row("norm_weight", len(h)) + self.row("norm_bias", len(h))
-
-
-class HeadBank(BankLayer):
-    """A head of each row. Rows with fewer labels than others of the batch get -inf for those that they do not have."""
-
-    rank = 1
-
-    def __init__(self, base_layer: nn.Module, rows: Rows) -> None:
-        super().__init__(base_layer, rows)
-        self.own = self.stored({k: p.detach() for k, p in base_layer.named_parameters()}, None)
-        for slot in range(rows.capacity):
-            self.stacks.put(slot, self.absent())
-            self.stacks.sizes[slot] = self.size_of(self.own)
-
-    @override
-    def stored(self, tensors: Tensors, settings: Any) -> dict[str, torch.Tensor]:
-        return {key: value.float() for key, value in tensors.items()}  # K x d, K
-
-    @override
-    def absent(self) -> dict[str, torch.Tensor]:
-        return self.own  # adapters without a head, and the plain base, have the base's
-
-    @override
-    def size_of(self, values: Tensors) -> int:
-        return len(values["weight"])
-
-    @override
-    def banked(self, x: torch.Tensor) -> torch.Tensor:
-        sizes = [self.stacks.sizes[slot] for slot in self.rows.slots]
-        tokens = x.reshape(len(x), -1, x.shape[-1]).float()
-        bias = self.row("bias", len(x)) if "bias" in self.stacks._buffers else None
-        logits = self.product(tokens, "weight", bias)[..., : max(sizes)]
-        if min(sizes) < max(sizes):
-            limits = self.rows.expand(torch.tensor(sizes, device=x.device), len(x))[:, None, None]
-            logits = logits.masked_fill(torch.arange(max(sizes), device=x.device) >= limits, -math.inf)
-        return logits.reshape(*x.shape[:-1], -1).to(x.dtype)

@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from inlay.combine.low_rank import Activation, keep_units, norm, one_width, spectrum, unit_errors
-from inlay.combine.method_sum import Leaves, Sum, agree, common
-from inlay.combine.read import Array, Part
+from inlay.combine.low_rank import spectrum
+from inlay.combine.method_sum import Leaves, Sum, Update, agree, common
+from inlay.combine.norms import norm
+from inlay.combine.parts import Array, Part
+from inlay.combine.units import Activation, keep_units, one_width, unit_errors
 from inlay.errors import InlayError
 
 _NAME = "inlay_bottleneck"
 _WEIGHT, _BIAS, _SCALE = f"{_NAME}_weight", f"{_NAME}_bias", f"{_NAME}_scale"
 _NORM = (f"{_NAME}_norm.weight", f"{_NAME}_norm.bias")
-_FIRST = tuple(f"{_NAME}_{side}.{what}" for side in ("down", "up") for what in ("weight", "bias"))  # of a first form
 
 
 def bottleneck(part: Part, site: str) -> tuple[Array, Array | None, Array, Array | None]:
@@ -27,16 +28,10 @@ def bottleneck(part: Part, site: str) -> tuple[Array, Array | None, Array, Array
     Raises:
         InlayError: A norm before W_down with a bias, where the bottleneck has none that could take it up.
     """
-    leaves = part.sites[site]
     down_bias = up_bias = None
-    if _WEIGHT in leaves:
-        down, up_t = part.read(site, _WEIGHT)
-        if _BIAS in leaves:
-            down_bias, up_bias = np.split(part.read(site, _BIAS), [len(down)])
-    else:
-        down, up_t = part.read(site, _FIRST[0]), part.read(site, _FIRST[2]).T
-        if _FIRST[1] in leaves:
-            down_bias, up_bias = part.read(site, _FIRST[1]), part.read(site, _FIRST[3])
+    down, up_t = part.read(site, _WEIGHT)
+    if _BIAS in part.sites[site]:
+        down_bias, up_bias = np.split(part.read(site, _BIAS), [len(down)])
     if part.config.get("layer_norm") == "before":
         weight, bias = (part.read(site, leaf) for leaf in _NORM)
         if down_bias is not None:
@@ -56,13 +51,15 @@ def _factor(part: Part, site: str) -> float:
 
 
 def _width(part: Part, site: str) -> int:
-    return part.shape(site, _WEIGHT)[1] if _WEIGHT in part.sites[site] else part.shape(site, _FIRST[0])[0]
+    return part.shape(site, _WEIGHT)[1]
 
 
 class BottleneckSum(Sum):
     """Several bottlenecks as one; as a config has one width, sites with fewer units get some of zeros."""
 
-    method = "a bottleneck"
+    peft_type = "INLAY_BOTTLENECK"
+    key_prefix = "inlay_bottleneck_"
+    title = "a bottleneck"
 
     @override
     def settle(self) -> dict[str, Any]:
@@ -86,13 +83,25 @@ class BottleneckSum(Sum):
         widths = {site: sum(_width(part, site) for part in self.acting(site)) for site in self.names}
         if self.plan.width is not None and self.config.get("layer_norm") == "after":
             raise InlayError("a layer norm after W_up mixes all units, so that none can go; leave width out.")
-        self.width = max(widths.values())
+        self.units = max(widths.values())
         if self.plan.width == "auto":
-            self.width = min(self.width, self._narrowest())
+            self.units = min(self.units, self._narrowest())
         elif self.plan.width is not None:
-            self.width = min(self.width, self.plan.width)
+            self.units = min(self.units, self.plan.width)
         sites = list(dict.fromkeys(name for part in self.parts for name in part.config.get("sites") or []))
-        return common(self.parts, self.names, width=self.width, scale=1.0, learn_scale=False, sites=sites)
+        return common(self.parts, self.names, width=self.units, scale=1.0, learn_scale=False, sites=sites)
+
+    @classmethod
+    @override
+    def update_at(cls, part: Part, site: str) -> Update | None:
+        """W_up W_down: that of a linear bottleneck, and the nearest thing to one where there is a non-linearity."""
+        down, _, up, _ = bottleneck(part, site)
+        return up * np.float32(part.weight), down
+
+    @property
+    @override
+    def width(self) -> int:
+        return self.units
 
     def _narrowest(self) -> int:
         """The smallest width, one for all sites, that keeps to the error."""
@@ -112,13 +121,13 @@ class BottleneckSum(Sum):
     def layout(self, site: str) -> Leaves:
         here = self.acting(site)
         sizes = {_size(part, site) for part in here}
-        biased = {_BIAS in part.sites[site] or _FIRST[1] in part.sites[site] for part in here}
+        biased = {_BIAS in part.sites[site] for part in here}
         if len(sizes) > 1 or len(biased) > 1:
             raise InlayError(f"{site} has {sizes} features; only adapters of one base can be combined.")
         size = sizes.pop()
-        shapes: Leaves = {_WEIGHT: (2, self.width, size)}
+        shapes: Leaves = {_WEIGHT: (2, self.units, size)}
         if biased.pop():
-            shapes[_BIAS] = (self.width + size,)
+            shapes[_BIAS] = (self.units + size,)
         if self.config.get("layer_norm"):
             shapes |= dict.fromkeys(_NORM, (size,))
         shapes |= {leaf: here[0].shape(site, leaf) for leaf in here[0].sites[site] if leaf.startswith(f"{_NAME}_act")}
@@ -132,13 +141,13 @@ class BottleneckSum(Sum):
             return self._after(site, here[0])
         down, down_bias, up, up_bias = self._joined(site)
         self.errors[site], self.norms[site] = 0.0, self._norm(down, up)
-        if len(down) > self.width:
+        if len(down) > self.units:
             down, down_bias, up, up_bias = self._smaller(site, down, down_bias, up, up_bias)
         weight = np.zeros(shapes[_WEIGHT], np.float32)
         weight[0, : len(down)], weight[1, : len(down)] = down, up.T
         made = {_WEIGHT: weight}
         if _BIAS in shapes:
-            made[_BIAS] = np.concatenate([np.pad(down_bias, (0, self.width - len(down))), up_bias])
+            made[_BIAS] = np.concatenate([np.pad(down_bias, (0, self.units - len(down))), up_bias])
         if _NORM[0] in shapes:
             made |= {_NORM[0]: np.ones(size, np.float32), _NORM[1]: np.zeros(size, np.float32)}
         made |= {leaf: here[0].read(site, leaf) for leaf in shapes if leaf.startswith(f"{_NAME}_act")}
@@ -167,21 +176,14 @@ class BottleneckSum(Sum):
 
     def _after(self, site: str, part: Part) -> dict[str, Array]:
         """One adapter alone, with a norm after W_up that takes up scale and weight."""
-        down, down_bias, up, up_bias = bottleneck(part, site)
+        down, down_bias, _, up_bias = bottleneck(part, site)
         factor = np.float32(_factor(part, site))
         weight = np.zeros(self.shapes[site][_WEIGHT], np.float32)
-        weight[0, : len(down)], weight[1, : len(down)] = (
-            part.read(site, _WEIGHT)
-            if _WEIGHT in part.sites[site]
-            else (
-                down,
-                up.T / factor,
-            )
-        )
+        weight[0, : len(down)], weight[1, : len(down)] = part.read(site, _WEIGHT)
         made = {_WEIGHT: weight}
         if down_bias is not None and up_bias is not None:
             own = up_bias / factor if factor else up_bias
-            made[_BIAS] = np.concatenate([np.pad(down_bias, (0, self.width - len(down))), own])
+            made[_BIAS] = np.concatenate([np.pad(down_bias, (0, self.units - len(down))), own])
         made |= {leaf: part.read(site, leaf) * factor * np.float32(part.weight) for leaf in _NORM}
         self.errors[site] = 0.0
         return made | {leaf: part.read(site, leaf) for leaf in self.shapes[site] if leaf.startswith(f"{_NAME}_act")}
@@ -191,12 +193,12 @@ class BottleneckSum(Sum):
         inputs = self.plan.activations.get(site)
         if self.linear:
             found = spectrum(up, down)
-            self.errors[site] = found.error(self.width)
+            self.errors[site] = found.error(self.units)
             up_bias = up_bias + up @ down_bias
-            up, down = found.cut(self.width)
+            up, down = found.cut(self.units)
             return down, np.zeros(len(down), np.float32), up, up_bias
         act = Activation(self.config["activation"])
-        kept, fitted, error = keep_units(down, down_bias, up, self.width, act, inputs)
+        kept, fitted, error = keep_units(down, down_bias, up, self.units, act, inputs)
         self.errors[site] = error
         if np.any(fitted[:, -1]) and _BIAS not in self.shapes[site]:
             raise InlayError(f"the bottleneck at {site} has no bias, which least squares needs; leave activations out.")
@@ -215,4 +217,4 @@ class BottleneckSum(Sum):
 
 
 def _size(part: Part, site: str) -> int:
-    return part.shape(site, _WEIGHT)[2] if _WEIGHT in part.sites[site] else part.shape(site, _FIRST[0])[1]
+    return part.shape(site, _WEIGHT)[2]

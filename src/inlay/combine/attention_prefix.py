@@ -1,0 +1,20 @@
+"""The sum of attention prefixes."""
+
+from typing import Any
+
+from typing_extensions import override
+
+from inlay.combine.concatenation import ConcatenationSum
+from inlay.combine.method_sum import common
+
+
+class AttentionPrefixSum(ConcatenationSum):
+    """Keys and values in front of those of the tokens."""
+
+    peft_type = "INLAY_ATTENTION_PREFIX"
+    key_prefix = "inlay_attention_prefix_"
+    title = "an attention prefix"
+
+    @override
+    def settings(self, length: int) -> dict[str, Any]:
+        return common(self.parts, self.names, length=length, projection=None)

@@ -1,0 +1,91 @@
+"""The sum of partial fine-tunings: differences to the base's weights add."""
+
+from typing import Any, ClassVar
+
+import numpy as np
+from typing_extensions import override
+
+from inlay.combine.method_sum import Leaves, Sum, Update, common, same
+from inlay.combine.norms import norm
+from inlay.combine.parts import Array, Part
+from inlay.errors import InlayError
+
+
+class PartialSum(Sum):
+    """Differences to the base's weights, as they are in partial fine-tuning."""
+
+    peft_type = "INLAY_PARTIAL"
+    key_prefix = "inlay_partial_"
+    title = "partial fine-tuning"
+    has_updates = True
+    start: ClassVar[float] = 0.0  # what a tensor holds that changes nothing
+
+    @override
+    def settle(self) -> dict[str, Any]:
+        self.refuse_width("has no width")
+        self.refuse_factors("differences of weights")
+        kinds = {str(part.config.get("train", "all")) for part in self.parts}
+        train = kinds.pop() if len(kinds) == 1 else "all"
+        if kinds:  # another one: the result names whole modules
+            for site in self.names:
+                leaves = {leaf for part in self.parts if site in part.sites for leaf in part.sites[site]}
+                if leaves == {"inlay_partial_delta.bias"}:
+                    raise InlayError(
+                        f"{site} has its bias trained alone, other modules all of their weights, which one config "
+                        "cannot say; combine adapters with the same train=."
+                    )
+        return common(self.parts, self.names, train=train, last=None)
+
+    def refuse_factors(self, has: str) -> None:
+        """Raise InlayError for a rule that needs the factors of an update, which these have not."""
+        rule = self.plan.rule
+        if rule.needs_factors:
+            raise InlayError(f"{rule.name} works on the factors of low-rank updates; use ties for {has}.")
+
+    @classmethod
+    @override
+    def update_at(cls, part: Part, site: str) -> Update | None:
+        leaf = max(part.sites[site], key=lambda leaf: np.prod(part.shape(site, leaf)))
+        delta = part.read(site, leaf) - np.float32(cls.start)
+        return delta.reshape(len(delta), -1) * np.float32(part.weight), None
+
+    @override
+    def layout(self, site: str) -> Leaves:
+        here = [part for part in self.parts if site in part.sites]
+        leaves = dict.fromkeys(leaf for part in here for leaf in part.sites[site])
+        return {leaf: same([p for p in here if leaf in p.sites[site]], site, leaf) for leaf in leaves}
+
+    @override
+    def make(self, site: str) -> dict[str, Array]:
+        return {leaf: self._added(site, leaf) for leaf in self.shapes[site]}
+
+    def _added(self, site: str, leaf: str) -> Array:
+        here = [part for part in self.acting(site) if leaf in part.sites[site]]
+        self.errors[site] = 0.0
+        if self.plan.rule.merge is not None and here:
+            deltas = [part.read(site, leaf) - np.float32(self.start) for part in here]
+            weights = [part.weight for part in here]
+            merged = self.plan.rule.merge(deltas, weights, self.plan.settings, f"{site}.{leaf}")
+            self.check(site, merged, merged)
+            return merged + np.float32(self.start)
+        total = np.zeros(self.shapes[site][leaf], np.float32)
+        wanted = size = 0.0
+        for part in here:
+            if part.weight == 0:
+                continue
+            delta = part.read(site, leaf)
+            delta -= np.float32(self.start)
+            wanted += part.weight * _seen(delta)
+            size += abs(part.weight) * norm(delta)
+            delta *= np.float32(part.weight)
+            total += delta
+            del delta  # before the next one is there
+        self.check(site, np.array(_seen(total)), np.array(wanted), size)
+        total += np.float32(self.start)
+        return total
+
+
+def _seen(delta: Array) -> float:
+    """One number that all entries go into, in float64 by pieces."""
+    flat = delta.ravel()
+    return float(sum(flat[i : i + 16384].sum(dtype=np.float64) for i in range(0, len(flat), 16384)))

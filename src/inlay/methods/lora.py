@@ -1,0 +1,65 @@
+"""LoRA and its variants, as peft has them: an update B·A of rank r beside a weight.
+
+Hu et al. 2021, arXiv:2106.09685. Here alpha is twice the rank.
+"""
+
+from peft import LoraConfig
+from torch import nn
+
+from inlay.bases.sites import is_linear, lora_targets
+from inlay.methods.method import EVERY_BASE, MakeConfig, Method
+from inlay.peft_types import PEFT_TYPES
+
+_FACTS = PEFT_TYPES["LORA"]
+
+
+def lora_config(**settings: object) -> MakeConfig:
+    """A function that gives the LoraConfig of a model at a rank, with further settings of peft."""
+    return lambda model, rank: LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=lora_targets(model), **settings)
+
+
+def _pissa_config(model: nn.Module, rank: int) -> LoraConfig:
+    """Of linear layers alone: peft takes no singular vectors of the 1x1 convolution in SAM's neck."""
+    names = [name for name in lora_targets(model) if is_linear(model.get_submodule(name))]
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, init_lora_weights="pissa")
+
+
+LORA = Method(
+    name="lora",
+    paper=_FACTS.paper,
+    attaches="linear layers, 1x1 convolutions",
+    width="rank r",
+    merges=True,
+    learning_rate=3e-3,
+    config=lora_config(),
+    bases=EVERY_BASE,
+)
+RSLORA = Method(
+    name="rslora",
+    paper=_FACTS.variants["use_rslora"].paper,
+    attaches="linear layers, 1x1 convolutions",
+    width="rank r",
+    merges=True,
+    learning_rate=3e-3,
+    config=lora_config(use_rslora=True),
+    bases=EVERY_BASE,
+)
+DORA = Method(
+    name="dora",
+    paper=_FACTS.variants["use_dora"].paper,
+    attaches="linear layers",
+    width="rank r",
+    merges=True,
+    learning_rate=3e-3,
+    config=lora_config(use_dora=True),
+)
+PISSA = Method(
+    name="pissa",
+    paper="Meng et al. 2024, arXiv:2404.02948",
+    attaches="linear layers",
+    width="rank r",
+    merges=True,
+    learning_rate=3e-3,
+    config=_pissa_config,
+)
+ROWS = (LORA, RSLORA, DORA, PISSA)

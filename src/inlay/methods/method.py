@@ -1,0 +1,61 @@
+"""Method: what a row of METHODS says, and how it adapts a model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from peft import PeftConfig, get_peft_model
+from torch import nn
+
+from inlay.bases.load import makes_masks
+from inlay.bases.sites import sites
+
+MakeConfig = Callable[[nn.Module, int], PeftConfig | None]  # of a model of transformers and a width
+EVERY_BASE = ("vision", "sam", "conv", "text")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of METHODS, which stands in the file of its method.
+
+    Attributes:
+        name: As a user calls it.
+        paper: Where it comes from.
+        attaches: To what.
+        width: What its width is, in the words of the method.
+        merges: True if it folds into the base's weights.
+        learning_rate: A rate that suits it on a small task, where a recipe gives none.
+        config: Takes a model of transformers and a width; gives peft's config, or None where nothing is added.
+        bases: On what it works: vision (token sequences), sam, conv (MobileNets, ResNets ...), text, volume
+            (SAM on scans).
+        trains: What is trained: the adapter and the head of a classifier, the head without an adapter, or the whole
+            model.
+    """
+
+    name: str
+    paper: str
+    attaches: str
+    width: str
+    merges: bool
+    learning_rate: float
+    config: MakeConfig
+    bases: Sequence[str] = ("vision", "sam", "text")
+    trains: Literal["adapter", "head", "model"] = "adapter"
+
+    def adapt(self, model: nn.Module, width: int) -> nn.Module:
+        """The frozen `model` with what is to be trained: the adapter, and the head of a classifier."""
+        config = self.config(model, width)
+        headless = writes_text(model) or makes_masks(getattr(model, "config", None))
+        head = [] if headless else list(sites(model).head)
+        if config is None:
+            for name in head if self.trains == "head" else [""]:
+                model.get_submodule(name).requires_grad_(True)
+            return model
+        config.modules_to_save = head or None
+        return get_peft_model(model, config)
+
+
+def writes_text(model: nn.Module) -> bool:
+    """True for a language model: its output projection belongs to the base and is no head of a task."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get is not None and get() is not None

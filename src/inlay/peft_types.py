@@ -1,0 +1,70 @@
+"""PEFT_TYPES: what the methods are called and whose they are, by the peft_type that an adapter_config.json holds.
+
+This file imports nothing and stands under all floors: `inlay info`, the index of a folder and `combine` name a method
+without the seconds that peft and torch take to import. The rows of METHODS, which need both, take their papers here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A variant of a method, which a setting of the config turns on.
+
+    Attributes:
+        name: What it is called.
+        paper: Authors, year and arXiv number.
+    """
+
+    name: str
+    paper: str
+
+
+@dataclass(frozen=True)
+class PeftTypeFacts:
+    """What is known of one peft_type.
+
+    Attributes:
+        name: What the method is called on a card.
+        paper: Authors, year and arXiv number; empty where there is none.
+        variants: By the setting of the config that turns them on.
+    """
+
+    name: str
+    paper: str = ""
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+
+
+_PREFIX_PAPER = "Li & Liang 2021, arXiv:2101.00190"  # of both forms: peft's in the cache, ours in the attention
+
+PEFT_TYPES = {
+    "LORA": PeftTypeFacts(
+        "LoRA",
+        "Hu et al. 2021, arXiv:2106.09685",
+        {
+            "use_dora": Variant("DoRA", "Liu et al. 2024, arXiv:2402.09353"),
+            "use_rslora": Variant("rsLoRA", "Kalajdzievski 2023, arXiv:2312.03732"),
+        },
+    ),
+    "IA3": PeftTypeFacts("IA3", "Liu et al. 2022, arXiv:2205.05638"),
+    "PREFIX_TUNING": PeftTypeFacts("Prefix tuning", _PREFIX_PAPER),
+    "PROMPT_TUNING": PeftTypeFacts("Prompt tuning", "Lester et al. 2021, arXiv:2104.08691"),
+    "INLAY_BOTTLENECK": PeftTypeFacts("Bottleneck", "Houlsby et al. 2019, arXiv:1902.00751"),
+    "INLAY_ATTENTION_PREFIX": PeftTypeFacts("Attention prefix", _PREFIX_PAPER),
+    "INLAY_VISUAL_PROMPT": PeftTypeFacts("Visual prompt", "Jia et al. 2022, arXiv:2203.12119"),
+    "INLAY_PARTIAL": PeftTypeFacts("Partial fine-tuning", "Yosinski et al. 2014, arXiv:1411.1792"),
+    "INLAY_SPATIAL3D": PeftTypeFacts("3D spatial", "Gong et al. 2023, arXiv:2306.13465"),
+    "INLAY_COMPOSITE": PeftTypeFacts("Composite"),
+}
+
+# Initialisations of LoRA that move a part of the base's weights into the adapter, which is wrong on the base as it was.
+# Some come with a number behind the name, as `pissa_niter_16`.
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def base_changing_init(config: Mapping[str, Any]) -> str | None:
+    """The initialisation in the config of one method, if it is one that changes the base's weights."""
+    init = config.get("init_lora_weights")
+    return init if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS) else None

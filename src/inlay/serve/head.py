@@ -1,0 +1,60 @@
+"""Heads in a bank: modules that were trained whole and saved with an adapter."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from typing_extensions import override
+
+from inlay.errors import InlayError
+from inlay.methods._peft import AuxiliaryTrainingWrapper
+from inlay.serve.bank_layer import BankLayer, Rows, Site, Tensors
+
+
+class HeadBank(BankLayer):
+    """A head of each row. Rows with fewer labels than others of the batch get -inf for those that they do not have."""
+
+    rank = 1
+    stands_for = AuxiliaryTrainingWrapper
+
+    @classmethod
+    @override
+    def site(cls, base: nn.Module, name: str, layer: Any, keys: dict[str, str]) -> Site:
+        """Around the one linear layer that a head consists of."""
+        inside = [(leaf, module) for leaf, module in layer.original_module.named_modules() if module._parameters]
+        if len(inside) != 1 or not isinstance(inside[0][1], nn.Linear):
+            raise InlayError(f"a bank holds heads of one linear layer, and {name} is not; load it with load_adapter.")
+        leaf = inside[0][0]
+        start = f"{leaf}." if leaf else ""
+        return Site(f"{name}.{leaf}" if leaf else name, cls, {k.removeprefix(start): v for k, v in keys.items()})
+
+    def __init__(self, base_layer: nn.Module, rows: Rows) -> None:
+        super().__init__(base_layer, rows)
+        self.own = self.stored({k: p.detach() for k, p in base_layer.named_parameters()}, None)
+        for slot in range(rows.capacity):
+            self.stacks.put(slot, self.absent())
+            self.stacks.sizes[slot] = self.size_of(self.own)
+
+    @override
+    def stored(self, tensors: Tensors, settings: Any) -> dict[str, torch.Tensor]:
+        return {key: value.float() for key, value in tensors.items()}  # K x d, K
+
+    @override
+    def absent(self) -> dict[str, torch.Tensor]:
+        return self.own  # adapters without a head, and the plain base, have the base's
+
+    @override
+    def size_of(self, values: Tensors) -> int:
+        return len(values["weight"])
+
+    @override
+    def banked(self, x: torch.Tensor) -> torch.Tensor:
+        sizes = [self.stacks.sizes[slot] for slot in self.rows.slots]
+        tokens = x.reshape(len(x), -1, x.shape[-1]).float()
+        bias = self.row("bias", len(x)) if "bias" in self.stacks._buffers else None
+        logits = self.product(tokens, "weight", bias)[..., : max(sizes)]
+        if min(sizes) < max(sizes):
+            limits = self.rows.expand(torch.tensor(sizes, device=x.device), len(x))[:, None, None]
+            logits = logits.masked_fill(torch.arange(max(sizes), device=x.device) >= limits, -math.inf)
+        return logits.reshape(*x.shape[:-1], -1).to(x.dtype)
