@@ -122,7 +122,7 @@ class Evaluation:
         if self.per_class:
             names = list(self.per_class[0])
             cells = [tuple(_cell(row.get(name)) for name in names) for row in self.per_class]
-            parts += ["", *_columns([tuple(title(name) for name in names), *cells])]
+            parts += ["", *_columns([tuple(class_title(name) for name in names), *cells])]
         return "\n".join([*parts, *([""] if self.notes else []), *self.notes])
 
     def _beside(self, name: str) -> tuple[str, ...]:
@@ -168,6 +168,49 @@ class Training:
         return here.exists() and there.exists() and here.samefile(there)
 
 
+@dataclass(frozen=True)
+class Request:
+    """What is to be scored, and how.
+
+    Attributes:
+        split: Which part of the data; None: as `choose_split` has it.
+        limit: Score so many units at most, spread evenly; None: all.
+        compare: Score the base without the adapter too, where that means something.
+        task: Of a combination of several classifiers: choose among the classes of this one only.
+        resamples: Of the units, for the intervals.
+        training: What metrics.json tells of the adapter's own.
+
+    Raises:
+        InlayError: No such split; a limit or resamples below 1.
+    """
+
+    split: Split | None = None
+    limit: int | None = None
+    compare: bool = True
+    task: str | None = None
+    resamples: int = 1000
+    training: Training = field(default_factory=Training)
+
+    def __post_init__(self) -> None:
+        if self.split is not None and self.split not in SPLITS:
+            raise InlayError(f"unknown split {self.split!r}; choose one of {', '.join(SPLITS)}.")
+        for name in ("limit", "resamples"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise InlayError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+
+EVERYTHING = Request()
+FEW = 10  # units below which an interval is said to be rough
+
+
+def interval_note(count: int, unit: str) -> list[str]:
+    """A sentence where there are too few units to resample."""
+    if count == 1:
+        return [f"There is no interval: it takes two {unit}s or more."]
+    return [f"Intervals over {count} {unit}s are rough, and mostly too narrow."] if count < FEW else []
+
+
 def choose_split(data: str, wanted: Split | None, own: Collection[str], scored: Split, training: Training) -> Split:
     """Which part of the data to score.
 
@@ -184,8 +227,6 @@ def choose_split(data: str, wanted: Split | None, own: Collection[str], scored: 
     Raises:
         InlayError: No such split.
     """
-    if wanted is not None and wanted not in SPLITS:
-        raise InlayError(f"unknown split {wanted!r}; choose one of {', '.join(SPLITS)}.")
     if wanted == "test" and "test" not in own:
         raise InlayError(
             f"{data!r} has no split 'test' with labels (it has {', '.join(own)}); choose another, or pass the folder "
@@ -205,18 +246,12 @@ def split_note(data: str, split: Split, own: Collection[str], training: Training
     if split == "all":
         seen = ", training examples among them" if training.used(data) else ""
         return [f"{data!r} has no split of its own and was scored whole{seen}."]
-    part = "is held out" if split == "validation" else "is trained on"
-    return [f"{data!r} has no split of its own; what was scored is the part that {part} by seed {training.seed}."]
+    part = "hold out of it" if split == "validation" else "train on"
+    return [f"{data!r} has no split of its own; what was scored is the part that recipes {part} (seed {training.seed})."]
 
 
 def pick_evenly(count: int, limit: int | None) -> list[int]:
-    """At most `limit` of the numbers 0 to count - 1, spread evenly: the examples of a folder often stand by class.
-
-    Raises:
-        InlayError: A limit below 1.
-    """
-    if limit is not None and limit < 1:
-        raise InlayError(f"limit must be at least 1, got {limit}.")
+    """At most `limit` of the numbers 0 to count - 1, spread evenly: the examples of a folder often stand by class."""
     wanted = count if limit is None else min(limit, count)
     return [i * count // wanted for i in range(wanted)]
 
@@ -238,8 +273,16 @@ def check_labels(data: str, found: Sequence[str], known: Sequence[str], adapter:
 
 
 def title(name: str) -> str:
-    """A score's name for people."""
+    """A score's name for people; `dice_` is followed by the name of a class."""
+    if name not in TITLES and name.startswith("dice_"):
+        return f"Dice, {name.removeprefix('dice_')}"
     return TITLES.get(name, name.replace("_", " "))
+
+
+def class_title(name: str) -> str:
+    """The same for a column of `per_class`, where nothing is a mean over classes."""
+    words = title(name).removeprefix("Macro ")
+    return words[0].upper() + words[1:]
 
 
 def _plain(scores: Mapping[str, Score]) -> dict[str, dict[str, float | None]]:

@@ -10,12 +10,11 @@ from inlay.errors import InlayError
 from inlay.tasks.evaluation import Score
 
 BINS = 15
-RESAMPLES = 1000
 Indices = npt.NDArray[np.int64]
 
 
 def score_with_intervals(
-    statistic: Callable[[Indices], Mapping[str, float]], units: int, *, resamples: int = RESAMPLES, seed: int = 0
+    statistic: Callable[[Indices], Mapping[str, float]], units: int, *, resamples: int = 1000, seed: int = 0
 ) -> dict[str, Score]:
     """Scores of all units, with 95 % percentile intervals over bootstrap resamples of them.
 

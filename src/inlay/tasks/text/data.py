@@ -137,7 +137,9 @@ def load_texts_to_score(
     own = [each for each in ("train", "validation", "test") if each in splits]
     chosen = choose_split(name, split, own, "test" if "test" in splits else "validation", training)
     if "validation" not in splits and chosen in ("train", "validation"):
-        parts = _last_part(splits["train"], 0.1, name) if plain else _held_out(splits["train"], 0.1, training.seed, name)
+        parts = (
+            _last_part(splits["train"], 0.1, name) if plain else _held_out(splits["train"], 0.1, training.seed, name)
+        )
         splits["train"], splits["validation"] = parts
     rows = [row for each in splits.values() for row in each] if chosen == "all" else splits[chosen]
     return chosen, _dataset(rows), plain, split_note(name, chosen, own, training)

@@ -1,0 +1,178 @@
+"""A language model scored on prompts with references: perplexity, BLEU, chrF and ROUGE-L, with those of its base."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from inlay.errors import InlayError
+from inlay.tasks.adapter import Adapter, check_task
+from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, Score, pick_evenly
+from inlay.tasks.statistics import Indices, score_with_intervals
+from inlay.tasks.text.data import by_prompt, load_texts_to_score
+from inlay.tasks.text.generate import Decoding, generate
+from inlay.tasks.text.loss import IGNORED, NextToken
+from inlay.tasks.text.scores import TextScores, score_texts
+from inlay.tasks.text.view import TextView
+
+logger = logging.getLogger(__name__)
+
+AT_ONCE = 16  # completions in one forward pass
+
+
+def evaluate(
+    adapter: Adapter, data: str, request: Request = EVERYTHING, *, decoding: Decoding | None = None
+) -> Evaluation:
+    """Score a language model: what it makes of the references, and how close what it writes comes to them.
+
+    Perplexity is exp of the mean loss over all tokens of all completions, as in training. Running text, which has no
+    prompts, has perplexity alone, and its units are blocks of the processor's max_length.
+
+    Args:
+        adapter: From `load_adapter`.
+        data: As for `load_texts`.
+        request: Which part, and how.
+        decoding: How texts are written; by itself as metrics.json says.
+
+    Raises:
+        InlayError: As `load_texts` and `generate`; an adapter that is no language model's.
+    """
+    check_task(adapter, "text-generation")
+    chosen, rows, plain, notes = load_texts_to_score(data, split=request.split, training=request.training)
+    view = TextView(rows, adapter.processor, block=plain)
+    references = {} if plain else by_prompt(rows)
+    units = len(view) if plain else len(references)
+    place = {prompt: i for i, prompt in enumerate(references)}
+    # The unit of each item of the view: its prompt, or itself.
+    owner = np.arange(units) if plain else np.array([place[key] for key in _keys(rows)])
+    picked = pick_evenly(units, request.limit)
+    decoding = decoding or _decoding(request.training.decoding)
+    asked = [(list(references)[i], list(references.values())[i]) for i in picked] if not plain else []
+    results = []
+    for alone in (False, True) if request.compare and hasattr(adapter.model, "disable_adapter") else (False,):
+        with _without_adapter(adapter.model) if alone else nullcontext(adapter.model) as model:
+            losses, tokens = _losses(model, view, np.isin(owner, picked))
+            losses, tokens = (np.bincount(owner, side, minlength=units)[picked] for side in (losses, tokens))
+            texts = generate(model, adapter.processor, [prompt for prompt, _ in asked], decoding) if asked else []
+            results.append(
+                (losses, tokens, texts, _scores(losses, tokens, texts, [r for _, r in asked], request.resamples))
+            )
+    losses, tokens, _, (scores, written) = results[0]
+    table: list[dict[str, Any]] = []
+    for k in range(len(picked)):
+        row: dict[str, Any] = {"block": picked[k]} if plain else {"prompt": _readable(asked[k][0])}
+        if written is not None:
+            row |= {key: _rounded(value) for key, value in written.by_prompt[k].items()}
+        row["perplexity"] = _rounded(float(np.exp(losses[k] / max(1.0, tokens[k]))))
+        if results[1:]:
+            other, count, _, (_, base_written) = results[1]
+            if base_written is not None:
+                row |= {f"base_{key}": _rounded(value) for key, value in base_written.by_prompt[k].items()}
+            row["base_perplexity"] = _rounded(float(np.exp(other[k] / max(1.0, count[k]))))
+        table.append(row)
+    if written is not None:
+        said = ", ".join(f"{f.name} {getattr(decoding, f.name)}" for f in fields(decoding) if f.name != "decode_batch")
+        notes += [f"Texts were written with {said}.", f"Scored by {written.signature}."]
+    if request.compare and not results[1:]:
+        notes += ["The base alone was not scored: the adapter is merged into it."]
+    return Evaluation(
+        data=data,
+        task="text-generation",
+        split=chosen,
+        count=len(picked),
+        unit="block" if plain else "prompt",
+        scores=scores,
+        base=results[1][3][0] if results[1:] else None,
+        rows=table,
+        notes=notes,
+    )
+
+
+def _keys(rows: Any) -> Iterator[Any]:
+    """The key in `by_prompt` of each row."""
+    for row in rows:
+        yield next(iter(by_prompt([row])))
+
+
+@contextmanager
+def _without_adapter(model: Any) -> Iterator[Any]:
+    """The base under an adapter, which is switched off meanwhile."""
+    with model.disable_adapter():
+        yield model.get_base_model()
+
+
+@torch.inference_mode()
+def _losses(model: Any, view: TextView, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each item of the view that is wanted the sum of the losses of its tokens and their number, (N,); else 0."""
+    loss, device = NextToken(), next(model.parameters()).device
+    sums, counts = np.zeros(len(view)), np.zeros(len(view))
+    items = sorted(np.flatnonzero(wanted).tolist(), key=lambda i: -view.lengths[i])  # alike in length
+    for begin in range(0, len(items), AT_ONCE):
+        part = items[begin : begin + AT_ONCE]
+        batch = {key: value.to(device) for key, value in view.collate([view[i] for i in part]).items()}
+        logits = loss(model, batch).logits.float()  # B L V
+        labels = batch["labels"][:, -logits.shape[1] :]  # B L
+        each = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        sums[part] = each.view_as(labels).double().sum(1).cpu().numpy()
+        counts[part] = (labels != IGNORED).sum(1).cpu().numpy()
+    return sums, counts
+
+
+def _scores(
+    losses: np.ndarray, tokens: np.ndarray, texts: Sequence[str], references: Sequence[Sequence[str]], resamples: int
+) -> tuple[dict[str, Score], TextScores | None]:
+    """Scores over all units, and those of each text."""
+    written = score_texts(texts, references) if texts else None
+    corpora = _corpora(texts, references) if texts else {}
+    rouge = np.array([row["rouge_l"] for row in written.by_prompt]) if written else np.empty(0)
+
+    def statistic(rows: Indices) -> dict[str, float]:
+        found = {"perplexity": float(np.exp(losses[rows].sum() / max(1.0, tokens[rows].sum())))}
+        for name, (metric, counts) in corpora.items():
+            found[name] = metric._compute_score_from_stats(counts[rows].sum(0).tolist()).score
+        return found | ({"rouge_l": float(rouge[rows].mean())} if written else {})
+
+    return score_with_intervals(statistic, len(losses), resamples=resamples), written
+
+
+def _corpora(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, tuple[Any, np.ndarray]]:
+    """BLEU and chrF of sacrebleu, each with the counts of every text, (N, ...), whose sum gives the corpus's score.
+
+    sacrebleu's own resampling is over the same counts, but does not give its percentiles.
+    """
+    from itertools import zip_longest
+
+    from sacrebleu.metrics import BLEU, CHRF
+
+    streams = list(zip_longest(*references))
+    metrics: dict[str, Any] = {"bleu": BLEU(), "chrf": CHRF()}
+    return {
+        name: (metric, np.array(metric._extract_corpus_statistics(list(texts), streams)))
+        for name, metric in metrics.items()
+    }
+
+
+def _decoding(noted: Mapping[str, Any]) -> Decoding:
+    """As a recipe noted it; the default where nothing, or nothing usable, was noted."""
+    names = {field.name for field in fields(Decoding)}
+    try:
+        return Decoding(**{key: value for key, value in noted.items() if key in names})
+    except (InlayError, TypeError):
+        logger.warning("the decoding in metrics.json cannot be used; texts are written with the default one.")
+        return Decoding()
+
+
+def _readable(prompt: Any) -> str:
+    """A prompt in one cell: a chat's messages below each other."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{dict(message)['role']}: {dict(message)['content']}" for message in prompt)
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value
