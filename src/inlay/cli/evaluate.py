@@ -41,6 +41,8 @@ def evaluate(
             raise InlayError(f"there is no folder {str(path.parent)!r} for {path.name!r}; make it first.")
     from inlay.adapters.evaluate import evaluate as score
 
+    if matrix is not None:
+        _check_classifies(adapter)
     found = score(
         adapter, data, base=base, split=split, limit=limit, compare=not alone, task=task, write=write  # type: ignore[arg-type]
     )  # fmt: skip
@@ -52,6 +54,17 @@ def evaluate(
         found.write_csv(csv)
     if matrix is not None:
         found.draw_confusion(matrix)
+
+
+def _check_classifies(adapter: str) -> None:
+    """Raise InlayError, before all the work, for an adapter without classes of whole inputs."""
+    from inlay.adapters.file import read_adapter
+    from inlay.adapters.hub.fetch import fetch
+    from inlay.adapters.task import task_of_file
+
+    task = task_of_file(read_adapter(fetch(adapter)))
+    if not task.classifies:
+        raise InlayError(f"an adapter for {task.name} has no confusion matrix; leave --matrix out.")
 
 
 VERBS: dict[str, Callable[..., None]] = {"evaluate": evaluate}

@@ -247,7 +247,8 @@ def split_note(data: str, split: Split, own: Collection[str], training: Training
         seen = ", training examples among them" if training.used(data) else ""
         return [f"{data!r} has no split of its own and was scored whole{seen}."]
     part = "hold out of it" if split == "validation" else "train on"
-    return [f"{data!r} has no split of its own; what was scored is the part that recipes {part} (seed {training.seed})."]
+    scored = f"what was scored is the part that recipes {part} (seed {training.seed})"
+    return [f"{data!r} has no split of its own; {scored}."]
 
 
 def pick_evenly(count: int, limit: int | None) -> list[int]:

@@ -135,9 +135,7 @@ def load_images_to_score(
         parts = dict(zip(parts, _readable(parts, name, labels, corrupt), strict=True))
     rows = datasets.concatenate_datasets(list(parts.values()))
     if held is None and chosen != "all":  # what `load_images` holds out
-        groups = dict.fromkeys(words[first])
-        order = {word: i for i, word in enumerate(_sorted(list(groups)))}
-        out = _stratified([order[labels[i]] for i in rows["label"][:]], list(order), 0.2, training.seed)
+        out = _stratified(rows["label"][:], labels, 0.2, training.seed)
         kept = sorted(set(range(len(rows))) - set(out)) if chosen == "train" else out
         rows = rows.select(kept)
     return chosen, rows, split_note(name, chosen, list(splits), training)

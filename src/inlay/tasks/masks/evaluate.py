@@ -83,7 +83,10 @@ def _answers(model: Any, view: MaskView, picked: list[int]) -> list[dict[str, An
     """A row for each object that was asked for: the image's place in the view, IoU, and the IoU that was foretold."""
     loss, weight, rows = MaskLoss(), next(p for p in model.parameters() if p.is_floating_point()), []
     for begin, batch in enumerate(DataLoader(Subset(view, picked), batch_size=AT_ONCE)):
-        batch = {key: value.to(weight.device) for key, value in batch.items()}
+        batch = {
+            key: value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
+            for key, value in batch.items()
+        }
         output = loss(model, batch)
         counts = loss.answers(output, batch)[0].cpu().numpy()  # B P 2
         foretold, sizes = output.scores.max(-1).values.float().cpu().numpy(), (batch["labels"] == 1).sum((-2, -1))

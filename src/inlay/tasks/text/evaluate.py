@@ -2,8 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -52,58 +51,61 @@ def evaluate(
     owner = np.arange(units) if plain else np.array([place[key] for key in _keys(rows)])
     picked = pick_evenly(units, request.limit)
     decoding = decoding or _decoding(request.training.decoding)
-    asked = [(list(references)[i], list(references.values())[i]) for i in picked] if not plain else []
-    results = []
-    for alone in (False, True) if request.compare and hasattr(adapter.model, "disable_adapter") else (False,):
-        with _without_adapter(adapter.model) if alone else nullcontext(adapter.model) as model:
-            losses, tokens = _losses(model, view, np.isin(owner, picked))
-            losses, tokens = (np.bincount(owner, side, minlength=units)[picked] for side in (losses, tokens))
-            texts = generate(model, adapter.processor, [prompt for prompt, _ in asked], decoding) if asked else []
-            results.append(
-                (losses, tokens, texts, _scores(losses, tokens, texts, [r for _, r in asked], request.resamples))
-            )
-    losses, tokens, _, (scores, written) = results[0]
-    table: list[dict[str, Any]] = []
-    for k in range(len(picked)):
-        row: dict[str, Any] = {"block": picked[k]} if plain else {"prompt": _readable(asked[k][0])}
-        if written is not None:
-            row |= {key: _rounded(value) for key, value in written.by_prompt[k].items()}
-        row["perplexity"] = _rounded(float(np.exp(losses[k] / max(1.0, tokens[k]))))
-        if results[1:]:
-            other, count, _, (_, base_written) = results[1]
-            if base_written is not None:
-                row |= {f"base_{key}": _rounded(value) for key, value in base_written.by_prompt[k].items()}
-            row["base_perplexity"] = _rounded(float(np.exp(other[k] / max(1.0, count[k]))))
-        table.append(row)
-    if written is not None:
-        said = ", ".join(f"{f.name} {getattr(decoding, f.name)}" for f in fields(decoding) if f.name != "decode_batch")
-        notes += [f"Texts were written with {said}.", f"Scored by {written.signature}."]
-    if request.compare and not results[1:]:
+    prompts = [] if plain else [list(references)[i] for i in picked]
+    wanted = [references[prompt] for prompt in prompts]
+
+    def measure(model: Any) -> _Measured:
+        losses, tokens = _losses(model, view, np.isin(owner, picked))
+        losses, tokens = (np.bincount(owner, each, minlength=units)[picked] for each in (losses, tokens))
+        texts = generate(model, adapter.processor, prompts, decoding) if prompts else []
+        scores, written = _scores(losses, tokens, texts, wanted, request.resamples)
+        return _Measured(losses, tokens, scores, written)
+
+    own, base = measure(adapter.model), None
+    if request.compare and hasattr(adapter.model, "disable_adapter"):
+        with adapter.model.disable_adapter():
+            base = measure(adapter.model.get_base_model())
+    elif request.compare:
         notes += ["The base alone was not scored: the adapter is merged into it."]
+    if own.written is not None:
+        said = ", ".join(f"{f.name} {getattr(decoding, f.name)}" for f in fields(decoding) if f.name != "decode_batch")
+        notes += [f"Texts were written with {said}.", f"Scored by {own.written.signature}."]
+    names: list[dict[str, Any]] = [{"prompt": _readable(prompt)} for prompt in prompts] or [
+        {"block": i} for i in picked
+    ]
     return Evaluation(
         data=data,
         task="text-generation",
         split=chosen,
         count=len(picked),
         unit="block" if plain else "prompt",
-        scores=scores,
-        base=results[1][3][0] if results[1:] else None,
-        rows=table,
+        scores=own.scores,
+        base=base.scores if base else None,
+        rows=[name | own.row(k) | (base.row(k, "base_") if base else {}) for k, name in enumerate(names)],
         notes=notes,
     )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What one model did: by unit the sum of the losses of its tokens and their number, (N,); scores; its texts'."""
+
+    losses: np.ndarray
+    tokens: np.ndarray
+    scores: dict[str, Score]
+    written: TextScores | None
+
+    def row(self, k: int, prefix: str = "") -> dict[str, Any]:
+        """What there is of unit k: the text with its scores, and perplexity."""
+        found = dict(self.written.by_prompt[k]) if self.written else {}
+        found["perplexity"] = float(np.exp(self.losses[k] / max(1.0, self.tokens[k])))
+        return {prefix + key: round(v, 4) if isinstance(v, float) else v for key, v in found.items()}
 
 
 def _keys(rows: Any) -> Iterator[Any]:
     """The key in `by_prompt` of each row."""
     for row in rows:
         yield next(iter(by_prompt([row])))
-
-
-@contextmanager
-def _without_adapter(model: Any) -> Iterator[Any]:
-    """The base under an adapter, which is switched off meanwhile."""
-    with model.disable_adapter():
-        yield model.get_base_model()
 
 
 @torch.inference_mode()
@@ -172,7 +174,3 @@ def _readable(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{dict(message)['role']}: {dict(message)['content']}" for message in prompt)
-
-
-def _rounded(value: Any) -> Any:
-    return round(value, 4) if isinstance(value, float) else value
