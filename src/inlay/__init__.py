@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inlay.adapters.convert.convert import import_adapter
+    from inlay.adapters.evaluate import evaluate
     from inlay.adapters.file import read_adapter
     from inlay.adapters.hub.repository import pull_adapter, push_adapter
     from inlay.adapters.load import load_adapter
@@ -88,6 +89,7 @@ _WHERE = {
     "VolumeSession": "tasks.volumes.session",
     "VolumeView": "tasks.volumes.view",
     "combine": "combine",
+    "evaluate": "adapters.evaluate",
     "fit": "train.loop",
     "generate": "tasks.text.generate",
     "import_adapter": "adapters.convert.convert",
@@ -138,6 +140,7 @@ __all__ = [
     "VolumeSession",
     "VolumeView",
     "combine",
+    "evaluate",
     "fit",
     "generate",
     "import_adapter",

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from inlay.cli import combine, hub, trust, volumes
+from inlay.cli import combine, evaluate, hub, trust, volumes
 from inlay.cli.predict import predict
 from inlay.cli.show import AdapterArgument, BaseOption, JsonOption, printable, show
 from inlay.errors import InlayError
@@ -119,7 +119,7 @@ app.command(
     "predict",
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
 )(predict)
-for group in (volumes, combine, hub, trust):
+for group in (evaluate, volumes, combine, hub, trust):
     for name, verb in group.VERBS.items():
         app.command(name)(verb)
 

@@ -11,10 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from inlay.errors import InlayError
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from inlay.tasks.adapter import Adapter
+    from inlay.tasks.evaluation import Evaluation, Request
     from inlay.train.losses import Loss
 
 Record = dict[str, Any]  # what inlay keeps inside an adapter's file
@@ -179,6 +182,14 @@ class Task(ABC):
         Raises:
             InlayError: Whatever can be found wrong before that.
         """
+
+    def evaluate(self, adapter: Adapter, data: str, request: Request) -> Evaluation:
+        """All scores of an adapter on labelled data.
+
+        Raises:
+            InlayError: Data that is none of this task, or with labels that the adapter does not know.
+        """
+        raise InlayError(f"inlay does not score adapters for {self.name} yet.")
 
     # Words.
 

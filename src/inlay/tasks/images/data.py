@@ -15,6 +15,7 @@ import datasets
 import numpy as np
 
 from inlay.errors import InlayError
+from inlay.tasks.evaluation import Split, Training, check_labels, choose_split, split_note
 from inlay.tasks.pictures import decode, reason
 from inlay.tasks.tables import hub_splits, some
 
@@ -94,6 +95,50 @@ def load_images(
         kept = sorted(set(range(len(good[0]))) - set(held))
         good = [good[0].select(kept), good[0].select(held)]
     return ImageData(name, good[0], good[1], tuple(labels))
+
+
+def load_images_to_score(
+    name: str, labels: Sequence[str], *, adapter: str, split: Split | None = None, training: Training | None = None
+) -> tuple[Split, datasets.Dataset, list[str]]:
+    """Labelled images for an adapter that is trained already; unlike for training, one class or one image is enough.
+
+    Args:
+        name: As for `load_images`.
+        labels: Of the adapter, in the order of its logits. The data may have some of them alone, in any order.
+        adapter: Its name, for errors.
+        split: Which part, as `choose_split` has it.
+        training: Of the adapter.
+
+    Returns:
+        The split, its images with columns as in `ImageData` and labels as indices of `labels`, and notes.
+
+    Raises:
+        InlayError: As `load_images`; labels that the adapter does not have; no such split.
+    """
+    training = training or Training()
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for an unknown user
+    splits = {own: rows for own, rows in _splits(name, path, None).items() if len(rows)}
+    if not splits:
+        raise InlayError(f"there are no images in {name!r}; pass data with some.")
+    first = "train" if "train" in splits else next(iter(splits))
+    image, label = _columns(splits[first], name, None, None)
+    splits = {own: rows for own, rows in splits.items() if own == first or _has_labels(rows, label)}
+    chosen = choose_split(name, split, list(splits), "validation", training)
+    held = next((own for own in VALIDATION if own in splits and own != first), None)
+    wanted = {"train": [first], "validation": [held or first], "test": ["test"], "all": list(splits)}[chosen]
+    words = {own: _words(splits[own], label, f"split {own!r} of {name!r}") for own in wanted}
+    check_labels(name, _sorted([word for each in words.values() for word in each]), labels, adapter)
+    base, ids = path if path.is_dir() else path.parent, {word: i for i, word in enumerate(labels)}
+    parts = {own: _rows(splits[own], image, [ids[word] for word in words[own]], base) for own in wanted}
+    if not name.startswith("builtin:"):
+        corrupt = "skip" if training.settings.get("corrupt") == "skip" else "refuse"
+        parts = dict(zip(parts, _readable(parts, name, labels, corrupt), strict=True))
+    rows = datasets.concatenate_datasets(list(parts.values()))
+    if held is None and chosen != "all":  # what `load_images` holds out
+        out = _stratified(rows["label"][:], labels, 0.2, training.seed)
+        kept = sorted(set(range(len(rows))) - set(out)) if chosen == "train" else out
+        rows = rows.select(kept)
+    return chosen, rows, split_note(name, chosen, list(splits), training)
 
 
 def _splits(name: str, path: Path, revision: str | None) -> dict[str, datasets.Dataset]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from inlay.tasks.adapter import Adapter
+    from inlay.tasks.evaluation import Evaluation, Request
     from inlay.train.losses import Loss
 
 
@@ -121,6 +122,11 @@ class ImageClassification(Task):
             return Answer(lines, [vars(one) for one in found])
 
         return answer
+
+    def evaluate(self, adapter: Adapter, data: str, request: Request) -> Evaluation:
+        from inlay.tasks.images.evaluate import evaluate
+
+        return evaluate(adapter, data, request)
 
     def describe_inputs(self, record: Record) -> list[str]:
         return ["Labels", *describe_labels(record["labels"]), *describe_pixels(record["preprocessing"])]

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from inlay.errors import InlayError
+from inlay.tasks.evaluation import Split, Training, choose_split, split_note
 from inlay.tasks.images.data import SUFFIXES, VALIDATION
 from inlay.tasks.pictures import decode, reason
 from inlay.tasks.tables import some
@@ -73,25 +74,59 @@ def load_masks(
             "expected validation between 0 and 1, meaning 'instances' or 'classes' and a limit of 1 or more, but got "
             f"{validation}, {meaning!r} and {limit}. Change them."
         )
-    folder = Path(name).expanduser()
-    if name.startswith("builtin:"):
-        train, held = _scenes(name)
-    elif not folder.is_dir():
-        raise InlayError(f"expected builtin:scenes or a folder with images/ and labels/, but got {name!r}. Pass one.")
-    elif (folder / "train").is_dir():
-        second = next((folder / split for split in VALIDATION if (folder / split).is_dir()), None)
-        train, held = _pairs(folder / "train"), _pairs(second) if second else []
-    else:
-        train, held = _pairs(folder), []
+    train, held = _own_splits(name)
     if not held:
-        order = np.random.default_rng(seed).permutation(len(train))
-        count = min(max(1, round(validation * len(train))), len(train) - 1)
-        if not count:
-            raise InlayError(f"expected two pictures or more in {name!r}, but got one. Add others.")
-        train, held = [train[i] for i in sorted(order[count:])], [train[i] for i in sorted(order[:count])]
+        train, held = _hold_out(train, validation, seed, name)
     if limit is not None:
         train, held = train[:limit], held[: max(1, limit // 4)]
     return MaskData(name, tuple(train), tuple(held), meaning)
+
+
+def load_masks_to_score(
+    name: str, *, split: Split | None = None, training: Training | None = None
+) -> tuple[Split, tuple[Masked, ...], list[str]]:
+    """Images with maps for an adapter that is trained already; unlike for training, one image is enough.
+
+    Args:
+        name: As for `load_masks`.
+        split: Which part, as `choose_split` has it.
+        training: Of the adapter.
+
+    Returns:
+        The split, its images, and notes.
+
+    Raises:
+        InlayError: As `load_masks`; no such split.
+    """
+    training = training or Training()
+    train, held = _own_splits(name)
+    own = ("train", "validation") if held else ("train",)
+    chosen = choose_split(name, split, own, "validation", training)
+    if not held and chosen != "all":
+        train, held = _hold_out(train, 0.2, training.seed, name)
+    rows = {"train": train, "validation": held}.get(chosen, [*train, *held])
+    return chosen, tuple(rows), split_note(name, chosen, own, training)
+
+
+def _own_splits(name: str) -> tuple[list[Masked], list[Masked]]:
+    """Training and validation of a source; no validation where it has no split."""
+    folder = Path(name).expanduser()
+    if name.startswith("builtin:"):
+        return _scenes(name)
+    if not folder.is_dir():
+        raise InlayError(f"expected builtin:scenes or a folder with images/ and labels/, but got {name!r}. Pass one.")
+    if (folder / "train").is_dir():
+        second = next((folder / split for split in VALIDATION if (folder / split).is_dir()), None)
+        return _pairs(folder / "train"), _pairs(second) if second else []
+    return _pairs(folder), []
+
+
+def _hold_out(train: list[Masked], share: float, seed: int, name: str) -> tuple[list[Masked], list[Masked]]:
+    order = np.random.default_rng(seed).permutation(len(train))
+    count = min(max(1, round(share * len(train))), len(train) - 1)
+    if not count:
+        raise InlayError(f"expected two pictures or more in {name!r}, but got one. Add others.")
+    return [train[i] for i in sorted(order[count:])], [train[i] for i in sorted(order[:count])]
 
 
 def _scenes(name: str) -> tuple[list[Masked], list[Masked]]:

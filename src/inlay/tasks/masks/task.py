@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from inlay.tasks.adapter import Adapter
+    from inlay.tasks.evaluation import Evaluation, Request
     from inlay.train.losses import Loss
 
 
@@ -135,6 +136,11 @@ class MaskGeneration(Task):
             return Answer(lines, {"source": found.source, "masks": rows})
 
         return answer
+
+    def evaluate(self, adapter: Adapter, data: str, request: Request) -> Evaluation:
+        from inlay.tasks.masks.evaluate import evaluate
+
+        return evaluate(adapter, data, request)
 
     def describe_inputs(self, record: Record) -> list[str]:
         return [

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 
 from inlay.errors import InlayError
+from inlay.tasks.evaluation import Split, Training, choose_split, split_note
 from inlay.tasks.tables import KINDS, Table, hub_splits, kind_of, read_table, some
 
 logger = logging.getLogger(__name__)
@@ -104,17 +105,7 @@ def load_texts(
         raise InlayError(f"expected validation between 0 and 1, but got {validation}. Change it.")
     if prompt_column and not completion_column:
         raise InlayError("expected completion_column with prompt_column, but got the latter alone. Pass both.")
-    tables = _tables(name, Path(os.path.expanduser(name)), revision)  # noqa: PTH111 - Path's own raises for an unknown user
-    columns = _columns(tables["train"][0], prompt_column, completion_column)
-    if "test" in tables:
-        tables["test"] = [table for table in tables["test"] if _has_completions(table, columns)]
-    splits = {split: [row for table in found for row in _rows(table, columns)] for split, found in tables.items()}
-    if len({type(prompt) for rows in splits.values() for prompt, _ in rows}) > 1:
-        raise InlayError(f"expected chat messages or text in all of {name!r}, but got both. Pass them apart.")
-    empty = [split for split, rows in splits.items() if not rows and tables[split]]
-    if empty:
-        raise InlayError(f"expected text in {', '.join(empty)} of {name!r}, but got none. Fill it or leave it out.")
-    plain = columns.prompt is None and isinstance(splits["train"][0][0], str)
+    splits, plain = _own_splits(name, revision, prompt_column, completion_column)
     if "validation" in splits:
         _say_overlap(splits["train"], splits["validation"])
     elif plain:
@@ -123,6 +114,35 @@ def load_texts(
         splits["train"], splits["validation"] = _held_out(splits["train"], validation, seed, name)
     made = {split: _dataset(rows) for split, rows in splits.items() if rows}
     return TextData(name, made["train"], made["validation"], made.get("test"), plain)
+
+
+def load_texts_to_score(
+    name: str, *, split: Split | None = None, training: Training | None = None
+) -> tuple[Split, datasets.Dataset, bool, list[str]]:
+    """Prompts and completions for an adapter that is trained already; unlike for training, one prompt is enough.
+
+    Args:
+        name: As for `load_texts`.
+        split: Which part, as `choose_split` has it; by itself the test split, where there is one.
+        training: Of the adapter.
+
+    Returns:
+        The split, its rows as in `TextData`, whether they are running text without prompts, and notes.
+
+    Raises:
+        InlayError: As `load_texts`; no such split.
+    """
+    training = training or Training()
+    splits, plain = _own_splits(name)
+    own = [each for each in ("train", "validation", "test") if each in splits]
+    chosen = choose_split(name, split, own, "test" if "test" in splits else "validation", training)
+    if "validation" not in splits and chosen in ("train", "validation"):
+        parts = (
+            _last_part(splits["train"], 0.1, name) if plain else _held_out(splits["train"], 0.1, training.seed, name)
+        )
+        splits["train"], splits["validation"] = parts
+    rows = [row for each in splits.values() for row in each] if chosen == "all" else splits[chosen]
+    return chosen, _dataset(rows), plain, split_note(name, chosen, own, training)
 
 
 def by_prompt(rows: Iterable[Mapping[str, Any]]) -> dict[Any, list[str]]:
@@ -139,6 +159,24 @@ def by_prompt(rows: Iterable[Mapping[str, Any]]) -> dict[Any, list[str]]:
 
 def _key(prompt: Any) -> Any:
     return prompt if isinstance(prompt, str) else tuple(tuple((key, m[key]) for key in MESSAGE) for m in prompt)
+
+
+def _own_splits(
+    name: str, revision: str | None = None, prompt_column: str | None = None, completion_column: str | None = None
+) -> tuple[dict[str, list[Row]], bool]:
+    """The rows of each split that a source has of its own, and whether they are running text without prompts."""
+    tables = _tables(name, Path(os.path.expanduser(name)), revision)  # noqa: PTH111 - Path's own raises for an unknown user
+    columns = _columns(tables["train"][0], prompt_column, completion_column)
+    if "test" in tables:
+        tables["test"] = [table for table in tables["test"] if _has_completions(table, columns)]
+    splits = {split: [row for table in found for row in _rows(table, columns)] for split, found in tables.items()}
+    if len({type(prompt) for rows in splits.values() for prompt, _ in rows}) > 1:
+        raise InlayError(f"expected chat messages or text in all of {name!r}, but got both. Pass them apart.")
+    empty = [split for split, rows in splits.items() if not rows and tables[split]]
+    if empty:
+        raise InlayError(f"expected text in {', '.join(empty)} of {name!r}, but got none. Fill it or leave it out.")
+    plain = columns.prompt is None and isinstance(splits["train"][0][0], str)
+    return splits, plain
 
 
 def _tables(name: str, path: Path, revision: str | None) -> dict[str, list[Table]]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from inlay.tasks.adapter import Adapter
+    from inlay.tasks.evaluation import Evaluation, Request
     from inlay.train.losses import Loss
 
 
@@ -111,6 +112,11 @@ class TextGeneration(Task):
             return Answer(texts, rows)
 
         return answer
+
+    def evaluate(self, adapter: Adapter, data: str, request: Request) -> Evaluation:
+        from inlay.tasks.text.evaluate import evaluate
+
+        return evaluate(adapter, data, request)
 
     def describe_inputs(self, record: Record) -> list[str]:
         settings = record["preprocessing"]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from inlay.errors import InlayError
+from inlay.tasks.evaluation import Split, Training, choose_split, split_note
 from inlay.tasks.tables import some
 from inlay.tasks.volumes.nifti import SUFFIXES, case_name, read_volume
 
@@ -94,6 +95,48 @@ def load_volumes(
         raise InlayError(
             f"expected validation between 0 and 1 and modality 'mr', 'ct' or 'other', but got {got}. Change them."
         )
+    found = _whole_cases(name)
+    train, held = found.train, found.validation
+    if not held:
+        train, held = _split(train, validation, seed, name)
+    named = _classes(found, name)
+    names = tuple(named.values() if labels is None else labels)
+    if len(names) != len(named) or not all(names) or len(set(names)) < len(names) or isinstance(labels, str):
+        raise InlayError(f"expected {len(named)} names of classes, each once, but got {labels!r}. Change them.")
+    train, held = ([replace(case, values=tuple(named)) for case in cases] for cases in (train, held))
+    return VolumeData(name, tuple(train), tuple(held), names, modality or found.modality or "other")
+
+
+def load_volumes_to_score(
+    name: str, *, split: Split | None = None, training: Training | None = None
+) -> tuple[Split, tuple[Case, ...], tuple[str, ...], list[str]]:
+    """Labelled scans for an adapter that is trained already; unlike for training, one scan is enough.
+
+    Args:
+        name: As for `load_volumes`.
+        split: Which part, as `choose_split` has it.
+        training: Of the adapter.
+
+    Returns:
+        The split, its cases, the names of the classes 1..K of their label maps, and notes.
+
+    Raises:
+        InlayError: As `load_volumes`; no such split.
+    """
+    training = training or Training()
+    found = _whole_cases(name)
+    train, held, named = found.train, found.validation, _classes(found, name)
+    own = ("train", "validation") if held else ("train",)
+    chosen = choose_split(name, split, own, "validation", training)
+    if not held and chosen != "all":
+        train, held = _split(train, 0.2, training.seed, name)
+    cases = {"train": train, "validation": held}.get(chosen, [*train, *held])
+    cases = [replace(case, values=tuple(named)) for case in cases]
+    return chosen, tuple(cases), tuple(named.values()), split_note(name, chosen, own, training)
+
+
+def _whole_cases(name: str) -> Found:
+    """The cases of a source, all with image and label map."""
     found = find_cases(name)
     if found.faults:
         got = some([f"{file} ({fault})" for file, fault in found.faults])
@@ -101,17 +144,15 @@ def load_volumes(
             f"expected an image and a label map of every case in {name!r}, but got {got}. Mend them; `inlay audit` "
             f"lists all."
         )
-    train, held = found.train, found.validation
-    if not held:
-        train, held = _split(train, validation, seed, name)
-    named = found.labels or {value: f"class {value}" for value in _values([*train, *held])}
+    return found
+
+
+def _classes(found: Found, name: str) -> dict[int, str]:
+    """Values in the label maps and the names of their classes."""
+    named = found.labels or {value: f"class {value}" for value in _values([*found.train, *found.validation])}
     if not named:
         raise InlayError(f"expected label maps with a class, but all of {name!r} are empty. Pass others.")
-    names = tuple(named.values() if labels is None else labels)
-    if len(names) != len(named) or not all(names) or len(set(names)) < len(names) or isinstance(labels, str):
-        raise InlayError(f"expected {len(named)} names of classes, each once, but got {labels!r}. Change them.")
-    train, held = ([replace(case, values=tuple(named)) for case in cases] for cases in (train, held))
-    return VolumeData(name, tuple(train), tuple(held), names, modality or found.modality or "other")
+    return named
 
 
 def find_cases(name: str) -> Found:

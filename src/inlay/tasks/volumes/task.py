@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from inlay.tasks.adapter import Adapter
+    from inlay.tasks.evaluation import Evaluation, Request
     from inlay.train.losses import Loss
 
 PLANNED_CROP = 32  # voxels D, H and W of a crop where nothing else is said
@@ -129,6 +130,11 @@ class VolumeSegmentation(Task):
             return Answer(lines, facts)
 
         return answer
+
+    def evaluate(self, adapter: Adapter, data: str, request: Request) -> Evaluation:
+        from inlay.tasks.volumes.evaluate import evaluate
+
+        return evaluate(adapter, data, request)
 
     def describe_inputs(self, record: Record) -> list[str]:
         settings = record["preprocessing"]

@@ -1,0 +1,148 @@
+"""A saved adapter scored on labelled data, and its scores written beside it."""
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from inlay.adapters.file import CARD, METRICS, ORIGIN, AdapterFile, expanded, read_adapter
+from inlay.adapters.load import LoadedAdapter, load_adapter
+from inlay.adapters.tables import table
+from inlay.errors import InlayError
+from inlay.files.atomic import write_json, writing
+from inlay.tasks.evaluation import Evaluation, Request, Split, Training, class_title, interval_note, title
+
+KEY = "evaluations"  # in metrics.json: by the name of the data
+
+
+def evaluate(
+    adapter: LoadedAdapter | str | Path,
+    data: str | Path,
+    *,
+    base: str | Path | None = None,
+    split: Split | None = None,
+    limit: int | None = None,
+    compare: bool = True,
+    task: str | None = None,
+    resamples: int = 1000,
+    write: bool = False,
+) -> Evaluation:
+    """Score an adapter on labelled data: all scores of its task with 95 % intervals, beside those of its base.
+
+    Args:
+        adapter: From `load_adapter`, or a folder or Hub id.
+        data: As the recipes of its task take it. Labels are matched by name, and may be some of the adapter's.
+        base: Load the adapter on this one, not on its own.
+        split: `validation`, `test`, `train` or `all`; by itself what a recipe would score. Data without a split is
+            scored whole; but if the adapter was trained on it, the part that was held out.
+        limit: Score so many images, prompts or scans at most, spread evenly.
+        compare: Score the base without the adapter too, where that means something.
+        task: Of a combination of several classifiers: choose among the classes of this one only.
+        resamples: Of the images, prompts or scans, for the intervals (bootstrap).
+        write: Put the scores into the adapter's metrics.json and README.md, under the name of the data.
+
+    Raises:
+        InlayError: Whatever `load_adapter` and the task's loader of data find; labels that the adapter does not know;
+            `write` to what is no folder of one's own.
+    """
+    request = Request(split, limit, compare, task, resamples)
+    loaded = adapter if isinstance(adapter, LoadedAdapter) else None
+    if loaded is not None and base is not None:
+        raise InlayError("this adapter is loaded already; leave base out, or give the adapter's folder.")
+    if write:  # before all the work
+        _check_writable(loaded.file if loaded else _read_own(str(adapter)))
+    loaded = loaded or load_adapter(adapter, base)  # type: ignore[arg-type]
+    if task is not None and not loaded.task.classifies:
+        raise InlayError(f"adapter {loaded.name!r} is for {loaded.task.name} and has one task; leave task out.")
+    request = replace(request, training=Training.from_metrics(loaded.file.metrics))
+    found = loaded.task.evaluate(loaded, str(data), request)
+    found = replace(found, notes=[*found.notes, *interval_note(found.count, found.unit)])
+    if write:
+        write_evaluation(loaded.file.folder, found)
+    return found
+
+
+def write_evaluation(folder: str | Path, evaluation: Evaluation) -> None:
+    """Put an evaluation into metrics.json and README.md of an adapter, in the place of an earlier one on that data.
+
+    The folder is replaced whole or stays as it was; weights and config are those of before.
+
+    Raises:
+        InlayError: No adapter, or one in the Hub's cache.
+    """
+    file = read_adapter(folder)
+    _check_writable(file)
+    card = file.folder / CARD
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {file.name}\n"
+    earlier = file.metrics.get(KEY)
+    kept = {**(earlier if isinstance(earlier, dict) else {}), evaluation.data: evaluation.summary()}
+    with writing(file.folder) as new:
+        shutil.copytree(file.folder, new, symlinks=True, dirs_exist_ok=True)
+        for name in (CARD, METRICS):  # a link would lead the new content to where the old one is
+            (new / name).unlink(missing_ok=True)
+        write_json(new / METRICS, {**file.metrics, KEY: kept})
+        (new / CARD).write_text(_with_section(text, evaluation), encoding="utf-8")
+        read_adapter(new)
+
+
+def _read_own(folder: str) -> AdapterFile | None:
+    """An adapter on this disk; None for a Hub id."""
+    path = expanded(folder)
+    return read_adapter(path) if path.exists() else None
+
+
+def _check_writable(file: AdapterFile | None) -> None:
+    if file is None or (file.origin and not (file.folder / ORIGIN).is_file()):
+        name = "it" if file is None else repr(file.name)
+        raise InlayError(f"scores are written into a folder of your own, and {name} is on the Hub; `inlay pull` first.")
+
+
+def _with_section(card: str, evaluation: Evaluation) -> str:
+    """A card with the section of this evaluation, which stands before the costs, or at the end."""
+    name = _told(evaluation.data)
+    begin, end = f"<!-- evaluation of {name} -->", f"<!-- end of evaluation of {name} -->"
+    section = f"{begin}\n{_section(name, evaluation)}\n{end}"
+    if begin in card and end in card:
+        before, _, rest = card.partition(begin)
+        return before + section + rest.partition(end)[2]
+    at = re.search(r"^## Cost$", card, re.MULTILINE)
+    if at is None:
+        return f"{card.rstrip()}\n\n{section}\n"
+    return f"{card[: at.start()]}{section}\n\n{card[at.start() :]}"
+
+
+def _section(name: str, evaluation: Evaluation) -> str:
+    """Heading, scores with intervals, classes, and how it was scored."""
+    base = evaluation.base
+    header = ("metric", "with the adapter", *(() if base is None else ("base alone",)))
+    rows = [
+        (title(key), str(score), *(() if base is None else (str(base.get(key, "")),)))
+        for key, score in evaluation.scores.items()
+    ]
+    classes = evaluation.per_class
+    names = list(classes[0]) if classes else []
+    cells = [tuple(_cell(row.get(key)) for key in names) for row in classes[:50]]
+    count = f"{evaluation.count:,} {evaluation.unit}{'' if evaluation.count == 1 else 's'}"
+    parts = [
+        f"## Evaluation on {name}",
+        f"{count} ({evaluation.split}), with 95 % bootstrap intervals over them.",
+        table(header, rows),
+        table(tuple(class_title(key) for key in names), cells),
+        *(_told_note(note, evaluation.data, name) for note in evaluation.notes),
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def _told(data: str) -> str:
+    """The data as the world may read it: of a path on this machine its last part."""
+    shown = data.rstrip("/").rpartition("/")[2] if data.startswith(("/", "~", ".")) else data
+    return " ".join(shown.replace("--", "- -").split()) or "data"  # `--` would end a comment
+
+
+def _told_note(note: str, data: str, name: str) -> str:
+    return note.replace(repr(data), repr(name))
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,70 @@
+"""The verb `inlay evaluate`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from inlay.cli.show import AdapterArgument, BaseOption, JsonOption, printable
+from inlay.errors import InlayError
+
+
+def evaluate(
+    adapter: AdapterArgument,
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Labelled data, as the recipes of its task take it.")],
+    split: Annotated[
+        str | None,
+        typer.Option(help="validation, test, train or all; default: what a recipe scores, or all of unsplit data."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Score so many images, prompts or scans at most.")] = None,
+    base: BaseOption = None,
+    alone: Annotated[bool, typer.Option("--alone", help="Leave out the base: half of the work.")] = False,
+    task: Annotated[
+        str | None, typer.Option(help="Choose among the classes of this task of a combination only.")
+    ] = None,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A row for each image, prompt, object or scan and class.")
+    ] = None,
+    matrix: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="The confusion matrix of a classifier, as an image.")
+    ] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="Put the scores into the adapter's metrics.json and README.md.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score an adapter on labelled data, beside its base: all scores of its task, with 95 % intervals."""
+    for path in (csv, matrix):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InlayError(f"there is no folder {str(path.parent)!r} for {path.name!r}; make it first.")
+    from inlay.adapters.evaluate import evaluate as score
+
+    if matrix is not None:
+        _check_classifies(adapter)
+    found = score(
+        adapter, data, base=base, split=split, limit=limit, compare=not alone, task=task, write=write  # type: ignore[arg-type]
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(map(printable, str(found).split("\n"))))
+    if csv is not None:
+        found.write_csv(csv)
+    if matrix is not None:
+        found.draw_confusion(matrix)
+
+
+def _check_classifies(adapter: str) -> None:
+    """Raise InlayError, before all the work, for an adapter without classes of whole inputs."""
+    from inlay.adapters.file import read_adapter
+    from inlay.adapters.hub.fetch import fetch
+    from inlay.adapters.task import task_of_file
+
+    task = task_of_file(read_adapter(fetch(adapter)))
+    if not task.classifies:
+        raise InlayError(f"an adapter for {task.name} has no confusion matrix; leave --matrix out.")
+
+
+VERBS: dict[str, Callable[..., None]] = {"evaluate": evaluate}

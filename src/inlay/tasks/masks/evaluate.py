@@ -1,0 +1,125 @@
+"""A promptable mask model scored on images with maps: IoU for each object and kind of prompt, with that of its base."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from inlay.tasks.adapter import Adapter, check_task
+from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, Score, Training, pick_evenly
+from inlay.tasks.masks.data import Masked, load_masks_to_score
+from inlay.tasks.masks.loss import MaskLoss
+from inlay.tasks.masks.view import MaskView
+from inlay.tasks.statistics import Indices, score_with_intervals
+
+KINDS = ("point", "points", "box")
+OBJECTS = 16  # of an image, at most
+AT_ONCE = 4  # images in one forward pass
+
+
+def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Evaluation:
+    """Ask for up to 16 objects of each image by a point, by three points and by a box, as recipes do when they score.
+
+    Objects and prompts are drawn by a fixed seed, alike for adapter and base. Of the three masks of an answer the one
+    counts that the model thinks best, at the size of its logits.
+
+    Args:
+        adapter: From `load_adapter`.
+        data: As for `load_masks`.
+        request: Which part, and how.
+
+    Raises:
+        InlayError: As `load_masks`; an adapter that answers no prompts.
+    """
+    check_task(adapter, "mask-generation")
+    chosen, rows, notes = load_masks_to_score(data, split=request.split, training=request.training)
+    picked, model = pick_evenly(len(rows), request.limit), adapter.model
+    able = request.compare and hasattr(model, "disable_adapter")
+    views = {kind: _view(rows, adapter.processor, kind, request.training) for kind in KINDS}
+    found: dict[bool, dict[str, list[dict[str, Any]]]] = {}
+    for alone in (False, True) if able else (False,):
+        with model.disable_adapter() if alone else nullcontext():
+            found[alone] = {kind: _answers(model, view, picked) for kind, view in views.items()}
+    table = []
+    for kind in KINDS:
+        for k, row in enumerate(found[False][kind]):
+            beside = {"base_iou": round(found[True][kind][k]["iou"], 6)} if able else {}
+            rounded = {"iou": round(row["iou"], 6), "foretold_iou": round(row["foretold_iou"], 6)}
+            table.append({**row, **rounded, "image": rows[row["image"]].name, **beside})
+    notes += [f"Up to {OBJECTS} objects of an image, which is the unit that was resampled: {_objects(found[False])}."]
+    if request.compare and not able:
+        notes += ["The base alone was not scored: the adapter is merged into it."]
+    return Evaluation(
+        data=data,
+        task="mask-generation",
+        split=chosen,
+        count=len(picked),
+        unit="image",
+        scores=_scores(found[False], picked, request.resamples),
+        base=_scores(found[True], picked, request.resamples) if able else None,
+        rows=table,
+        notes=notes,
+    )
+
+
+def _view(rows: tuple[Masked, ...], processor: Any, kind: Any, training: Training) -> MaskView:
+    """The view that recipes score on."""
+    crop, meaning = training.settings.get("crop"), training.settings.get("meaning")
+    return MaskView(
+        rows,
+        processor,
+        kind,
+        count=OBJECTS,
+        seed=0,
+        crop=crop if type(crop) is int and crop >= 16 else None,
+        meaning="classes" if meaning == "classes" else "instances",
+    )
+
+
+@torch.inference_mode()
+def _answers(model: Any, view: MaskView, picked: list[int]) -> list[dict[str, Any]]:
+    """A row for each object that was asked for: the image's place in the view, IoU, and the IoU that was foretold."""
+    loss, weight, rows = MaskLoss(), next(p for p in model.parameters() if p.is_floating_point()), []
+    for begin, batch in enumerate(DataLoader(Subset(view, picked), batch_size=AT_ONCE)):
+        batch = {
+            key: value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
+            for key, value in batch.items()
+        }
+        output = loss(model, batch)
+        counts = loss.answers(output, batch)[0].cpu().numpy()  # B P 2
+        foretold, sizes = output.scores.max(-1).values.float().cpu().numpy(), (batch["labels"] == 1).sum((-2, -1))
+        for b, p in zip(*np.nonzero(counts[..., 1]), strict=True):
+            both, either = counts[b, p].tolist()
+            rows.append(
+                {
+                    "image": picked[begin * AT_ONCE + b],
+                    "object": int(p) + 1,
+                    "prompt": view.prompts,
+                    "iou": both / either,
+                    "foretold_iou": float(foretold[b, p]),
+                    "pixels": int(sizes[b, p]),
+                }
+            )
+    return rows
+
+
+def _scores(found: dict[str, list[dict[str, Any]]], picked: list[int], resamples: int) -> dict[str, Score]:
+    """Mean IoU over objects for each kind of prompt; images are resampled, each with all its objects."""
+    place = {image: i for i, image in enumerate(picked)}
+    sums, counts = {}, {}
+    for kind, rows in found.items():
+        images = [place[row["image"]] for row in rows]
+        sums[kind] = np.bincount(images, [row["iou"] for row in rows], minlength=len(picked))
+        counts[kind] = np.bincount(images, minlength=len(picked))
+
+    def statistic(rows: Indices) -> dict[str, float]:
+        return {f"mean_iou_{kind}": float(sums[kind][rows].sum() / max(1, counts[kind][rows].sum())) for kind in found}
+
+    return score_with_intervals(statistic, len(picked), resamples=resamples)
+
+
+def _objects(found: dict[str, list[dict[str, Any]]]) -> str:
+    count = len(found[KINDS[0]])
+    return f"{count:,} object{'' if count == 1 else 's'} by each kind of prompt"

@@ -1,0 +1,90 @@
+"""What scores are worth: bootstrap intervals, calibration, and per-class scores of a confusion matrix."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from inlay.errors import InlayError
+from inlay.tasks.evaluation import Score
+
+BINS = 15
+Indices = npt.NDArray[np.int64]
+
+
+def score_with_intervals(
+    statistic: Callable[[Indices], Mapping[str, float]], units: int, *, resamples: int = 1000, seed: int = 0
+) -> dict[str, Score]:
+    """Scores of all units, with 95 % percentile intervals over bootstrap resamples of them.
+
+    Args:
+        statistic: From indices of units (N,), some of them repeated, to scores by name. A NaN is left out.
+        units: N, independent of each other: images, prompts, scans; never objects or voxels within them.
+        resamples: How many.
+        seed: Of the resampling; equal for two models, so that they are resampled alike.
+
+    Raises:
+        InlayError: No units, or fewer than one resample.
+
+    Source: Efron & Tibshirani 1993, chapter 13; `numpy.percentile` at 2.5 and 97.5.
+    """
+    if units < 1 or resamples < 1:
+        raise InlayError(f"expected something to score and 1 resample or more, got {units} units and {resamples}.")
+    values = dict(statistic(np.arange(units)))
+    if units == 1:
+        return {name: Score(float(value)) for name, value in values.items()}
+    generator = np.random.default_rng(seed)
+    drawn = [statistic(generator.integers(0, units, units)) for _ in range(resamples)]
+    found = {}
+    for name, value in values.items():
+        each = np.array([sample[name] for sample in drawn], np.float64)
+        low, high = np.nanpercentile(each, (2.5, 97.5)) if not np.isnan(each).all() else (None, None)
+        found[name] = Score(float(value), None if low is None else float(low), None if high is None else float(high))
+    return found
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> float:
+    """Expected calibration error, 0 to 1: |accuracy - mean confidence| in bins of equal width, weighted by their size.
+
+    Args:
+        confidence: Probability of the predicted class, (N,), 0 to 1.
+        right: Whether it is the true one, (N,).
+        bins: Of (0, 1], each with its upper end: 15 in the paper.
+
+    Source: Guo et al. 2017, arXiv:1706.04599, equation 3.
+    """
+    place = np.clip(np.ceil(np.asarray(confidence, np.float64) * bins).astype(int) - 1, 0, bins - 1)
+    gaps = np.bincount(place, np.asarray(right, np.float64) - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(place))
+
+
+def confusion_matrix(true: np.ndarray, predicted: np.ndarray, classes: int) -> npt.NDArray[np.int64]:
+    """How many of class i (rows) were taken for class j (columns), (K, K)."""
+    return np.bincount(true * classes + predicted, minlength=classes**2).reshape(classes, classes)
+
+
+def class_scores(true: np.ndarray, predicted: np.ndarray, classes: int) -> dict[str, np.ndarray]:
+    """Precision, recall and F1 of each class, (K,); NaN for a class that occurs in neither.
+
+    Source: `sklearn.metrics.precision_recall_fscore_support` with zero_division=0, which this equals.
+    """
+    hit = np.bincount(true[true == predicted], minlength=classes).astype(np.float64)
+    there, said = (np.bincount(side, minlength=classes).astype(np.float64) for side in (true, predicted))
+    known = there + said > 0
+    scores = {
+        "precision": hit / np.maximum(said, 1),
+        "recall": hit / np.maximum(there, 1),
+        "f1": 2 * hit / np.maximum(there + said, 1),
+    }
+    return {name: np.where(known, values, np.nan) for name, values in scores.items()}
+
+
+def class_rows(true: np.ndarray, predicted: np.ndarray, labels: list[str]) -> list[dict[str, Any]]:
+    """A row for each class that occurs: its name, precision, recall, F1 and how many images it has."""
+    scores, counts = class_scores(true, predicted, len(labels)), np.bincount(true, minlength=len(labels))
+    return [
+        {"class": label, **{name: float(values[k]) for name, values in scores.items()}, "images": int(counts[k])}
+        for k, label in enumerate(labels)
+        if not np.isnan(scores["f1"][k])
+    ]

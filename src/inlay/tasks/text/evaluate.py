@@ -1,0 +1,176 @@
+"""A language model scored on prompts with references: perplexity, BLEU, chrF and ROUGE-L, with those of its base."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from inlay.errors import InlayError
+from inlay.tasks.adapter import Adapter, check_task
+from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, Score, pick_evenly
+from inlay.tasks.statistics import Indices, score_with_intervals
+from inlay.tasks.text.data import by_prompt, load_texts_to_score
+from inlay.tasks.text.generate import Decoding, generate
+from inlay.tasks.text.loss import IGNORED, NextToken
+from inlay.tasks.text.scores import TextScores, score_texts
+from inlay.tasks.text.view import TextView
+
+logger = logging.getLogger(__name__)
+
+AT_ONCE = 16  # completions in one forward pass
+
+
+def evaluate(
+    adapter: Adapter, data: str, request: Request = EVERYTHING, *, decoding: Decoding | None = None
+) -> Evaluation:
+    """Score a language model: what it makes of the references, and how close what it writes comes to them.
+
+    Perplexity is exp of the mean loss over all tokens of all completions, as in training. Running text, which has no
+    prompts, has perplexity alone, and its units are blocks of the processor's max_length.
+
+    Args:
+        adapter: From `load_adapter`.
+        data: As for `load_texts`.
+        request: Which part, and how.
+        decoding: How texts are written; by itself as metrics.json says.
+
+    Raises:
+        InlayError: As `load_texts` and `generate`; an adapter that is no language model's.
+    """
+    check_task(adapter, "text-generation")
+    chosen, rows, plain, notes = load_texts_to_score(data, split=request.split, training=request.training)
+    view = TextView(rows, adapter.processor, block=plain)
+    references = {} if plain else by_prompt(rows)
+    units = len(view) if plain else len(references)
+    place = {prompt: i for i, prompt in enumerate(references)}
+    # The unit of each item of the view: its prompt, or itself.
+    owner = np.arange(units) if plain else np.array([place[key] for key in _keys(rows)])
+    picked = pick_evenly(units, request.limit)
+    decoding = decoding or _decoding(request.training.decoding)
+    prompts = [] if plain else [list(references)[i] for i in picked]
+    wanted = [references[prompt] for prompt in prompts]
+
+    def measure(model: Any) -> _Measured:
+        losses, tokens = _losses(model, view, np.isin(owner, picked))
+        losses, tokens = (np.bincount(owner, each, minlength=units)[picked] for each in (losses, tokens))
+        texts = generate(model, adapter.processor, prompts, decoding) if prompts else []
+        scores, written = _scores(losses, tokens, texts, wanted, request.resamples)
+        return _Measured(losses, tokens, scores, written)
+
+    own, base = measure(adapter.model), None
+    if request.compare and hasattr(adapter.model, "disable_adapter"):
+        with adapter.model.disable_adapter():
+            base = measure(adapter.model.get_base_model())
+    elif request.compare:
+        notes += ["The base alone was not scored: the adapter is merged into it."]
+    if own.written is not None:
+        said = ", ".join(f"{f.name} {getattr(decoding, f.name)}" for f in fields(decoding) if f.name != "decode_batch")
+        notes += [f"Texts were written with {said}.", f"Scored by {own.written.signature}."]
+    names: list[dict[str, Any]] = [{"prompt": _readable(prompt)} for prompt in prompts] or [
+        {"block": i} for i in picked
+    ]
+    return Evaluation(
+        data=data,
+        task="text-generation",
+        split=chosen,
+        count=len(picked),
+        unit="block" if plain else "prompt",
+        scores=own.scores,
+        base=base.scores if base else None,
+        rows=[name | own.row(k) | (base.row(k, "base_") if base else {}) for k, name in enumerate(names)],
+        notes=notes,
+    )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What one model did: by unit the sum of the losses of its tokens and their number, (N,); scores; its texts'."""
+
+    losses: np.ndarray
+    tokens: np.ndarray
+    scores: dict[str, Score]
+    written: TextScores | None
+
+    def row(self, k: int, prefix: str = "") -> dict[str, Any]:
+        """What there is of unit k: the text with its scores, and perplexity."""
+        found = dict(self.written.by_prompt[k]) if self.written else {}
+        found["perplexity"] = float(np.exp(self.losses[k] / max(1.0, self.tokens[k])))
+        return {prefix + key: round(v, 4) if isinstance(v, float) else v for key, v in found.items()}
+
+
+def _keys(rows: Any) -> Iterator[Any]:
+    """The key in `by_prompt` of each row."""
+    for row in rows:
+        yield next(iter(by_prompt([row])))
+
+
+@torch.inference_mode()
+def _losses(model: Any, view: TextView, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each item of the view that is wanted the sum of the losses of its tokens and their number, (N,); else 0."""
+    loss, device = NextToken(), next(model.parameters()).device
+    sums, counts = np.zeros(len(view)), np.zeros(len(view))
+    items = sorted(np.flatnonzero(wanted).tolist(), key=lambda i: -view.lengths[i])  # alike in length
+    for begin in range(0, len(items), AT_ONCE):
+        part = items[begin : begin + AT_ONCE]
+        batch = {key: value.to(device) for key, value in view.collate([view[i] for i in part]).items()}
+        logits = loss(model, batch).logits.float()  # B L V
+        labels = batch["labels"][:, -logits.shape[1] :]  # B L
+        each = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        sums[part] = each.view_as(labels).double().sum(1).cpu().numpy()
+        counts[part] = (labels != IGNORED).sum(1).cpu().numpy()
+    return sums, counts
+
+
+def _scores(
+    losses: np.ndarray, tokens: np.ndarray, texts: Sequence[str], references: Sequence[Sequence[str]], resamples: int
+) -> tuple[dict[str, Score], TextScores | None]:
+    """Scores over all units, and those of each text."""
+    written = score_texts(texts, references) if texts else None
+    corpora = _corpora(texts, references) if texts else {}
+    rouge = np.array([row["rouge_l"] for row in written.by_prompt]) if written else np.empty(0)
+
+    def statistic(rows: Indices) -> dict[str, float]:
+        found = {"perplexity": float(np.exp(losses[rows].sum() / max(1.0, tokens[rows].sum())))}
+        for name, (metric, counts) in corpora.items():
+            found[name] = metric._compute_score_from_stats(counts[rows].sum(0).tolist()).score
+        return found | ({"rouge_l": float(rouge[rows].mean())} if written else {})
+
+    return score_with_intervals(statistic, len(losses), resamples=resamples), written
+
+
+def _corpora(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, tuple[Any, np.ndarray]]:
+    """BLEU and chrF of sacrebleu, each with the counts of every text, (N, ...), whose sum gives the corpus's score.
+
+    sacrebleu's own resampling is over the same counts, but does not give its percentiles.
+    """
+    from itertools import zip_longest
+
+    from sacrebleu.metrics import BLEU, CHRF
+
+    streams = list(zip_longest(*references))
+    metrics: dict[str, Any] = {"bleu": BLEU(), "chrf": CHRF()}
+    return {
+        name: (metric, np.array(metric._extract_corpus_statistics(list(texts), streams)))
+        for name, metric in metrics.items()
+    }
+
+
+def _decoding(noted: Mapping[str, Any]) -> Decoding:
+    """As a recipe noted it; the default where nothing, or nothing usable, was noted."""
+    names = {field.name for field in fields(Decoding)}
+    try:
+        return Decoding(**{key: value for key, value in noted.items() if key in names})
+    except (InlayError, TypeError):
+        logger.warning("the decoding in metrics.json cannot be used; texts are written with the default one.")
+        return Decoding()
+
+
+def _readable(prompt: Any) -> str:
+    """A prompt in one cell: a chat's messages below each other."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{dict(message)['role']}: {dict(message)['content']}" for message in prompt)
