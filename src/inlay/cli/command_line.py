@@ -69,6 +69,7 @@ _ELSEWHERE = {
     "lora_rank": "--rank",
     "r": "--rank",
     "lora_alpha": "--alpha",
+    "lora_dropout": "--dropout",
     "lora_target_modules": "--sites",
     "target_modules": "--sites",
     "num_virtual_tokens": "--length",
@@ -93,7 +94,7 @@ def parse(defaults: Sequence[Any], arguments: Sequence[str]) -> list[Any]:
         allow_abbrev=False,
     )
     for default in defaults:
-        group = parser.add_argument_group(_first_line(type(default).__doc__))
+        group = parser.add_argument_group(_first_line(type(default).__doc__).rstrip("."))
         for name, hint in _hints(default).items():
             _add(group, name, hint, values[name], _help(default, name))
     if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml", ".json")):
@@ -139,7 +140,9 @@ def _add(group: Any, name: str, hint: Any, default: Any, help: str) -> None:
     elif get_origin(kind) is Literal:
         group.add_argument(*names, choices=get_args(kind), **shown)
     elif get_origin(kind) is list:
-        group.add_argument(*names, type=get_args(kind)[0], nargs="+", **shown)
+        (item,) = get_args(kind)
+        accepted = {"choices": get_args(item)} if get_origin(item) is Literal else {"type": item}
+        group.add_argument(*names, nargs="+", **accepted, **shown)
     else:
         group.add_argument(*names, type=kind, **shown)
 

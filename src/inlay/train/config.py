@@ -28,9 +28,7 @@ class TrainConfig:
         "cosine", "Course of the learning rate after the warm-up."
     )
     clip_norm: float = option(1.0, "Largest L2 norm of the gradient.", above=0)
-    optimizer: Literal["adamw", "adamw8bit"] = option(
-        "adamw", "adamw8bit keeps its moments in 8 bits (bitsandbytes)."
-    )
+    optimizer: Literal["adamw", "adamw8bit"] = option("adamw", "adamw8bit keeps its moments in 8 bits (bitsandbytes).")
     precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "auto", "Mixed precision; auto takes accelerate's own setting, or the base's dtype."
     )
