@@ -4,124 +4,70 @@
     accelerate launch recipes/bottleneck_gpt2.py --sites mlp --placement parallel
     accelerate launch recipes/bottleneck_gpt2.py --model FOLDER --dataset pairs.jsonl --quantize 8bit
 
-After attention and MLP: Houlsby et al. 2019, arXiv:1902.00751; after the MLP alone: Pfeiffer et al. 2020,
-arXiv:2005.00052; beside it: He et al. 2021, arXiv:2110.04366.
+After the MLP alone (`--sites mlp`): Pfeiffer et al. 2020, arXiv:2005.00052; parallel: He et al. 2021, arXiv:2110.04366.
 """
 
-import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from inlay import Decoding, TrainConfig, run_recipe
+from inlay import Decoding, TextTask, TrainConfig, option, run_recipe
 
 
 @dataclass
-class Recipe:
-    """What is adapted, and how."""
+class Bottleneck:
+    """Bottleneck adapters, serial after attention and MLP: Houlsby et al. 2019, arXiv:1902.00751."""
 
-    model: str = field(default="builtin:gpt2-tiny", metadata={"help": "Embedded base, local folder or Hub id."})
-    dataset: str = field(
-        default="builtin:restaurants",
-        metadata={"help": "Embedded data, .csv, .jsonl, .parquet or .txt file, folder of them, or Hub id."},
-    )
-    width: int = field(default=16, metadata={"help": "Bottleneck size."})
-    sites: list[str] = field(default_factory=lambda: ["attention", "mlp"], metadata={"help": "attention, mlp or both."})
-    placement: Literal["serial", "parallel"] = field(
-        default="serial", metadata={"help": "On the sublayer's output, or beside it on its input."}
-    )
-    quantize: Literal["8bit", "4bit"] | None = field(
-        default=None, metadata={"help": "Hold the frozen base in 8 or 4 bits (bitsandbytes)."}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Longest example in tokens; default: what the base reads."}
-    )
-    over_long: Literal["cut", "drop", "refuse"] = field(
-        default="cut", metadata={"help": "What becomes of examples longer than max_length."}
-    )
+    width: int = option(16, "Bottleneck size.", least=1)
+    sites: list[Literal["attention", "mlp"]] = option(["attention", "mlp"], "attention, mlp or both.")
+    placement: Literal["serial", "parallel"] = option("serial", "On the sublayer's output, or beside it on its input.")
+    activation: str = option("relu", "Non-linearity by its name in transformers, or none.")
+    dropout: float = option(0.0, "Dropout on the bottleneck.", least=0, below=1)
+    scale: float | None = option(None, "Factor of what the adapter adds; default: 1, or 4 if parallel.")
 
 
-def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> Path:
+def main(method: Bottleneck, task: TextTask, train: TrainConfig, decoding: Decoding) -> Path:
     """Train, measure, save."""
-    from accelerate import PartialState
-    from accelerate.utils import set_seed
     from peft import get_peft_model
 
-    from inlay import (
-        BottleneckConfig,
-        NextToken,
-        TextProcessor,
-        TextView,
-        fit,
-        judge,
-        load_base,
-        load_texts,
-        load_tokenizer,
-        save_adapter,
-    )
-    from inlay.measure import cost
-    from inlay.measure.footprint import describe_quantized
-    from inlay.measure.memory import describe_memory
+    from inlay import BottleneckConfig, save_adapter
 
     # 1. data and frozen base
-    set_seed(train.seed)
-    data = load_texts(recipe.dataset, seed=train.seed)
-    model = load_base(recipe.model, quantize=recipe.quantize)
-    processor = TextProcessor(
-        load_tokenizer(recipe.model), separator=data.separator, chat=data.chat, max_length=recipe.max_length
-    )
-    examples = TextView(data.train, processor, over_long=recipe.over_long, block=data.plain)
-    held_out = TextView(data.validation, processor, over_long=recipe.over_long, block=data.plain)
-    PartialState().print(f"train: {examples.report}\nvalidation: {held_out.report}")
-    if recipe.quantize:
-        PartialState().print(describe_quantized(model))
+    data = task.load(train.seed)
+    model = task.base(data)
 
     # 2. method: only the adapter is trainable
-    method = BottleneckConfig(
-        width=recipe.width,
-        sites=recipe.sites,
-        placement=recipe.placement,
-        scale=4.0 if recipe.placement == "parallel" else 1.0,  # He et al. 2021, section 4.5
+    usual = 4.0 if method.placement == "parallel" else 1.0  # He et al. 2021, section 4.5
+    config = BottleneckConfig(
+        width=method.width,
+        sites=[*method.sites],
+        placement=method.placement,
+        activation=None if method.activation == "none" else method.activation,
+        dropout=method.dropout,
+        scale=usual if method.scale is None else method.scale,
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(model, method)
+    model = get_peft_model(model, config)
 
     # 3. train
-    decoding.check(model, data)
-    loss = NextToken()
-    PartialState().print(describe_memory(model, examples, train, collate=examples.collate, loss=loss))
-    result = fit(model, examples, held_out, train, collate=examples.collate, loss=loss, settings=asdict(recipe))
+    decoding.check(model, data.source)
+    result = task.fit(model, data, train, method)
 
-    # 4. measure: what it writes for prompts it has not seen, against all their references (of the test split, if any)
-    scores = judge(model, processor, data, decoding)
-    written, perplexity = scores.total if scores else {}, math.exp(result.metrics["loss"])
-    metrics = {
-        "validation": {**result.metrics, "perplexity": perplexity, **({} if data.test else written)},
-        "test": written if data.test else None,
-        "dataset": data.name,
-        "history": result.history,
-        "cost": cost(model, {"input_ids": held_out[0]["input_ids"][None, :-1]}),  # 1 T, without the end
-        "training": {
-            **asdict(recipe),
-            **train.identity(),
-            "steps": result.steps,
-            "seconds": round(result.seconds, 1),
-        },
-        "decoding": asdict(decoding),
-        "by_prompt": scores and scores.by_prompt,
-    }
+    # 4. measure: loss, and what it writes for prompts that it has not seen
+    report = task.report(model, data, result, decoding)
 
     # 5. save
-    folder = save_adapter(model, Path(train.output_dir) / "adapter", processor=processor, metrics=metrics)
-    said = f"perplexity {perplexity:.2f} at step {result.best_step}"
-    PartialState().print(f"{said}, {scores}; saved {folder}" if scores else f"{said}; saved {folder}")
+    folder = Path(train.output_dir) / "adapter"
+    save_adapter(model, folder, processor=data.processor, metrics=report.metrics)
+    report.announce(folder)
     return folder
 
 
 if __name__ == "__main__":
     run_recipe(
         main,
-        Recipe(),
+        Bottleneck(),
+        TextTask(),
         TrainConfig(output_dir="runs/bottleneck_gpt2", epochs=3, learning_rate=5e-3, workers=0),
         Decoding(),
     )

@@ -6,10 +6,10 @@ python recipes/generate.py --adapter runs/lora_gpt2/adapter --dataset builtin:re
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from inlay import Decoding, InlayError, run_recipe
+from inlay import Decoding, InlayError, option, run_recipe
 
 PROMPTS = [
     "name[The Quiet Fox], eatType[pub], food[Thai], priceRange[cheap], area[riverside]",
@@ -18,50 +18,47 @@ PROMPTS = [
 
 
 @dataclass
-class Recipe:
+class Generation:
     """Which adapter, and on what."""
 
-    adapter: str = field(
-        default="adapters_hub/restaurants-lora-gpt2-tiny", metadata={"help": "Folder of an adapter, or its Hub id."}
+    adapter: str = option("adapters_hub/restaurants-lora-gpt2-tiny", "Folder of an adapter, or its Hub id.")
+    prompts: list[str] = option(PROMPTS, "What to continue.")
+    dataset: str | None = option(
+        None, "Take the prompts of this data's test split, or else those held out, and score the texts."
     )
-    prompts: list[str] = field(default_factory=lambda: PROMPTS, metadata={"help": "What to continue."})
-    dataset: str | None = field(
-        default=None,
-        metadata={"help": "Take the prompts of this data's test split, or else those held out, and score the texts."},
-    )
-    scores: str | None = field(default=None, metadata={"help": "Write texts and scores to this JSON file."})
-    merge: bool = field(default=False, metadata={"help": "Fold the adapter into its base first."})
+    scores: str | None = option(None, "Write texts and scores to this JSON file.")
+    merge: bool = option(False, "Fold the adapter into its base first.")
+
+    def __post_init__(self) -> None:
+        file = Path(self.scores or "scores.json")
+        if self.scores and (not self.dataset or not file.parent.is_dir() or file.is_dir()):
+            got = f"{self.scores!r}" + ("" if self.dataset else " without a dataset")
+            raise InlayError(f"expected scores of a dataset to go to a file in a folder that is there, but got {got}.")
 
 
-def main(recipe: Recipe, decoding: Decoding) -> None:
+def main(generation: Generation, decoding: Decoding) -> None:
     """Load, write, score."""
     from inlay import generate, judge, load_adapter, load_texts
 
-    if recipe.scores and (
-        not recipe.dataset or not Path(recipe.scores).parent.is_dir() or Path(recipe.scores).is_dir()
-    ):
-        got = f"{recipe.scores!r}" + ("" if recipe.dataset else " without a dataset")
-        raise InlayError(f"expected scores of a dataset to go to a file in a folder that is there, but got {got}.")
-
     # 1. adapter: wrong base, damaged file and changed output end here with one sentence
-    adapter = load_adapter(recipe.adapter)
-    if recipe.merge:
+    adapter = load_adapter(generation.adapter)
+    if generation.merge:
         adapter.merge()
 
     # 2. prompts of one's own
-    if recipe.dataset is None:
-        texts = generate(adapter.model, adapter.processor, recipe.prompts, decoding)
-        for prompt, text in zip(recipe.prompts, texts, strict=True):
+    if generation.dataset is None:
+        texts = generate(adapter.model, adapter.processor, generation.prompts, decoding)
+        for prompt, text in zip(generation.prompts, texts, strict=True):
             print(f"{prompt}\n    {text}")
         return
 
     # 3. prompts of a data set, whose completions are the references; held out are those that were so in the training
     seed = (adapter.file.metrics.get("training") or {}).get("seed", 0)
-    scores = judge(adapter.model, adapter.processor, load_texts(recipe.dataset, seed=seed), decoding)
+    scores = judge(adapter.model, adapter.processor, load_texts(generation.dataset, seed=seed), decoding)
     print(f"{scores}\n{scores.signature}" if scores else "running text has no prompts to score")
-    if scores and recipe.scores:
-        Path(recipe.scores).write_text(json.dumps({"total": scores.total, "by_prompt": scores.by_prompt}, indent=1))
+    if scores and generation.scores:
+        Path(generation.scores).write_text(json.dumps({"total": scores.total, "by_prompt": scores.by_prompt}, indent=1))
 
 
 if __name__ == "__main__":
-    run_recipe(main, Recipe(), Decoding(max_new_tokens=96))
+    run_recipe(main, Generation(), Decoding(max_new_tokens=96))

@@ -4,128 +4,68 @@
     accelerate launch recipes/lora_gpt2.py --model openai-community/gpt2 --dataset e2e/ --label_smoothing 0.1
     accelerate launch recipes/lora_gpt2.py --model FOLDER --dataset chats.jsonl --quantize 4bit --optimizer adamw8bit
 
-The base is any causal language model of transformers: GPT-2, Llama, Qwen, Mistral ... The loss is on completions alone;
-of running text (.txt) on every token. LoRA: Hu et al. 2021, arXiv:2106.09685, whose set-up on E2E is
-`--model openai-community/gpt2-medium --rank 4 --alpha 32 --epochs 5 --batch_size 8 --learning_rate 2e-4 --weight_decay
-0.01 --schedule linear --label_smoothing 0.1 --beams 10 --length_penalty 0.9 --no_repeat_ngram 4`, on attention alone
-(`lora_targets(model, "attention")`).
+The base is any causal language model of transformers: GPT-2, Llama, Qwen, Mistral ... The loss is on completions only;
+of running text (.txt) on every token. The paper's set-up on E2E is `--model openai-community/gpt2-medium --rank 4
+--alpha 32 --sites attention --epochs 5 --batch_size 8 --learning_rate 2e-4 --weight_decay 0.01 --schedule linear
+--label_smoothing 0.1 --beams 10 --length_penalty 0.9 --no_repeat_ngram 4`.
 """
 
-import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from inlay import Decoding, InlayError, TrainConfig, run_recipe
+from inlay import Decoding, TextTask, TrainConfig, option, run_recipe
 
 
 @dataclass
-class Recipe:
-    """What is adapted, and how."""
+class Lora:
+    """LoRA: Hu et al. 2021, arXiv:2106.09685."""
 
-    model: str = field(default="builtin:gpt2-tiny", metadata={"help": "Embedded base, local folder or Hub id."})
-    dataset: str = field(
-        default="builtin:restaurants",
-        metadata={"help": "Embedded data, .csv, .jsonl, .parquet or .txt file, folder of them, or Hub id."},
-    )
-    rank: int = field(default=8, metadata={"help": "Rank r of the update B·A."})
-    alpha: int = field(default=16, metadata={"help": "Scale of the update: alpha / r."})
-    quantize: Literal["8bit", "4bit"] | None = field(
-        default=None, metadata={"help": "Hold the frozen base in 8 or 4 bits (bitsandbytes)."}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Longest example in tokens; default: what the base reads."}
-    )
-    over_long: Literal["cut", "drop", "refuse"] = field(
-        default="cut", metadata={"help": "What becomes of examples longer than max_length."}
-    )
-    label_smoothing: float = field(default=0.0, metadata={"help": "Of the training loss, 0 to 1."})
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha < 1:
-            raise InlayError(f"rank and alpha must be at least 1, got {self.rank} and {self.alpha}.")
+    rank: int = option(8, "Rank r of the update B·A.", least=1)
+    alpha: int = option(16, "Scale of the update: alpha / r.", least=1)
+    dropout: float = option(0.0, "Dropout on the input of A.", least=0, below=1)
+    sites: Literal["all", "attention"] = option("all", "Every linear layer, or q and v.")
 
 
-def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> Path:
+def main(method: Lora, task: TextTask, train: TrainConfig, decoding: Decoding) -> Path:
     """Train, measure, save."""
-    from accelerate import PartialState
-    from accelerate.utils import set_seed
     from peft import LoraConfig, get_peft_model
 
-    from inlay import (
-        NextToken,
-        TextProcessor,
-        TextView,
-        fit,
-        judge,
-        load_base,
-        load_texts,
-        load_tokenizer,
-        save_adapter,
-    )
-    from inlay.bases.sites import lora_targets
-    from inlay.measure import cost
-    from inlay.measure.footprint import describe_quantized
-    from inlay.measure.memory import describe_memory
+    from inlay import lora_targets, save_adapter
 
     # 1. data and frozen base
-    set_seed(train.seed)
-    data = load_texts(recipe.dataset, seed=train.seed)
-    model = load_base(recipe.model, quantize=recipe.quantize)
-    processor = TextProcessor(
-        load_tokenizer(recipe.model), separator=data.separator, chat=data.chat, max_length=recipe.max_length
-    )
-    examples = TextView(data.train, processor, over_long=recipe.over_long, block=data.plain)
-    held_out = TextView(data.validation, processor, over_long=recipe.over_long, block=data.plain)
-    PartialState().print(f"train: {examples.report}\nvalidation: {held_out.report}")
-    if recipe.quantize:
-        PartialState().print(describe_quantized(model))
+    data = task.load(train.seed)
+    model = task.base(data)
 
     # 2. method: only the adapter is trainable
-    method = LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,
-        target_modules=lora_targets(model),
+    config = LoraConfig(
+        r=method.rank,
+        lora_alpha=method.alpha,
+        lora_dropout=method.dropout,
+        target_modules=lora_targets(model, method.sites),
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(model, method)
+    model = get_peft_model(model, config)
 
     # 3. train
-    decoding.check(model, data)
-    loss = NextToken(recipe.label_smoothing)
-    PartialState().print(describe_memory(model, examples, train, collate=examples.collate, loss=loss))
-    result = fit(model, examples, held_out, train, collate=examples.collate, loss=loss, settings=asdict(recipe))
+    decoding.check(model, data.source)
+    result = task.fit(model, data, train, method)
 
-    # 4. measure: what it writes for prompts it has not seen, against all their references (of the test split, if any)
-    scores = judge(model, processor, data, decoding)
-    written, perplexity = scores.total if scores else {}, math.exp(result.metrics["loss"])
-    metrics = {
-        "validation": {**result.metrics, "perplexity": perplexity, **({} if data.test else written)},
-        "test": written if data.test else None,
-        "dataset": data.name,
-        "history": result.history,
-        "cost": cost(model, {"input_ids": held_out[0]["input_ids"][None, :-1]}),  # 1 T, without the end
-        "training": {
-            **asdict(recipe),
-            **train.identity(),
-            "steps": result.steps,
-            "seconds": round(result.seconds, 1),
-        },
-        "decoding": asdict(decoding),
-        "by_prompt": scores and scores.by_prompt,
-    }
+    # 4. measure: loss, and what it writes for prompts that it has not seen
+    report = task.report(model, data, result, decoding)
 
     # 5. save
-    folder = save_adapter(model, Path(train.output_dir) / "adapter", processor=processor, metrics=metrics)
-    said = f"perplexity {perplexity:.2f} at step {result.best_step}"
-    PartialState().print(f"{said}, {scores}; saved {folder}" if scores else f"{said}; saved {folder}")
+    folder = Path(train.output_dir) / "adapter"
+    save_adapter(model, folder, processor=data.processor, metrics=report.metrics)
+    report.announce(folder)
     return folder
 
 
 if __name__ == "__main__":
     run_recipe(
         main,
-        Recipe(),
+        Lora(),
+        TextTask(),
         TrainConfig(output_dir="runs/lora_gpt2", epochs=3, learning_rate=1e-2, workers=0),
         Decoding(max_new_tokens=96),
     )

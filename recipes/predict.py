@@ -1,55 +1,50 @@
-"""Load an adapter, checked against its base, and classify pictures with it.
+"""Load an adapter, checked against its base, and classify images with it.
 
 python recipes/predict.py                                                  # the adapter of adapters_hub, on digits
 python recipes/predict.py --adapter runs/lora_vit/adapter --images photo.jpg folder --grid sheet.png
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from inlay import run_recipe
+from inlay import option, run_recipe
 
 
 @dataclass
-class Recipe:
+class Prediction:
     """Which adapter, and on what."""
 
-    adapter: str = field(
-        default="adapters_hub/digits-lora-vit-tiny", metadata={"help": "Folder of an adapter, or its Hub id."}
-    )
-    images: list[str] = field(
-        default_factory=list, metadata={"help": "Pictures or folders; default: 16 handwritten digits."}
-    )
-    merge: bool = field(default=False, metadata={"help": "Fold the adapter into its base first."})
-    grid: str | None = field(default=None, metadata={"help": "Save a sheet of pictures and labels under this name."})
+    adapter: str = option("adapters_hub/digits-lora-vit-tiny", "Folder of an adapter, or its Hub id.")
+    images: list[str] = option([], "Images or folders of them; default: 16 handwritten digits.")
+    merge: bool = option(False, "Fold the adapter into its base first.")
+    grid: str | None = option(None, "Save a sheet of images and labels under this name.")
 
 
-def main(recipe: Recipe) -> None:
+def main(prediction: Prediction) -> None:
     """Load, predict, show."""
-    from inlay import load_adapter, load_images, predict
-    from inlay.tasks.images.predict import draw_sheet, find_pictures
+    from inlay import draw_sheet, find_pictures, load_adapter, load_images, predict
 
-    # 1. pictures
-    if recipe.images:
-        pictures = names = find_pictures(recipe.images)
+    # 1. images
+    if prediction.images:
+        images = names = find_pictures(prediction.images)
     else:
         held_out = load_images("builtin:digits").validation.select(range(16))
-        pictures = [row["bytes"] for row in held_out["image"]]
+        images = [row["bytes"] for row in held_out["image"]]
         names = [f"a handwritten {label}" for label in held_out["label"]]
 
     # 2. adapter: wrong base, damaged file and changed output end here with one sentence
-    adapter = load_adapter(recipe.adapter)
-    if recipe.merge:
+    adapter = load_adapter(prediction.adapter)
+    if prediction.merge:
         adapter.merge()
 
     # 3. predict
-    predictions = predict(adapter, pictures, top=3)
+    predictions = predict(adapter, images, top=3)
 
     # 4. show
     for name, p in zip(names, predictions, strict=True):
         print(name, *(f"{label} {value:.1%}" for label, value in zip(p.labels, p.probabilities, strict=True)), sep="  ")
-    if recipe.grid:
-        print("saved", draw_sheet(predictions, pictures, recipe.grid))
+    if prediction.grid:
+        print("saved", draw_sheet(predictions, images, prediction.grid))
 
 
 if __name__ == "__main__":
-    run_recipe(main, Recipe())
+    run_recipe(main, Prediction())

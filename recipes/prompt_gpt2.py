@@ -4,136 +4,73 @@
     accelerate launch recipes/prompt_gpt2.py --init text --init_text "Describe the restaurant in full sentences:"
     accelerate launch recipes/prompt_gpt2.py --model FOLDER --dataset pairs.jsonl --quantize 4bit
 
-Prompt tuning: Lester et al. 2021, arXiv:2104.08691 (peft's). It takes positions: with --length 20 a base of 1,024 reads
-texts of 1,004 tokens. Tokens that start as words of the vocabulary or of a text learn faster than random ones.
+The prompt takes positions: with --length 20 a base of 1,024 reads texts of 1,004 tokens. Tokens that start as words of
+the vocabulary or of a text learn faster than random ones.
 """
 
-import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from inlay import Decoding, InlayError, TrainConfig, run_recipe
+from inlay import Decoding, InlayError, TextTask, TrainConfig, option, run_recipe
 
 
 @dataclass
-class Recipe:
-    """What is adapted, and how."""
+class Prompt:
+    """Prompt tuning (peft's): Lester et al. 2021, arXiv:2104.08691."""
 
-    model: str = field(default="builtin:gpt2-tiny", metadata={"help": "Embedded base, local folder or Hub id."})
-    dataset: str = field(
-        default="builtin:restaurants",
-        metadata={"help": "Embedded data, .csv, .jsonl, .parquet or .txt file, folder of them, or Hub id."},
+    length: int = option(20, "Prompt length in tokens.", least=1)
+    init: Literal["random", "vocabulary", "text"] = option(
+        "vocabulary", "Start from N(0, 1), from random words, or from init_text."
     )
-    length: int = field(default=20, metadata={"help": "Prompt length in tokens."})
-    init: Literal["random", "vocabulary", "text"] = field(
-        default="vocabulary", metadata={"help": "Start from N(0, 1), from random words, or from init_text."}
-    )
-    init_text: str = field(
-        default="Describe it in full sentences:", metadata={"help": "Repeated or cut to the length of the prompt."}
-    )
-    quantize: Literal["8bit", "4bit"] | None = field(
-        default=None, metadata={"help": "Hold the frozen base in 8 or 4 bits (bitsandbytes)."}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Longest example in tokens; default: what the base reads."}
-    )
-    over_long: Literal["cut", "drop", "refuse"] = field(
-        default="cut", metadata={"help": "What becomes of examples longer than max_length."}
-    )
+    init_text: str = option("Describe it in full sentences:", "Repeated or cut to the length of the prompt.")
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise InlayError(f"length must be at least 1, got {self.length}.")
         if self.init == "text" and not self.init_text.strip():
-            raise InlayError("expected a text for the prompt to start from, but init_text is empty. Give one.")
+            raise InlayError("init_text is empty, but the prompt is to start from it. Give one.")
 
 
-def main(recipe: Recipe, train: TrainConfig, decoding: Decoding) -> Path:
+def main(method: Prompt, task: TextTask, train: TrainConfig, decoding: Decoding) -> Path:
     """Train, measure, save."""
-    from accelerate import PartialState
-    from accelerate.utils import set_seed
     from peft import PromptTuningConfig, get_peft_model
 
-    from inlay import (
-        NextToken,
-        TextProcessor,
-        TextView,
-        fit,
-        judge,
-        load_base,
-        load_texts,
-        load_tokenizer,
-        save_adapter,
-    )
-    from inlay.bases.load import resolve_base
-    from inlay.measure import cost
-    from inlay.measure.footprint import describe_quantized
-    from inlay.measure.memory import describe_memory
+    from inlay import save_adapter
 
     # 1. data and frozen base
-    set_seed(train.seed)
-    data = load_texts(recipe.dataset, seed=train.seed)
-    model = load_base(recipe.model, quantize=recipe.quantize)
-    tokenizer = load_tokenizer(recipe.model)
-    if recipe.length > tokenizer.model_max_length // 2:
-        got = f"a length of {recipe.length}"
-        raise InlayError(
-            f"expected at most half of the base's {tokenizer.model_max_length} positions, but got {got}; lower it."
-        )
-    tokenizer.model_max_length -= recipe.length  # the prompt takes positions
-    processor = TextProcessor(tokenizer, separator=data.separator, chat=data.chat, max_length=recipe.max_length)
-    examples = TextView(data.train, processor, over_long=recipe.over_long, block=data.plain)
-    held_out = TextView(data.validation, processor, over_long=recipe.over_long, block=data.plain)
-    PartialState().print(f"train: {examples.report}\nvalidation: {held_out.report}")
-    if recipe.quantize:
-        PartialState().print(describe_quantized(model))
+    data = task.load(train.seed, virtual_tokens=method.length)
+    model = task.base(data)
 
     # 2. method: only the prompt is trainable
-    start = {"random": "RANDOM", "vocabulary": "SAMPLE_VOCAB", "text": "TEXT"}[recipe.init]
-    text = {"prompt_tuning_init_text": recipe.init_text, "tokenizer_name_or_path": resolve_base(recipe.model)}
-    method = PromptTuningConfig(
-        num_virtual_tokens=recipe.length,
-        prompt_tuning_init=start,
+    from_text = method.init == "text"
+    config = PromptTuningConfig(
+        num_virtual_tokens=method.length,
+        prompt_tuning_init={"random": "RANDOM", "vocabulary": "SAMPLE_VOCAB", "text": "TEXT"}[method.init],
+        prompt_tuning_init_text=method.init_text if from_text else None,
+        tokenizer_name_or_path=data.processor.tokenizer.name_or_path if from_text else None,
         task_type="CAUSAL_LM",
-        **(text if recipe.init == "text" else {}),
     )
-    model = get_peft_model(model, method)
-    method.tokenizer_name_or_path = recipe.model if recipe.init == "text" else None
+    model = get_peft_model(model, config)
+    config.tokenizer_name_or_path = task.model if from_text else None  # saved with the adapter: no path of this machine
 
     # 3. train
-    decoding.check(model, data)
-    loss = NextToken()
-    PartialState().print(describe_memory(model, examples, train, collate=examples.collate, loss=loss))
-    result = fit(model, examples, held_out, train, collate=examples.collate, loss=loss, settings=asdict(recipe))
+    decoding.check(model, data.source)
+    result = task.fit(model, data, train, method)
 
-    # 4. measure: what it writes for prompts it has not seen, against all their references (of the test split, if any)
-    scores = judge(model, processor, data, decoding)
-    written, perplexity = scores.total if scores else {}, math.exp(result.metrics["loss"])
-    metrics = {
-        "validation": {**result.metrics, "perplexity": perplexity, **({} if data.test else written)},
-        "test": written if data.test else None,
-        "dataset": data.name,
-        "history": result.history,
-        "cost": cost(model, {"input_ids": held_out[0]["input_ids"][None, :-1]}),  # 1 T, without the end
-        "training": {
-            **asdict(recipe),
-            **train.identity(),
-            "steps": result.steps,
-            "seconds": round(result.seconds, 1),
-        },
-        "decoding": asdict(decoding),
-        "by_prompt": scores and scores.by_prompt,
-    }
+    # 4. measure: loss, and what it writes for prompts that it has not seen
+    report = task.report(model, data, result, decoding)
 
     # 5. save
-    folder = save_adapter(model, Path(train.output_dir) / "adapter", processor=processor, metrics=metrics)
-    said = f"perplexity {perplexity:.2f} at step {result.best_step}"
-    PartialState().print(f"{said}, {scores}; saved {folder}" if scores else f"{said}; saved {folder}")
+    folder = Path(train.output_dir) / "adapter"
+    save_adapter(model, folder, processor=data.processor, metrics=report.metrics)
+    report.announce(folder)
     return folder
 
 
 if __name__ == "__main__":
     run_recipe(
-        main, Recipe(), TrainConfig(output_dir="runs/prompt_gpt2", epochs=3, learning_rate=5e-2, workers=0), Decoding()
+        main,
+        Prompt(),
+        TextTask(),
+        TrainConfig(output_dir="runs/prompt_gpt2", epochs=3, learning_rate=5e-2, workers=0),
+        Decoding(),
     )

@@ -4,95 +4,56 @@
     accelerate launch recipes/prompt_vit.py --depth shallow --length 50
     accelerate launch recipes/prompt_vit.py --model facebook/dinov2-small --dataset FOLDER --length 20
 
-Deep prompts enter every block, shallow ones the first: VPT, Jia et al. 2022, arXiv:2203.12119. The base is a ViT-like
-encoder: ViT, DeiT, DINOv2, CLIP.
+Deep prompts enter every block, shallow ones the first. The base is a ViT-like encoder: ViT, DeiT, DINOv2, CLIP.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from inlay import TrainConfig, run_recipe
+from inlay import ImageTask, TrainConfig, option, run_recipe
 
 
 @dataclass
-class Recipe:
-    """What is adapted, and how."""
+class VisualPrompt:
+    """Visual prompt tuning (VPT): Jia et al. 2022, arXiv:2203.12119."""
 
-    model: str = field(default="builtin:vit-tiny", metadata={"help": "Embedded base, local folder or Hub id."})
-    dataset: str = field(
-        default="builtin:digits", metadata={"help": "Embedded data, folder of class folders, file or Hub id."}
-    )
-    length: int = field(default=10, metadata={"help": "Prompt length: tokens in each block that has prompts."})
-    depth: Literal["deep", "shallow"] = field(
-        default="deep", metadata={"help": "Prompts in every block, or in the first alone."}
-    )
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the prompts."})
-    quantize: Literal["8bit", "4bit"] | None = field(
-        default=None, metadata={"help": "Hold the frozen base in 8 or 4 bits (bitsandbytes)."}
-    )
-    augment: Literal["none", "crop", "crop-flip"] = field(
-        default="crop",
-        metadata={"help": "Random crops, and mirror images where left and right do not matter."},
-    )
+    length: int = option(10, "Prompt length: tokens in each block that has prompts.", least=1)
+    depth: Literal["deep", "shallow"] = option("deep", "Prompts in every block, or in the first only.")
+    dropout: float = option(0.0, "Dropout on the prompts.", least=0, below=1)
 
 
-def main(recipe: Recipe, train: TrainConfig) -> Path:
+def main(method: VisualPrompt, task: ImageTask, train: TrainConfig) -> Path:
     """Train, measure, save."""
-    from accelerate import PartialState
-    from accelerate.utils import set_seed
     from peft import get_peft_model
 
-    from inlay import ImageView, VisualPromptConfig, fit, load_base, load_images, load_processor, save_adapter
-    from inlay.bases.sites import head_modules
-    from inlay.measure import cost
-    from inlay.tasks.metrics import Accuracy
+    from inlay import VisualPromptConfig, head_modules, save_adapter
 
     # 1. data and frozen base
-    set_seed(train.seed)
-    data = load_images(recipe.dataset, seed=train.seed)
-    model = load_base(recipe.model, labels=data.labels, quantize=recipe.quantize)
-    processor = load_processor(recipe.model)
+    data = task.load(train.seed)
+    model = task.base(data)
 
-    # 2. method: only the adapter and the new head are trainable
-    method = VisualPromptConfig(
-        length=recipe.length,
-        deep=recipe.depth == "deep",
-        dropout=recipe.dropout,
+    # 2. method: only the prompts and the new head are trainable
+    config = VisualPromptConfig(
+        length=method.length,
+        deep=method.depth == "deep",
+        dropout=method.dropout,
         modules_to_save=head_modules(model),
     )
-    model = get_peft_model(model, method)
+    model = get_peft_model(model, config)
 
     # 3. train
-    result = fit(
-        model,
-        ImageView(data.train, processor, recipe.augment),
-        ImageView(data.validation, processor),
-        train,
-        metrics=[Accuracy()],
-        settings=asdict(recipe),
-    )
+    result = task.fit(model, data, train, method)
 
     # 4. measure
-    example = ImageView(data.validation, processor)[0]["pixel_values"][None]  # 1 C H W
-    metrics = {
-        "validation": result.metrics,
-        "dataset": data.name,
-        "history": result.history,
-        "cost": cost(model, {"pixel_values": example}),
-        "training": {
-            **asdict(recipe),
-            **train.identity(),
-            "steps": result.steps,
-            "seconds": round(result.seconds, 1),
-        },
-    }
+    report = task.report(model, data, result)
 
     # 5. save
-    folder = save_adapter(model, Path(train.output_dir) / "adapter", processor=processor, metrics=metrics)
-    PartialState().print(f"accuracy {result.metrics['accuracy']:.4f} at step {result.best_step}; saved {folder}")
+    folder = Path(train.output_dir) / "adapter"
+    save_adapter(model, folder, processor=data.processor, metrics=report.metrics)
+    report.announce(folder)
     return folder
 
 
 if __name__ == "__main__":
-    run_recipe(main, Recipe(), TrainConfig(output_dir="runs/prompt_vit", learning_rate=3e-2))
+    run_recipe(main, VisualPrompt(), ImageTask(), TrainConfig(output_dir="runs/prompt_vit", learning_rate=3e-2))

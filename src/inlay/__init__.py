@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from inlay.adapters.save import save_adapter
     from inlay.bases.load import resolve_base
     from inlay.bases.processors import load_processor, load_tokenizer
+    from inlay.bases.sites import head_modules, lora_targets
     from inlay.cli.recipe import run_recipe
     from inlay.combine import combine
+    from inlay.combine.heatmap import write_report
     from inlay.combine.merge import merge
+    from inlay.combine.report import overlap
     from inlay.errors import InlayError
     from inlay.methods import (
         METHODS,
@@ -31,21 +34,28 @@ if TYPE_CHECKING:
         SpatialAdapterConfig,
         VisualPromptConfig,
     )
+    from inlay.options import option
     from inlay.serve.bank import Bank
+    from inlay.study.compare import compare_images, compare_texts, save_comparison
     from inlay.tasks.base import load_base
     from inlay.tasks.images.data import ImageData, load_images
-    from inlay.tasks.images.predict import predict
+    from inlay.tasks.images.options import ImageTask
+    from inlay.tasks.images.predict import draw_sheet, find_pictures, predict
     from inlay.tasks.images.view import ImageView
     from inlay.tasks.masks.data import MaskData, load_masks
     from inlay.tasks.masks.loss import MaskLoss
+    from inlay.tasks.masks.options import MaskTask
     from inlay.tasks.masks.predict import predict_masks
+    from inlay.tasks.masks.sites import sam_targets
     from inlay.tasks.masks.view import MaskView
     from inlay.tasks.text.data import TextData, load_texts
     from inlay.tasks.text.generate import Decoding, generate, judge
     from inlay.tasks.text.loss import NextToken
+    from inlay.tasks.text.options import TextTask
     from inlay.tasks.text.processor import TextProcessor
     from inlay.tasks.text.view import TextView
     from inlay.tasks.volumes.data import VolumeData, load_volumes
+    from inlay.tasks.volumes.options import VolumeTask
     from inlay.tasks.volumes.scan import VolumeProcessor
     from inlay.tasks.volumes.segment import segment
     from inlay.tasks.volumes.session import VolumeSession
@@ -71,27 +81,36 @@ _WHERE = {
     "CompositeConfig": "methods",
     "Decoding": "tasks.text.generate",
     "ImageData": "tasks.images.data",
+    "ImageTask": "tasks.images.options",
     "ImageView": "tasks.images.view",
     "InlayError": "errors",
     "MaskData": "tasks.masks.data",
     "MaskLoss": "tasks.masks.loss",
+    "MaskTask": "tasks.masks.options",
     "MaskView": "tasks.masks.view",
     "NextToken": "tasks.text.loss",
     "PartialConfig": "methods",
     "SpatialAdapterConfig": "methods",
     "TextData": "tasks.text.data",
     "TextProcessor": "tasks.text.processor",
+    "TextTask": "tasks.text.options",
     "TextView": "tasks.text.view",
     "TrainConfig": "train.config",
     "VisualPromptConfig": "methods",
     "VolumeData": "tasks.volumes.data",
     "VolumeProcessor": "tasks.volumes.scan",
     "VolumeSession": "tasks.volumes.session",
+    "VolumeTask": "tasks.volumes.options",
     "VolumeView": "tasks.volumes.view",
     "combine": "combine",
     "evaluate": "adapters.evaluate",
+    "compare_images": "study.compare",
+    "compare_texts": "study.compare",
+    "draw_sheet": "tasks.images.predict",
+    "find_pictures": "tasks.images.predict",
     "fit": "train.loop",
     "generate": "tasks.text.generate",
+    "head_modules": "bases.sites",
     "import_adapter": "adapters.convert.convert",
     "judge": "tasks.text.generate",
     "load_adapter": "adapters.load",
@@ -102,7 +121,10 @@ _WHERE = {
     "load_texts": "tasks.text.data",
     "load_tokenizer": "bases.processors",
     "load_volumes": "tasks.volumes.data",
+    "lora_targets": "bases.sites",
     "merge": "combine.merge",
+    "option": "options",
+    "overlap": "combine.report",
     "predict": "tasks.images.predict",
     "predict_masks": "tasks.masks.predict",
     "pull_adapter": "adapters.hub.repository",
@@ -110,8 +132,11 @@ _WHERE = {
     "read_adapter": "adapters.file",
     "resolve_base": "bases.load",
     "run_recipe": "cli.recipe",
+    "sam_targets": "tasks.masks.sites",
     "save_adapter": "adapters.save",
+    "save_comparison": "study.compare",
     "segment": "tasks.volumes.segment",
+    "write_report": "combine.heatmap",
 }
 
 __all__ = [
@@ -122,27 +147,36 @@ __all__ = [
     "CompositeConfig",
     "Decoding",
     "ImageData",
+    "ImageTask",
     "ImageView",
     "InlayError",
     "MaskData",
     "MaskLoss",
+    "MaskTask",
     "MaskView",
     "NextToken",
     "PartialConfig",
     "SpatialAdapterConfig",
     "TextData",
     "TextProcessor",
+    "TextTask",
     "TextView",
     "TrainConfig",
     "VisualPromptConfig",
     "VolumeData",
     "VolumeProcessor",
     "VolumeSession",
+    "VolumeTask",
     "VolumeView",
     "combine",
     "evaluate",
+    "compare_images",
+    "compare_texts",
+    "draw_sheet",
+    "find_pictures",
     "fit",
     "generate",
+    "head_modules",
     "import_adapter",
     "judge",
     "load_adapter",
@@ -153,7 +187,10 @@ __all__ = [
     "load_texts",
     "load_tokenizer",
     "load_volumes",
+    "lora_targets",
     "merge",
+    "option",
+    "overlap",
     "predict",
     "predict_masks",
     "pull_adapter",
@@ -161,8 +198,11 @@ __all__ = [
     "read_adapter",
     "resolve_base",
     "run_recipe",
+    "sam_targets",
     "save_adapter",
+    "save_comparison",
     "segment",
+    "write_report",
 ]
 
 

@@ -27,7 +27,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
-from inlay import Decoding, NextToken, TextProcessor, TextView, TrainConfig, fit, judge, load_base, load_texts
+from inlay import Decoding, NextToken, TextProcessor, TextTask, TextView, TrainConfig, fit, judge, load_base, load_texts
 from inlay.files.atomic import writing
 from inlay.methods import METHODS
 from inlay.study.compare import Compared, compare_texts, table
@@ -195,8 +195,7 @@ def main() -> None:
         str(folder / "runs"), epochs=epochs, batch_size=arguments.batch_size, eval_every=arguments.steps, workers=0
     )
     rows = compare_texts(
-        str(folder / "base"),
-        str(folder / "rest"),
+        TextTask(str(folder / "base"), str(folder / "rest")),
         train,
         methods=arguments.methods,
         learning_rates=[RATES[name] for name in arguments.methods],

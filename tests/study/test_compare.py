@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from inlay import Decoding, InlayError, TrainConfig, load_base
+from inlay import Decoding, ImageTask, InlayError, TextTask, TrainConfig, load_base
 from inlay.methods import METHODS
 from inlay.study.compare import Compared, compare_images, compare_texts, table
 
-TEXTS = ("builtin:gpt2-tiny", "builtin:restaurants")
+TEXTS = TextTask("builtin:gpt2-tiny", "builtin:restaurants")
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if "vision" in method.bases])
@@ -24,9 +24,9 @@ def test_a_method_trains_what_it_says(name):
 def test_unknown_methods_and_no_seeds_are_refused(tmp_path):
     config = TrainConfig(output_dir=str(tmp_path / "run"))
     with pytest.raises(InlayError, match="probe, lora"):
-        compare_images("builtin:vit-tiny", "builtin:digits", config, methods=["nothing"])
+        compare_images(ImageTask("builtin:vit-tiny", "builtin:digits"), config, methods=["nothing"])
     with pytest.raises(InlayError, match="one seed or more"):
-        compare_images("builtin:vit-tiny", "builtin:digits", config, seeds=[])
+        compare_images(ImageTask("builtin:vit-tiny", "builtin:digits"), config, seeds=[])
     assert not (tmp_path / "run").exists()
 
 
@@ -63,13 +63,11 @@ def test_texts_are_compared_by_what_is_written_and_that_is_read_back(pairs, tmp_
 
     def compare(max_new_tokens=6):
         return compare_texts(
-            "builtin:gpt2-tiny",
-            str(pairs),
+            TextTask("builtin:gpt2-tiny", str(pairs), label_smoothing=0.1),
             train,
             methods=["lora", "bias"],
             seeds=[3],
             width=4,
-            label_smoothing=0.1,
             decoding=Decoding(max_new_tokens=max_new_tokens),
         )
 
@@ -106,17 +104,24 @@ def test_texts_are_compared_by_what_is_written_and_that_is_read_back(pairs, tmp_
 def test_unknown_methods_are_refused_before_texts_are_read(tmp_path):
     config = TrainConfig(output_dir=str(tmp_path / "run"))
     with pytest.raises(InlayError, match="probe, lora"):
-        compare_texts("builtin:gpt2-tiny", "builtin:restaurants", config, methods=["nothing"])
+        compare_texts(TEXTS, config, methods=["nothing"])
     with pytest.raises(InlayError, match="one learning rate for each of 2 methods, got 1"):
-        compare_texts("builtin:gpt2-tiny", "builtin:restaurants", config, learning_rates=[1e-3])
+        compare_texts(TEXTS, config, learning_rates=[1e-3])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("compare", "task"), [(compare_images, ImageTask), (compare_texts, TextTask)])
+def test_weights_in_few_bits_are_not_trained(tmp_path, compare, task):
+    config = TrainConfig(output_dir=str(tmp_path / "run"))
+    with pytest.raises(InlayError, match="full and partial cannot train weights in 8 or 4 bits"):
+        compare(task(quantize="8bit"), config, methods=["lora", "full", "partial"])
 
 
 def test_what_would_stop_the_last_method_is_found_before_the_first_is_trained(tmp_path):
     methods = {"methods": ["lora", "prompt", "prefix"], "width": 20, "seeds": [0]}
     config = TrainConfig(output_dir=str(tmp_path / "run"))
     with pytest.raises(InlayError, match="max_new_tokens 240 and 20 virtual tokens"):
-        compare_texts(*TEXTS, config, **methods, decoding=Decoding(max_new_tokens=240))
+        compare_texts(TEXTS, config, **methods, decoding=Decoding(max_new_tokens=240))
     with pytest.raises(InlayError, match="prefix tuning puts keys and values into the cache"):
-        compare_texts(*TEXTS, replace(config, gradient_checkpointing=True), **methods)
+        compare_texts(TEXTS, replace(config, gradient_checkpointing=True), **methods)
     assert not (tmp_path / "run").exists()

@@ -1,15 +1,16 @@
-"""The command line of a recipe: dataclasses become options, mistakes become one sentence."""
+"""Run a recipe: dataclasses become options, mistakes become one sentence."""
 
 import atexit
-import json
+import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
-from difflib import get_close_matches
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, get_type_hints
 
+from inlay.cli.command_line import parse
 from inlay.errors import InlayError
+
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # where accelerate looks for it
 
 
 def run_recipe(main: Callable[..., Path | None], *defaults: Any) -> None:
@@ -18,76 +19,25 @@ def run_recipe(main: Callable[..., Path | None], *defaults: Any) -> None:
     What `main` returns is the folder of the adapter, or of the adapters, that it saved. With `--push_to` of TrainConfig
     it is sent to the Hub; whether it can be is checked before the training.
 
-    Every field is an option (`--learning_rate` or `--learning-rate`); its default is the instance's value.
-    A YAML or JSON file as the only argument gives the options instead. Processes that were launched together know of
-    each other before `main` begins. An InlayError ends the process with status 2 and one line.
+    Every field is an option (`--learning_rate` or `--learning-rate`); its default is the instance's value. A YAML or
+    JSON file as the only argument gives the options instead. torch is imported once they have been read and checked, so
+    a mistake in them is answered at once. Processes that were launched together know of each other before `main`
+    begins.
+
+    An InlayError ends the process with status 2 and one line. `accelerate launch` adds a traceback of its own to any
+    failure of a recipe, which `accelerate launch --quiet` leaves out.
     """
     try:
-        settings = _parse(defaults, sys.argv[1:])
+        settings = parse(defaults, sys.argv[1:])
         _join()
         repo, private = _destination(main, settings)
         folder = main(*settings)
         if repo and _join().is_main_process:
             _push(folder, repo, private)
     except InlayError as error:
-        if _join().is_main_process:
+        if _is_first():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def _parse(defaults: Sequence[Any], arguments: list[str]) -> list[Any]:
-    """The dataclasses as a command line sets them.
-
-    Raises:
-        InlayError: An unknown option, a value of another kind, a settings file that is none.
-    """
-    from transformers import HfArgumentParser
-
-    script, module = Path(sys.argv[0]), sys.modules["__main__"]
-    parser = HfArgumentParser([type(d) for d in defaults], prog=script.name, description=_first_line(module.__doc__))
-    values = {key: value for default in defaults for key, value in asdict(default).items()}
-    parser.set_defaults(**values)
-    parser.error = _refuse  # argparse would print all options with it
-    if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml", ".json")):
-        arguments = _from_file(Path(arguments[0]), values)
-    *settings, unknown = parser.parse_args_into_dataclasses(
-        arguments, look_for_args_file=False, return_remaining_strings=True
-    )
-    if unknown:
-        raise InlayError(f"there is no option {unknown[0]}. {_meant(unknown[0], values)}")
-    return settings
-
-
-def _meant(option: str, values: Iterable[str]) -> str:
-    near = get_close_matches(option.split("=")[0].lstrip("-").replace("-", "_"), values, 1)
-    return f"Did you mean --{near[0]}?" if near else "--help lists all."
-
-
-def _from_file(file: Path, values: dict[str, Any]) -> list[str]:
-    """The command line that a YAML or JSON file of settings stands for, so that its values are checked alike."""
-    import yaml  # type: ignore[import-untyped]
-
-    if not file.is_file():
-        raise InlayError(f"there is no settings file {file}.")
-    try:
-        text = file.read_text(encoding="utf-8")
-        settings = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        got = " ".join(str(error).split())
-        raise InlayError(f"expected {file.suffix[1:].upper()} in {file}, but got: {got}. Mend it.") from error
-    if not isinstance(settings, dict):
-        raise InlayError(f"expected names with values in {file}, but got {type(settings).__name__}. Write name: value.")
-    unknown = [str(key) for key in settings if key not in values]
-    if unknown:
-        raise InlayError(f"{file} sets {unknown[0]}, but there is no such option. {_meant(unknown[0], values)}")
-    found: list[str] = []
-    for key, value in settings.items():
-        if value == values[key] and type(value) is type(values[key]):
-            continue
-        if value is None or isinstance(value, dict) or value == []:
-            raise InlayError(f"expected a value for {key} in {file}, but got {value!r}. Give one, or leave it out.")
-        found += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
-    return found
 
 
 def _destination(main: Callable[..., Any], settings: Sequence[Any]) -> tuple[str | None, bool]:
@@ -118,8 +68,9 @@ def _push(folder: Any, repo: str, private: bool) -> None:
         raise InlayError(f"{error} The adapter is saved in {folder}; send it with: {again}") from None
 
 
-def _refuse(message: str) -> NoReturn:
-    raise InlayError(f"{message}.")
+def _is_first() -> bool:
+    """Whether this is the process that speaks for all that were launched with it; needs no torch."""
+    return next((int(os.environ[name]) for name in _RANKS if os.environ.get(name, "").isdigit()), 0) == 0
 
 
 def _join() -> Any:
@@ -134,7 +85,3 @@ def _join() -> Any:
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     atexit.register(state.destroy_process_group)
     return state
-
-
-def _first_line(text: str | None) -> str:
-    return (text or "").strip().split("\n", 1)[0]

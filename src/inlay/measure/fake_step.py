@@ -141,7 +141,8 @@ class LiveBytes(TorchDispatchMode):
     """Follows the storages that operations make under a FakeTensorMode: `alive` bytes now, `peak` at most.
 
     A storage counts from the operation that yields it until nothing refers to it. One that comes in from outside
-    (weights, batch) does not count. Integers whose `values` are known keep them, as a step may look at labels.
+    (weights, batch) does not count. Integers whose `values` are known keep them, as a step may look at labels. A number
+    that a step draws from 0 to 1, to choose its way, is next to 1.
 
     Args:
         block: What the allocator rounds up to, in bytes.
@@ -159,7 +160,7 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tensors:
             self._see(tensor, new=False)
         real = self._compute(func, tensors, args, kwargs)
-        if isinstance(real, int):  # a bool is one too
+        if isinstance(real, int | float):  # a bool is one too
             return real
         if real is not None and torch.Tag.dynamic_output_shape in func.tags:
             result = fake(real, tensors[0].device)
@@ -175,8 +176,11 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.alive + _inside(func, args))
         return result
 
-    def _compute(self, func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> Tensor | int | None:
-        """The operation on the integers themselves; None if one is not known, or the result is something else."""
+    def _compute(self, func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> Tensor | float | None:
+        """The operation on the numbers themselves; None if one is not known, or the result is something else."""
+        if func is torch.ops.aten.rand.default and not args[0]:
+            with unset_fake_temporarily():
+                return torch.tensor(1 - 1e-6)
         if not tensors or func._schema.is_mutable or any(tensor not in self.values for tensor in tensors):
             return None
         if kwargs.get("device") is not None:
@@ -184,8 +188,8 @@ class LiveBytes(TorchDispatchMode):
         with unset_fake_temporarily():
             args, kwargs = tree_map_only(Tensor, self.values.__getitem__, (args, kwargs))
             real = func(*args, **kwargs)
-        exact = isinstance(real, Tensor) and not real.is_floating_point()
-        return real if exact or isinstance(real, int) else None
+        exact = isinstance(real, Tensor) and (real.ndim == 0 or not real.is_floating_point())
+        return real if exact or isinstance(real, int | float) else None
 
     def _see(self, tensor: Tensor, new: bool) -> None:
         storage = tensor.untyped_storage()

@@ -15,25 +15,21 @@ from torch import nn
 
 from inlay.adapters.file import WEIGHTS
 from inlay.adapters.save import save_adapter
-from inlay.bases.processors import load_processor, load_tokenizer
 from inlay.errors import InlayError
 from inlay.files.atomic import write_json
 from inlay.measure import footprint
 from inlay.measure.memory import measure_peak
 from inlay.methods import METHODS
 from inlay.methods._peft import PeftModel
-from inlay.tasks.base import load_base, load_skeleton
-from inlay.tasks.images.data import load_images
-from inlay.tasks.images.view import Augment, ImageView
-from inlay.tasks.metrics import Accuracy
+from inlay.tasks.base import load_skeleton
+from inlay.tasks.images.options import ImageTask
+from inlay.tasks.options import TaskData, TaskOptions
 from inlay.tasks.text.data import load_texts
 from inlay.tasks.text.generate import Decoding, judge
-from inlay.tasks.text.loss import NextToken
-from inlay.tasks.text.processor import TextProcessor
-from inlay.tasks.text.view import TextView
+from inlay.tasks.text.options import TextTask
 from inlay.train.config import TrainConfig
 from inlay.train.launch import enable_checkpointing
-from inlay.train.loop import FitResult, fit
+from inlay.train.loop import FitResult
 from inlay.train.run import WEIGHTS as TRAINED
 
 
@@ -62,67 +58,53 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class _Task:
-    """One training: what is adapted, how it is fitted, and what comes of it."""
+class _Job:
+    """The data of one seed, and how a run on it is scored."""
 
-    base: Callable[[], nn.Module]
-    fit: Callable[[nn.Module, TrainConfig, dict[str, Any]], FitResult]
+    data: TaskData
     scores: Callable[[nn.Module, FitResult], dict[str, float]]
-    processor: Any
     scored_by: dict[str, Any] = field(default_factory=dict)  # what the scores depend on beside the run
     peak: Callable[[nn.Module], int] | None = None
 
 
 def compare_images(
-    model: str,
-    dataset: str,
+    task: ImageTask,
     train: TrainConfig,
     *,
     methods: Sequence[str] = ("probe", "lora", "full"),
     learning_rates: Sequence[float] = (),
     seeds: Sequence[int] = (0, 1, 2),
     width: int = 8,
-    augment: Augment = "crop",
 ) -> list[Compared]:
     """Train every method on the same data in the same order, each from the same new head, at its own learning rate.
 
-    `learning_rates` are given in the order of `methods`; without them METHODS has one for each.
+    `learning_rates` are given in the order of `methods`; without them METHODS has one for each. The method `all` is
+    every method that suits a vision transformer.
 
     The folder `train.output_dir` holds one run per method and seed, so a comparison that is broken off goes on where it
     was. Seeds change the split (where the data has none), the order, the augmentation and the new weights.
 
     Raises:
-        InlayError: An unknown method, no seed, or what load_base, load_images and fit raise.
+        InlayError: An unknown method, no seed, weights in 8 or 4 bits that a method trains, or what load_base,
+            load_images and fit raise.
     """
+    methods = _check(task, methods, learning_rates, seeds, "vision")
 
-    def task(seed: int) -> _Task:
-        data, processor = load_images(dataset, seed=seed), load_processor(model)
-        views = ImageView(data.train, processor, augment), ImageView(data.validation, processor)
-        return _Task(
-            base=lambda: load_base(model, labels=data.labels),
-            fit=lambda adapted, config, settings: fit(
-                adapted, *views, config, metrics=[Accuracy()], settings={**settings, "augment": augment}
-            ),
-            scores=lambda adapted, result: {"accuracy": result.metrics["accuracy"]},
-            processor=processor,
-        )
+    def job(seed: int) -> _Job:
+        data = task.load(seed)
+        return _Job(data, lambda adapted, result: {"accuracy": result.metrics["accuracy"]})
 
-    _check(methods, learning_rates, seeds)
-    settings = {"model": model, "dataset": dataset, "width": width}
-    return _compare(task, train, methods, learning_rates, seeds, width, settings)
+    return _compare(task, job, train, methods, learning_rates, seeds, width)
 
 
 def compare_texts(
-    model: str,
-    dataset: str,
+    task: TextTask,
     train: TrainConfig,
     *,
     methods: Sequence[str] = ("lora", "full"),
     learning_rates: Sequence[float] = (),
     seeds: Sequence[int] = (0, 1, 2),
     width: int = 8,
-    max_length: int | None = None,
-    label_smoothing: float = 0.0,
     decoding: Decoding | None = None,
 ) -> list[Compared]:
     """As `compare_images`, of language models: perplexity, and how close to the references is what they write.
@@ -131,51 +113,42 @@ def compare_texts(
         InlayError: What `compare_images` says; a text for which the base has no room; a method that does not suit these
             settings.
     """
+    methods = _check(task, methods, learning_rates, seeds, "text")
+    some = load_texts(task.dataset, seed=seeds[0])
+    for name in methods:  # what would stop the last of them is found before the first one is trained
+        plain = "lora" if name == "pissa" else name  # which would decompose the weights that a skeleton does not have
+        skeleton = METHODS[plain].adapt(load_skeleton(task.model), width)
+        (decoding or Decoding()).check(skeleton, some)
+        if train.gradient_checkpointing:
+            enable_checkpointing(skeleton)
 
-    def task(seed: int) -> _Task:
-        data = load_texts(dataset, seed=seed)
-        processor = TextProcessor(load_tokenizer(model), separator=data.separator, max_length=max_length)
-        examples, held_out = (TextView(rows, processor, block=data.plain) for rows in (data.train, data.validation))
-        loss, collate = NextToken(label_smoothing), examples.collate
+    def job(seed: int) -> _Job:
+        data = task.load(seed)
+        examples = data.train
 
         def scores(adapted: nn.Module, result: FitResult) -> dict[str, float]:
-            written = judge(adapted, processor, data, decoding)
+            written = judge(adapted, data.processor, data.source, decoding)
             return {"perplexity": math.exp(result.metrics["loss"]), **(written.total if written else {})}
 
         def peak(adapted: nn.Module) -> int:
             longest = sorted(range(len(examples)), key=lambda i: -examples.lengths[i])[: train.batch_size]
-            return measure_peak(adapted, collate([examples[i] for i in longest]), loss=loss)
+            return measure_peak(adapted, examples.collate([examples[i] for i in longest]), loss=data.loss)
 
-        return _Task(
-            base=lambda: load_base(model),
-            fit=lambda adapted, config, settings: fit(
-                adapted,
-                examples,
-                held_out,
-                config,
-                collate=collate,
-                loss=loss,
-                settings={**settings, "max_length": max_length},
-            ),
-            scores=scores,
-            processor=processor,
-            scored_by=asdict(decoding or Decoding()),
-            peak=peak,
-        )
+        return _Job(data, scores, scored_by=asdict(decoding or Decoding()), peak=peak)
 
-    _check(methods, learning_rates, seeds)
-    some = load_texts(dataset, seed=seeds[0])
-    for name in methods:  # what would stop the last of them is found before the first one is trained
-        plain = "lora" if name == "pissa" else name  # which would decompose the weights that a skeleton does not have
-        skeleton = METHODS[plain].adapt(load_skeleton(model), width)
-        (decoding or Decoding()).check(skeleton, some)
-        if train.gradient_checkpointing:
-            enable_checkpointing(skeleton)
-    settings = {"model": model, "dataset": dataset, "width": width, "label_smoothing": label_smoothing}
-    return _compare(task, train, methods, learning_rates, seeds, width, settings)
+    return _compare(task, job, train, methods, learning_rates, seeds, width)
 
 
-def _check(methods: Sequence[str], learning_rates: Sequence[float], seeds: Sequence[int]) -> None:
+def _check(
+    task: TaskOptions, methods: Sequence[str], learning_rates: Sequence[float], seeds: Sequence[int], base: str
+) -> Sequence[str]:
+    """The methods to compare, those of `all` by name; pissa is left out of these, as it changes the base.
+
+    Raises:
+        InlayError: What is asked for makes no comparison.
+    """
+    if list(methods) == ["all"]:
+        methods = [name for name, method in METHODS.items() if base in method.bases and name != "pissa"]
     unknown = [name for name in methods if name not in METHODS]
     if unknown or not methods or not seeds:
         raise InlayError(
@@ -183,55 +156,74 @@ def _check(methods: Sequence[str], learning_rates: Sequence[float], seeds: Seque
         )
     if learning_rates and len(learning_rates) != len(methods):
         raise InlayError(f"expected one learning rate for each of {len(methods)} methods, got {len(learning_rates)}.")
+    whole = [name for name in methods if name in ("full", "partial")]
+    if task.quantize and whole:
+        raise InlayError(f"{' and '.join(whole)} cannot train weights in 8 or 4 bits; leave quantize or them out.")
+    return methods
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What a run of the comparison depends on beside the task and the training."""
+
+    method: str
+    width: int
 
 
 def _compare(
-    task: Callable[[int], _Task],
+    task: TaskOptions,
+    job: Callable[[int], _Job],
     train: TrainConfig,
     methods: Sequence[str],
     learning_rates: Sequence[float],
     seeds: Sequence[int],
     width: int,
-    settings: dict[str, Any],
 ) -> list[Compared]:
-    task = cache(task)
+    job = cache(job)
     rows = []
     for name, rate in zip(methods, learning_rates or [METHODS[name].learning_rate for name in methods], strict=True):
         scores: dict[str, list[float]] = {}
         rates, trainable, size = [], 0, 0
         peaks: list[int] = []
         for seed in seeds:
-            one = task(seed)
+            one = job(seed)
             set_seed(seed)
-            adapted = METHODS[name].adapt(one.base(), width)
+            adapted = METHODS[name].adapt(task.base(one.data), width)
             trainable = footprint(adapted).trainable
             peaks += [one.peak(adapted)] if one.peak and not peaks else []
             folder = Path(train.output_dir) / f"{name}-{seed}"
             config = replace(train, output_dir=str(folder), seed=seed, learning_rate=rate)
-            result = one.fit(adapted, config, {**settings, "method": name})
+            result = task.fit(adapted, one.data, config, _Choice(name, width))
             for key, value in _scored(folder / "scores.json", one, adapted, result).items():
                 scores.setdefault(key, []).append(value)
             rates.append(result.steps_per_second)
             weights = folder / "best" / TRAINED
             if isinstance(adapted, PeftModel):
-                weights = save_adapter(adapted, folder / "adapter", processor=one.processor) / WEIGHTS
+                weights = save_adapter(adapted, folder / "adapter", processor=one.data.processor) / WEIGHTS
             size = weights.stat().st_size
         peak = max(peaks, default=None)
         rows.append(Compared(name, rate, trainable, scores, statistics.median(rates), size, peak))
     return rows
 
 
-def _scored(path: Path, task: _Task, adapted: nn.Module, result: FitResult) -> dict[str, float]:
+def _scored(path: Path, job: _Job, adapted: nn.Module, result: FitResult) -> dict[str, float]:
     """The scores of a finished run, read back where they were computed before in the same way."""
-    how = json.loads(json.dumps(task.scored_by))
+    how = json.loads(json.dumps(job.scored_by))
     if path.is_file():
         stored = json.loads(path.read_text(encoding="utf-8"))
         if result.resumed and stored["by"] == how:
             return stored["scores"]
-    scores = task.scores(adapted, result)
+    scores = job.scores(adapted, result)
     if PartialState().is_main_process:
         write_json(path, {"by": how, "scores": scores})
     return scores
+
+
+def save_comparison(rows: Sequence[Compared], folder: str | Path, title: str) -> None:
+    """Write comparison.json, and print the title with the table, once for all processes."""
+    if PartialState().is_main_process:
+        write_json(Path(folder) / "comparison.json", [asdict(row) for row in rows])
+        print(f"\n{title}\n\n{table(rows)}")
 
 
 _DIGITS = {"accuracy": 4, "perplexity": 2}  # others 1

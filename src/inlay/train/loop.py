@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +44,7 @@ class FitResult:
         history: One row an evaluation: step, training loss since the last one, validation loss and metrics.
         seconds: Wall-clock time of all steps and evaluations, over all resumptions.
         steps_per_second: Steps by the time spent in steps alone, of the last process.
+        settings: All that decided the weights: those given to `fit`, and those of the run.
         resumed: True if the run had been finished or interrupted before.
     """
 
@@ -53,6 +54,7 @@ class FitResult:
     history: list[dict[str, float]]
     seconds: float
     steps_per_second: float
+    settings: dict[str, Any] = field(default_factory=dict)
     resumed: bool = False
 
 
@@ -92,6 +94,7 @@ def fit(
         InlayError: Nothing to train, an impossible launch, a run folder with other settings, NaN or Inf in loss or
             gradient, not enough memory for a single example.
     """
+    decided = {**(settings or {}), **config.identity()}
     accelerator = start(model, config)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable or not len(train_data):
@@ -110,7 +113,7 @@ def fit(
         accelerator.print(f"{run.folder} holds a finished run: kept as it is (--overwrite trains anew).")
         run.load_best()
         model.eval()
-        return FitResult(**run.result, resumed=True)
+        return FitResult(**run.result, settings=decided, resumed=True)
 
     steps, loss = config.steps(len(train_data)), loss or ModelLoss()
     if config.cache_frozen != "no" and not isinstance(loss, ModelLoss):
@@ -145,8 +148,10 @@ def fit(
     run.load_best()
     model.eval()
     done = run.progress
-    result = FitResult(done.step, done.metrics, done.best_step, done.history, done.seconds, trainer.rate(), resumed)
-    run.finish({k: v for k, v in vars(result).items() if k != "resumed"})
+    result = FitResult(
+        done.step, done.metrics, done.best_step, done.history, done.seconds, trainer.rate(), decided, resumed
+    )
+    run.finish({k: v for k, v in vars(result).items() if k not in ("settings", "resumed")})
     return result
 
 

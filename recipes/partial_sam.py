@@ -1,0 +1,58 @@
+"""Fine-tune parts of SAM as they are, for your kind of objects; then measure and save the difference to the base.
+
+    accelerate launch recipes/partial_sam.py                          # embedded base and data, no download
+    accelerate launch recipes/partial_sam.py --model facebook/sam-vit-base --dataset FOLDER --where decoder
+    accelerate launch recipes/partial_sam.py --where decoder --quantize 8bit    # an encoder that only predicts
+
+Trained are the last block and the neck of the encoder, and nearly all of the decoder.
+
+FOLDER has images/ and labels/ of equal stems; a label is a map of 8 or 16 bits in which each object has a number of its
+own (`--meaning classes`: each class). SAM: Kirillov et al. 2023, arXiv:2304.02643.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from inlay import InlayError, MaskTask, TrainConfig, option, run_recipe
+
+
+@dataclass
+class Partial:
+    """Partial fine-tuning, stored as a task vector: Ilharco et al. 2023, arXiv:2212.04089."""
+
+    where: Literal["encoder", "decoder", "both"] = option("both", "In the image encoder, the mask decoder or both.")
+
+
+def main(method: Partial, task: MaskTask, train: TrainConfig) -> Path:
+    """Train, measure, save."""
+    from peft import get_peft_model
+
+    from inlay import PartialConfig, sam_targets, save_adapter
+
+    if task.quantize and method.where != "decoder":
+        raise InlayError("weights in 8 or 4 bits cannot be trained; leave --quantize out, or train --where decoder.")
+
+    # 1. data and frozen base
+    data = task.load(train.seed)
+    model = task.base(data)
+
+    # 2. method: only the chosen weights are trainable
+    config = PartialConfig(target_modules=sam_targets(model, "block", method.where))
+    model = get_peft_model(model, config)
+
+    # 3. train, on points and boxes by turns
+    result = task.fit(model, data, train, method)
+
+    # 4. measure, compared with the base alone
+    report = task.report(model, data, result)
+
+    # 5. save
+    folder = Path(train.output_dir) / "adapter"
+    save_adapter(model, folder, processor=data.processor, metrics=report.metrics)
+    report.announce(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    run_recipe(main, Partial(), MaskTask(), TrainConfig(output_dir="runs/partial_sam", epochs=8, batch_size=8))

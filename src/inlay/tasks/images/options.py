@@ -1,0 +1,62 @@
+"""The options of a classifier of images, and the steps of its recipes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from inlay.options import option
+from inlay.tasks.options import Report, TaskData, TaskOptions, describe_run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from inlay.train.loop import FitResult
+
+
+@dataclass
+class ImageTask(TaskOptions):
+    """The classifier: its base, its images, and how they are shown in training."""
+
+    model: str = option("builtin:vit-tiny", "Embedded base, local folder or Hub id.")
+    dataset: str = option("builtin:digits", "Embedded data, folder of class folders, file or Hub id.")
+    augment: Literal["none", "crop", "crop-flip"] = option(
+        "crop", "Random crops, and mirror images where left and right do not matter."
+    )
+    corrupt: Literal["refuse", "skip"] = option("refuse", "What to do with images that cannot be read.")
+    label_smoothing: float = option(0.0, "Of the training loss, 0 to 1.", least=0, most=1)
+
+    def load(self, seed: int) -> TaskData:
+        """Labelled images of both splits, as `TaskOptions.load` says."""
+        from accelerate.utils import set_seed
+
+        from inlay.bases.processors import load_processor
+        from inlay.tasks.images.data import load_images
+        from inlay.tasks.images.loss import SmoothedClasses
+        from inlay.tasks.images.view import ImageView
+        from inlay.tasks.metrics import Accuracy
+
+        set_seed(seed)
+        data, processor = load_images(self.dataset, seed=seed, corrupt=self.corrupt), load_processor(self.model)
+        validation = ImageView(data.validation, processor)
+        return TaskData(
+            data,
+            ImageView(data.train, processor, self.augment),
+            validation,
+            processor,
+            metrics=[Accuracy()],
+            collate=None,
+            loss=SmoothedClasses(self.label_smoothing) if self.label_smoothing else None,
+            example=lambda: {"pixel_values": validation[0]["pixel_values"][None]},  # 1 C H W
+        )
+
+    def base(self, data: TaskData) -> Any:
+        """The frozen base with a new head for the labels of the data."""
+        from inlay.tasks.base import load_base
+
+        return self._announced(load_base(self.model, labels=data.source.labels, quantize=self.quantize))
+
+    def report(self, model: nn.Module, data: TaskData, result: FitResult) -> Report:
+        """Accuracy, cost and settings."""
+        summary = f"accuracy {result.metrics['accuracy']:.4f} at step {result.best_step}"
+        return Report(describe_run(model, data, result), summary)

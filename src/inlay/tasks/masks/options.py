@@ -1,0 +1,87 @@
+"""The options of a promptable segmenter's task, and the steps of its recipes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from inlay.options import option
+from inlay.tasks.options import Report, TaskData, TaskOptions, describe_run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from inlay.tasks.masks.view import MaskView, Prompts
+    from inlay.train.loop import FitResult
+
+
+@dataclass
+class MaskTask(TaskOptions):
+    """The promptable segmenter: its base, and its images with maps of the objects in them."""
+
+    model: str = option("builtin:sam-tiny", "Embedded base, local folder or Hub id.")
+    dataset: str = option("builtin:scenes", "Embedded, or folder of images/ and labels/.")
+    meaning: Literal["instances", "classes"] = option("instances", "What a number in a map is: one object, or a class.")
+    crop: int | None = option(None, "Take parts of so many pixels, for small objects in large images.", least=16)
+
+    def load(self, seed: int) -> TaskData:
+        """Images with maps of both splits, as `TaskOptions.load` says: points and boxes by turns in training."""
+        from accelerate.utils import set_seed
+
+        from inlay.bases.processors import load_processor
+        from inlay.tasks.masks.data import load_masks
+        from inlay.tasks.masks.loss import MaskLoss
+        from inlay.tasks.masks.scores import MaskIoU
+        from inlay.tasks.masks.view import MaskView, collate_masks
+
+        set_seed(seed)
+        data, processor = load_masks(self.dataset, seed=seed, meaning=self.meaning), load_processor(self.model)
+        box = self._held_out(data, processor, "box")
+        return TaskData(
+            data,
+            MaskView(data.train, processor, turn=True, crop=self.crop, meaning=self.meaning),
+            self._held_out(data, processor, "point"),
+            processor,
+            metrics=[MaskIoU()],
+            collate=collate_masks,
+            loss=MaskLoss(),
+            example=lambda: {key: value[None] for key, value in box[0].items() if key != "labels"},
+        )
+
+    def report(self, model: Any, data: TaskData, result: FitResult) -> Report:
+        """Mean IoU for a point, three points and a box, with the adapter and of the base without it; cost, settings."""
+        kinds: tuple[Prompts, ...] = ("point", "points", "box")
+        views = {kind: self._held_out(data.source, data.processor, kind) for kind in kinds}
+        after = {kind: _mean_iou(model, view, data.loss) for kind, view in views.items()}
+        with model.disable_adapter():
+            before = {kind: _mean_iou(model, view, data.loss) for kind, view in views.items()}
+        metrics = describe_run(model, data, result)
+        metrics["validation"] = {
+            **result.metrics,
+            **{f"mean_iou_{kind}": value for kind, value in after.items()},
+            **{f"mean_iou_{kind}_before": value for kind, value in before.items()},
+        }
+        scores = ", ".join(f"{kind} {before[kind]:.3f} -> {after[kind]:.3f}" for kind in kinds)
+        return Report(metrics, f"mean IoU without and with the adapter: {scores}")
+
+    def _held_out(self, data: Any, processor: Any, prompts: Prompts) -> MaskView:
+        """The validation split, asked with the same objects and prompts each time."""
+        from inlay.tasks.masks.view import MaskView
+
+        return MaskView(data.validation, processor, prompts, count=16, seed=0, crop=self.crop, meaning=self.meaning)
+
+
+def _mean_iou(model: nn.Module, view: MaskView, loss: Any) -> float:
+    """Of all prompts of a view, for the masks that the model thinks best."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    from inlay.tasks.masks.scores import MaskIoU
+
+    metric, device = MaskIoU(), next(model.parameters()).device
+    with torch.no_grad():
+        for batch in DataLoader(view, batch_size=4):
+            batch = {key: value.to(device) for key, value in batch.items()}
+            counts, _ = loss.answers(loss(model, batch), batch)
+            metric.add_batch(predictions=counts.cpu(), references=None)
+    return metric.compute()["mean_iou"]

@@ -1,0 +1,148 @@
+"""What the recipes of all tasks share: the options of a task, and the five steps that follow from them.
+
+    data = task.load(seed)                      both splits as the base takes them
+    model = task.base(data)                     the frozen base
+    model = get_peft_model(model, config)       the method, which is the recipe's own
+    result = task.fit(model, data, train, method)
+    report = task.report(model, data, result)   what metrics.json holds
+
+No import here is slow: a recipe reads its command line before it waits for torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from inlay.options import check_options, option
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from inlay.train.config import TrainConfig
+    from inlay.train.loop import FitResult
+    from inlay.train.losses import Loss
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """What a task has loaded, and what `fit` takes beside it.
+
+    Attributes:
+        source: The data itself: ImageData, TextData, MaskData or VolumeData.
+        train: View of the training split.
+        validation: View of the held-out split.
+        processor: Makes the base's inputs; saved with the adapter.
+        metrics: Scores of an evaluation; the first chooses the best step. Without any the loss does.
+        collate: Makes a batch of items; None: torch's default.
+        loss: What is made small; None: the model's own.
+        example: One example as a batch of one, without labels, to measure what a forward pass costs.
+    """
+
+    source: Any
+    train: Any
+    validation: Any
+    processor: Any
+    metrics: Sequence[Any]
+    collate: Callable[[list[Any]], dict[str, Any]] | None
+    loss: Loss | None
+    example: Callable[[], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known of a trained adapter.
+
+    Attributes:
+        metrics: What metrics.json holds: scores, data, history, cost, and the settings of the training.
+        summary: The scores in one line.
+    """
+
+    metrics: dict[str, Any]
+    summary: str
+
+    def announce(self, folder: Path) -> None:
+        """Print the scores and where the adapter is saved, once for all processes."""
+        from accelerate import PartialState
+
+        PartialState().print(f"{self.summary}; saved {folder}")
+
+
+@dataclass
+class TaskOptions:
+    """Options of every task. A task adds its own, and says how its data is loaded and scored."""
+
+    model: str
+    dataset: str
+    quantize: Literal["8bit", "4bit"] | None = option(
+        None, "Hold the frozen base in 8 or 4 bits (bitsandbytes); methods that train its own weights cannot."
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def load(self, seed: int) -> TaskData:
+        """Both splits as the base takes them.
+
+        `seed` chooses what is held out where the data does not; all global generators start from it, so that the new
+        weights are the same in each run.
+        """
+        raise NotImplementedError
+
+    def base(self, data: TaskData) -> Any:
+        """The frozen base."""
+        from inlay.tasks.base import load_base
+
+        return self._announced(load_base(self.model, quantize=self.quantize))
+
+    def fit(self, model: nn.Module, data: TaskData, train: TrainConfig, method: Any) -> FitResult:
+        """Say what memory a step will take, then train; the best weights stay in the model.
+
+        Args:
+            model: The base with an adapter in it.
+            data: Of `load`.
+            train: How to train.
+            method: The recipe's own options, a dataclass: a run goes on only under the same ones.
+        """
+        from accelerate import PartialState
+
+        from inlay.measure.memory import describe_memory
+        from inlay.train.loop import fit
+
+        PartialState().print(describe_memory(model, data.train, train, collate=data.collate, loss=data.loss))
+        return fit(
+            model,
+            data.train,
+            data.validation,
+            train,
+            metrics=data.metrics,
+            collate=data.collate,
+            loss=data.loss,
+            settings={**asdict(self), **asdict(method)},
+        )
+
+    def _announced(self, base: Any) -> Any:
+        """The base, after a word on what of it is held in few bits."""
+        from accelerate import PartialState
+
+        from inlay.measure.footprint import describe_quantized
+
+        if self.quantize:
+            PartialState().print(describe_quantized(base))
+        return base
+
+
+def describe_run(model: nn.Module, data: TaskData, result: FitResult) -> dict[str, Any]:
+    """The part of metrics.json that is alike for all tasks: scores, data, history, cost and settings."""
+    from inlay.measure import cost
+
+    return {
+        "validation": result.metrics,
+        "dataset": data.source.name,
+        "history": result.history,
+        "cost": cost(model, data.example()),
+        "training": {**result.settings, "steps": result.steps, "seconds": round(result.seconds, 1)},
+    }

@@ -1,0 +1,87 @@
+"""The options of a language model's task, and the steps of its recipes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
+
+from inlay.errors import InlayError
+from inlay.options import option
+from inlay.tasks.options import Report, TaskData, TaskOptions, describe_run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from inlay.tasks.text.generate import Decoding
+    from inlay.train.loop import FitResult
+
+
+@dataclass
+class TextTask(TaskOptions):
+    """The language model: its base, its texts, and how they become examples."""
+
+    model: str = option("builtin:gpt2-tiny", "Embedded base, local folder or Hub id.")
+    dataset: str = option(
+        "builtin:restaurants", "Embedded data, .csv, .jsonl, .parquet or .txt file, folder of them, or Hub id."
+    )
+    max_length: int | None = option(None, "Longest example in tokens; default: what the base reads.", least=2)
+    over_long: Literal["cut", "drop", "refuse"] = option("cut", "What becomes of examples longer than max_length.")
+    label_smoothing: float = option(0.0, "Of the training loss, 0 to 1.", least=0, most=1)
+
+    def load(self, seed: int, virtual_tokens: int = 0) -> TaskData:
+        """Prompts and completions of both splits as tokens, as `TaskOptions.load` says.
+
+        Args:
+            seed: As there.
+            virtual_tokens: Positions of the base that the method takes for itself, at most half of them.
+        """
+        from accelerate import PartialState
+        from accelerate.utils import set_seed
+
+        from inlay.bases.processors import load_tokenizer
+        from inlay.tasks.text.data import load_texts
+        from inlay.tasks.text.loss import NextToken
+        from inlay.tasks.text.processor import TextProcessor
+        from inlay.tasks.text.view import TextView
+
+        set_seed(seed)
+        data, tokenizer = load_texts(self.dataset, seed=seed), load_tokenizer(self.model)
+        if virtual_tokens > tokenizer.model_max_length // 2:
+            got = f"a length of {virtual_tokens}"
+            raise InlayError(
+                f"expected at most half of the base's {tokenizer.model_max_length} positions, but got {got}; lower it."
+            )
+        tokenizer.model_max_length -= virtual_tokens
+        processor = TextProcessor(tokenizer, separator=data.separator, chat=data.chat, max_length=self.max_length)
+        examples = TextView(data.train, processor, over_long=self.over_long, block=data.plain)
+        held_out = TextView(data.validation, processor, over_long=self.over_long, block=data.plain)
+        PartialState().print(f"train: {examples.report}\nvalidation: {held_out.report}")
+        return TaskData(
+            data,
+            examples,
+            held_out,
+            processor,
+            metrics=[],
+            collate=examples.collate,
+            loss=NextToken(self.label_smoothing),
+            example=lambda: {"input_ids": held_out[0]["input_ids"][None, :-1]},  # 1 T, without the end
+        )
+
+    def report(self, model: nn.Module, data: TaskData, result: FitResult, decoding: Decoding) -> Report:
+        """Perplexity, what the model writes for prompts that it has not seen, cost and settings.
+
+        The texts are scored against all their references: those of the test split, if there is one.
+        """
+        from inlay.tasks.text.generate import judge
+
+        scores = judge(model, data.processor, data.source, decoding)
+        written, perplexity = scores.total if scores else {}, math.exp(result.metrics["loss"])
+        tested = data.source.test is not None
+        metrics = describe_run(model, data, result)
+        metrics["validation"] = {**result.metrics, "perplexity": perplexity, **({} if tested else written)}
+        metrics["test"] = written if tested else None
+        metrics["decoding"] = asdict(decoding)
+        metrics["by_prompt"] = scores and scores.by_prompt
+        summary = f"perplexity {perplexity:.2f} at step {result.best_step}"
+        return Report(metrics, f"{summary}, {scores}" if scores else summary)

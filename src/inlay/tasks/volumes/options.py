@@ -1,0 +1,69 @@
+"""The options of a segmenter of scans, and the steps of its recipes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from inlay.errors import InlayError
+from inlay.options import option
+from inlay.tasks.options import Report, TaskData, TaskOptions, describe_run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from inlay.train.loop import FitResult
+
+
+@dataclass
+class VolumeTask(TaskOptions):
+    """The segmenter of scans: its base, its scans, and what of them it sees at a time."""
+
+    model: str = option("builtin:sam-tiny", "Embedded base, local folder or Hub id of a SAM.")
+    dataset: str = option(
+        "builtin:volumes", "Embedded data, a Decathlon task, images/ and labels/ of NIfTI files, or a folder of .npz."
+    )
+    crop: list[int] = option([32, 40, 40], "Voxels D, H, W that the model sees at a time.", least=1)
+    spacing_mm: list[float] | None = option(
+        None, "Resample scans to this spacing D, H, W; default: the median of the data.", above=0
+    )
+    flip: list[int] = option(
+        [], "Axes along which crops are mirrored: 0 D, 1 H, 2 W (left and right).", least=0, most=2
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, sizes in (("crop", self.crop), ("spacing_mm", self.spacing_mm)):
+            if sizes is not None and len(sizes) != 3:
+                raise InlayError(f"{name} must be three numbers D, H, W, got {sizes}.")
+
+    def load(self, seed: int) -> TaskData:
+        """Scans of both splits, as `TaskOptions.load` says: crops in training, whole scans in evaluation."""
+        from accelerate.utils import set_seed
+
+        from inlay.tasks.volumes.data import load_volumes
+        from inlay.tasks.volumes.loss import WholeVolume
+        from inlay.tasks.volumes.scan import VolumeProcessor
+        from inlay.tasks.volumes.scores import VolumeDice
+        from inlay.tasks.volumes.view import VolumeView, collate_volumes
+
+        set_seed(seed)
+        data = load_volumes(self.dataset, seed=seed)
+        spacing = tuple(self.spacing_mm) if self.spacing_mm else "median"
+        processor = VolumeProcessor.fitted(data, tuple(self.crop), spacing)  # type: ignore[arg-type]
+        crops = VolumeView(data.validation, processor, training=True, augment=False)
+        return TaskData(
+            data,
+            VolumeView(data.train, processor, training=True, flip=self.flip),
+            VolumeView(data.validation, processor),
+            processor,
+            metrics=[VolumeDice(data.labels)],
+            collate=collate_volumes,
+            loss=WholeVolume(self.crop),
+            example=lambda: {"pixel_values": crops[0]["pixel_values"][None]},  # 1 1 D H W
+        )
+
+    def report(self, model: nn.Module, data: TaskData, result: FitResult) -> Report:
+        """Dice of whole scans without any click, cost and settings."""
+        summary = f"Dice {result.metrics['dice']:.4f} at step {result.best_step}"
+        return Report(describe_run(model, data, result), summary)
