@@ -1,4 +1,4 @@
-"""An extension of griffe: the help of a dataclass field is its docstring in the reference, so that it is written once."""
+"""An extension of griffe: the help of a dataclass field is its docstring in the reference, written once."""
 
 import ast
 from typing import Any

@@ -20,8 +20,12 @@ import yaml
 import inlay
 from docs.blocks import PAGES, added_options, make_targets, read_blocks, read_commands
 from inlay import InlayError
+from inlay.adapters.file import read_adapter
+from inlay.adapters.task import task_of_file
 from inlay.cli import app as cli
+from inlay.cli import predict as predict_verb
 from inlay.cli import recipe as recipe_cli
+from inlay.tasks import TASKS, find_task
 from places import ROOT
 
 BLOCKS = [block for page in PAGES for block in read_blocks(page)]
@@ -72,7 +76,27 @@ def check_verb(arguments):
     group = typer.main.get_command(cli.app)
     verb, *rest = arguments
     assert verb in group.commands
+    if verb == "predict":  # it has the options of the adapter's own task
+        predict_verb._build_command(task_of(rest)).make_context(verb, rest)
+        return
     group.commands[verb].make_context(verb, rest)  # parses and checks, and runs nothing
+
+
+def task_of(arguments):
+    """What the adapter of a command is for: in the pages its folder has the name of the recipe that makes it."""
+    adapter = predict_verb._find_adapter(arguments)
+    if (ROOT / adapter / "adapter_config.json").is_file():
+        return task_of_file(read_adapter(ROOT / adapter))
+    family = re.search(r"runs/\w+_([a-z0-9]+)/", adapter)
+    return find_task(FAMILIES[family[1] if family else "vit"])
+
+
+FAMILIES = {
+    "vit": "image-classification",
+    "gpt2": "text-generation",
+    "bert": "sequence-classification",
+    "sam": "mask-generation",
+}
 
 
 def check_launch(arguments, monkeypatch):
@@ -243,6 +267,11 @@ def test_the_table_of_methods_is_that_of_the_code():
     for name, method in inlay.METHODS.items():
         cells = [name, method.paper, method.attaches, method.width, "yes" if method.merges else "no"]
         assert f"| {' | '.join([*cells, ', '.join(method.bases)])} |" in text
+
+
+def test_the_table_of_tasks_is_that_of_the_code():
+    table = (ROOT / "README.md").read_text().split("## Tasks")[1].split("## ")[0]
+    assert set(re.findall(r"^\| ([a-z-]+) \| `", table, re.MULTILINE)) == set(TASKS)
 
 
 def test_every_recipe_is_named_in_the_pages():

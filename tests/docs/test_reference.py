@@ -8,7 +8,7 @@ import inlay
 from inlay.cli import app as cli
 from places import ROOT
 
-PAGES = [page for page in (ROOT / "docs").rglob("*.md")]
+PAGES = list((ROOT / "docs").rglob("*.md"))
 
 
 def entries():
