@@ -117,13 +117,17 @@ def check_script(script, *arguments, monkeypatch):
         named = [word.partition("=")[0] for word in arguments if word.startswith("--")]
         assert set(named) <= added_options(path)
         return
-    parsed = []
-    monkeypatch.setattr(
-        recipe_cli, "run_recipe", lambda main, *defaults: parsed.append(recipe_cli._parse(defaults, sys.argv[1:]))
-    )
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
-    runpy.run_path(str(path), run_name="__main__")
-    assert parsed
+    run_recipe, settings = recipe_cli.run_recipe, []
+
+    def parse_only(main, *defaults):
+        run_recipe(lambda *parsed: settings.extend(parsed), *defaults)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe_cli, "run_recipe", parse_only)
+        patch.setattr(recipe_cli, "_destination", lambda main, settings: (None, False))  # asks the Hub
+        patch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(str(path), run_name="__main__")
+    assert settings
 
 
 def check_install(arguments):
