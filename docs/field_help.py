@@ -1,4 +1,4 @@
-"""An extension of griffe: the help of a dataclass field is its docstring in the reference, written once."""
+"""An extension of griffe: the help of dataclass fields is their entry in the reference, so that it is written once."""
 
 import ast
 from typing import Any
@@ -7,13 +7,22 @@ import griffe
 
 
 class FieldHelp(griffe.Extension):
-    """Reads `field(metadata={"help": ...})` and `option(default, "help")` from the source."""
+    """Adds fields of `field(metadata={"help": ...})` and `option(default, "help")` to their class's docstring."""
+
+    def __init__(self) -> None:
+        self._help: dict[str, list[str]] = {}  # lines by the path of the class
 
     def on_attribute_instance(self, *, node: Any, attr: griffe.Attribute, **kwargs: Any) -> None:
-        """Called by griffe for every attribute that it has visited."""
+        """Griffe calls this for every attribute that it has visited."""
         text = _help(getattr(node, "value", None))
-        if text and not attr.docstring:
-            attr.docstring = griffe.Docstring(text, parent=attr)
+        if text and attr.parent:
+            self._help.setdefault(attr.parent.path, []).append(f"    {attr.name}: {text}")
+
+    def on_class_members(self, *, cls: griffe.Class, **kwargs: Any) -> None:
+        """Griffe calls this for every class after its members."""
+        lines = self._help.get(cls.path)
+        if lines and cls.docstring and "Attributes:" not in cls.docstring.value:
+            cls.docstring.value = "\n".join([cls.docstring.value.rstrip(), "", "Attributes:", *lines])
 
 
 def _help(call: ast.expr | None) -> str | None:
