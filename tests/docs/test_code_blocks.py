@@ -172,7 +172,7 @@ def test_python_blocks_run(page, monkeypatch, tmp_path):
     """Those of a page one after the other, as a reader would type them into one session."""
     (tmp_path / "adapters_hub").symlink_to(ROOT / "adapters_hub")
     monkeypatch.chdir(tmp_path)
-    scope = {}
+    scope = {"__name__": "__main__"}
     for block in read_blocks(page):
         if block.language == "python" and not block.note.startswith("not run:"):
             exec(compile("\n" * block.line + block.text, str(page), "exec"), scope)
