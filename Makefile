@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo lint test check bench bench-adapters hub
+.PHONY: setup demo lint test docs check bench bench-adapters hub
 
 setup: $(VENV)/installed
 
@@ -27,7 +27,10 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-check: lint test ## what must be green at every commit
+docs: setup ## the pages of docs/ as a site in site/, from the source, without a connection
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+check: lint docs test ## what must be green at every commit
 
 bench: setup ## slow measurements, with their results in tests/benchmarks/results
 	$(BIN)/python tests/benchmarks/fit_speed.py
