@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from combine.cases import LINEAR, Convolutions, load, lora, partial, save, wide
@@ -271,8 +271,6 @@ def test_partial_deltas_add_with_their_weights(tmp_path):
 
 
 def test_types_of_half_precision_are_read_as_they_are(tmp_path):
-    from safetensors.torch import save_file
-
     a, b = (save(tmp_path / n, "vit", lora(), s) for n, s in (("a", 3), ("b", 4)))
     for folder, kind in ((a, torch.float16), (b, torch.bfloat16)):
         weights = {k: v.to(kind) for k, v in load_file(folder / "adapter_model.safetensors").items()}
@@ -283,8 +281,6 @@ def test_types_of_half_precision_are_read_as_they_are(tmp_path):
 
 
 def test_nan_is_refused_and_the_old_result_stays(tmp_path):
-    from safetensors.torch import save_file
-
     a, b = (save(tmp_path / n, "vit", lora(), s) for n, s in (("a", 3), ("b", 4)))
     combine({a: 1.0}, out=tmp_path / "out")
     before = (tmp_path / "out/adapter_model.safetensors").read_bytes()
@@ -316,6 +312,46 @@ def test_a_result_is_checked_before_it_is_written(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("rule", ["add", "ties", "magnitude", "dare"])
+def test_differences_that_are_no_numbers_are_refused(rule, tmp_path):
+    a, b = (save(tmp_path / n, "vit", partial(), s) for n, s in (("a", 3), ("b", 4)))
+    weights = load_file(b / "adapter_model.safetensors")
+    next(iter(weights.values())).view(-1)[0] = float("nan")
+    save_file(weights, b / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(InlayError, match=r"does not pass its check at .*NaN or Inf"):
+        combine({a: 1.0, b: 1.0}, rule, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_sum_of_differences_is_checked_against_the_parts_and_not_against_itself(tmp_path, monkeypatch):
+    from inlay.combine import tokens
+
+    a, b = (save(tmp_path / n, "vit", partial(), s) for n, s in (("a", 3), ("b", 4)))
+    seen, calls = tokens._seen, []
+
+    def once_off(delta):
+        """As it is for both parts; of their sum as if an entry had got lost."""
+        calls.append(delta)
+        return seen(delta) * (1.5 if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(tokens, "_seen", once_off)
+    with pytest.raises(InlayError, match="does not pass its check"):
+        combine({a: 1.0, b: 1.0}, out=tmp_path / "out")
+    assert len(calls) == 3 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # what the check must find
+def test_a_sum_beyond_float32_is_refused(tmp_path):
+    folders = [save(tmp_path / n, "vit", partial(), 3) for n in "ab"]
+    for folder in folders:
+        weights = load_file(folder / "adapter_model.safetensors")
+        next(iter(weights.values())).view(-1)[0] = 3e38
+        save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(InlayError, match="NaN or Inf"):
+        combine(dict.fromkeys(folders, 1.0), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_adding_is_the_same_verb_as_a_package_and_as_a_function():
     import inlay
     import inlay.combine.low_rank
@@ -326,8 +362,6 @@ def test_adding_is_the_same_verb_as_a_package_and_as_a_function():
 
 
 def test_bottlenecks_of_the_first_form_have_four_tensors(tmp_path):
-    from safetensors.torch import save_file
-
     a, b = (save(tmp_path / n, "vit", wide(width=w), s) for n, w, s in (("a", 4, 3), ("b", 3, 4)))
     combine({a: 1.0, b: -2.0}, out=tmp_path / "new")
     weights = load_file(a / "adapter_model.safetensors")
@@ -361,8 +395,6 @@ def test_bottlenecks_of_the_first_form_have_four_tensors(tmp_path):
     ],
 )
 def test_damaged_adapters_are_one_sentence(config, change, reason, tmp_path):
-    from safetensors.torch import save_file
-
     folder = save(tmp_path / "a", "vit", lora(), 3)
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**settings, **config}))
