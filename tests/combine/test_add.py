@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 
 import numpy as np
 import pytest
@@ -11,50 +10,12 @@ from peft import LoHaConfig, LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from combine.cases import LINEAR, Convolutions, load, lora, partial, save, wide
+from combine.cases import LINEAR, Convolutions, load, lora, off, partial, same_outputs, save, updates, wide
 from inlay import InlayError, combine
 from inlay.methods import METHODS
 from methods.bases import batch, build
 
 WEIGHTS = [(1.0, 1.0), (0.7, -1.3), (1.0, 0.0)]
-
-
-def updates(folder):
-    """ΔW of a LoRA in float64, by module, from the formula in peft's documentation."""
-    weights, config = (
-        load_file(folder / "adapter_model.safetensors"),
-        json.loads((folder / "adapter_config.json").read_text()),
-    )
-    found = {}
-    for key, down in weights.items():
-        if ".lora_A." not in key and not key.endswith("lora_embedding_A"):
-            continue
-        up = weights[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")].double()
-        site = key.removeprefix("base_model.model.").split(".lora_")[0]
-        alpha = next(
-            (v for k, v in config["alpha_pattern"].items() if site.endswith(k.replace("\\", ""))), config["lora_alpha"]
-        )
-        rank = len(down)
-        scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
-        groups = rank // up.shape[1]
-        down, up = down.double().reshape(groups, rank // groups, -1), up.reshape(groups, -1, rank // groups)
-        found[site] = scale * (up @ down).reshape(-1, down.shape[-1])
-        bias = weights.get(key.replace("lora_A.weight", "lora_B.bias")) if ".lora_A." in key else None
-        if bias is not None:
-            found[f"{site}.bias"] = scale * bias.double()[None]
-    return found
-
-
-def off(found, wanted):
-    """The largest relative error of a module."""
-    worst = 0.0
-    for site in found.keys() | wanted.keys():
-        a, b = found.get(site), wanted.get(site)
-        a, b = (torch.zeros_like(b) if a is None else a), (torch.zeros_like(a) if b is None else b)
-        worst = max(
-            worst, ((a - b).norm() / b.norm().clamp_min(1e-12)).item() if b.norm() > 1e-9 else (a - b).norm().item()
-        )
-    return worst
 
 
 LORAS = {
@@ -125,16 +86,6 @@ def together(base, folders):
         model.load_adapter(str(folder), adapter_name=f"n{i}")
     model.base_model.set_adapter([f"n{i}" for i in range(len(folders))])
     return model.eval()
-
-
-def same_outputs(base, one, other, limit=1e-6):
-    """Relative difference of two models in float64."""
-    values = [
-        model.double()(**{k: v.double() if v.is_floating_point() else v for k, v in batch(base).items()})
-        for model in (one, other)
-    ]
-    x, y = (v.logits if "logits" in v else v.last_hidden_state for v in values)
-    return ((x - y).norm() / y.norm()).item() < limit
 
 
 @pytest.mark.parametrize("base", ["vit", "gpt2", "sam"])

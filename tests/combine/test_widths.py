@@ -10,8 +10,7 @@ from peft import LoraConfig
 from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
 
-from combine.cases import Convolutions, load, lora, partial, save, wide
-from combine.test_add import off, same_outputs, updates
+from combine.cases import Convolutions, load, lora, off, partial, same_outputs, save, updates, wide
 from inlay import InlayError, PartialConfig, combine
 from inlay.combine.low_rank import auto_widths, spectrum, spectrum_of
 from inlay.combine.rules import RULES, Settings, dare, magnitude, ties
