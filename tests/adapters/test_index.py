@@ -33,7 +33,8 @@ def zoos(zoo, make, processor, tmp_path):
 
 
 def test_a_history_becomes_a_picture_and_stays_in_the_metrics(zoos):
-    assert Image.open(zoos / "large" / CURVE).size == (920, 300)
+    with Image.open(zoos / "large" / CURVE) as drawn:
+        assert drawn.size == (920, 300)
     assert read_adapter(zoos / "large").metrics["history"] == HISTORY
     assert f"]({CURVE})" in (zoos / "large" / "README.md").read_text()
     assert not (zoos / "small" / CURVE).exists() and CURVE not in (zoos / "small" / "README.md").read_text()

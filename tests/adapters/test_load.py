@@ -143,6 +143,10 @@ def test_merging_into_a_coarse_base_is_refused(form, kind, original):
 # adapters of plain peft
 
 
+PLAIN = pytest.mark.filterwarnings("ignore:Could not find a config file in builtin")  # peft knows no builtin:
+
+
+@PLAIN
 def test_an_adapter_of_plain_peft_is_loaded_but_not_verified(make, outputs, tmp_path, five):
     model = make()
     model.save_pretrained(tmp_path / "plain")
@@ -155,6 +159,7 @@ def test_an_adapter_of_plain_peft_is_loaded_but_not_verified(make, outputs, tmp_
         load_adapter(tmp_path / "plain")
 
 
+@PLAIN
 def test_an_adapter_of_plain_peft_without_a_head_or_a_base(make, outputs, tmp_path):
     model = make(labels=None, modules_to_save=None)
     model.save_pretrained(tmp_path / "plain")
@@ -188,6 +193,7 @@ def test_a_small_head_behind_a_norm_is_replaced_alone(tmp_path, processor, make,
     torch.testing.assert_close(outputs(loaded.model), outputs(model))
 
 
+@PLAIN
 def test_a_bottleneck_of_the_first_form_with_four_tensors_a_site(tmp_path):
     from peft import get_peft_model
     from safetensors.torch import load_file, save_file

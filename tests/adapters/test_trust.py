@@ -225,6 +225,7 @@ def test_a_config_that_asks_for_harm(signed, settings, message, zoo, plain, rewr
     ("settings", "effect"),
     [({"auto_map": {"AutoConfig": "evil.C"}}, False), ({"use_rslora": "false"}, True), ({"use_new_scaling": 3}, False)],
 )
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
 def test_a_setting_that_peft_would_drop_or_misread(settings, effect, zoo, plain, rewrite, five, original, outputs):
     """A stored output tells whether it matters; without one nothing does."""
     rewrite(zoo, config=lambda c: c.update(settings))
@@ -316,6 +317,7 @@ def test_an_initialisation_that_changes_the_base(init, composite, zoo, plain, fi
 
 
 @pytest.mark.parametrize("init", ["eva", "orthogonal", "gaussian", "mica"])
+@pytest.mark.filterwarnings("ignore:`init_lora_weights` is .eva. but")
 def test_other_initialisations_load_and_leave_the_base(init, zoo, plain, original, outputs, five):
     before = held(five)
     loaded = load_adapter(plain(zoo, lambda c: c.update(init_lora_weights=init)), five)
@@ -333,6 +335,9 @@ def test_methods_of_peft_are_known_or_refused():
 @pytest.mark.parametrize(
     "name", sorted(rules.AUDITED - {"P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "TRAINABLE_TOKENS"})
 )
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # LN_TUNING takes any
+@pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension")  # BOFT does without
+@pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor to 1")
 def test_an_audited_method_leaves_the_base(name):
     special = {
         "C3A": {"block_size": 8},

@@ -1,4 +1,4 @@
-"""Bases by name: what is loaded, what is refused, and that it is done quietly. For processors see tests/adapters."""
+"""Bases by name: what is loaded, what is refused, and that it is done quietly. Processors have test_processors.py."""
 
 import json
 import logging

@@ -115,6 +115,7 @@ def run(way, task, edge, threads):
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from inlay.methods.spatial.sam import dice_cross_entropy
+    from inlay.train.launch import enable_checkpointing
     from methods import volumes as published
 
     torch.set_num_threads(threads)
@@ -124,7 +125,7 @@ def run(way, task, edge, threads):
     encoder = model.get_base_model().vision_encoder
     parts, decoder = encoder.inlay_spatial3d_encoder["default"], PublishedDecoder(2)
     if task == "train" and (way != "plain" or edge > 64):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
         block = published.published_block
         published.published_block = lambda *a, **k: checkpoint(block, *a, use_reentrant=False, **k)
 

@@ -1,3 +1,5 @@
+"""The `inlay` command: what it prints, and mistakes in one sentence."""
+
 import json
 import subprocess
 import sys

@@ -2,59 +2,20 @@
 
 import copy
 import json
-import math
 
 import numpy as np
 import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from combine.cases import LINEAR, Convolutions, load, lora, partial, save, wide
+from combine.cases import LINEAR, Convolutions, load, lora, off, partial, same_outputs, save, updates, wide
 from inlay import InlayError, combine
 from inlay.methods import METHODS
 from methods.bases import batch, build
 
 WEIGHTS = [(1.0, 1.0), (0.7, -1.3), (1.0, 0.0)]
-
-
-def updates(folder):
-    """ΔW of a LoRA in float64, by module, from the formula in peft's documentation."""
-    weights, config = (
-        load_file(folder / "adapter_model.safetensors"),
-        json.loads((folder / "adapter_config.json").read_text()),
-    )
-    found = {}
-    for key, down in weights.items():
-        if ".lora_A." not in key and not key.endswith("lora_embedding_A"):
-            continue
-        up = weights[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")].double()
-        site = key.removeprefix("base_model.model.").split(".lora_")[0]
-        alpha = next(
-            (v for k, v in config["alpha_pattern"].items() if site.endswith(k.replace("\\", ""))), config["lora_alpha"]
-        )
-        rank = len(down)
-        scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
-        groups = rank // up.shape[1]
-        down, up = down.double().reshape(groups, rank // groups, -1), up.reshape(groups, -1, rank // groups)
-        found[site] = scale * (up @ down).reshape(-1, down.shape[-1])
-        bias = weights.get(key.replace("lora_A.weight", "lora_B.bias")) if ".lora_A." in key else None
-        if bias is not None:
-            found[f"{site}.bias"] = scale * bias.double()[None]
-    return found
-
-
-def off(found, wanted):
-    """The largest relative error of a module."""
-    worst = 0.0
-    for site in found.keys() | wanted.keys():
-        a, b = found.get(site), wanted.get(site)
-        a, b = (torch.zeros_like(b) if a is None else a), (torch.zeros_like(a) if b is None else b)
-        worst = max(
-            worst, ((a - b).norm() / b.norm().clamp_min(1e-12)).item() if b.norm() > 1e-9 else (a - b).norm().item()
-        )
-    return worst
 
 
 LORAS = {
@@ -125,16 +86,6 @@ def together(base, folders):
         model.load_adapter(str(folder), adapter_name=f"n{i}")
     model.base_model.set_adapter([f"n{i}" for i in range(len(folders))])
     return model.eval()
-
-
-def same_outputs(base, one, other, limit=1e-6):
-    """Relative difference of two models in float64."""
-    values = [
-        model.double()(**{k: v.double() if v.is_floating_point() else v for k, v in batch(base).items()})
-        for model in (one, other)
-    ]
-    x, y = (v.logits if "logits" in v else v.last_hidden_state for v in values)
-    return ((x - y).norm() / y.norm()).item() < limit
 
 
 @pytest.mark.parametrize("base", ["vit", "gpt2", "sam"])
@@ -271,8 +222,6 @@ def test_partial_deltas_add_with_their_weights(tmp_path):
 
 
 def test_types_of_half_precision_are_read_as_they_are(tmp_path):
-    from safetensors.torch import save_file
-
     a, b = (save(tmp_path / n, "vit", lora(), s) for n, s in (("a", 3), ("b", 4)))
     for folder, kind in ((a, torch.float16), (b, torch.bfloat16)):
         weights = {k: v.to(kind) for k, v in load_file(folder / "adapter_model.safetensors").items()}
@@ -283,8 +232,6 @@ def test_types_of_half_precision_are_read_as_they_are(tmp_path):
 
 
 def test_nan_is_refused_and_the_old_result_stays(tmp_path):
-    from safetensors.torch import save_file
-
     a, b = (save(tmp_path / n, "vit", lora(), s) for n, s in (("a", 3), ("b", 4)))
     combine({a: 1.0}, out=tmp_path / "out")
     before = (tmp_path / "out/adapter_model.safetensors").read_bytes()
@@ -316,6 +263,46 @@ def test_a_result_is_checked_before_it_is_written(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("rule", ["add", "ties", "magnitude", "dare"])
+def test_differences_that_are_no_numbers_are_refused(rule, tmp_path):
+    a, b = (save(tmp_path / n, "vit", partial(), s) for n, s in (("a", 3), ("b", 4)))
+    weights = load_file(b / "adapter_model.safetensors")
+    next(iter(weights.values())).view(-1)[0] = float("nan")
+    save_file(weights, b / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(InlayError, match=r"does not pass its check at .*NaN or Inf"):
+        combine({a: 1.0, b: 1.0}, rule, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_sum_of_differences_is_checked_against_the_parts_and_not_against_itself(tmp_path, monkeypatch):
+    from inlay.combine import partial as sums
+
+    a, b = (save(tmp_path / n, "vit", partial(), s) for n, s in (("a", 3), ("b", 4)))
+    seen, calls = sums._seen, []
+
+    def once_off(delta):
+        """As it is for both parts; of their sum as if an entry had got lost."""
+        calls.append(delta)
+        return seen(delta) * (1.5 if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(sums, "_seen", once_off)
+    with pytest.raises(InlayError, match="does not pass its check"):
+        combine({a: 1.0, b: 1.0}, out=tmp_path / "out")
+    assert len(calls) == 3 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # what the check must find
+def test_a_sum_beyond_float32_is_refused(tmp_path):
+    folders = [save(tmp_path / n, "vit", partial(), 3) for n in "ab"]
+    for folder in folders:
+        weights = load_file(folder / "adapter_model.safetensors")
+        next(iter(weights.values())).view(-1)[0] = 3e38
+        save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(InlayError, match="NaN or Inf"):
+        combine(dict.fromkeys(folders, 1.0), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_adding_is_the_same_verb_as_a_package_and_as_a_function():
     import inlay
     import inlay.combine.norms
@@ -342,8 +329,6 @@ def test_adding_is_the_same_verb_as_a_package_and_as_a_function():
     ],
 )
 def test_damaged_adapters_are_one_sentence(config, change, reason, tmp_path):
-    from safetensors.torch import save_file
-
     folder = save(tmp_path / "a", "vit", lora(), 3)
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**settings, **config}))

@@ -5,32 +5,13 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from combine.cases import load, lora, save
-from inlay import InlayError, combine, load_adapter, load_base, load_processor, predict, read_adapter, save_adapter
-from inlay.bases.sites import head_modules, lora_targets
+from combine.cases import BASE, classifier, load, lora, save
+from inlay import InlayError, combine, load_adapter, load_base, load_processor, predict, read_adapter
 from inlay.cli import app as cli
 from inlay.methods.spatial.encoder import Bottleneck3d
 from methods import volumes
-from methods.bases import randomise
-
-BASE = "builtin:vit-tiny"
-
-
-def classifier(folder, labels, seed, processor=None, base=BASE, change=0.0):
-    """A random LoRA with a head for these labels, saved with its record."""
-    torch.manual_seed(seed)
-    model = load_base(base, labels=list(labels))
-    if change:
-        for parameter in model.parameters():
-            parameter.data += change * torch.randn_like(parameter) * parameter.std().nan_to_num()
-    config = LoraConfig(r=2, target_modules=lora_targets(model, "attention"), modules_to_save=head_modules(model))
-    model = get_peft_model(model, config).eval()
-    randomise(model, "default", seed)
-    metrics = {"dataset": f"data of {folder.name}"}
-    return save_adapter(model, folder, processor=processor or load_processor(BASE), metrics=metrics)
 
 
 @pytest.fixture(scope="module")

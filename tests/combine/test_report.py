@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from combine.cases import lora, partial, save, wide
-from combine.test_add import updates
+from combine.cases import lora, partial, save, updates, wide
 from inlay import InlayError
 from inlay.combine.heatmap import write_report
 from inlay.combine.report import MEASURES, measures, overlap

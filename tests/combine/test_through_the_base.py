@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, get_peft_model
 
-from combine.test_records import BASE, classifier
+from combine.cases import BASE, classifier
 from inlay import (
     InlayError,
     SpatialAdapterConfig,

@@ -1,6 +1,7 @@
 """Smaller widths, and the rules that are no sums."""
 
 import json
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -9,9 +10,8 @@ from peft import LoraConfig
 from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
 
-from combine.cases import Convolutions, load, lora, partial, save, wide
-from combine.test_add import off, same_outputs, updates
-from inlay import InlayError, combine
+from combine.cases import Convolutions, load, lora, off, partial, same_outputs, save, updates, wide
+from inlay import InlayError, PartialConfig, combine
 from inlay.combine.low_rank import auto_widths, spectrum, spectrum_of
 from inlay.combine.rules import RULES, Settings, dare, magnitude, ties
 from methods.bases import batch
@@ -213,6 +213,51 @@ def test_rules_are_safe_on_tiny_and_empty_updates(function, density):
         assert found.shape == shape and not np.any(found)
     one = function([np.array([2.0], np.float32)], [1.0], Settings(density), "here")
     assert np.isfinite(one).all() and (function is dare or one[0] == 2)
+
+
+def test_ties_that_keep_all_elect_signs_and_average_those_that_agree():
+    deltas = [np.array(d, np.float32) for d in ([[1, -2, 3, 0.5]], [[2, 1, -4, 0.5]], [[-1, -2, 0, 0.5]])]
+    # Elected by the sums 2, -3, -1, 1.5; then the mean of weight times value over those of that sign.
+    weights = [1.0, 0.5, 2.0]
+    expected = [[(1 + 1) / 2, (-2 - 4) / 2, -2.0, (0.5 + 0.25 + 1) / 3]]
+    found = ties(deltas, weights, Settings(1.0), "here")
+    assert found == pytest.approx(np.array(expected, np.float32))
+    given = [torch.from_numpy(delta) for delta in deltas], torch.tensor(weights)
+    with pytest.warns(UserWarning, match="no pruning will be performed"):
+        reference = merge_utils.ties(*given, density=1.0)
+    assert np.array_equal(found, reference.numpy())
+    # At a density that rounds to all of them peft's own function is asked: no step between the two.
+    assert np.array_equal(ties(deltas, weights, Settings(0.9999999), "here"), merge_utils.ties(*given, density=0.99))
+    assert not np.array_equal(found, ties(deltas, weights, Settings(0.5), "here"))
+
+
+def test_dare_draws_by_site_seed_and_adapter():
+    ones = [np.ones((8, 9), np.float32)] * 2
+    first = dare(ones, [1.0, 100.0], Settings(0.5, 7), "layers.0.q_proj")
+    assert set(np.unique(first)) == {0, 2, 200, 202}, "each adapter has entries of its own"
+    state = torch.get_rng_state()
+    assert np.array_equal(first, dare(ones, [1.0, 100.0], Settings(0.5, 7), "layers.0.q_proj"))
+    assert torch.equal(torch.get_rng_state(), state)
+    for seed, site in ((7, "layers.0.k_proj"), (7, "layers.1.q_proj"), (8, "layers.0.q_proj")):
+        assert not np.array_equal(first, dare(ones, [1.0, 100.0], Settings(0.5, seed), site))
+
+
+def test_dare_drops_other_entries_at_modules_of_the_same_shape(tmp_path):
+    """Also through combine, of differences and of a LoRA."""
+    names = ["q_proj", "k_proj"]
+    dense = save(tmp_path / "dense", "vit", PartialConfig(target_modules=names), 3)
+    combine({dense: 1.0}, "dare", density=0.5, out=tmp_path / "dropped")
+    dropped = load_file(tmp_path / "dropped/adapter_model.safetensors")
+    kept = [value != 0 for key, value in dropped.items() if key.endswith("delta.weight")]
+    assert len(kept) > 2 and {tuple(k.shape) for k in kept} == {(32, 32)}
+    assert all(0.4 < k.double().mean() < 0.6 for k in kept)
+    assert not any(torch.equal(a, b) for a, b in combinations(kept, 2))
+
+    low = save(tmp_path / "low", "vit", lora(r=32, target_modules=names), 3)  # as wide as any update
+    combine({low: 1.0}, "dare", density=0.5, out=tmp_path / "full")
+    kept = [value.abs() > 1e-4 * value.abs().max() for value in updates(tmp_path / "full").values()]
+    assert len(kept) > 2 and all(0.4 < k.double().mean() < 0.6 for k in kept)
+    assert not any(torch.equal(a, b) for a, b in combinations(kept, 2))
 
 
 def test_rules_work_on_differences_and_refuse_what_has_none(tmp_path):

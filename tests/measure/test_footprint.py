@@ -1,4 +1,8 @@
-"""Counts that can be made by hand."""
+"""Counts that can be made by hand, and that the package loads without torch."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -6,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from inlay.measure import Footprint, footprint
+from places import ROOT
 
 
 def layers(width: int = 64) -> nn.Sequential:
@@ -60,3 +65,15 @@ def test_eight_bit_before_and_after_a_forward():
     assert footprint(model) == expected
     adapted = get_peft_model(model, LoraConfig(r=1, target_modules=["0"]))
     assert footprint(adapted) == Footprint(2048 + 96, 96, 2048 + 32 * 4 + 96 * 4, 96 * 4)
+
+
+def test_the_package_loads_without_torch():
+    script = """
+import sys
+import inlay.measure
+assert not {"torch", "evaluate", "sklearn", "transformers"} & set(sys.modules)
+import inlay.measure.footprint
+assert callable(inlay.measure.footprint) and "cost" in dir(inlay.measure)
+"""
+    source = str(ROOT / "src")
+    subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": source}, check=True, timeout=60)

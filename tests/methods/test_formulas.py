@@ -79,6 +79,53 @@ def test_parallel_bottleneck_in_bert_goes_into_the_residual():
         close(wrapped(h, x), wrapped.base_layer.LayerNorm(wrapped.base_layer.dense(h) + x + added))
 
 
+@pytest.mark.parametrize("placement", ["serial", "parallel"])
+def test_dropout_of_a_bottleneck_acts_on_its_units_in_training_alone(placement):
+    settings = {"width": 5, "sites": ["mlp"], "placement": placement, "scale": 0.7, "dropout": 0.4}
+    model = attach(BottleneckConfig(**settings))
+    wrapped = layer(model, "vit.layers.1.mlp.fc2" if placement == "serial" else "vit.layers.1.mlp")
+    x = torch.randn(2, 7, 64 if placement == "serial" else 32, dtype=torch.float64)
+    out = wrapped.base_layer(x)
+    w_down, b_down, w_up, b_up = parts(wrapped)
+    z = ((out if placement == "serial" else x) @ w_down.T + b_down).clamp(min=0)
+    close(wrapped(x), out + 0.7 * (z @ w_up.T + b_up))
+    model.train()
+    torch.manual_seed(5)
+    found = wrapped(x)
+    torch.manual_seed(5)
+    kept = F.dropout(torch.ones_like(z), 0.4)
+    assert set(kept.unique().tolist()) == {0.0, 1 / 0.6}
+    close(found, out + 0.7 * ((kept * z) @ w_up.T + b_up))
+    assert not torch.equal(wrapped(x), found), "the next draw is another one"
+
+
+@pytest.mark.parametrize("base", ["vit", "sam"])
+def test_dropout_of_prompts_acts_on_them_in_training_alone(base):
+    model, entered = attach(VisualPromptConfig(length=6, dropout=0.4), base), []
+    wrapped = layer(model, "vit.layers.1" if base == "vit" else "vision_encoder.layers.0.attn")
+    tokens = wrapped.inlay_visual_prompt_tokens["default"].detach()
+    x = torch.randn(2, 7, 32, dtype=torch.float64) if base == "vit" else torch.randn(9, 3, 3, 32, dtype=torch.float64)
+    # The prompts are the last tokens of a ViT's block; SAM makes keys and values of them before those of the windows.
+    reads = wrapped.base_layer if base == "vit" else wrapped.qkv
+    reads.register_forward_pre_hook(lambda _, args: entered.append(args[0].detach()))
+
+    def prompts():
+        entered.clear()
+        wrapped(x)
+        return entered[0][:, 7:] if base == "vit" else entered[0].view(1, 6, 32)
+
+    assert all(torch.equal(row, tokens) for row in prompts())
+    model.train()
+    first, second = prompts(), prompts()
+    for row in first:
+        kept = row != 0
+        assert 0.4 < kept.double().mean() < 0.8  # 0.6 of 192
+        close(row[kept], tokens[kept] / 0.6)
+    assert not torch.equal(first, second), "the next draw is another one"
+    model.eval()
+    assert all(torch.equal(row, tokens) for row in prompts())
+
+
 @pytest.mark.parametrize("deep", [True, False])
 def test_visual_prompts(deep):
     model = attach(VisualPromptConfig(length=3, deep=deep))

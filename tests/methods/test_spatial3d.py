@@ -14,6 +14,7 @@ from inlay import InlayError, SpatialAdapterConfig
 from inlay.methods.spatial.attention import cut
 from inlay.methods.spatial.decoder import Encoded
 from inlay.methods.spatial.sam import VolumeSamModel, dice_cross_entropy
+from inlay.train.launch import enable_checkpointing
 from methods.bases import randomise
 from methods.volumes import CONFIG, build, published_levels, settings, volumes
 
@@ -167,7 +168,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     for checkpointing in (False, True):
         model = adapted().train()
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_checkpointing(model)
         torch.manual_seed(1)
         model(pixel_values=volumes(), labels=labelled()).loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])

@@ -31,7 +31,7 @@ def test_lora_vit_trains_measures_and_saves(trained):
     assert file.base_name == "builtin:vit-tiny" and file.labels == list("0123456789")
     trainable = file.metrics["cost"]["trainable_parameters"]
     assert file.bytes_weights <= 4 * trainable + 8000
-    assert sum(1 for _ in (trained / "log.jsonl").open()) == 10  # nine steps and one evaluation
+    assert len((trained / "log.jsonl").read_text().splitlines()) == 10  # nine steps and one evaluation
     assert 0 <= file.metrics["validation"]["accuracy"] <= 1
     assert load_adapter(trained / "adapter").deviation < 1e-4
 

@@ -1,3 +1,5 @@
+"""Methods side by side: each trained as it says, one table of what they cost and score."""
+
 import csv
 import json
 from dataclasses import replace

@@ -2,7 +2,10 @@
 
 import json
 import math
+import random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -12,6 +15,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from inlay.errors import InlayError
 from inlay.tasks.metrics import Accuracy
+from inlay.train.loop import _Trainer
 from inlay.train.sampler import Draws
 
 # ----- the same as by hand
@@ -78,7 +82,6 @@ class Pictures(Points):
         return {**item, "pixel_values": torch.randn(1, 8, 8, generator=generator) + item["labels"]}
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     nets = [lora_vit(), lora_vit()]
     for net, on in zip(nets, (False, True), strict=True):
@@ -105,6 +108,41 @@ def test_validation_is_the_mean_over_rows(tmp_path):
     assert result.history[-1]["train_loss"] == pytest.approx(
         sum(r["loss"] for r in log_of(tmp_path / "run") if r["step"] > 12 and "gradient_norm" in r) / 5
     )
+
+
+class Chance(Net):
+    """Keeps what each training step draws by the three global generators."""
+
+    def __init__(self):
+        super().__init__()
+        self.drawn = []
+
+    def forward(self, pixel_values, labels=None):
+        draw = random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
+        if self.training:
+            self.drawn.append(draw)
+        return super().forward(pixel_values, labels)
+
+
+def test_chance_is_a_function_of_seed_and_step(tmp_path):
+    nets = [Chance() for _ in range(3)]
+    train(tmp_path / "often", nets[0], eval_every=2)
+    train(tmp_path / "never", nets[1], validation=None)  # what an evaluation draws does not count
+    train(tmp_path / "other", nets[2], seed=1)
+    often, never, other = ([set(drawn) for drawn in zip(*net.drawn, strict=True)] for net in nets)
+    assert nets[0].drawn == nets[1].drawn
+    assert [len(drawn) for drawn in often] == [17] * 3, "every step must draw anew"
+    assert not any(a & b for a, b in zip(never, other, strict=True))
+
+
+def test_every_process_has_chances_of_its_own_at_every_step():
+    seeds = []
+    for process in range(4):
+        trainer = object.__new__(_Trainer)
+        trainer.config = SimpleNamespace(seed=3)
+        trainer.accelerator = SimpleNamespace(num_processes=4, process_index=process)
+        seeds += [trainer._seed(step) for step in range(100)]
+    assert len(set(seeds)) == 400
 
 
 # ----- precision

@@ -120,7 +120,6 @@ def test_losses_and_weights_equal_the_plain_way(tmp_path, capsys, make, atol, wh
 
 
 @pytest.mark.parametrize("config", [{"accumulate": 3}, {"precision": "bf16"}, {"gradient_checkpointing": True}])
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 def test_with_the_settings_of_a_step(tmp_path, capsys, config):
     plain, short = vit(), vit()
     run(tmp_path / "plain", plain, **config)

@@ -81,7 +81,7 @@ class Net(nn.Module):
 
 
 class Accuracy:
-    """As `inlay.measure.Accuracy`, without the imports of evaluate, datasets and scikit-learn."""
+    """As `inlay.tasks.metrics.Accuracy`, without the imports of evaluate, datasets and scikit-learn."""
 
     def __init__(self) -> None:
         self.right: list[bool] = []

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,17 @@ def opened(adapters: Mapping[Any, float]) -> Iterator[list[Source]]:
             raise InlayError(f"the weight of {path} must be a finite number, got {weight!r}.")
     files = [read_adapter(fetch(path), digest=False) for path in adapters]
     sources: list[Source] = []
-    with ThreadPoolExecutor(min(len(adapters), 4)) as pool:
+    with ThreadPoolExecutor(min(len(adapters), 4)) as pool, ExitStack() as held:
         whole = [pool.submit(check_digest, file.folder) for file in files]
         try:
             names = short_names([file.folder for file in files])
             _check_bases(dict(zip(names, files, strict=True)))
             for name, weight, file, future in zip(names, adapters.values(), files, whole, strict=True):
-                sources.append(_open(name, float(weight), file, future))
+                tensors = Tensors(file.folder / WEIGHTS)
+                held.callback(tensors.close)
+                sources.append(_source(name, float(weight), file, tensors, future))
             yield sources
         finally:
-            for source in sources:
-                source.tensors.close()
             for future in whole:
                 future.result()
 
@@ -91,8 +91,8 @@ def _check_bases(files: Mapping[str, AdapterFile]) -> None:
             )
 
 
-def _open(name: str, weight: float, file: AdapterFile, intact: Future[None]) -> Source:
-    tensors, config = Tensors(file.folder / WEIGHTS), file.config
+def _source(name: str, weight: float, file: AdapterFile, tensors: Tensors, intact: Future[None]) -> Source:
+    config = file.config
     inner, whole = config.get("parts") or [], config.get("modules_to_save") or []
     named = isinstance(whole, list) and all(isinstance(module, str) for module in whole)
     if not named or not all(isinstance(part, dict) and isinstance(part.get("peft_type"), str) for part in inner):

@@ -20,6 +20,7 @@ from inlay.measure.fake_step import LiveBytes, fake, fake_model, no_traces, one_
 from inlay.measure.footprint import footprint
 from inlay.methods._peft import PeftModel, PeftType
 from inlay.train.config import TrainConfig
+from inlay.train.launch import disable_checkpointing, enable_checkpointing
 
 Optimizer = Literal["adamw", "adamw8bit"]
 Precision = Literal["no", "bf16", "fp16"]
@@ -248,15 +249,11 @@ def _training(model: Any, checkpointing: bool, precision: Precision, device: tor
 
 @contextmanager
 def _checkpointing(model: Any) -> Iterator[None]:
-    try:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    except (AttributeError, ValueError) as error:
-        raise InlayError(f"this model has no gradient checkpointing ({error}); leave the setting out.") from None
+    enable_checkpointing(model)
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()
-        model.disable_input_require_grads()  # which transformers leaves on
+        disable_checkpointing(model)
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def evaluate_on(
         if metrics:
             chooses = name_of_best(metrics[0], of_each[0], scores, best_by)
     if accelerator.num_processes > 1:
-        shared = [scores, chooses]
+        shared: list[Any] = [scores, chooses]
         broadcast_object_list(shared)
         scores, chooses = shared
     return scores, chooses

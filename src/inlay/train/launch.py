@@ -194,9 +194,21 @@ def enable_checkpointing(model: nn.Module) -> None:
             "leave the setting out, or train an attention prefix (AttentionPrefixConfig), which needs no cache."
         )
     try:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        else:  # its name in earlier versions of transformers
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except (AttributeError, ValueError) as error:
         raise InlayError(f"this model has no gradient checkpointing ({error}); leave the setting out.") from None
+
+
+def disable_checkpointing(model: nn.Module) -> None:
+    """Switch it off again, with the gradients of the inputs, which transformers leaves on."""
+    if hasattr(model, "activation_checkpointing_disable"):
+        model.activation_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_disable()
+    model.disable_input_require_grads()
 
 
 def release(accelerator: Accelerator, model: nn.Module) -> None:

@@ -1,3 +1,5 @@
+"""Labels of pictures by path, bytes and image, and what cannot be answered."""
+
 import pytest
 import torch
 from PIL import Image

@@ -84,6 +84,13 @@ def test_masks_that_are_not_asked_for_do_not_count():
     assert metric.compute()["mean_iou"] == pytest.approx(float(sum(ious) / 3))
 
 
+def test_the_mean_iou_is_that_of_the_masks_that_were_asked_for():
+    """A mask that was not asked for has no pixels at all; one that was missed altogether has a union, and counts."""
+    metric = MaskIoU()
+    assert metric.compute(predictions=[[[3, 4], [0, 0]], [[0, 0], [0, 8]]]) == {"mean_iou": pytest.approx(0.375)}
+    assert metric.compute(predictions=[[[0, 0], [0, 0]]]) == {"mean_iou": 0.0}
+
+
 def test_a_simulated_user_clicks_where_the_answer_is_wrong():
     torch.manual_seed(0)
     made = scenes(2, seed=4711, kind="cells")

@@ -7,7 +7,7 @@ from PIL import Image
 
 from inlay import InlayError, MaskView, load_masks, load_processor
 from inlay.builtin.scenes import MOST, scenes
-from inlay.tasks.masks.data import read_map, split_classes
+from inlay.tasks.masks.data import Masked, read_map, split_classes
 from inlay.tasks.masks.prompts import boxes_around, draw_points
 from inlay.tasks.masks.view import collate_masks
 from places import SHARED
@@ -206,8 +206,6 @@ def test_turned_pictures_and_maps_stay_together(processor):
     picture = np.zeros((40, 60, 3), np.uint8)
     objects = np.zeros((40, 60), np.int64)
     picture[5:15, 10:30], objects[5:15, 10:30] = 255, 1
-    from inlay.tasks.masks.data import Masked
-
     view = MaskView([Masked("one", picture, objects)], processor, "box", count=1, turn=True)
     seen = set()
     for seed in range(20):
@@ -226,6 +224,32 @@ def test_crops_show_an_object_larger(folder, processor):
     assert min(areas) > 0 and max(areas) > 600  # of 64 x 64; the largest object is 200 of 2400 pixels
     whole = MaskView(load_masks(str(folder)).train, processor, "box", count=2, crop=500, seed=0)
     assert (whole[0]["labels"][:, 43:] <= 0).all()
+
+
+@pytest.mark.parametrize("place", [(20, 36), (0, 0), (60, 92)])
+def test_a_crop_is_one_part_of_picture_and_map_around_an_object(processor, place):
+    """An object of 4 x 4 in 64 x 96 pixels, white on grey, in parts of 32 x 32 that become 128 x 128."""
+    row, column = place
+    picture, objects = np.full((64, 96, 3), 128, np.uint8), np.zeros((64, 96), np.int64)
+    picture[row : row + 4, column : column + 4], objects[row : row + 4, column : column + 4] = 255, 1
+    view = MaskView([Masked("one", picture, objects)], processor, "box", count=1, crop=32)
+    grey = processor(images=Image.fromarray(picture[:, ::-1] // 2 + 64), return_tensors="pt")["pixel_values"].min()
+    seen = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        item = view[0]
+        mask = item["labels"][0] == 1  # 64 x 64
+        bright = torch.nn.functional.avg_pool2d(item["pixel_values"][:1], 2)[0]
+        assert mask.sum() == 64 and (bright[mask] > bright[~mask].max() - 0.5).all()
+        assert (bright >= grey - 0.1).all(), "a part has no black edge where the picture ends"
+        low = mask.nonzero().amin(0)
+        seen.append(low)
+        if place == (20, 36):  # far enough from the edges: within the middle half, but for what the object is wide
+            assert ((low >= 16 - 8) & (low <= 48)).all()
+        else:
+            assert low[0] == (0 if row == 0 else 56) or low[1] == (0 if column == 0 else 56)
+    if place == (20, 36):  # the part moves by 16 of its 32 pixels; its point within the object only by 3
+        assert (torch.stack(seen).amax(0) - torch.stack(seen).amin(0) > 16).all()
 
 
 def test_wrong_settings_of_a_view_are_refused(processor):

@@ -63,7 +63,6 @@ def by_hand(model, processor, prompt, count):
     return processor.decode(new)
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize(("method", "base"), PAIRS)
 def test_texts_in_a_batch_are_those_of_single_forward_passes(method, base):
     model, processor = strong(adapted(method, base)), characters()
@@ -72,7 +71,6 @@ def test_texts_in_a_batch_are_those_of_single_forward_passes(method, base):
     assert len(set(texts)) > 1 or "bottleneck" in method
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("base", ["gpt2", "llama"])
 @pytest.mark.parametrize("method", ["lora", "attention-prefix", "prompt", "prefix"])
 @pytest.mark.parametrize("settings", [BEAMS, SAMPLED], ids=["beams", "sampled"])
@@ -142,7 +140,6 @@ def test_a_text_ends_at_the_tokenizers_end_or_the_models():
 
 @pytest.mark.parametrize("method", ["lora", "attention-prefix", "prompt", "prefix"])
 @pytest.mark.parametrize("base", ["gpt2", "llama"])
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_the_model_is_left_as_it_was(method, base):
     model, processor = adapted(method, base).train(), characters()
     inner = model.get_base_model()
@@ -186,7 +183,6 @@ def test_a_prompt_that_is_the_end_token_is_no_padding(caplog, monkeypatch):
 
 
 @pytest.mark.parametrize(("method", "virtual"), [("lora", 0), ("prompt", 4), ("prefix", 4)])
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_a_long_prompt_is_cut_at_its_start(method, virtual, caplog):
     model, processor = strong(adapted(method, "gpt2")), characters()  # 64 positions
     prompt = "".join(chr(32 + i) for i in range(90))

@@ -1,3 +1,5 @@
+"""Whole scans by windows: against MONAI, with prompts and flips, and from the command line."""
+
 import json
 import sys
 

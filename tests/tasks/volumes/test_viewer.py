@@ -1,3 +1,5 @@
+"""The page of a segmentation, as a browser shows it, and the montage beside it."""
+
 import base64
 import gzip
 import json

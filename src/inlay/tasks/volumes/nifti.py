@@ -121,7 +121,7 @@ def _nifti(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _npz(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
+    with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:  # numpy leaves a cut file open
         if key not in file:
             raise ValueError(f"an .npz with {', '.join(file) or 'nothing'}, but no array {key!r}")
         array, affine = file[key], np.eye(4)

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -231,8 +231,7 @@ def _on_disk(data: Any, runner: "Runner") -> dict[str, torch.Tensor]:
             path, fault = _told(accelerator, lambda: part.rename(inputs) if part else None)
         finally:
             if part:
-                with suppress(OSError):
-                    part.path.unlink()
+                part.discard()
         if fault:
             raise Unkept(f"{folder} cannot be written ({fault})")
     states = torch.from_file(str(path), shared=False, size=size // cut.dtype.itemsize, dtype=cut.dtype)
@@ -266,6 +265,7 @@ class _Part:
 
     def __init__(self, folder: Path, key: str, size: int, bound_gb: float) -> None:
         self.path, self.key, self.size, self.crc, self.fault = folder / f".{key}-{os.getpid()}.part", key, size, 0, ""
+        self.file: BinaryIO | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _make_room(folder, int(bound_gb * 1e9) - size)
@@ -275,7 +275,7 @@ class _Part:
 
     def put(self, states: torch.Tensor) -> None:
         """Append rows. A fault is told at the end, as other processes take part until then."""
-        if self.fault:
+        if self.fault or self.file is None:
             return
         raw = _bytes(states)
         self.crc = zlib.crc32(raw, self.crc)
@@ -287,13 +287,21 @@ class _Part:
     def rename(self, inputs: str) -> tuple[str, str]:
         """The file's final path, and what went wrong."""
         path = self.path.with_name(f"{self.key}-{inputs}-{self.crc:08x}.states")
-        if not self.fault:
+        if not self.fault and self.file is not None:
             try:
                 self.file.close()
                 self.path.replace(path)
             except OSError as error:
                 self.fault = str(error)
         return str(path), self.fault
+
+    def discard(self) -> None:
+        """Close and delete what has not been renamed."""
+        if self.file is not None:
+            with suppress(OSError):  # a full disk
+                self.file.close()
+        with suppress(OSError):
+            self.path.unlink()
 
 
 def _make_room(folder: Path, most: int) -> None:
