@@ -1,5 +1,6 @@
 """A bank over its life: adapters that come, are replaced and go, what does not fit, budgets and threads."""
 
+import json
 import shutil
 import threading
 from pathlib import Path
@@ -7,9 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 
 from inlay import Bank, InlayError, load_adapter, load_base
+from inlay.adapters import golden
 from inlay.adapters.file import WEIGHTS
+from inlay.files.tensor_header import sign
 from inlay.methods import VisualPromptConfig
 from serve.banked import GPT2, LABELS, MIXED, VIT, alone, compare, pair, pixels, save
 
@@ -79,6 +84,62 @@ def test_an_adapter_that_does_not_fit_changes_nothing(loras, tmp_path):
     assert torch.equal(bank(pixels(), ["a", None, "a", "a", None]).logits, before)
 
 
+def sign_another_output(folder):
+    """What the check of the golden output alone finds."""
+    data = (folder / WEIGHTS).read_bytes()
+    record = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["inlay"])
+    record["golden"] = [value + 1 for value in record["golden"]]
+    (folder / WEIGHTS).write_bytes(sign(to_bytes(load_file(folder / WEIGHTS), {"inlay": json.dumps(record)})))
+
+
+@pytest.mark.parametrize("method", ["lora", "attention-prefix", "bottleneck", "visual-prompt", "mam"])
+def test_an_adapter_of_another_output_changes_nothing(method, loras, tmp_path):
+    """Its tensors are in the bank's stacks when the check of its output fails."""
+    bank = Bank(VIT, {"a": loras / "a"})
+    before = bank(pixels(), ["a", None, "a", "a", None]).logits
+    modules, results = [name for name, _ in bank.model.named_modules()], dict(bank.checks)
+    save(VIT, (method, 6), tmp_path / "c", 3, LABELS["b"])
+    sign_another_output(tmp_path / "c")
+    for name in ("a", "new"):
+        with pytest.raises(InlayError, match=r"its output differs by .* from the one stored with it"):
+            bank.add(tmp_path / "c", name)
+    assert bank.names == bank.resident == list(bank.files) == ["a"] and bank.checks == results
+    assert bank.files["a"].folder == loras / "a"
+    assert torch.equal(bank(pixels(), ["a", None, "a", "a", None]).logits, before)
+    assert [name for name, _ in bank.model.named_modules()] == modules
+    trusting = Bank(VIT, {"c": tmp_path / "c"}, check_golden=False)
+    assert trusting.checks["c"].pop("golden") == "left out" and set(trusting.checks["c"].values()) == {"ok"}
+
+
+def test_a_failed_bottleneck_does_not_bind_the_next(tmp_path):
+    bank = Bank(VIT)
+    save(VIT, ("bottleneck", 2), tmp_path / "a")
+    save(VIT, ("bottleneck-linear", 2), tmp_path / "b")
+    sign_another_output(tmp_path / "a")
+    with pytest.raises(InlayError, match="its output differs"):
+        bank.add(tmp_path / "a")
+    bank.add(tmp_path / "b")  # of another activation
+
+
+def test_an_adapter_of_plain_peft_has_no_output_to_compare_with(loras, tmp_path):
+    folder = Path(shutil.copytree(loras / "a", tmp_path / "a"))
+    (folder / WEIGHTS).write_bytes(to_bytes(load_file(folder / WEIGHTS), {"format": "pt"}))
+    bank = Bank(load_base(VIT, labels=LABELS["a"]), {"a": folder})
+    unknown = {name for name, result in bank.checks["a"].items() if result == "not recorded"}
+    assert unknown == {"header", "record", "base", "golden"}
+
+
+def test_an_output_is_computed_once(loras, monkeypatch):
+    computed = []
+    output = golden.output
+    monkeypatch.setattr(golden, "output", lambda *given: computed.append(given) or output(*given))
+    bank = Bank(VIT, loras)
+    assert len(computed) == 2
+    bank.evict("a")
+    bank(pixels(), MIXED)
+    assert bank.resident == ["b", "a"] and bank.checks["a"]["golden"] == "ok" and len(computed) == 2
+
+
 def test_bottlenecks_of_one_bank_are_alike(tmp_path):
     save(VIT, ("bottleneck", 2), tmp_path / "a")
     save(VIT, ("bottleneck-linear", 2), tmp_path / "b")
@@ -119,6 +180,23 @@ def test_the_least_recently_used_give_way(loras, tmp_path):
     with pytest.raises(InlayError, match="has room for 3 adapters of this size"):
         bank(pixels(), ["c", "d", "e", "f", "g"])
     compare(bank(pixels(), ["g", "d", None, "f", "g"]).logits, want)
+
+
+def test_the_last_use_counts_and_not_the_first(loras, tmp_path):
+    """First in, first out would let the adapter go that every batch asks for."""
+    for name in "cdefg":
+        shutil.copytree(loras / "a", tmp_path / name)
+    each = Bank(VIT, {"c": tmp_path / "c"}).bytes / 2e6
+    bank = Bank(VIT, tmp_path, budget_mb=4.5 * each)  # the plain base's and three more
+    for name in "cde":
+        bank(pixels(), [name] * 5)
+    bank(pixels(), ["c"] * 5)
+    assert bank.resident == ["d", "e", "c"]
+    bank(pixels(), ["f"] * 5)
+    assert bank.resident == ["e", "c", "f"]
+    bank(pixels(), ["e"] * 5)
+    bank(pixels(), ["g"] * 5)
+    assert bank.resident == ["f", "e", "g"]
 
 
 def test_a_wider_adapter_takes_the_room_of_others(loras, tmp_path):

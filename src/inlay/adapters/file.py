@@ -6,7 +6,8 @@ Inside the safetensors metadata, `inlay` holds a JSON record (base, labels, prep
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from inlay.adapters.config import check_config
 from inlay.adapters.metadata import check_record
 from inlay.errors import InlayError
 from inlay.files.bounded_json import is_text, parse_json
-from inlay.files.tensor_header import read_header
+from inlay.files.tensor_header import DIGEST, read_header
 
 CONFIG, WEIGHTS, METRICS, CARD = (
     "adapter_config.json",
@@ -40,6 +41,7 @@ class AdapterFile:
         record: What inlay stored, empty for an adapter saved by plain peft.
         metrics: metrics.json, empty if there is none.
         bytes_weights: Size of adapter_model.safetensors.
+        digest: SHA-256 of that file's content, as stored in it; empty for an adapter saved by plain peft.
     """
 
     folder: Path
@@ -48,6 +50,7 @@ class AdapterFile:
     record: dict[str, Any]
     metrics: dict[str, Any]
     bytes_weights: int
+    digest: str = ""
 
     @property
     def name(self) -> str:
@@ -97,10 +100,39 @@ def read_adapter(folder: str | Path, *, digest: bool = True) -> AdapterFile:
             for harm or was changed since; weights that are truncated, damaged, pickled, or an LFS pointer; tensor names
             that are paths; a record of a newer format.
     """
-    try:
-        return _read(Path(folder), digest)
-    except OSError as error:
-        raise InlayError(f"{folder} cannot be read ({error.strerror or error}).") from error
+    reading = Reading(Path(folder), digest)
+    for name in READING_STEPS:
+        run_step(name, reading)
+    return reading.file()
+
+
+@dataclass
+class Reading:
+    """An adapter folder while it is read: what each step leaves to those after it.
+
+    Attributes:
+        folder: Of the adapter.
+        digest: As in `read_adapter`.
+        metadata: Of the safetensors file.
+        shapes: Key and shape of every tensor.
+        config: adapter_config.json.
+        record: What inlay stored.
+        metrics: metrics.json.
+    """
+
+    folder: Path
+    digest: bool = True
+    metadata: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def file(self) -> AdapterFile:
+        """What was read, once all steps are done."""
+        size = (self.folder / WEIGHTS).stat().st_size
+        digest = self.metadata.get(DIGEST, "")
+        return AdapterFile(self.folder, self.config, self.shapes, self.record, self.metrics, size, digest)
 
 
 def check_digest(folder: str | Path) -> None:
@@ -112,7 +144,21 @@ def check_digest(folder: str | Path) -> None:
     read_header(Path(folder) / WEIGHTS)
 
 
-def _read(folder: Path, digest: bool) -> AdapterFile:
+def run_step(name: str, reading: Reading) -> None:
+    """Take one step of `READING_STEPS`.
+
+    Raises:
+        InlayError: What the step finds, or a file that cannot be read at all.
+    """
+    try:
+        READING_STEPS[name](reading)
+    except OSError as error:
+        raise InlayError(f"{reading.folder} cannot be read ({error.strerror or error}).") from error
+
+
+def _check_folder(reading: Reading) -> None:
+    """The files are there, themselves, and no larger than inlay reads."""
+    folder = reading.folder
     if not (folder / CONFIG).is_file():
         state = "does not exist"
         if folder.exists():
@@ -128,21 +174,44 @@ def _read(folder: Path, digest: bool) -> AdapterFile:
     if not is_text(folder.name):
         raise InlayError(f"the name of {str(folder)!r} is no text in UTF-8; rename it.")
     _check_files(folder)
-    config = _json(folder / CONFIG, exact=True)
+
+
+def _read_tensor_header(reading: Reading) -> None:
+    """The names and shapes of the tensors, which fill the file without a gap; its checksum."""
+    header = read_header(reading.folder / WEIGHTS, digest=reading.digest)
+    reading.metadata = header.pop("__metadata__", {})
+    reading.shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
+
+
+def _read_config(reading: Reading) -> None:
+    """The config, which asks for nothing that the tensors cannot give, and for no harm."""
+    path = reading.folder / CONFIG
+    config = _json(path, exact=True)
     if not isinstance(config.get("peft_type"), str):
-        raise InlayError(f"{folder / CONFIG} names no peft_type, so it is not an adapter's config.")
-    header = read_header(folder / WEIGHTS, digest=digest)
-    metadata = header.pop("__metadata__", {})
-    shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
-    check_config(config, shapes, folder / CONFIG)
-    metrics = _json(folder / METRICS) if (folder / METRICS).is_file() else {}
-    size = (folder / WEIGHTS).stat().st_size
-    record = _record(folder, metadata)
-    if record and record["config"] != fingerprint(config):
+        raise InlayError(f"{path} names no peft_type, so it is not an adapter's config.")
+    check_config(config, reading.shapes, path)
+    reading.config = config
+
+
+def _read_record_and_metrics(reading: Reading) -> None:
+    """What inlay stored inside, of this very config; what was measured."""
+    folder = reading.folder
+    reading.metrics = _json(folder / METRICS) if (folder / METRICS).is_file() else {}
+    record = _record(folder, reading.metadata)
+    if record and record["config"] != fingerprint(reading.config):
         raise InlayError(
             f"{folder / CONFIG} is not what was saved with the weights; get it again, or save the adapter anew."
         )
-    return AdapterFile(folder, config, shapes, record, metrics, size)
+    reading.record = record
+
+
+# In this order; the first of the CHECKS are these.
+READING_STEPS: dict[str, Callable[[Reading], None]] = {
+    "files": _check_folder,
+    "header": _read_tensor_header,
+    "config": _read_config,
+    "record": _read_record_and_metrics,
+}
 
 
 def _check_files(folder: Path) -> None:

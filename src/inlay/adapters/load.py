@@ -6,20 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from inlay.adapters import golden
-from inlay.adapters.config import changes_base, refuse_biases
-from inlay.adapters.file import CONFIG, WEIGHTS, AdapterFile, read_adapter
+from inlay.adapters.checks import Candidate, run_checks
+from inlay.adapters.file import CONFIG, AdapterFile, Reading
 from inlay.adapters.hub.fetch import fetch
-from inlay.adapters.identity import check_base, identity
-from inlay.adapters.method import check_method
-from inlay.adapters.patterns import check_patterns
+from inlay.adapters.identity import Identity, identity
 from inlay.adapters.sketch import precision_of
 from inlay.adapters.task import task_of_file
 from inlay.bases.load import Dtype, head_of, read_config, resolve_base
@@ -141,38 +136,78 @@ def load_adapter(
             is not done in time; a base of another structure or with other weights; tensors that are missing,
             superfluous or of another shape; NaN; another golden output.
     """
-    file = read_adapter(fetch(path, revision))
-    check_method(file)
-    if isinstance(base, nn.Module):
-        refuse_biases(file.config, file.name)
-    weights = read_weights(file)
-    model = given_base(base) if isinstance(base, nn.Module) else load_own_base(file, base, dtype, quantize)
-    if file.record:
-        check_base(file, identity(model))
-    if getattr(model, "new_head", False) and not isinstance(base, nn.Module):
-        _check_head(file, model)
-    return mount(file, weights, model)
-
-
-def mount(file: AdapterFile, weights: dict[str, torch.Tensor], model: PreTrainedModel) -> LoadedAdapter:
-    """A checked adapter on a base that was found to be its own, which is left as it was when the adapter does not fit.
-
-    Raises:
-        InlayError: Settings, names or shapes that do not fit; another golden output.
-    """
-    task = task_of_file(file, model.config)
-    processor = task.load_processor(model.name_or_path, file.record.get("preprocessing"))
-    undo = _undo(model)
+    host = OwnBase(base, dtype, quantize)
+    candidate = Candidate(Reading(fetch(path, revision)), host)
     try:
-        if file.labels and task.classifies:
-            set_head(model, file)
-        adapted = attach(file, model, weights)
-        off = _check_golden(file, adapted, processor, task)
+        run_checks(candidate)
     except Exception:
-        undo()
+        host.restore()
         raise
-    labels = task.labels(model, adapted.active_peft_config) if task.classifies else list(file.labels)
-    return LoadedAdapter(adapted, task, processor, labels, file, bool(file.record), off)
+    file, model, task = candidate.file, host.model, host.task
+    labels = task.labels(host.base, model.active_peft_config) if task.classifies else list(file.labels)
+    return LoadedAdapter(model, task, host.processor, labels, file, bool(file.record), candidate.deviation)
+
+
+class OwnBase:
+    """The base of one adapter: loaded for it, or given by the caller, who gets it back as it was if it does not fit.
+
+    Attributes:
+        shared: The base was given: it may be used again.
+        computes: The golden output is always computed.
+        base: The model, from `load_base` on.
+        task: What the adapter is for, from `inject` on.
+        model: The base with the adapter in it, from `inject` on.
+        processor: What makes its inputs, from `load_processor` on.
+    """
+
+    def __init__(
+        self, base: str | Path | PreTrainedModel | None, dtype: Dtype = "float32", quantize: Quantize | None = None
+    ) -> None:
+        self.shared, self.computes = isinstance(base, nn.Module), True
+        self.restore: Callable[[], None] = lambda: None
+        self._asked, self._dtype, self._quantize = base, dtype, quantize
+        self.base: PreTrainedModel
+        self.task: Task
+        self.model: PeftModel
+        self.processor: Any = None
+        self._identity: Identity | None = None
+
+    def load_base(self, file: AdapterFile) -> str:
+        """Load the base, or take the one that was given."""
+        asked = self._asked
+        if isinstance(asked, nn.Module):
+            self.base = given_base(asked)
+        else:
+            self.base = load_own_base(file, asked, self._dtype, self._quantize)
+        return str(self.base.name_or_path)
+
+    def identity(self) -> Identity:
+        """Which base it is; an adapter in it does not count."""
+        self._identity = self._identity or identity(self.base)
+        return self._identity
+
+    def module_names(self) -> list[str]:
+        """Of the base, before the adapter is in it."""
+        return [name for name, _ in self.base.named_modules()]
+
+    def inject(self, file: AdapterFile, weights: dict[str, torch.Tensor]) -> None:
+        """Put the adapter into the base, with a head of its size."""
+        if getattr(self.base, "new_head", False) and not self.shared:
+            _check_head(file, self.base)
+        self.task = task_of_file(file, self.base.config)
+        self.restore = _undo(self.base)
+        if file.labels and self.task.classifies:
+            set_head(self.base, file)
+        self.model = attach(file, self.base, weights)
+
+    def load_processor(self, file: AdapterFile) -> Any:
+        """The one that the adapter was trained with; for one that plain peft saved what its base has."""
+        self.processor = self.task.load_processor(self.base.name_or_path, file.record.get("preprocessing"))
+        return self.processor
+
+    def golden_output(self, file: AdapterFile, processor: Any) -> list[float]:
+        """What the adapter makes of its golden input."""
+        return golden.output(self.model, processor, self.task)
 
 
 def _check_head(file: AdapterFile, model: PreTrainedModel) -> None:
@@ -183,20 +218,6 @@ def _check_head(file: AdapterFile, model: PreTrainedModel) -> None:
             f"adapter {file.name!r} has labels that are not its base's, but lacks a head ({lacking[0]!r}); get it "
             "again."
         )
-
-
-def read_weights(file: AdapterFile) -> dict[str, torch.Tensor]:
-    """The tensors of a checked file, all of them finite."""
-    try:
-        weights = load_file(file.folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise InlayError(f"{file.folder / WEIGHTS} is damaged: {error}; get it again.") from error
-    real = {key: value for key, value in weights.items() if value.is_floating_point()}
-    if real and not torch.stack([v.sum(dtype=torch.float32) for v in real.values()]).isfinite().all():  # cheaper
-        for key, value in real.items():
-            if not torch.isfinite(value).all():
-                raise InlayError(f"the tensor {key!r} of adapter {file.name!r} holds NaN or Inf; it cannot be used.")
-    return weights
 
 
 def given_base(base: nn.Module) -> PreTrainedModel:
@@ -276,14 +297,9 @@ def attach(file: AdapterFile, base: PreTrainedModel, weights: dict[str, torch.Te
 def inject_checked(file: AdapterFile, base: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PeftModel:
     """The base with the adapter in it, without its values; raises InlayError where names or shapes are not the file's.
 
-    Nothing is read of the base but its structure, which may stand on the meta device.
+    Nothing is read of the base but its structure, which may stand on the meta device. The patterns of the config have
+    been tried before (`check_patterns`).
     """
-    if init := changes_base(file.config):
-        raise InlayError(
-            f"adapter {file.name!r} was initialised by {init!r}, which changes the base at each load; make it a plain "
-            "one with peft's save_pretrained(path_initial_model_for_weight_conversion=...)."
-        )
-    check_patterns(file.config, (name for name, _ in base.named_modules()), file.name)
     try:
         config = PeftConfig.from_pretrained(str(file.folder))
         _check_tokens(file, config, weights)
@@ -330,25 +346,3 @@ def _check_tokens(file: AdapterFile, config: PeftConfig, weights: dict[str, torc
             f"adapter {file.name!r} does not fit its config: expected one tensor prompt_embeddings of {wanted} virtual "
             f"tokens, got {', '.join(f'{k} {tuple(v.shape)}' for k, v in list(weights.items())[:2])}; get it again."
         )
-
-
-def _check_golden(file: AdapterFile, model: PeftModel, processor: Any, task: Task) -> float | None:
-    """Relative difference to the stored output, None if there is none: what computes nothing is refused even so."""
-    stored = file.record.get("golden")
-    try:
-        found = golden.output(model, processor, task)
-    except Exception as error:  # settings from anywhere let a model or a processor fail in any way
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise InlayError(f"adapter {file.name!r} loads, but fails on its first input: {reason}") from error
-    if not stored:
-        if not np.isfinite(found).all():
-            raise InlayError(f"adapter {file.name!r} loads, but gives NaN or Inf; get it again, or another base.")
-        return None
-    off = golden.deviation(stored, found)
-    limit = max(golden.TOLERANCE[precision_of(model)], golden.TOLERANCE[file.record["base"]["precision"]])
-    if off > limit:
-        raise InlayError(
-            f"adapter {file.name!r} loads, but its output differs by {off:.2g} (relative) from the one stored with it, "
-            f"{limit} allowed: its config or its base was changed since it was saved."
-        )
-    return off

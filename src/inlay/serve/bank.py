@@ -7,10 +7,11 @@ Adapters are tensors in stacks here, not modules: to load one fills a slot, to c
 the same however many adapters its rows have. Methods and widths may differ from adapter to adapter.
 """
 
+import json
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from inlay.adapters.config import refuse_biases
-from inlay.adapters.file import CONFIG, AdapterFile, fingerprint, read_adapter
+from inlay.adapters import golden
+from inlay.adapters.checks import Candidate, Result, run_checks
+from inlay.adapters.file import CONFIG, AdapterFile, Reading, fingerprint, read_adapter
 from inlay.adapters.hub.fetch import fetch
-from inlay.adapters.identity import check_base, identity
-from inlay.adapters.load import given_base, read_weights
-from inlay.adapters.method import check_method
+from inlay.adapters.identity import Identity, identity
+from inlay.adapters.load import given_base
+from inlay.adapters.task import task_of_file
 from inlay.errors import InlayError
-from inlay.methods._peft import release, strip, wrap
+from inlay.methods._peft import leave, release, strip, wrap
 from inlay.serve.bank_layer import BankLayer, Rows, Site, Stacks
 from inlay.serve.prompt import TABLE, PromptStacks, is_cached_prefix, moved_on, split_cache
 from inlay.serve.sites import find_sites
@@ -45,6 +47,8 @@ class Bank:
     Attributes:
         model: The base, wrapped in place; outside of a call it computes what it did.
         files: What was read of each resident adapter: its config, labels and preprocessing.
+        checks: By resident adapter the result of each of CHECKS: ok; not recorded where the file does not say what it
+            should be; left out.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Bank:
         adapters: str | Path | Sequence[str | Path] | Mapping[str, str | Path] = (),
         *,
         budget_mb: float | None = None,
+        check_golden: bool = True,
     ) -> None:
         """Prepare a base for the adapters in a folder, at a list of paths and Hub ids, or by names of your own.
 
@@ -61,6 +66,9 @@ class Bank:
             adapters: A folder of adapters, paths (the last part is the name), or paths by name.
             budget_mb: Most that the stacks may take; adapters are then read when a batch first asks for them, and the
                 least recently used ones give way. Without it all are read now.
+            check_golden: Compute the golden output of each adapter when it is read first, a forward of one row: most of
+                the time that reading takes. False leaves this one check out, for many adapters that have been checked
+                before (`inlay info --verify`).
 
         Raises:
             InlayError: A folder without adapters, two of one name, or what `add` says.
@@ -68,9 +76,14 @@ class Bank:
         self.model = given_base(load_base(base) if not isinstance(base, nn.Module) else base).eval()
         if budget_mb is not None and not budget_mb > 0:
             raise InlayError(f"budget_mb must be positive, got {budget_mb}.")
+        self.check_golden = check_golden
         self.budget = None if budget_mb is None else int(budget_mb * 1e6)
         self.files: dict[str, AdapterFile] = {}
+        self.checks: dict[str, dict[str, Result]] = {}
         self._identity = identity(self.model)
+        self._module_names = [name for name, _ in self.model.named_modules()]
+        self._processors: dict[str, Any] = {}
+        self._outputs: dict[str, list[float]] = {}  # golden ones, by the digest of the adapter's file
         self._rows = Rows(next(p for p in self.model.parameters() if p.is_floating_point()).device)
         self._prompts = PromptStacks(self._rows)
         self._layers: dict[tuple[str, type[BankLayer]], BankLayer] = {}
@@ -106,7 +119,8 @@ class Bank:
     def add(self, path: str | Path, name: str | None = None) -> str:
         """Read an adapter and check it, in the place of one of that name if there is one; gives its name.
 
-        Checked is what `load_adapter` checks but for the golden output: file, method, base, names, shapes, NaN.
+        Checked is what `load_adapter` checks, the golden output by a batch of one row in the bank itself. A file that
+        is read again after it gave way does not compute its golden output again.
 
         Raises:
             InlayError: What does not fit, in one sentence; the bank is then as it was.
@@ -130,7 +144,7 @@ class Bank:
         with self._lock:
             self._known(name)
             if name in self._slots:
-                del self._slots[name], self.files[name]
+                del self._slots[name], self.files[name], self.checks[name]
 
     def remove(self, name: str) -> None:
         """Forget an adapter: rows cannot ask for it any more."""
@@ -145,6 +159,7 @@ class Bank:
             self._layers.clear()
             self._slots.clear()
             self.files.clear()
+            self.checks.clear()
         return self.model
 
     @contextmanager
@@ -230,37 +245,24 @@ class Bank:
         return [self._prompts, *(layer.stacks for layer in self._layers.values())]
 
     def _load(self, name: str, keep: set[str] | None = None) -> None:
-        """Read and check an adapter, then fill a slot with it."""
-        file = read_adapter(fetch(self._known(name)))
-        check_method(file)
-        refuse_biases(file.config, name)
-        weights = read_weights(file)
-        if file.record:
-            check_base(file, self._identity)
-        sites = self._sites(file, weights)
-        cache = is_cached_prefix(file.config)
-        if cache:
-            weights = split_cache([site.module for site in sites], weights[TABLE])
-        self._wrap(sites)
-        values: dict[Stacks, Values] = {}
-        for site in sites:
-            layer = self._layers[site.module, site.kind]
-            settings = self._settings(site)
-            layer.check(settings)
-            values[layer.stacks] = layer.stored({leaf: weights[key] for leaf, key in site.keys.items()}, settings)
-        if TABLE in weights:
-            values[self._prompts] = {"prompt": weights[TABLE].float()}
-        slot = self._slot(name, values, keep or set())
+        """Check an adapter, which fills a slot on the way; the bank is as it was if it does not fit."""
+        newcomer = _Newcomer(self, name, keep or set())
+        candidate = Candidate(Reading(fetch(self._known(name))), newcomer)
+        try:
+            run_checks(candidate)
+        except Exception:
+            newcomer.withdraw()
+            raise
+        self.checks[name] = candidate.results
+
+    def _fill(self, slot: int, values: Mapping[Stacks, Values]) -> None:
+        """Put the tensors of an adapter into a slot of all stacks."""
         for layer in self._layers.values():
             found = values.get(layer.stacks, layer.absent())
             layer.stacks.put(slot, found)
             layer.stacks.sizes[slot] = layer.size_of(found)
         self._prompts.put(slot, values.get(self._prompts, {}))
         self._prompts.sizes[slot] = len(values.get(self._prompts, {}).get("prompt", ()))
-        self._slots[name] = slot
-        self._slots.move_to_end(name)
-        self._ahead[name] = file.config["num_virtual_tokens"] if cache else 0
-        self.files[name] = file
 
     def _sites(self, file: AdapterFile, weights: Values) -> list[Site]:
         """Where the adapter goes; one of a config and shapes that are known needs no injection to tell."""
@@ -286,6 +288,19 @@ class Bank:
                 layer = site.kind(self.model.get_submodule(site.module), self._rows).eval()
                 self._layers[site.module, site.kind] = layer
                 layers.setdefault(site.module, []).append(layer)
+        finally:
+            wrap(self.model, layers)
+
+    def _unwrap(self, kept: set[tuple[str, type[BankLayer]]]) -> None:
+        """Take the layers away that are not among those to be kept."""
+        if kept == self._layers.keys():
+            return
+        layers = strip(self.model)
+        try:
+            for key in self._layers.keys() - kept:
+                layer = self._layers.pop(key)
+                layers[key[0]].remove(layer)
+                leave(layer)
         finally:
             wrap(self.model, layers)
 
@@ -324,6 +339,123 @@ class Bank:
             stacks.repack(order)
         for slot, name in enumerate(self._slots, 1):
             self._slots[name] = slot
+
+
+class _Newcomer:
+    """An adapter on its way into a bank: what CHECKS ask of the place where it is to be used."""
+
+    shared = True
+
+    def __init__(self, bank: Bank, name: str, keep: set[str]) -> None:
+        self.computes = bank.check_golden
+        self._bank, self._name, self._keep = bank, name, keep
+        self._layers = set(bank._layers)
+        self._before: Callable[[], None] | None = None
+
+    def load_base(self, file: AdapterFile) -> str:
+        """The bank's."""
+        return str(self._bank.model.name_or_path)
+
+    def identity(self) -> Identity:
+        """As it was when the bank was made."""
+        return self._bank._identity
+
+    def module_names(self) -> list[str]:
+        """Without the layers of the bank."""
+        return self._bank._module_names
+
+    def inject(self, file: AdapterFile, weights: Values) -> None:
+        """Fill a slot, which is the adapter's own from here on."""
+        bank = self._bank
+        sites = bank._sites(file, weights)
+        cache = is_cached_prefix(file.config)
+        if cache:
+            weights = split_cache([site.module for site in sites], weights[TABLE])
+        bank._wrap(sites)
+        values: dict[Stacks, Values] = {}
+        for site in sites:
+            layer = bank._layers[site.module, site.kind]
+            settings = bank._settings(site)
+            layer.check(settings)
+            values[layer.stacks] = layer.stored({leaf: weights[key] for leaf, key in site.keys.items()}, settings)
+        if TABLE in weights:
+            values[bank._prompts] = {"prompt": weights[TABLE].float()}
+        slot = bank._slot(self._name, values, self._keep)
+        self._remember()
+        bank._fill(slot, values)
+        bank._slots[self._name] = slot
+        bank._slots.move_to_end(self._name)
+        bank._ahead[self._name] = file.config["num_virtual_tokens"] if cache else 0
+        bank.files[self._name] = file
+
+    def load_processor(self, file: AdapterFile) -> Any:
+        """One for all adapters of the same settings; None for plain peft's, where the base brings none."""
+        bank, settings = self._bank, file.record.get("preprocessing")
+        task = task_of_file(file, bank.model.config)
+        base = str(bank.model.name_or_path or file.base_name)
+        key = json.dumps([task.name, base, settings], sort_keys=True)
+        if key not in bank._processors:
+            try:
+                bank._processors[key] = task.load_processor(base, settings)
+            except InlayError:
+                if file.record:
+                    raise
+                return None
+        return bank._processors[key]
+
+    def golden_output(self, file: AdapterFile, processor: Any) -> list[float]:
+        """Of one row of the bank; the same bytes on the same base give what they gave."""
+        bank, outputs = self._bank, self._bank._outputs
+        if file.digest not in outputs:
+            task = task_of_file(file, bank.model.config)
+            found = golden.output(_OneRow(bank, self._name), processor, task)
+            if not file.digest:
+                return found
+            outputs[file.digest] = found
+        return outputs[file.digest]
+
+    def withdraw(self) -> None:
+        """Leave the bank as it was, but for adapters that gave way: those are read again when they are asked for."""
+        if self._before is not None:
+            self._before()
+        self._bank._unwrap(self._layers)
+
+    def _remember(self) -> None:
+        """What has the name now, for `withdraw`."""
+        bank, name = self._bank, self._name
+        file, results, ahead = bank.files.get(name), bank.checks.get(name), bank._ahead.get(name, 0)
+        slot = bank._slots.get(name)
+        held = {}
+        if slot is not None:
+            for stacks in bank._stacks():
+                values = {key: stack[slot].clone() for key, stack in stacks._buffers.items() if stack is not None}
+                held[stacks] = values, stacks.sizes.get(slot, 0)
+
+        def give_back() -> None:
+            if slot is None or file is None or results is None:
+                for table in (bank._slots, bank._ahead, bank.files):
+                    table.pop(name, None)
+                return
+            for stacks, (values, size) in held.items():
+                stacks.put(slot, values)
+                stacks.sizes[slot] = size
+            bank.files[name], bank.checks[name], bank._ahead[name] = file, results, ahead
+
+        self._before = give_back
+
+
+class _OneRow(nn.Module):
+    """A bank whose batch has one row under one adapter, as the model that is asked for its golden output."""
+
+    def __init__(self, bank: Bank, name: str) -> None:
+        super().__init__()
+        self.model = bank.model
+        self.config = bank.model.config
+        self._ask = lambda inputs: bank(inputs, [name])
+
+    def forward(self, **inputs: Any) -> Any:
+        """The bank's output."""
+        return self._ask(inputs)
 
 
 def _named(adapters: Any) -> dict[str, str | Path]:

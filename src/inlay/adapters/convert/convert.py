@@ -24,9 +24,10 @@ from transformers.core_model_loading import WeightRenaming
 from inlay.adapters.convert.factors import Factors, read_factors
 from inlay.adapters.file import CONFIG, WEIGHTS, AdapterFile, read_adapter
 from inlay.adapters.hub.fetch import fetch
-from inlay.adapters.load import load_adapter, read_weights
+from inlay.adapters.load import load_adapter
 from inlay.adapters.patterns import check_patterns
 from inlay.adapters.save import save_adapter
+from inlay.adapters.weights import read_weights
 from inlay.bases.load import explained, read_config, resolve_base
 from inlay.bases.sites import is_linear, linear_shape
 from inlay.errors import InlayError
