@@ -3,6 +3,7 @@
     accelerate launch recipes/compare_vit.py
     accelerate launch recipes/compare_vit.py --methods all --epochs 5
     accelerate launch recipes/compare_vit.py --model FOLDER --dataset FOLDER --epochs 5 --seeds 0 --augment crop-flip
+    accelerate launch recipes/compare_vit.py --methods lora bottleneck --quantize 8bit
 
 Every method sees the same batches for the same number of epochs, at a learning rate of its own. A run that is
 broken off goes on when the command is given again.

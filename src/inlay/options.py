@@ -75,8 +75,14 @@ def _check_number(name: str, value: Any, kind: type, bounds: Mapping[str, Any]) 
         or (below is not None and value >= below)
     ):
         return
-    low = f"at least {least}" if least is not None else f"over {above}" if above is not None else ""
-    high = f"at most {most}" if most is not None else f"below {below}" if below is not None else ""
     what = "a whole number" if kind is int else "a number"
-    of = f" of {' and '.join(filter(None, (low, high)))}" if low or high else ""
-    raise InlayError(f"{name} must be {what}{of}, got {value!r}.")
+    raise InlayError(f"{name} must be {what}{_in_words(least, most, above, below)}, got {value!r}.")
+
+
+def _in_words(least: float | None, most: float | None, above: float | None, below: float | None) -> str:
+    """Such as ` from 0 to 1`, ` over 0`, ` of at least 0 and below 1`."""
+    if least is not None and most is not None:
+        return f" from {least} to {most}"
+    low = f"of at least {least}" if least is not None else f"over {above}" if above is not None else ""
+    high = f"at most {most}" if most is not None else f"below {below}" if below is not None else ""
+    return "".join(f" {part}" for part in (low, "and" if low and high else "", high) if part)

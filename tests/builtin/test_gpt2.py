@@ -92,7 +92,7 @@ def test_it_has_learnt_to_describe(model, tokenizer, topic, bound):
 
 
 def test_its_card_is_what_the_recipe_writes():
-    template = runpy.run_path(str(ROOT / "recipes" / "pretrain_gpt2.py"))["CARD"]
+    template = runpy.run_path(str(ROOT / "recipes" / "pretrain" / "gpt2.py"))["CARD"]
     fixed = map(re.escape, re.split(r"\{[^}]*\}", template))
     assert re.fullmatch(r"[\w.,]+".join(fixed), CARD)
 

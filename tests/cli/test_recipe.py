@@ -1,12 +1,14 @@
 """The command line of a recipe: options, settings files, and mistakes in both."""
 
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
 
-from inlay import Decoding, run_recipe
+from inlay import Decoding, TrainConfig, option, run_recipe
+from places import ROOT
 
 
 @dataclass
@@ -18,17 +20,28 @@ class Recipe:
     merge: bool = field(default=False, metadata={"help": "Or not."})
 
 
-def parsed(monkeypatch, *arguments):
+@dataclass
+class Kinds:
+    """Some kinds of options."""
+
+    rate: float = option(0.5, "A rate, in 100 %.", above=0, most=1)
+    rates: list[float] = option([], "More of them.", above=0)
+    kinds: list[Literal["a", "b"]] = option(["a"], "One or both.")
+    shuffle: bool = option(True, "Or not.")
+
+
+def parsed(monkeypatch, *arguments, train=None, defaults=None):
     """What `main` is called with."""
     found = []
+    defaults = defaults or [Recipe(model="other"), Decoding(max_new_tokens=7), *([train] if train else [])]
     monkeypatch.setattr(sys, "argv", ["recipe.py", *map(str, arguments)])
-    run_recipe(lambda *settings: found.extend(settings), Recipe(model="other"), Decoding(max_new_tokens=7))
+    run_recipe(lambda *settings: found.extend(settings), *defaults)
     return found
 
 
-def refused(monkeypatch, capsys, *arguments):
+def refused(monkeypatch, capsys, *arguments, **settings):
     with pytest.raises(SystemExit) as status:
-        parsed(monkeypatch, *arguments)
+        parsed(monkeypatch, *arguments, **settings)
     out, err = capsys.readouterr()
     assert status.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
     return err
@@ -58,6 +71,74 @@ def test_a_file_says_what_the_command_line_does_and_leaves_the_rest_as_it_was(mo
 )
 def test_a_mistake_on_the_command_line_is_one_sentence(monkeypatch, capsys, arguments, sentence):
     assert sentence in refused(monkeypatch, capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("--num_train_epochs", "Here it is --epochs."),
+        ("--num-train-epochs", "Here it is --epochs."),
+        ("--per_device_train_batch_size=8", "Here it is --batch_size, of all processes together."),
+        ("--lr", "Here it is --learning_rate."),
+        ("--lora_r", "Here it is --rank."),
+        ("--fp16", "Here it is --precision fp16."),
+        ("--max_steps", "Here it is --epochs, which may be a fraction."),
+        ("--gradient_accumulation_steps", "Here it is --accumulate: the pieces in which"),
+        ("--num_beams", "Here it is --beams."),
+        ("--load_in_8bit", "--help lists all."),  # an option that this recipe has under no name
+        ("--learn", "Did you mean --learning_rate?"),
+    ],
+)
+def test_a_name_from_elsewhere_is_answered_with_the_one_here(monkeypatch, capsys, option, sentence):
+    assert sentence in refused(monkeypatch, capsys, option, 1, train=TrainConfig())
+
+
+def test_a_mistake_is_answered_without_torch(tmp_path):
+    command = [sys.executable, "-X", "importtime", str(ROOT / "recipes/lora_vit.py"), "--lr", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert done.returncode == 2 and "error: there is no option --lr. Here it is --learning_rate." in done.stderr
+    assert "inlay.tasks.options" in imported
+    assert not imported & {"torch", "transformers", "peft", "accelerate", "datasets", "numpy"}
+
+
+def test_only_the_first_process_speaks(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as status:
+        parsed(monkeypatch, "--foo")
+    assert status.value.code == 2 and capsys.readouterr().err == ""
+
+
+def test_booleans_numbers_and_lists_as_users_write_them(monkeypatch):
+    recipe, _ = parsed(monkeypatch, "--merge", "no", "--bits=4bit", "--names", "x")
+    assert (recipe.merge, recipe.bits, recipe.names) == (False, "4bit", ["x"])
+    (run,) = parsed(monkeypatch, "--shuffle=false", "--kinds", "a", "b", "--rates", "1e-3", 2, defaults=[Kinds()])
+    assert run == Kinds(shuffle=False, kinds=["a", "b"], rates=[1e-3, 2.0])
+    assert parsed(monkeypatch, "--no-shuffle", defaults=[Kinds()]) == [Kinds(shuffle=False)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--rate", "-1e-3"], "rate must be a number over 0 and at most 1, got -0.001."),
+        (["--rate", "nan"], "rate must be a number over 0 and at most 1, got nan."),
+        (["--rates", "1", "0"], "rates must be a number over 0, got 0.0."),
+        (["--kinds", "c"], "argument --kinds: invalid choice: 'c'"),
+        (["--shuffle", "perhaps"], "argument --shuffle: expected true or false, got 'perhaps'."),
+        (["three"], "expected options such as --rate, got 'three'."),
+    ],
+)
+def test_a_value_out_of_its_bounds_is_one_sentence(monkeypatch, capsys, arguments, sentence):
+    assert sentence in refused(monkeypatch, capsys, *arguments, defaults=[Kinds()])
+
+
+def test_help_says_each_option_with_its_default(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as status:
+        parsed(monkeypatch, "--help", defaults=[Kinds()])
+    out = capsys.readouterr().out
+    assert (
+        status.value.code == 0 and "Some kinds" in out and "A rate, in 100 %. (default: 0.5)" in " ".join(out.split())
+    )
 
 
 @pytest.mark.parametrize(

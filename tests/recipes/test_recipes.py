@@ -2,15 +2,19 @@
 
 import ast
 import json
+import re
 import runpy
 import sys
+from dataclasses import fields
 
 import pytest
 
-from inlay import load_adapter, read_adapter
+from inlay import ImageTask, MaskTask, TextTask, TrainConfig, VolumeTask, load_adapter, read_adapter
 from places import ROOT
 
-RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+RECIPES = sorted((ROOT / "recipes").rglob("*.py"))
+PUBLIC = [path for path in RECIPES if path.parent.name == "recipes"]
+ADAPTERS = [path for path in PUBLIC if path.stem.endswith(("_vit", "_gpt2", "_sam")) and "compare" not in path.stem]
 
 
 def run(monkeypatch, name, *arguments):
@@ -60,7 +64,8 @@ def test_the_other_methods_train_save_and_load(monkeypatch, tmp_path, recipe, ar
 def test_a_composite_of_unknown_methods_is_one_sentence(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit):
         run(monkeypatch, "composite_vit.py", "--output_dir", tmp_path / "run", "--methods", "lora", "nothing")
-    assert "methods must be among lora" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "argument --methods: invalid choice: 'nothing'" in err and "prompt" in err
 
 
 def test_lora_vit_keeps_a_finished_run(trained, monkeypatch, capsys):
@@ -104,13 +109,95 @@ def test_a_mistake_is_one_sentence(monkeypatch, capsys, tmp_path, arguments, sen
     assert sentence in error
 
 
+IMPOSSIBLE = {
+    "rank": (0, -2),
+    "alpha": (0,),
+    "width": (0,),
+    "length": (0,),
+    "projection": (0,),
+    "last": (0, -1),
+    "token": (0,),
+    "dropout": (1.5, -0.1, "nan"),
+    "label_smoothing": (2, -0.1),
+    "max_length": (0,),
+    "crop": (0,),
+    "spacing_mm": ("-1",),
+    "flip": (3,),
+    "learning_rates": (0,),
+    "density": (0, 1.5),
+    "budget_mb": (0,),
+    "requests": (0,),
+    "learning_rate": (0, "-1e-3", "inf"),
+    "epochs": (0, -1),
+    "batch_size": (0,),
+    "warmup": (1.1,),
+    "seed": (-1,),
+}
+
+
+@pytest.mark.parametrize("path", PUBLIC, ids=lambda p: p.name)
+def test_an_impossible_value_is_one_sentence_before_anything_is_loaded(monkeypatch, capsys, path):
+    def loaded(*_):
+        raise AssertionError("a process was joined, and torch imported")
+
+    monkeypatch.setattr("inlay.cli.recipe._join", loaded)
+    (defaults,) = captured(monkeypatch, path)
+    names = {field.name for each in defaults for field in fields(each)}
+    tried = [(name, value) for name, values in IMPOSSIBLE.items() if name in names for value in values]
+    for name, value in tried:
+        with pytest.raises(SystemExit) as status:
+            run(monkeypatch, path.name, f"--{name}", value)
+        out, err = capsys.readouterr()
+        assert status.value.code == 2 and out == "" and err.count("\n") == 1
+        assert err.startswith(f"error: {name} must be ") and "got " in err
+    assert tried or path.stem in ("predict", "generate")
+
+
+def captured(monkeypatch, path):
+    """The dataclasses that a recipe hands to run_recipe."""
+    found = []
+    with monkeypatch.context() as patch:
+        patch.setattr("inlay.cli.recipe.run_recipe", lambda main, *defaults: found.append(defaults))
+        runpy.run_path(str(path), run_name="__main__")
+    return found
+
+
+@pytest.mark.parametrize("path", ADAPTERS, ids=lambda p: p.name)
+def test_sister_recipes_have_the_same_options(monkeypatch, path):
+    (defaults,) = captured(monkeypatch, path)
+    task = {"vit": ImageTask, "gpt2": TextTask, "sam": MaskTask}[path.stem.rpartition("_")[2]]
+    assert isinstance(defaults[1], VolumeTask if path.stem == "spatial_sam" else task)
+    assert isinstance(defaults[2], TrainConfig) and defaults[2].output_dir == f"runs/{path.stem}"
+
+
+def test_an_option_for_a_base_in_few_bits_is_refused_where_its_weights_are_trained(monkeypatch, capsys, tmp_path):
+    for name in ("partial_vit.py", "partial_gpt2.py", "partial_sam.py"):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, name, "--output_dir", tmp_path / "run", "--quantize", "8bit")
+        assert "error: weights in 8 or 4 bits cannot be trained" in capsys.readouterr().err
+
+
+def test_labels_are_smoothed_and_the_memory_is_said_before_training(monkeypatch, capsys, tmp_path):
+    arguments = ["--output_dir", tmp_path / "run", "--epochs", 0.05, "--workers", 0, "--label_smoothing", 0.2]
+    run(monkeypatch, "partial_vit.py", *arguments, "--augment", "none", "--cache_frozen", "memory")
+    out = capsys.readouterr().out
+    assert out.startswith("memory: base ") and "(batch 32)" in out and "cache_frozen stays off" not in out
+    file = read_adapter(tmp_path / "run" / "adapter")
+    assert file.metrics["training"]["label_smoothing"] == 0.2 and load_adapter(file.folder).deviation < 1e-4
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
 def test_recipes_keep_their_shape(path):
     text = path.read_text()
     imported = {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
-    assert 40 <= len(text.splitlines()) <= 150
+    assert 40 <= len(text.splitlines()) <= (80 if path in ADAPTERS else 150)
     assert not any(module and module.startswith("recipes") for module in imported), "recipes do not import each other"
+    if path in PUBLIC:
+        assert not any(module.startswith("inlay.") for module in imported), "recipes import public names only"
     if "save_adapter(" in text:
         (main,) = (n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == "main")
         assert ast.unparse(main.returns) == "Path" and isinstance(main.body[-1], ast.Return), "for --push_to"
     assert "    # 1. " in text and ast.unparse(ast.parse(text).body[-1].body[-1]).startswith("run_recipe(main")
+    if path in ADAPTERS:
+        steps = re.findall(r"^    # (\d)\. ", text, re.MULTILINE)
+        assert steps == list("12345")

@@ -158,13 +158,21 @@ def test_what_is_too_long_is_one_sentence(monkeypatch, capsys, tmp_path, pairs):
 @pytest.mark.parametrize(
     ("recipe", "arguments", "sentence"),
     [
-        ("lora_gpt2.py", ["--rank", 0], "rank and alpha must be at least 1, got 0 and 16"),
-        ("lora_gpt2.py", ["--label_smoothing", 2], "label smoothing is a share of the loss, from 0 to 1, got 2.0"),
+        ("lora_gpt2.py", ["--rank", 0], "rank must be a whole number of at least 1, got 0"),
+        (
+            "lora_gpt2.py",
+            ["--label_smoothing", 2],
+            "label_smoothing must be a number from 0 to 1, got 2.0",
+        ),
         ("lora_gpt2.py", ["--max_new_tokens", 256], "fits into 256 positions with a prompt of at least 1 token"),
         ("lora_gpt2.py", ["--model", "builtin:vit-tiny"], "builtin:vit-tiny is a vit for image-classification. Use"),
-        ("prompt_gpt2.py", ["--length", 0], "length must be at least 1, got 0"),
+        ("prompt_gpt2.py", ["--length", 0], "length must be a whole number of at least 1, got 0"),
         ("prompt_gpt2.py", ["--length", 300], "half of the base's 256 positions, but got a length of 300; lower it"),
-        ("prompt_gpt2.py", ["--init", "text", "--init_text", " "], "init_text is empty. Give one"),
+        (
+            "prompt_gpt2.py",
+            ["--init", "text", "--init_text", " "],
+            "init_text is empty, but the prompt is",
+        ),
         ("prompt_gpt2.py", ["--max_new_tokens", 240], "but got max_new_tokens 240 and 20 virtual tokens"),
     ],
 )

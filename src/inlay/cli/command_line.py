@@ -175,7 +175,8 @@ def _meant(option: str, values: Iterable[str]) -> str:
     here = _ELSEWHERE.get(name)
     if here is not None and re.findall(r"\w+", here)[0] in known:
         return f"Here it is {here}."
-    near = get_close_matches(name, sorted(known), 1)
+    begun = [option for option in sorted(known) if name and option.startswith(name)]
+    near = get_close_matches(name, sorted(known), 1) or begun
     return f"Did you mean --{near[0]}?" if near else "--help lists all."
 
 

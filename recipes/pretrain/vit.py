@@ -1,29 +1,29 @@
 """Pre-train the embedded ViT on nothing but generated pictures, on two CPU cores.
 
-    python recipes/pretrain_builtin.py                       # builtin:vit-tiny, about 13 minutes on 2 quiet cores
-    python recipes/pretrain_builtin.py --steps 100 --folder /tmp/try
+    python recipes/pretrain/vit.py                           # builtin:vit-tiny, about 13 minutes on 2 quiet cores
+    python recipes/pretrain/vit.py --steps 100 --folder /tmp/try
 
 The ViT learns to name a shape and its texture (SHAPE_LABELS) wherever they are in a cluttered picture. The weight
 matrices of its blocks are trained by Muon (Jordan et al. 2024; torch has it from 2.9 on), the rest by AdamW. Positions
-start from a small sine table, as few steps do not find them. pretrain_gpt2.py makes the GPT-2, pretrain_sam.py the SAM.
+start from a small sine table, as few steps do not find them. gpt2.py makes the GPT-2, sam.py the SAM.
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from inlay import run_recipe
+from inlay import option, run_recipe
 
 
 @dataclass
-class Recipe:
+class Pretraining:
     """How long, and where to."""
 
-    folder: str = field(default="src/inlay/builtin/vit-tiny", metadata={"help": "Where the base is saved."})
-    steps: int = field(default=4500, metadata={"help": "Optimiser steps."})
-    batch_size: int = field(default=64, metadata={"help": "Pictures a step."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak rate of AdamW; Muon's is 1.5 times that."})
-    seed: int = field(default=0, metadata={"help": "Seed of weights and pictures."})
+    folder: str = option("src/inlay/builtin/vit-tiny", "Where the base is saved.")
+    steps: int = option(4500, "Optimiser steps.", least=1)
+    batch_size: int = option(64, "Pictures a step.", least=1)
+    learning_rate: float = option(2e-3, "Peak rate of AdamW; Muon's is 1.5 times that.", above=0)
+    seed: int = option(0, "Seed of weights and pictures.", least=0)
 
 
 def new_model() -> Any:
@@ -55,7 +55,7 @@ def new_model() -> Any:
     return model
 
 
-def new_optimizers(model: Any, recipe: Recipe) -> list[Any]:
+def new_optimizers(model: Any, recipe: Pretraining) -> list[Any]:
     """Muon for the matrices of the blocks, AdamW for the rest, each with warm-up and cosine."""
     import torch
     from transformers import get_scheduler
@@ -80,13 +80,13 @@ without a download. It is truly pre-trained, and of little use beyond that.
   gradients, lines, specks and noise. No photographs, no handwriting, nobody's data.
 - **Quality**: names {accuracy:.1%} of {count:,} held-out pictures right, measured with the stored fp16 weights
   (by chance one in {config.num_labels}).
-- **Made by** `python recipes/pretrain_builtin.py`: seed {recipe.seed}, {recipe.steps:,} steps of
+- **Made by** `python recipes/pretrain/vit.py`: seed {recipe.seed}, {recipe.steps:,} steps of
   {recipe.batch_size} pictures, torch {torch}.
 - **Licence**: Apache-2.0, as inlay.
 """
 
 
-def main(recipe: Recipe) -> None:
+def main(recipe: Pretraining) -> None:
     """Generate, train, measure, save."""
     import torch
     from tqdm.auto import trange
@@ -147,4 +147,4 @@ def main(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Recipe())
+    run_recipe(main, Pretraining())

@@ -1,17 +1,17 @@
 """Pre-train the embedded language model, on text that comes with Python and on generated text, on two CPU cores.
 
-python recipes/pretrain_gpt2.py                          # builtin:gpt2-tiny, about 15 minutes on 2 quiet cores
+python recipes/pretrain/gpt2.py                          # builtin:gpt2-tiny, about 15 minutes on 2 quiet cores
 """
 
 import ast
 import platform
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics as reference
 from typing import Any
 
-from inlay import run_recipe
+from inlay import option, run_recipe
 from inlay.builtin.restaurants import Described, descriptions, renamed
 from inlay.files.atomic import writing
 
@@ -19,14 +19,14 @@ END, BLOCK = "<|endoftext|>", 256  # tokens
 
 
 @dataclass
-class Recipe:
+class Pretraining:
     """How long, and where to."""
 
-    folder: str = field(default="src/inlay/builtin/gpt2-tiny", metadata={"help": "Where the base is saved."})
-    steps: int = field(default=2200, metadata={"help": "Optimiser steps."})
-    batch_size: int = field(default=8, metadata={"help": "Blocks of 256 tokens a step."})
-    learning_rate: float = field(default=6e-3, metadata={"help": "Peak rate of AdamW and of Muon."})
-    seed: int = field(default=0, metadata={"help": "Seed of weights, descriptions and batches."})
+    folder: str = option("src/inlay/builtin/gpt2-tiny", "Where the base is saved.")
+    steps: int = option(2200, "Optimiser steps.", least=1)
+    batch_size: int = option(8, "Blocks of 256 tokens a step.", least=1)
+    learning_rate: float = option(6e-3, "Peak rate of AdamW and of Muon.", above=0)
+    seed: int = option(0, "Seed of weights, descriptions and batches.", least=0)
 
 
 def documents() -> list[str]:
@@ -60,8 +60,8 @@ def new_model(texts: list[str]) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def new_optimizers(model: Any, recipe: Recipe) -> list[Any]:
-    """As in pretrain_builtin.py: Muon for the matrices of the blocks, AdamW for the rest, with warm-up and cosine."""
+def new_optimizers(model: Any, recipe: Pretraining) -> list[Any]:
+    """As in vit.py: Muon for the matrices of the blocks, AdamW for the rest, with warm-up and cosine."""
     import torch
     from transformers import get_scheduler
 
@@ -85,12 +85,12 @@ recipes and tests run without a download. It is truly pre-trained, and of little
 - **Quality**: perplexity per token {trained[0]:.1f} on held-out prose, {trained[1]:.2f} on held-out descriptions and
   {trained[2]:.2f} on restaurants, which it never saw, measured with the stored fp16 weights (untrained
   {untrained[0]:,.0f}, {untrained[1]:,.0f} and {untrained[2]:,.0f}).
-- **Made by** `recipes/pretrain_gpt2.py`: seed {recipe.seed}, {recipe.steps:,} steps of {recipe.batch_size} blocks.
+- **Made by** `recipes/pretrain/gpt2.py`: seed {recipe.seed}, {recipe.steps:,} steps of {recipe.batch_size} blocks.
 - **Licence**: Apache-2.0, as inlay. Python's texts (PSF licence) were read for training only; none is stored here.
 """
 
 
-def main(recipe: Recipe) -> None:
+def main(recipe: Pretraining) -> None:
     """Collect, train, measure, save."""
     import torch
 
@@ -147,4 +147,4 @@ def main(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Recipe())
+    run_recipe(main, Pretraining())

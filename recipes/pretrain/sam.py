@@ -1,18 +1,18 @@
 """Pre-train the embedded SAM on generated scenes, on one CPU core.
 
-    python recipes/pretrain_sam.py                           # builtin:sam-tiny, about 20 minutes on a quiet core
+    python recipes/pretrain/sam.py                           # builtin:sam-tiny, about 20 minutes on a quiet core
 
 As in Segment Anything (Kirillov et al. 2023, arXiv:2304.02643): a point or a box asks for a mask, the best of three
 answers counts; then points in the errors, with the mask itself half of the time, ask for a single better one.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import SamConfig, SamImageProcessorPil, SamModel, get_scheduler
 
-from inlay import run_recipe
+from inlay import option, run_recipe
 from inlay.builtin.scenes import scenes
 from inlay.files.atomic import writing
 from inlay.tasks.masks.clicks import conversation, score
@@ -23,14 +23,14 @@ SIDE, PROMPTS = 128, 8  # pixels; objects asked for in each picture
 
 
 @dataclass
-class Recipe:
+class Pretraining:
     """How long, and where to."""
 
-    folder: str = field(default="src/inlay/builtin/sam-tiny", metadata={"help": "Where the base is saved."})
-    steps: int = field(default=1600, metadata={"help": "Optimiser steps."})
-    batch_size: int = field(default=10, metadata={"help": "Scenes a step."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak rate of AdamW and of Muon."})
-    seed: int = field(default=0, metadata={"help": "Seed of weights, scenes and prompts."})
+    folder: str = option("src/inlay/builtin/sam-tiny", "Where the base is saved.")
+    steps: int = option(1600, "Optimiser steps.", least=1)
+    batch_size: int = option(10, "Scenes a step.", least=1)
+    learning_rate: float = option(3e-3, "Peak rate of AdamW and of Muon.", above=0)
+    seed: int = option(0, "Seed of weights, scenes and prompts.", least=0)
 
 
 def new_model() -> Any:
@@ -61,8 +61,8 @@ def new_processor() -> Any:
     return SamImageProcessorPil(**sizes, **masks)
 
 
-def new_optimizers(model: Any, recipe: Recipe) -> list[Any]:
-    """As in pretrain_builtin.py: Muon for the matrices of the blocks, AdamW for the rest, with warm-up and cosine."""
+def new_optimizers(model: Any, recipe: Pretraining) -> list[Any]:
+    """As in vit.py: Muon for the matrices of the blocks, AdamW for the rest, with warm-up and cosine."""
     model.shared_image_embedding.requires_grad_(False)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     inner = {k: p for k, p in named.items() if p.ndim == 2 and ".layers." in k and "rel_pos" not in k}
@@ -92,7 +92,7 @@ pre-trained, and of little use beyond that.
   | scenes | 1 point | 3 points | box |
   |---|---|---|---|
 {table}
-- **Made by** `python recipes/pretrain_sam.py`: seed {recipe.seed}, {recipe.steps:,} steps of {recipe.batch_size}
+- **Made by** `python recipes/pretrain/sam.py`: seed {recipe.seed}, {recipe.steps:,} steps of {recipe.batch_size}
   scenes, torch {torch}.
 - **Licence**: Apache-2.0, as inlay.
 """
@@ -105,7 +105,7 @@ def measure(model: Any, kind: str) -> list[float]:
     return [float(sum(each.mean() for each in column) / 16) for column in zip(*parts, strict=True)]
 
 
-def main(recipe: Recipe) -> None:
+def main(recipe: Pretraining) -> None:
     """Generate, train, measure, save."""
     # 1. data: drawn on the way; held-out scenes have a seed apart. 2. model
     torch.manual_seed(recipe.seed)
@@ -147,4 +147,4 @@ def main(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Recipe())
+    run_recipe(main, Pretraining())
