@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -94,6 +95,9 @@ def test_csv_and_json_hold_what_is_there(evaluation, tmp_path):
     assert told["scores"]["accuracy"] == {"value": 0.5, "low": 0.25, "high": 0.75}
     assert told["base"]["accuracy"]["low"] is None and told["confusion"] == [[1, 1], [0, 1]]
     assert "rows" not in evaluation.summary() and len(told["rows"]) == 2
+    assert evaluation.summary()["confusion"] == [[1, 1], [0, 1]]
+    large = replace(evaluation, labels=[str(i) for i in range(101)], confusion=[[0] * 101] * 101)
+    assert "confusion" not in large.summary() and len(large.to_dict()["confusion"]) == 101
 
 
 @pytest.mark.parametrize("classes", [2, 12, 40, 70])

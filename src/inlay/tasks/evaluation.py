@@ -14,6 +14,7 @@ from inlay.files.atomic import replacing
 
 Split: TypeAlias = Literal["validation", "test", "train", "all"]
 SPLITS = ("validation", "test", "train", "all")
+SMALL = 100  # classes up to which a confusion matrix is kept in metrics.json
 TITLES = {
     "accuracy": "Accuracy",
     "bleu": "BLEU",
@@ -82,16 +83,19 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
-        """All but the rows and the data's name, as JSON takes it: what goes into metrics.json."""
+        """What goes into metrics.json: all but the rows, the data's name and a confusion matrix of many classes."""
         kept = {"split": self.split, "count": self.count, "unit": self.unit, "scores": _plain(self.scores)}
         kept |= {} if self.base is None else {"base": _plain(self.base)}
         kept |= {"per_class": self.per_class} if self.per_class else {}
-        kept |= {} if self.confusion is None else {"labels": self.labels, "confusion": self.confusion}
+        kept |= self._matrix() if len(self.labels) <= SMALL else {}
         return kept | {"notes": self.notes}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
-        return {"data": self.data, "task": self.task, **self.summary(), "rows": self.rows}
+        return {"data": self.data, "task": self.task, **self.summary(), **self._matrix(), "rows": self.rows}
+
+    def _matrix(self) -> dict[str, Any]:
+        return {} if self.confusion is None else {"labels": self.labels, "confusion": self.confusion}
 
     def write_csv(self, path: str | Path) -> Path:
         """Write `rows` with a header; the file appears whole, or stays as it was."""
