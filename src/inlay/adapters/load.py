@@ -147,6 +147,7 @@ def load_adapter(
         refuse_biases(file.config, file.name)
     weights = read_weights(file)
     model = given_base(base) if isinstance(base, nn.Module) else load_own_base(file, base, dtype, quantize)
+    model.new_poolers = [name for name in file.record.get("head", []) if name.rpartition(".")[2] == "pooler"]
     if file.record:
         check_base(file, identity(model))
     if getattr(model, "new_head", False) and not isinstance(base, nn.Module):
@@ -161,6 +162,7 @@ def mount(file: AdapterFile, weights: dict[str, torch.Tensor], model: PreTrained
         InlayError: Settings, names or shapes that do not fit; another golden output.
     """
     task = task_of_file(file, model.config)
+    task.complete_base(model)
     processor = task.load_processor(model.name_or_path, file.record.get("preprocessing"))
     undo = _undo(model)
     try:
@@ -205,6 +207,7 @@ def given_base(base: nn.Module) -> PreTrainedModel:
         raise InlayError(f"expected the base as a name or a transformers model, got {type(base).__name__}.")
     if carries_adapter(base):
         raise InlayError("this base carries an adapter already; give another copy of it, or unload that one first.")
+    base.config.architectures = [type(base).__name__]  # that of the file it came from may have had another head
     return base
 
 
