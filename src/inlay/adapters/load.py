@@ -179,6 +179,8 @@ class OwnBase:
             self.base = given_base(asked)
         else:
             self.base = load_own_base(file, asked, self._dtype, self._quantize)
+        heads = file.record.get("head", [])
+        self.base.new_poolers = [name for name in heads if name.rpartition(".")[2] == "pooler"]
         return str(self.base.name_or_path)
 
     def identity(self) -> Identity:
@@ -195,6 +197,7 @@ class OwnBase:
         if getattr(self.base, "new_head", False) and not self.shared:
             _check_head(file, self.base)
         self.task = task_of_file(file, self.base.config)
+        self.task.complete_base(self.base)
         self.restore = _undo(self.base)
         if file.labels and self.task.classifies:
             set_head(self.base, file)
@@ -226,6 +229,7 @@ def given_base(base: nn.Module) -> PreTrainedModel:
         raise InlayError(f"expected the base as a name or a transformers model, got {type(base).__name__}.")
     if carries_adapter(base):
         raise InlayError("this base carries an adapter already; give another copy of it, or unload that one first.")
+    base.config.architectures = [type(base).__name__]  # that of the file it came from may have had another head
     return base
 
 

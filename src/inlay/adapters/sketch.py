@@ -49,10 +49,10 @@ def precision_of(model: torch.nn.Module) -> str:
 
 def _weights(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     modules = list(base_modules(model, originals=True))
-    heads = head_of(modules[0][1])
+    heads = tuple(f"{head}." for head in head_of(modules[0][1]))
     for name, module in modules:
         weight = module._parameters.get("weight")
-        if name.split(".")[0] not in heads and weight is not None and weight.ndim >= 2:
+        if not f"{name}.".startswith(heads) and weight is not None and weight.ndim >= 2:
             yield name, module
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -74,7 +74,8 @@ def load_pretrained(
 
     Returns:
         The model in eval mode, no parameter requiring a gradient; `model.name_or_path` is `name`, `model.new_head` says
-        whether the head was drawn here.
+        whether the head was drawn here. A pooler that the head reads and the weights lack, such as that of a BERT that
+        was trained to fill masks, is drawn with it, and belongs to it from then on (`model.new_poolers`).
 
     Raises:
         InlayError: No network, weights that are not safetensors or do not fit their own config, bitsandbytes missing or
@@ -103,6 +104,8 @@ def load_pretrained(
         raise
     except Exception as error:  # whatever a strange config or damaged weights make transformers raise
         raise explained(name, error) from error
+    if new_head:
+        model.new_poolers = _missing_poolers(model, report["missing_keys"])
     _check_report(name, model, report, new_head)
     if new_head:
         _draw_head(model)
@@ -112,6 +115,7 @@ def load_pretrained(
         flatten_inputs()
     model.name_or_path = model.config._name_or_path = name
     model.new_head = new_head
+    model.config.architectures = [type(model).__name__]  # the stored one may have another head, or none
     return model.requires_grad_(False).eval()
 
 
@@ -203,9 +207,13 @@ def _check_report(name: str, model: PreTrainedModel, report: dict[str, Any], new
     """transformers re-initialises what does not fit, with no more than a warning: allow that for a new head only."""
     heads = head_of(model)
     odd = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
-    odd = sorted(key for key in odd if not (new_head and key.split(".")[0] in heads))
+    fresh = tuple(f"{head}." for head in heads)
+    odd = sorted(key for key in odd if not (new_head and key.startswith(fresh)))
     if odd:
-        hint = " Give the labels of your task for a new head." if all(k.split(".")[0] in heads for k in odd) else ""
+        poolers = tuple(f"{pooler}." for pooler in _missing_poolers(model, odd))
+        hint = (
+            " Give the labels of your task for a new head." if all(k.startswith(fresh + poolers) for k in odd) else ""
+        )
         raise InlayError(
             f"the weights of {name} do not fit its config: {len(odd)} tensors are missing or of another shape, "
             f"{odd[0]!r} first.{hint}"
@@ -215,6 +223,14 @@ def _check_report(name: str, model: PreTrainedModel, report: dict[str, Any], new
         match = re.match(r"(.+?)\.\d+\.", key)
         if match and match[1] in blocks:
             raise InlayError(f"the weights of {name} do not fit its config: it has no place for {key!r}.")
+
+
+def _missing_poolers(model: PreTrainedModel, missing: Iterable[str]) -> list[str]:
+    """The poolers, between backbone and head, of which the weights have nothing at all."""
+    absent = set(missing)
+    poolers = [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2] == "pooler"]
+    inside = {name: {f"{name}.{key}" for key, _ in module.named_parameters()} for name, module in poolers}
+    return [name for name, keys in inside.items() if keys and keys <= absent]
 
 
 def _draw_head(model: PreTrainedModel) -> None:

@@ -194,8 +194,9 @@ def sites(model: nn.Module) -> Sites:
             _said.add(label)
             logger.warning("%s by structure: %d blocks; the first of each: %s", label, len(full["blocks"]), first)
     beside = [name for name, child in children.items() if any(True for _ in child.parameters())] if prefix else []
-    head = tuple(name for name in beside if f"{name}." != prefix and name not in OTHER_INPUTS)
-    return Sites(source=kind if listed else "structure", head=head, **full)
+    head = [name for name in beside if f"{name}." != prefix and name not in OTHER_INPUTS]
+    head += getattr(model, "new_poolers", []) if head else []
+    return Sites(source=kind if listed else "structure", head=tuple(head), **full)
 
 
 def _backbones(model: nn.Module) -> tuple[str, str]:
@@ -349,6 +350,8 @@ def _around(block: Modules, first: str, last: str, hidden: int) -> str:
 def head_modules(model: nn.Module) -> list[str]:
     """Names of the task head: the parameter-holding children of a transformers model beside its backbone.
 
+    A pooler inside the backbone counts with them where the weights had none, so that it was drawn as the head was.
+
     Raises:
         InlayError: The model has no backbone and head to tell apart.
     """
@@ -366,7 +369,8 @@ def _heads(model: nn.Module) -> list[str]:
     """What stands beside the backbone; nothing where the model is a backbone itself."""
     children = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
     backbone = [name for name in (*_backbones(model), "vision_encoder") if name in children][:1]
-    return [name for name in children if name not in backbone] if backbone else []
+    heads = [name for name in children if name not in backbone] if backbone else []
+    return [*heads, *getattr(model, "new_poolers", [])] if heads else []
 
 
 def lora_targets(model: nn.Module, sites: Literal["all", "attention"] = "all") -> list[str]:

@@ -50,9 +50,11 @@ def load_base(
     chosen = _chosen(name, config, task)
     if labels is not None and not chosen.classifies:
         raise InlayError(f"{name} is {chosen.base_noun}, which has no classes; leave labels out.")
-    return load_pretrained(
+    base = load_pretrained(
         name, chosen.auto_class, config, labels=labels, dtype=dtype, quantize=quantize, revision=revision
     )
+    chosen.complete_base(base)
+    return base
 
 
 def load_skeleton(

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 import evaluate
 from datasets import Features, Value
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from inlay.errors import InlayError
 
@@ -66,3 +66,13 @@ class F1(ClassMetric):
 
     def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
         return {"f1": float(f1_score(references, predictions, average="macro"))}
+
+
+class Matthews(ClassMetric):
+    """Matthews correlation, -1 to 1: 0 for guessing, also where one class is far more frequent than the others.
+
+    Source: Matthews 1975; `sklearn.metrics.matthews_corrcoef`.
+    """
+
+    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+        return {"matthews": float(matthews_corrcoef(references, predictions))}

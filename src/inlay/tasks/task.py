@@ -108,6 +108,10 @@ class Task(ABC):
         """Whether it can be loaded for this task when that is asked for; most bases have one task only."""
         return self.takes_base(config)
 
+    def complete_base(self, base: Any) -> None:
+        """Give a model, in place, what it needs for this task beside its weights and labels; most need nothing."""
+        return
+
     # Processors: what makes a model's input.
 
     @abstractmethod
