@@ -17,6 +17,8 @@ class FieldHelp(griffe.Extension):
         text = _help(getattr(node, "value", None))
         if text and attr.parent:
             self._help.setdefault(attr.parent.path, []).append(f"    {attr.name}: {text}")
+        if isinstance(attr.value, griffe.ExprCall) and str(attr.value.function) == "option":
+            attr.value = attr.value.arguments[0]  # the default, for the signature
 
     def on_class_members(self, *, cls: griffe.Class, **kwargs: Any) -> None:
         """Griffe calls this for every class after its members."""

@@ -32,6 +32,10 @@ BLOCKS = [block for page in PAGES for block in read_blocks(page)]
 COMMANDS = [command for block in BLOCKS if block.language in ("bash", "") for command in read_commands(block)]
 
 
+def name(page):
+    return str(page.relative_to(ROOT))
+
+
 def of_language(*languages):
     return [block for block in BLOCKS if block.language in languages]
 
@@ -166,7 +170,7 @@ def test_commands_that_need_no_connection_run(block, monkeypatch, capsys, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if any(b.language == "python" for b in read_blocks(page))], ids=str
+    "page", [page for page in PAGES if any(b.language == "python" for b in read_blocks(page))], ids=name
 )
 def test_python_blocks_run(page, monkeypatch, tmp_path):
     """Those of a page one after the other, as a reader would type them into one session."""
@@ -249,7 +253,7 @@ def test_a_wrong_line_is_found(monkeypatch):
 # ---- links and words
 
 
-@pytest.mark.parametrize("page", PAGES, ids=str)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_relative_links_and_paths_exist(page):
     text = FENCED.sub("", page.read_text())
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
