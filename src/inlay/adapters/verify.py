@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from inlay.adapters.checks import CHECKS, Candidate, run_check
+from inlay.adapters.checks import CHECKS, Candidate, Result, run_check
 from inlay.adapters.file import AdapterFile, Reading, read_adapter
 from inlay.adapters.hub.fetch import fetch
 from inlay.adapters.load import OwnBase
@@ -17,12 +17,12 @@ class Finding:
 
     Attributes:
         what: Was checked: a name of CHECKS, or what metrics.json tells.
-        result: ok, failed, or not recorded: the adapter does not say what it should be.
+        result: ok, failed, not recorded (the adapter does not say what it should be), or left out as was asked.
         remark: The figure, or the reason.
     """
 
     what: str
-    result: Literal["ok", "failed", "not recorded"]
+    result: Literal["failed"] | Result
     remark: str
 
 
