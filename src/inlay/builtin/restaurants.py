@@ -59,12 +59,15 @@ def descriptions(topic: str, count: int, *, seed: int, references: int = 5) -> l
         InlayError: An unknown topic, or a number out of range.
     """
     if topic not in TOPICS or count < 0 or not 1 <= references <= 8:
-        wanted = f"a topic of {', '.join(TOPICS)}, count >= 0 and 1 to 8 references"
-        raise InlayError(f"expected {wanted}, but got {topic!r}, {count} and {references}. Change them.")
+        raise InlayError(
+            f"topic must be one of {', '.join(TOPICS)}, count at least 0 and references 1 to 8, got {topic!r}, "
+            f"{count} and "
+            f"{references}."
+        )
     sizes = [len(TOPICS[topic].nouns), *map(len, TOPICS[topic].slots.values())]
     most = prod(size + 1 for size in sizes) // 2  # each slot has a value or is absent; near to all, drawing gets slow
     if count > most:
-        raise InlayError(f"expected at most {most} {topic}, as there are not many more, but got {count}. Lower it.")
+        raise InlayError(f"there are only about {most} different {topic}, got a count of {count}; lower it.")
     return list(islice(_distinct(topic, seed, references), count))
 
 

@@ -88,7 +88,7 @@ def _weighted(text: str) -> tuple[str, float]:
     try:
         return (path, float(number)) if found else (text, 1.0)
     except ValueError:
-        raise InlayError(f"expected ADAPTER=WEIGHT, such as runs/a=0.5, but got {text!r}.") from None
+        raise InlayError(f"{text!r} must be ADAPTER=WEIGHT, such as runs/a=0.5.") from None
 
 
 VERBS: dict[str, Callable[..., None]] = {"merge": merge, "combine": combine}

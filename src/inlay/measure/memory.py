@@ -319,9 +319,9 @@ def _device(model: nn.Module, device: str | torch.device | None) -> torch.device
     try:
         where = torch.device(device)
     except RuntimeError as error:
-        raise InlayError(f"expected a device such as cpu or cuda, but got {device!r}.") from error
+        raise InlayError(f"unknown device {device!r}; use cpu or cuda.") from error
     if where.type == "cuda" and not torch.cuda.is_available():  # torch would end the process
-        raise InlayError(f"expected a device of this machine, but got {where}, and torch finds no GPU here.")
+        raise InlayError(f"the device {where} was asked for, but torch finds no GPU on this machine.")
     return where
 
 

@@ -62,7 +62,7 @@ def read_table(path: Path) -> Table:
     """
     kind, name = kind_of(path), str(path)
     if kind not in KINDS:
-        raise InlayError(f"expected a table or text ({', '.join(KINDS)}), but got {name!r}. Convert it.")
+        raise InlayError(f"{name!r} is neither a table nor text ({', '.join(KINDS)}); convert it.")
     if kind == ".parquet":
         table = _parquet(path)
     else:
@@ -77,8 +77,7 @@ def read_table(path: Path) -> Table:
             table = _json_lines(text, name)
     twice = [column for column in dict.fromkeys(table.names) if table.names.count(column) > 1]
     if not len(table) or twice:
-        wanted = "columns with names of their own" if twice else "rows"
-        raise InlayError(f"expected {wanted} in {name!r}, but got {some(twice) or 'none'}. Mend the file.")
+        raise InlayError(f"{name!r} has two columns {some(twice)}; rename one." if twice else f"{name!r} has no rows.")
     return table
 
 
@@ -106,14 +105,14 @@ def _text(path: Path) -> str:
         if path.suffix.lower() == ".gz":
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
-        raise InlayError(f"expected a file that can be read, but got {reason(error)} in '{path}'. Mend it.") from error
+        raise InlayError(f"'{path}' cannot be read: {reason(error)}.") from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise InlayError(f"expected UTF-8 in '{path}', but line {line} is not. Save the file as UTF-8.") from error
+        raise InlayError(f"line {line} of '{path}' is not UTF-8; save the file as UTF-8.") from error
     if not text.strip():
-        raise InlayError(f"expected text in '{path}', but got an empty file. Pass another.")
+        raise InlayError(f"'{path}' is empty.")
     return text
 
 
@@ -135,8 +134,9 @@ def _separated(text: str, name: str, separator: str) -> Table:
     table = Table(name, header, lambda column: [row[header.index(column)] for row in rows], places, "line")
     wrong = [i for i, row in enumerate(rows) if len(row) != len(header)]
     if wrong:
-        wanted = f"{len(header)} values in every row, as in the header"
-        raise InlayError(f"expected {wanted}, but got more or fewer in {table.where(wrong)}. Mend them.")
+        raise InlayError(
+            f"{table.where(wrong)}: the header names {len(header)} columns, and these have more or fewer values."
+        )
     return table
 
 
@@ -159,7 +159,7 @@ def _json(text: str, name: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InlayError(f"expected JSON in {name!r}, but {where} is not ({reason(error)}). Mend it.") from error
+        raise InlayError(f"{where} of {name!r} is not JSON: {reason(error)}.") from error
 
 
 def _objects(rows: list[Any], name: str, places: Sequence[int], unit: Literal["line", "row"]) -> Table:
@@ -167,7 +167,7 @@ def _objects(rows: list[Any], name: str, places: Sequence[int], unit: Literal["l
     names = list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
     table = Table(name, names, lambda column: [row.get(column) for row in rows], places, unit)
     if wrong:
-        raise InlayError(f"expected JSON objects with named values, but got others in {table.where(wrong)}. Mend them.")
+        raise InlayError(f"{table.where(wrong)}: expected JSON objects with named values.")
     return table
 
 
@@ -179,5 +179,5 @@ def _parquet(path: Path) -> Table:
         rows = ParquetFile(path).read()
         rows.validate(full=True)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise InlayError(f"expected a parquet file, but got {reason(error)} in '{path}'. Mend it.") from error
+        raise InlayError(f"'{path}' cannot be read as parquet: {reason(error)}.") from error
     return Table(str(path), rows.column_names, lambda name: rows.column(name).to_pylist(), range(1, len(rows) + 1))

@@ -72,14 +72,15 @@ def load_images(
         InlayError: The data cannot be found or read, or its pictures, labels and splits make no task.
     """
     if not 0 < validation < 1 or corrupt not in ("refuse", "skip"):
-        wanted = "validation between 0 and 1, and corrupt 'refuse' or 'skip'"
-        raise InlayError(f"expected {wanted}, but got {validation} and {corrupt!r}. Change them.")
+        raise InlayError(
+            f"validation must be a share between 0 and 1, and corrupt refuse or skip, got {validation} and {corrupt!r}."
+        )
     path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for an unknown user
     splits = _splits(name, path, revision)
     first = "train" if "train" in splits else next(iter(splits))
     if not len(splits[first]) or (first != "train" and len(splits) > 1):
         sizes = {split: len(rows) for split, rows in splits.items()}
-        raise InlayError(f"expected rows in a split 'train' of {name!r}, but got {sizes}. Rename one.")
+        raise InlayError(f"{name!r} has no rows in a split 'train', but {sizes}; rename one.")
     image, label = _columns(splits[first], name, image_column, label_column)
     has_labels = (s for s in VALIDATION if s != first and s in splits and _has_labels(splits[s], label))
     chosen = [first, *has_labels][:2]
@@ -166,7 +167,7 @@ def _builtin(name: str) -> datasets.Dataset:
         # Not a seed that pre-training would use: the base has seen none of these.
         (pictures, ids), labels = shapes(4000, seed=20_000), list(SHAPE_LABELS)
     else:
-        raise InlayError(f"expected builtin:digits or builtin:shapes, but got {name!r}. Use one of them.")
+        raise InlayError(f"unknown data {name!r}; the embedded images are builtin:digits and builtin:shapes.")
     features = datasets.Features({"image": PICTURE, "label": datasets.ClassLabel(names=labels)})
     return datasets.Dataset.from_dict({"image": list(pictures), "label": ids}, features=features)
 
@@ -227,9 +228,11 @@ def _tables(files: list[Path]) -> dict[str, datasets.Dataset]:
         splits.setdefault(split, []).append(glob.escape(str(file)))
     kinds = {file.suffix.lower() for file in files}
     if not kinds <= TABLES.keys() or len(kinds) > 1 or (files[1:] and not all(found)):
-        wanted = f"one table ({', '.join(TABLES)}), or several of a kind named after splits (train.csv)"
-        got = some([file.name for file in files])
-        raise InlayError(f"expected class folders, {wanted}, but got {got}. Pass the one that is meant.")
+        has = some([file.name for file in files])
+        raise InlayError(
+            f"image data is class folders, one table ({', '.join(TABLES)}), or several of a kind named after splits "
+            f"(train.csv), but this folder has {has}; pass the one you mean."
+        )
     builder, options = TABLES[kinds.pop()]
     hidden, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
@@ -256,8 +259,11 @@ def _columns(rows: datasets.Dataset, name: str, image: str | None, label: str | 
     labels = [label] if label else labels or (others if len(others) == 1 else [])
     for what, found in (("image", images), ("label", labels)):
         if len(found) != 1 or found[0] not in kinds:
-            got = f"{some(found) or 'none'} among {some(list(kinds))}"
-            raise InlayError(f"expected one {what} column in {name!r}, but got {got}. Pass {what}_column.")
+            raise InlayError(
+                f"{name!r} must have one {what} column, but has {some(found) or 'none'} among {some(list(kinds))}; "
+                "pass "
+                f"{what}_column."
+            )
     return images[0], labels[0]
 
 
@@ -277,10 +283,12 @@ def _words(rows: datasets.Dataset, label: str, where: str) -> list[str]:
     gaps = [i for i, v in enumerate(values) if v is None or v != v or v == "" or (named and v < 0)]
     if gaps:
         got = f"{len(gaps)} rows have none (from 0: {some(gaps)})"
-        raise InlayError(f"expected a label in every row of {where}, but {got}. Fill or remove them.")
+        raise InlayError(f"every row of {where} needs a label, but {got}; fill or remove them.")
     if not named and not re.fullmatch(r"(large_)?string|u?int\d+|bool", _dtype(feature)):
-        got = f"{_dtype(feature)} in column {label!r} of {where}"
-        raise InlayError(f"expected words or whole numbers as labels, but got {got}. Convert it.")
+        raise InlayError(
+            f"labels must be words or whole numbers, but column {label!r} of {where} holds {_dtype(feature)}; "
+            "convert it."
+        )
     return [feature.names[value] if named else str(value) for value in values]
 
 
@@ -293,11 +301,12 @@ def _sorted(words: Sequence[str]) -> list[str]:
 def _check_classes(words: dict[str, list[str]], name: str) -> None:
     train, *held = map(set, words.values())
     if len(train) < 2:
-        raise InlayError(f"expected two classes or more in {name!r}, but got {some(list(train))}. Add another.")
+        raise InlayError(f"{name!r} has one class, {some(list(train))}; a classifier needs at least two.")
     unknown = _sorted(list(set().union(*held) - train))
     if unknown:
-        got = f"{some(unknown)} in validation alone"
-        raise InlayError(f"expected all classes of {name!r} in training, but got {got}. Add or remove them.")
+        raise InlayError(
+            f"{some(unknown)} of {name!r} occur only in validation; add training images of them, or remove them."
+        )
 
 
 def _rows(rows: datasets.Dataset, image: str, ids: list[int], base: Path) -> datasets.Dataset:
@@ -358,7 +367,7 @@ def _stratified(ids: Sequence[int], labels: Sequence[str], share: float, seed: i
         held += rows[: min(max(1, round(len(rows) * share)), len(rows) - 1)]
     single = [labels[label] for label, rows in groups.items() if len(rows) == 1]
     if not held:
-        raise InlayError(f"expected two pictures of a class or more, but got one of {some(single)}. Add some.")
+        raise InlayError(f"there is only one image of each of {some(single)}, so none can be held out; add some.")
     if single:
         logger.warning("classes with one picture, which stays in training: %s.", some(single))
     return sorted(held)

@@ -27,7 +27,7 @@ class ImageView(torch.utils.data.Dataset):
 
     def __init__(self, rows: Any, processor: Any, augment: Augment = "none") -> None:
         if augment not in ("none", "crop", "crop-flip"):
-            raise InlayError(f"expected augment 'none', 'crop' or 'crop-flip', but got {augment!r}. Use one.")
+            raise InlayError(f"augment must be none, crop or crop-flip, got {augment!r}.")
         self.rows, self.processor, self.augment = rows, processor, augment
 
     def __len__(self) -> int:

@@ -71,7 +71,7 @@ def load_masks(
     """
     if not 0 < validation < 1 or meaning not in ("instances", "classes") or (limit is not None and limit < 1):
         raise InlayError(
-            "expected validation between 0 and 1, meaning 'instances' or 'classes' and a limit of 1 or more, but got "
+            "validation must be between 0 and 1, meaning instances or classes, and limit at least 1, got "
             f"{validation}, {meaning!r} and {limit}. Change them."
         )
     train, held = _own_splits(name)
@@ -114,7 +114,7 @@ def _own_splits(name: str) -> tuple[list[Masked], list[Masked]]:
     if name.startswith("builtin:"):
         return _scenes(name)
     if not folder.is_dir():
-        raise InlayError(f"expected builtin:scenes or a folder with images/ and labels/, but got {name!r}. Pass one.")
+        raise InlayError(f"{name!r} is no folder; pass builtin:scenes, or a folder with images/ and labels/.")
     if (folder / "train").is_dir():
         second = next((folder / split for split in VALIDATION if (folder / split).is_dir()), None)
         return _pairs(folder / "train"), _pairs(second) if second else []
@@ -125,13 +125,13 @@ def _hold_out(train: list[Masked], share: float, seed: int, name: str) -> tuple[
     order = np.random.default_rng(seed).permutation(len(train))
     count = min(max(1, round(share * len(train))), len(train) - 1)
     if not count:
-        raise InlayError(f"expected two pictures or more in {name!r}, but got one. Add others.")
+        raise InlayError(f"{name!r} has one image, so none can be held out; add some.")
     return [train[i] for i in sorted(order[count:])], [train[i] for i in sorted(order[:count])]
 
 
 def _scenes(name: str) -> tuple[list[Masked], list[Masked]]:
     if name != "builtin:scenes":
-        raise InlayError(f"expected builtin:scenes, but got {name!r}. Use it.")
+        raise InlayError(f"unknown data {name!r}; the embedded scenes are builtin:scenes.")
     from inlay.builtin.scenes import scenes
 
     made = scenes(200, seed=20_000, kind="cells")  # pre-training draws `mixed` scenes alone

@@ -102,9 +102,9 @@ def load_texts(
             there is nothing to hold out.
     """
     if not 0 < validation < 1:
-        raise InlayError(f"expected validation between 0 and 1, but got {validation}. Change it.")
+        raise InlayError(f"validation must be a share between 0 and 1, got {validation}.")
     if prompt_column and not completion_column:
-        raise InlayError("expected completion_column with prompt_column, but got the latter alone. Pass both.")
+        raise InlayError("prompt_column needs completion_column; pass both.")
     splits, plain = _own_splits(name, revision, prompt_column, completion_column)
     if "validation" in splits:
         _say_overlap(splits["train"], splits["validation"])
@@ -171,10 +171,10 @@ def _own_splits(
         tables["test"] = [table for table in tables["test"] if _has_completions(table, columns)]
     splits = {split: [row for table in found for row in _rows(table, columns)] for split, found in tables.items()}
     if len({type(prompt) for rows in splits.values() for prompt, _ in rows}) > 1:
-        raise InlayError(f"expected chat messages or text in all of {name!r}, but got both. Pass them apart.")
+        raise InlayError(f"{name!r} mixes chat messages and plain text; split it into two data sets.")
     empty = [split for split, rows in splits.items() if not rows and tables[split]]
     if empty:
-        raise InlayError(f"expected text in {', '.join(empty)} of {name!r}, but got none. Fill it or leave it out.")
+        raise InlayError(f"{', '.join(empty)} of {name!r} has no text; fill it or leave it out.")
     plain = columns.prompt is None and isinstance(splits["train"][0][0], str)
     return splits, plain
 
@@ -193,7 +193,7 @@ def _tables(name: str, path: Path, revision: str | None) -> dict[str, list[Table
     if "train" not in named and len(found) == 1:
         named = {"train": next(iter(found))}
     if "train" not in named or not len(found[named["train"]]):
-        raise InlayError(f"expected rows in a split 'train' of {name!r}, but got {some(list(found))}. Use another.")
+        raise InlayError(f"{name!r} has no rows in a split 'train'; it has {some(list(found))}.")
     return {split: [_table(found[own], own, name)] for split, own in named.items() if len(found[own])}
 
 
@@ -204,7 +204,7 @@ def _table(rows: datasets.Dataset, split: str, name: str) -> Table:
 
 def _builtin(name: str) -> dict[str, list[Table]]:
     if name != "builtin:restaurants":
-        raise InlayError(f"expected builtin:restaurants, but got {name!r}. Use it, or pass a file.")
+        raise InlayError(f"unknown data {name!r}; the embedded texts are builtin:restaurants.")
     from inlay.builtin.restaurants import split_restaurants
 
     tables = {}
@@ -224,9 +224,12 @@ def _folder(folder: Path) -> dict[str, list[Table]]:
         named = dict.fromkeys(named or files, "train")
     kinds = {kind_of(file) for file in named}
     if "train" not in named.values() or len(kinds) > 1:
-        wanted = f"files of one kind ({', '.join(KINDS)}) called after splits (train.csv)"
-        got = some([file.name for file in files]) or "none"
-        raise InlayError(f"expected {wanted} in {str(folder)!r}, but got {got}. Pass the one that is meant.")
+        has = some([file.name for file in files]) or "no such file"
+        raise InlayError(
+            f"{str(folder)!r} must hold files of one kind ({', '.join(KINDS)}) named after splits (train.csv), but "
+            f"has {has}; "
+            "pass the one you mean."
+        )
     if unused:
         logger.warning("%d files are not called after a split and not used: %s.", len(unused), some(unused))
     tables: dict[str, list[Table]] = {}
@@ -257,7 +260,7 @@ def _columns(table: Table, prompt: str | None, completion: str | None) -> Column
         wanted = some([c for c in (prompt, completion) if c]) if completion else f"columns such as {wanted}"
         got = " as well as ".join(" and ".join(filter(None, c)) for c in choices) or some(table.names)
         raise InlayError(
-            f"expected {wanted} in {table.name!r}, but got {got}. Rename the columns, or give load_texts "
+            f"{table.name!r} needs {wanted}, but has {got}; rename the columns, or give load_texts "
             f"prompt_column and completion_column, or the latter alone for chat messages and running text."
         )
     below = "input" if choices[0][0] == "instruction" and _find(table, "input") else None
@@ -275,7 +278,7 @@ def _has_completions(table: Table, columns: Columns) -> bool:
 def _rows(table: Table, columns: Columns) -> list[Row]:
     """Prompt and completion of every row, checked."""
     if not len(table):
-        raise InlayError(f"expected rows in {table.name!r}, but got none. Fill it or leave it out.")
+        raise InlayError(f"{table.name!r} has no rows; fill it or leave it out.")
     texts = _values(table, columns.completion)
     if columns.prompt is None and (columns.completion == "messages" or isinstance(texts[0], list)):
         return _chats(table, columns.completion, texts)
@@ -300,7 +303,7 @@ def _check_text(table: Table, column: str, values: Sequence[Any]) -> None:
 def _values(table: Table, column: str) -> Sequence[Any]:
     found = _find(table, column)
     if found is None:
-        raise InlayError(f"expected a column {column!r} in {table.name!r}, but got {some(table.names)}. Add it.")
+        raise InlayError(f"{table.name!r} has no column {column!r}, it has {some(table.names)}; add it.")
     return table.column(found)
 
 
@@ -314,7 +317,7 @@ def _is_text(value: Any) -> bool:
 
 def _refuse(table: Table, rows: Sequence[int], wanted: str, got: str) -> None:
     if rows:
-        raise InlayError(f"expected {wanted}, but got {got} in {table.where(rows)}. Mend or remove what is named.")
+        raise InlayError(f"{table.where(rows)}: expected {wanted}, got {got}. Fix or remove them.")
 
 
 def _chats(table: Table, column: str, chats: Sequence[Any]) -> list[Row]:
@@ -342,8 +345,9 @@ def _held_out(rows: list[Row], share: float, seed: int, name: str) -> tuple[list
     keys = [_key(prompt) for prompt, _ in rows]
     prompts = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
     if len(prompts) < 2:
-        got = f"one for all of {len(rows)} rows"
-        raise InlayError(f"expected two prompts or more in {name!r}, but got {got}. Add a validation file beside it.")
+        raise InlayError(
+            f"all {len(rows)} rows of {name!r} have one prompt, so none can be held out; add a validation file."
+        )
     held = set(prompts[: min(max(1, round(len(prompts) * share)), len(prompts) - 1)])
     parts: tuple[list[Row], list[Row]] = ([], [])
     for key, row in zip(keys, rows, strict=True):
@@ -364,7 +368,7 @@ def _last_part(rows: list[Row], share: float, name: str) -> tuple[list[Row], lis
     parts = ([*rows[:row], ("", text[:at])], [("", text[at:]), *rows[row + 1 :]])
     train, held = ([(prompt, text) for prompt, text in part if text.strip()] for part in parts)
     if not train or not held:
-        raise InlayError(f"expected text to hold out from {name!r}, but got too little. Add a validation file.")
+        raise InlayError(f"{name!r} is too short to hold out a part of it; add a validation file.")
     return train, held
 
 

@@ -52,14 +52,18 @@ class Decoding:
             if not isinstance(value, int) or value < least:
                 raise InlayError(f"{name} must be a whole number of at least {least}, got {value!r}.")
         if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or not math.isfinite(self.length_penalty):
-            wanted = "temperature of at least 0, top_p over 0 and up to 1, and a finite length_penalty"
             got = f"{self.temperature}, {self.top_p} and {self.length_penalty}"
-            raise InlayError(f"expected {wanted}, but got {got}. Change them.")
+            raise InlayError(
+                "temperature must be at least 0, top_p over 0 and at most 1, and length_penalty a finite number, "
+                f"got {got}."
+            )
         if self.no_repeat_ngram == 1:
             raise InlayError("no_repeat_ngram 1 would forbid every word of the prompt. Set it to 2 or more, or to 0.")
         if self.beams > 1 and self.temperature:
-            got = f"beams {self.beams} with temperature {self.temperature}"
-            raise InlayError(f"expected beam search or sampling, but got {got}. Set beams to 1 or temperature to 0.")
+            raise InlayError(
+                f"beams {self.beams} is beam search and temperature {self.temperature} sampling; set beams to 1 or "
+                "temperature to 0."
+            )
         if self.top_p < 1 and not self.temperature:
             raise InlayError(f"top_p {self.top_p} needs sampling, but temperature is 0. Set a temperature.")
         if self.length_penalty != 1 and self.beams == 1:
@@ -99,7 +103,7 @@ def generate(
     decoding = decoding or Decoding()
     base = _base_of(model)
     if isinstance(prompts, str):
-        raise InlayError("expected a list of prompts, but got a string. Wrap it in a list.")
+        raise InlayError("prompts must be a list, got a string; wrap it in a list.")
     prompts = [processor.conversation(prompt) for prompt in prompts]
     settings = _settings(processor, decoding, _ends(base, processor, prompts))
     ids = _fit(processor.encode_prompts(prompts), _room(model, base, decoding), processor.start)
@@ -143,8 +147,7 @@ def _base_of(model: nn.Module) -> PreTrainedModel:
     """The language model under an adapter, if there is one."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(base, "generate") or base.config.is_encoder_decoder:
-        got = f"{type(base).__name__}, which writes no text"
-        raise InlayError(f"expected a causal language model, but got {got}. Take an adapter of a language model.")
+        raise InlayError(f"{type(base).__name__} writes no text; use a causal language model.")
     return base
 
 
@@ -187,8 +190,9 @@ def _room(model: nn.Module, base: PreTrainedModel, decoding: Decoding) -> int | 
     room = positions - virtual - decoding.max_new_tokens
     if room < 1:
         got = f"max_new_tokens {decoding.max_new_tokens}" + (f" and {virtual} virtual tokens" if virtual else "")
-        wanted = f"a text that fits into {positions} positions with a prompt of at least 1 token"
-        raise InlayError(f"expected {wanted}, but got {got}. Lower max_new_tokens.")
+        raise InlayError(
+            f"the base reads {positions} tokens, and {got} leave no room for a prompt; lower max_new_tokens."
+        )
     return room
 
 

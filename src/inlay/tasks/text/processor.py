@@ -43,8 +43,9 @@ class TextProcessor:
         max_length: int | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
-            got = f"{type(tokenizer).__name__} without one"
-            raise InlayError(f"expected a tokenizer with an eos token, but got {got}. Set its eos_token.")
+            raise InlayError(
+                f"{type(tokenizer).__name__} has no eos token, with which completions end; set its eos_token."
+            )
         tokenizer.padding_side = "left"
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -57,11 +58,10 @@ class TextProcessor:
         self.max_length = min(tokenizer.model_max_length, LONGEST) if max_length is None else max_length
         if self.max_length > tokenizer.model_max_length:
             raise InlayError(
-                f"expected max_length of {tokenizer.model_max_length} at most, as the base reads no more, but got "
-                f"{max_length}. Lower it."
+                f"max_length is {max_length}, but the base reads {tokenizer.model_max_length} tokens at most; lower it."
             )
         if self.max_length < len(self.start) + 2:
-            raise InlayError(f"expected max_length of {len(self.start) + 2} or more, but got {max_length}. Raise it.")
+            raise InlayError(f"max_length must be at least {len(self.start) + 2}, got {max_length}.")
 
     def conversation(self, prompt: Prompt) -> Prompt:
         """A prompt as the model was trained to be asked: where it is to chat, a text as a user's first message."""
@@ -153,8 +153,11 @@ class TextProcessor:
             key for key, kind in kinds.items() if not isinstance(settings, dict) or type(settings.get(key)) is not kind
         ]
         if wrong:
-            wanted = f"the settings of a text processor ({', '.join(kinds)})"
-            raise InlayError(f"expected {wanted}, but got others for {', '.join(wrong)}. Save the adapter again.")
+            raise InlayError(
+                f"the settings of the text processor are wrong for {', '.join(wrong)}; they are {', '.join(kinds)}. "
+                "Save the "
+                "adapter again."
+            )
         options = {key: settings[key] for key in ("separator", "chat", "max_length")}
         processor = cls(tokenizer, **options)
         found = processor.to_dict()
@@ -164,7 +167,8 @@ class TextProcessor:
             )
             got = f"{found['tokenizer']!r} with {found['size']:,} ({found['vocabulary']!r})"
             raise InlayError(
-                f"expected the tokenizer of training, {wanted}, but got {got}. Load the base it was made for."
+                f"the adapter was trained with the tokenizer {wanted}, but this base has {got}; load the base it "
+                "was made for."
             )
         if found["chat_template"] != settings.get("chat_template"):
             logger.warning(
@@ -212,22 +216,22 @@ class TextProcessor:
     def _render(self, chat: Sequence[Any], asked: bool = True) -> str:
         """A conversation as its template writes it, when `asked` up to where the assistant is to speak."""
         if self.tokenizer.chat_template is None:
-            got = f"{type(self.tokenizer).__name__} without one"
             raise InlayError(
-                f"expected a tokenizer with a chat template, but got {got}. Use a chat model's, or plain prompts."
+                f"{type(self.tokenizer).__name__} has no chat template; use a chat model's tokenizer, or plain prompts."
             )
         messages = [dict(message) for message in chat]
         found = next(filter(None, (self._named.search(str(message.get("content"))) for message in messages)), None)
         if found:
-            got = f"{found[0]!r}, a special token of {type(self.tokenizer).__name__}"
-            raise InlayError(f"expected messages of text alone, but got {got}, in one. Take it out, or write it apart.")
+            raise InlayError(
+                f"a message holds {found[0]!r}, a special token of {type(self.tokenizer).__name__}; remove it, or "
+                "write it "
+                "with spaces."
+            )
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked)
         except Exception as error:  # a template is a program in the tokenizer's files, and refuses what it likes
             got = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            raise InlayError(
-                f"expected a chat that its template takes, but got: {got}. Change the messages."
-            ) from error
+            raise InlayError(f"the chat template refuses this conversation: {got}. Change the messages.") from error
 
     def _vocabulary(self) -> str:
         """A hash that differs where a text would get other tokens, or another start or end."""

@@ -91,9 +91,8 @@ def load_volumes(
         InlayError: No such data, images or label maps without a partner, fewer than two cases, no classes.
     """
     if not 0 < validation < 1 or modality not in (None, "mr", "ct", "other"):
-        got = f"{validation} and {modality!r}"
         raise InlayError(
-            f"expected validation between 0 and 1 and modality 'mr', 'ct' or 'other', but got {got}. Change them."
+            f"validation must be between 0 and 1, and modality mr, ct or other, got {validation} and {modality!r}."
         )
     found = _whole_cases(name)
     train, held = found.train, found.validation
@@ -102,7 +101,7 @@ def load_volumes(
     named = _classes(found, name)
     names = tuple(named.values() if labels is None else labels)
     if len(names) != len(named) or not all(names) or len(set(names)) < len(names) or isinstance(labels, str):
-        raise InlayError(f"expected {len(named)} names of classes, each once, but got {labels!r}. Change them.")
+        raise InlayError(f"labels must be {len(named)} different class names, got {labels!r}.")
     train, held = ([replace(case, values=tuple(named)) for case in cases] for cases in (train, held))
     return VolumeData(name, tuple(train), tuple(held), names, modality or found.modality or "other")
 
@@ -141,8 +140,7 @@ def _whole_cases(name: str) -> Found:
     if found.faults:
         got = some([f"{file} ({fault})" for file, fault in found.faults])
         raise InlayError(
-            f"expected an image and a label map of every case in {name!r}, but got {got}. Mend them; `inlay audit` "
-            f"lists all."
+            f"{name!r} needs an image and a label map for every case: {got}. Fix them; `inlay audit` lists all."
         )
     return found
 
@@ -151,7 +149,7 @@ def _classes(found: Found, name: str) -> dict[int, str]:
     """Values in the label maps and the names of their classes."""
     named = found.labels or {value: f"class {value}" for value in _values([*found.train, *found.validation])}
     if not named:
-        raise InlayError(f"expected label maps with a class, but all of {name!r} are empty. Pass others.")
+        raise InlayError(f"all label maps of {name!r} are empty.")
     return named
 
 
@@ -163,7 +161,7 @@ def find_cases(name: str) -> Found:
     """
     if name.startswith("builtin:"):
         if name != "builtin:volumes":
-            raise InlayError(f"expected builtin:volumes, but got {name!r}. Use it, or pass a folder.")
+            raise InlayError(f"unknown data {name!r}; the embedded scans are builtin:volumes.")
         from inlay.builtin.bodies import LABELS, bodies
 
         values = tuple(range(1, len(LABELS) + 1))
@@ -240,9 +238,7 @@ def _describe(path: Path, found: Found) -> dict[str, Any]:
         channel = str(channels if isinstance(channels, str) else next(iter(channels.values()), ""))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         got = f"'{path}' ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-        raise InlayError(
-            f'expected a dataset.json with \'labels\' as {{"1": "name"}}, each one number, but got {got}. Mend it.'
-        ) from error
+        raise InlayError(f'{got}: labels in dataset.json must be {{"1": "name"}}, each one number.') from error
     values.pop(0, None)
     if len(channels) > 1 and not isinstance(channels, str):
         found.faults.append((str(path), f"{len(channels)} channels: inlay reads one"))
@@ -264,8 +260,7 @@ def _labelled(entries: Any) -> list[Any]:
 def _listed(entries: Any, folder: Path, found: Found) -> list[Case]:
     """Cases that dataset.json lists, as {"image", "label"} relative to it."""
     if not isinstance(entries, list) or len(_labelled(entries)) < len(entries):
-        got = f"'{folder / 'dataset.json'}' with others"
-        raise InlayError(f'expected a list \'training\' of {{"image", "label"}}, but got {got}. Mend it.')
+        raise InlayError(f"training in '{folder / 'dataset.json'}' must be a list of objects with image and label.")
     cases = []
     for entry in entries:
         paths = [folder / str(entry.get(key)) for key in ("image", "label")]
@@ -283,7 +278,7 @@ def _listed(entries: Any, folder: Path, found: Found) -> list[Case]:
 def _split(cases: list[Case], share: float, seed: int, name: str) -> tuple[list[Case], list[Case]]:
     """Training and validation cases, by rank of a hash of their names: a new case moves few others."""
     if len(cases) < 2:
-        raise InlayError(f"expected two cases or more in {name!r}, but got {len(cases)}. Add some.")
+        raise InlayError(f"{name!r} has {len(cases)} case, so none can be held out; add some.")
     ranked = sorted(cases, key=lambda case: hashlib.sha256(f"{seed}:{case.name}".encode()).digest())
     held = {case.name for case in ranked[: min(max(1, round(len(cases) * share)), len(cases) - 1)]}
     return [case for case in cases if case.name not in held], [case for case in cases if case.name in held]
@@ -296,7 +291,7 @@ def _values(cases: Sequence[Case]) -> list[int]:
     values = sorted(found - {0})
     if len(values) > CLASSES or (values and values[0] < 0):
         got = f"{len(values)} values from {values[0]} to {values[-1]}"
-        raise InlayError(f"expected label maps with 1 to {CLASSES} classes above 0, but got {got}. Pass label maps.")
+        raise InlayError(f"label maps have 1 to {CLASSES} classes above 0, but these hold {got}.")
     return values
 
 
@@ -315,8 +310,8 @@ def read_labels(case: Case) -> tuple[np.ndarray, np.ndarray]:
     if array.dtype.kind not in "bui":
         whole = np.round(array)
         if not np.array_equal(whole, array) or np.abs(array).max() >= 2**31:
-            raise InlayError(f"expected whole numbers in a label map, but got others in {where!r}. Pass a label map.")
+            raise InlayError(f"{where!r} holds numbers that are not whole, so it is no label map.")
         array = whole.astype(np.int32)
     if array.ndim != 3:
-        raise InlayError(f"expected a label map of three axes, but got {array.ndim} in {where!r}. Mend it.")
+        raise InlayError(f"the label map {where!r} has {array.ndim} axes; it needs three.")
     return array, affine if case.affine is None else case.affine

@@ -37,9 +37,7 @@ def draw_montage(image: np.ndarray, segmentation: Segmentation, path: str | Path
     path = output_name(path, PICTURES)
     if image.shape != segmentation.mask.shape:
         got = f"{image.shape} and {segmentation.mask.shape}"
-        raise InlayError(
-            f"expected an image on the mask's grid, but got shapes {got}. Read the scan that was segmented."
-        )
+        raise InlayError(f"image and mask have the shapes {got}; pass the scan that was segmented.")
     scan, affine = turned(image, segmentation.affine)
     mask, _ = turned(segmentation.mask, segmentation.affine)
     spacing, greys = spacing_of(affine), grey_range(scan)

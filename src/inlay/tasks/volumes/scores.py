@@ -151,7 +151,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         InlayError: No rows.
     """
     if not rows:
-        raise InlayError("expected rows of score_case to summarise, but got none. Score a case first.")
+        raise InlayError("there are no rows to summarise; score a case first.")
     labels = dict.fromkeys(row["class"] for row in rows)
     each = {label: _means([row for row in rows if row["class"] == label]) for label in labels}
     return _means(rows) | {"cases": len({row["case"] for row in rows}), "classes": each}
@@ -199,11 +199,11 @@ def _check(
 ) -> None:
     if predicted.shape != reference.shape or reference.ndim != 3:
         got = f"{predicted.shape} and {reference.shape}"
-        raise InlayError(f"expected two masks of three axes and one shape, but got {got}. Bring them to one grid.")
+        raise InlayError(f"masks must have three axes and one shape, got {got}; bring them to one grid.")
     if predicted.dtype.kind == "f" or reference.dtype.kind == "f":
-        raise InlayError("expected masks of whole numbers, but got floats. Take the argmax of the scores first.")
+        raise InlayError("masks must hold whole numbers, got floats; take the argmax of the scores first.")
     most = max(int(predicted.max()), int(reference.max()))
     if isinstance(labels, str) or most > len(labels):
-        raise InlayError(f"expected a name for each of {most} classes, but got {labels!r}. Pass them all.")
+        raise InlayError(f"{most} classes need a name each, got {labels!r}.")
     if len(spacing) != 3 or not all(0 < s < math.inf for s in [*spacing, tolerance]):
-        raise InlayError(f"expected lengths in mm above 0, but got spacing {spacing} and tolerance {tolerance}.")
+        raise InlayError(f"spacing and tolerance must be lengths in mm above 0, got {spacing} and {tolerance}.")

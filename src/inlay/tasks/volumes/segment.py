@@ -108,9 +108,8 @@ def segment(
             overlap or batch_size out of range.
     """
     if not 0 <= overlap < 1 or batch_size < 1:
-        got = f"{overlap} and {batch_size}"
         raise InlayError(
-            f"expected overlap from 0 to below 1 and batch_size of at least 1, but got {got}. Change them."
+            f"overlap must be from 0 to below 1 and batch_size at least 1, got {overlap} and {batch_size}."
         )
     from tqdm.auto import tqdm
 
@@ -154,9 +153,7 @@ def output_name(path: str | Path, suffixes: Sequence[str]) -> Path:
     """
     path = Path(path)
     if not path.name.endswith(tuple(suffixes)) or not path.parent.is_dir():
-        raise InlayError(
-            f"expected a name ending with {' or '.join(suffixes)} in a folder that exists, but got '{path}'."
-        )
+        raise InlayError(f"'{path}' must be a name ending with {' or '.join(suffixes)}, in a folder that exists.")
     return path
 
 

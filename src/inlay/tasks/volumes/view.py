@@ -55,11 +55,12 @@ class VolumeView(torch.utils.data.Dataset):
     ) -> None:
         bare = [case.name for case in cases if case.label is None]
         if not len(cases) or bare:
-            got = f"{bare[0]!r} without one" if bare else "none"
-            raise InlayError(f"expected cases with label maps, but got {got}. Pass others.")
+            raise InlayError(f"case {bare[0]!r} has no label map." if bare else "there are no cases.")
         if not set(flip) <= {0, 1, 2} or not 0 <= foreground <= 1 or not cache_gb >= 0:
-            wanted = "flip of axes 0, 1, 2, foreground from 0 to 1 and cache_gb from 0"
-            raise InlayError(f"expected {wanted}, but got {tuple(flip)}, {foreground} and {cache_gb}. Change them.")
+            raise InlayError(
+                "flip must name axes 0, 1 or 2, foreground be from 0 to 1 and cache_gb at least 0, got "
+                f"{tuple(flip)}, {foreground} and {cache_gb}."
+            )
         self.cases, self.processor = tuple(cases), processor
         self.training, self.augment, self.flip, self.foreground = training, augment, tuple(flip), foreground
         self.cache_gb = cache_gb
