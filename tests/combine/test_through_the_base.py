@@ -127,7 +127,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     status, out, _ = run(capsys, monkeypatch, a, b)
     assert status == 0 and "a and b:" in out and "interference" in out
     for wrong, sentence in [
-        (("a=x", "-o", "out"), "expected ADAPTER=WEIGHT"),
+        (("a=x", "-o", "out"), "'a=x' must be ADAPTER=WEIGHT"),
         ((a, f"{a}=2", "-o", "out"), "expected different adapters"),
         ((a, "--width", "wide", "-o", tmp_path / "none"), "width of at least 1 or 'auto'"),
         ((tmp_path / "nothing", "-o", "out"), "does not exist"),

@@ -164,8 +164,16 @@ def test_what_is_too_long_is_one_sentence(monkeypatch, capsys, tmp_path, pairs):
             ["--label_smoothing", 2],
             "label_smoothing must be a number from 0 to 1, got 2.0",
         ),
-        ("lora_gpt2.py", ["--max_new_tokens", 256], "fits into 256 positions with a prompt of at least 1 token"),
-        ("lora_gpt2.py", ["--model", "builtin:vit-tiny"], "builtin:vit-tiny is a vit for image-classification. Use"),
+        (
+            "lora_gpt2.py",
+            ["--max_new_tokens", 256],
+            "reads 256 tokens, which leaves no room for a prompt with max_new_tokens 256",
+        ),
+        (
+            "lora_gpt2.py",
+            ["--model", "builtin:vit-tiny"],
+            "builtin:vit-tiny is a vit without a tokenizer; use a language model",
+        ),
         ("prompt_gpt2.py", ["--length", 0], "length must be a whole number of at least 1, got 0"),
         ("prompt_gpt2.py", ["--length", 300], "half of the base's 256 positions, but got a length of 300; lower it"),
         (
@@ -173,7 +181,11 @@ def test_what_is_too_long_is_one_sentence(monkeypatch, capsys, tmp_path, pairs):
             ["--init", "text", "--init_text", " "],
             "init_text is empty, but the prompt is",
         ),
-        ("prompt_gpt2.py", ["--max_new_tokens", 240], "but got max_new_tokens 240 and 20 virtual tokens"),
+        (
+            "prompt_gpt2.py",
+            ["--max_new_tokens", 240],
+            "no room for a prompt with max_new_tokens 240 and 20 virtual tokens",
+        ),
     ],
 )
 def test_a_mistake_is_found_before_the_training(monkeypatch, capsys, tmp_path, pairs, recipe, arguments, sentence):
@@ -222,7 +234,7 @@ def test_generate_scores_as_the_training_did(trained, pairs, monkeypatch, capsys
     [
         (
             ["--adapter", HUB / "digits-lora-vit-tiny"],
-            "ViTForImageClassification, which writes no text. Take an adapter",
+            "ViTForImageClassification writes no text; use a causal language model, or an adapter",
         ),
         (
             ["--dataset", "builtin:restaurants", "--scores", "/no/folder/x.json"],

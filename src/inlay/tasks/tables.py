@@ -145,21 +145,21 @@ def _json_lines(text: str, name: str) -> Table:
     # Not splitlines: a JSON string may hold other ends of lines, such as U+2028.
     for place, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            rows.append(_json(line, name, f"line {place}"))
+            rows.append(_json(line, f"line {place} of {name!r}"))
             places.append(place)
     return _objects(rows, name, places, "line")
 
 
 def _array(text: str, name: str) -> Table:
-    rows = _json(text, name, "it")
+    rows = _json(text, repr(name))
     return _objects(rows, name, range(1, len(rows) + 1), "row")
 
 
-def _json(text: str, name: str, where: str) -> Any:
+def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InlayError(f"{where} of {name!r} is not JSON: {reason(error)}.") from error
+        raise InlayError(f"{where} is not JSON: {reason(error)}.") from error
 
 
 def _objects(rows: list[Any], name: str, places: Sequence[int], unit: Literal["line", "row"]) -> Table:

@@ -223,7 +223,7 @@ def test_folders_that_make_no_task(tmp_path):
     save(tmp_path / "a.jpg")
     refused("class folders", "there are none", name=str(tmp_path))
     class_folders(tmp_path, a=2)
-    refused("two classes", "a", name=str(tmp_path))
+    refused("has one class, a;", "at least two", name=str(tmp_path))
     (tmp_path / "b").mkdir()
     refused("'b' holds no pictures", name=str(tmp_path))
     class_folders(tmp_path / "b", deep=1)
@@ -233,14 +233,14 @@ def test_folders_that_make_no_task(tmp_path):
 def test_classes_of_validation_must_be_in_training(tmp_path):
     class_folders(tmp_path / "train", a=1, b=1)
     class_folders(tmp_path / "val", a=1, z=1)
-    refused("z in validation alone", name=str(tmp_path))
+    refused("the classes z of", "only in validation", name=str(tmp_path))
 
 
 def test_class_of_one_picture_stays_in_training(tmp_path, caplog):
     data = load_images(str(class_folders(tmp_path / "x", a=4, b=1)))
     assert (per_class(data, data.train), per_class(data, data.validation)) == ({"a": 3, "b": 1}, {"a": 1})
     assert "one picture" in caplog.text
-    refused("two pictures", name=str(class_folders(tmp_path / "y", a=1, b=1)))
+    refused("only one image of each of a, b", "none can be held out", name=str(class_folders(tmp_path / "y", a=1, b=1)))
 
 
 # Broken pictures
@@ -342,7 +342,7 @@ def test_tables_that_make_no_task(tmp_path, capfd):
     refused("label column", "nix", name=csv(table, "image,label", *rows(1, 2)), label_column="nix")
     refused("label", "2 rows", "1, 3", name=csv(table, "image,label", *rows("x", "", "y", "")))
     refused("whole numbers", "float64", name=csv(table, "image,label", *rows(0.5, 1.5, 0.5, 1.5)))
-    refused("two classes", name=csv(table, "image,label", *rows(1, 1, 1, 1)))
+    refused("has one class, 1;", "at least two", name=csv(table, "image,label", *rows(1, 1, 1, 1)))
     refused("no data", name=csv(table, "image,label"))
     capfd.readouterr()
     refused("csv", "a.csv", name=csv(table, "image,label", "0.png,x", '"0.png'))
@@ -449,7 +449,7 @@ def test_hub_name_and_revision_go_to_datasets(monkeypatch):
 def test_settings_are_checked(tmp_path):
     for share in (0, 1, -0.5, float("nan")):
         refused("between 0 and 1", name="builtin:digits", validation=share)
-    refused("'refuse' or 'skip'", name="builtin:digits", corrupt="maybe")
+    refused("corrupt refuse or skip", "'maybe'", name="builtin:digits", corrupt="maybe")
     refused("revision", name="builtin:digits", revision="main")
     refused("revision", name=str(tmp_path), revision="main")
 

@@ -199,7 +199,7 @@ def test_a_long_prompt_is_cut_at_its_start(method, virtual, caplog):
         by_hand(model, begins, prompt[2 - room :], 8)  # <s> is kept
     ]
     assert generate(model, processor, ["xyz"], Decoding(max_new_tokens=63 - virtual))
-    with pytest.raises(InlayError, match="64 positions"):
+    with pytest.raises(InlayError, match="reads 64 tokens, which leaves no room for a prompt"):
         generate(model, processor, ["x"], Decoding(max_new_tokens=64 - virtual))
 
 
@@ -220,16 +220,16 @@ def test_a_chat_ends_where_its_template_ends_an_answer():
 def test_mistakes_are_named():
     model, processor = build("gpt2"), characters()
     assert generate(model, processor, [], Decoding(max_new_tokens=8)) == []
-    with pytest.raises(InlayError, match="list of prompts"):
+    with pytest.raises(InlayError, match="prompts must be a list, got a string"):
         generate(model, processor, "name")
     with pytest.raises(InlayError, match="ViTForImageClassification"):
         generate(build("vit"), processor, ["x"])
     for settings, words in (
         ({"max_new_tokens": 0}, "max_new_tokens must be"),
         ({"beams": 1.5}, "beams must be"),
-        ({"beams": 4, "temperature": 0.5}, "beam search or sampling"),
-        ({"temperature": -1.0}, "temperature of at least 0"),
-        ({"temperature": float("nan")}, "temperature of at least 0"),
+        ({"beams": 4, "temperature": 0.5}, "beams 4 is beam search and temperature 0.5 sampling"),
+        ({"temperature": -1.0}, "temperature must be at least 0"),
+        ({"temperature": float("nan")}, "temperature must be at least 0"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p over 0"),
         ({"top_p": 0.9}, "temperature is 0"),
         ({"length_penalty": 0.9}, "Set beams"),

@@ -111,7 +111,7 @@ def test_the_signature_says_what_was_computed():
 
 def test_mistakes_are_named():
     for texts, references, prompts, words in (
-        ([], [], None, "at least one text"),
+        ([], [], None, "needs one text and its references, got 0 texts"),
         (["a"], [["a"], ["b"]], None, "1 texts, 2 lists of references"),
         (["a"], [["a"]], ["p", "q"], "2 prompts"),
         (["a", "b"], [["a"], []], None, "none for text 1"),

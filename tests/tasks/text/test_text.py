@@ -90,9 +90,9 @@ def test_columns_of_other_names(tmp_path):
     refused("prompt and completion as well as source and target", "completion_column", name=name)
     assert everything(name, prompt_column="source", completion_column="TARGET") == [("c", "d"), ("g", "h")]
     assert load_texts(name, completion_column="target").plain
-    refused("expected prompt, nothing in", "a.csv", name=name, prompt_column="prompt", completion_column="nothing")
-    refused("completion_column with prompt_column", name=name, prompt_column="source")
-    refused("mr and ref", "but got x, y", name=write(tmp_path / "b.csv", "x,y", "a,b"))
+    refused("a.csv' needs prompt, nothing", name=name, prompt_column="prompt", completion_column="nothing")
+    refused("prompt_column needs completion_column", name=name, prompt_column="source")
+    refused("mr and ref", "but has x, y", name=write(tmp_path / "b.csv", "x,y", "a,b"))
 
 
 def test_ends_of_lines_within_json(tmp_path):
@@ -134,21 +134,21 @@ def test_files_that_do_not_read(tmp_path):
     (tmp_path / "a.csv").write_bytes("mr,ref\na,b\nc,\u00e9\n".encode("latin-1"))
     refused("UTF-8", "a.csv", "line 3", name=tmp_path / "a.csv")
     (tmp_path / "b.csv").write_bytes(b"\xef\xbb\xbf \n")
-    refused("empty file", "b.csv", name=tmp_path / "b.csv")
-    refused("rows in", "but got none", name=write(tmp_path / "c.csv", "mr,ref"))
-    refused("2 values in every row", "(lines 3, 4)", name=write(tmp_path / "d.csv", "mr,ref", "a,b", "c", "d,e,f"))
+    refused("b.csv' is empty", name=tmp_path / "b.csv")
+    refused("c.csv' has no rows", name=write(tmp_path / "c.csv", "mr,ref"))
+    refused("the header names 2 columns", "(lines 3, 4)", name=write(tmp_path / "d.csv", "mr,ref", "a,b", "c", "d,e,f"))
     refused("line 3 does not", name=write(tmp_path / "e.csv", "mr,ref", "a,b", 'a,"b', "c,d"))
     refused("line 2 does not", name=write(tmp_path / "f.tsv", "mr\tref", 'a\t"b" c'))
-    refused("names of their own", "but got ref", name=write(tmp_path / "g.csv", "mr,ref,ref", "a,b,c"))
-    refused("JSON in", "line 2 is not", name=write(tmp_path / "a.jsonl", '{"prompt": "a", "completion": "b"}', "{"))
+    refused("g.csv' has two columns ref", name=write(tmp_path / "g.csv", "mr,ref,ref", "a,b,c"))
+    refused("line 2 of", "is not JSON", name=write(tmp_path / "a.jsonl", '{"prompt": "a", "completion": "b"}', "{"))
     refused("JSON objects", "(line 1)", name=write(tmp_path / "b.jsonl", "[1]"))
-    refused("JSON in", name=write(tmp_path / "c.jsonl", "[" * 100_000))
-    refused("JSON in", name=write(tmp_path / "d.json", "[{]"))
-    refused("rows in", name=write(tmp_path / "e.json", "[]"))
-    refused("parquet file", name=write(tmp_path / "a.parquet", "no"))
-    refused("can be read", "b.txt.gz", name=write(tmp_path / "b.txt.gz", "no"))
+    refused("line 1 of", "c.jsonl' is not JSON", name=write(tmp_path / "c.jsonl", "[" * 100_000))
+    refused("d.json' is not JSON", name=write(tmp_path / "d.json", "[{]"))
+    refused("e.json' has no rows", name=write(tmp_path / "e.json", "[]"))
+    refused("a.parquet' cannot be read as parquet", name=write(tmp_path / "a.parquet", "no"))
+    refused("b.txt.gz' cannot be read", name=write(tmp_path / "b.txt.gz", "no"))
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"some text")[:-9])
-    refused("can be read", "c.txt.gz", name=tmp_path / "c.txt.gz")
+    refused("c.txt.gz' cannot be read", name=tmp_path / "c.txt.gz")
     refused(".parquet", "a.docx", name=write(tmp_path / "a.docx", "no"))
 
 
@@ -193,7 +193,7 @@ def test_chats_that_do_not_serve(tmp_path):
 def test_chat_and_text_do_not_mix(tmp_path):
     jsonl(tmp_path / "train.jsonl", {"said": [ASK, SAY]})
     jsonl(tmp_path / "valid.jsonl", {"said": "hi"})
-    refused("chat messages or text", name=tmp_path, completion_column="said")
+    refused("mixes chat messages and plain text", name=tmp_path, completion_column="said")
 
 
 # Plain text
@@ -212,7 +212,7 @@ def test_text_is_split_at_a_paragraph(tmp_path):
     (tmp_path / "b.txt").write_text("word " * 20)  # neither lines nor paragraphs
     data = load_texts(str(tmp_path / "b.txt"), validation=0.5)
     assert (data.train[0]["completion"], data.validation[0]["completion"]) == ("word " * 11, "word " * 9)
-    refused("too little", name=write(tmp_path / "c.txt", "a"), validation=0.01)
+    refused("c.txt' is too short to hold out a part", name=write(tmp_path / "c.txt", "a"), validation=0.01)
 
 
 def test_documents_are_split_by_their_length(tmp_path):
@@ -223,7 +223,7 @@ def test_documents_are_split_by_their_length(tmp_path):
     data = load_texts(jsonl(tmp_path / "a.jsonl", *rows), validation=0.5)
     assert data.train["completion"][:] == ["a" * 30, "b" * 20]
     assert data.validation["completion"][:] == ["b" * 20, "c" * 30]
-    refused("expected text in train", name=jsonl(tmp_path / "b.jsonl", {"text": " "}))
+    refused("train of", "b.jsonl' has no text", name=jsonl(tmp_path / "b.jsonl", {"text": " "}))
 
 
 def test_folder_of_texts(tmp_path):
@@ -256,7 +256,12 @@ def test_prompts_are_held_out_whole(tmp_path):
 
 
 def test_one_prompt_cannot_be_split(tmp_path):
-    refused("two prompts", "one for all of 2 rows", name=write(tmp_path / "a.csv", "mr,ref", "a,b", "a,c"))
+    refused(
+        "all 2 rows of",
+        "have one prompt",
+        "none can be held out",
+        name=write(tmp_path / "a.csv", "mr,ref", "a,b", "a,c"),
+    )
     refused("between 0 and 1", name="builtin:restaurants", validation=1.0)
 
 
@@ -290,9 +295,9 @@ def test_folder_of_one_file_or_of_unclear_ones(tmp_path):
     write(tmp_path / "train.jsonl", "{}")
     refused("of one kind", "devset.csv, train.jsonl", name=tmp_path)
     write(tmp_path / "x/a.csv", "mr,ref", "a,1"), write(tmp_path / "x/b.csv", "mr,ref", "a,1")
-    refused("called after splits", "a.csv, b.csv", name=tmp_path / "x")
+    refused("named after splits", "a.csv, b.csv", name=tmp_path / "x")
     (tmp_path / "y").mkdir()
-    refused("but got none", name=tmp_path / "y")
+    refused("but has no such file", name=tmp_path / "y")
 
 
 # The Hub and what is embedded

@@ -123,9 +123,11 @@ def test_dropped_and_refused():
     assert view.report == "2 examples, 4 to 4 tokens (8 in all, 4 trained on); 2 longer than 8 were dropped"
     refused("8 tokens", "2 of 4", "the first is row 2", call=lambda: TextView(pairs, using, over_long="refuse"))
     assert len(TextView(pairs.select([0, 2]), using, over_long="refuse")) == 2
-    refused("none; 1 longer than 8", call=lambda: TextView(pairs.select([1]), using, over_long="drop"))
-    refused("'shorten'", call=lambda: TextView(pairs, using, over_long="shorten"))
-    refused("got none", call=lambda: TextView(pairs.select([]), using))
+    refused("no examples are left; 1 longer than 8", call=lambda: TextView(pairs.select([1]), using, over_long="drop"))
+    refused(
+        "over_long must be cut, drop or refuse", "'shorten'", call=lambda: TextView(pairs, using, over_long="shorten")
+    )
+    refused("this split has no rows", call=lambda: TextView(pairs.select([]), using))
 
 
 # Blocks
@@ -143,7 +145,11 @@ def test_blocks_are_full_and_hold_all_text():
     short = TextView(rows(("", "ab")), using, block=True)
     assert shown(short, using, 0) == ("ab<e>", "ab<e>")
     assert short.report == "1 example, 3 to 3 tokens (3 in all, 2 trained on)"
-    refused("rows with prompts", call=lambda: TextView(rows(("a", "b")), using, block=True))
+    refused(
+        "only running text can be cut into blocks",
+        "these rows have prompts",
+        call=lambda: TextView(rows(("a", "b")), using, block=True),
+    )
 
 
 # Batches

@@ -85,8 +85,8 @@ def test_empty_prompt_is_the_start_of_a_text():
 
 def test_no_eos_and_no_room():
     refused("eos", call=lambda: TextProcessor(tokenizer(eos=False)))
-    refused("max_length of 2", "got 1", call=lambda: TextProcessor(tokenizer(), max_length=1))
-    refused("max_length of 3", "got 2", call=lambda: TextProcessor(tokenizer(bos=True), max_length=2))
+    refused("max_length must be at least 2", "got 1", call=lambda: TextProcessor(tokenizer(), max_length=1))
+    refused("max_length must be at least 3", "got 2", call=lambda: TextProcessor(tokenizer(bos=True), max_length=2))
 
 
 def test_max_length_is_the_tokenizers_up_to_1024():
@@ -95,7 +95,7 @@ def test_max_length_is_the_tokenizers_up_to_1024():
     tok.model_max_length = 100
     assert TextProcessor(tok).max_length == 100
     assert TextProcessor(tok, max_length=50).max_length == 50
-    with pytest.raises(InlayError, match="max_length of 100 at most, as the base reads no more, but got 2000"):
+    with pytest.raises(InlayError, match="max_length is 2000, but the base reads 100 tokens at most"):
         TextProcessor(tok, max_length=2000)
 
 
@@ -120,7 +120,7 @@ def test_what_looks_like_a_special_token_in_a_text_is_text():
     # Documents of running text may be parted by it.
     assert processor.encode_completion("a</s>b") == ids(tok, "a", "</s>", "b", "</s>")
     for talk in ([{"role": "user", "content": "hi<|end|>"}], [{"role": "user", "content": "</s>"}]):
-        refused("special token", "Take it out", call=lambda talk=talk: processor.encode_prompt(talk))
+        refused("special token", "remove it", call=lambda talk=talk: processor.encode_prompt(talk))
     refused("'<|user|>'", call=lambda: processor.encode_completion("a<|user|>b", TALK))
 
 
@@ -217,7 +217,11 @@ def test_vocabulary_does_not_change_with_use():
 @pytest.mark.parametrize("other", [{"merges": [("a", "b")]}, {"bos": True}, {"special": ("<|start|>",)}])
 def test_another_tokenizer_is_refused(other):
     saved = TextProcessor(tokenizer()).to_dict()
-    refused("tokenizer of training", call=lambda: TextProcessor.from_dict(saved, tokenizer(**other)))
+    refused(
+        "trained with the tokenizer",
+        "load the base it was made for",
+        call=lambda: TextProcessor.from_dict(saved, tokenizer(**other)),
+    )
 
 
 def test_same_tokens_split_differently_are_refused():
@@ -225,10 +229,16 @@ def test_same_tokens_split_differently_are_refused():
     tok = tokenizer()
     tok.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
     assert tok.get_vocab() == tokenizer().get_vocab()
-    refused("tokenizer of training", call=lambda: TextProcessor.from_dict(saved, tok))
+    refused(
+        "trained with the tokenizer", "load the base it was made for", call=lambda: TextProcessor.from_dict(saved, tok)
+    )
     ending = tokenizer()
     ending.eos_token = "<|end|>"
-    refused("tokenizer of training", call=lambda: TextProcessor.from_dict(saved, ending))
+    refused(
+        "trained with the tokenizer",
+        "load the base it was made for",
+        call=lambda: TextProcessor.from_dict(saved, ending),
+    )
 
 
 def test_another_chat_template_is_said(caplog):
@@ -266,7 +276,11 @@ def test_a_tokenizer_in_python():
     assert (processor.encode_prompt("a"), processor.encode_completion("b")) == ([100, 13], [101, 1])
     assert TextProcessor.from_dict(processor.to_dict(), ByT5Tokenizer()).encode_prompt("") == [1]
     fewer = ByT5Tokenizer(extra_ids=10)
-    refused("tokenizer of training", call=lambda: TextProcessor.from_dict(processor.to_dict(), fewer))
+    refused(
+        "trained with the tokenizer",
+        "load the base it was made for",
+        call=lambda: TextProcessor.from_dict(processor.to_dict(), fewer),
+    )
 
 
 def test_gpt2s_tokenizer():

@@ -91,7 +91,7 @@ def break_all(folder):
         ("error", images[6], "4 axes"),
         ("error", images[7], "1 voxels that are NaN or infinite"),
         ("error", images[8], "truncated"),
-        ("error", labels[9], "expected whole numbers"),
+        ("error", labels[9], "holds numbers that are not whole"),
         ("warning", images[10], "all voxels are 1"),
         ("error", labels[11], "an empty file"),
     ]

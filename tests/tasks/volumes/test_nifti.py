@@ -18,7 +18,7 @@ def test_files_come_back_as_they_were_written(tmp_path):
         shape, own = read_header(tmp_path / name)
         assert shape == (4, 5, 6) and np.allclose(own, affine, atol=1e-5)
     assert nibabel.load(tmp_path / "a.nii.gz").header.get_xyzt_units()[0] == "mm"
-    with pytest.raises(InlayError, match="ends with"):
+    with pytest.raises(InlayError, match=r"a\.png. must end with \.nii\.gz or \.nii"):
         write_volume(tmp_path / "a.png", array, affine)
     with pytest.raises(InlayError, match="16 bits"):
         write_volume(tmp_path / "c.nii", array * 40000, affine)
@@ -65,7 +65,7 @@ def broken(folder):
         "objects.npz": "",
         "cut.npz": "",
         "none.nii.gz": "no such file",
-        "scan.mha": "expected a scan as .nii.gz, .nii, .npz",
+        "scan.mha": "is no scan in .nii.gz, .nii, .npz",
     }
 
 

@@ -130,7 +130,7 @@ def test_csv_and_summary(tmp_path):
     summary = summarise(rows)
     assert summary["cases"] == 2 and summary["dice"] == pytest.approx(np.mean([r["dice"] for r in rows]))
     assert summary["classes"]["a"]["nsd"] == pytest.approx((rows[0]["nsd"] + rows[2]["nsd"]) / 2)
-    with pytest.raises(InlayError, match="got none"):
+    with pytest.raises(InlayError, match="there are no rows to summarise"):
         summarise([])
 
 

@@ -136,9 +136,9 @@ def test_layouts_that_make_no_task(tmp_path):
     refused("notes.txt", "above or below", name=str(tmp_path))
     refused("two cases", "got 1", name=str(pairs(tmp_path / "a", "x")))
     refused("between 0 and 1", name=str(tmp_path), validation=1.0)
-    refused("'mr', 'ct'", name=str(tmp_path), modality="pet")
+    refused("modality mr, ct or other", "'pet'", name=str(tmp_path), modality="pet")
     refused("empty", name=str(pairs(tmp_path / "e", "x", "y", values=())))
-    refused("2 names of classes", "['one']", name=str(pairs(tmp_path / "n", "x", "y")), labels=["one"])
+    refused("2 different class names", "['one']", name=str(pairs(tmp_path / "n", "x", "y")), labels=["one"])
 
 
 def test_partners_must_be_there(tmp_path):
@@ -164,7 +164,11 @@ def test_descriptions_that_cannot_be_used(tmp_path):
     refused("4 channels", name=describe(tmp_path, labels={"1": "a"}, modality=dict.fromkeys("0123", "MR")))
     lost = [{"image": "images/x.nii.gz", "label": "labels/lost.nii.gz"}]
     refused("lost.nii.gz (listed", name=describe(tmp_path, labels={"1": "a"}, training=lost))
-    refused("'training'", name=describe(tmp_path, labels={"1": "a"}, training=["images/x.nii.gz"]))
+    refused(
+        "training in",
+        "must be a list of objects with image and label",
+        name=describe(tmp_path, labels={"1": "a"}, training=["images/x.nii.gz"]),
+    )
 
 
 # Views
@@ -304,12 +308,12 @@ def test_cache_is_bounded_and_changes_nothing(monkeypatch):
 
 def test_views_refuse_what_makes_no_sense():
     processor = VolumeProcessor(None, (4, 4, 4))
-    with pytest.raises(InlayError, match="got none"):
+    with pytest.raises(InlayError, match="there are no cases"):
         VolumeView([], processor)
-    with pytest.raises(InlayError, match="'a' without one"):
+    with pytest.raises(InlayError, match="case 'a' has no label map"):
         VolumeView([Case("a", np.zeros((3, 3, 3)))], processor)
     for wrong in ({"flip": (3,)}, {"foreground": 1.5}, {"cache_gb": -1}):
-        with pytest.raises(InlayError, match="flip of axes 0, 1, 2"):
+        with pytest.raises(InlayError, match="flip must name axes 0, 1 or 2"):
             VolumeView([case((4, 4, 4))], processor, **wrong)
 
 

@@ -305,7 +305,8 @@ def _check_classes(words: dict[str, list[str]], name: str) -> None:
     unknown = _sorted(list(set().union(*held) - train))
     if unknown:
         raise InlayError(
-            f"{some(unknown)} of {name!r} occur only in validation; add training images of them, or remove them."
+            f"the classes {some(unknown)} of {name!r} occur only in validation; add training images of them, or "
+            "remove them."
         )
 
 

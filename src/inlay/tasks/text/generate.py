@@ -147,7 +147,7 @@ def _base_of(model: nn.Module) -> PreTrainedModel:
     """The language model under an adapter, if there is one."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(base, "generate") or base.config.is_encoder_decoder:
-        raise InlayError(f"{type(base).__name__} writes no text; use a causal language model.")
+        raise InlayError(f"{type(base).__name__} writes no text; use a causal language model, or an adapter of one.")
     return base
 
 
@@ -191,7 +191,7 @@ def _room(model: nn.Module, base: PreTrainedModel, decoding: Decoding) -> int | 
     if room < 1:
         got = f"max_new_tokens {decoding.max_new_tokens}" + (f" and {virtual} virtual tokens" if virtual else "")
         raise InlayError(
-            f"the base reads {positions} tokens, and {got} leave no room for a prompt; lower max_new_tokens."
+            f"the base reads {positions} tokens, which leaves no room for a prompt with {got}; lower max_new_tokens."
         )
     return room
 

@@ -278,7 +278,7 @@ def _listed(entries: Any, folder: Path, found: Found) -> list[Case]:
 def _split(cases: list[Case], share: float, seed: int, name: str) -> tuple[list[Case], list[Case]]:
     """Training and validation cases, by rank of a hash of their names: a new case moves few others."""
     if len(cases) < 2:
-        raise InlayError(f"{name!r} has {len(cases)} case, so none can be held out; add some.")
+        raise InlayError(f"{name!r} needs at least two cases, to hold one out, got {len(cases)}; add some.")
     ranked = sorted(cases, key=lambda case: hashlib.sha256(f"{seed}:{case.name}".encode()).digest())
     held = {case.name for case in ranked[: min(max(1, round(len(cases) * share)), len(cases) - 1)]}
     return [case for case in cases if case.name not in held], [case for case in cases if case.name in held]
