@@ -17,7 +17,7 @@ from math import prod
 from typing import TypeVar
 
 from inlay.builtin.topics import NEGATIVE, TOPICS, Topic
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 
 T = TypeVar("T")
 
@@ -60,11 +60,11 @@ def descriptions(topic: str, count: int, *, seed: int, references: int = 5) -> l
     """
     if topic not in TOPICS or count < 0 or not 1 <= references <= 8:
         wanted = f"a topic of {', '.join(TOPICS)}, count >= 0 and 1 to 8 references"
-        raise InlayError(f"expected {wanted}, but got {topic!r}, {count} and {references}. Change them.")
+        raise BadInput(f"expected {wanted}, but got {topic!r}, {count} and {references}. Change them.")
     sizes = [len(TOPICS[topic].nouns), *map(len, TOPICS[topic].slots.values())]
     most = prod(size + 1 for size in sizes) // 2  # each slot has a value or is absent; near to all, drawing gets slow
     if count > most:
-        raise InlayError(f"expected at most {most} {topic}, as there are not many more, but got {count}. Lower it.")
+        raise BadInput(f"expected at most {most} {topic}, as there are not many more, but got {count}. Lower it.")
     return list(islice(_distinct(topic, seed, references), count))
 
 

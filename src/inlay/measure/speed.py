@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def latency(
         InlayError: repeats is under 1, or there are no inputs.
     """
     if repeats < 1:
-        raise InlayError(f"expected repeats >= 1, but got repeats={repeats}.")
+        raise BadInput(f"expected repeats >= 1, but got repeats={repeats}.")
     device = device_of(model)
     times_ms: list[float] = []
     with passes(model, inputs) as run:
@@ -86,7 +86,7 @@ def passes(model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[Callable[[],
         InlayError: There are no inputs.
     """
     if not inputs:
-        raise InlayError("expected one input or more, but got 0 inputs.")
+        raise BadInput("expected one input or more, but got 0 inputs.")
     device = device_of(model)
     inputs = {name: value.to(device) for name, value in inputs.items()}
 
