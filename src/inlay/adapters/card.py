@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from inlay.adapters.curve import CURVE, drawable
 from inlay.adapters.method_names import citation, method_name, places
 from inlay.adapters.tables import cost_section, table
-from inlay.errors import InlayError
+from inlay.errors import BadInput, DamagedFile
 from inlay.tasks import TASKS
 
 _METRICS = {
@@ -93,7 +93,7 @@ def for_repository(text: str, repo: str, inside: str = "", licence: str | None =
         InlayError: Its header is no YAML table; the licence is no name that the Hub could know.
     """
     if licence and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
-        raise InlayError(f"expected a licence as the Hub names it, such as apache-2.0 or mit, got {licence!r}.")
+        raise BadInput(f"expected a licence as the Hub names it, such as apache-2.0 or mit, got {licence!r}.")
     if inside:
         text = text.replace('(base, "FOLDER")', f'(base, "{repo}", subfolder="{inside}")')
     text = text.replace('"FOLDER"', f'"{repo}/{inside}"'.replace('/"', '"'))
@@ -102,7 +102,7 @@ def for_repository(text: str, repo: str, inside: str = "", licence: str | None =
             read = ModelCard(text, ignore_metadata_errors=True)
         except (ValueError, yaml.YAMLError) as error:
             said = " ".join(str(error).split())
-            raise InlayError(
+            raise DamagedFile(
                 f"the header of the card is not as the Hub reads it: {said}. Mend it, or save anew."
             ) from None
         if licence:

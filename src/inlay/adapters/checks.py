@@ -19,7 +19,7 @@ from inlay.adapters.identity import Identity, check_base
 from inlay.adapters.method import check_method
 from inlay.adapters.patterns import check_patterns
 from inlay.adapters.weights import read_weights
-from inlay.errors import InlayError
+from inlay.errors import DamagedFile, Unsupported
 
 Result = Literal["ok", "not recorded", "left out"]
 
@@ -161,7 +161,7 @@ def _check_method(candidate: Candidate) -> Result:
     file = candidate.file
     check_method(file)
     if init := changes_base(file.config):
-        raise InlayError(
+        raise Unsupported(
             f"adapter {file.name!r} was initialised by {init!r}, which changes the base at each load; make it a plain "
             "one with peft's save_pretrained(path_initial_model_for_weight_conversion=...)."
         )
@@ -211,16 +211,16 @@ def _check_golden(candidate: Candidate) -> Result:
         found = host.golden_output(file, processor)
     except Exception as error:  # settings from anywhere let a model or a processor fail in any way
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise InlayError(f"adapter {file.name!r} loads, but fails on its first input: {reason}") from error
+        raise DamagedFile(f"adapter {file.name!r} loads, but fails on its first input: {reason}") from error
     if not stored:
         if not np.isfinite(found).all():
-            raise InlayError(f"adapter {file.name!r} loads, but gives NaN or Inf; get it again, or another base.")
+            raise DamagedFile(f"adapter {file.name!r} loads, but gives NaN or Inf; get it again, or another base.")
         return "not recorded"
     off = candidate.deviation = golden.deviation(stored, found)
     precisions = host.identity().precision, file.record["base"]["precision"]
     limit = candidate.tolerance = max(golden.TOLERANCE[precision] for precision in precisions)
     if off > limit:
-        raise InlayError(
+        raise DamagedFile(
             f"adapter {file.name!r} loads, but its output differs by {off:.2g} (relative) from the one stored with it, "
             f"{limit} allowed: its config or its base was changed since it was saved."
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from inlay.errors import InlayError
+from inlay.errors import DamagedFile, Unsupported
 from inlay.peft_types import base_changing_init
 
 MAX_SCALE = 1e6  # of alpha and such; the largest in use are below 1e3
@@ -50,15 +50,15 @@ def check_config(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], whe
     """
     for path, value in _leaves(config):
         if any(0xD800 <= ord(c) < 0xE000 for c in f"{path}{value if isinstance(value, str) else ''}"):
-            raise InlayError(f"{where} holds half a character, which no text has; get it again.")
+            raise DamagedFile(f"{where} holds half a character, which no text has; get it again.")
         if isinstance(value, float) and not math.isfinite(value):
-            raise InlayError(f"{where} says {path} = {value}, which is no number; get it again.")
+            raise DamagedFile(f"{where} says {path} = {value}, which is no number; get it again.")
         if path.endswith("trust_remote_code") and value:
-            raise InlayError(f"{where} asks for code from a repository (trust_remote_code), which inlay never runs.")
+            raise Unsupported(f"{where} asks for code from a repository (trust_remote_code), which inlay never runs.")
     parts = config.get("parts") or []
     typed = isinstance(parts, list) and all(isinstance(p, dict) and isinstance(p.get("peft_type"), str) for p in parts)
     if not typed or not _names(config.get("modules_to_save"), list):
-        raise InlayError(f"{where} has parts or modules_to_save of a wrong kind; get it again.")
+        raise DamagedFile(f"{where} has parts or modules_to_save of a wrong kind; get it again.")
     for part in [config, *parts]:
         _check_method(part["peft_type"], where)
         _check_settings(part, where)
@@ -68,7 +68,7 @@ def check_config(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], whe
 def _check_method(method: str, where: Path) -> None:
     """Methods that peft does not know are left to `check_method`, which can ask it."""
     if method in _REFUSED:
-        raise InlayError(f"{where} is of the method {method}, which {_REFUSED[method]}: inlay does not load it.")
+        raise Unsupported(f"{where} is of the method {method}, which {_REFUSED[method]}: inlay does not load it.")
 
 
 def audited(method: str) -> bool:
@@ -79,13 +79,15 @@ def audited(method: str) -> bool:
 def _check_settings(config: dict[str, Any], where: Path) -> None:
     for name in ("target_modules", "exclude_modules"):
         if not _names(config.get(name), list, str):
-            raise InlayError(f"{where} does not fit this base: {name} must be a text or a list of texts; get it again.")
+            raise DamagedFile(
+                f"{where} does not fit this base: {name} must be a text or a list of texts; get it again."
+            )
     for name, harm in _EMPTY.items():
         if config.get(name):
-            raise InlayError(f"{where} sets {name}, which {harm}: inlay does not load such an adapter.")
+            raise Unsupported(f"{where} sets {name}, which {harm}: inlay does not load such an adapter.")
     init = config.get("init_lora_weights", True)
     if not isinstance(init, bool | str | None) or (init not in _INITS and not changes_base(config)):
-        raise InlayError(f"{where} names the unknown initialisation {init!r}; set init_lora_weights to true.")
+        raise Unsupported(f"{where} names the unknown initialisation {init!r}; set init_lora_weights to true.")
 
 
 def _names(value: Any, *kinds: type) -> bool:
@@ -97,7 +99,7 @@ def _names(value: Any, *kinds: type) -> bool:
 def refuse_biases(config: dict[str, Any], adapter: str) -> None:
     """Raise InlayError for an adapter that writes over biases of the base, where that base serves for more than it."""
     if (bias := config.get("bias", "none")) not in ("none", None, False):
-        raise InlayError(
+        raise Unsupported(
             f"adapter {adapter!r} was trained with bias={bias!r}: its file replaces biases of the base itself, for "
             "every use of that base; load it by itself (load_adapter without a model of yours as base), or train with "
             "lora_bias=True."
@@ -116,14 +118,14 @@ def _check_sizes(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], whe
         name = path.rpartition(".")[2] if "_pattern." not in path else path.partition("_pattern.")[0]
         scales = "alpha" in name or name in ("scale", "scaling")
         if scales and type(value) in (int, float) and abs(value) > MAX_SCALE:
-            raise InlayError(f"{where} says {path} = {value:g}; expected at most {MAX_SCALE:g} in size. Get it again.")
+            raise DamagedFile(f"{where} says {path} = {value:g}; expected at most {MAX_SCALE:g} in size. Get it again.")
     if config["peft_type"] in _META or config["peft_type"].startswith("INLAY_"):
         return
     largest = max((axis for shape in shapes.values() for axis in shape), default=0)
     for name in _RANKS:
         value = config.get(name)
         if type(value) is int and value > max(largest, 1024):
-            raise InlayError(
+            raise DamagedFile(
                 f"{where} says {name} = {value}, but no tensor beside it has more than {largest} rows or columns; get "
                 "the adapter again."
             )

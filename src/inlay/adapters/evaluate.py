@@ -9,7 +9,7 @@ from typing import Any
 from inlay.adapters.file import CARD, METRICS, ORIGIN, AdapterFile, expanded, read_adapter
 from inlay.adapters.load import LoadedAdapter, load_adapter
 from inlay.adapters.tables import table
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.files.atomic import write_json, writing
 from inlay.tasks.evaluation import Evaluation, Request, Split, Training, class_title, interval_note, title
 
@@ -49,12 +49,12 @@ def evaluate(
     request = Request(split, limit, compare, task, resamples)
     loaded = adapter if isinstance(adapter, LoadedAdapter) else None
     if loaded is not None and base is not None:
-        raise InlayError("this adapter is loaded already; leave base out, or give the adapter's folder.")
+        raise BadInput("this adapter is loaded already; leave base out, or give the adapter's folder.")
     if write:  # before all the work
         _check_writable(loaded.file if loaded else _read_own(str(adapter)))
     loaded = loaded or load_adapter(adapter, base)  # type: ignore[arg-type]
     if task is not None and not loaded.task.classifies:
-        raise InlayError(f"adapter {loaded.name!r} is for {loaded.task.name} and has one task; leave task out.")
+        raise BadInput(f"adapter {loaded.name!r} is for {loaded.task.name} and has one task; leave task out.")
     request = replace(request, training=Training.from_metrics(loaded.file.metrics))
     found = loaded.task.evaluate(loaded, str(data), request)
     found = replace(found, notes=[*found.notes, *interval_note(found.count, found.unit)])
@@ -95,7 +95,7 @@ def _read_own(folder: str) -> AdapterFile | None:
 def _check_writable(file: AdapterFile | None) -> None:
     if file is None or (file.origin and not (file.folder / ORIGIN).is_file()):
         name = "it" if file is None else repr(file.name)
-        raise InlayError(f"scores are written into a folder of your own, and {name} is on the Hub; `inlay pull` first.")
+        raise BadInput(f"scores are written into a folder of your own, and {name} is on the Hub; `inlay pull` first.")
 
 
 def _with_section(card: str, evaluation: Evaluation) -> str:

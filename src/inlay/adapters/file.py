@@ -13,7 +13,7 @@ from typing import Any
 
 from inlay.adapters.config import check_config
 from inlay.adapters.metadata import check_record
-from inlay.errors import InlayError
+from inlay.errors import BadInput, DamagedFile, Unsupported
 from inlay.files.bounded_json import is_text, parse_json
 from inlay.files.tensor_header import DIGEST, read_header
 
@@ -81,7 +81,7 @@ class AdapterFile:
         found, count = self.record.get("tasks", {}), len(self.labels)
         named = isinstance(found, dict) and all(isinstance(rows, dict) and rows for rows in found.values())
         if not named or not all(type(i) is int and 0 <= i < count for rows in found.values() for i in rows.values()):
-            raise InlayError(
+            raise DamagedFile(
                 f"the tasks in the record of {self.folder} are no classes with their logits; get it again."
             )
         return dict(found)
@@ -153,7 +153,7 @@ def run_step(name: str, reading: Reading) -> None:
     try:
         READING_STEPS[name](reading)
     except OSError as error:
-        raise InlayError(f"{reading.folder} cannot be read ({error.strerror or error}).") from error
+        raise DamagedFile(f"{reading.folder} cannot be read ({error.strerror or error}).") from error
 
 
 def _check_folder(reading: Reading) -> None:
@@ -163,16 +163,16 @@ def _check_folder(reading: Reading) -> None:
         state = "does not exist"
         if folder.exists():
             state = f"is not an adapter: it has no {CONFIG}" if folder.is_dir() else "is a file"
-        raise InlayError(f"{folder} {state}; give the folder that save_adapter or peft wrote.")
+        raise BadInput(f"{folder} {state}; give the folder that save_adapter or peft wrote.")
     if not (folder / WEIGHTS).is_file():
         pickled = (
             " (adapter_model.bin is a pickle, which inlay never opens)"
             if (folder / "adapter_model.bin").exists()
             else ""
         )
-        raise InlayError(f"{folder} has no {WEIGHTS}{pickled}; save the adapter again as safetensors.")
+        raise DamagedFile(f"{folder} has no {WEIGHTS}{pickled}; save the adapter again as safetensors.")
     if not is_text(folder.name):
-        raise InlayError(f"the name of {str(folder)!r} is no text in UTF-8; rename it.")
+        raise BadInput(f"the name of {str(folder)!r} is no text in UTF-8; rename it.")
     _check_files(folder)
 
 
@@ -188,7 +188,7 @@ def _read_config(reading: Reading) -> None:
     path = reading.folder / CONFIG
     config = _json(path, exact=True)
     if not isinstance(config.get("peft_type"), str):
-        raise InlayError(f"{path} names no peft_type, so it is not an adapter's config.")
+        raise DamagedFile(f"{path} names no peft_type, so it is not an adapter's config.")
     check_config(config, reading.shapes, path)
     reading.config = config
 
@@ -199,7 +199,7 @@ def _read_record_and_metrics(reading: Reading) -> None:
     reading.metrics = _json(folder / METRICS) if (folder / METRICS).is_file() else {}
     record = _record(folder, reading.metadata)
     if record and record["config"] != fingerprint(reading.config):
-        raise InlayError(
+        raise DamagedFile(
             f"{folder / CONFIG} is not what was saved with the weights; get it again, or save the adapter anew."
         )
     reading.record = record
@@ -221,10 +221,10 @@ def _check_files(folder: Path) -> None:
     for name in (CONFIG, WEIGHTS, METRICS, CARD):
         path = folder / name
         if path.is_symlink() and not any(_target(path).is_relative_to(home) for home in homes):
-            raise InlayError(f"{path} is a link to a file outside of the folder; put the file itself there.")
+            raise Unsupported(f"{path} is a link to a file outside of the folder; put the file itself there.")
         limit = MAX_BYTES.get(name)
         if limit and path.is_file() and (size := path.stat().st_size) > limit:
-            raise InlayError(f"{path} has {size:,} bytes, and inlay reads at most {limit:,}; it is no adapter's.")
+            raise DamagedFile(f"{path} has {size:,} bytes, and inlay reads at most {limit:,}; it is no adapter's.")
 
 
 def _target(link: Path) -> Path:
@@ -267,9 +267,9 @@ def _json(path: Path, *, exact: bool = False) -> dict[str, Any]:
             raise ValueError("it is a Git LFS pointer: run `git lfs pull`")
         content = parse_json(text, exact=exact)
     except (ValueError, RecursionError) as error:
-        raise InlayError(f"{path} is not readable as JSON ({error}); get the adapter again.") from None
+        raise DamagedFile(f"{path} is not readable as JSON ({error}); get the adapter again.") from None
     if not isinstance(content, dict):
-        raise InlayError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
+        raise DamagedFile(f"{path} must hold a JSON object, not a {type(content).__name__}.")
     return content
 
 
@@ -284,11 +284,11 @@ def _record(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
         if not isinstance(record.get("task", ""), str):
             raise ValueError("task is no text")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InlayError(
+        raise DamagedFile(
             f"the record inside {folder / WEIGHTS} cannot be read ({error}); get the adapter again."
         ) from None
     if version > FORMAT:
-        raise InlayError(
+        raise Unsupported(
             f"{folder} was saved in format {version}, this inlay reads up to {FORMAT}: pip install --upgrade inlay."
         )
     check_record(record, folder / WEIGHTS)

@@ -9,7 +9,7 @@ from inlay.adapters.file import AdapterFile
 from inlay.adapters.sketch import precision_of, sketch
 from inlay.adapters.sketch_distance import TOLERANCE, distance
 from inlay.bases.load import size_of
-from inlay.errors import InlayError
+from inlay.errors import WrongBase
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,21 @@ def check_base(file: AdapterFile, base: Identity) -> None:
     name = f"adapter {file.name!r} was trained on {stored['name']}"
     for what in ("model_type", "blocks", "width"):
         if stored.get(what) != getattr(base, what):
-            raise InlayError(
+            raise WrongBase(
                 f"{name} ({what.replace('_', ' ')} {stored.get(what)}), but this base has {getattr(base, what)}. "
                 "Load it on the base it names."
             )
     for what in ("weights", "parameters"):
         if stored["sketch"][what] != base.sketch[what]:
             kind = "weight matrices" if what == "weights" else "parameters"
-            raise InlayError(
+            raise WrongBase(
                 f"{name} ({stored['sketch'][what]:,} {kind}), but this base has {base.sketch[what]:,}. "
                 "Load it on that base."
             )
     off = distance(stored["sketch"], base.sketch)
     limit = max(TOLERANCE[base.precision], TOLERANCE[stored["precision"]])
     if off > limit:
-        raise InlayError(
+        raise WrongBase(
             f"{name}, but this base has other weights of the same shape (sketches {off:.3f} apart, {limit} allowed). "
             "Load it on the base it names, or retrain it."
         )

@@ -19,7 +19,7 @@ from inlay.adapters.sketch import precision_of
 from inlay.adapters.task import task_of_file
 from inlay.bases.load import Dtype, head_of, read_config, resolve_base
 from inlay.bases.quantize import Quantize
-from inlay.errors import InlayError
+from inlay.errors import BadInput, DamagedFile, InlayError, Unsupported, WrongBase
 from inlay.methods._peft import (
     PeftConfig,
     PeftModel,
@@ -80,7 +80,7 @@ class LoadedAdapter:
             return self.labels, list(range(len(self.labels)))
         if task not in self.file.tasks:
             has = f"the tasks {', '.join(self.tasks)}" if self.tasks else "one task; leave task out"
-            raise InlayError(f"adapter {self.file.name!r} has no task {task!r}, it has {has}.")
+            raise BadInput(f"adapter {self.file.name!r} has no task {task!r}, it has {has}.")
         rows = self.file.tasks[task]
         return list(rows), list(rows.values())
 
@@ -92,12 +92,12 @@ class LoadedAdapter:
                 prompt or prefix, which no weight can stand for.
         """
         if not isinstance(self.model, PeftModel):
-            raise InlayError("this adapter is merged already.")
+            raise BadInput("this adapter is merged already.")
         if self.model.active_peft_config.is_prompt_learning:
-            raise InlayError("prompts and prefixes are tokens, which no weight can stand for; use it unmerged.")
+            raise Unsupported("prompts and prefixes are tokens, which no weight can stand for; use it unmerged.")
         kind = precision_of(self.model)
         if kind != "float32":
-            raise InlayError(
+            raise Unsupported(
                 f"merging into {kind} weights would round the adapter away; load the base in float32 first."
             )
         weights = adapter_weights(self.model)
@@ -108,7 +108,7 @@ class LoadedAdapter:
     def unmerge(self) -> "LoadedAdapter":
         """Put the base's own weights back, bit for bit, and the adapter beside them again."""
         if self._unmerge is None:
-            raise InlayError("this adapter is not merged.")
+            raise BadInput("this adapter is not merged.")
         self.model, self._unmerge = self._unmerge(), None
         return self
 
@@ -217,7 +217,7 @@ def _check_head(file: AdapterFile, model: PreTrainedModel) -> None:
     """A head that was drawn for the adapter's labels is to be replaced by the file's."""
     lacking = [name for name in head_of(model) if not any(f".{name}." in key for key in file.shapes)]
     if lacking:
-        raise InlayError(
+        raise DamagedFile(
             f"adapter {file.name!r} has labels that are not its base's, but lacks a head ({lacking[0]!r}); get it "
             "again."
         )
@@ -226,9 +226,9 @@ def _check_head(file: AdapterFile, model: PreTrainedModel) -> None:
 def given_base(base: nn.Module) -> PreTrainedModel:
     """A model as a base: of transformers, and without an adapter in it."""
     if not isinstance(base, PreTrainedModel):
-        raise InlayError(f"expected the base as a name or a transformers model, got {type(base).__name__}.")
+        raise BadInput(f"expected the base as a name or a transformers model, got {type(base).__name__}.")
     if carries_adapter(base):
-        raise InlayError("this base carries an adapter already; give another copy of it, or unload that one first.")
+        raise BadInput("this base carries an adapter already; give another copy of it, or unload that one first.")
     base.config.architectures = [type(base).__name__]  # that of the file it came from may have had another head
     return base
 
@@ -239,7 +239,7 @@ def load_own_base(
     """The base that was asked for, or the one that the adapter names, at the revision that it was trained on."""
     pinned = file.record.get("base", {}).get("revision") if name is None else None
     if not (name or file.base_name):
-        raise InlayError(f"adapter {file.name!r} names no base; give base=.")
+        raise BadInput(f"adapter {file.name!r} names no base; give base=.")
     where = str(name or file.base_name)
     config = read_config(where, resolve_base(where), pinned)
     task = task_of_file(file, config)
@@ -256,7 +256,7 @@ def set_head(base: PreTrainedModel, file: AdapterFile) -> None:
         heads = _head_layers(base)
         last = [name for name, layer in heads.items() if layer.out_features == config.num_labels]
         if not last:
-            raise InlayError(
+            raise WrongBase(
                 f"this base was loaded with {config.num_labels} labels, adapter {file.name!r} has {len(labels)}: "
                 "load it with load_base(name, labels=...)."
             )
@@ -308,7 +308,7 @@ def inject_checked(file: AdapterFile, base: PreTrainedModel, weights: dict[str, 
         config = PeftConfig.from_pretrained(str(file.folder))
         _check_tokens(file, config, weights)
         if getattr(config, "use_dora", False) and precision_of(base) == "int8":
-            raise InlayError(
+            raise Unsupported(
                 f"adapter {file.name!r} is a DoRA, for which peft loses the scales of an 8-bit base; load it in 4 "
                 "bits or whole."
             )
@@ -317,23 +317,23 @@ def inject_checked(file: AdapterFile, base: PreTrainedModel, weights: dict[str, 
         raise
     except Exception as error:  # a config is data from anywhere: it makes peft fail in any way
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InlayError(f"{file.folder / CONFIG} does not fit this base: {reason}") from error
+        raise WrongBase(f"{file.folder / CONFIG} does not fit this base: {reason}") from error
     expected = adapter_shapes(model)
     missing, superfluous = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     heads = [name for name in file.record.get("head", []) if any(f".{name}." in key for key in missing)]
     if heads:
-        raise InlayError(
+        raise DamagedFile(
             f"adapter {file.name!r} lacks its head {heads[0]!r} ({len(missing)} tensors missing); get it again."
         )
     if missing or superfluous:
         parts = [f"lacks {len(missing)} tensors ({min(missing)})"] if missing else []
         parts += [f"has {len(superfluous)} that no module takes ({min(superfluous)})"] if superfluous else []
-        raise InlayError(f"adapter {file.name!r} does not fit its config on this base: it {' and '.join(parts)}.")
+        raise WrongBase(f"adapter {file.name!r} does not fit its config on this base: it {' and '.join(parts)}.")
     for key in sorted(expected):
         if expected[key] != tuple(weights[key].shape):
             head = any(f".{name}." in key for name in head_of(base))
             hint = " Give base=load_base(name, labels=...) with the adapter's labels." if head else ""
-            raise InlayError(
+            raise WrongBase(
                 f"adapter {file.name!r} does not fit its config on this base: {key} should be {expected[key]}, "
                 f"the file has {tuple(weights[key].shape)}.{hint}"
             )
@@ -346,7 +346,7 @@ def _check_tokens(file: AdapterFile, config: PeftConfig, weights: dict[str, torc
         return
     wanted, found = virtual_tokens(config), weights.get("prompt_embeddings")
     if len(weights) > 1 or found is None or found.shape[:1] != (wanted,):
-        raise InlayError(
+        raise DamagedFile(
             f"adapter {file.name!r} does not fit its config: expected one tensor prompt_embeddings of {wanted} virtual "
             f"tokens, got {', '.join(f'{k} {tuple(v.shape)}' for k, v in list(weights.items())[:2])}; get it again."
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from inlay.adapters.sketch_distance import TOLERANCE
-from inlay.errors import InlayError
+from inlay.errors import DamagedFile
 from inlay.tasks import TASKS
 
 MAX_LABELS = 100_000  # a head of so many classes is made before the file's own is compared with it
@@ -32,7 +32,7 @@ def check_record(record: dict[str, Any], where: Path) -> None:
         part = part if at == "record" else part[at]
         for field, kind in fields.items():
             if type(part.get(field)) is not kind:
-                raise InlayError(f"the record inside {where} lacks {field}; save the adapter again.")
+                raise DamagedFile(f"the record inside {where} lacks {field}; save the adapter again.")
     base, golden = record["base"], record["golden"]
     optional = {"blocks": int, "width": int, "revision": str}
     wrong = [name for name, kind in optional.items() if not isinstance(base.get(name), kind | None)]
@@ -43,9 +43,11 @@ def check_record(record: dict[str, Any], where: Path) -> None:
     )
     wrong += ["sketch"] * (not _is_sketch(base["sketch"]["values"]))
     if len(record["labels"]) > MAX_LABELS:
-        raise InlayError(f"{where} names {len(record['labels']):,} labels, and inlay reads at most {MAX_LABELS:,}.")
+        raise DamagedFile(f"{where} names {len(record['labels']):,} labels, and inlay reads at most {MAX_LABELS:,}.")
     if wrong:
-        raise InlayError(f"the record inside {where} has another {wrong[0]} than inlay writes; save the adapter again.")
+        raise DamagedFile(
+            f"the record inside {where} has another {wrong[0]} than inlay writes; save the adapter again."
+        )
 
 
 def _is_sketch(values: str) -> bool:

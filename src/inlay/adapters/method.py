@@ -2,7 +2,7 @@
 
 from inlay.adapters.config import audited
 from inlay.adapters.file import CONFIG, AdapterFile
-from inlay.errors import InlayError
+from inlay.errors import Unsupported
 from inlay.methods._peft import known_method, odd_settings
 
 
@@ -11,18 +11,18 @@ def check_method(file: AdapterFile) -> None:
     for part in (file.config, *(file.config.get("parts") or [])):
         method = part["peft_type"]
         if not known_method(method):
-            raise InlayError(
+            raise Unsupported(
                 f"adapter {file.name!r} is of the method {method!r}, which neither this inlay nor this peft knows: "
                 "upgrade them."
             )
         if not audited(method):
-            raise InlayError(
+            raise Unsupported(
                 f"adapter {file.name!r} is of peft's method {method!r}, of which inlay does not know that it takes no "
                 "more than its own file; load it with peft if you trust it."
             )
         # what a newer peft has written may be of no effect here: where an output is stored it tells, else nothing does
         if (odd := odd_settings(part)) and not file.record.get("golden"):
-            raise InlayError(
+            raise Unsupported(
                 f"{file.folder / CONFIG} sets {', '.join(odd)}, which this peft does not know in {method} or would "
                 "misread; upgrade peft, or get the adapter again."
             )

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from inlay.errors import InlayError
+from inlay.errors import Unsupported
 
 SECONDS = 5.0  # for all of them; usual ones take milliseconds, the process to try them 50
 MAX_LENGTH = 10_000  # of one
@@ -47,7 +47,7 @@ def check_patterns(config: dict[str, Any], names: Iterable[str], adapter: str) -
     if not patterns:
         return
     if len(longest := max(patterns, key=len)) > MAX_LENGTH:
-        raise InlayError(
+        raise Unsupported(
             f"a pattern in the config of adapter {adapter!r} has {len(longest):,} characters, and inlay tries at most "
             f"{MAX_LENGTH:,}; name the modules instead."
         )
@@ -60,12 +60,12 @@ def check_patterns(config: dict[str, Any], names: Iterable[str], adapter: str) -
             capture_output=True,
         )
     except subprocess.TimeoutExpired:
-        raise InlayError(
+        raise Unsupported(
             f"a pattern in the config of adapter {adapter!r} was not done with this base's {len(set(names)):,} module "
             f"names after {SECONDS:g} s ({patterns[0][:60]!r}{' ...' * (len(patterns) > 1)}); name the modules instead."
         ) from None
     except (subprocess.CalledProcessError, OSError) as error:
-        raise InlayError(f"the patterns in the config of adapter {adapter!r} cannot be tried ({error}).") from error
+        raise Unsupported(f"the patterns in the config of adapter {adapter!r} cannot be tried ({error}).") from error
 
 
 def _texts(value: Any) -> Iterator[str]:

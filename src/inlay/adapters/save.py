@@ -20,7 +20,7 @@ from inlay.adapters.curve import CURVE, draw_curve, drawable
 from inlay.adapters.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, fingerprint, read_adapter
 from inlay.adapters.sketch import precision_of, sketch
 from inlay.bases.load import head_of, size_of
-from inlay.errors import InlayError
+from inlay.errors import BadInput, ComputationFailed, Unsupported
 from inlay.files.atomic import write_json, writing
 from inlay.files.tensor_header import sign
 from inlay.methods._peft import PeftModel, plainly_active, put
@@ -61,9 +61,9 @@ def save_adapter(
     folder = Path(folder).expanduser()
     _check_model(model)
     if dtype not in ("float32", "float16") or (dtype == "float16" and model.active_peft_config.is_prompt_learning):
-        raise InlayError(f"expected dtype float32, or float16 but for peft's prompts and prefixes, got {dtype!r}.")
+        raise BadInput(f"expected dtype float32, or float16 but for peft's prompts and prefixes, got {dtype!r}.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / CONFIG).is_file():
-        raise InlayError(f"{folder} exists and is not an adapter; give another folder.")
+        raise BadInput(f"{folder} exists and is not an adapter; give another folder.")
     if not PartialState().is_main_process:
         return folder
     metrics = {**author(), **(metrics or {}), "versions": versions()}
@@ -81,7 +81,7 @@ def save_adapter(
         config = _sorted_config(new / CONFIG)
         record = {**_record(model, processor), "config": fingerprint(config), **({"tasks": tasks} if tasks else {})}
         if not np.isfinite(record["golden"]).all():
-            raise InlayError("the model's output on the golden input is NaN or Inf; nothing was saved.")
+            raise ComputationFailed("the model's output on the golden input is NaN or Inf; nothing was saved.")
         data = to_bytes(
             weights, {"format": "pt", "inlay": json.dumps(record, separators=(",", ":"), ensure_ascii=False)}
         )
@@ -96,13 +96,13 @@ def save_adapter(
 
 def _check_model(model: Any) -> None:
     if not isinstance(model, PeftModel):
-        raise InlayError(f"save_adapter takes a model wrapped by get_peft_model, got {type(model).__name__}.")
+        raise BadInput(f"save_adapter takes a model wrapped by get_peft_model, got {type(model).__name__}.")
     if not plainly_active(model):
-        raise InlayError(
+        raise BadInput(
             "save_adapter takes a model with one active adapter, neither merged nor disabled: undo that first."
         )
     if init := changes_base(model.active_peft_config.to_dict()):
-        raise InlayError(
+        raise Unsupported(
             f"the initialisation {init!r} changes the base, so that the adapter alone would be wrong on it; train with "
             "another init_lora_weights, such as True."
         )
@@ -111,11 +111,11 @@ def _check_model(model: Any) -> None:
 def _check_weights(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
     for key, value in weights.items():
         if not torch.isfinite(value).all():
-            raise InlayError(f"the weight {key!r} holds NaN or Inf; nothing was saved.")
+            raise ComputationFailed(f"the weight {key!r} holds NaN or Inf; nothing was saved.")
     base = model.get_base_model()
     heads = head_of(base)
     if getattr(base, "new_head", False) and not all(any(f".{head}." in key for key in weights) for head in heads):
-        raise InlayError(
+        raise BadInput(
             f"the head is new, but no part of this adapter, so it would be lost; train it: modules_to_save={heads}."
         )
 

@@ -9,7 +9,7 @@ import torch
 
 from inlay.adapters.sketch_distance import TOLERANCE, distance
 from inlay.bases.load import head_of
-from inlay.errors import InlayError
+from inlay.errors import Unsupported
 from inlay.methods._peft import base_modules, dequantized
 
 __all__ = ["TOLERANCE", "distance", "precision_of", "sketch"]
@@ -29,7 +29,7 @@ def sketch(model: torch.nn.Module) -> dict[str, Any]:
     """
     weights = list(_weights(model))
     if not weights:
-        raise InlayError(f"{type(model).__name__} has no weight matrix to recognise it by.")
+        raise Unsupported(f"{type(model).__name__} has no weight matrix to recognise it by.")
     chosen = sorted({round(i) for i in np.linspace(0, len(weights) - 1, min(TENSORS, len(weights)))})
     values = [_project(_matrix(weights[i][1])) for i in chosen]
     return {
@@ -43,7 +43,7 @@ def precision_of(model: torch.nn.Module) -> str:
     """The coarsest form in which a weight of the base is held: float32, float16, bfloat16, int8 or nf4."""
     kinds = {_kind(module) for _, module in _weights(model)}
     if not kinds <= TOLERANCE.keys():
-        raise InlayError(f"expected weights in {', '.join(TOLERANCE)}, got {', '.join(kinds - TOLERANCE.keys())}.")
+        raise Unsupported(f"expected weights in {', '.join(TOLERANCE)}, got {', '.join(kinds - TOLERANCE.keys())}.")
     return max(kinds, key=list(TOLERANCE).index)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from inlay.adapters.file import AdapterFile
 from inlay.bases.load import read_config, resolve_base
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.tasks import find_task, task_of_base
 from inlay.tasks.task import Task
 
@@ -24,6 +24,6 @@ def task_of_file(file: AdapterFile, config: Any = None) -> Task:
     name = file.base_name
     if config is None:
         if not name:
-            raise InlayError(f"adapter {file.name!r} names no base; give base=.")
+            raise BadInput(f"adapter {file.name!r} names no base; give base=.")
         config = read_config(name, resolve_base(name), None)
     return task_of_base(name or file.name, config, file.config.get("task_type"))

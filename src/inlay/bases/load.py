@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from inlay.bases.quantize import Quantize, compute_plainly, flatten_inputs, quantization
 from inlay.bases.sites import head_modules
-from inlay.errors import InlayError
+from inlay.errors import BadInput, DamagedFile, InlayError, Unreachable, Unsupported
 from inlay.files.folder_or_hub import refuse_ambiguous
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -37,16 +37,16 @@ def resolve_base(name: str | Path) -> str:
     name = str(name)
     if name.startswith("builtin:"):
         if name not in builtin_names():
-            raise InlayError(f"there is no embedded model {name!r}; there are {', '.join(builtin_names())}.")
+            raise BadInput(f"there is no embedded model {name!r}; there are {', '.join(builtin_names())}.")
         return str(BUILTIN / name.removeprefix("builtin:"))
     path = Path(name).expanduser()
     if path.is_dir() and name:
         if not (path / "config.json").is_file():
-            raise InlayError(f"expected a model folder with config.json, but {name} has none.")
+            raise BadInput(f"expected a model folder with config.json, but {name} has none.")
         refuse_ambiguous(name, "config.json")
         return str(path)
     if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
-        raise InlayError(f"no model folder at {name!r}; give a folder, a Hub id (user/name) or {builtin_names()[0]}.")
+        raise BadInput(f"no model folder at {name!r}; give a folder, a Hub id (user/name) or {builtin_names()[0]}.")
     return name
 
 
@@ -162,7 +162,7 @@ def set_labels(config: Any, labels: Sequence[str]) -> None:
     """
     names = list(labels)
     if isinstance(labels, str) or len(names) < 2 or len(set(names)) < len(names):
-        raise InlayError(f"expected labels as a list of two or more different names, got {str(labels)[:80]!r}.")
+        raise BadInput(f"expected labels as a list of two or more different names, got {str(labels)[:80]!r}.")
     config.num_labels = len(names)  # derived from id2label, but for PVT an attribute of its own
     config.id2label = dict(enumerate(names))
     config.label2id = {label: i for i, label in enumerate(names)}
@@ -199,7 +199,7 @@ def read_config(name: str, where: str, revision: str | None) -> Any:
         raise explained(name, error) from error
     inner = (config, *(getattr(config, part, None) for part in config.sub_configs))
     if kernels := [k for k in (getattr(part, "_attn_implementation", None) for part in inner) if "/" in str(k)]:
-        raise InlayError(f"{name} asks for the attention code {kernels[0]!r} from the Hub, which inlay never runs.")
+        raise Unsupported(f"{name} asks for the attention code {kernels[0]!r} from the Hub, which inlay never runs.")
     return config
 
 
@@ -214,7 +214,7 @@ def _check_report(name: str, model: PreTrainedModel, report: dict[str, Any], new
         hint = (
             " Give the labels of your task for a new head." if all(k.startswith(fresh + poolers) for k in odd) else ""
         )
-        raise InlayError(
+        raise DamagedFile(
             f"the weights of {name} do not fit its config: {len(odd)} tensors are missing or of another shape, "
             f"{odd[0]!r} first.{hint}"
         )
@@ -222,7 +222,7 @@ def _check_report(name: str, model: PreTrainedModel, report: dict[str, Any], new
     for key in sorted(report["unexpected_keys"]):  # other superfluous weights are usual: poolers, text towers
         match = re.match(r"(.+?)\.\d+\.", key)
         if match and match[1] in blocks:
-            raise InlayError(f"the weights of {name} do not fit its config: it has no place for {key!r}.")
+            raise DamagedFile(f"the weights of {name} do not fit its config: it has no place for {key!r}.")
 
 
 def _missing_poolers(model: PreTrainedModel, missing: Iterable[str]) -> list[str]:
@@ -251,22 +251,22 @@ def explained(name: str, error: Exception) -> InlayError:
     """Turn what transformers, huggingface_hub and safetensors raise into one sentence."""
     text = str(error)
     if isinstance(error, SafetensorError):
-        return InlayError(
+        return DamagedFile(
             f"the weights of {name} are not a whole safetensors file ({first_line(error)}); get it again."
         )
     if "offline" in text.lower() or "couldn't connect" in text.lower() or "connection" in text.lower():
-        return InlayError(
+        return Unreachable(
             f"{name} is not in the cache and the Hub cannot be reached; check the network, or use {builtin_names()[0]}."
         )
     if "not a valid model identifier" in text or "404" in text or "is not a local folder" in text:
-        return InlayError(f"there is no model {name!r} on the Hub that you may read, and no such folder.")
+        return Unreachable(f"there is no model {name!r} on the Hub that you may read, and no such folder.")
     if "safetensors" in text and ("does not appear to have" in text or "no file named" in text):
-        return InlayError(f"{name} has no model.safetensors; inlay reads no pickled weights: convert it first.")
+        return Unsupported(f"{name} has no model.safetensors; inlay reads no pickled weights: convert it first.")
     if "trust_remote_code" in text:
-        return InlayError(
+        return Unsupported(
             f"{name} needs code from its repository, which inlay never runs; use a model of transformers."
         )
-    return InlayError(f"{name} could not be loaded: {first_line(error)}")
+    return DamagedFile(f"{name} could not be loaded: {first_line(error)}")
 
 
 def first_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from inlay.bases.load import explained, first_line, read_config, resolve_base
-from inlay.errors import InlayError
+from inlay.errors import BadInput, DamagedFile, Unsupported
 
 _PROCESSOR = "preprocessor_config.json"
 MAX_SIDE = 8192  # pixels that settings from anywhere may have a picture resized to
@@ -28,11 +28,11 @@ def load_processor(name: str | Path, revision: str | None = None) -> BaseImagePr
         return AutoImageProcessor.from_pretrained(where, revision=revision, backend="pil", trust_remote_code=False)
     except Exception as error:  # settings are data from anywhere: they fail in any way
         if _has_processor(name, where, revision):
-            raise InlayError(f"the {_PROCESSOR} of {name} cannot be used: {first_line(error)}") from error
+            raise DamagedFile(f"the {_PROCESSOR} of {name} cannot be used: {first_line(error)}") from error
     config = read_config(name, where, revision)
     kind = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type, {}).get("pil")
     if kind is None:
-        raise InlayError(f"{name} has no {_PROCESSOR}, and {config.model_type} no standard one; add one to the folder.")
+        raise BadInput(f"{name} has no {_PROCESSOR}, and {config.model_type} no standard one; add one to the folder.")
     processor = processor_from({"image_processor_type": kind.removesuffix("Pil")})
     body = getattr(config, "vision_config", config)
     side, patch = getattr(body, "image_size", None), getattr(body, "patch_size", None)
@@ -52,14 +52,16 @@ def processor_from(settings: dict[str, Any]) -> BaseImageProcessor:
     named = str(settings.get("image_processor_type", ""))
     kind = named.removesuffix("Fast").removesuffix("Pil") + "Pil"
     if not any(kind == known.get("pil") for known in IMAGE_PROCESSOR_MAPPING_NAMES.values()):
-        raise InlayError(f"unknown image processor {named!r}; transformers has none of that name for Pillow.")
+        raise Unsupported(f"unknown image processor {named!r}; transformers has none of that name for Pillow.")
     sides = [n for key in _SIDES if isinstance(settings.get(key), dict) for n in settings[key].values()]
     if large := [n for n in sides if isinstance(n, int | float) and not n <= MAX_SIDE]:
-        raise InlayError(f"the image processor {named} asks for {large[0]} pixels a side; expected at most {MAX_SIDE}.")
+        raise DamagedFile(
+            f"the image processor {named} asks for {large[0]} pixels a side; expected at most {MAX_SIDE}."
+        )
     try:
         return getattr(transformers, kind)(**{k: v for k, v in settings.items() if k != "image_processor_type"})
     except (TypeError, ValueError) as error:
-        raise InlayError(f"the image processor {named} does not take these settings: {first_line(error)}") from error
+        raise DamagedFile(f"the image processor {named} does not take these settings: {first_line(error)}") from error
 
 
 def _has_processor(name: str, where: str, revision: str | None) -> bool:
@@ -105,11 +107,11 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     except Exception as error:  # tokenizer files are data from anywhere: they fail in any way
         if Path(where).is_dir():
             if not _has_tokenizer(Path(where)):
-                raise InlayError(
+                raise BadInput(
                     f"{name} is a {config.model_type} without a tokenizer; use a language model, or add its "
                     "tokenizer.json to the folder."
                 ) from error
-            raise InlayError(f"the tokenizer of {name} cannot be used: {first_line(error)}") from error
+            raise DamagedFile(f"the tokenizer of {name} cannot be used: {first_line(error)}") from error
         raise explained(name, error) from error
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < tokenizer.model_max_length:

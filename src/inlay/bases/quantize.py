@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from inlay.bases.sites import head_modules, is_linear, linear_shape
-from inlay.errors import InlayError
+from inlay.errors import BadInput, Unsupported
 
 Quantize = Literal["8bit", "4bit"]
 
@@ -22,12 +22,12 @@ def quantization(quantize: Quantize | None, name: str, config: Any, kind: Any, d
     if quantize is None:
         return None
     if quantize not in ("8bit", "4bit"):
-        raise InlayError(f"quantize must be '8bit' or '4bit', got {quantize!r}.")
+        raise BadInput(f"quantize must be '8bit' or '4bit', got {quantize!r}.")
     bits = int(quantize[0])
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        raise InlayError(f"a {bits}-bit base needs bitsandbytes: pip install 'inlay[quantize]'.") from None
+        raise Unsupported(f"a {bits}-bit base needs bitsandbytes: pip install 'inlay[quantize]'.") from None
     from transformers import BitsAndBytesConfig
 
     with torch.device("meta"):
@@ -38,7 +38,7 @@ def quantization(quantize: Quantize | None, name: str, config: Any, kind: Any, d
     linear = {n: m for n, m in skeleton.named_modules() if is_linear(m) and not f"{n}.".startswith(outside)}
     whole = [n for n, m in linear.items() if bits == 4 and linear_shape(m)[0] % 64]
     if len(whole) == len(linear):
-        raise InlayError(f"{name} has no linear layer outside its head that {bits} bits can hold; leave quantize out.")
+        raise Unsupported(f"{name} has no linear layer outside its head that {bits} bits can hold; leave quantize out.")
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # one warning a product in eval mode
     return BitsAndBytesConfig(
         load_in_8bit=bits == 8,

@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import nn
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput, Unsupported
 
 logger = logging.getLogger("inlay")
 _said: set[str] = set()  # model classes of which it has been said what was found by structure
@@ -183,7 +183,7 @@ def sites(model: nn.Module) -> Sites:
     row = None if listed else _row_by_structure(inner)
     places = listed or (row and _places(row, inner))
     if not places:
-        raise InlayError(
+        raise Unsupported(
             f"expected one stack of equal blocks with query, key and value projections (q_proj, query, qkv ...) "
             f"in {label}, found the children {', '.join(children) or 'none'}; give target_modules by hand."
         )
@@ -358,7 +358,7 @@ def head_modules(model: nn.Module) -> list[str]:
     heads = _heads(model)
     if not heads:
         children = ", ".join(name for name, _ in model.named_children())
-        raise InlayError(
+        raise Unsupported(
             f"expected a backbone and a task head in {type(model).__name__}, found the children {children or 'none'}; "
             "name the head by modules_to_save yourself."
         )
@@ -387,7 +387,7 @@ def lora_targets(model: nn.Module, sites: Literal["all", "attention"] = "all") -
         InlayError: Nothing of the kind is there.
     """
     if sites not in ("all", "attention"):
-        raise InlayError(f"sites must be all or attention, got {sites!r}.")
+        raise BadInput(f"sites must be all or attention, got {sites!r}.")
     inner = dict(_outside(model, _heads(model)))
     for leaves in _QKV if sites == "attention" else ():
         query_value = (leaves[0], leaves[-1])
@@ -396,7 +396,7 @@ def lora_targets(model: nn.Module, sites: Literal["all", "attention"] = "all") -
             return found
     found = [name for name, m in inner.items() if is_linear(m) or is_pointwise(m)]
     if not found:
-        raise InlayError(f"found no linear layer or 1x1 convolution in {type(model).__name__}; give target_modules.")
+        raise Unsupported(f"found no linear layer or 1x1 convolution in {type(model).__name__}; give target_modules.")
     return found
 
 
@@ -410,7 +410,7 @@ def decoder_targets(model: nn.Module) -> list[str]:
     """
     found = [name for name, m in model.named_modules() if name.startswith("mask_decoder.transformer.") and is_linear(m)]
     if not found:
-        raise InlayError(f"{type(model).__name__} has no mask decoder with a transformer; adapt the encoder alone.")
+        raise Unsupported(f"{type(model).__name__} has no mask decoder with a transformer; adapt the encoder alone.")
     return found
 
 

@@ -17,7 +17,7 @@ from math import prod
 from typing import TypeVar
 
 from inlay.builtin.topics import NEGATIVE, TOPICS, Topic
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ def descriptions(topic: str, count: int, *, seed: int, references: int = 5) -> l
         InlayError: An unknown topic, or a number out of range.
     """
     if topic not in TOPICS or count < 0 or not 1 <= references <= 8:
-        raise InlayError(
+        raise BadInput(
             f"topic must be one of {', '.join(TOPICS)}, count at least 0 and references 1 to 8, got {topic!r}, "
             f"{count} and "
             f"{references}."
@@ -67,7 +67,7 @@ def descriptions(topic: str, count: int, *, seed: int, references: int = 5) -> l
     sizes = [len(TOPICS[topic].nouns), *map(len, TOPICS[topic].slots.values())]
     most = prod(size + 1 for size in sizes) // 2  # each slot has a value or is absent; near to all, drawing gets slow
     if count > most:
-        raise InlayError(f"there are only about {most} different {topic}, got a count of {count}; lower it.")
+        raise BadInput(f"there are only about {most} different {topic}, got a count of {count}; lower it.")
     return list(islice(_distinct(topic, seed, references), count))
 
 

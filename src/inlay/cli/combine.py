@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from inlay.cli.show import AdapterArgument, BaseOption, JsonOption, show
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 
 
 def merge(
@@ -63,7 +63,7 @@ def combine(
 
     weights = dict(_weighted(text) for text in adapters)
     if len(weights) < len(adapters):
-        raise InlayError(f"expected different adapters, got {', '.join(adapters)}.")
+        raise BadInput(f"expected different adapters, got {', '.join(adapters)}.")
     if out is None:
         found = overlap(weights)
         if report is not None:
@@ -88,7 +88,7 @@ def _weighted(text: str) -> tuple[str, float]:
     try:
         return (path, float(number)) if found else (text, 1.0)
     except ValueError:
-        raise InlayError(f"{text!r} must be ADAPTER=WEIGHT, such as runs/a=0.5.") from None
+        raise BadInput(f"{text!r} must be ADAPTER=WEIGHT, such as runs/a=0.5.") from None
 
 
 VERBS: dict[str, Callable[..., None]] = {"merge": merge, "combine": combine}

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.options import check_options, plain_type
 
 # What a user of transformers' Trainer or of peft's examples types first, and what it is called here.
@@ -103,8 +103,8 @@ def parse(defaults: Sequence[Any], arguments: Sequence[str]) -> list[Any]:
     if unknown:
         name = next((word for word in unknown if word.startswith("-")), "")
         if not name:
-            raise InlayError(f"expected options such as --{next(iter(values))}, got {unknown[0]!r}.")
-        raise InlayError(f"there is no option {name}. {_meant(name, values)}")
+            raise BadInput(f"expected options such as --{next(iter(values))}, got {unknown[0]!r}.")
+        raise BadInput(f"there is no option {name}. {_meant(name, values)}")
     settings = [type(default)(**{name: getattr(found, name) for name in _hints(default)}) for default in defaults]
     for each in settings:
         check_options(each)
@@ -113,7 +113,7 @@ def parse(defaults: Sequence[Any], arguments: Sequence[str]) -> list[Any]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise InlayError(f"{message}.")  # argparse would print all options with it
+        raise BadInput(f"{message}.")  # argparse would print all options with it
 
 
 def _hints(default: Any) -> dict[str, Any]:
@@ -185,24 +185,24 @@ def _from_file(file: Path, values: dict[str, Any]) -> list[str]:
     import yaml  # type: ignore[import-untyped]
 
     if not file.is_file():
-        raise InlayError(f"there is no settings file {file}.")
+        raise BadInput(f"there is no settings file {file}.")
     try:
         text = file.read_text(encoding="utf-8")
         settings = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
         got = " ".join(str(error).split())
-        raise InlayError(f"expected {file.suffix[1:].upper()} in {file}, but got: {got}. Mend it.") from error
+        raise BadInput(f"expected {file.suffix[1:].upper()} in {file}, but got: {got}. Mend it.") from error
     if not isinstance(settings, dict):
-        raise InlayError(f"expected names with values in {file}, but got {type(settings).__name__}. Write name: value.")
+        raise BadInput(f"expected names with values in {file}, but got {type(settings).__name__}. Write name: value.")
     unknown = [str(key) for key in settings if key not in values]
     if unknown:
-        raise InlayError(f"{file} sets {unknown[0]}, but there is no such option. {_meant(unknown[0], values)}")
+        raise BadInput(f"{file} sets {unknown[0]}, but there is no such option. {_meant(unknown[0], values)}")
     found: list[str] = []
     for key, value in settings.items():
         if value == values[key] and type(value) is type(values[key]):
             continue
         if value is None or isinstance(value, dict) or value == []:
-            raise InlayError(f"expected a value for {key} in {file}, but got {value!r}. Give one, or leave it out.")
+            raise BadInput(f"expected a value for {key} in {file}, but got {value!r}. Give one, or leave it out.")
         found += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     return found
 

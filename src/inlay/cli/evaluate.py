@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from inlay.cli.show import AdapterArgument, BaseOption, JsonOption, printable
-from inlay.errors import InlayError
+from inlay.errors import BadInput, Unsupported
 
 
 def evaluate(
@@ -38,7 +38,7 @@ def evaluate(
     """Score an adapter on labelled data, beside its base: all scores of its task, with 95 % intervals."""
     for path in (csv, matrix):
         if path is not None and not path.absolute().parent.is_dir():
-            raise InlayError(f"there is no folder {str(path.parent)!r} for {path.name!r}; make it first.")
+            raise BadInput(f"there is no folder {str(path.parent)!r} for {path.name!r}; make it first.")
     from inlay.adapters.evaluate import evaluate as score
 
     if matrix is not None:
@@ -64,7 +64,7 @@ def _check_classifies(adapter: str) -> None:
 
     task = task_of_file(read_adapter(fetch(adapter)))
     if not task.classifies:
-        raise InlayError(f"an adapter for {task.name} has no confusion matrix; leave --matrix out.")
+        raise Unsupported(f"an adapter for {task.name} has no confusion matrix; leave --matrix out.")
 
 
 VERBS: dict[str, Callable[..., None]] = {"evaluate": evaluate}

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from inlay.cli.show import AdapterArgument, BaseOption, JsonOption
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.tasks import TASKS
 from inlay.tasks.task import Option, Task
 
@@ -31,7 +31,7 @@ def predict(context: typer.Context) -> None:
     task = task_of_file(read_adapter(fetch(adapter)))
     for option in _named_options(arguments):
         if option not in (*_COMMON, *map(_as_typed, task.options)):
-            raise InlayError(_explain_option(option, adapter, task))
+            raise BadInput(_explain_option(option, adapter, task))
     _build_command(task)(arguments, prog_name="inlay predict")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from inlay.cli.command_line import parse
-from inlay.errors import InlayError
+from inlay.errors import InlayError, Unreachable, Unsupported
 
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # where accelerate looks for it
 
@@ -50,7 +50,7 @@ def _destination(main: Callable[..., Any], settings: Sequence[Any]) -> tuple[str
     repo = asked.get("push_to")
     if repo is not None:  # an empty name is a bad one: of a variable that was not set
         if get_type_hints(main).get("return") is not Path:
-            raise InlayError("this recipe saves no adapter of its own, so there is nothing for --push_to to send.")
+            raise Unsupported("this recipe saves no adapter of its own, so there is nothing for --push_to to send.")
         if _join().is_main_process:
             from inlay.adapters.hub.repository import check_push
 
@@ -65,7 +65,7 @@ def _push(folder: Any, repo: str, private: bool) -> None:
         print(push_adapter(folder, repo, private=private))
     except InlayError as error:
         again = f"inlay push {folder} {repo}{' --private' if private else ''}"
-        raise InlayError(f"{error} The adapter is saved in {folder}; send it with: {again}") from None
+        raise Unreachable(f"{error} The adapter is saved in {folder}; send it with: {again}") from None
 
 
 def _is_first() -> bool:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from inlay.cli.show import AdapterArgument, BaseOption, JsonOption
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 
 
 def segment(
@@ -97,7 +97,7 @@ def _place(text: str, size: int) -> list[Any]:
         return [*map(float, words[:size]), *words[size:]]
     except ValueError:
         wanted = "x,y,z" if size == 3 else "x0,y0,z0,x1,y1,z1"
-        raise InlayError(f"{text!r} must be {wanted} and perhaps a label, with commas between them.") from None
+        raise BadInput(f"{text!r} must be {wanted} and perhaps a label, with commas between them.") from None
 
 
 def _list_findings(report: Any) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 
 
 def refuse_ambiguous(name: str, file: str, revision: str | None = None) -> None:
@@ -17,7 +17,7 @@ def refuse_ambiguous(name: str, file: str, revision: str | None = None) -> None:
         revision: That was asked for.
     """
     if revision is not None:
-        raise InlayError(
+        raise BadInput(
             f"revision {revision!r} is of a Hub id, but {name!r} is a folder here, which has none; leave the revision "
             "out, or work from another folder to get the Hub's."
         )
@@ -31,7 +31,7 @@ def refuse_ambiguous(name: str, file: str, revision: str | None = None) -> None:
     except HFValidationError:  # no Hub id has this form
         return
     if isinstance(cached, str) and not Path(name).resolve().is_relative_to(Path(cached).parent):
-        raise InlayError(
+        raise BadInput(
             f"{name!r} is a folder here and a repository from the Hub in the cache; write './{name}' for the folder, "
             "or work from another folder to get the Hub's."
         )

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from inlay.errors import InlayError
+from inlay.errors import DamagedFile, Unsupported
 from inlay.files.bounded_json import unique
 
 # Larger ones are refused before they are read: a header has 134 bytes for each tensor.
@@ -58,11 +58,11 @@ def read_header(path: Path, *, digest: bool = True) -> dict[str, Any]:
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata is no table of texts")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise InlayError(f"{path} is damaged: {error}; get it again.") from None
+        raise DamagedFile(f"{path} is damaged: {error}; get it again.") from None
     if DIGEST not in metadata and "inlay" in metadata:
-        raise InlayError(f"{path} is damaged: its checksum is gone; get it again.")
+        raise DamagedFile(f"{path} is damaged: its checksum is gone; get it again.")
     if digest and DIGEST in metadata and metadata[DIGEST] != _digest_of(path, header, 8 + length):
-        raise InlayError(f"{path} is damaged: its content does not match the checksum stored in it; get it again.")
+        raise DamagedFile(f"{path} is damaged: its content does not match the checksum stored in it; get it again.")
     return header
 
 
@@ -80,19 +80,19 @@ def _check_start(path: Path, start: bytes, size: int) -> None:
     """Tell from the first bytes and the size whether it can be safetensors: a length, then a JSON object."""
     length = int.from_bytes(start[:8], "little")
     if start.startswith(b"version https://git-lfs"):
-        raise InlayError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`.")
+        raise DamagedFile(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`.")
     # a header of 640 bytes starts like a pickle, too: what comes after its length decides
     if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and start[8:9] != b"{":
-        raise InlayError(f"{path} is a pickle, not safetensors; inlay never opens pickles: save the adapter again.")
+        raise Unsupported(f"{path} is a pickle, not safetensors; inlay never opens pickles: save the adapter again.")
     if size == 0:
-        raise InlayError(f"{path} is empty; get it again.")
+        raise DamagedFile(f"{path} is empty; get it again.")
     if size < 10 or 8 + length > size:
-        raise InlayError(
+        raise DamagedFile(
             f"{path} is truncated or not a safetensors file: its header claims {length} bytes, the file has {size}; "
             "get it again."
         )
     if length > MAX_HEADER:
-        raise InlayError(f"{path} has a header of {length:,} bytes, and inlay reads at most {MAX_HEADER:,}.")
+        raise DamagedFile(f"{path} has a header of {length:,} bytes, and inlay reads at most {MAX_HEADER:,}.")
 
 
 def _check_tiling(tensors: dict[str, Any], size: int) -> None:

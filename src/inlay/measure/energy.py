@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.measure.speed import device_of, passes
 
 WATTS = "INLAY_WATTS_PER_CORE"
@@ -75,7 +75,7 @@ def measure_energy(
         InlayError: There are no inputs; watts_per_core is not a positive number.
     """
     if watts_per_core is not None and not _positive(watts_per_core):
-        raise InlayError(f"expected watts_per_core above 0, got {watts_per_core!r}; leave it out if it is not known.")
+        raise BadInput(f"expected watts_per_core above 0, got {watts_per_core!r}; leave it out if it is not known.")
     device = device_of(model)
     with passes(model, inputs) as run:
         try:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from inlay.errors import InlayError
+from inlay.errors import Unsupported
 
 
 def count_macs(model: nn.Module, inputs: dict[str, Tensor]) -> int:
@@ -41,7 +41,7 @@ def count_macs(model: nn.Module, inputs: dict[str, Tensor]) -> int:
             shadow(**{name: _meta(value) for name, value in inputs.items()})
     except RuntimeError as error:  # and its subclass NotImplementedError
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
-        raise InlayError(
+        raise Unsupported(
             f"expected a forward pass that needs no values (torch's meta device), but {type(model).__name__} "
             f"on {shapes} answered: {str(error).splitlines()[0]!r}. Leave attention masks out and check the "
             "shapes; control flow that depends on values cannot be counted."

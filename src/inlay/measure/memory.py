@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import default_collate
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput, InlayError, Unsupported
 from inlay.measure.fake_step import LiveBytes, fake, fake_model, no_traces, one_text_a_row
 from inlay.measure.footprint import footprint
 from inlay.methods._peft import PeftModel, PeftType
@@ -149,7 +149,7 @@ def plan_memory(
 
 def _explained(model: nn.Module, batch: dict[str, Tensor], error: RuntimeError) -> InlayError:
     shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items())
-    return InlayError(
+    return Unsupported(
         f"expected a training step that tensors without values can take, but {type(model).__name__} on {shapes} "
         f"answered: {str(error).splitlines()[0]!r}. Check the shapes; a step that looks at values must be measured."
     )
@@ -224,7 +224,7 @@ def _forward_backward(
         piece = batch if size >= rows else {name: value[begin : begin + size] for name, value in batch.items()}
         value = (loss(model, piece) if loss else model(**piece)).loss
         if value is None:
-            raise InlayError(f"expected a loss, but {type(model).__name__} gives none for {sorted(batch)}: add labels.")
+            raise BadInput(f"expected a loss, but {type(model).__name__} gives none for {sorted(batch)}: add labels.")
         (value * (min(size, rows - begin) / rows)).backward()
         del value
     return size
@@ -302,11 +302,11 @@ def _optimizer(trainable: list[nn.Parameter], optimizer: Optimizer) -> torch.opt
 
 def _check(model: nn.Module, precision: Precision, checkpointing: bool, device: torch.device) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise InlayError("expected a model with something to train, but no parameter requires a gradient.")
+        raise BadInput("expected a model with something to train, but no parameter requires a gradient.")
     if precision == "fp16" and device.type == "cpu":
-        raise InlayError("fp16 training needs a GPU; on a CPU take bf16 or no mixed precision.")
+        raise Unsupported("fp16 training needs a GPU; on a CPU take bf16 or no mixed precision.")
     if checkpointing and isinstance(model, PeftModel) and model.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
-        raise InlayError(
+        raise Unsupported(
             "peft's prefix tuning hands its prefix over in the cache, which gradient checkpointing leaves out; take "
             "the attention prefix, or no checkpointing."
         )
@@ -319,9 +319,9 @@ def _device(model: nn.Module, device: str | torch.device | None) -> torch.device
     try:
         where = torch.device(device)
     except RuntimeError as error:
-        raise InlayError(f"unknown device {device!r}; use cpu or cuda.") from error
+        raise BadInput(f"unknown device {device!r}; use cpu or cuda.") from error
     if where.type == "cuda" and not torch.cuda.is_available():  # torch would end the process
-        raise InlayError(f"the device {where} was asked for, but torch finds no GPU on this machine.")
+        raise Unsupported(f"the device {where} was asked for, but torch finds no GPU on this machine.")
     return where
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def latency(
         InlayError: repeats is under 1, or there are no inputs.
     """
     if repeats < 1:
-        raise InlayError(f"repeats must be at least 1, got {repeats}.")
+        raise BadInput(f"repeats must be at least 1, got {repeats}.")
     device = device_of(model)
     times_ms: list[float] = []
     with passes(model, inputs) as run:
@@ -86,7 +86,7 @@ def passes(model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[Callable[[],
         InlayError: There are no inputs.
     """
     if not inputs:
-        raise InlayError("there are no inputs to pass through the model.")
+        raise BadInput("there are no inputs to pass through the model.")
     device = device_of(model)
     inputs = {name: value.to(device) for name, value in inputs.items()}
 

@@ -27,7 +27,7 @@ from inlay.adapters.hub.fetch import fetch
 from inlay.adapters.identity import Identity, identity
 from inlay.adapters.load import given_base
 from inlay.adapters.task import task_of_file
-from inlay.errors import InlayError
+from inlay.errors import BadInput, InlayError
 from inlay.methods._peft import leave, release, strip, wrap
 from inlay.serve.bank_layer import BankLayer, Rows, Site, Stacks
 from inlay.serve.prompt import TABLE, PromptStacks, is_cached_prefix, moved_on, split_cache
@@ -75,7 +75,7 @@ class Bank:
         """
         self.model = given_base(load_base(base) if not isinstance(base, nn.Module) else base).eval()
         if budget_mb is not None and not budget_mb > 0:
-            raise InlayError(f"budget_mb must be positive, got {budget_mb}.")
+            raise BadInput(f"budget_mb must be positive, got {budget_mb}.")
         self.check_golden = check_golden
         self.budget = None if budget_mb is None else int(budget_mb * 1e6)
         self.files: dict[str, AdapterFile] = {}
@@ -232,13 +232,13 @@ class Bank:
         rows = next((len(value) for value in inputs.values() if torch.is_tensor(value)), 0)
         if isinstance(adapters, str) or rows != len(adapters):
             got = repr(adapters) if isinstance(adapters, str) else len(adapters)
-            raise InlayError(f"expected a list of one adapter, or None, for each of {rows} rows, got {got}.")
+            raise BadInput(f"expected a list of one adapter, or None, for each of {rows} rows, got {got}.")
         return adapters
 
     def _known(self, name: str) -> str | Path:
         if name not in self._paths:
             some = ", ".join(list(self._paths)[:5]) or "none"
-            raise InlayError(f"the bank has no adapter {name!r}, it has {some}{' ...' * (len(self._paths) > 5)}.")
+            raise BadInput(f"the bank has no adapter {name!r}, it has {some}{' ...' * (len(self._paths) > 5)}.")
         return self._paths[name]
 
     def _stacks(self) -> list[Stacks]:
@@ -313,7 +313,7 @@ class Bank:
             room = self.budget // max(each, 1) - 1  # one slot is the plain base's
             spare = [other for other in others if other not in keep]
             if len(others) - len(spare) + 1 > room:
-                raise InlayError(
+                raise BadInput(
                     f"budget_mb {self.budget / 1e6:g} has room for {max(room, 0)} adapters of this size "
                     f"({each / 1e6:.2g} MB each), and this batch asks for more; raise it, or split the batch."
                 )
@@ -466,12 +466,12 @@ def _named(adapters: Any) -> dict[str, str | Path]:
         folder = Path(adapters).expanduser()
         found = [folder] if (folder / CONFIG).is_file() else sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
         if not found:
-            raise InlayError(f"expected a folder of adapters, but {adapters} holds none.")
+            raise BadInput(f"expected a folder of adapters, but {adapters} holds none.")
         adapters = found
     named: dict[str, str | Path] = {}
     for path in adapters:
         name = Path(path).name
         if name in named:
-            raise InlayError(f"two adapters are called {name!r}: {named[name]} and {path}; give names of your own.")
+            raise BadInput(f"two adapters are called {name!r}: {named[name]} and {path}; give names of your own.")
         named[name] = path
     return named

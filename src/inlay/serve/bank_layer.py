@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.methods.base import AdapterLayer
 
 Tensors = Mapping[str, torch.Tensor]
@@ -46,7 +46,7 @@ class Rows:
         """Values of the batch's rows for a tensor of so many rows: SAM's windows, or a search's beams, are several."""
         each = rows // len(values)
         if each * len(values) != rows:
-            raise InlayError(f"expected one adapter for each of {rows} rows, got {len(values)}.")
+            raise BadInput(f"expected one adapter for each of {rows} rows, got {len(values)}.")
         return values if each == 1 else values.repeat_interleave(each, dim=0)
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from typing_extensions import override
 
-from inlay.errors import InlayError
+from inlay.errors import Unsupported
 from inlay.methods.bottleneck import BottleneckLayer
 from inlay.serve.bank_layer import BankLayer, Site, Tensors
 
@@ -29,7 +29,7 @@ class BottleneckBank(BankLayer, BottleneckLayer):
         own = self.options.get("bank")
         for what in ("placement", "activation", "layer_norm"):
             if own is not None and getattr(own, what) != getattr(settings, what):
-                raise InlayError(
+                raise Unsupported(
                     f"the bottlenecks of a bank are alike in {what}: here it is {getattr(own, what)}, got "
                     f"{getattr(settings, what)}; give this adapter a bank of its own."
                 )

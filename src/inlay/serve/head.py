@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from inlay.errors import InlayError
+from inlay.errors import Unsupported
 from inlay.methods._peft import AuxiliaryTrainingWrapper
 from inlay.serve.bank_layer import BankLayer, Rows, Site, Tensors
 
@@ -24,7 +24,7 @@ class HeadBank(BankLayer):
         """Around the one linear layer that a head consists of."""
         inside = [(leaf, module) for leaf, module in layer.original_module.named_modules() if module._parameters]
         if len(inside) != 1 or not isinstance(inside[0][1], nn.Linear):
-            raise InlayError(f"a bank holds heads of one linear layer, and {name} is not; load it with load_adapter.")
+            raise Unsupported(f"a bank holds heads of one linear layer, and {name} is not; load it with load_adapter.")
         leaf = inside[0][0]
         start = f"{leaf}." if leaf else ""
         return Site(f"{name}.{leaf}" if leaf else name, cls, {k.removeprefix(start): v for k, v in keys.items()})

@@ -7,7 +7,7 @@ from torch import nn
 from typing_extensions import override
 
 from inlay.bases.sites import is_linear
-from inlay.errors import InlayError
+from inlay.errors import Unsupported
 from inlay.methods._peft import IA3Layer
 from inlay.serve.bank_layer import BankLayer, Site, Tensors
 
@@ -22,7 +22,7 @@ class FactorBank(BankLayer):
     @override
     def site(cls, base: nn.Module, name: str, layer: Any, keys: dict[str, str]) -> Site:
         if not is_linear(layer.get_base_layer()):
-            raise InlayError(
+            raise Unsupported(
                 f"a bank holds (IA)³ around linear layers, and {name} is a {type(layer.get_base_layer()).__name__}; "
                 "load this adapter with load_adapter."
             )

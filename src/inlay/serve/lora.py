@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from inlay.bases.sites import is_linear, is_pointwise
-from inlay.errors import InlayError
+from inlay.errors import Unsupported
 from inlay.methods._peft import LoraLayer
 from inlay.serve.bank_layer import BankLayer, Site, Tensors
 
@@ -36,7 +36,7 @@ class LoraBank(BankLayer):
                 return Site(name, LoraConvolutionBank, keys, scale)
         if not layer.lora_variant and isinstance(inner, nn.Embedding) and inner.max_norm is None:
             return Site(name, LoraEmbeddingBank, keys, scale)
-        raise InlayError(
+        raise Unsupported(
             f"a bank holds LoRA whose update is B·A, not DoRA and other variants of it ({name}); load this adapter "
             "with load_adapter, or merge it."
         )

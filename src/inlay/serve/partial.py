@@ -8,7 +8,7 @@ from torch.func import functional_call
 from typing_extensions import override
 
 from inlay.bases.sites import is_norm
-from inlay.errors import InlayError
+from inlay.errors import Unsupported
 from inlay.methods.partial import PartialLayer
 from inlay.serve.bank_layer import BankLayer, Site, Tensors
 
@@ -24,7 +24,7 @@ class VectorBank(BankLayer):
     def site(cls, base: nn.Module, name: str, layer: Any, keys: dict[str, str]) -> Site:
         leaves = {key.rpartition(".")[2] for key in keys}
         if not _holds_vectors(layer.get_base_layer(), leaves):
-            raise InlayError(
+            raise Unsupported(
                 f"a bank holds biases and norms of partial fine-tuning, not whole weights, of which each row would "
                 f"need its own ({name}, {', '.join(sorted(leaves))}); load this adapter with load_adapter, or merge it."
             )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from inlay.errors import InlayError
+from inlay.errors import Unsupported
 from inlay.serve.bank_layer import KEY_START, Rows, Stacks
 
 TABLE = "prompt_embeddings"  # the one tensor that a file of either method holds
@@ -51,7 +51,7 @@ def moved_on(model: PreTrainedModel, rows: Rows, ahead: Sequence[int]) -> Iterat
         yield
         return
     if "position_ids" not in signature(model.forward).parameters:
-        raise InlayError(f"a {type(model).__name__} takes no positions, which rows behind peft's prefixes need.")
+        raise Unsupported(f"a {type(model).__name__} takes no positions, which rows behind peft's prefixes need.")
     steps = torch.tensor(list(ahead), device=rows.device)
 
     def move(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

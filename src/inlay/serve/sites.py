@@ -11,7 +11,7 @@ from inlay.adapters.file import AdapterFile
 from inlay.adapters.load import inject_checked, set_head
 from inlay.adapters.task import task_of_file
 from inlay.bases.sites import sites
-from inlay.errors import InlayError
+from inlay.errors import Unsupported, WrongBase
 from inlay.methods._peft import AuxiliaryTrainingWrapper, BaseTunerLayer, PeftModel, adapter_shapes, plain_name
 from inlay.methods.attention_prefix import AttentionPrefixConfig
 from inlay.serve.attention_prefix import PrefixBank, WindowPrefixBank
@@ -55,13 +55,13 @@ def find_sites(model: PreTrainedModel, file: AdapterFile, weights: dict[str, tor
     if is_prompt(file.config):
         return []
     if not is_cached_prefix(file.config):
-        raise InlayError(f"a bank holds no {file.config['peft_type']} ({file.name}); load it with load_adapter.")
+        raise Unsupported(f"a bank holds no {file.config['peft_type']} ({file.name}); load it with load_adapter.")
     table = weights[TABLE]
     fresh = get_peft_model(_skeleton(model), AttentionPrefixConfig(length=len(table)))
     shapes = adapter_shapes(fresh)
     found = split_cache(sites(fresh.get_base_model()).attention, table)
     if {key: tuple(value.shape) for key, value in found.items()} != shapes:
-        raise InlayError(
+        raise WrongBase(
             f"the prefix {file.name!r} of {tuple(table.shape)} has no keys and values for each attention of this base; "
             "load it with load_adapter."
         )
@@ -86,13 +86,13 @@ def _sites_of(adapted: PeftModel, keys: list[str]) -> list[Site]:
             found.append((plain_name(name), module))
     wrapped = [name for name, _ in found]
     if len(set(wrapped)) < len(wrapped):
-        raise InlayError("a bank holds adapters of one method at each module; load this one with load_adapter.")
+        raise Unsupported("a bank holds adapters of one method at each module; load this one with load_adapter.")
     own: dict[str, dict[str, str]] = {name: {} for name in wrapped}
     for key in keys:
         inside = key.removeprefix(KEY_START)
         name = max((n for n in wrapped if inside.startswith(f"{n}.")), key=len, default=None)
         if name is None:
-            raise InlayError(
+            raise Unsupported(
                 f"a bank holds what methods add to a base, not {inside} of the base itself; use load_adapter."
             )
         own[name][inside[len(name) + 1 :]] = key
@@ -100,13 +100,13 @@ def _sites_of(adapted: PeftModel, keys: list[str]) -> list[Site]:
     reasons = [kind and kind.why_alone(layer) for kind, (_, layer) in zip(kinds, found, strict=True)]
     reason = next(filter(None, reasons), None)
     if reason and not all(why or kind is HeadBank for why, kind in zip(reasons, kinds, strict=True)):
-        raise InlayError(
+        raise Unsupported(
             f"{reason}, so it holds none that have another method beside them; load this adapter with load_adapter."
         )
     made = []
     for kind, (name, layer) in zip(kinds, found, strict=True):
         if kind is None:
-            raise InlayError(
+            raise Unsupported(
                 f"a bank holds LoRA, (IA)³, bottlenecks, prefixes, prompts, biases, norms and heads, not what "
                 f"{type(layer).__name__} adds at {name}; load this adapter with load_adapter."
             )

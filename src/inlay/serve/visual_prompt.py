@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from inlay.bases.sites import sites
-from inlay.errors import InlayError
+from inlay.errors import Unsupported
 from inlay.methods.visual_prompt import VisualPromptLayer, WindowPromptLayer, hide
 from inlay.serve.attention_prefix import PrefixBank, WindowPrefixBank
 from inlay.serve.bank_layer import BankLayer, Site, Tensors
@@ -45,12 +45,12 @@ class TravelBank(BankLayer):
     def check(self, settings: Any) -> None:
         place = (settings.enter, settings.drop)
         if self.options.setdefault("bank", place) != place:
-            raise InlayError(
+            raise Unsupported(
                 "the shallow prompts of a bank travel through the same blocks; give others their own bank."
             )
         if "attention_mask" not in signature(self.get_base_layer().forward).parameters:
             kind = type(self.get_base_layer()).__name__
-            raise InlayError(f"rows cannot differ in shallow prompts here, as {kind} takes no mask; use deep ones.")
+            raise Unsupported(f"rows cannot differ in shallow prompts here, as {kind} takes no mask; use deep ones.")
 
     @override
     def stored(self, tensors: Tensors, settings: Any) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from inlay.adapters.file import WEIGHTS
 from inlay.adapters.save import save_adapter
-from inlay.errors import InlayError
+from inlay.errors import BadInput, Unsupported
 from inlay.files.atomic import write_json
 from inlay.measure import footprint
 from inlay.measure.memory import measure_peak
@@ -151,14 +151,12 @@ def _check(
         methods = [name for name, method in METHODS.items() if base in method.bases and name != "pissa"]
     unknown = [name for name in methods if name not in METHODS]
     if unknown or not methods or not seeds:
-        raise InlayError(
-            f"expected methods among {', '.join(METHODS)} and one seed or more, got {methods} and {seeds}."
-        )
+        raise BadInput(f"expected methods among {', '.join(METHODS)} and one seed or more, got {methods} and {seeds}.")
     if learning_rates and len(learning_rates) != len(methods):
-        raise InlayError(f"expected one learning rate for each of {len(methods)} methods, got {len(learning_rates)}.")
+        raise BadInput(f"expected one learning rate for each of {len(methods)} methods, got {len(learning_rates)}.")
     whole = [name for name in methods if name in ("full", "partial")]
     if task.quantize and whole:
-        raise InlayError(f"{' and '.join(whole)} cannot train weights in 8 or 4 bits; leave quantize or them out.")
+        raise Unsupported(f"{' and '.join(whole)} cannot train weights in 8 or 4 bits; leave quantize or them out.")
     return methods
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from inlay.bases.load import Dtype, read_config, resolve_base
 from inlay.bases.quantize import Quantize
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.measure.memory import MemoryPlan, Optimizer, Precision, measure_peak, plan_memory
 from inlay.methods import METHODS
 from inlay.methods._peft import PeftModel, virtual_tokens
@@ -57,15 +57,15 @@ def plan_base(
         InlayError: An unknown method or base, one that they do not fit, a size that is no number over 0.
     """
     if method not in METHODS:
-        raise InlayError(f"there is no method {method!r}; METHODS has {', '.join(METHODS)}.")
+        raise BadInput(f"there is no method {method!r}; METHODS has {', '.join(METHODS)}.")
     sizes = {"width": width, "batch_size": batch_size, "accumulate": accumulate}
     for what, size, least in (*((*item, 1) for item in sizes.items()), ("length", length, 2), ("labels", labels, 2)):
         if size < least:
-            raise InlayError(f"{what} must be at least {least}, got {size}.")
+            raise BadInput(f"{what} must be at least {least}, got {size}.")
     choices = (("dtype", dtype, Dtype), ("optimizer", optimizer, Optimizer), ("precision", precision, Precision))
     for what, value, allowed in choices:
         if value not in get_args(allowed):
-            raise InlayError(f"{what} must be one of {', '.join(get_args(allowed))}, got {value!r}.")
+            raise BadInput(f"{what} must be one of {', '.join(get_args(allowed))}, got {value!r}.")
     task = _task_for(name, method)
     names = [str(i) for i in range(labels)] if task.classifies else None
 

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -96,14 +96,14 @@ def name_of_best(
     if asked is not None:
         if asked not in scores or asked == "loss":
             has = ", ".join(name for name in scores if name != "loss")
-            raise InlayError(f"unknown score {asked!r} in best_by; the metrics give {has}.")
+            raise BadInput(f"unknown score {asked!r} in best_by; the metrics give {has}.")
         return asked
     own = getattr(metric, "name", type(metric).__name__)
     declared = getattr(metric, "score_name", own)
     if declared in found:
         return declared
     if len(found) != 1:
-        raise InlayError(
+        raise BadInput(
             f"the metric {own} gives {', '.join(found) or 'no score'}; name the score that chooses the best "
             "step: fit(..., best_by=NAME)."
         )

@@ -21,7 +21,7 @@ from accelerate.utils import (
 from torch import nn
 from torch.utils.data import DataLoader
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput, Unsupported
 from inlay.methods._peft import PeftModel
 from inlay.train.config import TrainConfig
 
@@ -55,11 +55,11 @@ def start(model: torch.nn.Module, config: TrainConfig) -> Accelerator:
         step_scheduler_with_optimizer=True,
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise InlayError("fp16 needs a GPU: on a CPU accelerate ignores it. Use --precision no, or bf16.")
+        raise Unsupported("fp16 needs a GPU: on a CPU accelerate ignores it. Use --precision no, or bf16.")
     _check_company(accelerator)
     atexit.register(accelerator.state.destroy_process_group)
     if config.batch_size % accelerator.num_processes:
-        raise InlayError(
+        raise BadInput(
             f"batch_size {config.batch_size} is the batch of all processes and must divide by their number "
             f"({accelerator.num_processes}): take a multiple of it."
         )
@@ -85,9 +85,9 @@ def _precision(model: torch.nn.Module, config: TrainConfig) -> str | None:
 def _check_tracker(name: str) -> None:
     known = {tracker.value for tracker in LoggerType} - {"all"}
     if name not in known:
-        raise InlayError(f"unknown tracker {name!r}; accelerate has {', '.join(sorted(known))}.")
+        raise BadInput(f"unknown tracker {name!r}; accelerate has {', '.join(sorted(known))}.")
     if name not in {tracker.value for tracker in get_available_trackers()}:
-        raise InlayError(f"the tracker {name!r} is not installed: pip install {name}.")
+        raise Unsupported(f"the tracker {name!r} is not installed: pip install {name}.")
 
 
 def _mention_idle_cores(accelerator: Accelerator) -> None:
@@ -121,7 +121,7 @@ def _check_company(accelerator: Accelerator) -> None:
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     lonely = launched and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
     if asked != accelerator.num_processes or lonely:
-        raise InlayError(
+        raise BadInput(
             f"{asked if asked > 1 else 'several'} processes were asked for, but each would train alone. On CPUs start "
             "them with: ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 ..."
         )
@@ -140,7 +140,7 @@ def build_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torc
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
-        raise InlayError("--optimizer adamw8bit needs bitsandbytes: pip install 'inlay[quantize]'.") from None
+        raise Unsupported("--optimizer adamw8bit needs bitsandbytes: pip install 'inlay[quantize]'.") from None
     return AdamW8bit(groups, lr=config.learning_rate)
 
 
@@ -189,7 +189,7 @@ def enable_checkpointing(model: nn.Module) -> None:
         InlayError: The model has none, or its adapter lives in the cache that checkpointing does without.
     """
     if isinstance(model, PeftModel) and model.active_peft_config.peft_type == "PREFIX_TUNING":
-        raise InlayError(
+        raise Unsupported(
             "peft's prefix tuning puts keys and values into the cache, which gradient checkpointing does without; "
             "leave the setting out, or train an attention prefix (AttentionPrefixConfig), which needs no cache."
         )
@@ -199,7 +199,7 @@ def enable_checkpointing(model: nn.Module) -> None:
         else:  # its name in earlier versions of transformers
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except (AttributeError, ValueError) as error:
-        raise InlayError(f"this model has no gradient checkpointing ({error}); leave the setting out.") from None
+        raise Unsupported(f"this model has no gradient checkpointing ({error}); leave the setting out.") from None
 
 
 def disable_checkpointing(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput, ComputationFailed
 from inlay.train.config import TrainConfig
 from inlay.train.evaluation import evaluate_on, pieces, rows_of, train_mode
 from inlay.train.frozen_cache.shorten import Data, opened, tail
@@ -98,15 +98,15 @@ def fit(
     accelerator = start(model, config)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable or not len(train_data):
-        raise InlayError(
+        raise BadInput(
             "nothing to train: " + ("the data is empty." if trainable else "no parameter requires a gradient.")
         )
     if validation_data is not None and not len(validation_data):
-        raise InlayError("the validation data is empty; give some, or None to keep the last weights.")
+        raise BadInput("the validation data is empty; give some, or None to keep the last weights.")
     if config.patience is not None and validation_data is None:
-        raise InlayError("patience counts evaluations without a new best: it needs validation data.")
+        raise BadInput("patience counts evaluations without a new best: it needs validation data.")
     if best_by is not None and not metrics:
-        raise InlayError(f"best_by={best_by!r} names a score of a metric, but there are no metrics; give some.")
+        raise BadInput(f"best_by={best_by!r} names a score of a metric, but there are no metrics; give some.")
     further = {} if best_by is None else {"best_by": best_by}
     run = Run(config, model, accelerator, {"examples": len(train_data), **further, **(settings or {})})
     if run.result is not None:
@@ -297,13 +297,13 @@ class _Trainer:
     def _back_off(self, batch: dict[str, Any], reason: str) -> None:
         """Out of memory: halve the pieces. The step is taken anew with the same seed, so the result is the same."""
         if self.accelerator.num_processes > 1:
-            raise InlayError(
+            raise ComputationFailed(
                 f"out of memory in process {self.accelerator.process_index} ({reason}); with "
                 f"several processes the pieces are not halved on the way: start again with --accumulate "
                 f"{2 * self.run.progress.accumulate}, or --gradient_checkpointing."
             )
         if self.run.progress.accumulate >= rows_of(batch):
-            raise InlayError(
+            raise ComputationFailed(
                 f"out of memory with a single example ({reason}); try --gradient_checkpointing, an "
                 "8-bit base, a lower precision or a smaller input."
             )
@@ -328,7 +328,7 @@ class _Trainer:
             found = blame(self.accelerator.unwrap_model(self.model), batch, self.loss, self.run.progress.accumulate)
         found = next(filter(None, gather_object([found])), None)  # all processes are here: the loss is their mean
         where = found or "neither input, weights, outputs nor gradients show it when the step is repeated"
-        raise InlayError(
+        raise ComputationFailed(
             f"training broke at step {step + 1}: loss {loss}, gradient norm {norm}; {where}. "
             f"The weights of the last checkpoint are untouched. Try a lower --learning_rate, or check the data."
         )
@@ -343,7 +343,7 @@ class _Trainer:
                 self.model, loader, self.loss, self.metrics, self.accelerator, progress.accumulate, self.best_by
             )
             if not math.isfinite(scores["loss"]):
-                raise InlayError(
+                raise ComputationFailed(
                     f"the validation loss at step {progress.step} is {scores['loss']}, but the training loss is not: "
                     "look for NaN or Inf in the validation data."
                 )

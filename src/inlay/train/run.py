@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput, DamagedFile
 from inlay.files.atomic import pending, recover, write_json, writing
 from inlay.train.config import TrainConfig
 
@@ -68,21 +68,21 @@ class Run:
         path = self.folder / "run.json"
         identity = {**config.identity(), "precision": self.accelerator.mixed_precision, **settings}
         if self.folder.exists() and not self.folder.is_dir():
-            raise InlayError(f"output_dir must be a folder, but {self.folder} is a file.")
+            raise BadInput(f"output_dir must be a folder, but {self.folder} is a file.")
         present = {p.name for p in self.folder.iterdir()} if self.folder.is_dir() else set()
         if present - {"run.json.new"} and not path.is_file():
-            raise InlayError(f"{self.folder} holds other files, not a run of inlay; give another --output_dir.")
+            raise BadInput(f"{self.folder} holds other files, not a run of inlay; give another --output_dir.")
         if path.is_file() and config.overwrite:
             self._delete()
         if path.is_file():
             try:
                 stored = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise InlayError(f"{path} is not readable as JSON ({error}); start anew with --overwrite.") from None
+                raise DamagedFile(f"{path} is not readable as JSON ({error}); start anew with --overwrite.") from None
             differing = [k for k in {**stored, **identity} if stored.get(k) != json.loads(json.dumps(identity.get(k)))]
             if differing:
                 changes = ", ".join(f"{k} {stored.get(k)!r} -> {identity.get(k)!r}" for k in sorted(differing))
-                raise InlayError(
+                raise BadInput(
                     f"{self.folder} holds a run with other settings ({changes}); give another --output_dir, "
                     "or --overwrite to delete it."
                 )
@@ -131,7 +131,7 @@ class Run:
         """Put the weights of the best evaluation into the model."""
         path = self.folder / "best" / WEIGHTS
         if not path.is_file():
-            raise InlayError(f"{path} is missing: the weights of this run are gone; train anew with --overwrite.")
+            raise DamagedFile(f"{path} is missing: the weights of this run are gone; train anew with --overwrite.")
         self._fill(load_file(path))
 
     def finish(self, result: dict[str, Any]) -> None:
@@ -174,7 +174,7 @@ class Run:
     def _fill(self, weights: dict[str, torch.Tensor]) -> None:
         parameters = dict(self.model.named_parameters())
         if weights.keys() != set(self.names) or any(weights[n].shape != parameters[n].shape for n in weights):
-            raise InlayError(f"the checkpoint in {self.folder} is of another model; give another --output_dir.")
+            raise BadInput(f"the checkpoint in {self.folder} is of another model; give another --output_dir.")
         with torch.no_grad():
             for name in self.names:
                 parameters[name].copy_(weights[name])

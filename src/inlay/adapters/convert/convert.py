@@ -30,7 +30,7 @@ from inlay.adapters.save import save_adapter
 from inlay.adapters.weights import read_weights
 from inlay.bases.load import explained, read_config, resolve_base
 from inlay.bases.sites import is_linear, linear_shape
-from inlay.errors import InlayError
+from inlay.errors import BadInput, DamagedFile, InlayError, Unsupported, WrongBase
 from inlay.files.atomic import write_json, writing
 from inlay.tasks.base import load_base
 
@@ -86,7 +86,7 @@ def import_adapter(
     """
     out = Path(out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InlayError(f"{out} exists; give a new folder.")
+        raise BadInput(f"{out} exists; give a new folder.")
     place = Path(source).expanduser()
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "adapter"
@@ -112,9 +112,9 @@ def _from_peft(file: AdapterFile, folder: Path, base: str | None) -> tuple[Impor
     """Other names for the same tensors, and modules by their full names in the config."""
     config, name = file.config, base or file.base_name
     if config["peft_type"] != "LORA" or config.get("layer_replication"):
-        raise InlayError(f"adapter {file.name!r} is of the method {config['peft_type']}; inlay imports LoRA.")
+        raise Unsupported(f"adapter {file.name!r} is of the method {config['peft_type']}; inlay imports LoRA.")
     if not name:
-        raise InlayError(f"adapter {file.name!r} names no base, whose layers would tell the new names; give --base.")
+        raise BadInput(f"adapter {file.name!r} names no base, whose layers would tell the new names; give --base.")
     skeleton = base_skeleton(name)
     weights = read_weights(file)
     names = _renaming(skeleton)
@@ -161,7 +161,7 @@ def _from_file(
     if alpha is None and not found.alphas:
         lacking.append("alpha, by which its updates are scaled as alpha / r: --alpha")
     if base is None or lacking:
-        raise InlayError(f"{path} is a LoRA of {found.form}, which lacks {'; '.join(lacking)}.")
+        raise BadInput(f"{path} is a LoRA of {found.form}, which lacks {'; '.join(lacking)}.")
     try:
         skeleton = base_skeleton(base, "CLIPTextModel" if found.text_encoder else None)
     except InlayError:
@@ -207,7 +207,7 @@ def _plain_lora(
         size = _rows(skeleton, name)
         if len(down) != up.shape[1] or (found.form == "loralib" and size == len(PARTS) * len(up)):
             if size is None or found.form != "loralib" or len(down) % up.shape[1]:
-                raise InlayError(f"{path}: A {tuple(down.shape)} and B {tuple(up.shape)} of {name} have no product.")
+                raise DamagedFile(f"{path}: A {tuple(down.shape)} and B {tuple(up.shape)} of {name} have no product.")
             groups = len(down) // up.shape[1]
             up = _unfuse(path, name, up, groups, fused, size)
             scale *= groups  # peft divides by the rank of all groups together
@@ -240,7 +240,7 @@ def _unfuse(
     """
     rows, rank = len(up) // groups, up.shape[1]
     if fused is None or len(fused) != groups or not set(fused) <= set(PARTS) or rows * len(PARTS) != size:
-        raise InlayError(
+        raise BadInput(
             f"{path}: {name} is a fused layer of which {groups} parts of {rows} rows are adapted, and the file does "
             "not say which; give --fused, such as q,v."
         )
@@ -263,7 +263,7 @@ def base_skeleton(name: str, architecture: str | None = None) -> transformers.Pr
     named = architecture or next(iter(config.architectures or []), "")
     kind = getattr(transformers, str(named), None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise InlayError(f"the config of {name} names the architecture {named!r}, which transformers does not have.")
+        raise Unsupported(f"the config of {name} names the architecture {named!r}, which transformers does not have.")
     try:
         with torch.device("meta"):
             return kind(config)
@@ -286,7 +286,7 @@ def _renaming(skeleton: transformers.PreTrainedModel) -> Callable[[str], str]:
 def _check_sites(name: str, skeleton: torch.nn.Module, sites: Sequence[str] | Mapping[str, Any]) -> None:
     modules = {path for path, _ in skeleton.named_modules()}
     if unknown := [site for site in sites if site not in modules]:
-        raise InlayError(
+        raise WrongBase(
             f"{name} adapts {len(unknown)} layers that {type(skeleton).__name__} does not have ({unknown[0]}); give "
             "another --base."
         )
@@ -299,15 +299,15 @@ def _check_shapes(
     for key, value in tensors.items():
         module = skeleton.get_submodule(_site(key).removeprefix(START))
         if not is_linear(module):
-            raise InlayError(f"{name} adapts {_site(key)}, which is no linear layer of {type(skeleton).__name__}.")
+            raise WrongBase(f"{name} adapts {_site(key)}, which is no linear layer of {type(skeleton).__name__}.")
         size_in, size_out = linear_shape(module)
         size, found = (size_in, value.shape[1]) if ".lora_A." in key else (size_out, value.shape[0])
         if size != found:
-            raise InlayError(f"{name} does not fit its base: {key} has {found} features, and the layer has {size}.")
+            raise WrongBase(f"{name} does not fit its base: {key} has {found} features, and the layer has {size}.")
     known = dict(skeleton.named_parameters())
     for key, value in whole.items():
         if key not in known or not key.startswith(_HEADS) or known[key].shape[1:] != value.shape[1:]:
-            raise InlayError(f"{name} holds {key} {tuple(value.shape)}, which is no tensor of its base's head.")
+            raise WrongBase(f"{name} holds {key} {tuple(value.shape)}, which is no tensor of its base's head.")
 
 
 def _loadable(name: str, folder: Path) -> Any:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from inlay.adapters.file import MAX_BYTES, WEIGHTS
-from inlay.errors import InlayError
+from inlay.errors import BadInput, DamagedFile, Unsupported
 from inlay.files.tensor_header import read_header
 
 Tensors = Mapping[str, torch.Tensor]
@@ -63,20 +63,20 @@ def read_factors(path: Path) -> Factors:
     tensors, metadata = _read(path)
     for key, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise InlayError(f"the tensor {key!r} of {path} holds NaN or Inf; it cannot be used.")
+            raise DamagedFile(f"the tensor {key!r} of {path} holds NaN or Inf; it cannot be used.")
     if any(key.endswith(".lora_A") for key in tensors):
         found = _loralib(tensors)
     elif any(re.match(r"(lora_)?(unet|te\d?|text_encoder)[_.:]", key) for key in tensors):
         found = _stable_diffusion(path, tensors, metadata)
     else:
         some = ", ".join(list(tensors)[:3])
-        raise InlayError(
+        raise Unsupported(
             f"{path} has no LoRA that inlay knows: expected keys of peft, loralib, diffusers, kohya or cloneofsimo, "
             f"got {some or 'none'}."
         )
     for name, pair in found.layers.items():
         if set(pair) != {"A", "B"} or any(v.ndim != 2 or not v.numel() for v in pair.values()):
-            raise InlayError(f"{path} does not hold two matrices for {name}; inlay imports LoRA of linear layers.")
+            raise Unsupported(f"{path} does not hold two matrices for {name}; inlay imports LoRA of linear layers.")
     return found
 
 
@@ -88,9 +88,9 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     user converts by name; loading an adapter never reads a pickle.
     """
     if not path.is_file():
-        raise InlayError(f"there is no file {path}; give an adapter folder, or a .safetensors, .bin, .pt or .pth file.")
+        raise BadInput(f"there is no file {path}; give an adapter folder, or a .safetensors, .bin, .pt or .pth file.")
     if path.stat().st_size > MAX_BYTES[WEIGHTS]:
-        raise InlayError(f"{path} has {path.stat().st_size:,} bytes, and inlay reads at most {MAX_BYTES[WEIGHTS]:,}.")
+        raise DamagedFile(f"{path} has {path.stat().st_size:,} bytes, and inlay reads at most {MAX_BYTES[WEIGHTS]:,}.")
     if path.suffix == ".safetensors":
         metadata = read_header(path).get("__metadata__", {})
         return load_file(path), metadata
@@ -98,12 +98,12 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickles fail in any way
         reason = "it holds more than tensors" if "weights_only" in str(error).lower() else type(error).__name__
-        raise InlayError(
+        raise Unsupported(
             f"{path} is not read ({reason}); inlay runs nothing that a pickle names: ask for safetensors."
         ) from None
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise InlayError(f"{path} holds no table of tensors; save a state_dict.")
+        raise DamagedFile(f"{path} holds no table of tensors; save a state_dict.")
     return {str(key): value for key, value in content.items()}, {}
 
 
@@ -139,12 +139,12 @@ def _stable_diffusion(path: Path, tensors: Tensors, metadata: Mapping[str, str])
             layers.setdefault(name, {})[leaf] = value
     unet = sum("unet" in key.split(":")[0].split(".")[0] for key in other)
     if not layers:
-        raise InlayError(
+        raise Unsupported(
             f"{path} adapts {unet} tensors of a UNet and no text encoder, and a UNet is no model of transformers: it "
             "stays with diffusers (pipe.load_lora_weights)."
         )
     if form == "cloneofsimo" and metadata.get("text_encoder") != '["CLIPAttention"]':
-        raise InlayError(f"{path} does not say in its metadata that its text encoder's layers are CLIPAttention's.")
+        raise Unsupported(f"{path} does not say in its metadata that its text encoder's layers are CLIPAttention's.")
     left = [f"{unet} tensors of the UNet (diffusers: pipe.load_lora_weights)"] if unet else []
     rest = [key for key in other if "unet" not in key.split(":")[0].split(".")[0]]
     left += [f"{len(rest)} other tensors ({', '.join(rest[:3])})"] if rest else []

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput, InlayError, Unreachable
 
 WAITS = (1, 4, 16)  # seconds before another try
 PASSING = {408, 409, 412, 429, 500, 502, 503, 504}  # 409, 412: another commit came first
@@ -34,9 +34,9 @@ def check_name(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise InlayError(f"expected user/name on the Hub, got {repo!r}: {error}") from None
+        raise BadInput(f"expected user/name on the Hub, got {repo!r}: {error}") from None
     if repo.count("/") != 1:
-        raise InlayError(f"expected user/name on the Hub, got {repo!r}; name the user or organisation.")
+        raise BadInput(f"expected user/name on the Hub, got {repo!r}; name the user or organisation.")
 
 
 def persist(action: Callable[[], Result], repo: str, token: str | None) -> Result:
@@ -53,7 +53,7 @@ def persist(action: Callable[[], Result], repo: str, token: str | None) -> Resul
         except (OSError, ValueError, RuntimeError, _HTTP_ERROR) as error:  # type: ignore[misc]
             cause = _cause(error)
             if wait is None or not _passing(cause):
-                raise InlayError(_hide(_explain(cause, repo), token)) from None
+                raise Unreachable(_hide(_explain(cause, repo), token)) from None
             logger.warning("%s: %s; trying again in %d s", repo, _hide(_first_line(cause), token), wait)
         time.sleep(wait)
     raise AssertionError("unreachable: the last wait is None")

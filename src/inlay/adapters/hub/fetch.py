@@ -4,7 +4,7 @@ from pathlib import Path
 
 from inlay.adapters.file import CONFIG, expanded
 from inlay.adapters.hub.repository import download
-from inlay.errors import InlayError
+from inlay.errors import BadInput, InlayError, Unreachable
 from inlay.files.folder_or_hub import refuse_ambiguous
 
 
@@ -25,7 +25,7 @@ def fetch(path: str | Path, revision: str | None = None) -> Path:
     try:
         found = download(f"{user}/{name}", revision, *inside)
     except InlayError as error:
-        raise InlayError(f"there is no folder {text!r}, and the Hub does not give it: {error}") from None
+        raise Unreachable(f"there is no folder {text!r}, and the Hub does not give it: {error}") from None
     if not (found / CONFIG).is_file():
-        raise InlayError(f"{text} on the Hub is no adapter: it has no {CONFIG}; one of several is user/name/adapter.")
+        raise BadInput(f"{text} on the Hub is no adapter: it has no {CONFIG}; one of several is user/name/adapter.")
     return found

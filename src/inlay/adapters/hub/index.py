@@ -9,7 +9,7 @@ from inlay.adapters.file import CARD, CONFIG
 from inlay.adapters.hub.page import PAGE, page
 from inlay.adapters.summary import summary
 from inlay.adapters.tables import table_row
-from inlay.errors import InlayError
+from inlay.errors import BadInput, DamagedFile, InlayError
 from inlay.files.atomic import replacing
 
 INDEX = "index.json"
@@ -26,9 +26,9 @@ def adapters_in(folder: Path) -> list[Path]:
     try:
         found = [folder] if (folder / CONFIG).is_file() else sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
     except OSError as error:
-        raise InlayError(f"{folder} cannot be read ({error.strerror}).") from None
+        raise DamagedFile(f"{folder} cannot be read ({error.strerror}).") from None
     if not found:
-        raise InlayError(f"expected an adapter or a folder of adapters, but {folder} holds none.")
+        raise BadInput(f"expected an adapter or a folder of adapters, but {folder} holds none.")
     return found
 
 
@@ -69,11 +69,11 @@ def write_index(folder: str | Path) -> list[dict[str, Any]]:
 def check_index(folder: Path) -> None:
     """Raise InlayError if an index here would replace something else: a project's README, an adapter's card."""
     if (folder / CONFIG).is_file():
-        raise InlayError(f"{folder} is an adapter itself; give the folder that it lies in.")
+        raise BadInput(f"{folder} is an adapter itself; give the folder that it lies in.")
     for name, sign in _SIGNS.items():
         path = folder / name
         if path.exists() and not (path.is_file() and sign.encode() in path.read_bytes()):
-            raise InlayError(f"{path} is no index of adapters, and one would replace it; use another folder.")
+            raise BadInput(f"{path} is no index of adapters, and one would replace it; use another folder.")
 
 
 def index_texts(folder: Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from inlay.adapters.card import for_repository
 from inlay.adapters.file import CARD, CONFIG, METRICS, ORIGIN, WEIGHTS, expanded, read_adapter
 from inlay.adapters.hub.exchange import TOKEN, check_name, persist
 from inlay.adapters.hub.index import INDEX, adapters_in, check_index, index_texts, write_index
-from inlay.errors import InlayError
+from inlay.errors import BadInput, DamagedFile, Unreachable
 from inlay.files.atomic import write_json, writing
 
 FILES = (CONFIG, WEIGHTS, METRICS, CARD, "*.png")  # of an adapter; nothing else is sent or fetched, so never a pickle
@@ -115,9 +115,11 @@ def check_push(repo: str, token: str | None = None) -> None:
     me = persist(lambda: HfApi(token=token).whoami(), repo, token)
     names = [me["name"], *(group["name"] for group in me.get("orgs", []))]
     if repo.partition("/")[0] not in names:
-        raise InlayError(f"this token may write to {', '.join(names)}, not to {repo}; take another name, or its token.")
+        raise Unreachable(
+            f"this token may write to {', '.join(names)}, not to {repo}; take another name, or its token."
+        )
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise InlayError(f"this token may only read, and {repo} is to be written; take one with the right to write.")
+        raise Unreachable(f"this token may only read, and {repo} is to be written; take one with the right to write.")
 
 
 def pull_adapter(repo: str, folder: str | Path | None = None, *, revision: str | None = None) -> Pulled:
@@ -143,7 +145,7 @@ def pull_adapter(repo: str, folder: str | Path | None = None, *, revision: str |
     for path, copy in copies.items():
         read_adapter(path)
         if copy.exists() and (not copy.is_dir() or any(copy.iterdir())) and not (copy / CONFIG).is_file():
-            raise InlayError(f"{copy} exists and is not an adapter; give another folder.")
+            raise BadInput(f"{copy} exists and is not an adapter; give another folder.")
     if not single:
         check_index(folder)
     for path, copy in copies.items():
@@ -177,7 +179,7 @@ def download(repo: str, revision: str | None = None, inside: str = "") -> Path:
             the Hub names.
     """
     if revision is not None and (not revision.strip() or ".." in revision):  # no name of git's, and a path in the cache
-        raise InlayError(f"expected a branch, tag or commit of {repo}, got {revision!r}; leave it out for main.")
+        raise BadInput(f"expected a branch, tag or commit of {repo}, got {revision!r}; leave it out for main.")
     wanted = [f"{inside}/{name}" for name in FILES] if inside else list(FILES)
 
     def get() -> Path:
@@ -212,7 +214,7 @@ def _contents(folder: Path, repo: str, licence: str | None) -> tuple[dict[str, b
             try:
                 text = (path / CARD).read_text(encoding="utf-8")
             except ValueError:
-                raise InlayError(
+                raise DamagedFile(
                     f"{path / CARD} is no text in UTF-8; save the adapter again, or leave it out."
                 ) from None
             contents[inside + CARD] = for_repository(text, repo, inside.rstrip("/"), licence).encode()
@@ -228,7 +230,7 @@ def _contents(folder: Path, repo: str, licence: str | None) -> tuple[dict[str, b
         if not path_in_repo.endswith((".safetensors", ".png")):
             data = content if isinstance(content, bytes) else content.read_bytes()
             if TOKEN.search(data):
-                raise InlayError(f"{path_in_repo} holds what looks like a Hub token; take it out, and revoke it.")
+                raise BadInput(f"{path_in_repo} holds what looks like a Hub token; take it out, and revoke it.")
     return contents, warnings
 
 
@@ -250,11 +252,11 @@ def _commit(
     api.create_repo(repo, private=private or None, exist_ok=True)
     info = api.model_info(repo)
     if private and not info.private:
-        raise InlayError(f"{repo} is public already, but private was asked for: change it on the Hub, or name another.")
+        raise BadInput(f"{repo} is public already, but private was asked for: change it on the Hub, or name another.")
     there = {sibling.rfilename for sibling in info.siblings or []} - {".gitattributes", CARD}
     kind = "an adapter" if CONFIG in contents else "a folder of adapters"
     if there and (CONFIG if CONFIG in contents else INDEX) not in there:
-        raise InlayError(f"{repo} holds {min(there)} and more, not {kind}; name another repository.")
+        raise BadInput(f"{repo} holds {min(there)} and more, not {kind}; name another repository.")
     # Fresh operations each time: from the Hub's answers about them a repeated push knows what has arrived.
     operations = [CommitOperationAdd(path, str(c) if isinstance(c, Path) else c) for path, c in contents.items()]
     made = api.create_commit(repo, operations, commit_message=message, parent_commit=info.sha)
