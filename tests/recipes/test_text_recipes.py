@@ -165,7 +165,11 @@ def test_what_is_too_long_is_one_sentence(monkeypatch, capsys, tmp_path, pairs):
             "label_smoothing must be a number from 0 to 1, got 2.0",
         ),
         ("lora_gpt2.py", ["--max_new_tokens", 256], "fits into 256 positions with a prompt of at least 1 token"),
-        ("lora_gpt2.py", ["--model", "builtin:vit-tiny"], "builtin:vit-tiny is a vit for image-classification. Use"),
+        (
+            "lora_gpt2.py",
+            ["--model", "builtin:vit-tiny"],
+            "builtin:vit-tiny is a vit without a tokenizer; use",
+        ),
         ("prompt_gpt2.py", ["--length", 0], "length must be a whole number of at least 1, got 0"),
         ("prompt_gpt2.py", ["--length", 300], "half of the base's 256 positions, but got a length of 300; lower it"),
         (
