@@ -102,11 +102,13 @@ def test_a_mistake_is_answered_without_torch(tmp_path):
     assert not imported & {"torch", "transformers", "peft", "accelerate", "datasets", "numpy"}
 
 
-def test_only_the_first_process_speaks(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit) as status:
-        parsed(monkeypatch, "--foo")
-    assert status.value.code == 2 and capsys.readouterr().err == ""
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_speaks_before_the_others(monkeypatch, capsys, rank):
+    waited = []
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr("inlay.cli.recipe.time.sleep", waited.append)
+    assert "there is no option --foo" in refused(monkeypatch, capsys, "--foo")
+    assert len(waited) == rank
 
 
 def test_booleans_numbers_and_lists_as_users_write_them(monkeypatch):

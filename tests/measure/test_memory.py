@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-from inlay import load_base
+from inlay import SpatialAdapterConfig, load_base
 from inlay.errors import InlayError
 from inlay.measure import footprint
 from inlay.measure.memory import MemoryPlan, measure_peak, plan_memory
@@ -153,6 +153,16 @@ def test_against_the_step_of_a_mobilenet():
     model = MobileNetV2ForImageClassification(MobileNetV2Config(image_size=64, depth_multiplier=0.35, num_labels=3))
     model = METHODS["lora"].adapt(model.requires_grad_(False), 2)
     batch = {"pixel_values": torch.zeros(2, 3, 64, 64), "labels": torch.tensor([0, 2])}
+    assert plan_memory(model, batch).peak == pytest.approx(measure_peak(model, batch), rel=0.05)
+
+
+def test_against_the_step_of_a_volume_whose_clicks_are_drawn_on_the_way():
+    torch.manual_seed(0)
+    sam = load_base("builtin:sam-tiny")
+    config = SpatialAdapterConfig.fitted(sam, ["a"], (16, 16, 16), token=4, width=8)
+    model = get_peft_model(sam, config).train()
+    labels = torch.randint(2, (2, 16, 16, 16))
+    batch = {"pixel_values": torch.randn(2, 1, 16, 16, 16), "labels": labels}
     assert plan_memory(model, batch).peak == pytest.approx(measure_peak(model, batch), rel=0.05)
 
 

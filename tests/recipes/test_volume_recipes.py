@@ -58,8 +58,9 @@ def test_it_trains_measures_and_saves(trained):
         ["--gradient_checkpointing", "--accumulate", 2, "--token", 8, "--spacing_mm", 3, 1, 1],
     ],
 )
-def test_on_an_8_bit_base_and_in_little_memory(monkeypatch, scans, tmp_path, arguments):
+def test_on_an_8_bit_base_and_in_little_memory(monkeypatch, capsys, scans, tmp_path, arguments):
     run(monkeypatch, "--dataset", scans / "train", "--output_dir", tmp_path / "run", *SHORT, *arguments)
+    assert "memory: base " in capsys.readouterr().out
     loaded = load_adapter(tmp_path / "run" / "adapter")
     assert loaded.file.config["enlarge"] == (1 if "--token" in arguments else 2)
 

@@ -3,6 +3,7 @@
 import atexit
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -11,6 +12,10 @@ from inlay.cli.command_line import parse
 from inlay.errors import InlayError, Unreachable, Unsupported
 
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # where accelerate looks for it
+
+# A launcher ends all processes when one of them has failed. Those that are not the first wait for so long, so that the
+# first one has said what they would say too; what only one of them has met is said by it.
+_PATIENCE_S = 2.0
 
 
 def run_recipe(main: Callable[..., Path | None], *defaults: Any) -> None:
@@ -24,8 +29,8 @@ def run_recipe(main: Callable[..., Path | None], *defaults: Any) -> None:
     a mistake in them is answered at once. Processes that were launched together know of each other before `main`
     begins.
 
-    An InlayError ends the process with status 2 and one line. `accelerate launch` adds a traceback of its own to any
-    failure of a recipe, which `accelerate launch --quiet` leaves out.
+    An InlayError ends the process with status 2 and one line. `accelerate launch` adds a traceback of its own (a
+    CalledProcessError) to any failure of what it started; with one process, `accelerate launch --quiet` leaves it out.
     """
     try:
         settings = parse(defaults, sys.argv[1:])
@@ -35,8 +40,9 @@ def run_recipe(main: Callable[..., Path | None], *defaults: Any) -> None:
         if repo and _join().is_main_process:
             _push(folder, repo, private)
     except InlayError as error:
-        if _is_first():
-            print(f"error: {error}", file=sys.stderr)
+        if not _is_first():
+            time.sleep(_PATIENCE_S)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
