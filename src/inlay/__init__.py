@@ -48,6 +48,11 @@ if TYPE_CHECKING:
     from inlay.tasks.masks.predict import predict_masks
     from inlay.tasks.masks.sites import sam_targets
     from inlay.tasks.masks.view import MaskView
+    from inlay.tasks.sequences.data import SequenceData, load_sequences
+    from inlay.tasks.sequences.options import SequenceTask
+    from inlay.tasks.sequences.predict import classify_texts
+    from inlay.tasks.sequences.processor import SequenceProcessor
+    from inlay.tasks.sequences.view import SequenceView
     from inlay.tasks.text.data import TextData, load_texts
     from inlay.tasks.text.generate import Decoding, generate, judge
     from inlay.tasks.text.loss import NextToken
@@ -93,6 +98,10 @@ _WHERE = {
     "MaskView": "tasks.masks.view",
     "NextToken": "tasks.text.loss",
     "PartialConfig": "methods",
+    "SequenceData": "tasks.sequences.data",
+    "SequenceProcessor": "tasks.sequences.processor",
+    "SequenceTask": "tasks.sequences.options",
+    "SequenceView": "tasks.sequences.view",
     "SpatialAdapterConfig": "methods",
     "TextData": "tasks.text.data",
     "TextProcessor": "tasks.text.processor",
@@ -108,6 +117,7 @@ _WHERE = {
     "VolumeTask": "tasks.volumes.options",
     "VolumeView": "tasks.volumes.view",
     "WrongBase": "errors",
+    "classify_texts": "tasks.sequences.predict",
     "combine": "combine",
     "compare_images": "study.compare",
     "compare_texts": "study.compare",
@@ -124,6 +134,7 @@ _WHERE = {
     "load_images": "tasks.images.data",
     "load_masks": "tasks.masks.data",
     "load_processor": "bases.processors",
+    "load_sequences": "tasks.sequences.data",
     "load_texts": "tasks.text.data",
     "load_tokenizer": "bases.processors",
     "load_volumes": "tasks.volumes.data",
@@ -165,6 +176,10 @@ __all__ = [
     "MaskView",
     "NextToken",
     "PartialConfig",
+    "SequenceData",
+    "SequenceProcessor",
+    "SequenceTask",
+    "SequenceView",
     "SpatialAdapterConfig",
     "TextData",
     "TextProcessor",
@@ -180,6 +195,7 @@ __all__ = [
     "VolumeTask",
     "VolumeView",
     "WrongBase",
+    "classify_texts",
     "combine",
     "compare_images",
     "compare_texts",
@@ -196,6 +212,7 @@ __all__ = [
     "load_images",
     "load_masks",
     "load_processor",
+    "load_sequences",
     "load_texts",
     "load_tokenizer",
     "load_volumes",

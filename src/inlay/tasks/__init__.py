@@ -5,12 +5,20 @@ from typing import Any
 from inlay.errors import InlayError
 from inlay.tasks.images.task import ImageClassification
 from inlay.tasks.masks.task import MaskGeneration
+from inlay.tasks.sequences.task import SequenceClassification
 from inlay.tasks.task import Task
 from inlay.tasks.text.task import TextGeneration
 from inlay.tasks.volumes.task import VolumeSegmentation
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (ImageClassification(), TextGeneration(), MaskGeneration(), VolumeSegmentation())
+    task.name: task
+    for task in (
+        ImageClassification(),
+        TextGeneration(),
+        MaskGeneration(),
+        VolumeSegmentation(),
+        SequenceClassification(),
+    )
 }
 
 

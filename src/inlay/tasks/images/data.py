@@ -1,7 +1,6 @@
 """Labelled pictures: from embedded data, folders, tables and the Hub to what a model takes."""
 
 import glob
-import hashlib
 import logging
 import os
 import re
@@ -17,6 +16,7 @@ import numpy as np
 from inlay.errors import InlayError
 from inlay.tasks.evaluation import Split, Training, check_labels, choose_split, split_note
 from inlay.tasks.pictures import decode, reason
+from inlay.tasks.sampling import hold_out_by_class, sort_labels
 from inlay.tasks.tables import hub_splits, some
 
 logger = logging.getLogger(__name__)
@@ -87,12 +87,12 @@ def load_images(
     words = {split: _words(splits[split], label, f"split {split!r} of {name!r}") for split in chosen}
     _check_classes(words, name)
     feature = splits[first].features[label]
-    labels = feature.names if isinstance(feature, datasets.ClassLabel) else _sorted(words[first])
+    labels = feature.names if isinstance(feature, datasets.ClassLabel) else sort_labels(words[first])
     base, ids = path if path.is_dir() else path.parent, {word: i for i, word in enumerate(labels)}
     parts = {s: _rows(splits[s], image, [ids[word] for word in words[s]], base) for s in chosen}
     good = list(parts.values()) if name.startswith("builtin:") else _readable(parts, name, labels, corrupt)
     if len(good) == 1:
-        held = _stratified(good[0]["label"][:], labels, validation, seed)
+        held = hold_out_by_class(good[0]["label"][:], labels, validation, seed, "picture")
         kept = sorted(set(range(len(good[0]))) - set(held))
         good = [good[0].select(kept), good[0].select(held)]
     return ImageData(name, good[0], good[1], tuple(labels))
@@ -128,7 +128,7 @@ def load_images_to_score(
     held = next((own for own in VALIDATION if own in splits and own != first), None)
     wanted = {"train": [first], "validation": [held or first], "test": ["test"], "all": list(splits)}[chosen]
     words = {own: _words(splits[own], label, f"split {own!r} of {name!r}") for own in wanted}
-    check_labels(name, _sorted([word for each in words.values() for word in each]), labels, adapter)
+    check_labels(name, sort_labels([word for each in words.values() for word in each]), labels, adapter)
     base, ids = path if path.is_dir() else path.parent, {word: i for i, word in enumerate(labels)}
     parts = {own: _rows(splits[own], image, [ids[word] for word in words[own]], base) for own in wanted}
     if not name.startswith("builtin:"):
@@ -136,7 +136,7 @@ def load_images_to_score(
         parts = dict(zip(parts, _readable(parts, name, labels, corrupt), strict=True))
     rows = datasets.concatenate_datasets(list(parts.values()))
     if held is None and chosen != "all":  # what `load_images` holds out
-        out = _stratified(rows["label"][:], labels, 0.2, training.seed)
+        out = hold_out_by_class(rows["label"][:], labels, 0.2, training.seed, "picture")
         kept = sorted(set(range(len(rows))) - set(out)) if chosen == "train" else out
         rows = rows.select(kept)
     return chosen, rows, split_note(name, chosen, list(splits), training)
@@ -292,17 +292,11 @@ def _words(rows: datasets.Dataset, label: str, where: str) -> list[str]:
     return [feature.names[value] if named else str(value) for value in values]
 
 
-def _sorted(words: Sequence[str]) -> list[str]:
-    """Each word once, by name; whole numbers by value."""
-    numbers = all(re.fullmatch(r"-?\d{1,18}", word) for word in words)
-    return sorted(set(words), key=lambda word: (int(word) if numbers else 0, word))
-
-
 def _check_classes(words: dict[str, list[str]], name: str) -> None:
     train, *held = map(set, words.values())
     if len(train) < 2:
         raise InlayError(f"{name!r} has one class, {some(list(train))}; a classifier needs at least two.")
-    unknown = _sorted(list(set().union(*held) - train))
+    unknown = sort_labels(list(set().union(*held) - train))
     if unknown:
         raise InlayError(
             f"the classes {some(unknown)} of {name!r} occur only in validation; add training images of them, or "
@@ -355,20 +349,3 @@ def _faults(rows: datasets.Dataset, split: str, step: int = 32) -> dict[int, str
 
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
         return dict(fault for found in pool.map(look, range(0, len(rows), step)) for fault in found)
-
-
-def _stratified(ids: Sequence[int], labels: Sequence[str], share: float, seed: int) -> list[int]:
-    """Rows to hold out, by rank of a hash: no library's random stream has to stay as it is."""
-    groups: dict[int, list[int]] = {}
-    for row, label in enumerate(ids):
-        groups.setdefault(label, []).append(row)
-    held: list[int] = []
-    for rows in groups.values():
-        rows.sort(key=lambda row: hashlib.sha256(f"{seed}:{row}".encode()).digest())
-        held += rows[: min(max(1, round(len(rows) * share)), len(rows) - 1)]
-    single = [labels[label] for label, rows in groups.items() if len(rows) == 1]
-    if not held:
-        raise InlayError(f"there is only one image of each of {some(single)}, so none can be held out; add some.")
-    if single:
-        logger.warning("classes with one picture, which stays in training: %s.", some(single))
-    return sorted(held)

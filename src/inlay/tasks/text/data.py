@@ -187,7 +187,7 @@ def _tables(name: str, path: Path, revision: str | None) -> dict[str, list[Table
     if embedded:
         return _builtin(name)
     if name and path.exists():
-        return {"train": [read_table(path)]} if path.is_file() else _folder(path)
+        return {"train": [read_table(path)]} if path.is_file() else read_folder(path)
     found = hub_splits(name, revision, WANTED)
     named = {SPLITS[own]: own for own in reversed(SPLITS) if own in found}
     if "train" not in named and len(found) == 1:
@@ -215,7 +215,8 @@ def _builtin(name: str) -> dict[str, list[Table]]:
     return tables
 
 
-def _folder(folder: Path) -> dict[str, list[Table]]:
+def read_folder(folder: Path) -> dict[str, list[Table]]:
+    """The tables of a folder by the split that each file is called after."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name[0] != "." and kind_of(p) in KINDS)
     matches = {p: re.match(rf"({'|'.join(SPLITS)})(set)?(?![a-z])", p.name.lower()) for p in files}
     named = {file: SPLITS[match[1]] for file, match in matches.items() if match}
@@ -238,7 +239,7 @@ def _folder(folder: Path) -> dict[str, list[Table]]:
     return tables
 
 
-def _find(table: Table, column: str) -> str | None:
+def find_column(table: Table, column: str) -> str | None:
     """A column's name as the table writes it."""
     if column in table.names:
         return column
@@ -249,12 +250,14 @@ def _find(table: Table, column: str) -> str | None:
 def _columns(table: Table, prompt: str | None, completion: str | None) -> Columns:
     """The columns to read: as asked, or by name."""
     known = {"messages", "text", *(name for pair in PAIRS for name in pair)}
-    names = {name for name in known if _find(table, name)}
+    names = {name for name in known if find_column(table, name)}
     choices: list[tuple[str | None, str]] = [pair for pair in PAIRS if names >= set(pair)]
     choices += [(None, "messages")] if "messages" in names else []
     choices = choices or ([(None, "text")] if "text" in names else [])  # beside a pair, `text` is the pair once more
     if completion:
-        choices = [(prompt, completion)] if all(c is None or _find(table, c) for c in (prompt, completion)) else []
+        choices = (
+            [(prompt, completion)] if all(c is None or find_column(table, c) for c in (prompt, completion)) else []
+        )
     if len(choices) != 1:
         wanted = "prompt and completion, mr and ref, question and answer, instruction and output, messages or text"
         wanted = some([c for c in (prompt, completion) if c]) if completion else f"columns such as {wanted}"
@@ -263,13 +266,13 @@ def _columns(table: Table, prompt: str | None, completion: str | None) -> Column
             f"{table.name!r} needs {wanted}, but has {got}; rename the columns, or give load_texts "
             f"prompt_column and completion_column, or the latter alone for chat messages and running text."
         )
-    below = "input" if choices[0][0] == "instruction" and _find(table, "input") else None
+    below = "input" if choices[0][0] == "instruction" and find_column(table, "input") else None
     return Columns(choices[0][0], below, choices[0][1])
 
 
 def _has_completions(table: Table, columns: Columns) -> bool:
     """False for a competition's test file, which has prompts alone."""
-    whole = _find(table, columns.completion) is not None
+    whole = find_column(table, columns.completion) is not None
     if not whole:
         logger.warning("%s has no column %s and is left out.", table.name, columns.completion)
     return whole
@@ -288,7 +291,7 @@ def _rows(table: Table, columns: Columns) -> list[Row]:
     _refuse(table, [i for i, text in enumerate(texts) if not text.strip()], "a completion in every row", "none")
     prompts = _values(table, columns.prompt)
     _check_text(table, columns.prompt, prompts)
-    if columns.input is not None and _find(table, columns.input):
+    if columns.input is not None and find_column(table, columns.input):
         below = [more or "" for more in _values(table, columns.input)]
         _check_text(table, columns.input, below)
         prompts = [f"{prompt}\n{more}" if more else prompt for prompt, more in zip(prompts, below, strict=True)]
@@ -301,7 +304,7 @@ def _check_text(table: Table, column: str, values: Sequence[Any]) -> None:
 
 
 def _values(table: Table, column: str) -> Sequence[Any]:
-    found = _find(table, column)
+    found = find_column(table, column)
     if found is None:
         raise InlayError(f"{table.name!r} has no column {column!r}, it has {some(table.names)}; add it.")
     return table.column(found)

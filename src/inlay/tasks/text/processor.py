@@ -235,11 +235,16 @@ class TextProcessor:
 
     def _vocabulary(self) -> str:
         """A hash that differs where a text would get other tokens, or another start or end."""
-        kept: Any = sorted(self.tokenizer.get_vocab().items())
-        if self.tokenizer.is_fast:
-            kept = json.loads(self.tokenizer.backend_tokenizer.to_str())
-            kept = _without_defaults({k: v for k, v in kept.items() if k not in ("truncation", "padding")})
-        return _hash([kept, self.start, self.tokenizer.eos_token_id])
+        return hash_vocabulary(self.tokenizer, self.start, self.tokenizer.eos_token_id)
+
+
+def hash_vocabulary(tokenizer: PreTrainedTokenizerBase, *more: Any) -> str:
+    """A hash of what makes tokens of a text, and of what else is said of it."""
+    kept: Any = sorted(tokenizer.get_vocab().items())
+    if tokenizer.is_fast:
+        kept = json.loads(tokenizer.backend_tokenizer.to_str())
+        kept = _without_defaults({k: v for k, v in kept.items() if k not in ("truncation", "padding")})
+    return _hash([kept, *more])
 
 
 def _without_defaults(node: Any) -> Any:

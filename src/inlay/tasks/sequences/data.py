@@ -1,0 +1,197 @@
+"""Labelled texts, or pairs of them: from embedded data, tables and the Hub."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from inlay.errors import InlayError
+from inlay.tasks.sampling import hold_out_by_class, sort_labels
+from inlay.tasks.tables import Table, hub_splits, read_table, some
+from inlay.tasks.text.data import SPLITS, find_column, read_folder
+
+PAIRS = (
+    ("sentence1", "sentence2"),  # GLUE: MRPC, RTE, STS-B, WNLI
+    ("premise", "hypothesis"),  # MNLI, SNLI
+    ("question1", "question2"),  # QQP
+    ("question", "sentence"),  # QNLI
+    ("text1", "text2"),
+    ("text", "pair"),
+)
+TEXTS = ("text", "sentence", "review", "content")
+LABELS = ("label", "labels", "class", "target", "category")
+WANTED = "builtin:families, a table, a folder of them or a Hub dataset"
+Row = tuple[str, str | None, str]  # a text, what it is compared with, and its label
+
+
+@dataclass(frozen=True)
+class SequenceData:
+    """Labelled texts in two splits: columns `text`, `label` (an index of `labels`) and, of pairs, `pair`."""
+
+    name: str
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    labels: tuple[str, ...]
+
+    @property
+    def paired(self) -> bool:
+        """Whether each example is two texts."""
+        return "pair" in self.train.column_names
+
+
+def load_sequences(
+    name: str,
+    *,
+    revision: str | None = None,
+    seed: int = 0,
+    validation: float = 0.2,
+    text_column: str | None = None,
+    pair_column: str | None = None,
+    label_column: str | None = None,
+) -> SequenceData:
+    """Labelled texts for training and validation.
+
+    Tables have a column of texts (text, sentence, review, content) or two of pairs (sentence1 and sentence2, premise
+    and hypothesis, question1 and question2, question and sentence, text1 and text2, text and pair), and one of labels
+    (label, labels, class, target, category), in small or capital letters. Labels are text as it is written.
+
+    Args:
+        name: `builtin:families`; a .csv, .tsv, .jsonl, .json or .parquet file, packed as .gz or not; a folder of such
+            files that are called after splits (train.csv, dev.csv); a Hub dataset id.
+        revision: Branch, tag or commit of a Hub dataset.
+        seed: Chooses the texts to hold out where the data does not.
+        validation: Share of each class to hold out, between 0 and 1; data with a split of its own keeps it: validation,
+            or else test.
+        text_column: Column of the texts, where it cannot be told.
+        pair_column: Column of the second texts; with text_column alone there are none.
+        label_column: Column of the labels, where it cannot be told.
+
+    Raises:
+        InlayError: The data cannot be found or read, a row lacks a text or a label (its line is named), there are fewer
+            than two classes, or a class stands in validation only.
+    """
+    if not 0 < validation < 1:
+        raise InlayError(f"validation must be between 0 and 1, got {validation}.")
+    if pair_column and not text_column:
+        raise InlayError("pair_column needs text_column too; pass both.")
+    tables = _read_tables(name, revision)
+    columns = _find_columns(tables["train"][0], text_column, pair_column, label_column)
+    held = next((s for s in ("validation", "test") if s in tables and _has_labels(tables[s], columns[2])), None)
+    rows = {s: [row for table in tables[s] for row in _rows(table, columns)] for s in ("train", held) if s}
+    labels = sort_labels([label for _, _, label in rows["train"]])
+    if len(labels) < 2:
+        raise InlayError(f"the training texts of {name!r} have one class only ({some(labels)}); add another.")
+    parts = {split: _dataset(found, labels, name) for split, found in rows.items()}
+    if held:
+        return SequenceData(name, parts["train"], parts[held], tuple(labels))
+    whole = parts["train"]
+    out = hold_out_by_class(whole["label"][:], labels, validation, seed, "text")
+    kept = sorted(set(range(len(whole))) - set(out))
+    return SequenceData(name, whole.select(kept), whole.select(out), tuple(labels))
+
+
+def _read_tables(name: str, revision: str | None) -> dict[str, list[Table]]:
+    """By split (train, validation, test) the tables of a source."""
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for an unknown user
+    local = name.startswith("builtin:") or (name and path.exists())
+    if revision is not None and local:
+        raise InlayError(f"revision is for a Hub dataset, but {name!r} is local; leave it out.")
+    if name.startswith("builtin:"):
+        return _read_builtin(name)
+    if local:
+        return {"train": [read_table(path)]} if path.is_file() else read_folder(path)
+    found = hub_splits(name, revision, WANTED)
+    named = {SPLITS[own]: own for own in reversed(SPLITS) if own in found}
+    if "validation" not in named and "validation_matched" in found:  # MNLI
+        named["validation"] = "validation_matched"
+    named = named if "train" in named or len(found) > 1 else {"train": next(iter(found))}
+    if "train" not in named:
+        raise InlayError(f"{name!r} has no split 'train', only {some(list(found))}; use another.")
+    return {split: [_hub_table(found[own], own, name)] for split, own in named.items() if len(found[own])}
+
+
+def _hub_table(rows: datasets.Dataset, split: str, name: str) -> Table:
+    """A split of a Hub dataset, classes by their names; -1 of a hidden test set is no label."""
+
+    def column(of: str) -> Sequence[Any]:
+        feature, values = rows.features[of], rows[of][:]
+        if not isinstance(feature, datasets.ClassLabel):
+            return values
+        return [feature.names[v] if v is not None and v >= 0 else None for v in values]
+
+    return Table(f"split {split} of {name}", rows.column_names, column, range(1, len(rows) + 1))
+
+
+def _read_builtin(name: str) -> dict[str, list[Table]]:
+    if name != "builtin:families":
+        raise InlayError(f"there are no embedded texts {name!r} with labels; use builtin:families, or pass a file.")
+    from inlay.builtin.families import split_families
+
+    tables = {}
+    for split, rows in split_families().items():
+        columns = dict(zip(("text", "label"), zip(*rows, strict=True), strict=True))
+        tables[split] = [Table(name, list(columns), columns.__getitem__, range(1, len(rows) + 1))]
+    return tables
+
+
+def _find_columns(table: Table, text: str | None, pair: str | None, label: str | None) -> tuple[str, str | None, str]:
+    """The columns of texts, second texts and labels: as asked, or by name."""
+    present = {c for c in {*TEXTS, *LABELS, *(c for both in PAIRS for c in both)} if find_column(table, c)}
+    if text:
+        chosen: list[tuple[str, str | None]] = [(text, pair)]
+    else:
+        chosen = [both for both in PAIRS if present >= set(both)]
+        chosen = chosen or [(one, None) for one in TEXTS if one in present]
+    labels = [label] if label else [one for one in LABELS if one in present]
+    if len(chosen) != 1 or len(labels) != 1:
+        what = "text" if len(chosen) != 1 else "label"
+        known = some(TEXTS) + ", or sentence1 and sentence2" if what == "text" else some(LABELS)
+        raise InlayError(
+            f"{table.name!r} has no one column of {what}s ({known}) among {some(table.names)}; rename it, or give "
+            f"load_sequences {what}_column."
+        )
+    return (*chosen[0], labels[0])
+
+
+def _has_labels(tables: list[Table], label: str) -> bool:
+    """False for a competition's test split."""
+    found = [find_column(table, label) for table in tables]
+    return all(name is not None for name in found) and any(
+        value not in (None, -1) for table, name in zip(tables, found, strict=True) for value in table.column(name or "")
+    )
+
+
+def _rows(table: Table, columns: tuple[str, str | None, str]) -> list[Row]:
+    """Texts and labels of every row, checked."""
+    text, pair, label = columns
+    texts, words = _column(table, text), _column(table, label)
+    pairs: Sequence[Any] = _column(table, pair) if pair else [None] * len(texts)
+    for column, values in ((text, texts), *(((pair, pairs),) if pair else ())):
+        wrong = [i for i, value in enumerate(values) if not isinstance(value, str) or not value.strip()]
+        if wrong:
+            raise InlayError(f"column {column!r} holds no text in {table.where(wrong)}; fill or remove them.")
+    wrong = [i for i, word in enumerate(words) if not isinstance(word, str | int) or str(word).strip() == ""]
+    if wrong:
+        raise InlayError(f"there is no label (a word or a whole number) in {table.where(wrong)}; fill or remove them.")
+    return list(zip(texts, pairs, map(str, words), strict=True))
+
+
+def _column(table: Table, column: str) -> Sequence[Any]:
+    found = find_column(table, column)
+    if found is None:
+        raise InlayError(f"{table.name!r} has no column {column!r}, only {some(table.names)}; add or rename it.")
+    return table.column(found)
+
+
+def _dataset(rows: list[Row], labels: Sequence[str], name: str) -> datasets.Dataset:
+    places = {label: i for i, label in enumerate(labels)}
+    unknown = sort_labels([label for _, _, label in rows if label not in places])
+    if unknown:
+        raise InlayError(f"{name!r} has the labels {some(unknown)} in validation only; add them to training.")
+    columns = {"text": [r[0] for r in rows], "label": [places[r[2]] for r in rows]}
+    if rows[0][1] is not None:
+        columns["pair"] = [r[1] for r in rows]
+    return datasets.Dataset.from_dict(columns)

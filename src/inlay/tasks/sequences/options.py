@@ -1,0 +1,72 @@
+"""The options of a classifier of texts, and the steps of its recipes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from inlay.options import option
+from inlay.tasks.options import Report, TaskData, TaskOptions, describe_run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from inlay.train.loop import FitResult
+
+
+@dataclass
+class SequenceTask(TaskOptions):
+    """The classifier: its base, its texts, and how they become examples."""
+
+    model: str = option("builtin:gpt2-tiny", "Embedded base, local folder or Hub id.")
+    dataset: str = option(
+        "builtin:families", "Embedded data, .csv, .tsv, .jsonl or .parquet file, folder of them, or Hub id."
+    )
+    max_length: int | None = option(None, "Longest example in tokens; default: what the base reads.", least=4)
+    label_smoothing: float = option(0.0, "Of the training loss, 0 to 1.", least=0, most=1)
+
+    def load(self, seed: int) -> TaskData:
+        """Labelled texts of both splits as tokens, as `TaskOptions.load` says."""
+        from accelerate import PartialState
+        from accelerate.utils import set_seed
+
+        from inlay.bases.processors import load_tokenizer
+        from inlay.tasks.metrics import F1, Accuracy, Matthews
+        from inlay.tasks.sequences.data import load_sequences
+        from inlay.tasks.sequences.loss import SequenceLoss
+        from inlay.tasks.sequences.processor import SequenceProcessor
+        from inlay.tasks.sequences.view import SequenceView
+
+        set_seed(seed)
+        data = load_sequences(self.dataset, seed=seed)
+        processor = SequenceProcessor(load_tokenizer(self.model), max_length=self.max_length)
+        train, validation = SequenceView(data.train, processor), SequenceView(data.validation, processor)
+        PartialState().print(f"train: {train.report}\nvalidation: {validation.report}")
+
+        def example() -> dict[str, Any]:
+            batch = validation.collate([validation[0]])
+            return {key: value for key, value in batch.items() if key != "labels"}
+
+        return TaskData(
+            data,
+            train,
+            validation,
+            processor,
+            metrics=[Accuracy(), F1(), Matthews()],
+            collate=train.collate,
+            loss=SequenceLoss(self.label_smoothing),
+            example=example,
+        )
+
+    def base(self, data: TaskData) -> Any:
+        """The frozen base with a new head for the labels of the data."""
+        from inlay.tasks.base import load_base
+
+        labels = data.source.labels
+        return self._announced(load_base(self.model, task="text-classification", labels=labels, quantize=self.quantize))
+
+    def report(self, model: nn.Module, data: TaskData, result: FitResult) -> Report:
+        """Accuracy, macro F1, Matthews correlation, cost and settings."""
+        scores = result.metrics
+        summary = f"accuracy {scores['accuracy']:.4f}, macro F1 {scores['f1']:.4f}, Matthews {scores['matthews']:.4f}"
+        return Report(describe_run(model, data, result), f"{summary} at step {result.best_step}")

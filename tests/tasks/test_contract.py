@@ -1,0 +1,270 @@
+"""The contract that every task passes: one row in TASKS, one row here, and a task has these tests."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from torch.utils.data import Subset
+from transformers import BertConfig, BertForMaskedLM
+
+from inlay import (
+    Bank,
+    ImageTask,
+    InlayError,
+    MaskTask,
+    SequenceTask,
+    SpatialAdapterConfig,
+    TextTask,
+    TrainConfig,
+    VolumeTask,
+    combine,
+    fit,
+    head_modules,
+    load_adapter,
+    load_base,
+    merge,
+    read_adapter,
+    sam_targets,
+    save_adapter,
+)
+from inlay.adapters import golden
+from inlay.adapters.task import task_of_file
+from inlay.cli import app as cli
+from inlay.tasks import TASKS, find_task
+from inlay.tasks.base import load_skeleton
+
+
+@dataclass
+class Row:
+    """What one task is tested with.
+
+    Attributes:
+        options: Its dataclass, with its smallest base and data.
+        inputs: Of `inlay predict`; PICTURE and OUT stand for files.
+        foreign: An option of another task.
+        merges: What is said where it does not merge.
+        banks: What is said where a bank does not take it.
+        adds: What is said where it does not add.
+    """
+
+    options: Any
+    inputs: list[str]
+    foreign: list[str]
+    merges: str = ""
+    banks: str = ""
+    adds: str = ""
+
+
+ROWS = {
+    "image-classification": Row(ImageTask(), ["PICTURE"], ["--beams", "5"]),
+    "text-generation": Row(TextTask(), ["name[Zizzi], food[Thai]"], ["--top", "1"]),
+    "mask-generation": Row(MaskTask(), ["PICTURE", "--point", "20,20", "--out", "OUT"], ["--beams", "5"]),
+    "volume-segmentation": Row(
+        VolumeTask(), [], ["--beams", "5"], merges="merge|weight|SAM", banks="bank|row", adds="head|keep"
+    ),
+    "text-classification": Row(SequenceTask(), ["It welcomes families.", "It is cheap."], ["--beams", "5"]),
+}
+EVERY = pytest.mark.parametrize("name", ROWS)
+
+
+@dataclass
+class Trained:
+    """An adapter of a task, trained for two steps and saved."""
+
+    folder: Any
+    data: Any
+    output: torch.Tensor
+
+
+_TRAINED: dict[str, Trained] = {}
+
+
+def batch_of(row, data):
+    return {key: value for key, value in data.example().items() if isinstance(value, torch.Tensor)}
+
+
+def answer(name, model, processor):
+    """What a model makes of the golden input."""
+    return torch.tensor(golden.output(model, processor, find_task(name)))
+
+
+def made(name, tmp_path_factory):
+    """Trained once for all tests of the file."""
+    if name in _TRAINED:
+        return _TRAINED[name]
+    options, folder = ROWS[name].options, tmp_path_factory.mktemp(name) / "one"
+    data = options.load(0)
+    model = options.base(data)
+    task = find_task(name)
+    if name == "volume-segmentation":
+        config = SpatialAdapterConfig.fitted(model, data.source.labels, options.crop, data.processor.spacing_mm, 4)
+    elif name == "mask-generation":
+        config = LoraConfig(r=2, target_modules=sam_targets(model, "linear", "encoder"))
+    else:
+        head = head_modules(model) if task.classifies else None
+        attention = ["c_attn"] if "gpt2" in options.model else ["q_proj", "v_proj"]
+        config = LoraConfig(r=2, target_modules=attention, modules_to_save=head)
+    model = get_peft_model(model, config)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    train = TrainConfig(output_dir=str(folder.parent / "run"), epochs=1, batch_size=2, workers=0)
+    few = Subset(data.train, range(4))
+    result = fit(model, few, None, train, collate=data.collate, loss=data.loss)
+    assert result.steps == 2
+    moved = [n for n, p in model.named_parameters() if p.requires_grad and not torch.equal(p, before[n])]
+    assert moved and all("lora" in n or "modules_to_save" in n or "spatial" in n or "default" in n for n in moved)
+    save_adapter(model, folder, processor=data.processor, metrics={"dataset": data.source.name})
+    _TRAINED[name] = Trained(folder, data, answer(name, model, data.processor))
+    return _TRAINED[name]
+
+
+def test_every_task_has_a_row():
+    assert list(ROWS) == list(TASKS) or set(ROWS) == set(TASKS)
+
+
+@EVERY
+def test_saved_and_loaded_it_computes_the_same(name, tmp_path_factory):
+    trained = made(name, tmp_path_factory)
+    loaded = load_adapter(trained.folder)
+    assert loaded.task.name == name == read_adapter(trained.folder).record["task"]
+    assert loaded.verified and loaded.deviation < 1e-3
+    found = answer(name, loaded.model, loaded.processor)
+    assert found == pytest.approx(trained.output, rel=1e-3, abs=1e-3)
+    assert find_task(name).takes_processor(loaded.processor)
+    heading, *said = find_task(name).describe_inputs(loaded.file.record) or ["none"]
+    assert "#" not in heading and all(said)
+    if find_task(name).classifies:
+        assert tuple(loaded.labels) == tuple(trained.data.source.labels)
+
+
+@EVERY
+def test_the_golden_output_finds_another_head_or_adapter(name, tmp_path_factory):
+    trained = made(name, tmp_path_factory)
+    model = load_adapter(trained.folder).model
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "default" in key:
+                parameter.add_(0.5)
+    found = answer(name, model, trained.data.processor)
+    assert golden.deviation(trained.output.tolist(), found.tolist()) > golden.TOLERANCE["float32"]
+
+
+@EVERY
+def test_predict_through_the_command_line(name, tmp_path_factory, tmp_path, capsys):
+    row = ROWS[name]
+    if not row.inputs:
+        pytest.skip("tests/tasks/volumes segments scans through the command")
+    folder = made(name, tmp_path_factory).folder
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "p.png")
+    places = {"PICTURE": str(tmp_path / "p.png"), "OUT": str(tmp_path / "out")}
+    cli.main(["predict", str(folder), *[places.get(word, word) for word in row.inputs]])
+    assert capsys.readouterr().out.strip()
+
+
+@EVERY
+def test_options_of_another_task_are_refused_in_one_sentence(name, tmp_path_factory, capsys):
+    folder = made(name, tmp_path_factory).folder
+    with pytest.raises(SystemExit) as status:
+        cli.main(["predict", str(folder), "x", *ROWS[name].foreign])
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert status.value.code == 2
+    assert f"{ROWS[name].foreign[0]} is an option for " in said and f"is for {name}" in said
+
+
+@EVERY
+def test_an_adapter_of_another_task_is_refused_in_one_sentence(name, tmp_path_factory, tmp_path):
+    from inlay import classify_texts, predict
+
+    loaded = load_adapter(made(name, tmp_path_factory).folder)
+    for function, own in ((predict, "image-classification"), (classify_texts, "text-classification")):
+        if own != name:
+            with pytest.raises(InlayError, match=rf"is for {name}, not for {own}; use {loaded.task.function}\.$"):
+                function(loaded, ["x"])
+
+
+@EVERY
+def test_two_add(name, tmp_path_factory, tmp_path):
+    folder = made(name, tmp_path_factory).folder
+    out = tmp_path / "sum"
+    heads = "one" if read_adapter(folder).config.get("modules_to_save") else "auto"
+    try:
+        combine({folder: 0.5, _copied(folder, tmp_path / "two"): 0.5}, out=out, heads=heads)
+    except InlayError as error:
+        assert ROWS[name].adds and re.search(ROWS[name].adds, str(error)), error
+        return
+    loaded = load_adapter(out)
+    found = answer(name, loaded.model, loaded.processor)
+    assert found == pytest.approx(made(name, tmp_path_factory).output, rel=1e-2, abs=1e-2)
+
+
+def _copied(folder, to):
+    import shutil
+
+    return shutil.copytree(folder, to)
+
+
+@EVERY
+def test_it_merges_or_says_why_not(name, tmp_path_factory, tmp_path):
+    folder = made(name, tmp_path_factory).folder
+    try:
+        merged = merge(folder, tmp_path / "merged")
+    except InlayError as error:
+        assert ROWS[name].merges and re.search(ROWS[name].merges, str(error)), error
+        return
+    assert merged.error < 0.05
+    plain = load_base(merged.folder)
+    task = find_task(name)
+    assert task.takes_base(plain.config)
+    found = answer(name, plain, task.load_processor(str(merged.folder), None))
+    if task.name != "text-generation":  # its processor is no part of a plain model
+        assert found == pytest.approx(made(name, tmp_path_factory).output, rel=1e-2, abs=1e-2)
+
+
+@EVERY
+def test_a_bank_takes_it_or_says_why_not(name, tmp_path_factory):
+    trained = made(name, tmp_path_factory)
+    loaded = load_adapter(trained.folder)
+    inputs = batch_of(ROWS[name], trained.data)
+    with torch.no_grad():
+        expected = loaded.model(**inputs)
+    try:
+        bank = Bank(ROWS[name].options.base(trained.data), {"one": trained.folder})
+        found = bank(inputs, ["one"])
+    except InlayError as error:
+        assert ROWS[name].banks and re.search(ROWS[name].banks, str(error)), error
+        return
+    key = "logits" if "logits" in expected else "pred_masks"
+    assert torch.allclose(found[key], expected[key], atol=1e-4)
+
+
+@EVERY
+def test_it_is_planned_without_weights(name, tmp_path_factory):
+    row, task = ROWS[name], find_task(name)
+    labels = ["a", "b"] if task.classifies else None
+    base = load_skeleton(row.options.model, task=name, labels=labels)
+    batch, _ = task.planned_batch(base, 2, 16, 0)
+    assert batch and all(len(value) == 2 for value in batch.values())
+
+
+def test_what_plain_peft_saved_is_for_what_it_says(tmp_path):
+    """By its task_type where it has one, or else by its base."""
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertForMaskedLM(BertConfig(**size, vocab_size=9)).save_pretrained(tmp_path / "bert")
+    for base, kind, wanted in (
+        ("builtin:gpt2-tiny", None, "text-generation"),
+        ("builtin:gpt2-tiny", "SEQ_CLS", "text-classification"),
+        (str(tmp_path / "bert"), None, "text-classification"),
+        (str(tmp_path / "bert"), "SEQ_CLS", "text-classification"),
+        ("builtin:vit-tiny", None, "image-classification"),
+    ):
+        task = "text-classification" if wanted == "text-classification" else None
+        labels = ["a", "b"] if find_task(wanted).classifies else None
+        model = load_base(base, task=task, labels=labels)
+        targets = {"builtin:gpt2-tiny": ["c_attn"], "builtin:vit-tiny": ["q_proj"]}.get(base, ["query"])
+        model = get_peft_model(model, LoraConfig(r=1, target_modules=targets, task_type=kind))
+        model.save_pretrained(tmp_path / "adapter")
+        model.peft_config["default"].base_model_name_or_path = base
+        assert task_of_file(read_adapter(tmp_path / "adapter")).name == wanted
