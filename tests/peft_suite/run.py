@@ -57,7 +57,8 @@ def main() -> int:
         }
         subprocess.run([sys.executable, "-m", "peft_suite.cases"], env=environment, check=True)
         # peft warns of its own methods' settings in thousands of places: here its warnings are not ours to judge.
-        command = [sys.executable, "-m", "pytest", "-p", "no:warnings", "-p", "no:cacheprovider", "--tb=short", "-rfEX"]
+        command = [sys.executable, "-m", "pytest", "-p", "peft_suite.selection", "-p", "no:warnings"]
+        command += ["-p", "no:cacheprovider", "--tb=short", "-rfEX"]
         failed = []
         for case in arguments.cases or CASES:  # apart, as three of them give one module of peft's their cases
             print(f"== {case}", flush=True)

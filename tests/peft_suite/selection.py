@@ -1,4 +1,7 @@
-"""Which of peft's tests run, and those that cannot pass: each with its reason and the error that it gives, strictly."""
+"""Which of peft's tests run, and those that cannot pass: each with its reason and the error that it gives, strictly.
+
+A plugin of pytest, which `run.py` names: a conftest.py would act on all tests of the project.
+"""
 
 import re
 import sys
