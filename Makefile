@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo lint test docs check bench bench-adapters hub
+.PHONY: setup demo lint test docs check peft-suite bench bench-adapters hub
 
 setup: $(VENV)/installed
 
@@ -31,6 +31,9 @@ docs: setup ## the pages of docs/ as a site in site/, from the source, without a
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 check: lint docs test ## what must be green at every commit
+
+peft-suite: setup ## peft's own tests on inlay's methods
+	$(BIN)/python tests/peft_suite/run.py -- -n logical
 
 bench: setup ## slow measurements, with their results in tests/benchmarks/results
 	$(BIN)/python tests/benchmarks/fit_speed.py

@@ -81,27 +81,27 @@ def test_weights_are_fitted_on_a_few_examples(tmp_path):
         combine({other: 1.0}, "ties", fit="builtin:digits", out=tmp_path / "none")
 
 
-def test_weights_are_fitted_for_texts_masks_and_volumes(tmp_path):
+@pytest.mark.parametrize("data", ["builtin:restaurants", "builtin:scenes", "builtin:volumes"])
+def test_weights_are_fitted_for_texts_masks_and_volumes(data, tmp_path):
     """Of an adapter that is noise, fitting takes away what it can."""
-    scans = SpatialAdapterConfig.fitted(load_base(SAM), ["organ", "lesion"], (8, 16, 16), (1.0, 1.0, 1.0), 4)
-    for base, data, config, processor in [
-        (GPT2, "builtin:restaurants", None, TextProcessor(load_tokenizer(GPT2), max_length=64)),
-        (SAM, "builtin:scenes", None, load_processor(SAM)),
-        (SAM, "builtin:volumes", scans, VolumeProcessor(None, (8, 16, 16))),
-    ]:
-        model = load_base(base)
-        config = config or LoraConfig(r=2, target_modules=lora_targets(model))
-        if data == "builtin:volumes":
-            config.classes = list(load_volumes(data).labels)
-        model = get_peft_model(model, config).eval()
-        randomise(model, "default", 3)
-        folder = save_adapter(model, tmp_path / data[8:], processor=processor)
-        made = combine({folder: 1.0}, fit=data, examples=3, out=tmp_path / f"{data[8:]}-out")
-        assert made.fitted.after < made.fitted.before and made.fitted.examples == 3
-        loaded = load_adapter(made.folder)
-        with torch.no_grad():
-            loss = load_examples(loaded, data, 3, 0).mean(loaded.model).item()
-        assert loss == pytest.approx(made.fitted.after, rel=1e-3)
+    model = load_base(GPT2 if data == "builtin:restaurants" else SAM)
+    if data == "builtin:volumes":
+        classes = list(load_volumes(data).labels)
+        config = SpatialAdapterConfig.fitted(model, classes, (8, 16, 16), (1.0, 1.0, 1.0), 4)
+        processor = VolumeProcessor(None, (8, 16, 16))
+    else:
+        config = LoraConfig(r=2, target_modules=lora_targets(model))
+        text = data == "builtin:restaurants"
+        processor = TextProcessor(load_tokenizer(GPT2), max_length=64) if text else load_processor(SAM)
+    model = get_peft_model(model, config).eval()
+    randomise(model, "default", 3)
+    folder = save_adapter(model, tmp_path / "noise", processor=processor)
+    made = combine({folder: 1.0}, fit=data, examples=3, out=tmp_path / "out")
+    assert made.fitted.after < made.fitted.before and made.fitted.examples == 3
+    loaded = load_adapter(made.folder)
+    with torch.no_grad():
+        loss = load_examples(loaded, data, 3, 0).mean(loaded.model).item()
+    assert loss == pytest.approx(made.fitted.after, rel=1e-3)
 
 
 def run(capsys, monkeypatch, *arguments):

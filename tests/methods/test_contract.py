@@ -107,6 +107,18 @@ def test_two_adapters_coexist_and_switch(method, base):
 
 
 @OWN
+def test_another_adapter_changes_nothing_in_what_trains(method, base):
+    model = adapted(method, base, 4, "first")
+    for name, inference in (("second", True), ("third", False)):
+        before = {key: p.requires_grad for key, p in model.named_parameters()}
+        assert any(before.values())
+        config = METHODS[method].config(build(base), 6)
+        config.inference_mode = inference
+        model.add_adapter(name, config)
+        assert all(p.requires_grad == before.get(key, False) for key, p in model.named_parameters())
+
+
+@OWN
 def test_unloaded_nothing_is_left(method, base):
     model = METHODS[method].config(build(base), 4)
     model = get_peft_model(build(base), model).eval()

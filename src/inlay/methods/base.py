@@ -250,7 +250,7 @@ class AdapterTuner(BaseTuner):
 
     @override
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        with plain_tree(model) as self._layers:
+        with others_train_as_before(model, adapter_name), plain_tree(model) as self._layers:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
@@ -381,6 +381,21 @@ class AdapterTuner(BaseTuner):
             if part.startswith("inlay_") and parts[i + 1] == adapter_name:
                 return plain_name(".".join(parts[: i + 1] + parts[i + 2 :]))
         return plain_name(super()._remove_adapter_name_from_key(key, adapter_name))
+
+
+@contextmanager
+def others_train_as_before(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Within the block an adapter is added, which changes nothing in whether the parameters of others train.
+
+    peft's tuners see to that by themselves, but not here, where they do not find the layers that are there already.
+    """
+    earlier = []
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):  # else the base is frozen now
+        named = model.named_parameters()
+        earlier = [(p, p.requires_grad) for name, p in named if f".{adapter_name}." not in f".{name}."]
+    yield
+    for parameter, requires_grad in earlier:
+        parameter.requires_grad = requires_grad
 
 
 def _name_rows(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> Any:

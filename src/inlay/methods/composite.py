@@ -27,7 +27,7 @@ from inlay.methods._peft import (
     set_additional_trainable_modules,
 )
 from inlay.methods.attention_prefix import ATTENTION_PREFIX, AttentionPrefixModel
-from inlay.methods.base import AdapterTuner
+from inlay.methods.base import AdapterTuner, others_train_as_before
 from inlay.methods.bottleneck import SCALED_PARALLEL
 from inlay.methods.lora import LORA
 from inlay.methods.method import Method
@@ -95,24 +95,25 @@ class CompositeModel(AdapterTuner):
     ) -> None:
         self.refuse_transformers("a composite")
         config = self.peft_config[adapter_name]
-        known = vars(model).pop("peft_config", None)
-        for part in config.parts:
-            part.inference_mode = config.inference_mode
-            tuner = PEFT_TYPE_TO_TUNER_MAPPING[part.peft_type]
-            with plain_tree(model, keep=tuner.tuner_layer_cls):
-                inner = tuner(model, {adapter_name: part}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-            self.targeted_module_names.extend(inner.targeted_module_names)
-            del model.peft_config
-        if known is not None:
-            model.peft_config = known
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-        set_additional_trainable_modules(
-            model=model,
-            peft_config=config,
-            model_config=self.get_model_config(model),
-            adapter_name=adapter_name,
-            activate_adapter=adapter_name in self.active_adapters,
-        )
+        with others_train_as_before(model, adapter_name):
+            known = vars(model).pop("peft_config", None)
+            for part in config.parts:
+                part.inference_mode = config.inference_mode
+                tuner = PEFT_TYPE_TO_TUNER_MAPPING[part.peft_type]
+                with plain_tree(model, keep=tuner.tuner_layer_cls):
+                    inner = tuner(model, {adapter_name: part}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+                self.targeted_module_names.extend(inner.targeted_module_names)
+                del model.peft_config
+            if known is not None:
+                model.peft_config = known
+            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            set_additional_trainable_modules(
+                model=model,
+                peft_config=config,
+                model_config=self.get_model_config(model),
+                adapter_name=adapter_name,
+                activate_adapter=adapter_name in self.active_adapters,
+            )
 
     # The one part that saves other tensors than it trains; both work on any model.
     _get_adapter_state_dict = AttentionPrefixModel._get_adapter_state_dict
