@@ -92,7 +92,7 @@ def load_images(
     parts = {s: _rows(splits[s], image, [ids[word] for word in words[s]], base) for s in chosen}
     good = list(parts.values()) if name.startswith("builtin:") else _readable(parts, name, labels, corrupt)
     if len(good) == 1:
-        held = hold_out_by_class(good[0]["label"][:], labels, validation, seed, "picture")
+        held = hold_out_by_class(good[0]["label"][:], labels, validation, seed, "image")
         kept = sorted(set(range(len(good[0]))) - set(held))
         good = [good[0].select(kept), good[0].select(held)]
     return ImageData(name, good[0], good[1], tuple(labels))
@@ -136,7 +136,7 @@ def load_images_to_score(
         parts = dict(zip(parts, _readable(parts, name, labels, corrupt), strict=True))
     rows = datasets.concatenate_datasets(list(parts.values()))
     if held is None and chosen != "all":  # what `load_images` holds out
-        out = hold_out_by_class(rows["label"][:], labels, 0.2, training.seed, "picture")
+        out = hold_out_by_class(rows["label"][:], labels, 0.2, training.seed, "image")
         kept = sorted(set(range(len(rows))) - set(out)) if chosen == "train" else out
         rows = rows.select(kept)
     return chosen, rows, split_note(name, chosen, list(splits), training)
