@@ -10,6 +10,6 @@ from inlay.train.losses import ModelLoss
 def recipe_scores(model, view, metrics, *, loss=None, collate=None, batch_size=4):
     accelerator = Accelerator(cpu=True)
     loader = accelerator.prepare(DataLoader(view, batch_size=batch_size, collate_fn=collate))
-    scores = evaluate_on(model, loader, loss or ModelLoss(), metrics, accelerator)
+    scores, _ = evaluate_on(model, loader, loss or ModelLoss(), metrics, accelerator)
     model.eval()
     return scores

@@ -99,7 +99,7 @@ def test_one_image_is_enough_and_none_is_named(folder, cells, tmp_path):
     assert evaluate(folder, tmp_path / "one", resamples=5).count == 1
     with pytest.raises(InlayError, match="there are none"):
         evaluate(folder, tmp_path / "none")
-    with pytest.raises(InlayError, match="two pictures or more"):
+    with pytest.raises(InlayError, match="none can be held out"):
         evaluate(folder, tmp_path / "one", split="validation")
 
 
