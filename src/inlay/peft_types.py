@@ -51,7 +51,11 @@ PEFT_TYPES = {
     "IA3": PeftTypeFacts("IA3", "Liu et al. 2022, arXiv:2205.05638"),
     "PREFIX_TUNING": PeftTypeFacts("Prefix tuning", _PREFIX_PAPER),
     "PROMPT_TUNING": PeftTypeFacts("Prompt tuning", "Lester et al. 2021, arXiv:2104.08691"),
-    "INLAY_BOTTLENECK": PeftTypeFacts("Bottleneck", "Houlsby et al. 2019, arXiv:1902.00751"),
+    "INLAY_BOTTLENECK": PeftTypeFacts(
+        "Bottleneck",
+        "Houlsby et al. 2019, arXiv:1902.00751",
+        {"channel_scale": Variant("Adapter+", "Steitz & Roth 2024, arXiv:2406.06820")},
+    ),
     "INLAY_ATTENTION_PREFIX": PeftTypeFacts("Attention prefix", _PREFIX_PAPER),
     "INLAY_VISUAL_PROMPT": PeftTypeFacts("Visual prompt", "Jia et al. 2022, arXiv:2203.12119"),
     "INLAY_PARTIAL": PeftTypeFacts("Partial fine-tuning", "Yosinski et al. 2014, arXiv:1411.1792"),

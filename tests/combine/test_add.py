@@ -91,8 +91,8 @@ def together(base, folders):
 @pytest.mark.parametrize("base", ["vit", "gpt2", "sam"])
 @pytest.mark.parametrize(
     "method",
-    ["bottleneck", "bottleneck-mlp", "bottleneck-parallel", "bottleneck-linear", "attention-prefix", "visual-prompt",
-     "visual-prompt-shallow", "partial", "bias", "norm", "mam", "lora-prompt"],
+    ["bottleneck", "bottleneck-mlp", "bottleneck-parallel", "bottleneck-linear", "adapter-plus", "attention-prefix",
+     "visual-prompt", "visual-prompt-shallow", "partial", "bias", "norm", "mam", "lora-prompt"],
 )  # fmt: skip
 def test_other_methods_add_to_what_they_do_together(method, base, tmp_path):
     if {"vit": "vision", "gpt2": "text", "sam": "sam"}[base] not in METHODS[method].bases:
@@ -128,6 +128,8 @@ BOTTLENECKS = {
     "other sites": (wide(sites=["mlp"]), wide(width=6), (1.0, 1.0)),
     "gelu": (wide(activation="gelu"), wide(activation="gelu", width=1), (-1.0, 2.0)),
     "linear": (wide(activation=None), wide(activation=None, width=2), (0.3, 0.3)),
+    "scales by channel": (wide(channel_scale=True, scale=0.7), wide(learn_scale=True, width=3), (0.5, -2.0)),
+    "behind the block": (wide(placement="post", channel_scale=True), wide(placement="post", width=2), (1.5, -0.5)),
 }
 
 
@@ -154,7 +156,10 @@ def test_what_breaks_the_sum_is_refused_with_the_reason(tmp_path):
         return save(tmp_path / name, base, config, len(name))
 
     relu, gelu = saved("relu", wide()), saved("gelu", wide(activation="gelu"))
-    after, other = saved("after", wide(layer_norm="after")), saved("after2", wide(layer_norm="after"))
+    after, other = (
+        saved("after", wide(layer_norm="after", channel_scale=True)),
+        saved("after2", wide(layer_norm="after")),
+    )
     dora, plain = saved("dora", lora(use_dora=True)), saved("plain", lora())
     biases = saved("biases", lora(bias="lora_only"))
     loha = saved("loha", LoHaConfig(r=2, target_modules=LINEAR))

@@ -252,6 +252,7 @@ def test_a_model_that_is_stored_in_eight_bits_again(lora, name, tmp_path):
     ("name", "method", "reason"),
     [
         (VIT, "bottleneck", "activation relu"),
+        (VIT, "adapter-plus", "activation gelu"),
         (VIT, "visual-prompt", "tokens, not weights"),
         (VIT, "attention-prefix", "keys and values that no weight gives"),
         (VIT, "lora-prompt", "tokens, not weights"),

@@ -22,6 +22,7 @@ OURS = [
     "bottleneck-mlp",
     "bottleneck-parallel",
     "bottleneck-linear",
+    "adapter-plus",
     "visual-prompt",
     "visual-prompt-shallow",
     "attention-prefix",

@@ -17,8 +17,10 @@ from inlay import (
     PartialConfig,
     VisualPromptConfig,
 )
+from inlay.methods import METHODS
 from inlay.methods.attention_prefix import AttentionPrefixLayer
 from inlay.methods.base import AdapterLayer
+from inlay.methods.bottleneck import BottleneckLayer
 from methods.bases import OTHERS, adapted, batch, build, build_other, compute, randomise
 
 
@@ -67,6 +69,37 @@ def test_parallel_bottleneck_with_norm_and_learned_scale():
     normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
     z = (normed * norm.weight + norm.bias) @ w_down.T + b_down
     close(wrapped(x), wrapped.base_layer(x) + scale * (z.clamp(min=0) @ w_up.T + b_up))
+
+
+def test_adapter_plus_stands_behind_the_block_and_scales_each_channel():
+    model = attach(METHODS["adapter-plus"].config(None, 5))
+    wrapped = layer(model, "vit.layers.1")
+    assert isinstance(wrapped, BottleneckLayer) and not isinstance(layer(model, "vit.layers.1.mlp"), BottleneckLayer)
+    x = torch.randn(2, 7, 32, dtype=torch.float64)
+    w_down, b_down, w_up, b_up = parts(wrapped)
+    scale = wrapped.inlay_bottleneck_scale["default"]
+    assert scale.shape == (32,)
+    h = wrapped.base_layer(x)
+    z = h @ w_down.T + b_down
+    z = 0.5 * z * (1 + torch.erf(z / 2**0.5))
+    close(wrapped(x), h + scale * (z @ w_up.T + b_up))
+
+
+def test_adapter_plus_starts_as_houlsby_et_al():
+    model = get_peft_model(build("vit"), METHODS["adapter-plus"].config(None, 16))
+    layers = [m for m in model.modules() if isinstance(m, BottleneckLayer)]
+    weights = torch.cat([m.inlay_bottleneck_weight["default"].flatten() for m in layers])
+    assert len(layers) == 3 and weights.abs().max() <= 0.02 and 0.0085 < weights.std() < 0.0091  # 0.88 of 0.01: cut off
+    assert all((m.inlay_bottleneck_bias["default"] == 0).all() for m in layers)
+    assert all((m.inlay_bottleneck_scale["default"] == 1).all() for m in layers)
+
+
+def test_hidden_states_are_those_behind_adapter_plus():
+    model = adapted("adapter-plus", "vit")
+    states = model(**batch("vit"), output_hidden_states=True).hidden_states
+    blocks = model.get_base_model().vit.layers
+    for i, block in enumerate(blocks[:-1]):
+        assert torch.equal(block(states[i]), states[i + 1])
 
 
 def test_parallel_bottleneck_in_bert_goes_into_the_residual():
@@ -245,9 +278,13 @@ def test_a_file_of_a_base_sized_vit_is_8_kb_larger_than_what_is_trained():
     assert len(json.dumps(header, separators=(",", ":"))) < 8_000  # beside eight bytes and padding
 
 
+def _mobilenet():
+    return MobileNetV2ForImageClassification(MobileNetV2Config(image_size=32, depth_multiplier=0.35))
+
+
 def test_a_linear_bottleneck_merges_into_a_convolution():
     torch.manual_seed(0)
-    base = MobileNetV2ForImageClassification(MobileNetV2Config(image_size=32, depth_multiplier=0.35)).double().eval()
+    base = _mobilenet().double().eval()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     config = BottleneckConfig(width=4, activation=None, sites=["mlp"])
     model = get_peft_model(base, config, autocast_adapter_dtype=False).double().eval()
@@ -260,7 +297,8 @@ def test_a_linear_bottleneck_merges_into_a_convolution():
 
 def test_two_linear_bottlenecks_merge_to_their_sum():
     model = attach(BottleneckConfig(width=4, activation=None), dtype=torch.float32)
-    model.add_adapter("second", BottleneckConfig(width=3, activation=None, init_weights=False))
+    model.add_adapter("second", BottleneckConfig(width=3, activation=None, init_weights=False, channel_scale=True))
+    randomise(model, "second")
     model.base_model.set_adapter(["default", "second"])
     expected = compute(model, "vit")
     model.merge_adapter(["default"])
@@ -414,6 +452,9 @@ def test_the_order_of_parts_does_not_matter():
         (lambda: BottleneckConfig(width=0), "width must be"),
         (lambda: BottleneckConfig(sites=["head"]), "sites must be"),
         (lambda: BottleneckConfig(placement="beside"), "placement must be"),
+        (lambda: BottleneckConfig(init="lora"), "init must be zero or houlsby"),
+        (lambda: BottleneckConfig(learn_scale=True, channel_scale=True), "give one of them"),
+        (lambda: get_peft_model(_mobilenet(), BottleneckConfig(placement="post")), "needs blocks of tokens"),
         (lambda: BottleneckConfig(activation="nothing"), "activation must be"),
         (lambda: BottleneckConfig(target_modules="a.*", layers_to_transform=[0]), "regular expression"),
         (lambda: AttentionPrefixConfig(length=0), "length must be"),

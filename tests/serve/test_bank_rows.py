@@ -16,6 +16,7 @@ IMAGES = [
     "bottleneck",
     "bottleneck-parallel",
     "bottleneck-linear",
+    "adapter-plus",
     "visual-prompt",
     "visual-prompt-shallow",
     "attention-prefix",

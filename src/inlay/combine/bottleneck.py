@@ -42,12 +42,15 @@ def bottleneck(part: Part, site: str) -> tuple[Array, Array | None, Array, Array
                 "take it up; these cannot be added."
             )
         down = down * weight
-    factor = np.float32(_factor(part, site))
-    return down, down_bias, up_t.T * factor, None if up_bias is None else up_bias * factor
+    scale = _scale(part, site)
+    return down, down_bias, up_t.T * scale[:, None], None if up_bias is None else up_bias * scale
 
 
-def _factor(part: Part, site: str) -> float:
-    return float(part.read(site, _SCALE)[0]) if _SCALE in part.sites[site] else float(part.config.get("scale", 1.0))
+def _scale(part: Part, site: str) -> Array:
+    """What the output is multiplied with: (1,), or (d,) where each channel has its own."""
+    if _SCALE in part.sites[site]:
+        return part.read(site, _SCALE)
+    return np.array([part.config.get("scale", 1.0)], np.float32)
 
 
 def _width(part: Part, site: str) -> int:
@@ -89,7 +92,8 @@ class BottleneckSum(Sum):
         elif self.plan.width is not None:
             self.units = min(self.units, self.plan.width)
         sites = list(dict.fromkeys(name for part in self.parts for name in part.config.get("sites") or []))
-        return common(self.parts, self.names, width=self.units, scale=1.0, learn_scale=False, sites=sites)
+        no_scale = {key: False for key in ("learn_scale", "channel_scale") if key in self.config}
+        return common(self.parts, self.names, width=self.units, scale=1.0, sites=sites, **no_scale)
 
     @classmethod
     @override
@@ -176,15 +180,16 @@ class BottleneckSum(Sum):
 
     def _after(self, site: str, part: Part) -> dict[str, Array]:
         """One adapter alone, with a norm after W_up that takes up scale and weight."""
-        down, down_bias, _, up_bias = bottleneck(part, site)
-        factor = np.float32(_factor(part, site))
+        own = part.read(site, _WEIGHT)  # 2 m d
+        units = own.shape[1]
         weight = np.zeros(self.shapes[site][_WEIGHT], np.float32)
-        weight[0, : len(down)], weight[1, : len(down)] = part.read(site, _WEIGHT)
+        weight[:, :units] = own
         made = {_WEIGHT: weight}
-        if down_bias is not None and up_bias is not None:
-            own = up_bias / factor if factor else up_bias
-            made[_BIAS] = np.concatenate([np.pad(down_bias, (0, self.units - len(down))), own])
-        made |= {leaf: part.read(site, leaf) * factor * np.float32(part.weight) for leaf in _NORM}
+        if _BIAS in part.sites[site]:
+            down_bias, up_bias = np.split(part.read(site, _BIAS), [units])
+            made[_BIAS] = np.concatenate([np.pad(down_bias, (0, self.units - units)), up_bias])
+        scale = _scale(part, site) * np.float32(part.weight)
+        made |= {leaf: part.read(site, leaf) * scale for leaf in _NORM}
         self.errors[site] = 0.0
         return made | {leaf: part.read(site, leaf) for leaf in self.shapes[site] if leaf.startswith(f"{_NAME}_act")}
 

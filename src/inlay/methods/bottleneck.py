@@ -6,13 +6,16 @@ One adapter of width m at a site with the hidden state h of size d adds, in the 
     parallel    h <- h + s · W_up · f(W_down · x + b_down) + s · b_up           x: input of the sublayer
 
 before the residual sum, with W_down of shape (m, d), W_up (d, m), a non-linearity f and a scale s. W_up and b_up start
-from zero, so that the adapted model starts as the base.
+from zero, so that the adapted model starts as the base. `post` is serial behind the residual sum of the MLP: h is the
+output of the whole block. With `channel_scale`, s is a vector (d,) and multiplies channel by channel.
 
     Houlsby et al. 2019, arXiv:1902.00751           sites=["attention", "mlp"], serial: the default
     Pfeiffer et al. 2020, arXiv:2005.00052          sites=["mlp"], serial
     He et al. 2021, arXiv:2110.04366                sites=["mlp"], placement="parallel", scale=4 (scaled parallel)
     Chen et al. 2022 (AdaptFormer), arXiv:2205.13535    the same on ViT, scale=0.1
     Luo et al. 2023 (RepAdapter), arXiv:2302.08106  activation=None: linear, merges into the weight before it
+    Steitz & Roth 2024 (Adapter+), arXiv:2406.06820     placement="post", activation="gelu", channel_scale=True,
+                                                    init="houlsby"; the stochastic depth of their training is left out
 """
 
 from collections.abc import Sequence
@@ -32,6 +35,7 @@ from inlay.bases.sites import Sites, is_linear, linear_shape
 from inlay.errors import InlayError
 from inlay.methods._peft import PeftType, register
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
+from inlay.methods.hidden_states import replace_recorded_state
 from inlay.methods.method import EVERY_BASE, Method
 from inlay.peft_types import PEFT_TYPES
 
@@ -47,8 +51,12 @@ class BottleneckConfig(AdapterConfig):
     sites: list[str] = field(
         default_factory=lambda: ["attention", "mlp"], metadata={"help": "After or beside which sublayers."}
     )
-    placement: Literal["serial", "parallel"] = field(
-        default="serial", metadata={"help": "On the sublayer's output, or beside the sublayer on its input."}
+    placement: Literal["serial", "parallel", "post"] = field(
+        default="serial",
+        metadata={
+            "help": "On the sublayer's output, beside the sublayer on its input, or (post, whatever the sites) on the "
+            "output of the whole block."
+        },
     )
     activation: str | None = field(
         default="relu", metadata={"help": "Non-linearity, by its name in transformers; None: a linear adapter."}
@@ -56,6 +64,14 @@ class BottleneckConfig(AdapterConfig):
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the bottleneck."})
     scale: float = field(default=1.0, metadata={"help": "Factor s of what the adapter adds."})
     learn_scale: bool = field(default=False, metadata={"help": "Train the scale, one number per site."})
+    channel_scale: bool = field(default=False, metadata={"help": "Train the scale, one number per channel and site."})
+    init: Literal["zero", "houlsby"] = field(
+        default="zero",
+        metadata={
+            "help": "W_up from zero, so that the model starts as the base; or as Houlsby et al.: both matrices from a "
+            "normal distribution of 0.01, truncated at twice that, so that it starts close to the base."
+        },
+    )
     layer_norm: Literal["before", "after"] | None = field(
         default=None, metadata={"help": "A layer norm of the adapter's own before W_down, or after W_up."}
     )
@@ -69,8 +85,12 @@ class BottleneckConfig(AdapterConfig):
             raise InlayError(f"reduction must be positive, got {self.reduction}.")
         if not self.sites or set(self.sites) - {"attention", "mlp"}:
             raise InlayError(f"sites must be attention, mlp or both, got {self.sites}.")
-        if self.placement not in ("serial", "parallel"):
-            raise InlayError(f"placement must be serial or parallel, got {self.placement!r}.")
+        if self.placement not in ("serial", "parallel", "post"):
+            raise InlayError(f"placement must be serial, parallel or post, got {self.placement!r}.")
+        if self.learn_scale and self.channel_scale:
+            raise InlayError("learn_scale trains one number per site, channel_scale one per channel; give one of them.")
+        if self.init not in ("zero", "houlsby"):
+            raise InlayError(f"init must be zero or houlsby, got {self.init!r}.")
         if self.activation is not None and self.activation not in ACT2FN:
             raise InlayError(f"activation must be None or one of {', '.join(sorted(ACT2FN))}, got {self.activation!r}.")
         if not 0 <= self.dropout < 1:
@@ -88,7 +108,7 @@ class BottleneckLayer(AdapterLayer):
     Attributes:
         inlay_bottleneck_weight: By adapter, W_down and the transpose of W_up, (2, m, d).
         inlay_bottleneck_bias: By adapter, b_down and b_up, (m + d,), where it has any.
-        inlay_bottleneck_scale: By adapter, s of shape (1,), where it is trained.
+        inlay_bottleneck_scale: By adapter, s of shape (1,), or (d,) with channel_scale, where it is trained.
         inlay_bottleneck_norm: By adapter, a layer norm, where there is one.
         inlay_bottleneck_act: By adapter, the non-linearity, where there is one.
     """
@@ -124,17 +144,27 @@ class BottleneckLayer(AdapterLayer):
                 f"a parallel bottleneck needs a module with as many features in as out, got {size} and {self.size} in "
                 f'{key}; name one that holds the whole sublayer, or use placement="serial".'
             )
+        if config.placement == "post" and _ends_in_convolution(self.get_base_layer()):
+            raise InlayError(
+                f'placement="post" needs blocks of tokens, and {key} is one of a convolutional network; use "serial".'
+            )
         linear = config.activation is None and config.placement == "serial"
         biased = not linear or getattr(self.get_base_layer(), "bias", None) is not None  # else it could not merge
         down, up = nn.Linear(self.size, width, bias=biased), nn.Linear(width, self.size, bias=biased)
-        if config.init_weights:
+        if config.init_weights and config.init == "houlsby":
+            for layer in (down, up):
+                nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        elif config.init_weights:
             for parameter in up.parameters():
                 nn.init.zeros_(parameter)
         self.inlay_bottleneck_weight[name] = nn.Parameter(torch.stack([down.weight, up.weight.T]).detach())
         if biased:
             self.inlay_bottleneck_bias[name] = nn.Parameter(torch.cat([down.bias, up.bias]).detach())
-        if config.learn_scale:
-            self.inlay_bottleneck_scale[name] = nn.Parameter(torch.full((1,), float(config.scale)))
+        if config.learn_scale or config.channel_scale:
+            count = self.size if config.channel_scale else 1
+            self.inlay_bottleneck_scale[name] = nn.Parameter(torch.full((count,), float(config.scale)))
         if config.layer_norm:
             self.inlay_bottleneck_norm[name] = nn.LayerNorm(self.size)
         if config.activation is not None:
@@ -151,7 +181,7 @@ class BottleneckLayer(AdapterLayer):
 
     @override
     def adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
-        serial = [(self._placed(names, "serial"), rows) for names, rows in groups]
+        serial = [(self._placed(names, "serial", "post"), rows) for names, rows in groups]
         parallel = [(self._placed(names, "parallel"), rows) for names, rows in groups]
         added = None
         if any(names for names, _ in parallel):
@@ -164,10 +194,12 @@ class BottleneckLayer(AdapterLayer):
         result = hidden if added is None else hidden + added
         if any(names for names, _ in serial):
             result = result + self._sum(hidden, serial)
+        if any(self._placed(names, "post") for names, _ in groups):
+            replace_recorded_state(result)
         return (result, *output[1:]) if isinstance(output, tuple) else result
 
-    def _placed(self, names: list[str], placement: str) -> list[str]:
-        return [name for name in names if self.options[name].placement == placement]
+    def _placed(self, names: list[str], *placements: str) -> list[str]:
+        return [name for name in names if self.options[name].placement in placements]
 
     def _sum(self, x: torch.Tensor, groups: Groups) -> torch.Tensor:
         """What all adapters add to hidden states of shape (..., d), or (B, d, H, W) behind a convolution."""
@@ -194,7 +226,7 @@ class BottleneckLayer(AdapterLayer):
         h = functional.linear(h, up, up_bias)
         if norm is not None and config.layer_norm == "after":
             h = norm(h)
-        if config.learn_scale:
+        if config.learn_scale or config.channel_scale:
             h = h * self.inlay_bottleneck_scale[name]
         elif config.scale != 1:
             h = h * config.scale
@@ -204,10 +236,11 @@ class BottleneckLayer(AdapterLayer):
     def refusal(self, names: Sequence[str]) -> str | None:
         for name in names:
             config = self.options[name]
-            if config.activation is not None or config.layer_norm or config.placement == "parallel":
+            if config.activation is not None or config.layer_norm or config.placement != "serial":
                 what = f"activation {config.activation}" if config.activation else config.layer_norm and "layer norm"
+                what = what or f"{config.placement} placement"
                 return (
-                    f"bottleneck adapter {name!r} does not fold into a weight ({what or 'parallel placement'}); only "
+                    f"bottleneck adapter {name!r} does not fold into a weight ({what}); only "
                     'linear serial ones do: BottleneckConfig(activation=None, placement="serial").'
                 )
         base = self.get_base_layer()
@@ -224,8 +257,9 @@ class BottleneckLayer(AdapterLayer):
         for name in names:
             down, down_bias, up, up_bias = (p if p is None else p.double() for p in self.projections(name))
             learned = name in self.inlay_bottleneck_scale
-            scale = self.inlay_bottleneck_scale[name].double() if learned else self.options[name].scale
-            weight = weight + scale * up @ (down @ old.double())
+            scale = self.inlay_bottleneck_scale[name].double() if learned else torch.tensor([self.options[name].scale])
+            scale = scale.to(old.device, torch.float64)  # (1,) or (d,)
+            weight = weight + scale[:, None] * up @ (down @ old.double())
             if bias is not None:
                 moved = moved + scale * (up @ (down @ bias + down_bias) + up_bias)
         weight = weight.T if isinstance(base, Conv1D) else weight.view_as(base.weight)
@@ -248,6 +282,13 @@ def _output_size(module: nn.Module) -> int:
     )
 
 
+def _ends_in_convolution(module: nn.Module) -> bool:
+    """True where what a module gives is (B, d, H, W), as the last layer in it that mixes features is a convolution."""
+    kinds = (nn.Linear, Conv1D, nn.Conv2d)
+    last = next((inner for inner in reversed(list(module.modules())) if isinstance(inner, kinds)), None)
+    return isinstance(last, nn.Conv2d)
+
+
 def _input_size(module: nn.Module) -> int | None:
     """Features that a linear layer or convolution takes; None for a sublayer."""
     return linear_shape(module)[0] if is_linear(module) else getattr(module, "in_channels", None)
@@ -261,6 +302,8 @@ class BottleneckModel(AdapterTuner):
 
     @override
     def targets(self, config: BottleneckConfig, found: Sites) -> Sequence[str]:
+        if config.placement == "post":
+            return found.blocks
         where = {
             ("serial", "attention"): found.out,
             ("serial", "mlp"): found.mlp_out,
@@ -309,4 +352,15 @@ REP_ADAPTER = Method(
     learning_rate=1e-2,
     config=lambda model, width: BottleneckConfig(width=width, activation=None),
 )
-ROWS = (HOULSBY, PFEIFFER, SCALED_PARALLEL, REP_ADAPTER)
+ADAPTER_PLUS = Method(
+    name="adapter-plus",
+    paper=PEFT_TYPES["INLAY_BOTTLENECK"].variants["channel_scale"].paper,
+    attaches="after every block",
+    width="bottleneck size",
+    merges=False,
+    learning_rate=1e-2,
+    config=lambda model, width: BottleneckConfig(
+        width=width, sites=["mlp"], placement="post", activation="gelu", channel_scale=True, init="houlsby"
+    ),
+)
+ROWS = (HOULSBY, PFEIFFER, SCALED_PARALLEL, REP_ADAPTER, ADAPTER_PLUS)

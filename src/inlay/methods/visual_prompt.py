@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.models.sam.modeling_sam import SamVisionAttention
-from transformers.utils import output_capturing
 from typing_extensions import override
 
 from inlay.bases.sites import Sites
 from inlay.errors import InlayError
 from inlay.methods._peft import PeftType, register
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
+from inlay.methods.hidden_states import hide_prompts
 from inlay.methods.method import Method
 from inlay.methods.window_attention import attend, gather_prefix
 from inlay.peft_types import PEFT_TYPES
@@ -122,7 +122,7 @@ class VisualPromptLayer(AdapterLayer):
         here = [self._tokens(name, x) for name in names if self.options[name].enter]
         output = self.base_layer(torch.cat([x, *here], dim=1), *args, **kwargs)
         hidden = output[0] if isinstance(output, tuple) else output
-        hide(tokens, x[:, :tokens], hidden[:, :tokens])
+        hide_prompts(tokens, x[:, :tokens], hidden[:, :tokens])
         kept, at = [hidden[:, :tokens]], tokens
         for place in sorted(places, key=lambda place: place.enter):  # those that came with x stand in front
             if not place.drop:
@@ -157,20 +157,6 @@ class WindowPromptLayer(VisualPromptLayer):
 
         key, value, counts = gather_prefix(groups, key_value, len(hidden))
         return attend(self.base_layer, hidden, key, value, counts)
-
-
-def hide(tokens: int, before: torch.Tensor, after: torch.Tensor) -> None:
-    """Take the prompts out of the hidden states and attentions that transformers records from the block inside."""
-    recorded = output_capturing._active_collector.get()
-    if not recorded:
-        return
-    if states := recorded.get("hidden_states"):
-        if states[-1] is not None:
-            states[-1] = after
-        if len(states) == 2 and states[0] is not None and states[0].shape[1] > tokens:
-            states[0] = before
-    if weights := recorded.get("attentions"):
-        weights[-1] = weights[-1][..., :tokens, :tokens]
 
 
 def _token_size(block: nn.Module) -> int:

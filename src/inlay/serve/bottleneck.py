@@ -39,10 +39,10 @@ class BottleneckBank(BankLayer, BottleneckLayer):
         self.options["bank"] = settings
         weight = tensors["inlay_bottleneck_weight"].float()
         learned = tensors.get("inlay_bottleneck_scale")
-        scale: Any = settings.scale if learned is None else learned.float()
+        scale = torch.tensor([settings.scale]) if learned is None else learned.float()  # (1,) or (d,)
         after = settings.layer_norm == "after"
         up = weight[1].T  # d x m
-        values = {"down": weight[0], "up": up if after else up * scale}
+        values = {"down": weight[0], "up": up if after else up * scale[:, None]}
         if (bias := tensors.get("inlay_bottleneck_bias")) is not None:
             down_bias, up_bias = bias.float().split([weight.shape[1], weight.shape[2]])
             values |= {"down_bias": down_bias, "up_bias": up_bias if after else up_bias * scale}

@@ -10,7 +10,8 @@ from typing_extensions import override
 
 from inlay.bases.sites import sites
 from inlay.errors import Unsupported
-from inlay.methods.visual_prompt import VisualPromptLayer, WindowPromptLayer, hide
+from inlay.methods.hidden_states import hide_prompts
+from inlay.methods.visual_prompt import VisualPromptLayer, WindowPromptLayer
 from inlay.serve.attention_prefix import PrefixBank, WindowPrefixBank
 from inlay.serve.bank_layer import BankLayer, Site, Tensors
 
@@ -78,6 +79,6 @@ class TravelBank(BankLayer):
             args, kwargs = (mask, *args[1:]) if args else (), kwargs if args else {**kwargs, "attention_mask": mask}
         output = self.base_layer(x, *args, **kwargs)
         hidden = output[0] if isinstance(output, tuple) else output
-        hide(tokens, x[:, :tokens], hidden[:, :tokens])
+        hide_prompts(tokens, x[:, :tokens], hidden[:, :tokens])
         hidden = hidden[:, :tokens] if drop else hidden
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
