@@ -18,7 +18,7 @@ from torch.utils.data import default_collate
 from inlay.errors import BadInput, InlayError, Unsupported
 from inlay.measure.fake_step import LiveBytes, fake, fake_model, no_traces, one_text_a_row
 from inlay.measure.footprint import footprint
-from inlay.methods._peft import PeftModel, PeftType
+from inlay.methods._peft import fills_cache
 from inlay.train.config import TrainConfig
 from inlay.train.launch import disable_checkpointing, enable_checkpointing
 
@@ -305,7 +305,7 @@ def _check(model: nn.Module, precision: Precision, checkpointing: bool, device: 
         raise BadInput("expected a model with something to train, but no parameter requires a gradient.")
     if precision == "fp16" and device.type == "cpu":
         raise Unsupported("fp16 training needs a GPU; on a CPU take bf16 or no mixed precision.")
-    if checkpointing and isinstance(model, PeftModel) and model.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
+    if checkpointing and fills_cache(model):
         raise Unsupported(
             "peft's prefix tuning hands its prefix over in the cache, which gradient checkpointing leaves out; take "
             "the attention prefix, or no checkpointing."

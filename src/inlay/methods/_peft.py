@@ -91,6 +91,11 @@ def virtual_tokens(config: PeftConfig) -> int:
     return int(config.num_virtual_tokens) if config.is_prompt_learning else 0
 
 
+def fills_cache(model: torch.nn.Module) -> bool:
+    """True under peft's prefix tuning, whose keys and values stand in the cache, which checkpointing does without."""
+    return isinstance(model, PeftModel) and model.active_peft_config.peft_type == PeftType.PREFIX_TUNING
+
+
 def adapter_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
     """Key and shape of every tensor that a file of this adapter holds."""
     return {

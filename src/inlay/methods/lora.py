@@ -18,10 +18,14 @@ def lora_config(**settings: object) -> MakeConfig:
     return lambda model, rank: LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=lora_targets(model), **settings)
 
 
-def _pissa_config(model: nn.Module, rank: int) -> LoraConfig:
+def _linear_config(init: str | bool) -> MakeConfig:
     """Of linear layers alone: peft takes no singular vectors of the 1x1 convolution in SAM's neck."""
-    names = [name for name in lora_targets(model) if is_linear(model.get_submodule(name))]
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, init_lora_weights="pissa")
+
+    def config(model: nn.Module, rank: int) -> LoraConfig:
+        names = [name for name in lora_targets(model) if is_linear(model.get_submodule(name))]
+        return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, init_lora_weights=init)
+
+    return config
 
 
 LORA = Method(
@@ -60,6 +64,7 @@ PISSA = Method(
     width="rank r",
     merges=True,
     learning_rate=3e-3,
-    config=_pissa_config,
+    config=_linear_config("pissa"),
+    skeleton_config=_linear_config(True),
 )
 ROWS = (LORA, RSLORA, DORA, PISSA)

@@ -30,6 +30,8 @@ class Method:
             (SAM on scans).
         trains: What is trained: the adapter and the head of a classifier, the head without an adapter, or the whole
             model.
+        skeleton_config: Of a method that starts from the base's weights, and moves a part of them into the adapter: a
+            config of the same shapes for a base that has none (on the meta device). None for all others.
     """
 
     name: str
@@ -41,10 +43,17 @@ class Method:
     config: MakeConfig
     bases: Sequence[str] = ("vision", "sam", "text")
     trains: Literal["adapter", "head", "model"] = "adapter"
+    skeleton_config: MakeConfig | None = None
+
+    @property
+    def starts_from_weights(self) -> bool:
+        """True where the adapter's first values are taken out of the base's weights."""
+        return self.skeleton_config is not None
 
     def adapt(self, model: nn.Module, width: int) -> nn.Module:
         """The frozen `model` with what is to be trained: the adapter, and the head of a classifier."""
-        config = self.config(model, width)
+        bare = next(model.parameters()).is_meta
+        config = (self.skeleton_config if bare and self.skeleton_config else self.config)(model, width)
         headless = writes_text(model) or makes_masks(getattr(model, "config", None))
         head = [] if headless else list(sites(model).head)
         if config is None:

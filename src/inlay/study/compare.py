@@ -116,8 +116,7 @@ def compare_texts(
     methods = _check(task, methods, learning_rates, seeds, "text")
     some = load_texts(task.dataset, seed=seeds[0])
     for name in methods:  # what would stop the last of them is found before the first one is trained
-        plain = "lora" if name == "pissa" else name  # which would decompose the weights that a skeleton does not have
-        skeleton = METHODS[plain].adapt(load_skeleton(task.model), width)
+        skeleton = METHODS[name].adapt(load_skeleton(task.model), width)
         (decoding or Decoding()).check(skeleton, some)
         if train.gradient_checkpointing:
             enable_checkpointing(skeleton)
@@ -148,7 +147,7 @@ def _check(
         InlayError: What is asked for makes no comparison.
     """
     if list(methods) == ["all"]:
-        methods = [name for name, method in METHODS.items() if base in method.bases and name != "pissa"]
+        methods = [name for name, method in METHODS.items() if base in method.bases and not method.starts_from_weights]
     unknown = [name for name in methods if name not in METHODS]
     if unknown or not methods or not seeds:
         raise BadInput(f"expected methods among {', '.join(METHODS)} and one seed or more, got {methods} and {seeds}.")

@@ -70,9 +70,7 @@ def plan_base(
     names = [str(i) for i in range(labels)] if task.classifies else None
 
     def adapt(base: Any) -> tuple[nn.Module, Batch, Loss | None]:
-        # PiSSA is LoRA that starts from the weights, which a skeleton has none of.
-        bare = next(base.parameters()).is_meta
-        model = METHODS["lora" if method == "pissa" and bare else method].adapt(base, width)
+        model = METHODS[method].adapt(base, width)
         added = virtual_tokens(model.active_peft_config) if isinstance(model, PeftModel) else 0
         return model, *task.planned_batch(base, batch_size, length, added)
 

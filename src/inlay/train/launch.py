@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from inlay.errors import BadInput, Unsupported
-from inlay.methods._peft import PeftModel
+from inlay.methods._peft import fills_cache
 from inlay.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def enable_checkpointing(model: nn.Module) -> None:
     Raises:
         InlayError: The model has none, or its adapter lives in the cache that checkpointing does without.
     """
-    if isinstance(model, PeftModel) and model.active_peft_config.peft_type == "PREFIX_TUNING":
+    if fills_cache(model):
         raise Unsupported(
             "peft's prefix tuning puts keys and values into the cache, which gradient checkpointing does without; "
             "leave the setting out, or train an attention prefix (AttentionPrefixConfig), which needs no cache."
