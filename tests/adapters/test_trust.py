@@ -23,7 +23,7 @@ from inlay.adapters.hub.fetch import fetch
 from inlay.bases.load import resolve_base
 from inlay.errors import InlayError
 from inlay.files import tensor_header as header
-from inlay.methods._peft import PeftType, base_modules, inject
+from inlay.methods._peft import PeftType, base_modules, inject_empty_adapter
 from places import ROOT
 
 A = "base_model.model.vit.layers.0.attention.q_proj.lora_A.weight"
@@ -351,7 +351,7 @@ def test_an_audited_method_leaves_the_base(name):
     base = load_base("builtin:vit-tiny")
     before = held(base)
     settings = {"target_modules": ["q_proj"], **special.get(name, {})}
-    after = held(inject(base, PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)](**settings)))
+    after = held(inject_empty_adapter(base, PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)](**settings)))
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in after)
 
 

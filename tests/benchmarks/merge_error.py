@@ -25,8 +25,8 @@ from inlay import (
     merge,
     save_adapter,
 )
-from inlay.combine.merge import outputs
-from inlay.methods._peft import without_layers
+from inlay.combine.merge import compute_outputs
+from inlay.methods._peft import layers_disabled
 
 RESULTS = Path(__file__).parent / "results" / "merge_error"
 STORED: dict[str, dict[str, Any]] = {
@@ -69,10 +69,10 @@ def plainly(adapter: Path, batch: dict[str, torch.Tensor], held: dict[str, Any])
     model = load_adapter(adapter, **held).model
     kind = next(p.dtype for p in model.parameters() if p.is_floating_point())
     batch = {key: value.to(kind) if value.is_floating_point() else value for key, value in batch.items()}
-    with without_layers(model):
-        base = outputs(model, batch)
-    unmerged = outputs(model, batch)
-    merged = outputs(model.merge_and_unload(safe_merge=True), batch)
+    with layers_disabled(model):
+        base = compute_outputs(model, batch)
+    unmerged = compute_outputs(model, batch)
+    merged = compute_outputs(model.merge_and_unload(safe_merge=True), batch)
     return float((merged - unmerged).norm() / (unmerged - base).norm())
 
 

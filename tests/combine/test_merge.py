@@ -18,7 +18,7 @@ from transformers import (
 from inlay import InlayError, TextProcessor, load_adapter, load_base, load_processor, load_tokenizer, save_adapter
 from inlay.bases.sites import lora_targets, sites
 from inlay.cli.app import main
-from inlay.combine.merge import merge, outputs, read_report
+from inlay.combine.merge import compute_outputs, merge, read_report
 from inlay.methods import METHODS, BottleneckConfig, CompositeConfig
 
 VIT, GPT2, SAM = "builtin:vit-tiny", "builtin:gpt2-tiny", "builtin:sam-tiny"
@@ -79,7 +79,7 @@ def test_a_merged_model_answers_as_the_adapter(name, method, tmp_path):
     report = merge(save(model, name, tmp_path / "adapter"), tmp_path / "merged", inputs=INPUTS[name])
     assert report.error < 1e-4 and report.effect > 1e-3 and report.inputs == "given"
     plain = AUTO[name].from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    assert (outputs(plain, INPUTS[name]) - outputs(model, INPUTS[name])).abs().max() < 1e-4
+    assert (compute_outputs(plain, INPUTS[name]) - compute_outputs(model, INPUTS[name])).abs().max() < 1e-4
     assert not [n for n, _ in plain.named_parameters() if "lora" in n or "inlay" in n or "base_layer" in n]
     if name == VIT:
         assert plain.config.id2label == dict(enumerate(LABELS))
@@ -111,7 +111,7 @@ def test_composites_biases_ranks_and_convolutions(method, tmp_path):
     report = merge(save(model, VIT, tmp_path / "adapter"), tmp_path / "merged")
     assert report.error < 1e-4 and report.effect > 1e-3 and report.inputs == "random"
     plain = AUTO[VIT].from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    assert torch.allclose(outputs(plain, INPUTS[VIT]), outputs(model, INPUTS[VIT]), atol=1e-5)
+    assert torch.allclose(compute_outputs(plain, INPUTS[VIT]), compute_outputs(model, INPUTS[VIT]), atol=1e-5)
 
 
 def test_sam(tmp_path):
@@ -119,7 +119,7 @@ def test_sam(tmp_path):
     report = merge(save(model, SAM, tmp_path / "adapter"), tmp_path / "merged")
     assert report.error < 1e-4 and report.effect > 1e-3
     plain = AUTO[SAM].from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    found, wanted = outputs(plain, INPUTS[SAM]), outputs(model, INPUTS[SAM])
+    found, wanted = compute_outputs(plain, INPUTS[SAM]), compute_outputs(model, INPUTS[SAM])
     assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
     assert load_processor(tmp_path / "merged").size == load_processor(SAM).size
 
@@ -133,7 +133,7 @@ def test_a_token_embedding_that_is_the_head_too(tmp_path):
     assert plain.config.tie_word_embeddings is False
     assert torch.equal(plain.lm_head.weight, load_base(GPT2).lm_head.weight)
     assert not torch.equal(plain.transformer.wte.weight, plain.lm_head.weight)
-    assert (outputs(plain, INPUTS[GPT2]) - outputs(model, INPUTS[GPT2])).abs().max() < 1e-4
+    assert (compute_outputs(plain, INPUTS[GPT2]) - compute_outputs(model, INPUTS[GPT2])).abs().max() < 1e-4
 
 
 ALONE = """
@@ -217,7 +217,9 @@ def test_into_four_bits_by_way_of_what_they_stand_for(lora, name, tmp_path):
     assert report.stored == "float32" and report.error < 1e-4
     few = load_adapter(lora[name], quantize="4bit")  # what a user of the unmerged adapter has
     plain = AUTO[name].from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    found, wanted, whole = (outputs(m, INPUTS[name]) for m in (plain, few.model, load_adapter(lora[name]).model))
+    found, wanted, whole = (
+        compute_outputs(m, INPUTS[name]) for m in (plain, few.model, load_adapter(lora[name]).model)
+    )
     assert (found - wanted).norm() < 1e-3 * (wanted - whole).norm()
 
 
@@ -232,7 +234,7 @@ def test_an_adapter_of_a_base_in_few_bits_is_told_of_them(tmp_path, caplog):
     report = merge(folder, tmp_path / "merged", quantize="4bit", dtype="float32", inputs=INPUTS[VIT])
     plain = AUTO[VIT].from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert report.error < 1e-4 and not caplog.records
-    assert (outputs(plain, INPUTS[VIT]) - outputs(model, INPUTS[VIT])).abs().max() < 1e-4
+    assert (compute_outputs(plain, INPUTS[VIT]) - compute_outputs(model, INPUTS[VIT])).abs().max() < 1e-4
     merge(folder, tmp_path / "whole")
     assert "was trained on a base in 4bit: quantize='4bit' merges into those weights" in caplog.text
 
@@ -244,8 +246,8 @@ def test_a_model_that_is_stored_in_eight_bits_again(lora, name, tmp_path):
     found = AUTO[name].from_pretrained(tmp_path / "merged")
     held = [m for m in found.modules() if type(m).__name__ == "Linear8bitLt"]
     assert len(held) == len([n for n in lora_targets(load_base(name)) if "classifier" not in n])
-    wanted = outputs(load_adapter(lora[name]).model, INPUTS[name])
-    assert (outputs(found, INPUTS[name]) - wanted).norm() < 0.1 * wanted.norm()
+    wanted = compute_outputs(load_adapter(lora[name]).model, INPUTS[name])
+    assert (compute_outputs(found, INPUTS[name]) - wanted).norm() < 0.1 * wanted.norm()
 
 
 @pytest.mark.parametrize(
@@ -293,17 +295,17 @@ def test_unmerging_gives_the_base_back_bit_for_bit(method, tmp_path):
     loaded = load_adapter(save(adapted(VIT, method), VIT, tmp_path / "adapter"))
     base = loaded.model.get_base_model()
     wrapped = [m.original_module for m in base.modules() if hasattr(m, "original_module")]
-    before = outputs(loaded.model, INPUTS[VIT])
+    before = compute_outputs(loaded.model, INPUTS[VIT])
     with loaded.model.disable_adapter():
-        plain = outputs(loaded.model, INPUTS[VIT])
+        plain = compute_outputs(loaded.model, INPUTS[VIT])
     weights = {n: p.clone() for n, p in load_base(VIT).named_parameters() if "classifier" not in n}
     for _ in range(3):
         loaded.merge()
-        assert loaded.model is base and (outputs(base, INPUTS[VIT]) - before).abs().max() < 1e-4
+        assert loaded.model is base and (compute_outputs(base, INPUTS[VIT]) - before).abs().max() < 1e-4
         loaded.unmerge()
-        assert torch.equal(outputs(loaded.model, INPUTS[VIT]), before)
+        assert torch.equal(compute_outputs(loaded.model, INPUTS[VIT]), before)
     with loaded.model.disable_adapter():
-        assert torch.equal(outputs(loaded.model, INPUTS[VIT]), plain)
+        assert torch.equal(compute_outputs(loaded.model, INPUTS[VIT]), plain)
     assert [m.original_module for m in base.modules() if hasattr(m, "original_module")] == wrapped
     loaded.model.unload()
     found = {n: p for n, p in base.named_parameters() if "classifier" not in n}
@@ -314,7 +316,7 @@ def test_unmerging_gives_the_base_back_bit_for_bit(method, tmp_path):
 
 def test_a_merge_that_fails_leaves_the_model_as_it_was(lora):
     loaded = load_adapter(lora[VIT])
-    before = outputs(loaded.model, INPUTS[VIT])
+    before = compute_outputs(loaded.model, INPUTS[VIT])
     last = sites(loaded.model.get_base_model()).mlp_out[-1]
     layer = loaded.model.get_base_model().get_submodule(last)
     right = layer.lora_B["default"].weight.data.clone()
@@ -322,7 +324,7 @@ def test_a_merge_that_fails_leaves_the_model_as_it_was(lora):
     with pytest.raises(InlayError, match=r"cannot be merged .NaNs"):
         loaded.merge()
     layer.lora_B["default"].weight.data = right
-    assert torch.equal(outputs(loaded.model, INPUTS[VIT]), before)
+    assert torch.equal(compute_outputs(loaded.model, INPUTS[VIT]), before)
 
 
 def test_the_command(lora, tmp_path, capsys, monkeypatch):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from combine.cases import Convolutions, load, lora, off, partial, same_outputs, save, updates, wide
 from inlay import InlayError, PartialConfig, combine
-from inlay.combine.low_rank import auto_widths, spectrum, spectrum_of
+from inlay.combine.low_rank import choose_ranks, decompose_factors, fit_factors
 from inlay.combine.rules import RULES, Settings, dare, magnitude, ties
 from methods.bases import batch
 
@@ -90,19 +90,19 @@ def test_linear_bottlenecks_have_the_narrowest_width_that_their_rank_allows(tmp_
 
 
 def test_updates_of_zeros_and_of_one_entry_have_a_spectrum():
-    zero = spectrum(np.zeros((5, 3), np.float32), np.zeros((3, 4), np.float32))
+    zero = decompose_factors(np.zeros((5, 3), np.float32), np.zeros((3, 4), np.float32))
     assert zero.error(1) == 0 and not np.any(zero.cut(2)[0]) and zero.cut(7)[0].shape == (5, 7)
-    up, down, error = spectrum_of(np.array([[2.0]], np.float32), 3)
+    up, down, error = fit_factors(np.array([[2.0]], np.float32), 3)
     assert up.shape == (1, 3) and np.allclose(up @ down, 2) and error < 1e-7
-    up, down, error = spectrum_of(np.zeros((4, 2), np.float32), 1)
+    up, down, error = fit_factors(np.zeros((4, 2), np.float32), 1)
     assert error == 0 and np.isfinite(up).all() and np.isfinite(down).all()
-    assert auto_widths({"a": [np.zeros(3, np.float32)]}, 0.1) == {"a": 1}
+    assert choose_ranks({"a": [np.zeros(3, np.float32)]}, 0.1) == {"a": 1}
 
 
 def test_dense_updates_are_cut_as_by_their_svd():
     for shape in ((30, 20), (20, 30)):
         dense = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-        up, down, error = spectrum_of(dense, 5)
+        up, down, error = fit_factors(dense, 5)
         values = np.linalg.svd(dense.astype(np.float64), compute_uv=False)
         best = np.sqrt((values[5:] ** 2).sum() / (values**2).sum())
         assert abs(error - best) < 1e-6

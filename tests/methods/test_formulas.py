@@ -348,7 +348,7 @@ def test_base_plus_delta_is_the_trained_weight_bit_for_bit(dtype, tmp_path):
     for _ in range(3):
         model(pixel_values=batch("vit")["pixel_values"].to(dtype)).logits.float().square().sum().backward()
         optimizer.step()
-    trained = {n: m.values(["default"]) for n, m in model.named_modules() if isinstance(m, AdapterLayer)}
+    trained = {n: m.merged_values(["default"]) for n, m in model.named_modules() if isinstance(m, AdapterLayer)}
     assert len(trained) == 2 * 8 + 1  # six linear layers and two norms a block, and the last norm
     model.save_pretrained(tmp_path)
     ways = [{}, {"low_cpu_mem_usage": True}, {"autocast_adapter_dtype": False}, {"is_trainable": True}, None]
@@ -361,7 +361,7 @@ def test_base_plus_delta_is_the_trained_weight_bit_for_bit(dtype, tmp_path):
         deltas = [value for name, value in loaded.named_parameters() if "inlay_partial_delta" in name]
         assert deltas and all(value.dtype == torch.float32 for value in deltas)
         for name, values in trained.items():
-            found = loaded.get_submodule(name.removeprefix("base_model.model.")).values(["default"])
+            found = loaded.get_submodule(name.removeprefix("base_model.model.")).merged_values(["default"])
             assert all(values[leaf].dtype == dtype and torch.equal(values[leaf], found[leaf]) for leaf in values)
     merged = PeftModel.from_pretrained(build("vit").to(dtype), tmp_path, low_cpu_mem_usage=True).merge_and_unload()
     for name, values in trained.items():

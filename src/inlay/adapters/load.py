@@ -24,13 +24,13 @@ from inlay.methods._peft import (
     PeftConfig,
     PeftModel,
     adapter_shapes,
-    adapter_weights,
     carries_adapter,
-    fill,
-    inject,
-    merge_keeping,
-    release,
-    virtual_tokens,
+    copy_adapter_weights,
+    count_virtual_tokens,
+    fill_injected_adapter,
+    inject_empty_adapter,
+    merge_keeping_weights,
+    remove_all_adapters,
 )
 from inlay.tasks.base import load_base
 from inlay.tasks.task import Task
@@ -100,8 +100,8 @@ class LoadedAdapter:
             raise Unsupported(
                 f"merging into {kind} weights would round the adapter away; load the base in float32 first."
             )
-        weights = adapter_weights(self.model)
-        self.model, restore = merge_keeping(self.model)
+        weights = copy_adapter_weights(self.model)
+        self.model, restore = merge_keeping_weights(self.model)
         self._unmerge = lambda: attach(self.file, restore(), weights)
         return self
 
@@ -283,7 +283,7 @@ def _undo(base: PreTrainedModel) -> Callable[[], None]:
     layers, id2label = _head_layers(base), base.config.id2label
 
     def undo() -> None:
-        release(base)
+        remove_all_adapters(base)
         for name, layer in layers.items():
             base.set_submodule(name, layer)
         _set_labels(base, id2label)
@@ -294,7 +294,7 @@ def _undo(base: PreTrainedModel) -> Callable[[], None]:
 def attach(file: AdapterFile, base: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PeftModel:
     """The base with the adapter in it, which is injected and compared with the file before anything is allocated."""
     model = inject_checked(file, base, weights)
-    fill(model, weights)
+    fill_injected_adapter(model, weights)
     return model.to(next(p for p in base.parameters() if p.is_floating_point()).device).eval()
 
 
@@ -312,7 +312,7 @@ def inject_checked(file: AdapterFile, base: PreTrainedModel, weights: dict[str, 
                 f"adapter {file.name!r} is a DoRA, for which peft loses the scales of an 8-bit base; load it in 4 "
                 "bits or whole."
             )
-        model = inject(base, copy.deepcopy(config))
+        model = inject_empty_adapter(base, copy.deepcopy(config))
     except InlayError:
         raise
     except Exception as error:  # a config is data from anywhere: it makes peft fail in any way
@@ -344,7 +344,7 @@ def _check_tokens(file: AdapterFile, config: PeftConfig, weights: dict[str, torc
     """Of a prompt or prefix, before peft allocates as many tokens as the config names."""
     if not config.is_prompt_learning:
         return
-    wanted, found = virtual_tokens(config), weights.get("prompt_embeddings")
+    wanted, found = count_virtual_tokens(config), weights.get("prompt_embeddings")
     if len(weights) > 1 or found is None or found.shape[:1] != (wanted,):
         raise DamagedFile(
             f"adapter {file.name!r} does not fit its config: expected one tensor prompt_embeddings of {wanted} virtual "

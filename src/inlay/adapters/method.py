@@ -3,14 +3,14 @@
 from inlay.adapters.config import audited
 from inlay.adapters.file import CONFIG, AdapterFile
 from inlay.errors import Unsupported
-from inlay.methods._peft import known_method, odd_settings
+from inlay.methods._peft import find_unknown_settings, knows_method
 
 
 def check_method(file: AdapterFile) -> None:
     """Raise InlayError for a method that this peft does not know, or inlay not well enough; settings it would drop."""
     for part in (file.config, *(file.config.get("parts") or [])):
         method = part["peft_type"]
-        if not known_method(method):
+        if not knows_method(method):
             raise Unsupported(
                 f"adapter {file.name!r} is of the method {method!r}, which neither this inlay nor this peft knows: "
                 "upgrade them."
@@ -21,7 +21,7 @@ def check_method(file: AdapterFile) -> None:
                 "more than its own file; load it with peft if you trust it."
             )
         # what a newer peft has written may be of no effect here: where an output is stored it tells, else nothing does
-        if (odd := odd_settings(part)) and not file.record.get("golden"):
+        if (odd := find_unknown_settings(part)) and not file.record.get("golden"):
             raise Unsupported(
                 f"{file.folder / CONFIG} sets {', '.join(odd)}, which this peft does not know in {method} or would "
                 "misread; upgrade peft, or get the adapter again."

@@ -23,7 +23,7 @@ from inlay.bases.load import head_of, size_of
 from inlay.errors import BadInput, ComputationFailed, Unsupported
 from inlay.files.atomic import write_json, writing
 from inlay.files.tensor_header import sign
-from inlay.methods._peft import PeftModel, plainly_active, put
+from inlay.methods._peft import PeftModel, acts_as_saved, set_adapter_values
 from inlay.tasks import task_of_model
 
 
@@ -76,7 +76,7 @@ def save_adapter(
         weights = load_file(new / WEIGHTS)
         if dtype == "float16":
             weights = {key: value.half() if value.dtype == torch.float32 else value for key, value in weights.items()}
-            put(model, weights)
+            set_adapter_values(model, weights)
         _check_weights(model, weights)
         config = _sorted_config(new / CONFIG)
         record = {**_record(model, processor), "config": fingerprint(config), **({"tasks": tasks} if tasks else {})}
@@ -97,7 +97,7 @@ def save_adapter(
 def _check_model(model: Any) -> None:
     if not isinstance(model, PeftModel):
         raise BadInput(f"save_adapter takes a model wrapped by get_peft_model, got {type(model).__name__}.")
-    if not plainly_active(model):
+    if not acts_as_saved(model):
         raise BadInput(
             "save_adapter takes a model with one active adapter, neither merged nor disabled: undo that first."
         )

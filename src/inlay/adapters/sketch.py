@@ -10,7 +10,7 @@ import torch
 from inlay.adapters.sketch_distance import TOLERANCE, distance
 from inlay.bases.load import head_of
 from inlay.errors import Unsupported
-from inlay.methods._peft import base_modules, dequantized
+from inlay.methods._peft import base_modules, dequantize_weight
 
 __all__ = ["TOLERANCE", "distance", "precision_of", "sketch"]
 
@@ -66,7 +66,7 @@ def _count(module: Any) -> int:
 
 
 def _matrix(module: Any) -> torch.Tensor:
-    weight = dequantized(module) if _kind(module) in ("int8", "nf4") else module.weight
+    weight = dequantize_weight(module) if _kind(module) in ("int8", "nf4") else module.weight
     return weight.detach().flatten(1)[:SIDE, :SIDE].float().cpu()  # (out, in) or (out, in·kh·kw)
 
 

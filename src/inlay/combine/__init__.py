@@ -15,10 +15,10 @@ from inlay.combine.heads import WAYS, Heads, join_heads
 from inlay.combine.method_sum import Plan, Sum
 from inlay.combine.norms import total_error
 from inlay.combine.parts import PREFIX, Array, Part, Source
-from inlay.combine.read import check_whole, opened
-from inlay.combine.rules import RULES, Settings, chosen_rule, weights_for
+from inlay.combine.read import open_adapters, wait_for_digests
+from inlay.combine.rules import RULES, Settings, find_rule, weights_under_rule
 from inlay.combine.sums import SUM_BY_PEFT_TYPE
-from inlay.combine.write import Stream, metadata_of, read_back, record_of, versions, write_settings
+from inlay.combine.write import Stream, make_metadata, make_record, read_back, versions, write_settings
 from inlay.errors import InlayError
 from inlay.files.atomic import writing
 
@@ -106,26 +106,26 @@ def combine(
     Source: the rules have theirs in RULES; the exact sums are those of He et al. 2021, arXiv:2110.04366, table 1.
     """
     settings = Settings(density, seed)
-    row = chosen_rule(rule, settings)
+    row = find_rule(rule, settings)
     _check_width(width, error)
-    with opened(adapters) as sources:
+    with open_adapters(adapters) as sources:
         folder, head = _checked_folder(out, sources), join_heads(sources, heads)
         keep = heads if heads not in WAYS else None
         plan = Plan(row, settings, width, error, keep, dict(activations or {}))
         fitted = _fitted(sources, head, plan, fit, examples, seed) if fit is not None else None
         if fitted is not None:
             sources = [source.weighted(fitted.weights[source.name]) for source in sources]
-        weights = weights_for(row, [source.weight for source in sources])
+        weights = weights_under_rule(row, [source.weight for source in sources])
         sources = [source.weighted(weight) for source, weight in zip(sources, weights, strict=True)]
         if report is not None:
             from inlay.combine.heatmap import write_report
-            from inlay.combine.report import overlap_of
+            from inlay.combine.report import compare_sources
 
-            check_whole(sources)
-            write_report(overlap_of(sources), report)
+            wait_for_digests(sources)
+            write_report(compare_sources(sources), report)
         if dense:
             return _dense(sources, head, plan, rule, base, folder)
-        made = _write(sources, sums(sources, plan), head, rule, keep, folder)
+        made = _write(sources, make_sums(sources, plan), head, rule, keep, folder)
         return made if fitted is None else replace(made, fitted=fitted)
 
 
@@ -153,7 +153,7 @@ def _fitted(sources: list[Source], heads: Heads, plan: Plan, data: str, examples
     def write(at: list[Source], made: Mapping[str, Sum], folder: Path) -> Combined:
         return _write(at, made, heads, "add", plan.keep, folder)
 
-    return fit_weights(sources, sums, write, plan, data, examples=examples, seed=seed)
+    return fit_weights(sources, make_sums, write, plan, data, examples=examples, seed=seed)
 
 
 def _dense(sources: Sequence[Source], heads: Heads, plan: Plan, rule: str, base: str | None, folder: Path) -> Combined:
@@ -177,7 +177,7 @@ def _datasets(sources: Sequence[Source]) -> str:
     return " + ".join(dict.fromkeys(str(source.file.metrics.get("dataset") or source.name) for source in sources))
 
 
-def sums(sources: Sequence[Source], plan: Plan) -> dict[str, Sum]:
+def make_sums(sources: Sequence[Source], plan: Plan) -> dict[str, Sum]:
     """The sum of each method that one of the adapters has; methods stand beside one another in a composite.
 
     Raises:
@@ -211,7 +211,7 @@ def sums(sources: Sequence[Source], plan: Plan) -> dict[str, Sum]:
     return found
 
 
-def config_of(sources: Sequence[Source], made: Mapping[str, Sum], heads: Heads) -> dict[str, Any]:
+def make_config(sources: Sequence[Source], made: Mapping[str, Sum], heads: Heads) -> dict[str, Any]:
     """adapter_config.json of the result; several methods make a composite."""
     first = sources[0].file.config
     if len(made) == 1:
@@ -248,18 +248,18 @@ def _write(
     sources: Sequence[Source], made: Mapping[str, Sum], heads: Heads, rule: str, keep: str | None, folder: Path
 ) -> Combined:
     """All tensors into a folder that takes its place at the end, read back and compared before that."""
-    config, shapes = config_of(sources, made, heads), shapes_of(made.values(), heads)
+    config, shapes = make_config(sources, made, heads), shapes_of(made.values(), heads)
     said = _said(sources, heads, rule)
-    record = record_of(sources, heads, keep, dict(said))
+    record = make_record(sources, heads, keep, dict(said))
     with writing(folder) as new:
-        _stream(Stream(new / WEIGHTS, shapes, metadata_of(config, record)), made, heads)
+        _stream(Stream(new / WEIGHTS, shapes, make_metadata(config, record)), made, heads)
         errors = {site: value for each in made.values() for site, value in each.errors.items()}
         norms = {site: each.norms.get(site, 0.0) for each in made.values() for site in each.errors}
         off = total_error(errors, norms)
         metrics = {"combined": {**said, "error": off}, "dataset": _datasets(sources), "versions": versions()}
         write_settings(new, config, record, metrics)
         read_back(new, shapes)
-        check_whole(sources)
+        wait_for_digests(sources)
     weights = {source.name: source.weight for source in sources}
     widths = {kind: each.width for kind, each in made.items() if each.width}
     return Combined(folder, rule, weights, widths, heads.said, heads.labels, list(heads.tasks), off, errors)

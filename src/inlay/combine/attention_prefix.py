@@ -5,7 +5,7 @@ from typing import Any
 from typing_extensions import override
 
 from inlay.combine.concatenation import ConcatenationSum
-from inlay.combine.method_sum import common
+from inlay.combine.method_sum import make_common_config
 
 
 class AttentionPrefixSum(ConcatenationSum):
@@ -17,4 +17,4 @@ class AttentionPrefixSum(ConcatenationSum):
 
     @override
     def settings(self, length: int) -> dict[str, Any]:
-        return common(self.parts, self.names, length=length, projection=None)
+        return make_common_config(self.parts, self.names, length=length, projection=None)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from inlay.combine.low_rank import spectrum
-from inlay.combine.method_sum import Leaves, Sum, Update, agree, common
+from inlay.combine.low_rank import decompose_factors
+from inlay.combine.method_sum import Leaves, Sum, Update, make_common_config, require_equal_settings
 from inlay.combine.norms import norm
 from inlay.combine.parts import Array, Part
-from inlay.combine.units import Activation, keep_units, one_width, unit_errors
+from inlay.combine.units import Activation, choose_width, keep_units, unit_errors
 from inlay.errors import InlayError
 
 _NAME = "inlay_bottleneck"
@@ -22,7 +22,7 @@ _WEIGHT, _BIAS, _SCALE = f"{_NAME}_weight", f"{_NAME}_bias", f"{_NAME}_scale"
 _NORM = (f"{_NAME}_norm.weight", f"{_NAME}_norm.bias")
 
 
-def bottleneck(part: Part, site: str) -> tuple[Array, Array | None, Array, Array | None]:
+def read_bottleneck(part: Part, site: str) -> tuple[Array, Array | None, Array, Array | None]:
     """W_down (m, d), b_down (m,), W_up (d, m) and b_up (d,), with scale but without weight; a norm before is in them.
 
     Raises:
@@ -65,13 +65,19 @@ class BottleneckSum(Sum):
     title = "a bottleneck"
 
     @override
-    def settle(self) -> dict[str, Any]:
-        agree("bottlenecks", self.parts, ["activation"], "the units would be one layer, which has one non-linearity")
-        agree("bottlenecks", self.parts, ["placement"], "serial and parallel ones read other hidden states")
-        agree("bottlenecks", self.parts, ["layer_norm"], "one normalises what it reads, the other does not")
+    def decide_config(self) -> dict[str, Any]:
+        require_equal_settings(
+            "bottlenecks", self.parts, ["activation"], "the units would be one layer, which has one non-linearity"
+        )
+        require_equal_settings(
+            "bottlenecks", self.parts, ["placement"], "serial and parallel ones read other hidden states"
+        )
+        require_equal_settings(
+            "bottlenecks", self.parts, ["layer_norm"], "one normalises what it reads, the other does not"
+        )
         self.config = self.parts[0].config
         for site in self.names:
-            here = self.acting(site)
+            here = self.acting_parts(site)
             if len(here) > 1 and self.config.get("layer_norm") == "after":
                 raise InlayError(
                     f"bottlenecks with a layer norm after W_up do not add ({site}): the norm of a sum is no sum of "
@@ -83,7 +89,7 @@ class BottleneckSum(Sum):
                     "it do not add; train them with another one."
                 )
         self.linear = self.config.get("activation") is None
-        widths = {site: sum(_width(part, site) for part in self.acting(site)) for site in self.names}
+        widths = {site: sum(_width(part, site) for part in self.acting_parts(site)) for site in self.names}
         if self.plan.width is not None and self.config.get("layer_norm") == "after":
             raise InlayError("a layer norm after W_up mixes all units, so that none can go; leave width out.")
         self.units = max(widths.values())
@@ -93,13 +99,13 @@ class BottleneckSum(Sum):
             self.units = min(self.units, self.plan.width)
         sites = list(dict.fromkeys(name for part in self.parts for name in part.config.get("sites") or []))
         no_scale = {key: False for key in ("learn_scale", "channel_scale") if key in self.config}
-        return common(self.parts, self.names, width=self.units, scale=1.0, sites=sites, **no_scale)
+        return make_common_config(self.parts, self.names, width=self.units, scale=1.0, sites=sites, **no_scale)
 
     @classmethod
     @override
     def update_at(cls, part: Part, site: str) -> Update | None:
         """W_up W_down: that of a linear bottleneck, and the nearest thing to one where there is a non-linearity."""
-        down, _, up, _ = bottleneck(part, site)
+        down, _, up, _ = read_bottleneck(part, site)
         return up * np.float32(part.weight), down
 
     @property
@@ -114,16 +120,16 @@ class BottleneckSum(Sum):
             down, down_bias, up, _ = self._joined(site)
             norms[site] = self._norm(down, up)
             if self.linear:
-                values = spectrum(up, down).values
+                values = decompose_factors(up, down).values
                 errors[site] = np.array([norm(values[i:]) for i in range(len(values) + 1)]) / max(norm(values), 1e-30)
             else:
                 inputs = self.plan.activations.get(site)
                 errors[site] = unit_errors(down, down_bias, up, Activation(self.config["activation"]), inputs)
-        return one_width(errors, norms, self.plan.error)
+        return choose_width(errors, norms, self.plan.error)
 
     @override
-    def layout(self, site: str) -> Leaves:
-        here = self.acting(site)
+    def shapes_at(self, site: str) -> Leaves:
+        here = self.acting_parts(site)
         sizes = {_size(part, site) for part in here}
         biased = {_BIAS in part.sites[site] for part in here}
         if len(sizes) > 1 or len(biased) > 1:
@@ -139,7 +145,7 @@ class BottleneckSum(Sum):
 
     @override
     def make(self, site: str) -> dict[str, Array]:
-        here, shapes = self.acting(site), self.shapes[site]
+        here, shapes = self.acting_parts(site), self.shapes[site]
         size = shapes[_WEIGHT][2]
         if self.config.get("layer_norm") == "after":
             return self._after(site, here[0])
@@ -159,8 +165,8 @@ class BottleneckSum(Sum):
 
     def _joined(self, site: str) -> tuple[Array, Array, Array, Array]:
         """W_down, b_down, W_up and b_up of the exact sum, checked; biases of zeros where there are none."""
-        here = self.acting(site)
-        read = [bottleneck(part, site) for part in here]
+        here = self.acting_parts(site)
+        read = [read_bottleneck(part, site) for part in here]
         down = np.concatenate([r[0] for r in read])
         up = np.concatenate([np.float32(p.weight) * r[2] for p, r in zip(here, read, strict=True)], axis=1)
         down_bias, up_bias = np.zeros(len(down), np.float32), np.zeros(len(up), np.float32)
@@ -197,7 +203,7 @@ class BottleneckSum(Sum):
         """As many units as the width allows: of a linear one the best, of others the most important."""
         inputs = self.plan.activations.get(site)
         if self.linear:
-            found = spectrum(up, down)
+            found = decompose_factors(up, down)
             self.errors[site] = found.error(self.units)
             up_bias = up_bias + up @ down_bias
             up, down = found.cut(self.units)

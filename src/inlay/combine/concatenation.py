@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from inlay.combine.method_sum import Leaves, Sum, common
+from inlay.combine.method_sum import Leaves, Sum, make_common_config
 from inlay.combine.parts import Array
 from inlay.errors import InlayError
 
@@ -19,12 +19,14 @@ class ConcatenationSum(Sum):
     has_multiples = False
 
     @override
-    def settle(self) -> dict[str, Any]:
+    def decide_config(self) -> dict[str, Any]:
         self.refuse_width("cannot be made shorter without data")
         if all(part.weight == 0 for part in self.parts):
             raise InlayError(f"{self.title} of length 0 cannot be saved: give one adapter the weight 1.")
         self.check_alike()
-        lengths = {sum(p.shape(site, next(iter(p.sites[site])))[0] for p in self.acting(site)) for site in self.names}
+        lengths = {
+            sum(p.shape(site, next(iter(p.sites[site])))[0] for p in self.acting_parts(site)) for site in self.names
+        }
         if len(lengths) > 1:
             raise InlayError(
                 f"{self.title} has one length at all its modules, but the union would have {sorted(lengths)} in "
@@ -43,11 +45,11 @@ class ConcatenationSum(Sum):
 
     def settings(self, length: int) -> dict[str, Any]:
         """The config of a result of so many tokens, or keys and values."""
-        return common(self.parts, self.names, length=length)
+        return make_common_config(self.parts, self.names, length=length)
 
     @override
-    def layout(self, site: str) -> Leaves:
-        here, shapes = self.acting(site), {}
+    def shapes_at(self, site: str) -> Leaves:
+        here, shapes = self.acting_parts(site), {}
         for leaf in here[0].sites[site]:
             if len({part.shape(site, leaf)[1:] for part in here if leaf in part.sites[site]}) > 1:
                 raise InlayError(f"{site}.{leaf} has other sizes in other adapters; combine those of one base.")
@@ -56,7 +58,7 @@ class ConcatenationSum(Sum):
 
     @override
     def make(self, site: str) -> dict[str, Array]:
-        here, made = self.acting(site), {}
+        here, made = self.acting_parts(site), {}
         for leaf, shape in self.shapes[site].items():
             made[leaf] = np.empty(shape, np.float32)
             at = 0

@@ -18,7 +18,7 @@ from inlay.combine.heads import Heads
 from inlay.combine.method_sum import Plan
 from inlay.combine.parts import PREFIX, Array, Source
 from inlay.errors import InlayError
-from inlay.methods._peft import put
+from inlay.methods._peft import set_adapter_values
 from inlay.methods.partial import PartialConfig
 from inlay.tasks.base import load_base
 
@@ -53,7 +53,7 @@ def write_dense(
         for key, value in merged.items()
     }
     weights |= {key: torch.from_numpy(heads.make(key)) for key in heads.shapes}
-    put(model, weights)
+    set_adapter_values(model, weights)
     save_adapter(model, folder, processor=processor, metrics=metrics, tasks=heads.tasks)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from inlay.combine.method_sum import agree, common
+from inlay.combine.method_sum import make_common_config, require_equal_settings
 from inlay.combine.partial import PartialSum
 from inlay.combine.parts import Part
 from inlay.errors import InlayError
@@ -19,10 +19,12 @@ class Ia3Sum(PartialSum):
     start = 1.0
 
     @override
-    def settle(self) -> dict[str, Any]:
+    def decide_config(self) -> dict[str, Any]:
         self.refuse_width("has no width")
         self.refuse_factors("(IA)³")
-        agree("(IA)³ adapters", self.parts, ["fan_in_fan_out"], "only adapters of one base can be combined")
+        require_equal_settings(
+            "(IA)³ adapters", self.parts, ["fan_in_fan_out"], "only adapters of one base can be combined"
+        )
         forward = set()
         for site in self.names:
             said = {_is_forward(part, site) for part in self.parts if site in part.sites}
@@ -31,7 +33,7 @@ class Ia3Sum(PartialSum):
                     f"{site} is a feed-forward module in one adapter and none in another; these do not add."
                 )
             forward |= {site} if said.pop() else set()
-        return common(self.parts, self.names, feedforward_modules=sorted(forward))
+        return make_common_config(self.parts, self.names, feedforward_modules=sorted(forward))
 
 
 def _is_forward(part: Part, site: str) -> bool:

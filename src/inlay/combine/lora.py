@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from inlay.combine.low_rank import Spectrum, auto_widths, spectrum, spectrum_of
-from inlay.combine.method_sum import Leaves, Sum, Update, agree, common
+from inlay.combine.low_rank import Spectrum, choose_ranks, decompose_factors, fit_factors
+from inlay.combine.method_sum import Leaves, Sum, Update, make_common_config, require_equal_settings
 from inlay.combine.norms import norm
 from inlay.combine.parts import Array, Part
 from inlay.errors import InlayError
@@ -35,7 +35,7 @@ _UNDERSTOOD = frozenset(
 )
 
 
-def scale(part: Part, site: str) -> float:
+def scale_at(part: Part, site: str) -> float:
     """What B·A of a module is multiplied with in peft."""
     rank = part.shape(site, _leaves(part, site)[0])[0]
     alpha = part.config.get("lora_alpha", 8)
@@ -46,10 +46,10 @@ def scale(part: Part, site: str) -> float:
     return float(alpha) / (math.sqrt(rank) if part.config.get("use_rslora") else rank)
 
 
-def factors(part: Part, site: str) -> tuple[Array, Array]:
+def read_factors(part: Part, site: str) -> tuple[Array, Array]:
     """B (d_out, r), with the scale but without the weight in it, and A (r, d_in); kernels of convolutions are flat."""
     down, up = (part.read(site, leaf) for leaf in _leaves(part, site))
-    return up.reshape(len(up), -1) * np.float32(scale(part, site)), down.reshape(len(down), -1)
+    return up.reshape(len(up), -1) * np.float32(scale_at(part, site)), down.reshape(len(down), -1)
 
 
 def groups_of(part: Part, site: str) -> int:
@@ -76,15 +76,15 @@ class LoraSum(Sum):
     has_updates = True
 
     @override
-    def settle(self) -> dict[str, Any]:
+    def decide_config(self) -> dict[str, Any]:
         for part in self.parts:
             _check(part)
-        agree("LoRA", self.parts, ["fan_in_fan_out"], "only adapters of one base can be combined")
+        require_equal_settings("LoRA", self.parts, ["fan_in_fan_out"], "only adapters of one base can be combined")
         self.biased = any(part.config.get("lora_bias") for part in self.parts)
         self.ranks = self._ranks()
         usual = Counter(self.ranks.values()).most_common(1)[0][0]
         others = {re.escape(s): r for s, r in sorted(self.ranks.items(), key=lambda x: -len(x[0])) if r != usual}
-        return common(
+        return make_common_config(
             self.parts, self.names, r=usual, lora_alpha=usual, rank_pattern=others, alpha_pattern=dict(others),
             use_rslora=False, lora_bias=self.biased, loftq_config={}, init_lora_weights=True,
         )  # fmt: skip
@@ -92,7 +92,7 @@ class LoraSum(Sum):
     @classmethod
     @override
     def update_at(cls, part: Part, site: str) -> Update | None:
-        up, down = factors(part, site)
+        up, down = read_factors(part, site)
         grouped = up.shape[1] != down.shape[0]  # the units of a convolution in groups have no common product
         return None if grouped else (up * np.float32(part.weight), down)
 
@@ -103,7 +103,9 @@ class LoraSum(Sum):
 
     def _ranks(self) -> dict[str, int]:
         width = self.plan.width
-        full = {site: sum(p.shape(site, _leaves(p, site)[0])[0] for p in self.acting(site)) for site in self.names}
+        full = {
+            site: sum(p.shape(site, _leaves(p, site)[0])[0] for p in self.acting_parts(site)) for site in self.names
+        }
         if width is None:
             return full
         groups = {site: self._groups(site) for site in self.names}
@@ -119,20 +121,20 @@ class LoraSum(Sum):
         if self.plan.rule.merge is not None:
             raise InlayError('width="auto" is for add and average; give a number with the other rules.')
         values = {site: [found.values[: most[site]] for found in self._spectra(site)] for site in self.names}
-        return auto_widths(values, self.plan.error)
+        return choose_ranks(values, self.plan.error)
 
     def _sizes(self, site: str) -> tuple[int, int]:
         """d_out and d_in, of a group."""
-        part = self.acting(site)[0]
+        part = self.acting_parts(site)[0]
         down, up = (part.shape(site, leaf) for leaf in _leaves(part, site))
         return up[0] // self._groups(site), math.prod(down[1:])
 
     def _groups(self, site: str) -> int:
-        return groups_of(self.acting(site)[0], site)
+        return groups_of(self.acting_parts(site)[0], site)
 
     @override
-    def layout(self, site: str) -> Leaves:
-        here = self.acting(site)
+    def shapes_at(self, site: str) -> Leaves:
+        here = self.acting_parts(site)
         if len({_leaves(part, site) for part in here}) > 1:
             raise InlayError(f"{site} is an embedding in one adapter and none in another; combine those of one base.")
         (a, b), rank = _leaves(here[0], site), self.ranks[site]
@@ -148,7 +150,7 @@ class LoraSum(Sum):
 
     @override
     def make(self, site: str) -> dict[str, Array]:
-        here, shapes = self.acting(site), self.shapes[site]
+        here, shapes = self.acting_parts(site), self.shapes[site]
         a, b = _leaves(here[0], site)
         if self.plan.rule.merge is not None:
             up, down = self._merged(site)
@@ -164,15 +166,15 @@ class LoraSum(Sum):
 
     def _joined(self, site: str) -> tuple[Array, Array]:
         """B and A with the units of all; those of a convolution in groups stand group by group."""
-        (a, b), groups = _leaves(self.acting(site)[0], site), self._groups(site)
+        (a, b), groups = _leaves(self.acting_parts(site)[0], site), self._groups(site)
         shapes = self.shapes[site]
         down, up = np.empty(shapes[a], np.float32), np.empty(shapes[b], np.float32)
         rows = down.reshape(groups, -1, *shapes[a][1:])
         probe = _probe(self._sizes(site)[1])
         wanted, at = np.zeros((groups, len(up) // groups)), 0
-        for part in self.acting(site):
+        for part in self.acting_parts(site):
             width = part.shape(site, a)[0] // groups
-            piece, factor = rows[:, at : at + width], part.weight * scale(part, site)
+            piece, factor = rows[:, at : at + width], part.weight * scale_at(part, site)
             if groups == 1:
                 part.tensors.into(part.sites[site][a], piece[0])
             else:
@@ -192,11 +194,13 @@ class LoraSum(Sum):
     def _spectra(self, site: str) -> list[Spectrum]:
         """Of the exact sum, with the weights in B, group by group; kernels of convolutions are flat."""
         groups = self._groups(site)
-        parts = [(_by_group(factors(part, site), groups), np.float32(part.weight)) for part in self.acting(site)]
+        parts = [
+            (_by_group(read_factors(part, site), groups), np.float32(part.weight)) for part in self.acting_parts(site)
+        ]
         found = []
         for k in range(groups):
             up = np.concatenate([weight * own[k][0] for own, weight in parts], axis=1)
-            found.append(spectrum(up, np.concatenate([own[k][1] for own, _ in parts])))
+            found.append(decompose_factors(up, np.concatenate([own[k][1] for own, _ in parts])))
         return found
 
     def _cut(self, site: str, spectra: Sequence[Spectrum]) -> tuple[Array, Array]:
@@ -219,13 +223,13 @@ class LoraSum(Sum):
         """A rule on the true updates, and the best update of the width for what it gives."""
         merge = self.plan.rule.merge
         assert merge is not None
-        here, groups = self.acting(site), self._groups(site)
-        pairs = [_by_group(factors(part, site), groups) for part in here]
+        here, groups = self.acting_parts(site), self._groups(site)
+        pairs = [_by_group(read_factors(part, site), groups) for part in here]
         if self.plan.rule.needs_factors:
-            return self._cut(site, [spectrum(*self._knots(site, own)) for own in zip(*pairs, strict=True)])
+            return self._cut(site, [decompose_factors(*self._knots(site, own)) for own in zip(*pairs, strict=True)])
         deltas = [np.concatenate([up @ down for up, down in own]) for own in pairs]
         whole = np.split(merge(deltas, [part.weight for part in here], self.plan.settings, site), groups)
-        made = [spectrum_of(dense, self.ranks[site] // groups) for dense in whole]
+        made = [fit_factors(dense, self.ranks[site] // groups) for dense in whole]
         sizes = [norm(dense) for dense in whole]
         self._lose(site, [error * size for (_, _, error), size in zip(made, sizes, strict=True)], sizes)
         for dense, (up, down, _), size in zip(whole, made, sizes, strict=True):
@@ -241,14 +245,14 @@ class LoraSum(Sum):
         cores = [r @ down for r, (_, down) in zip(np.split(tall, ends, axis=1), pairs, strict=True)]
         u, s, v = np.linalg.svd(np.concatenate(cores, axis=1), full_matrices=False)
         own = [np.ascontiguousarray(x, np.float32) for x in np.split(v, len(pairs), axis=1)]
-        merged = merge(own, [part.weight for part in self.acting(site)], self.plan.settings, site)
+        merged = merge(own, [part.weight for part in self.acting_parts(site)], self.plan.settings, site)
         return (basis @ u * s).astype(np.float32), merged
 
     def _bias(self, site: str) -> Array:
         """Of B: it is scaled as B·A is."""
-        here = [part for part in self.acting(site) if _BIAS in part.sites[site]]
+        here = [part for part in self.acting_parts(site) if _BIAS in part.sites[site]]
         total = np.zeros(self.shapes[site][_BIAS], np.float32)
-        biases = [part.read(site, _BIAS) * np.float32(scale(part, site)) for part in here]
+        biases = [part.read(site, _BIAS) * np.float32(scale_at(part, site)) for part in here]
         if self.plan.rule.merge is not None and biases:
             return self.plan.rule.merge(biases, [p.weight for p in here], self.plan.settings, f"{site}.bias")
         for part, bias in zip(here, biases, strict=True):
@@ -295,7 +299,7 @@ def _check(part: Part) -> None:
             raise InlayError(
                 f"adapter {name!r} has A {down} and B {up} at {site}, which have no product; get it again."
             )
-        if not math.isfinite(scale(part, site)):
+        if not math.isfinite(scale_at(part, site)):
             raise InlayError(f"adapter {name!r} has no finite scale at {site}; get it again.")
     if not part.sites:
         raise InlayError(f"adapter {name!r} holds no LoRA tensor; get it again.")

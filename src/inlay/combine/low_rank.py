@@ -49,7 +49,7 @@ class Spectrum:
         return ratio(norm(self.values[width:]), norm(self.values))
 
 
-def spectrum(up: Array, down: Array) -> Spectrum:
+def decompose_factors(up: Array, down: Array) -> Spectrum:
     """The singular values and vectors of B A, from the Gram matrices of both factors in float64.
 
     With A Aᵀ = V Λ Vᵀ, the eigenvalues of Λ^½ Vᵀ BᵀB V Λ^½ = W S² Wᵀ are those of B A Aᵀ Bᵀ, and U S = B V Λ^½ W. That
@@ -68,7 +68,7 @@ def spectrum(up: Array, down: Array) -> Spectrum:
     return Spectrum(values.astype(np.float32), up, down, left, (left * inverse).T @ inner)
 
 
-def spectrum_of(dense: Array, width: int) -> tuple[Array, Array, float]:
+def fit_factors(dense: Array, width: int) -> tuple[Array, Array, float]:
     """B, A and relative error of the best update of rank `width` for a dense one.
 
     By the eigenvectors of the smaller of ΔW ΔWᵀ and ΔWᵀ ΔW in float64: several times faster than its SVD.
@@ -90,7 +90,7 @@ def spectrum_of(dense: Array, width: int) -> tuple[Array, Array, float]:
     return up.astype(np.float32), down.astype(np.float32), error
 
 
-def auto_widths(values: Mapping[str, Sequence[Array]], error: float) -> dict[str, int]:
+def choose_ranks(values: Mapping[str, Sequence[Array]], error: float) -> dict[str, int]:
     """Ranks by site that keep the relative error of all updates together within `error`, with the fewest units.
 
     The smallest singular values of all sites go first, wherever they are; each site keeps one. A site has as many

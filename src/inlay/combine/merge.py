@@ -26,7 +26,13 @@ from inlay.bases.load import Dtype
 from inlay.bases.quantize import Quantize
 from inlay.errors import InlayError
 from inlay.files.atomic import write_json, writing
-from inlay.methods._peft import base_modules, dequantized, merge_keeping, untie, without_layers
+from inlay.methods._peft import (
+    base_modules,
+    dequantize_weight,
+    layers_disabled,
+    merge_keeping_weights,
+    untie_adapted_weights,
+)
 from inlay.tasks.base import load_base
 
 logger = logging.getLogger(__name__)
@@ -107,11 +113,11 @@ def merge(
     if quantize:
         dequantize(load_own_base(loaded.file, base, quantize=quantize), model)
     batch = loaded.task.random_inputs(model, loaded.processor) if inputs is None else dict(inputs)
-    with without_layers(model):
-        plain = outputs(model, batch)
-    unmerged = outputs(model, batch)
-    untie(model)
-    merged, _ = merge_keeping(model)
+    with layers_disabled(model):
+        plain = compute_outputs(model, batch)
+    unmerged = compute_outputs(model, batch)
+    untie_adapted_weights(model)
+    merged, _ = merge_keeping_weights(model)
     _tell_tied(merged)
     stored = quantize if quantize and dtype is None else dtype or "float32"
     with writing(out) as new:
@@ -120,7 +126,7 @@ def merge(
         if stored in ("8bit", "4bit"):
             dequantize(kept, merged)
             kept = merged
-        off, change = (float((a - b).norm()) for a, b in ((outputs(kept, batch), unmerged), (unmerged, plain)))
+        off, change = (float((a - b).norm()) for a, b in ((compute_outputs(kept, batch), unmerged), (unmerged, plain)))
         effect = change / max(float(plain.norm()), 1e-12)
         error = off / change if effect > 1e-7 else math.inf
         size = sum(path.stat().st_size for path in new.iterdir())
@@ -142,7 +148,7 @@ def merge(
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def compute_outputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """All logits of a model, or SAM's masks and foretold IoU, one after the other in float64."""
     output = model.eval()(**batch)
     found = [output[key] for key in ("logits", "pred_masks", "iou_scores") if key in output]
@@ -157,7 +163,7 @@ def dequantize(model: nn.Module, into: nn.Module) -> None:
     for name, module in base_modules(model):
         if type(module).__name__ in _FEW_BITS:
             target = targets[name]
-            weight = dequantized(module).to(target.weight.device, torch.float32)
+            weight = dequantize_weight(module).to(target.weight.device, torch.float32)
             target.weight.data = (weight.T if type(target).__name__ == "Conv1D" else weight).contiguous()
 
 

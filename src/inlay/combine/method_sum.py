@@ -81,15 +81,15 @@ class Sum(ABC):
                 f"{self.title} adds keys, values or tokens to attend to, which have no multiple: expected the "
                 f"weight 1 or 0 for {wrong[0].name!r}, got {wrong[0].weight:g}; the exact sum is their union."
             )
-        self.config = self.settle()
-        self.shapes = {site: self.layout(site) for site in self.names}
+        self.config = self.decide_config()
+        self.shapes = {site: self.shapes_at(site) for site in self.names}
 
     @abstractmethod
-    def settle(self) -> dict[str, Any]:
+    def decide_config(self) -> dict[str, Any]:
         """The settings of the result; an error where those of the parts have no common ones."""
 
     @abstractmethod
-    def layout(self, site: str) -> Leaves:
+    def shapes_at(self, site: str) -> Leaves:
         """Shapes of the tensors at a site."""
 
     @abstractmethod
@@ -106,7 +106,7 @@ class Sum(ABC):
         """Largest width of the result: rank, units or length; 0 where the method has none."""
         return 0
 
-    def acting(self, site: str) -> list[Part]:
+    def acting_parts(self, site: str) -> list[Part]:
         """The parts that have something at a site: those of weight 0 do not count, unless there are no others."""
         here = [part for part in self.parts if site in part.sites]
         return [part for part in here if part.weight != 0 or self.plan.zeros] or here[:1]
@@ -128,7 +128,7 @@ class Sum(ABC):
             )
 
 
-def same(parts: Sequence[Part], site: str, leaf: str) -> tuple[int, ...]:
+def require_equal_shapes(parts: Sequence[Part], site: str, leaf: str) -> tuple[int, ...]:
     """The shape that all these parts have of a leaf.
 
     Raises:
@@ -140,7 +140,7 @@ def same(parts: Sequence[Part], site: str, leaf: str) -> tuple[int, ...]:
     return next(iter(shapes.values()))
 
 
-def agree(method: str, parts: Sequence[Part], fields: Sequence[str], why: str) -> None:
+def require_equal_settings(method: str, parts: Sequence[Part], fields: Sequence[str], why: str) -> None:
     """Raise InlayError where settings differ that must be one for a sum."""
     for key in fields:
         values = {part.name: part.config.get(key) for part in parts}
@@ -149,7 +149,7 @@ def agree(method: str, parts: Sequence[Part], fields: Sequence[str], why: str) -
             raise InlayError(f"{method} with different settings cannot be added: {key} is {said}; {why}.")
 
 
-def common(parts: Sequence[Part], targets: Sequence[str], /, **settings: Any) -> dict[str, Any]:
+def make_common_config(parts: Sequence[Part], targets: Sequence[str], /, **settings: Any) -> dict[str, Any]:
     """The config of the first part, with the targets of all and with these settings."""
     config = dict(parts[0].config)
     for key in _TRAINING & config.keys():

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import numpy as np
 from typing_extensions import override
 
-from inlay.combine.method_sum import Leaves, Sum, Update, common, same
+from inlay.combine.method_sum import Leaves, Sum, Update, make_common_config, require_equal_shapes
 from inlay.combine.norms import norm
 from inlay.combine.parts import Array, Part
 from inlay.errors import InlayError
@@ -21,7 +21,7 @@ class PartialSum(Sum):
     start: ClassVar[float] = 0.0  # what a tensor holds that changes nothing
 
     @override
-    def settle(self) -> dict[str, Any]:
+    def decide_config(self) -> dict[str, Any]:
         self.refuse_width("has no width")
         self.refuse_factors("differences of weights")
         kinds = {str(part.config.get("train", "all")) for part in self.parts}
@@ -34,7 +34,7 @@ class PartialSum(Sum):
                         f"{site} has its bias trained alone, other modules all of their weights, which one config "
                         "cannot say; combine adapters with the same train=."
                     )
-        return common(self.parts, self.names, train=train, last=None)
+        return make_common_config(self.parts, self.names, train=train, last=None)
 
     def refuse_factors(self, has: str) -> None:
         """Raise InlayError for a rule that needs the factors of an update, which these have not."""
@@ -50,17 +50,17 @@ class PartialSum(Sum):
         return delta.reshape(len(delta), -1) * np.float32(part.weight), None
 
     @override
-    def layout(self, site: str) -> Leaves:
+    def shapes_at(self, site: str) -> Leaves:
         here = [part for part in self.parts if site in part.sites]
         leaves = dict.fromkeys(leaf for part in here for leaf in part.sites[site])
-        return {leaf: same([p for p in here if leaf in p.sites[site]], site, leaf) for leaf in leaves}
+        return {leaf: require_equal_shapes([p for p in here if leaf in p.sites[site]], site, leaf) for leaf in leaves}
 
     @override
     def make(self, site: str) -> dict[str, Array]:
         return {leaf: self._added(site, leaf) for leaf in self.shapes[site]}
 
     def _added(self, site: str, leaf: str) -> Array:
-        here = [part for part in self.acting(site) if leaf in part.sites[site]]
+        here = [part for part in self.acting_parts(site) if leaf in part.sites[site]]
         self.errors[site] = 0.0
         if self.plan.rule.merge is not None and here:
             deltas = [part.read(site, leaf) - np.float32(self.start) for part in here]

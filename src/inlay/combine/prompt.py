@@ -5,7 +5,7 @@ from typing import Any
 from typing_extensions import override
 
 from inlay.combine.concatenation import ConcatenationSum
-from inlay.combine.method_sum import agree
+from inlay.combine.method_sum import require_equal_settings
 from inlay.errors import InlayError
 
 
@@ -20,7 +20,7 @@ class PromptSum(ConcatenationSum):
     @override
     def check_alike(self) -> None:
         fields = ["token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules"]
-        agree("prompts", self.parts, fields, "only adapters of one base can be combined")
+        require_equal_settings("prompts", self.parts, fields, "only adapters of one base can be combined")
         if self.names != [""] or (self.parts[0].config.get("num_transformer_submodules") or 1) != 1:
             raise InlayError("prompts of encoder-decoder models cannot be combined: their table has one part for each.")
         for part in self.parts:

@@ -18,11 +18,11 @@ from inlay.errors import InlayError
 
 
 @contextmanager
-def opened(adapters: Mapping[Any, float]) -> Iterator[list[Source]]:
+def open_adapters(adapters: Mapping[Any, float]) -> Iterator[list[Source]]:
     """Adapters by folder or Hub id, with their weights, checked to be of one base.
 
-    Digests are taken meanwhile, beside the work of the block: `check_whole` waits for them, as does the block's end.
-    Where a block fails on a damaged file, it is the damage that is said.
+    Digests are taken meanwhile, beside the work of the block: `wait_for_digests` waits for them, as does the end of the
+    block. Where a block fails on a damaged file, it is the damage that is said.
 
     Raises:
         InlayError: Whatever `read_adapter` finds; no adapter; a weight that is no finite number; other bases; tensors
@@ -38,7 +38,7 @@ def opened(adapters: Mapping[Any, float]) -> Iterator[list[Source]]:
     with ThreadPoolExecutor(min(len(adapters), 4)) as pool, ExitStack() as held:
         whole = [pool.submit(check_digest, file.folder) for file in files]
         try:
-            names = short_names([file.folder for file in files])
+            names = shorten_names([file.folder for file in files])
             _check_bases(dict(zip(names, files, strict=True)))
             for name, weight, file, future in zip(names, adapters.values(), files, whole, strict=True):
                 tensors = Tensors(file.folder / WEIGHTS)
@@ -50,7 +50,7 @@ def opened(adapters: Mapping[Any, float]) -> Iterator[list[Source]]:
                 future.result()
 
 
-def check_whole(sources: Iterable[Source]) -> None:
+def wait_for_digests(sources: Iterable[Source]) -> None:
     """Wait for the digests of all files.
 
     Raises:
@@ -60,7 +60,7 @@ def check_whole(sources: Iterable[Source]) -> None:
         source.intact.result()
 
 
-def short_names(folders: list[Path]) -> list[str]:
+def shorten_names(folders: list[Path]) -> list[str]:
     """The last part of each path, and as many before it as it takes to tell them apart."""
     parts = [folder.resolve().parts for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
@@ -100,7 +100,7 @@ def _source(name: str, weight: float, file: AdapterFile, tensors: Tensors, intac
     configs = {part["peft_type"]: part for part in inner} or {config["peft_type"]: config}
     sites: dict[str, dict[str, dict[str, str]]] = {kind: {} for kind in configs}
     head: dict[str, str] = {}
-    known = configs.keys() <= SUM_BY_PEFT_TYPE.keys()  # others are refused, with the reason, by `sums`
+    known = configs.keys() <= SUM_BY_PEFT_TYPE.keys()  # others are refused, with the reason, by `make_sums`
     for key in tensors:
         plain = key.removeprefix(PREFIX)
         kind, site, leaf = _place(plain, config["peft_type"])

@@ -23,7 +23,7 @@ import numpy as np
 from inlay.combine.method_sum import Update
 from inlay.combine.norms import norm
 from inlay.combine.parts import Array, Part, Source
-from inlay.combine.read import opened
+from inlay.combine.read import open_adapters
 from inlay.combine.sums import SUM_BY_PEFT_TYPE
 from inlay.errors import InlayError
 
@@ -93,11 +93,11 @@ def overlap(adapters: Mapping[Any, float]) -> Overlap:
     Raises:
         InlayError: As `combine`, for what cannot be read or is of another base.
     """
-    with opened(adapters) as sources:
-        return overlap_of(sources)
+    with open_adapters(adapters) as sources:
+        return compare_sources(sources)
 
 
-def overlap_of(sources: Sequence[Source]) -> Overlap:
+def compare_sources(sources: Sequence[Source]) -> Overlap:
     """The same for adapters that are open."""
     modules = {source.name: [site for part in source.parts.values() for site in part.sites] for source in sources}
     alone = {

@@ -133,7 +133,7 @@ _RULES = (
 RULES = {rule.name: rule for rule in _RULES}
 
 
-def chosen_rule(name: str, settings: Settings) -> Rule:
+def find_rule(name: str, settings: Settings) -> Rule:
     """A row of RULES.
 
     Raises:
@@ -146,7 +146,7 @@ def chosen_rule(name: str, settings: Settings) -> Rule:
     return RULES[name]
 
 
-def weights_for(rule: Rule, weights: Sequence[float]) -> list[float]:
+def weights_under_rule(rule: Rule, weights: Sequence[float]) -> list[float]:
     """The weights as the rule takes them.
 
     Raises:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from inlay.combine.method_sum import Leaves, Sum, agree, common
+from inlay.combine.method_sum import Leaves, Sum, make_common_config, require_equal_settings
 from inlay.combine.norms import norm
 from inlay.combine.parts import Array, Part
 from inlay.errors import InlayError
@@ -24,11 +24,13 @@ class SpatialSum(Sum):
     title = "a 3D spatial adapter"
 
     @override
-    def settle(self) -> dict[str, Any]:
+    def decide_config(self) -> dict[str, Any]:
         free = {"width", "reduction", "classes", "levels", "decoder_width", "prompts", "rounds", "reference"}
         free |= {"init_weights", "target_modules", "exclude_modules", "modules_to_save", "base_model_name_or_path"}
         free |= {"peft_version", "auto_mapping", "inference_mode", "revision", "task_type", "peft_type"}
-        agree("3D spatial adapters", self.parts, [k for k in self.parts[0].config if k not in free], "train them alike")
+        require_equal_settings(
+            "3D spatial adapters", self.parts, [k for k in self.parts[0].config if k not in free], "train them alike"
+        )
         if any(part.config.get("reference") for part in self.parts) and len(self.parts) > 1:
             raise InlayError(
                 "3D spatial adapters of the published kind have an activation after W_up, so that they do not add; "
@@ -52,7 +54,7 @@ class SpatialSum(Sum):
         own = {
             k: self.kept.config[k] for k in ("classes", "levels", "decoder_width", "prompts") if k in self.kept.config
         }
-        return common(self.parts, self.parts[0].config.get("target_modules") or [], width=self.units, **own)
+        return make_common_config(self.parts, self.parts[0].config.get("target_modules") or [], width=self.units, **own)
 
     @property
     @override
@@ -67,7 +69,7 @@ class SpatialSum(Sum):
         raise InlayError(f"adapter {part.name!r} holds no spatial bottleneck; get it again.")
 
     @override
-    def layout(self, site: str) -> Leaves:
+    def shapes_at(self, site: str) -> Leaves:
         """Of the bottlenecks the width is another; all else is as it was."""
         shapes: Leaves = {}
         for leaf in self.kept.sites[site]:
@@ -98,7 +100,7 @@ class SpatialSum(Sum):
 
     def _added(self, site: str, leaf: str) -> Array:
         total = np.zeros(self.shapes[site][leaf], np.float32)
-        for part in self.acting(site):
+        for part in self.acting_parts(site):
             total += np.float32(part.weight) * part.read(site, leaf)
         return total
 
@@ -118,7 +120,7 @@ class SpatialSum(Sum):
 
     def _beside(self, site: str, start: str) -> dict[str, Array]:
         """The units of all adapters in one block."""
-        here = self.acting(site)
+        here = self.acting_parts(site)
         made: dict[str, Array] = {}
         for leaf in (leaf for leaf in self.kept.sites[site] if leaf.startswith(start)):
             read = [part.read(site, leaf) for part in here]

@@ -85,7 +85,7 @@ def _by_importance(
     return np.argsort(-spread, kind="stable"), spread, hidden
 
 
-def one_width(errors: Mapping[str, npt.NDArray[np.float64]], norms: Mapping[str, float], error: float) -> int:
+def choose_width(errors: Mapping[str, npt.NDArray[np.float64]], norms: Mapping[str, float], error: float) -> int:
     """The smallest width for all sites that keeps the error of all together, from those of each by width."""
     most = max(map(len, errors.values()))
     for width in range(1, most - 1):

@@ -5,7 +5,7 @@ from typing import Any
 from typing_extensions import override
 
 from inlay.combine.concatenation import ConcatenationSum
-from inlay.combine.method_sum import agree, common
+from inlay.combine.method_sum import make_common_config, require_equal_settings
 
 
 class VisualPromptSum(ConcatenationSum):
@@ -17,13 +17,15 @@ class VisualPromptSum(ConcatenationSum):
 
     @override
     def check_alike(self) -> None:
-        agree("visual prompts", self.parts, ["deep"], "shallow ones travel, deep ones do not")
+        require_equal_settings("visual prompts", self.parts, ["deep"], "shallow ones travel, deep ones do not")
         self.blocks = list(self.parts[0].config.get("target_modules") or [])
         if not self.parts[0].config.get("deep", True):
-            agree("shallow visual prompts", self.parts, ["target_modules"], "they travel through the same blocks")
+            require_equal_settings(
+                "shallow visual prompts", self.parts, ["target_modules"], "they travel through the same blocks"
+            )
         else:
             self.blocks = self.names
 
     @override
     def settings(self, length: int) -> dict[str, Any]:
-        return common(self.parts, self.blocks, length=length)
+        return make_common_config(self.parts, self.blocks, length=length)

@@ -108,7 +108,7 @@ class Stream:
         self._file.close()
 
 
-def record_of(sources: Sequence[Source], heads: Heads, keep: str | None, made: dict[str, Any]) -> dict[str, Any]:
+def make_record(sources: Sequence[Source], heads: Heads, keep: str | None, made: dict[str, Any]) -> dict[str, Any]:
     """What loading has to know: of the adapters, all but labels and head; empty where plain peft has saved all of them.
 
     A golden output is left out: it would take the base.
@@ -173,7 +173,7 @@ def write_settings(folder: Path, config: dict[str, Any], record: dict[str, Any],
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
-def metadata_of(config: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
+def make_metadata(config: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
     """What stands in the safetensors header beside the tensors."""
     if not record:
         return {"format": "pt"}

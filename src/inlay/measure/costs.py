@@ -15,7 +15,7 @@ from inlay.measure.energy import measure_energy
 from inlay.measure.footprint import footprint, true_size
 from inlay.measure.macs import count_macs
 from inlay.measure.speed import Latency, latency
-from inlay.methods._peft import PeftModel, base_alone, base_modules, plainly_active
+from inlay.methods._peft import PeftModel, acts_as_saved, base_modules, base_with_own_head
 
 State = Callable[[], AbstractContextManager[None]]
 _TURNS, _PASSES = 6, 5  # after a first turn to warm up: 25 passes in each state
@@ -44,14 +44,14 @@ def cost(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int | float |
     }
     states: dict[str, State] = {"": nullcontext}
     macs = {"": count_macs(model, inputs)}
-    if isinstance(model, PeftModel) and plainly_active(model):
+    if isinstance(model, PeftModel) and acts_as_saved(model):
         own = _adapters_own(model)
         rows["base_parameters"] = size.parameters - sum(map(true_size, own))
         rows["base_weights_mb"] = round((size.bytes_total - sum(parameter.nbytes for parameter in own)) / 1e6, 4)
         try:
-            with base_alone(model):
+            with base_with_own_head(model):
                 macs["base_"] = count_macs(model, inputs)
-            states["base_"] = partial(base_alone, model)
+            states["base_"] = partial(base_with_own_head, model)
         except InlayError:  # it has no use for such inputs without its adapter
             pass
     times = _latencies(model, inputs, states)

@@ -61,7 +61,7 @@ def merge_signs(updates: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return merge_utils.disjoint_merge(updates * weights.view(-1, *[1] * (updates.ndim - 1)), mask)
 
 
-def odd_settings(settings: dict[str, Any]) -> list[str]:
+def find_unknown_settings(settings: dict[str, Any]) -> list[str]:
     """What a config says that this peft would drop or misread: names unknown to its method, texts for yes or no.
 
     peft drops what it does not know with no more than a warning, and takes any text for yes. Settings that say nothing
@@ -74,7 +74,7 @@ def odd_settings(settings: dict[str, Any]) -> list[str]:
     return sorted(unknown + [name for name in switches if not isinstance(settings[name], bool)])
 
 
-def inject(model: torch.nn.Module, config: PeftConfig) -> PeftModel:
+def inject_empty_adapter(model: torch.nn.Module, config: PeftConfig) -> PeftModel:
     """Wrap `model` with the adapter of `config`, its weights on the meta device: nothing is allocated.
 
     But for prompts and prefixes, which peft allocates at once: compare `virtual_tokens` with the file before.
@@ -86,7 +86,7 @@ def inject(model: torch.nn.Module, config: PeftConfig) -> PeftModel:
     return (PeftModelForCausalLM if writes_text else PeftModel)(model, config, low_cpu_mem_usage=not whole)
 
 
-def virtual_tokens(config: PeftConfig) -> int:
+def count_virtual_tokens(config: PeftConfig) -> int:
     """How many tokens peft's prompt or prefix tuning adds in front of a text; 0 for other methods."""
     return int(config.num_virtual_tokens) if config.is_prompt_learning else 0
 
@@ -110,7 +110,7 @@ def adapter_parameters(model: PeftModel) -> dict[str, str]:
     return {key: names[value.data_ptr()] for key, value in saved.items() if value.data_ptr() in names}
 
 
-def fill(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
+def fill_injected_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
     """Put the tensors of a file, checked against `adapter_shapes`, into an injected adapter.
 
     As in training, the head has the type of the base and the rest float32. The first call makes tensors of the
@@ -125,7 +125,7 @@ def fill(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
     set_peft_model_state_dict(model, weights)
 
 
-def put(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
+def set_adapter_values(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
     """Give the active adapter the values of a file's tensors; each parameter keeps its type."""
     set_peft_model_state_dict(model, dict(weights), adapter_name=model.active_adapter)
 
@@ -135,19 +135,19 @@ def carries_adapter(model: torch.nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules())
 
 
-def release(model: torch.nn.Module) -> None:
+def remove_all_adapters(model: torch.nn.Module) -> None:
     """Take all adapters out of a base, also one of which peft has injected only a part before it failed."""
-    for layers in strip(model).values():
+    for layers in take_layers_out(model).values():
         for layer in layers:
-            leave(layer)
+            undo_layer_changes(layer)
     for name, module in list(model.named_modules()):
         if isinstance(module, AuxiliaryTrainingWrapper):
             model.set_submodule(name, module.original_module)
     vars(model).pop("peft_config", None)
-    leave(model)
+    undo_layer_changes(model)
 
 
-def register(name: str, config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
+def register_method(name: str, config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
     """Make a method known to peft, as its own are; a second call changes nothing.
 
     peft's enum of methods is closed, so the member is added by hand; Python 3.12 looks members up as class attributes.
@@ -163,7 +163,7 @@ def register(name: str, config: type[PeftConfig], tuner: type[BaseTuner]) -> Non
     register_peft_method(name=name, config_cls=config, model_cls=tuner)
 
 
-def name_import(folder: str | Path, method: str) -> None:
+def name_import_in_card(folder: str | Path, method: str) -> None:
     """Say in the card that peft or transformers wrote beside an adapter, or in a new one, what loading it needs."""
     path = Path(folder) / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: peft\n---\n"
@@ -177,52 +177,52 @@ def name_import(folder: str | Path, method: str) -> None:
 Layers = dict[str, list[BaseTunerLayer]]
 
 
-def strip(model: torch.nn.Module, keep: type | tuple[type, ...] = ()) -> Layers:
+def take_layers_out(model: torch.nn.Module, keep: type | tuple[type, ...] = ()) -> Layers:
     """Take the adapter layers out of `model`, but those of the classes `keep`, so that the tree is the base's."""
     heads = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
     taken: Layers = {}
     for name, module in reversed(list(model.named_modules())):  # from the inside out
         if isinstance(module, BaseTunerLayer) and not isinstance(module, keep) and not name.startswith(heads):
-            taken.setdefault(plain_name(name), []).append(module)
+            taken.setdefault(name_in_base(name), []).append(module)
             model.set_submodule(name, module.base_layer)
     return taken
 
 
-def wrap(model: torch.nn.Module, layers: Layers) -> None:
-    """Put the adapter layers of a stripped model back, those around one module in the order of their `rank`."""
+def put_layers_back(model: torch.nn.Module, layers: Layers) -> None:
+    """Put the adapter layers of a stripped model back, those around one module in the order of their `nesting`."""
     for name in sorted(layers, key=lambda name: -name.count(".")):
-        for layer in sorted(layers[name], key=lambda layer: getattr(layer, "rank", 1)):
+        for layer in sorted(layers[name], key=lambda layer: getattr(layer, "nesting", 1)):
             layer.base_layer = model.get_submodule(name)
             model.set_submodule(name, layer)
 
 
 @contextmanager
-def plain_tree(model: torch.nn.Module, keep: type | tuple[type, ...] = ()) -> Iterator[Layers]:
+def layers_taken_out(model: torch.nn.Module, keep: type | tuple[type, ...] = ()) -> Iterator[Layers]:
     """The base's own tree for as long as an adapter is injected: peft does not look inside modules that are wrapped.
 
     Gives the layers that were taken out; the caller may move one back into the tree, and then takes it off that list.
     """
-    taken = strip(model, keep)
+    taken = take_layers_out(model, keep)
     try:
         yield taken
     finally:
-        for name, layers in strip(model).items():
+        for name, layers in take_layers_out(model).items():
             taken.setdefault(name, []).extend(layers)
-        wrap(model, taken)
+        put_layers_back(model, taken)
 
 
-def plain_name(name: str) -> str:
+def name_in_base(name: str) -> str:
     """The name of a module or parameter without the wrappers on the way to it."""
     return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
-def leave(layer: torch.nn.Module) -> None:
+def undo_layer_changes(layer: torch.nn.Module) -> None:
     """Let a layer that has been taken out, or a model that had one, undo what that changed."""
-    if hasattr(layer, "leave"):
-        layer.leave()
+    if hasattr(layer, "undo_changes"):
+        layer.undo_changes()
 
 
-def merge_keeping(model: PeftModel) -> tuple[torch.nn.Module, Callable[[], torch.nn.Module]]:
+def merge_keeping_weights(model: PeftModel) -> tuple[torch.nn.Module, Callable[[], torch.nn.Module]]:
     """The base with the active adapter folded in, and what gives it back as it was, bit for bit, without an adapter.
 
     Weights that merging changes are kept, as subtracting would not give them back: peft's `safe_merge` and our methods
@@ -236,7 +236,7 @@ def merge_keeping(model: PeftModel) -> tuple[torch.nn.Module, Callable[[], torch
     values = {
         parameter: parameter.data for _, leaves in owned for parameter in leaves.values() if parameter is not None
     }
-    wrapped = [(plain_name(n), m) for n, m in base.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    wrapped = [(name_in_base(n), m) for n, m in base.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     heads = {name: module.original_module for name, module in wrapped}
 
     def restore() -> torch.nn.Module:
@@ -271,7 +271,7 @@ def merge_keeping(model: PeftModel) -> tuple[torch.nn.Module, Callable[[], torch
     return merged, unmerge
 
 
-def untie(model: PeftModel) -> None:
+def untie_adapted_weights(model: PeftModel) -> None:
     """Give each adapted module that shares a parameter with another one (GPT-2's token embedding and head) its own.
 
     Merging into the shared one would change both, while the adapter acts in one alone.
@@ -289,7 +289,7 @@ def untie(model: PeftModel) -> None:
 
 
 @contextmanager
-def without_layers(model: PeftModel) -> Iterator[None]:
+def layers_disabled(model: PeftModel) -> Iterator[None]:
     """The base with the head that was trained with the adapter, but without the adapter, inside the block."""
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     states = [layer._disable_adapters for layer in layers]
@@ -303,7 +303,7 @@ def without_layers(model: PeftModel) -> Iterator[None]:
 
 
 @contextmanager
-def base_alone(model: PeftModel) -> Iterator[None]:
+def base_with_own_head(model: PeftModel) -> Iterator[None]:
     """The base with its own head inside the block; afterwards, unlike peft's, what required a gradient does again."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -314,19 +314,19 @@ def base_alone(model: PeftModel) -> Iterator[None]:
             parameter.requires_grad = requires_grad
 
 
-def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
+def copy_adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
     """A copy of what a file of the active adapter would hold."""
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {key: value.detach().clone() for key, value in weights.items()}
 
 
-def plainly_active(model: PeftModel) -> bool:
+def acts_as_saved(model: PeftModel) -> bool:
     """True if exactly one adapter acts, unmerged and enabled: the state in which a model computes what it saves."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     return len(model.active_adapters) == 1 and not any(m.merged or m.disable_adapters for m in layers)
 
 
-def dequantized(module: torch.nn.Module) -> torch.Tensor:
+def dequantize_weight(module: torch.nn.Module) -> torch.Tensor:
     """The weight of a linear layer of bitsandbytes as (out, in) floats; the layer stays as it is.
 
     peft's `dequantize_module_weight` replaces an int8 weight by one that has lost its scales, if it was never used.
@@ -340,7 +340,7 @@ def dequantized(module: torch.nn.Module) -> torch.Tensor:
     return weight.data.float() * scales.float().view(-1, 1) / 127
 
 
-def known_method(name: Any) -> bool:
+def knows_method(name: Any) -> bool:
     """True if this peft can load a config whose `peft_type` is `name`."""
     return name in PeftType.__members__
 

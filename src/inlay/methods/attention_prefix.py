@@ -28,10 +28,10 @@ from typing_extensions import override
 
 from inlay.bases.sites import Sites
 from inlay.errors import InlayError
-from inlay.methods._peft import PeftType, register
+from inlay.methods._peft import PeftType, register_method
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
 from inlay.methods.method import Method
-from inlay.methods.window_attention import attend, gather_prefix
+from inlay.methods.window_attention import attend_with_prefix, gather_prefix
 from inlay.peft_types import PEFT_TYPES
 
 _NAME = "inlay_attention_prefix"
@@ -80,7 +80,7 @@ class AttentionPrefixLayer(AdapterLayer):
         inlay_attention_prefix_projection: By adapter, what makes them while training, where there is one.
     """
 
-    rank = 2
+    nesting = 2
     adapter_layer_names = (
         "inlay_attention_prefix_key",
         "inlay_attention_prefix_value",
@@ -93,9 +93,9 @@ class AttentionPrefixLayer(AdapterLayer):
         self.inlay_attention_prefix_value = nn.ParameterDict()
         self.inlay_attention_prefix_projection = nn.ModuleDict()
         self.groups: Groups = []
-        self.hook()
+        self.redirect_attention()
 
-    def hook(self) -> None:
+    def redirect_attention(self) -> None:
         """Lead the attention function of the wrapped module here, by a config of its own."""
         base = self.get_base_layer()
         self.own_config = base.config
@@ -104,7 +104,7 @@ class AttentionPrefixLayer(AdapterLayer):
         base.inlay_prefix = (self,)  # in a tuple, or it would become a child of its own child
 
     @override
-    def leave(self) -> None:
+    def undo_changes(self) -> None:
         base = self.get_base_layer()
         base.config = self.own_config
         del base.inlay_prefix
@@ -138,7 +138,7 @@ class AttentionPrefixLayer(AdapterLayer):
         return self.inlay_attention_prefix_key[name], self.inlay_attention_prefix_value[name]
 
     @override
-    def adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
+    def forward_adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
         if groups[0][1] is None:
             return self.base_layer(*args, **kwargs)  # its attention function finds the active adapters
         self.groups = groups
@@ -157,7 +157,7 @@ class AttentionPrefixLayer(AdapterLayer):
         return gather_prefix(groups, self.prefix, rows) if groups else None
 
     @override
-    def refusal(self, names: Sequence[str]) -> str | None:
+    def why_not_merged(self, names: Sequence[str]) -> str | None:
         return (
             f"prefix {', '.join(names)} cannot be merged: it adds keys and values that no weight gives; keep it as an "
             "adapter, or train LoRA where a merged model is needed."
@@ -168,18 +168,18 @@ class WindowPrefixLayer(AttentionPrefixLayer):
     """The same around SAM's attention: each window of a batch, padded or not, sees the prefix."""
 
     @override
-    def hook(self) -> None:
+    def redirect_attention(self) -> None:
         pass  # SAM has no attention functions to choose from
 
     @override
-    def leave(self) -> None:
+    def undo_changes(self) -> None:
         pass
 
     @override
-    def adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
+    def forward_adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         key, value, mask = gather_prefix(groups, self.prefix, len(hidden))
-        return attend(self.base_layer, hidden, key, value, mask)
+        return attend_with_prefix(self.base_layer, hidden, key, value, mask)
 
 
 def prefixed_attention(
@@ -333,7 +333,7 @@ def _key_size(attention: nn.Module) -> int:
     )
 
 
-register("inlay_attention_prefix", AttentionPrefixConfig, AttentionPrefixModel)
+register_method("inlay_attention_prefix", AttentionPrefixConfig, AttentionPrefixModel)
 
 ATTENTION_PREFIX = Method(
     name="attention-prefix",

@@ -23,11 +23,11 @@ from inlay.methods._peft import (
     BaseTunerLayer,
     LoraLayer,
     check_adapters_to_merge,
-    leave,
-    name_import,
-    plain_name,
-    plain_tree,
-    strip,
+    layers_taken_out,
+    name_import_in_card,
+    name_in_base,
+    take_layers_out,
+    undo_layer_changes,
 )
 
 # Which adapters act on which rows of a batch: all active ones on all rows (None), or one each on some.
@@ -70,7 +70,7 @@ class AdapterConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As peft's; the card in that folder then says which import makes the method known."""
         super().save_pretrained(save_directory, **kwargs)
-        name_import(save_directory, self.peft_type.value)
+        name_import_in_card(save_directory, self.peft_type.value)
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
@@ -78,10 +78,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     Attributes:
         options: By adapter, what the layer needs to know of its config.
-        rank: Layers around one module are nested in this order, the lowest innermost; peft's own count as 1.
+        nesting: Layers around one module are nested in this order, the lowest innermost; peft's own count as 1.
     """
 
-    rank: ClassVar[int]
+    nesting: ClassVar[int]
     other_param_names = ("options",)
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -106,15 +106,15 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Make the parameters of the adapter `name`; `key` is the module's name in the base."""
         raise NotImplementedError
 
-    def adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
+    def forward_adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
         """What the wrapped module gives under these adapters."""
         raise NotImplementedError
 
-    def values(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    def merged_values(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """New values of the wrapped module's parameters, by name, with these adapters merged into them."""
         raise NotImplementedError
 
-    def refusal(self, names: Sequence[str]) -> str | None:
+    def why_not_merged(self, names: Sequence[str]) -> str | None:
         """Why these adapters cannot be merged into the wrapped module; None if they can."""
         raise NotImplementedError
 
@@ -125,7 +125,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             self._names = adapter_names
         groups = self._groups(adapter_names, next((a for a in (*args, *kwargs.values()) if torch.is_tensor(a)), None))
-        return self.adapted(groups, *args, **kwargs) if groups else self.base_layer(*args, **kwargs)
+        return self.forward_adapted(groups, *args, **kwargs) if groups else self.base_layer(*args, **kwargs)
 
     def _groups(self, adapter_names: Sequence[str] | None, first: torch.Tensor | None) -> Groups:
         if self.disable_adapters or self.merged:
@@ -154,11 +154,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.options]
         if not names:
             return
-        if reason := self.refusal(names):
+        if reason := self.why_not_merged(names):
             raise InlayError(reason)
         base, names = self.get_base_layer(), [*self.merged_adapters, *names]
         self.unmerge()  # all of them anew: one after the other would not give their sum
-        new = self.values(names)
+        new = self.merged_values(names)
         for key, value in new.items():
             if not torch.isfinite(value).all():
                 raise InlayError(f"merging {', '.join(names)} gives NaN or Inf in a {key}; nothing was merged there.")
@@ -208,7 +208,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         joined = tuple(torch.cat(list(p))[order] if torch.is_tensor(p[0]) else p[0] for p in map(list, parts))
         return joined if isinstance(results[0], tuple) else joined[0]
 
-    def leave(self) -> None:
+    def undo_changes(self) -> None:
         """Undo what the layer changed in the wrapped module, when it is taken out for good."""
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
@@ -250,7 +250,7 @@ class AdapterTuner(BaseTuner):
 
     @override
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        with others_train_as_before(model, adapter_name), plain_tree(model) as self._layers:
+        with others_train_as_before(model, adapter_name), layers_taken_out(model) as self._layers:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
@@ -308,9 +308,9 @@ class AdapterTuner(BaseTuner):
         if merge:
             self.check_merge(adapter_names)
             self.merge_adapter(adapter_names, safe_merge)
-        for layers in strip(self.model).values():
+        for layers in take_layers_out(self.model).values():
             for layer in layers:
-                leave(layer)
+                undo_layer_changes(layer)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -344,7 +344,7 @@ class AdapterTuner(BaseTuner):
         for layer in self.model.modules():
             if isinstance(layer, AdapterLayer):
                 names = [n for n in (adapter_names or layer.active_adapters) if n in layer.options]
-                if names and (reason := layer.refusal(names)):
+                if names and (reason := layer.why_not_merged(names)):
                     raise InlayError(reason)
 
     @contextmanager
@@ -379,8 +379,8 @@ class AdapterTuner(BaseTuner):
         parts = key.split(".")
         for i, part in enumerate(parts[:-1]):  # parts of many layers: peft looks for the name near the end alone
             if part.startswith("inlay_") and parts[i + 1] == adapter_name:
-                return plain_name(".".join(parts[: i + 1] + parts[i + 2 :]))
-        return plain_name(super()._remove_adapter_name_from_key(key, adapter_name))
+                return name_in_base(".".join(parts[: i + 1] + parts[i + 2 :]))
+        return name_in_base(super()._remove_adapter_name_from_key(key, adapter_name))
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from typing_extensions import override
 
 from inlay.bases.sites import Sites, is_linear, linear_shape
 from inlay.errors import InlayError
-from inlay.methods._peft import PeftType, register
+from inlay.methods._peft import PeftType, register_method
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
 from inlay.methods.hidden_states import replace_recorded_state
 from inlay.methods.method import EVERY_BASE, Method
@@ -113,7 +113,7 @@ class BottleneckLayer(AdapterLayer):
         inlay_bottleneck_act: By adapter, the non-linearity, where there is one.
     """
 
-    rank = 3
+    nesting = 3
     adapter_layer_names = (
         "inlay_bottleneck_weight",
         "inlay_bottleneck_bias",
@@ -180,7 +180,7 @@ class BottleneckLayer(AdapterLayer):
         return down, down_bias, up.T, up_bias
 
     @override
-    def adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
+    def forward_adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
         serial = [(self._placed(names, "serial", "post"), rows) for names, rows in groups]
         parallel = [(self._placed(names, "parallel"), rows) for names, rows in groups]
         added = None
@@ -233,7 +233,7 @@ class BottleneckLayer(AdapterLayer):
         return h.to(x.dtype)
 
     @override
-    def refusal(self, names: Sequence[str]) -> str | None:
+    def why_not_merged(self, names: Sequence[str]) -> str | None:
         for name in names:
             config = self.options[name]
             if config.activation is not None or config.layer_norm or config.placement != "serial":
@@ -248,7 +248,7 @@ class BottleneckLayer(AdapterLayer):
             return f"cannot merge into a {type(base).__name__}; load the base in float32, float16 or bfloat16."
         return None
 
-    def values(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    def merged_values(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """W' = W + M W and b' = b + M b + c, where the linear adapters map h to M h + c; in float64."""
         base = self.get_base_layer()
         old = base.weight.data.T if isinstance(base, Conv1D) else base.weight.data.flatten(1)  # d x inputs
@@ -313,7 +313,7 @@ class BottleneckModel(AdapterTuner):
         return [name for site in config.sites for name in where[config.placement, site]]
 
 
-register("inlay_bottleneck", BottleneckConfig, BottleneckModel)
+register_method("inlay_bottleneck", BottleneckConfig, BottleneckModel)
 
 HOULSBY = Method(
     name="bottleneck",

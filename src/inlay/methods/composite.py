@@ -21,9 +21,9 @@ from inlay.methods._peft import (
     BaseTunerLayer,
     PeftType,
     get_peft_config,
-    name_import,
-    plain_tree,
-    register,
+    layers_taken_out,
+    name_import_in_card,
+    register_method,
     set_additional_trainable_modules,
 )
 from inlay.methods.attention_prefix import ATTENTION_PREFIX, AttentionPrefixModel
@@ -66,7 +66,7 @@ class CompositeConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As peft's; the card in that folder then says which import makes the method known."""
         super().save_pretrained(save_directory, **kwargs)
-        name_import(save_directory, self.peft_type.value)
+        name_import_in_card(save_directory, self.peft_type.value)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they go into adapter_config.json."""
@@ -100,7 +100,7 @@ class CompositeModel(AdapterTuner):
             for part in config.parts:
                 part.inference_mode = config.inference_mode
                 tuner = PEFT_TYPE_TO_TUNER_MAPPING[part.peft_type]
-                with plain_tree(model, keep=tuner.tuner_layer_cls):
+                with layers_taken_out(model, keep=tuner.tuner_layer_cls):
                     inner = tuner(model, {adapter_name: part}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
                 self.targeted_module_names.extend(inner.targeted_module_names)
                 del model.peft_config
@@ -120,7 +120,7 @@ class CompositeModel(AdapterTuner):
     _remap_adapter_state_dict_for_load = AttentionPrefixModel._remap_adapter_state_dict_for_load
 
 
-register("inlay_composite", CompositeConfig, CompositeModel)
+register_method("inlay_composite", CompositeConfig, CompositeModel)
 
 
 def _without_number(paper: str) -> str:

@@ -28,7 +28,7 @@ from typing_extensions import override
 
 from inlay.bases.sites import OTHER_INPUTS, Sites, is_cross, is_norm
 from inlay.errors import InlayError
-from inlay.methods._peft import PeftType, register
+from inlay.methods._peft import PeftType, register_method
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
 from inlay.methods.method import EVERY_BASE, Method
 from inlay.peft_types import PEFT_TYPES
@@ -61,7 +61,7 @@ class PartialLayer(AdapterLayer):
         inlay_partial_delta: By adapter and parameter, D.
     """
 
-    rank = 0
+    nesting = 0
     adapter_layer_names = ("inlay_partial_delta",)
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -85,20 +85,20 @@ class PartialLayer(AdapterLayer):
         self.inlay_partial_delta[name] = nn.ParameterDict(
             {
                 leaf: nn.Parameter(torch.zeros_like(p, dtype=torch.float32) if config.init_weights else _noise(p))
-                for leaf, p in chosen(self.get_base_layer(), config)
+                for leaf, p in parameters_to_train(self.get_base_layer(), config)
             }
         )
         self.options[name] = config
         self.train(self.training)
 
     @override
-    def adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
+    def forward_adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
         def call(names: list[str], *args: Any, **kwargs: Any) -> Any:
-            return functional_call(self.base_layer, self.values(names), args, kwargs)
+            return functional_call(self.base_layer, self.merged_values(names), args, kwargs)
 
         return self.by_rows(groups, call, *args, **kwargs)
 
-    def values(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    def merged_values(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """W + D of each trained parameter, the deltas of several adapters added first."""
         base = self.get_base_layer()
         total: dict[str, torch.Tensor] = {}
@@ -115,7 +115,7 @@ class PartialLayer(AdapterLayer):
             super().merge(safe_merge, adapter_names)
 
     @override
-    def refusal(self, names: Sequence[str]) -> str | None:
+    def why_not_merged(self, names: Sequence[str]) -> str | None:
         return None
 
 
@@ -123,7 +123,7 @@ def _noise(parameter: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(parameter, dtype=torch.float32).normal_(std=0.02)
 
 
-def chosen(module: nn.Module, config: PartialConfig) -> Iterator[tuple[str, nn.Parameter]]:
+def parameters_to_train(module: nn.Module, config: PartialConfig) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters of the module itself, not of its children, that are trained.
 
     Raises:
@@ -189,7 +189,7 @@ class PartialModel(AdapterTuner):
         names = [n for n in names if not isinstance(self.model.get_submodule(n.rpartition(".")[0]), MultiheadAttention)]
         found = []
         for name in names:
-            parameters = [p for _, p in chosen(self.model.get_submodule(name), config)]
+            parameters = [p for _, p in parameters_to_train(self.model.get_submodule(name), config)]
             if parameters and not any(id(p) in shared for p in parameters):
                 found.append(name)
         return found
@@ -223,7 +223,7 @@ def _shared(model: nn.Module) -> set[int]:
     return {key for key, count in seen.items() if count > 1}
 
 
-register("inlay_partial", PartialConfig, PartialModel)
+register_method("inlay_partial", PartialConfig, PartialModel)
 
 LAST_BLOCK = Method(
     name="partial",

@@ -25,11 +25,11 @@ from typing_extensions import override
 
 from inlay.bases.sites import Sites
 from inlay.errors import InlayError
-from inlay.methods._peft import PeftType, register
+from inlay.methods._peft import PeftType, register_method
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
 from inlay.methods.hidden_states import hide_prompts
 from inlay.methods.method import Method
-from inlay.methods.window_attention import attend, gather_prefix
+from inlay.methods.window_attention import attend_with_prefix, gather_prefix
 from inlay.peft_types import PEFT_TYPES
 
 # Encoders whose blocks take (B, N, D) without a mask; in others a prompt would have to be hidden from it.
@@ -79,7 +79,7 @@ class VisualPromptLayer(AdapterLayer):
         inlay_visual_prompt_tokens: By adapter, p of shape (P, D), where prompts enter.
     """
 
-    rank = 4
+    nesting = 4
     adapter_layer_names = ("inlay_visual_prompt_tokens",)
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -102,7 +102,7 @@ class VisualPromptLayer(AdapterLayer):
             )
 
     @override
-    def adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
+    def forward_adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
         travelling = {sum(self.options[n].length for n in names if not self.options[n].enter) for names, _ in groups}
         leaving = {sum(self.options[n].length for n in names if not self.options[n].drop) for names, _ in groups}
         if len(travelling) > 1 or len(leaving) > 1:
@@ -137,7 +137,7 @@ class VisualPromptLayer(AdapterLayer):
         return nn.functional.dropout(tokens, dropout, self.training) if dropout else tokens
 
     @override
-    def refusal(self, names: Sequence[str]) -> str | None:
+    def why_not_merged(self, names: Sequence[str]) -> str | None:
         return (
             f"visual prompts {', '.join(names)} cannot be merged: they are tokens, not weights; keep them as an "
             "adapter, or train LoRA where a merged model is needed."
@@ -148,7 +148,7 @@ class WindowPromptLayer(VisualPromptLayer):
     """The same around SAM's attention. What a prompt gives as a query is dropped, so only its key and value matter."""
 
     @override
-    def adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
+    def forward_adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
 
         def key_value(name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,7 +156,7 @@ class WindowPromptLayer(VisualPromptLayer):
             return key, value
 
         key, value, counts = gather_prefix(groups, key_value, len(hidden))
-        return attend(self.base_layer, hidden, key, value, counts)
+        return attend_with_prefix(self.base_layer, hidden, key, value, counts)
 
 
 def _token_size(block: nn.Module) -> int:
@@ -215,7 +215,7 @@ class VisualPromptModel(AdapterTuner):
         return [n for n, _ in self.model.named_modules() if self._check_target_module_exists(config, n)]
 
 
-register("inlay_visual_prompt", VisualPromptConfig, VisualPromptModel)
+register_method("inlay_visual_prompt", VisualPromptConfig, VisualPromptModel)
 
 _PAPER = PEFT_TYPES["INLAY_VISUAL_PROMPT"].paper
 DEEP = Method(

@@ -37,7 +37,7 @@ def gather_prefix(
     return key, value, None if mask.all() else mask
 
 
-def attend(
+def attend_with_prefix(
     attention: nn.Module, hidden: torch.Tensor, key: torch.Tensor, value: torch.Tensor, counts: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What a SamVisionAttention gives when further keys and values stand in front of those of its tokens.

@@ -12,7 +12,7 @@ from torch import nn
 from typing_extensions import override
 
 from inlay.methods.attention_prefix import AttentionPrefixLayer, WindowPrefixLayer
-from inlay.methods.window_attention import attend
+from inlay.methods.window_attention import attend_with_prefix
 from inlay.serve.bank_layer import BankLayer, Tensors
 
 
@@ -22,11 +22,11 @@ class PrefixBank(BankLayer, AttentionPrefixLayer):
     A deep visual prompt is one, too: only its key and its value reach the tokens of its block, which drops the rest.
     """
 
-    rank = 2
+    nesting = 2
     stands_for: ClassVar[type[nn.Module] | None] = AttentionPrefixLayer
 
     @override
-    def stored(self, tensors: Tensors, settings: Any) -> dict[str, torch.Tensor]:
+    def make_stack_values(self, tensors: Tensors, settings: Any) -> dict[str, torch.Tensor]:
         if "inlay_visual_prompt_tokens" in tensors:
             key, value = self.of_prompt(tensors["inlay_visual_prompt_tokens"].float(), settings)
         else:
@@ -54,7 +54,7 @@ class PrefixBank(BankLayer, AttentionPrefixLayer):
         return key, value
 
     @override
-    def banked(self, *args: Any, **kwargs: Any) -> Any:
+    def forward_rows(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_layer(*args, **kwargs)  # its attention function asks for `gathered`
 
     @override
@@ -66,7 +66,7 @@ class PrefixBank(BankLayer, AttentionPrefixLayer):
         if self.rows.only is not None:
             key, value = (self.stacks._buffers[what][self.rows.only, :longest][None] for what in ("key", "value"))
         else:
-            key, value = (self.stacks.take(what, rows)[:, :longest] for what in ("key", "value"))
+            key, value = (self.stacks.take_rows(what, rows)[:, :longest] for what in ("key", "value"))
         return key, value, self.counts(lengths, rows)
 
 
@@ -74,8 +74,8 @@ class WindowPrefixBank(PrefixBank):
     """The same around SAM's attention, with its own form of a prompt."""
 
     stands_for = WindowPrefixLayer
-    hook = WindowPrefixLayer.hook
-    leave = WindowPrefixLayer.leave
+    redirect_attention = WindowPrefixLayer.redirect_attention
+    undo_changes = WindowPrefixLayer.undo_changes
 
     @override
     def of_prompt(self, tokens: torch.Tensor, settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +85,7 @@ class WindowPrefixBank(PrefixBank):
         return key, value
 
     @override
-    def banked(self, *args: Any, **kwargs: Any) -> Any:
+    def forward_rows(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         found = self.gathered(len(hidden))
-        return attend(self.base_layer, hidden, *found) if found else self.base_layer(*args, **kwargs)
+        return attend_with_prefix(self.base_layer, hidden, *found) if found else self.base_layer(*args, **kwargs)

@@ -28,9 +28,9 @@ from inlay.adapters.identity import Identity, identity
 from inlay.adapters.load import given_base
 from inlay.adapters.task import task_of_file
 from inlay.errors import BadInput, InlayError
-from inlay.methods._peft import leave, release, strip, wrap
+from inlay.methods._peft import put_layers_back, remove_all_adapters, take_layers_out, undo_layer_changes
 from inlay.serve.bank_layer import BankLayer, Rows, Site, Stacks
-from inlay.serve.prompt import TABLE, PromptStacks, is_cached_prefix, moved_on, split_cache
+from inlay.serve.prompt import TABLE, PromptStacks, is_cached_prefix, positions_shifted, split_cached_prefix
 from inlay.serve.sites import find_sites
 from inlay.tasks.base import load_base
 
@@ -155,7 +155,7 @@ class Bank:
     def unload(self) -> PreTrainedModel:
         """The base as it was, without the bank."""
         with self._lock:
-            release(self.model)
+            remove_all_adapters(self.model)
             self._layers.clear()
             self._slots.clear()
             self.files.clear()
@@ -183,7 +183,7 @@ class Bank:
                     self._load(name, keep=set(wanted))
             self._rows.choose([0 if name is None else self._slots[name] for name in adapters])
             try:
-                with moved_on(self.model, self._rows, [self._ahead.get(name or "", 0) for name in adapters]):
+                with positions_shifted(self.model, self._rows, [self._ahead.get(name or "", 0) for name in adapters]):
                     yield self.model
             finally:
                 self._rows.choose([])
@@ -204,7 +204,7 @@ class Bank:
             InlayError: As `rows`, or another number of rows than of names.
         """
         with self.rows(self._checked(inputs, adapters)) as model:
-            prompted, length = self._prompts.front(model, inputs)
+            prompted, length = self._prompts.prepend_prompts(model, inputs)
             output = model(**prompted, **more)
             if length:
                 output.logits = output.logits[:, length:]
@@ -220,7 +220,7 @@ class Bank:
             **settings: Of transformers' `generate`.
         """
         with self.rows(self._checked(inputs, adapters)) as model:
-            prompted, length = self._prompts.front(model, inputs)
+            prompted, length = self._prompts.prepend_prompts(model, inputs)
             if not length:
                 return model.generate(**inputs, **settings)
             prompted.pop("position_ids", None)  # transformers counts them from the mask
@@ -258,10 +258,10 @@ class Bank:
     def _fill(self, slot: int, values: Mapping[Stacks, Values]) -> None:
         """Put the tensors of an adapter into a slot of all stacks."""
         for layer in self._layers.values():
-            found = values.get(layer.stacks, layer.absent())
-            layer.stacks.put(slot, found)
+            found = values.get(layer.stacks, layer.values_if_absent())
+            layer.stacks.fill_slot(slot, found)
             layer.stacks.sizes[slot] = layer.size_of(found)
-        self._prompts.put(slot, values.get(self._prompts, {}))
+        self._prompts.fill_slot(slot, values.get(self._prompts, {}))
         self._prompts.sizes[slot] = len(values.get(self._prompts, {}).get("prompt", ()))
 
     def _sites(self, file: AdapterFile, weights: Values) -> list[Site]:
@@ -282,27 +282,27 @@ class Bank:
         fresh = [site for site in sites if (site.module, site.kind) not in self._layers]
         if not fresh:
             return
-        layers = strip(self.model)
+        layers = take_layers_out(self.model)
         try:
             for site in fresh:
                 layer = site.kind(self.model.get_submodule(site.module), self._rows).eval()
                 self._layers[site.module, site.kind] = layer
                 layers.setdefault(site.module, []).append(layer)
         finally:
-            wrap(self.model, layers)
+            put_layers_back(self.model, layers)
 
     def _unwrap(self, kept: set[tuple[str, type[BankLayer]]]) -> None:
         """Take the layers away that are not among those to be kept."""
         if kept == self._layers.keys():
             return
-        layers = strip(self.model)
+        layers = take_layers_out(self.model)
         try:
             for key in self._layers.keys() - kept:
                 layer = self._layers.pop(key)
                 layers[key[0]].remove(layer)
-                leave(layer)
+                undo_layer_changes(layer)
         finally:
-            wrap(self.model, layers)
+            put_layers_back(self.model, layers)
 
     def _slot(self, name: str, values: Mapping[Stacks, Values], keep: set[str]) -> int:
         """A slot for an adapter: its own, or a free one, for which others may have to give way."""
@@ -370,14 +370,16 @@ class _Newcomer:
         sites = bank._sites(file, weights)
         cache = is_cached_prefix(file.config)
         if cache:
-            weights = split_cache([site.module for site in sites], weights[TABLE])
+            weights = split_cached_prefix([site.module for site in sites], weights[TABLE])
         bank._wrap(sites)
         values: dict[Stacks, Values] = {}
         for site in sites:
             layer = bank._layers[site.module, site.kind]
             settings = bank._settings(site)
             layer.check(settings)
-            values[layer.stacks] = layer.stored({leaf: weights[key] for leaf, key in site.keys.items()}, settings)
+            values[layer.stacks] = layer.make_stack_values(
+                {leaf: weights[key] for leaf, key in site.keys.items()}, settings
+            )
         if TABLE in weights:
             values[bank._prompts] = {"prompt": weights[TABLE].float()}
         slot = bank._slot(self._name, values, self._keep)
@@ -437,7 +439,7 @@ class _Newcomer:
                     table.pop(name, None)
                 return
             for stacks, (values, size) in held.items():
-                stacks.put(slot, values)
+                stacks.fill_slot(slot, values)
                 stacks.sizes[slot] = size
             bank.files[name], bank.checks[name], bank._ahead[name] = file, results, ahead
 

@@ -65,7 +65,7 @@ class Stacks(nn.Module):
             found[key] = tuple(map(max, value.shape, found.get(key, value.shape)))
         return found
 
-    def put(self, slot: int, values: Tensors) -> None:
+    def fill_slot(self, slot: int, values: Tensors) -> None:
         """Fill a slot; what `values` leave out is zero there."""
         shapes = self.shapes(values)
         for key, shape in shapes.items():
@@ -97,7 +97,7 @@ class Stacks(nn.Module):
         self.register_buffer(key, fresh, persistent=False)
         return fresh
 
-    def take(self, key: str, rows: int) -> torch.Tensor:
+    def take_rows(self, key: str, rows: int) -> torch.Tensor:
         """What each of so many rows has in a stack."""
         stack = self._buffers[key]
         assert stack is not None
@@ -165,11 +165,11 @@ class BankLayer(AdapterLayer):
     def check(self, settings: Any) -> None:
         """Raise InlayError if an adapter of these settings cannot stand beside those that are here."""
 
-    def stored(self, tensors: Tensors, settings: Any) -> dict[str, torch.Tensor]:
+    def make_stack_values(self, tensors: Tensors, settings: Any) -> dict[str, torch.Tensor]:
         """An adapter's tensors as they go into the stacks."""
         raise NotImplementedError
 
-    def absent(self) -> dict[str, torch.Tensor]:
+    def values_if_absent(self) -> dict[str, torch.Tensor]:
         """What stands in the slot of an adapter that has nothing here."""
         return {}
 
@@ -177,21 +177,21 @@ class BankLayer(AdapterLayer):
         """Prompt length or number of labels, where there is one."""
         return 0
 
-    def banked(self, *args: Any, **kwargs: Any) -> Any:
+    def forward_rows(self, *args: Any, **kwargs: Any) -> Any:
         """What the wrapped module gives for the rows of this batch."""
         raise NotImplementedError
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         plain = self.rows.only == 0 or not self.stacks._buffers
-        return self.base_layer(*args, **kwargs) if plain else self.banked(*args, **kwargs)
+        return self.base_layer(*args, **kwargs) if plain else self.forward_rows(*args, **kwargs)
 
     def product(self, x: torch.Tensor, key: str, onto: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, T, n) times the transpose of each row's matrix (m, n), added to `onto` (B or 1, T or 1, m)."""
         if self.rows.only is not None:
             product = x @ self.stacks._buffers[key][self.rows.only].mT
             return product if onto is None else onto + product
-        matrix = self.stacks.take(key, len(x)).mT
+        matrix = self.stacks.take_rows(key, len(x)).mT
         return torch.bmm(x, matrix) if onto is None else torch.baddbmm(onto, x, matrix)
 
     def lengths(self) -> list[int]:
@@ -209,4 +209,4 @@ class BankLayer(AdapterLayer):
         """Each row's vector (B or 1, 1, m)."""
         if self.rows.only is not None:
             return self.stacks._buffers[key][self.rows.only][None, None]
-        return self.stacks.take(key, rows)[:, None]
+        return self.stacks.take_rows(key, rows)[:, None]

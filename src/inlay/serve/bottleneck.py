@@ -16,7 +16,7 @@ from inlay.serve.bank_layer import BankLayer, Site, Tensors
 class BottleneckBank(BankLayer, BottleneckLayer):
     """Bottlenecks of one placement and non-linearity; the scale is in W_up and b_up."""
 
-    rank = 3
+    nesting = 3
     stands_for = BottleneckLayer
 
     @classmethod
@@ -35,7 +35,7 @@ class BottleneckBank(BankLayer, BottleneckLayer):
                 )
 
     @override
-    def stored(self, tensors: Tensors, settings: Any) -> dict[str, torch.Tensor]:
+    def make_stack_values(self, tensors: Tensors, settings: Any) -> dict[str, torch.Tensor]:
         self.options["bank"] = settings
         weight = tensors["inlay_bottleneck_weight"].float()
         learned = tensors.get("inlay_bottleneck_scale")
@@ -53,8 +53,8 @@ class BottleneckBank(BankLayer, BottleneckLayer):
         return values
 
     @override
-    def banked(self, *args: Any, **kwargs: Any) -> Any:
-        return self.adapted([(["bank"], None)], *args, **kwargs)  # which asks for `_sum`
+    def forward_rows(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward_adapted([(["bank"], None)], *args, **kwargs)  # which asks for `_sum`
 
     @override
     def _sum(self, x: torch.Tensor, groups: Any) -> torch.Tensor:

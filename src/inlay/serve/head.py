@@ -15,7 +15,7 @@ from inlay.serve.bank_layer import BankLayer, Rows, Site, Tensors
 class HeadBank(BankLayer):
     """A head of each row. Rows with fewer labels than others of the batch get -inf for those that they do not have."""
 
-    rank = 1
+    nesting = 1
     stands_for = AuxiliaryTrainingWrapper
 
     @classmethod
@@ -31,17 +31,17 @@ class HeadBank(BankLayer):
 
     def __init__(self, base_layer: nn.Module, rows: Rows) -> None:
         super().__init__(base_layer, rows)
-        self.own = self.stored({k: p.detach() for k, p in base_layer.named_parameters()}, None)
+        self.own = self.make_stack_values({k: p.detach() for k, p in base_layer.named_parameters()}, None)
         for slot in range(rows.capacity):
-            self.stacks.put(slot, self.absent())
+            self.stacks.fill_slot(slot, self.values_if_absent())
             self.stacks.sizes[slot] = self.size_of(self.own)
 
     @override
-    def stored(self, tensors: Tensors, settings: Any) -> dict[str, torch.Tensor]:
+    def make_stack_values(self, tensors: Tensors, settings: Any) -> dict[str, torch.Tensor]:
         return {key: value.float() for key, value in tensors.items()}  # K x d, K
 
     @override
-    def absent(self) -> dict[str, torch.Tensor]:
+    def values_if_absent(self) -> dict[str, torch.Tensor]:
         return self.own  # adapters without a head, and the plain base, have the base's
 
     @override
@@ -49,7 +49,7 @@ class HeadBank(BankLayer):
         return len(values["weight"])
 
     @override
-    def banked(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_rows(self, x: torch.Tensor) -> torch.Tensor:
         sizes = [self.stacks.sizes[slot] for slot in self.rows.slots]
         tokens = x.reshape(len(x), -1, x.shape[-1]).float()
         bias = self.row("bias", len(x)) if "bias" in self.stacks._buffers else None

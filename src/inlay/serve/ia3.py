@@ -15,7 +15,7 @@ from inlay.serve.bank_layer import BankLayer, Site, Tensors
 class FactorBank(BankLayer):
     """(IA)³ of each row: factors for the inputs or the outputs of a linear layer, stored less one."""
 
-    rank = 1
+    nesting = 1
     stands_for = IA3Layer
 
     @classmethod
@@ -29,11 +29,11 @@ class FactorBank(BankLayer):
         return Site(name, cls, keys, bool(layer.is_feedforward))
 
     @override
-    def stored(self, tensors: Tensors, settings: bool) -> dict[str, torch.Tensor]:
+    def make_stack_values(self, tensors: Tensors, settings: bool) -> dict[str, torch.Tensor]:
         return {"inputs" if settings else "outputs": tensors["ia3_l"].float().flatten() - 1}
 
     @override
-    def banked(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward_rows(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if "inputs" in self.stacks._buffers:
             x = self._times(x, "inputs")
         result = self.base_layer(x, *args, **kwargs)

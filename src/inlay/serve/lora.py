@@ -22,7 +22,7 @@ _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 class LoraBank(BankLayer):
     """B·A·x of each row, around a linear layer or a 1x1 convolution; the scale is in B."""
 
-    rank = 1
+    nesting = 1
     stands_for = LoraLayer
 
     @classmethod
@@ -42,7 +42,7 @@ class LoraBank(BankLayer):
         )
 
     @override
-    def stored(self, tensors: Tensors, settings: float) -> dict[str, torch.Tensor]:
+    def make_stack_values(self, tensors: Tensors, settings: float) -> dict[str, torch.Tensor]:
         down, up = tensors["lora_A.weight"].float(), tensors["lora_B.weight"].float()
         values = {"down": down.flatten(1), "up": up.flatten(1) * settings}  # r x inputs, outputs x r
         if (bias := tensors.get("lora_B.bias")) is not None:
@@ -50,7 +50,7 @@ class LoraBank(BankLayer):
         return values
 
     @override
-    def banked(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward_rows(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         result = self.base_layer(x, *args, **kwargs)
         inner = self.get_base_layer()
         if isinstance(inner, nn.Conv2d):  # B C H W: positions are tokens
@@ -76,10 +76,10 @@ class LoraBank(BankLayer):
 class LoraConvolutionBank(BankLayer):
     """LoRA of each row around a convolution: A is a kernel over all channels, B of a group sees the group's units."""
 
-    rank = 1
+    nesting = 1
 
     @override
-    def stored(self, tensors: Tensors, settings: float) -> dict[str, torch.Tensor]:
+    def make_stack_values(self, tensors: Tensors, settings: float) -> dict[str, torch.Tensor]:
         groups = self.get_base_layer().groups
         down = tensors["lora_A.weight"].float().unflatten(0, (groups, -1))  # G r inputs k ...
         up = (tensors["lora_B.weight"].float() * settings).flatten(1).unflatten(0, (groups, -1))  # G outputs r
@@ -89,7 +89,7 @@ class LoraConvolutionBank(BankLayer):
         return values
 
     @override
-    def banked(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward_rows(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         result, inner = self.base_layer(x, *args, **kwargs), self.get_base_layer()
         x, rows = x.to(torch.float32), len(x)
         convolve: Any = _CONVOLVE[x.ndim - 2]
@@ -97,7 +97,7 @@ class LoraConvolutionBank(BankLayer):
             kernel, up = (self.stacks._buffers[key][self.rows.only] for key in ("down", "up"))
             hidden = convolve(x, kernel.flatten(0, 1), None, inner.stride, inner.padding)
         else:
-            kernel, up = self.stacks.take("down", rows), self.stacks.take("up", rows)
+            kernel, up = self.stacks.take_rows("down", rows), self.stacks.take_rows("up", rows)
             side_by_side = x.reshape(1, -1, *x.shape[2:])  # 1 (B inputs) H W, a group a row
             hidden = convolve(side_by_side, kernel.flatten(0, 2), None, inner.stride, inner.padding, groups=rows)
         hidden = hidden.reshape(rows, up.shape[-3], up.shape[-1], -1)  # B G r HW
@@ -110,16 +110,16 @@ class LoraConvolutionBank(BankLayer):
 class LoraEmbeddingBank(BankLayer):
     """LoRA of each row around an embedding; a scale that the embedding itself has is that of LoRA, too."""
 
-    rank = 1
+    nesting = 1
 
     @override
-    def stored(self, tensors: Tensors, settings: float) -> dict[str, torch.Tensor]:
+    def make_stack_values(self, tensors: Tensors, settings: float) -> dict[str, torch.Tensor]:
         scale = settings * float(getattr(self.get_base_layer(), "embed_scale", 1.0))
         down, up = tensors["lora_embedding_A"].float(), tensors["lora_embedding_B"].float()
         return {"table": down.T, "up": up * scale}  # words x r, size x r
 
     @override
-    def banked(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward_rows(self, ids: torch.Tensor) -> torch.Tensor:
         result = self.base_layer(ids)
         table = self.stacks._buffers["table"]
         assert table is not None

@@ -16,7 +16,7 @@ from inlay.serve.bank_layer import BankLayer, Site, Tensors
 class VectorBank(BankLayer):
     """What partial fine-tuning has added to the biases of each row, and to the weights of norms."""
 
-    rank = 0
+    nesting = 0
     stands_for = PartialLayer
 
     @classmethod
@@ -31,11 +31,11 @@ class VectorBank(BankLayer):
         return Site(name, cls, keys)
 
     @override
-    def stored(self, tensors: Tensors, settings: None) -> dict[str, torch.Tensor]:
+    def make_stack_values(self, tensors: Tensors, settings: None) -> dict[str, torch.Tensor]:
         return {key.rpartition(".")[2]: value.float() for key, value in tensors.items()}
 
     @override
-    def banked(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward_rows(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         result, inner = self.base_layer(x, *args, **kwargs), self.get_base_layer()
         here = self.stacks._buffers
         if "weight" in here:

@@ -27,7 +27,7 @@ def is_cached_prefix(config: Mapping[str, Any]) -> bool:
     return config["peft_type"] == "PREFIX_TUNING"
 
 
-def split_cache(attention: Sequence[str], table: torch.Tensor) -> dict[str, torch.Tensor]:
+def split_cached_prefix(attention: Sequence[str], table: torch.Tensor) -> dict[str, torch.Tensor]:
     """The keys and values that peft's prefix puts into a cache, as those of an attention prefix.
 
     Args:
@@ -45,7 +45,7 @@ def split_cache(attention: Sequence[str], table: torch.Tensor) -> dict[str, torc
 
 
 @contextmanager
-def moved_on(model: PreTrainedModel, rows: Rows, ahead: Sequence[int]) -> Iterator[None]:
+def positions_shifted(model: PreTrainedModel, rows: Rows, ahead: Sequence[int]) -> Iterator[None]:
     """Inside the block each row's texts stand behind so many tokens in the cache: their positions go on from there."""
     if not any(ahead):
         yield
@@ -73,7 +73,7 @@ def moved_on(model: PreTrainedModel, rows: Rows, ahead: Sequence[int]) -> Iterat
 class PromptStacks(Stacks):
     """peft's prompts, (P, D) each: tokens that no layer adds, but that stand in front of a text's embeddings."""
 
-    def front(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    def prepend_prompts(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
         """A batch with each row's prompt in front, padded on the left, and how long that is.
 
         Positions count from a row's own first token, so that a row gets what it would get alone.
@@ -87,7 +87,7 @@ class PromptStacks(Stacks):
         embeds = model.get_input_embeddings()(ids)
         place = torch.arange(longest, device=ids.device) - longest  # -P ... -1
         place = place + torch.tensor(lengths, device=ids.device)[:, None]  # B P, negative where there is padding
-        prompts = self.take("prompt", len(ids))
+        prompts = self.take_rows("prompt", len(ids))
         prompts = prompts.gather(1, place.clamp(min=0)[..., None].expand(-1, -1, prompts.shape[-1]))
         mask = torch.cat([(place >= 0).to(mask.dtype), mask], dim=1)
         rest = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask")}

@@ -12,7 +12,7 @@ from inlay.adapters.load import inject_checked, set_head
 from inlay.adapters.task import task_of_file
 from inlay.bases.sites import sites
 from inlay.errors import Unsupported, WrongBase
-from inlay.methods._peft import AuxiliaryTrainingWrapper, BaseTunerLayer, PeftModel, adapter_shapes, plain_name
+from inlay.methods._peft import AuxiliaryTrainingWrapper, BaseTunerLayer, PeftModel, adapter_shapes, name_in_base
 from inlay.methods.attention_prefix import AttentionPrefixConfig
 from inlay.serve.attention_prefix import PrefixBank, WindowPrefixBank
 from inlay.serve.bank_layer import KEY_START, BankLayer, Site
@@ -21,7 +21,7 @@ from inlay.serve.head import HeadBank
 from inlay.serve.ia3 import FactorBank
 from inlay.serve.lora import LoraBank
 from inlay.serve.partial import VectorBank
-from inlay.serve.prompt import TABLE, is_cached_prefix, is_prompt, split_cache
+from inlay.serve.prompt import TABLE, is_cached_prefix, is_prompt, split_cached_prefix
 from inlay.serve.visual_prompt import TravelBank
 
 _BANK_LAYERS: tuple[type[BankLayer], ...] = (
@@ -40,8 +40,8 @@ BANK_LAYER_OF = {each.stands_for: each for each in _BANK_LAYERS}  # by the layer
 def find_sites(model: PreTrainedModel, file: AdapterFile, weights: dict[str, torch.Tensor]) -> list[Site]:
     """Where an adapter goes in a bank on `model`: its method is asked, on a copy of the structure without weights.
 
-    Names and shapes of its tensors are those that its config makes there; of peft's prefix those that `split_cache`
-    makes. None for peft's prompts, which wrap nothing.
+    Names and shapes of its tensors are those that its config makes there; of peft's prefix those that
+    `split_cached_prefix` makes. None for peft's prompts, which wrap nothing.
 
     Raises:
         InlayError: Tensors that do not fit; a method, or a form of one, that does not add to each row by itself.
@@ -59,7 +59,7 @@ def find_sites(model: PreTrainedModel, file: AdapterFile, weights: dict[str, tor
     table = weights[TABLE]
     fresh = get_peft_model(_skeleton(model), AttentionPrefixConfig(length=len(table)))
     shapes = adapter_shapes(fresh)
-    found = split_cache(sites(fresh.get_base_model()).attention, table)
+    found = split_cached_prefix(sites(fresh.get_base_model()).attention, table)
     if {key: tuple(value.shape) for key, value in found.items()} != shapes:
         raise WrongBase(
             f"the prefix {file.name!r} of {tuple(table.shape)} has no keys and values for each attention of this base; "
@@ -83,7 +83,7 @@ def _sites_of(adapted: PeftModel, keys: list[str]) -> list[Site]:
     found = []
     for name, module in base.named_modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            found.append((plain_name(name), module))
+            found.append((name_in_base(name), module))
     wrapped = [name for name, _ in found]
     if len(set(wrapped)) < len(wrapped):
         raise Unsupported("a bank holds adapters of one method at each module; load this one with load_adapter.")

@@ -19,7 +19,7 @@ from inlay.serve.bank_layer import BankLayer, Site, Tensors
 class TravelBank(BankLayer):
     """Shallow visual prompts: tokens that enter the first block behind those of the image, and leave the last."""
 
-    rank = 4
+    nesting = 4
     stands_for = VisualPromptLayer
 
     @classmethod
@@ -54,7 +54,7 @@ class TravelBank(BankLayer):
             raise Unsupported(f"rows cannot differ in shallow prompts here, as {kind} takes no mask; use deep ones.")
 
     @override
-    def stored(self, tensors: Tensors, settings: Any) -> dict[str, torch.Tensor]:
+    def make_stack_values(self, tensors: Tensors, settings: Any) -> dict[str, torch.Tensor]:
         tokens = {"tokens": tensors["inlay_visual_prompt_tokens"].float()} if settings.enter else {}
         return {"length": torch.tensor([float(settings.length)]), **tokens}
 
@@ -63,14 +63,14 @@ class TravelBank(BankLayer):
         return int(values["length"]) if values else 0
 
     @override
-    def banked(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward_rows(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         lengths = self.lengths()
         longest = max(lengths)
         if not longest:
             return self.base_layer(x, *args, **kwargs)
         enter, drop = self.options["bank"]
         if enter:
-            here = self.stacks.take("tokens", len(x))[:, :longest].to(x.dtype)
+            here = self.stacks.take_rows("tokens", len(x))[:, :longest].to(x.dtype)
             x = torch.cat([x, here], dim=1)
         tokens = x.shape[1] - longest
         if (counts := self.counts(lengths, len(x))) is not None:

@@ -9,7 +9,7 @@ from inlay.bases.quantize import Quantize
 from inlay.errors import BadInput
 from inlay.measure.memory import MemoryPlan, Optimizer, Precision, measure_peak, plan_memory
 from inlay.methods import METHODS
-from inlay.methods._peft import PeftModel, virtual_tokens
+from inlay.methods._peft import PeftModel, count_virtual_tokens
 from inlay.tasks import TASKS, task_of_base
 from inlay.tasks.base import load_base, load_skeleton
 from inlay.tasks.task import Task
@@ -71,7 +71,7 @@ def plan_base(
 
     def adapt(base: Any) -> tuple[nn.Module, Batch, Loss | None]:
         model = METHODS[method].adapt(base, width)
-        added = virtual_tokens(model.active_peft_config) if isinstance(model, PeftModel) else 0
+        added = count_virtual_tokens(model.active_peft_config) if isinstance(model, PeftModel) else 0
         return model, *task.planned_batch(base, batch_size, length, added)
 
     def options(loss: Loss | None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from typing_extensions import override
 
 from inlay.bases.sites import Sites
 from inlay.errors import InlayError
-from inlay.methods._peft import BaseTunerLayer, PeftType, leave, register
+from inlay.methods._peft import BaseTunerLayer, PeftType, register_method, undo_layer_changes
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
 from inlay.methods.method import Method
 from inlay.methods.spatial.decoder import Encoded, Prompts, VolumeDecoder
@@ -135,10 +135,10 @@ class SpatialAdapterConfig(AdapterConfig):
 class SpatialLayer(AdapterLayer):
     """What both layers of the method share: one adapter acts at a time, and none folds into a weight."""
 
-    rank = 5
+    nesting = 5
 
     @override
-    def refusal(self, names: Sequence[str]) -> str | None:
+    def why_not_merged(self, names: Sequence[str]) -> str | None:
         return "a 3D spatial adapter does not fold into SAM's weights: it takes volumes where SAM takes pictures."
 
     def one(self, names: Sequence[str]) -> str:
@@ -190,7 +190,7 @@ class SpatialEncoderLayer(SpatialLayer):
         return self.base_layer(*args, **kwargs)
 
     @override
-    def adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
+    def forward_adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
         levels = self.by_rows(groups, self._levels, args[0])
         return SamVisionEncoderOutput(last_hidden_state=levels[-1], hidden_states=levels)
 
@@ -235,7 +235,7 @@ class SpatialDecoderLayer(SpatialLayer):
         return self.base_layer(*args, **kwargs)
 
     @override
-    def adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
+    def forward_adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
         step = self._encode if kwargs.pop("volumetric") == "encode" else self._decode
         return self.by_rows(groups, step, *args, **kwargs)
 
@@ -279,11 +279,11 @@ class SpatialModel(AdapterTuner):
     @override
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        leave(model)
+        undo_layer_changes(model)
         return model
 
 
-register("inlay_spatial3d", SpatialAdapterConfig, SpatialModel)
+register_method("inlay_spatial3d", SpatialAdapterConfig, SpatialModel)
 
 SPATIAL = Method(
     name="spatial",

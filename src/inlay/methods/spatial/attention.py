@@ -89,7 +89,9 @@ def joined(x: torch.Tensor, axes: Sequence[Axis]) -> torch.Tensor:
     return x[:, : axes[0].size, : axes[1].size, : axes[2].size]
 
 
-def attend(attention: nn.Module, x: torch.Tensor, depth: torch.Tensor | None, axes: Sequence[Axis]) -> torch.Tensor:
+def attend_in_windows(
+    attention: nn.Module, x: torch.Tensor, depth: torch.Tensor | None, axes: Sequence[Axis]
+) -> torch.Tensor:
     """What the frozen attention of SAM gives on the tokens of a volume.
 
     Args:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from inlay.methods.spatial.attention import attend, cut, resized
+from inlay.methods.spatial.attention import attend_in_windows, cut, resized
 
 _ROWS = 16384  # tokens that pass through an MLP at once where no gradient is kept
 
@@ -82,7 +82,7 @@ class BlockParts(nn.Module):
         if not self.after:
             x = x + self.adapter(x)
         axes = cut(x.shape[1:4], self.window, self.shifted)
-        x = x + attend(base.attn, self._norm(x, base.layer_norm1, 0), self._depth(base.attn), axes)
+        x = x + attend_in_windows(base.attn, self._norm(x, base.layer_norm1, 0), self._depth(base.attn), axes)
         if self.after:
             x = x + self.adapter(x)
         return _added(x, lambda rows: base.mlp(self._norm(rows, base.layer_norm2, 2)))

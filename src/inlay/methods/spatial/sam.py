@@ -160,7 +160,7 @@ class VolumeSamModel(SamModel):
             losses.append(dice_cross_entropy(logits, labels))
         return VolumeOutput(loss=torch.stack(losses).mean(), logits=first, image_embeddings=encoded)
 
-    def leave(self) -> None:
+    def undo_changes(self) -> None:
         """Be a SamModel again."""
         self.__class__ = SamModel
 

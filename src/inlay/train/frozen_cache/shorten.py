@@ -27,7 +27,7 @@ from torch.utils.data import Dataset, default_collate
 
 from inlay.bases.sites import sites
 from inlay.errors import InlayError
-from inlay.methods._peft import plain_name
+from inlay.methods._peft import name_in_base
 from inlay.train.config import TrainConfig
 from inlay.train.evaluation import rows_of, train_mode
 from inlay.train.frozen_cache.states import Cut, Runner, Unkept, agree, generators, keep, key_of
@@ -255,7 +255,7 @@ def _blocks(model: nn.Module) -> dict[str, nn.Module]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     outermost: dict[str, nn.Module] = {}
     for name, module in base.named_modules():
-        outermost.setdefault(plain_name(name), module)
+        outermost.setdefault(name_in_base(name), module)
     places = {id(module): name for name, module in model.named_modules()}
     try:
         return {places[id(outermost[name])]: outermost[name] for name in sites(base).blocks}
