@@ -75,7 +75,7 @@ def test_settings_of_any_kind_keep_the_table_a_table(original):
 
 @pytest.mark.parametrize("header", ["---\nfoo: [\n---\n", "---\n- a\n- b\n---\n"])
 def test_a_header_that_the_hub_cannot_read_is_one_sentence(header):
-    with pytest.raises(InlayError, match=r"the header of the card is not as the Hub reads it: .* Mend it"):
+    with pytest.raises(InlayError, match=r"the header of the card is not as the Hub reads it: .* Correct it"):
         for_repository(header + "# Text", "ann/zoo")
 
 

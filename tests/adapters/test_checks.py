@@ -48,7 +48,7 @@ def test_a_check_without_what_it_needs_is_a_mistake_of_ours(zoo):
         ({"record": lambda r: r["preprocessing"].update(image_mean=[0.1, 0.2, 0.3])}, "its output differs by"),
         ({"config": lambda c: c.update(init_lora_weights="pissa")}, "changes the base at each load"),
         ({"config": lambda c: c.update(r=5)}, r"should be \(5, 96\), the file has \(4, 96\)"),
-        ({"config": lambda c: c.update(target_modules="(.*)*(.*)*(.*)*(.*)*(.*)*b")}, "was not done with this base's"),
+        ({"config": lambda c: c.update(target_modules="(.*)*(.*)*(.*)*(.*)*(.*)*b")}, "did not finish on this base's"),
         ({"record": lambda r: r["base"].update(blocks=7)}, "blocks 7"),
     ],
 )

@@ -136,7 +136,7 @@ def test_a_folder_of_adapters_goes_and_comes_whole(hub, adapter, tmp_path, outpu
     rows = json.loads((tmp_path / "here" / "index.json").read_text())
     assert [row["name"] for row in rows] == ["one", "own", "two"]
     assert (tmp_path / "here" / "one" / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()
-    with pytest.raises(InlayError, match="ann/many on the Hub is no adapter"):
+    with pytest.raises(InlayError, match="ann/many on the Hub is not an adapter"):
         load_adapter("ann/many")
     with pytest.raises(InlayError, match="not an adapter; name another repository"):
         push_adapter(adapter, "ann/many")
@@ -294,7 +294,7 @@ def test_a_push_that_breaks_off_leaves_nothing_to_load_and_goes_on(hub, adapter,
     with pytest.raises(InlayError, match="try the same again later, what has arrived is kept") as error:
         push_adapter(adapter, "ann/zoo")
     assert error.value.__cause__ is None and served(hub).keys() == {".gitattributes"}
-    with pytest.raises(InlayError, match=r"is no adapter: it has no adapter_config\.json"):
+    with pytest.raises(InlayError, match=r"is not an adapter: it has no adapter_config\.json"):
         load_adapter("ann/zoo")
     hub.faults.clear()
     before = len(hub.calls)
@@ -428,7 +428,7 @@ def test_a_token_that_a_server_sends_back_is_not_repeated(hub, adapter, where, c
 
 
 def test_offline_and_unknown_are_one_sentence(hub, adapter, monkeypatch):
-    with pytest.raises(InlayError, match="there is no folder 'ann/none', and the Hub does not give it: the Hub has no"):
+    with pytest.raises(InlayError, match="no folder 'ann/none' here, and the Hub does not give it: the Hub has no"):
         load_adapter("ann/none")
     offline(monkeypatch)
     with pytest.raises(InlayError, match="this process is offline: unset HF_HUB_OFFLINE"):

@@ -61,7 +61,7 @@ def test_metrics_of_any_kind_are_listed(zoos, odd):
 def test_an_index_replaces_nothing_but_an_index(zoos):
     for name in ("README.md", "index.html", "index.json"):
         (zoos / name).write_text("# My project")
-        with pytest.raises(InlayError, match=rf"{name} is no index of adapters, and one would replace it"):
+        with pytest.raises(InlayError, match=rf"{name} is not an index of adapters and would be overwritten"):
             write_index(zoos)
         assert (zoos / name).read_text() == "# My project" and len(list(zoos.iterdir())) == 4
         (zoos / name).unlink()
@@ -84,7 +84,7 @@ def test_names_of_any_kind_keep_the_table_a_table(zoos):
 def test_a_folder_whose_name_is_no_text_is_listed_as_broken(zoos):
     (zoos / "small").rename(zoos / os.fsdecode(b"\xff"))
     row = next(row for row in write_index(zoos) if "udcff" in row["name"])
-    assert "is no text in UTF-8; rename it" in row["error"]
+    assert "is not valid UTF-8; rename it" in row["error"]
 
 
 def test_names_and_labels_cannot_break_out_of_the_page(zoos):

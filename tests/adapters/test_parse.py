@@ -54,5 +54,5 @@ def test_a_config_of_other_types_is_one_sentence(plain, zoo, change, said):
 
 
 def test_a_task_of_another_type_is_one_sentence(rewrite, zoo):
-    with pytest.raises(InlayError, match="cannot be read \\(task is no text\\)"):
+    with pytest.raises(InlayError, match="cannot be read \\(task is not text\\)"):
         read_adapter(rewrite(zoo, record=lambda record: record.update(task=["x"])))

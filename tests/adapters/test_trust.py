@@ -82,8 +82,8 @@ def test_a_picture_of_a_million_pixels_a_side(zoo, rewrite):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"peft_type": "VERA", "r": 2_000_000}, "r = 2000000, but no tensor beside it has more than 384 rows"),
-        ({"peft_type": "LOHA", "r": 2_000_000}, "r = 2000000, but no tensor beside it has more than 384 rows"),
+        ({"peft_type": "VERA", "r": 2_000_000}, "r = 2000000, but no tensor of its file has more than 384 rows"),
+        ({"peft_type": "LOHA", "r": 2_000_000}, "r = 2000000, but no tensor of its file has more than 384 rows"),
         ({"peft_type": "LORA", "r": 2_000_000}, r"should be \(2000000, 96\), the file has \(4, 96\)"),
     ],
 )
@@ -203,8 +203,8 @@ def test_info_says_where_it_read(zoo, capsys, monkeypatch):
         ({"peft_type": "CPT"}, "of peft's method 'CPT', of which inlay does not know"),
         ({"lora_alpha": 1e9}, r"lora_alpha = 1e\+09; expected at most 1e\+06"),
         ({"alpha_pattern": {"q_proj": -1e9}}, r"alpha_pattern.q_proj = -1e\+09; expected at most"),
-        ({"lora_alpha": float("nan")}, "lora_alpha = nan, which is no number"),
-        ({"lora_dropout": float("inf")}, "lora_dropout = inf, which is no number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha = nan, which is not a number"),
+        ({"lora_dropout": float("inf")}, "lora_dropout = inf, which is not a number"),
         ({"init_lora_weights": "magic"}, "names the unknown initialisation 'magic'"),
         ({"parts": [{"r": 4}]}, "has parts or modules_to_save of a wrong kind"),
     ],
@@ -424,7 +424,7 @@ def test_a_pattern_that_would_run_for_ever(settings, zoo, plain, five, monkeypat
     monkeypatch.setattr(patterns, "SECONDS", 0.5)
     plain(zoo, lambda c: c.update(settings))
     started = time.perf_counter()
-    refused(zoo, r"a pattern in the config of adapter 'zoo' was not done with .* module names after 0.5 s", base=five)
+    refused(zoo, r"a pattern in the config of adapter 'zoo' did not finish on .* module names after 0.5 s", base=five)
     assert time.perf_counter() - started < 60  # without the limit it would be years
 
 

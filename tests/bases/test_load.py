@@ -168,8 +168,8 @@ def test_training_after_an_evaluation_of_a_4_bit_base(small):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("builtin:nothing", r"there is no embedded model 'builtin:nothing'; there are .*builtin:vit-tiny"),
-        ("builtin:../models", r"there is no embedded model"),
+        ("builtin:nothing", r"unknown embedded model 'builtin:nothing'; choose one of .*builtin:vit-tiny"),
+        ("builtin:../models", r"unknown embedded model"),
         ("./nowhere", r"no model folder at './nowhere'; give a folder, a Hub id \(user/name\) or builtin:"),
         ("/nowhere/at/all", r"no model folder at"),
         ("a/b/c", r"no model folder at"),
@@ -180,7 +180,7 @@ def test_training_after_an_evaluation_of_a_4_bit_base(small):
             r"someone/something is not in the cache and the Hub cannot be reached; check the network",
         ),
         ("bert", r"bert is not in the cache and the Hub cannot be reached"),
-        ("what a name", r"what a name (could not be loaded|is not in the cache)|there is no model 'what a name'"),
+        ("what a name", r"what a name (could not be loaded|is not in the cache)|no model 'what a name'"),
     ],
 )
 def test_a_name_that_leads_nowhere(name, message):
@@ -236,7 +236,7 @@ def test_pickled_weights_are_not_read(folder):
 def test_truncated_weights(length, folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:length])
-    refused(r"the weights of .* are not a whole safetensors file \(.*\); get it again", folder)
+    refused(r"the weights of .* are not a whole safetensors file \(.*\); download it again", folder)
 
 
 @pytest.mark.parametrize(

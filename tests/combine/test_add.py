@@ -324,7 +324,7 @@ def test_adding_is_the_same_verb_as_a_package_and_as_a_function():
         ({}, lambda w, k: w.update({k: torch.zeros(4, 32, dtype=torch.int64)}), "only floating-point ones add"),
         ({}, lambda w, k: w.update({"base_model.model.vit.cls_token": torch.zeros(2)}), "neither to its method"),
         ({"lora_alpha": "much"}, None, "do not fit their tensors"),
-        ({"lora_alpha": float("inf")}, None, "lora_alpha = inf, which is no number"),
+        ({"lora_alpha": float("inf")}, None, "lora_alpha = inf, which is not a number"),
         ({"alpha_pattern": {"(": 3}}, None, "do not fit their tensors"),
         ({"alpha_pattern": [1]}, None, "do not fit their tensors"),
         ({"parts": [1]}, None, "parts or modules_to_save of a wrong kind"),

@@ -103,7 +103,7 @@ def for_repository(text: str, repo: str, inside: str = "", licence: str | None =
         except (ValueError, yaml.YAMLError) as error:
             said = " ".join(str(error).split())
             raise DamagedFile(
-                f"the header of the card is not as the Hub reads it: {said}. Mend it, or save anew."
+                f"the header of the card is not as the Hub reads it: {said}. Correct it, or save the adapter again."
             ) from None
         if licence:
             read.data["license"] = licence
@@ -112,7 +112,7 @@ def for_repository(text: str, repo: str, inside: str = "", licence: str | None =
 
 
 def _header(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any], title: str) -> ModelCardData:
-    """What the Hub shows beside the card, and finds it by."""
+    """What the Hub shows next to the card, and finds it by."""
     base, task, dataset = record["base"], record["task"], metrics.get("dataset") or "unknown data"
     known = _on_hub(base["name"])
     results = [

@@ -214,7 +214,7 @@ def _check_golden(candidate: Candidate) -> Result:
         raise DamagedFile(f"adapter {file.name!r} loads, but fails on its first input: {reason}") from error
     if not stored:
         if not np.isfinite(found).all():
-            raise DamagedFile(f"adapter {file.name!r} loads, but gives NaN or Inf; get it again, or another base.")
+            raise DamagedFile(f"adapter {file.name!r} loads, but gives NaN or Inf; download it again, or another base.")
         return "not recorded"
     off = candidate.deviation = golden.deviation(stored, found)
     precisions = host.identity().precision, file.record["base"]["precision"]

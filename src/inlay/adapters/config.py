@@ -45,20 +45,20 @@ def check_config(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], whe
 
     Args:
         config: The JSON, whose `peft_type` is a text; parts of a composite are looked at, too.
-        shapes: Of the tensors beside it.
+        shapes: Of the tensors that were saved with it.
         where: The file, for the message.
     """
     for path, value in _leaves(config):
         if any(0xD800 <= ord(c) < 0xE000 for c in f"{path}{value if isinstance(value, str) else ''}"):
-            raise DamagedFile(f"{where} holds half a character, which no text has; get it again.")
+            raise DamagedFile(f"{where} holds half a character (an unpaired surrogate); download it again.")
         if isinstance(value, float) and not math.isfinite(value):
-            raise DamagedFile(f"{where} says {path} = {value}, which is no number; get it again.")
+            raise DamagedFile(f"{where} says {path} = {value}, which is not a number; download it again.")
         if path.endswith("trust_remote_code") and value:
             raise Unsupported(f"{where} asks for code from a repository (trust_remote_code), which inlay never runs.")
     parts = config.get("parts") or []
     typed = isinstance(parts, list) and all(isinstance(p, dict) and isinstance(p.get("peft_type"), str) for p in parts)
     if not typed or not _names(config.get("modules_to_save"), list):
-        raise DamagedFile(f"{where} has parts or modules_to_save of a wrong kind; get it again.")
+        raise DamagedFile(f"{where} has parts or modules_to_save of a wrong kind; download it again.")
     for part in [config, *parts]:
         _check_method(part["peft_type"], where)
         _check_settings(part, where)
@@ -80,7 +80,7 @@ def _check_settings(config: dict[str, Any], where: Path) -> None:
     for name in ("target_modules", "exclude_modules"):
         if not _names(config.get(name), list, str):
             raise DamagedFile(
-                f"{where} does not fit this base: {name} must be a text or a list of texts; get it again."
+                f"{where} does not fit this base: {name} must be a text or a list of texts; download it again."
             )
     for name, harm in _EMPTY.items():
         if config.get(name):
@@ -118,7 +118,9 @@ def _check_sizes(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], whe
         name = path.rpartition(".")[2] if "_pattern." not in path else path.partition("_pattern.")[0]
         scales = "alpha" in name or name in ("scale", "scaling")
         if scales and type(value) in (int, float) and abs(value) > MAX_SCALE:
-            raise DamagedFile(f"{where} says {path} = {value:g}; expected at most {MAX_SCALE:g} in size. Get it again.")
+            raise DamagedFile(
+                f"{where} says {path} = {value:g}; expected at most {MAX_SCALE:g} in size. Download it again."
+            )
     if config["peft_type"] in _META or config["peft_type"].startswith("INLAY_"):
         return
     largest = max((axis for shape in shapes.values() for axis in shape), default=0)
@@ -126,8 +128,8 @@ def _check_sizes(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], whe
         value = config.get(name)
         if type(value) is int and value > max(largest, 1024):
             raise DamagedFile(
-                f"{where} says {name} = {value}, but no tensor beside it has more than {largest} rows or columns; get "
-                "the adapter again."
+                f"{where} says {name} = {value}, but no tensor of its file has more than {largest} rows or columns; "
+                "download the adapter again."
             )
 
 

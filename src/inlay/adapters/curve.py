@@ -1,4 +1,4 @@
-"""The course of a training as one picture, which goes into the adapter's folder and onto its card."""
+"""The course of a training as one image, which goes into the adapter's folder and onto its card."""
 
 import math
 from pathlib import Path
@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 CURVE = "training.png"
 _SIZE, _LEFT, _RIGHT, _TOP, _BOTTOM = (460, 300), 58, 14, 34, 42  # pixels of a panel, and its margins
 _INK, _GRID, _COLOURS = (40, 40, 40), (225, 225, 225), ((60, 90, 170), (200, 90, 40), (50, 130, 80), (120, 70, 140))
-_OTHERS = 4  # scores beside the losses that a panel shows at most
+_OTHERS = 4  # scores next to the losses that a panel shows at most
 
 
 def drawable(history: Any) -> bool:
@@ -24,15 +24,15 @@ def _numbers(row: dict[str, Any]) -> bool:
 
 
 def draw_curve(history: list[dict[str, float]], path: Path) -> None:
-    """Draw losses, and beside them what else was scored, over the steps: a .png of 460 x 300 pixels a panel."""
+    """Draw losses, and next to them what else was scored, over the steps: a .png of 460 x 300 pixels a panel."""
     losses: list[str] = [name for name in ("train_loss", "loss") if name in history[0]]
     others = [name for name in history[0] if name not in ("step", "train_loss", "loss")][:_OTHERS]
     panels: list[list[str]] = [losses, others] if others else [losses]
-    picture = Image.new("RGB", (_SIZE[0] * len(panels), _SIZE[1]), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    image = Image.new("RGB", (_SIZE[0] * len(panels), _SIZE[1]), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(12)
     for column, names in enumerate(panels):
         _panel(pen, font, column * _SIZE[0], history, names)
-    picture.save(path, optimize=True)
+    image.save(path, optimize=True)
 
 
 def _panel(pen: ImageDraw.ImageDraw, font: Any, x0: int, history: list[dict[str, float]], names: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""A saved adapter scored on labelled data, and its scores written beside it."""
+"""A saved adapter scored on labelled data, and its scores written next to it."""
 
 import re
 import shutil
@@ -28,7 +28,7 @@ def evaluate(
     resamples: int = 1000,
     write: bool = False,
 ) -> Evaluation:
-    """Score an adapter on labelled data: all scores of its task with 95 % intervals, beside those of its base.
+    """Score an adapter on labelled data: all scores of its task with 95 % intervals, compared with those of its base.
 
     Args:
         adapter: From `load_adapter`, or a folder or Hub id.

@@ -82,7 +82,7 @@ class AdapterFile:
         named = isinstance(found, dict) and all(isinstance(rows, dict) and rows for rows in found.values())
         if not named or not all(type(i) is int and 0 <= i < count for rows in found.values() for i in rows.values()):
             raise DamagedFile(
-                f"the tasks in the record of {self.folder} are no classes with their logits; get it again."
+                f"the tasks in the record of {self.folder} do not name classes with their logits; download it again."
             )
         return dict(found)
 
@@ -172,7 +172,7 @@ def _check_folder(reading: Reading) -> None:
         )
         raise DamagedFile(f"{folder} has no {WEIGHTS}{pickled}; save the adapter again as safetensors.")
     if not is_text(folder.name):
-        raise BadInput(f"the name of {str(folder)!r} is no text in UTF-8; rename it.")
+        raise BadInput(f"the name of {str(folder)!r} is not valid UTF-8; rename it.")
     _check_files(folder)
 
 
@@ -200,7 +200,7 @@ def _read_record_and_metrics(reading: Reading) -> None:
     record = _record(folder, reading.metadata)
     if record and record["config"] != fingerprint(reading.config):
         raise DamagedFile(
-            f"{folder / CONFIG} is not what was saved with the weights; get it again, or save the adapter anew."
+            f"{folder / CONFIG} is not what was saved with the weights; download it again, or save the adapter again."
         )
     reading.record = record
 
@@ -215,7 +215,7 @@ READING_STEPS: dict[str, Callable[[Reading], None]] = {
 
 
 def _check_files(folder: Path) -> None:
-    """Each file is there itself, or linked to from within: the Hub's cache keeps them in `blobs` beside `snapshots`."""
+    """Each file is there itself, or is a link within: the Hub's cache keeps them in `blobs` next to `snapshots`."""
     inside = folder.resolve()
     homes = [inside, *(parent.parent / "blobs" for parent in inside.parents if parent.name == "snapshots")]
     for name in (CONFIG, WEIGHTS, METRICS, CARD):
@@ -224,7 +224,9 @@ def _check_files(folder: Path) -> None:
             raise Unsupported(f"{path} is a link to a file outside of the folder; put the file itself there.")
         limit = MAX_BYTES.get(name)
         if limit and path.is_file() and (size := path.stat().st_size) > limit:
-            raise DamagedFile(f"{path} has {size:,} bytes, and inlay reads at most {limit:,}; it is no adapter's.")
+            raise DamagedFile(
+                f"{path} has {size:,} bytes, and inlay reads at most {limit:,}; that is too large for an adapter."
+            )
 
 
 def _target(link: Path) -> Path:
@@ -267,7 +269,7 @@ def _json(path: Path, *, exact: bool = False) -> dict[str, Any]:
             raise ValueError("it is a Git LFS pointer: run `git lfs pull`")
         content = parse_json(text, exact=exact)
     except (ValueError, RecursionError) as error:
-        raise DamagedFile(f"{path} is not readable as JSON ({error}); get the adapter again.") from None
+        raise DamagedFile(f"{path} is not readable as JSON ({error}); download the adapter again.") from None
     if not isinstance(content, dict):
         raise DamagedFile(f"{path} must hold a JSON object, not a {type(content).__name__}.")
     return content
@@ -280,12 +282,12 @@ def _record(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
         record = parse_json(metadata["inlay"])
         version = record["format"]
         if type(version) is not int:
-            raise ValueError("format is no number")
+            raise ValueError("format is not a number")
         if not isinstance(record.get("task", ""), str):
-            raise ValueError("task is no text")
+            raise ValueError("task is not text")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedFile(
-            f"the record inside {folder / WEIGHTS} cannot be read ({error}); get the adapter again."
+            f"the record inside {folder / WEIGHTS} cannot be read ({error}); download the adapter again."
         ) from None
     if version > FORMAT:
         raise Unsupported(

@@ -45,7 +45,7 @@ class LoadedAdapter:
         task: What it is for, a row of TASKS.
         processor: The image processor, TextProcessor or VolumeProcessor that it was trained with.
         labels: Class names in the order of the logits; of an adapter for volumes without background; none for a
-            language model or SAM on pictures.
+            language model or SAM on images.
         file: What was read from disk.
         verified: True if base, tensors and golden output were checked; False for a folder that only peft has written.
         deviation: Relative difference to the golden output; None if there is none.
@@ -106,7 +106,7 @@ class LoadedAdapter:
         return self
 
     def unmerge(self) -> "LoadedAdapter":
-        """Put the base's own weights back, bit for bit, and the adapter beside them again."""
+        """Put the base's own weights back, bit for bit, with the adapter in it again."""
         if self._unmerge is None:
             raise BadInput("this adapter is not merged.")
         self.model, self._unmerge = self._unmerge(), None
@@ -323,7 +323,7 @@ def inject_checked(file: AdapterFile, base: PreTrainedModel, weights: dict[str, 
     heads = [name for name in file.record.get("head", []) if any(f".{name}." in key for key in missing)]
     if heads:
         raise DamagedFile(
-            f"adapter {file.name!r} lacks its head {heads[0]!r} ({len(missing)} tensors missing); get it again."
+            f"adapter {file.name!r} lacks its head {heads[0]!r} ({len(missing)} tensors missing); download it again."
         )
     if missing or superfluous:
         parts = [f"lacks {len(missing)} tensors ({min(missing)})"] if missing else []
@@ -348,5 +348,6 @@ def _check_tokens(file: AdapterFile, config: PeftConfig, weights: dict[str, torc
     if len(weights) > 1 or found is None or found.shape[:1] != (wanted,):
         raise DamagedFile(
             f"adapter {file.name!r} does not fit its config: expected one tensor prompt_embeddings of {wanted} virtual "
-            f"tokens, got {', '.join(f'{k} {tuple(v.shape)}' for k, v in list(weights.items())[:2])}; get it again."
+            f"tokens, got {', '.join(f'{k} {tuple(v.shape)}' for k, v in list(weights.items())[:2])}; download it "
+            "again."
         )

@@ -45,9 +45,7 @@ def check_record(record: dict[str, Any], where: Path) -> None:
     if len(record["labels"]) > MAX_LABELS:
         raise DamagedFile(f"{where} names {len(record['labels']):,} labels, and inlay reads at most {MAX_LABELS:,}.")
     if wrong:
-        raise DamagedFile(
-            f"the record inside {where} has another {wrong[0]} than inlay writes; save the adapter again."
-        )
+        raise DamagedFile(f"the record inside {where} has a wrong {wrong[0]}; save the adapter again.")
 
 
 def _is_sketch(values: str) -> bool:

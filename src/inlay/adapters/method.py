@@ -24,5 +24,5 @@ def check_method(file: AdapterFile) -> None:
         if (odd := find_unknown_settings(part)) and not file.record.get("golden"):
             raise Unsupported(
                 f"{file.folder / CONFIG} sets {', '.join(odd)}, which this peft does not know in {method} or would "
-                "misread; upgrade peft, or get the adapter again."
+                "misread; upgrade peft, or download the adapter again."
             )

@@ -61,7 +61,7 @@ def check_patterns(config: dict[str, Any], names: Iterable[str], adapter: str) -
         )
     except subprocess.TimeoutExpired:
         raise Unsupported(
-            f"a pattern in the config of adapter {adapter!r} was not done with this base's {len(set(names)):,} module "
+            f"a pattern in the config of adapter {adapter!r} did not finish on this base's {len(set(names)):,} module "
             f"names after {SECONDS:g} s ({patterns[0][:60]!r}{' ...' * (len(patterns) > 1)}); name the modules instead."
         ) from None
     except (subprocess.CalledProcessError, OSError) as error:

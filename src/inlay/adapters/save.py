@@ -103,8 +103,8 @@ def _check_model(model: Any) -> None:
         )
     if init := changes_base(model.active_peft_config.to_dict()):
         raise Unsupported(
-            f"the initialisation {init!r} changes the base, so that the adapter alone would be wrong on it; train with "
-            "another init_lora_weights, such as True."
+            f"the initialisation {init!r} changes the base, so the adapter would be wrong on the base as it was; "
+            "train with another init_lora_weights, such as True."
         )
 
 

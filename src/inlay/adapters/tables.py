@@ -29,7 +29,7 @@ def table_row(*cells: Any) -> str:
 
 
 def cost_section(cost: dict[str, Any]) -> list[str]:
-    """A table of what was measured, beside the base alone where that was measured too, and how it was."""
+    """A table of what was measured, compared with the base alone where that was measured too, and how it was."""
     if not cost:
         return ["Not measured."]
     told = [key for key in cost if not key.startswith("base_") and key not in _ASIDE]

@@ -17,7 +17,7 @@ def read_weights(file: AdapterFile) -> dict[str, torch.Tensor]:
     try:
         weights = load_file(file.folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
-        raise DamagedFile(f"{file.folder / WEIGHTS} is damaged: {error}; get it again.") from error
+        raise DamagedFile(f"{file.folder / WEIGHTS} is damaged: {error}; download it again.") from error
     real = {key: value for key, value in weights.items() if value.is_floating_point()}
     if real and not torch.stack([v.sum(dtype=torch.float32) for v in real.values()]).isfinite().all():  # cheaper
         for key, value in real.items():

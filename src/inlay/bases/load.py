@@ -37,7 +37,7 @@ def resolve_base(name: str | Path) -> str:
     name = str(name)
     if name.startswith("builtin:"):
         if name not in builtin_names():
-            raise BadInput(f"there is no embedded model {name!r}; there are {', '.join(builtin_names())}.")
+            raise BadInput(f"unknown embedded model {name!r}; choose one of {', '.join(builtin_names())}.")
         return str(BUILTIN / name.removeprefix("builtin:"))
     path = Path(name).expanduser()
     if path.is_dir() and name:
@@ -252,14 +252,14 @@ def explained(name: str, error: Exception) -> InlayError:
     text = str(error)
     if isinstance(error, SafetensorError):
         return DamagedFile(
-            f"the weights of {name} are not a whole safetensors file ({first_line(error)}); get it again."
+            f"the weights of {name} are not a whole safetensors file ({first_line(error)}); download it again."
         )
     if "offline" in text.lower() or "couldn't connect" in text.lower() or "connection" in text.lower():
         return Unreachable(
             f"{name} is not in the cache and the Hub cannot be reached; check the network, or use {builtin_names()[0]}."
         )
     if "not a valid model identifier" in text or "404" in text or "is not a local folder" in text:
-        return Unreachable(f"there is no model {name!r} on the Hub that you may read, and no such folder.")
+        return Unreachable(f"no model {name!r}: it is no folder here, and no model on the Hub that you may read.")
     if "safetensors" in text and ("does not appear to have" in text or "no file named" in text):
         return Unsupported(f"{name} has no model.safetensors; inlay reads no pickled weights: convert it first.")
     if "trust_remote_code" in text:

@@ -1,4 +1,4 @@
-"""Load what turns pictures and text into a base's input: image processors and tokenizers."""
+"""Load what turns images and text into a base's input: image processors and tokenizers."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from inlay.bases.load import explained, first_line, read_config, resolve_base
 from inlay.errors import BadInput, DamagedFile, Unsupported
 
 _PROCESSOR = "preprocessor_config.json"
-MAX_SIDE = 8192  # pixels that settings from anywhere may have a picture resized to
+MAX_SIDE = 8192  # pixels that settings from anywhere may have an image resized to
 _SIDES = ("size", "crop_size", "pad_size", "mask_size", "mask_pad_size")
 
 
@@ -80,7 +80,7 @@ def _has_processor(name: str, where: str, revision: str | None) -> bool:
 
 
 def _resize(processor: BaseImageProcessor, side: int, tokens: int) -> None:
-    """Let a standard processor make pictures of side x side pixels, of which the model makes tokens x tokens."""
+    """Let a standard processor make images of side x side pixels, of which the model makes tokens x tokens."""
     square = {"height": side, "width": side}
     if processor.crop_size and getattr(processor, "do_center_crop", False):
         processor.size, processor.crop_size = {"shortest_edge": round(side * 256 / 224)}, square

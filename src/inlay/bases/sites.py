@@ -36,7 +36,7 @@ _QKV = (
 # Poolers of a backbone: computed, but not used by a classifier that takes the mean or the first token (SigLIP, BERT).
 POOLING = {"head", "pooler"}
 
-# Beside the backbone, but not the head: what embeds another input (SAM's prompts, CLIP's text).
+# Next to the backbone, but not the head: what embeds another input (SAM's prompts, CLIP's text).
 OTHER_INPUTS = {"shared_image_embedding", "prompt_encoder", "text_model"}
 
 # Attention to the states of another model (GPT-2, BERT; BART; T5): a method for self-attention leaves it out.
@@ -273,7 +273,7 @@ def _attentions(modules: Modules) -> Iterator[list[str]]:
 
 
 def _block_around(qkv: list[str], modules: Modules) -> str:
-    """The innermost element of a list around an attention that has linear layers beside it (the MLP); "" for none."""
+    """The innermost element of a list around an attention that has linear layers next to it (the MLP); "" for none."""
     attention = qkv[0].rpartition(".")[0]
     block = attention.rpartition(".")[0]
     while block:
@@ -348,7 +348,7 @@ def _around(block: Modules, first: str, last: str, hidden: int) -> str:
 
 
 def head_modules(model: nn.Module) -> list[str]:
-    """Names of the task head: the parameter-holding children of a transformers model beside its backbone.
+    """Names of the task head: the parameter-holding children of a transformers model next to its backbone.
 
     A pooler inside the backbone counts with them where the weights had none, so that it was drawn as the head was.
 
@@ -366,7 +366,7 @@ def head_modules(model: nn.Module) -> list[str]:
 
 
 def _heads(model: nn.Module) -> list[str]:
-    """What stands beside the backbone; nothing where the model is a backbone itself."""
+    """What stands next to the backbone; nothing where the model is a backbone itself."""
     children = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
     backbone = [name for name in (*_backbones(model), "vision_encoder") if name in children][:1]
     heads = [name for name in children if name not in backbone] if backbone else []
@@ -379,7 +379,7 @@ def lora_targets(model: nn.Module, sites: Literal["all", "attention"] = "all") -
     Args:
         model: A transformers model; its head, if there is one, is left out.
         sites: `all` takes every linear layer and every point-wise (1x1, ungrouped) convolution outside the head, as
-            QLoRA does (Dettmers et al. 2023, arXiv:2305.14314); `attention` the query and value projections alone (Hu
+            QLoRA does (Dettmers et al. 2023, arXiv:2305.14314); `attention` the query and value projections only (Hu
             et al. 2021, section 7.1), or all where there is no attention. Grouped convolutions are left out: LoRA on
             them is larger than they are.
 
@@ -403,14 +403,14 @@ def lora_targets(model: nn.Module, sites: Literal["all", "attention"] = "all") -
 def decoder_targets(model: nn.Module) -> list[str]:
     """Names of the linear layers of SAM's mask decoder that a method may adapt: its two-way attention and MLPs.
 
-    What makes masks and foretold IoU of the tokens (hypernetworks, head) is left out.
+    What makes masks and predicted IoU of the tokens (hypernetworks, head) is left out.
 
     Raises:
         InlayError: The model has no such decoder.
     """
     found = [name for name, m in model.named_modules() if name.startswith("mask_decoder.transformer.") and is_linear(m)]
     if not found:
-        raise Unsupported(f"{type(model).__name__} has no mask decoder with a transformer; adapt the encoder alone.")
+        raise Unsupported(f"{type(model).__name__} has no mask decoder with a transformer; adapt the encoder only.")
     return found
 
 

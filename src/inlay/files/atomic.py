@@ -11,7 +11,7 @@ from typing import Any
 
 @contextmanager
 def writing(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`; when the block ends without an error it takes its place.
+    """Yield an empty folder next to `folder`; when the block ends without an error it takes its place.
 
     Until the last moment the old content stands, and a kill between the two renames leaves it set aside, from where
     `recover` brings it back. Files are made readable for the group and others, as the umask allows (safetensors writes
@@ -73,7 +73,7 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a name beside a file, with its suffix; when the block ends without an error, it takes the file's place."""
+    """Yield a name next to a file, with its suffix; when the block ends without an error, it takes the file's place."""
     path = Path(path)
     new = path.with_name(f".inlay-new.{path.name}")
     try:

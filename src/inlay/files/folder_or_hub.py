@@ -38,5 +38,5 @@ def refuse_ambiguous(name: str, file: str, revision: str | None = None) -> None:
 
 
 def _like_hub_id(name: str) -> bool:
-    """True for `user/name`, which a folder beside may have for a name, too."""
+    """True for `user/name`, which a folder here may have for a name, too."""
     return name.count("/") == 1 and not name.startswith((".", "~", "/")) and not name.endswith("/")

@@ -56,13 +56,15 @@ def read_header(path: Path, *, digest: bool = True) -> dict[str, Any]:
         _check_tiling({key: entry for key, entry in header.items() if key != "__metadata__"}, size - 8 - length)
         metadata = header.get("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("its metadata is no table of texts")
+            raise ValueError("its metadata is not a table of texts")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise DamagedFile(f"{path} is damaged: {error}; get it again.") from None
+        raise DamagedFile(f"{path} is damaged: {error}; download it again.") from None
     if DIGEST not in metadata and "inlay" in metadata:
-        raise DamagedFile(f"{path} is damaged: its checksum is gone; get it again.")
+        raise DamagedFile(f"{path} is damaged: its checksum is gone; download it again.")
     if digest and DIGEST in metadata and metadata[DIGEST] != _digest_of(path, header, 8 + length):
-        raise DamagedFile(f"{path} is damaged: its content does not match the checksum stored in it; get it again.")
+        raise DamagedFile(
+            f"{path} is damaged: its content does not match the checksum stored in it; download it again."
+        )
     return header
 
 
@@ -85,11 +87,11 @@ def _check_start(path: Path, start: bytes, size: int) -> None:
     if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and start[8:9] != b"{":
         raise Unsupported(f"{path} is a pickle, not safetensors; inlay never opens pickles: save the adapter again.")
     if size == 0:
-        raise DamagedFile(f"{path} is empty; get it again.")
+        raise DamagedFile(f"{path} is empty; download it again.")
     if size < 10 or 8 + length > size:
         raise DamagedFile(
             f"{path} is truncated or not a safetensors file: its header claims {length} bytes, the file has {size}; "
-            "get it again."
+            "download it again."
         )
     if length > MAX_HEADER:
         raise DamagedFile(f"{path} has a header of {length:,} bytes, and inlay reads at most {MAX_HEADER:,}.")

@@ -48,7 +48,7 @@ class Imported:
         form: What it was.
         layers: How many are adapted.
         renamed: How many tensors have another name now.
-        left_out: What the source holds beside them, and what takes that.
+        left_out: What else the source holds, and what takes that.
         checked: What the result was compared with: its base's weights, its base's structure, or nothing.
     """
 
@@ -114,7 +114,7 @@ def _from_peft(file: AdapterFile, folder: Path, base: str | None) -> tuple[Impor
     if config["peft_type"] != "LORA" or config.get("layer_replication"):
         raise Unsupported(f"adapter {file.name!r} is of the method {config['peft_type']}; inlay imports LoRA.")
     if not name:
-        raise BadInput(f"adapter {file.name!r} names no base, whose layers would tell the new names; give --base.")
+        raise BadInput(f"adapter {file.name!r} names no base, so the new names of its layers are unknown; give --base.")
     skeleton = base_skeleton(name)
     weights = read_weights(file)
     names = _renaming(skeleton)
@@ -207,7 +207,9 @@ def _plain_lora(
         size = _rows(skeleton, name)
         if len(down) != up.shape[1] or (found.form == "loralib" and size == len(PARTS) * len(up)):
             if size is None or found.form != "loralib" or len(down) % up.shape[1]:
-                raise DamagedFile(f"{path}: A {tuple(down.shape)} and B {tuple(up.shape)} of {name} have no product.")
+                raise DamagedFile(
+                    f"{path}: A {tuple(down.shape)} and B {tuple(up.shape)} of {name} cannot be multiplied."
+                )
             groups = len(down) // up.shape[1]
             up = _unfuse(path, name, up, groups, fused, size)
             scale *= groups  # peft divides by the rank of all groups together
@@ -235,7 +237,7 @@ def _unfuse(
 ) -> torch.Tensor:
     """B of a layer whose rows are q, k and v: block by block, as each part has its own r columns.
 
-    loralib's MergedLinear stores the enabled parts alone, B (k · m, r) for A (k · r, d_in): part g is B_g·A_g. Side by
+    loralib's MergedLinear stores the enabled parts only, B (k · m, r) for A (k · r, d_in): part g is B_g·A_g. Side by
     side they are one B (size, k · r), with zeros outside the blocks.
     """
     rows, rank = len(up) // groups, up.shape[1]
@@ -299,7 +301,7 @@ def _check_shapes(
     for key, value in tensors.items():
         module = skeleton.get_submodule(_site(key).removeprefix(START))
         if not is_linear(module):
-            raise WrongBase(f"{name} adapts {_site(key)}, which is no linear layer of {type(skeleton).__name__}.")
+            raise WrongBase(f"{name} adapts {_site(key)}, which is not a linear layer of {type(skeleton).__name__}.")
         size_in, size_out = linear_shape(module)
         size, found = (size_in, value.shape[1]) if ".lora_A." in key else (size_out, value.shape[0])
         if size != found:
@@ -307,7 +309,7 @@ def _check_shapes(
     known = dict(skeleton.named_parameters())
     for key, value in whole.items():
         if key not in known or not key.startswith(_HEADS) or known[key].shape[1:] != value.shape[1:]:
-            raise WrongBase(f"{name} holds {key} {tuple(value.shape)}, which is no tensor of its base's head.")
+            raise WrongBase(f"{name} holds {key} {tuple(value.shape)}, which is not a tensor of its base's head.")
 
 
 def _loadable(name: str, folder: Path) -> Any:

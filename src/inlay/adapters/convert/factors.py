@@ -81,14 +81,14 @@ def read_factors(path: Path) -> Factors:
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; of one that torch saved, through its reader of tensors alone.
+    """Tensors and metadata of a safetensors file; of one that torch saved, through its reader of tensors only.
 
     `weights_only=True` calls nothing that a pickle names but what makes tensors and containers, so no code of the file
-    runs (torch 2.6 and later, which inlay asks for; before, CVE-2025-32434). It is used here alone, on a file that a
+    runs (torch 2.6 and later, which inlay asks for; before, CVE-2025-32434). It is used only here, on a file that a
     user converts by name; loading an adapter never reads a pickle.
     """
     if not path.is_file():
-        raise BadInput(f"there is no file {path}; give an adapter folder, or a .safetensors, .bin, .pt or .pth file.")
+        raise BadInput(f"no file at {path}; give an adapter folder, or a .safetensors, .bin, .pt or .pth file.")
     if path.stat().st_size > MAX_BYTES[WEIGHTS]:
         raise DamagedFile(f"{path} has {path.stat().st_size:,} bytes, and inlay reads at most {MAX_BYTES[WEIGHTS]:,}.")
     if path.suffix == ".safetensors":
@@ -99,7 +99,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     except Exception as error:  # pickles fail in any way
         reason = "it holds more than tensors" if "weights_only" in str(error).lower() else type(error).__name__
         raise Unsupported(
-            f"{path} is not read ({reason}); inlay runs nothing that a pickle names: ask for safetensors."
+            f"{path} cannot be read ({reason}); inlay runs no code that a pickle names: ask for safetensors."
         ) from None
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
@@ -140,8 +140,8 @@ def _stable_diffusion(path: Path, tensors: Tensors, metadata: Mapping[str, str])
     unet = sum("unet" in key.split(":")[0].split(".")[0] for key in other)
     if not layers:
         raise Unsupported(
-            f"{path} adapts {unet} tensors of a UNet and no text encoder, and a UNet is no model of transformers: it "
-            "stays with diffusers (pipe.load_lora_weights)."
+            f"{path} adapts {unet} tensors of a UNet and no text encoder, and transformers has no UNets: load it "
+            "with diffusers (pipe.load_lora_weights)."
         )
     if form == "cloneofsimo" and metadata.get("text_encoder") != '["CLIPAttention"]':
         raise Unsupported(f"{path} does not say in its metadata that its text encoder's layers are CLIPAttention's.")

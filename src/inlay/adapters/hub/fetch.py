@@ -25,7 +25,7 @@ def fetch(path: str | Path, revision: str | None = None) -> Path:
     try:
         found = download(f"{user}/{name}", revision, *inside)
     except InlayError as error:
-        raise Unreachable(f"there is no folder {text!r}, and the Hub does not give it: {error}") from None
+        raise Unreachable(f"no folder {text!r} here, and the Hub does not give it: {error}") from None
     if not (found / CONFIG).is_file():
-        raise BadInput(f"{text} on the Hub is no adapter: it has no {CONFIG}; one of several is user/name/adapter.")
+        raise BadInput(f"{text} on the Hub is not an adapter: it has no {CONFIG}; one of several is user/name/adapter.")
     return found

@@ -73,7 +73,7 @@ def check_index(folder: Path) -> None:
     for name, sign in _SIGNS.items():
         path = folder / name
         if path.exists() and not (path.is_file() and sign.encode() in path.read_bytes()):
-            raise BadInput(f"{path} is no index of adapters, and one would replace it; use another folder.")
+            raise BadInput(f"{path} is not an index of adapters and would be overwritten; use another folder.")
 
 
 def index_texts(folder: Path) -> dict[str, str]:

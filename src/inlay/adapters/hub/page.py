@@ -22,7 +22,7 @@ def page(folder: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def _more(path: Path) -> dict[str, Any]:
-    """What the page shows of an adapter beside its row."""
+    """What the page shows of an adapter next to its row."""
     try:
         file = read_adapter(path, digest=False)
     except InlayError:

@@ -125,7 +125,7 @@ def check_push(repo: str, token: str | None = None) -> None:
 def pull_adapter(repo: str, folder: str | Path | None = None, *, revision: str | None = None) -> Pulled:
     """Copy an adapter, or a folder of adapters, from the Hub or its cache, and note the commit in origin.json.
 
-    An adapter that is there is replaced in one step; beside those of a folder of adapters others stay as they are.
+    An adapter that is there is replaced in one step; next to those of a folder of adapters others stay as they are.
 
     Args:
         repo: user/name.
@@ -215,7 +215,7 @@ def _contents(folder: Path, repo: str, licence: str | None) -> tuple[dict[str, b
                 text = (path / CARD).read_text(encoding="utf-8")
             except ValueError:
                 raise DamagedFile(
-                    f"{path / CARD} is no text in UTF-8; save the adapter again, or leave it out."
+                    f"{path / CARD} is not valid UTF-8; save the adapter again, or leave it out."
                 ) from None
             contents[inside + CARD] = for_repository(text, repo, inside.rstrip("/"), licence).encode()
         else:

@@ -18,7 +18,7 @@ def search(
     Args:
         query: The name of a task, a base (builtin:,
             or a Hub id), or a word of a name, method or data.
-        folder: Of adapters; None, or one that is not there: the Hub alone.
+        folder: Of adapters; None, or one that is not there: the Hub only.
         online: Ask the Hub too.
         limit: Most rows of the Hub.
 
