@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from inlay import Decoding, InlayError, option, run_recipe
+from inlay import BadInput, Decoding, option, run_recipe
 
 PROMPTS = [
     "name[The Quiet Fox], eatType[pub], food[Thai], priceRange[cheap], area[riverside]",
@@ -33,7 +33,7 @@ class Generation:
         file = Path(self.scores or "scores.json")
         if self.scores and (not self.dataset or not file.parent.is_dir() or file.is_dir()):
             got = f"{self.scores!r}" + ("" if self.dataset else " without a dataset")
-            raise InlayError(f"expected scores of a dataset to go to a file in a folder that is there, but got {got}.")
+            raise BadInput(f"expected scores of a dataset to go to a file in a folder that is there, but got {got}.")
 
 
 def main(generation: Generation, decoding: Decoding) -> None:

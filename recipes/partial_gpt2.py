@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from inlay import Decoding, InlayError, TextTask, TrainConfig, option, run_recipe
+from inlay import Decoding, TextTask, TrainConfig, Unsupported, option, run_recipe
 
 
 @dataclass
@@ -33,7 +33,7 @@ def main(method: Partial, task: TextTask, train: TrainConfig, decoding: Decoding
     from inlay import PartialConfig, save_adapter
 
     if task.quantize and method.train_what == "all":
-        raise InlayError("weights in 8 or 4 bits cannot be trained; leave --quantize out, or --train_what bias.")
+        raise Unsupported("weights in 8 or 4 bits cannot be trained; leave --quantize out, or --train_what bias.")
 
     # 1. data and frozen base
     data = task.load(train.seed)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from inlay import InlayError, MaskTask, TrainConfig, option, run_recipe
+from inlay import MaskTask, TrainConfig, Unsupported, option, run_recipe
 
 
 @dataclass
@@ -31,7 +31,7 @@ def main(method: Partial, task: MaskTask, train: TrainConfig) -> Path:
     from inlay import PartialConfig, sam_targets, save_adapter
 
     if task.quantize and method.where != "decoder":
-        raise InlayError("weights in 8 or 4 bits cannot be trained; leave --quantize out, or train --where decoder.")
+        raise Unsupported("weights in 8 or 4 bits cannot be trained; leave --quantize out, or train --where decoder.")
 
     # 1. data and frozen base
     data = task.load(train.seed)

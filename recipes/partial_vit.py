@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from inlay import ImageTask, InlayError, TrainConfig, option, run_recipe
+from inlay import ImageTask, TrainConfig, Unsupported, option, run_recipe
 
 
 @dataclass
@@ -34,7 +34,7 @@ def main(method: Partial, task: ImageTask, train: TrainConfig) -> Path:
     from inlay import PartialConfig, head_modules, save_adapter
 
     if task.quantize and method.train_what == "all":
-        raise InlayError("weights in 8 or 4 bits cannot be trained; leave --quantize out, or --train_what bias.")
+        raise Unsupported("weights in 8 or 4 bits cannot be trained; leave --quantize out, or --train_what bias.")
 
     # 1. data and frozen base
     data = task.load(train.seed)

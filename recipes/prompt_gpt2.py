@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from inlay import Decoding, InlayError, TextTask, TrainConfig, option, run_recipe
+from inlay import BadInput, Decoding, TextTask, TrainConfig, option, run_recipe
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Prompt:
 
     def __post_init__(self) -> None:
         if self.init == "text" and not self.init_text.strip():
-            raise InlayError("init_text is empty, but the prompt is to start from it. Give one.")
+            raise BadInput("init_text is empty, but the prompt is to start from it. Give one.")
 
 
 def main(method: Prompt, task: TextTask, train: TrainConfig, decoding: Decoding) -> Path:

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from inlay import ImageTask, InlayError, TrainConfig, option, run_recipe
+from inlay import BadInput, ImageTask, TrainConfig, option, run_recipe
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Service:
 
     def __post_init__(self) -> None:
         if len(self.methods) != len(self.tasks):
-            raise InlayError(f"expected one method per task, got {len(self.methods)} for {len(self.tasks)}.")
+            raise BadInput(f"expected one method per task, got {len(self.methods)} for {len(self.tasks)}.")
 
 
 def main(service: Service, train: TrainConfig) -> Path:
@@ -42,7 +42,7 @@ def main(service: Service, train: TrainConfig) -> Path:
     from inlay import METHODS, Bank, save_adapter
 
     if unknown := [name for name in service.methods if name not in METHODS]:
-        raise InlayError(f"unknown method {unknown[0]!r}; choose among {', '.join(METHODS)}.")
+        raise BadInput(f"unknown method {unknown[0]!r}; choose among {', '.join(METHODS)}.")
     out, views = Path(train.output_dir), {}
     for source, method in zip(service.tasks, service.methods, strict=True):
         # 1. data and frozen base of each task

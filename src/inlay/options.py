@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 
 
 def option(
@@ -33,7 +33,7 @@ def check_options(settings: Any) -> None:
     """Hold every field of a dataclass instance against its type and its bounds.
 
     Raises:
-        InlayError: A number out of its bounds, infinite or NaN; a fraction where a whole number is due; an unknown
+        BadInput: A number out of its bounds, infinite or NaN; a fraction where a whole number is due; an unknown
             choice.
     """
     hints = get_type_hints(type(settings))
@@ -59,7 +59,7 @@ def _check_value(name: str, value: Any, hint: Any, bounds: Mapping[str, Any]) ->
         for item in value:
             _check_value(name, item, get_args(kind)[0], bounds)
     elif get_origin(kind) is Literal and value not in get_args(kind):
-        raise InlayError(f"{name} must be one of {', '.join(map(str, get_args(kind)))}, got {value!r}.")
+        raise BadInput(f"{name} must be one of {', '.join(map(str, get_args(kind)))}, got {value!r}.")
     elif kind in (int, float):
         _check_number(name, value, kind, bounds)
 
@@ -76,7 +76,7 @@ def _check_number(name: str, value: Any, kind: type, bounds: Mapping[str, Any]) 
     ):
         return
     what = "a whole number" if kind is int else "a number"
-    raise InlayError(f"{name} must be {what}{_in_words(least, most, above, below)}, got {value!r}.")
+    raise BadInput(f"{name} must be {what}{_in_words(least, most, above, below)}, got {value!r}.")
 
 
 def _in_words(least: float | None, most: float | None, above: float | None, below: float | None) -> str:

@@ -9,12 +9,13 @@ from dataclasses import fields
 
 import pytest
 
-from inlay import ImageTask, MaskTask, TextTask, TrainConfig, VolumeTask, load_adapter, read_adapter
+from inlay import ImageTask, MaskTask, SequenceTask, TextTask, TrainConfig, VolumeTask, load_adapter, read_adapter
 from places import ROOT
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.py"))
 PUBLIC = [path for path in RECIPES if path.parent.name == "recipes"]
-ADAPTERS = [path for path in PUBLIC if path.stem.endswith(("_vit", "_gpt2", "_sam")) and "compare" not in path.stem]
+FAMILIES = {"vit": ImageTask, "gpt2": TextTask, "sam": MaskTask, "bert": SequenceTask}
+ADAPTERS = [p for p in PUBLIC if p.stem.rpartition("_")[2] in FAMILIES and "compare" not in p.stem]
 
 
 def run(monkeypatch, name, *arguments):
@@ -165,8 +166,8 @@ def captured(monkeypatch, path):
 @pytest.mark.parametrize("path", ADAPTERS, ids=lambda p: p.name)
 def test_sister_recipes_have_the_same_options(monkeypatch, path):
     (defaults,) = captured(monkeypatch, path)
-    task = {"vit": ImageTask, "gpt2": TextTask, "sam": MaskTask}[path.stem.rpartition("_")[2]]
-    assert isinstance(defaults[1], VolumeTask if path.stem == "spatial_sam" else task)
+    task = VolumeTask if path.stem == "spatial_sam" else FAMILIES[path.stem.rpartition("_")[2]]
+    assert isinstance(defaults[1], task)
     assert isinstance(defaults[2], TrainConfig) and defaults[2].output_dir == f"runs/{path.stem}"
 
 

@@ -83,6 +83,8 @@ class Net(nn.Module):
 class Accuracy:
     """As `inlay.tasks.metrics.Accuracy`, without the imports of evaluate, datasets and scikit-learn."""
 
+    score_name = "accuracy"  # chooses the best step
+
     def __init__(self) -> None:
         self.right: list[bool] = []
 

@@ -84,7 +84,7 @@ def parse(defaults: Sequence[Any], arguments: Sequence[str]) -> list[Any]:
     """Copies of the dataclasses `defaults` as a command line sets them, or the YAML or JSON file that is all of it.
 
     Raises:
-        InlayError: An unknown option, a value of another kind or out of its bounds, a settings file that is none.
+        BadInput: An unknown option, a value of another kind or out of its bounds, a settings file that is none.
     """
     values = {key: value for default in defaults for key, value in asdict(default).items()}
     parser = _Parser(

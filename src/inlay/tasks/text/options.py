@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.options import option
 from inlay.tasks.options import Report, TaskData, TaskOptions, describe_run
 
@@ -49,7 +49,7 @@ class TextTask(TaskOptions):
         data, tokenizer = load_texts(self.dataset, seed=seed), load_tokenizer(self.model)
         if virtual_tokens > tokenizer.model_max_length // 2:
             got = f"a length of {virtual_tokens}"
-            raise InlayError(
+            raise BadInput(
                 f"expected at most half of the base's {tokenizer.model_max_length} positions, but got {got}; lower it."
             )
         tokenizer.model_max_length -= virtual_tokens

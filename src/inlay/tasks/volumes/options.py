@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.options import option
 from inlay.tasks.options import Report, TaskData, TaskOptions, describe_run
 
@@ -35,7 +35,7 @@ class VolumeTask(TaskOptions):
         super().__post_init__()
         for name, sizes in (("crop", self.crop), ("spacing_mm", self.spacing_mm)):
             if sizes is not None and len(sizes) != 3:
-                raise InlayError(f"{name} must be three numbers D, H, W, got {sizes}.")
+                raise BadInput(f"{name} must be three numbers D, H, W, got {sizes}.")
 
     def load(self, seed: int) -> TaskData:
         """Scans of both splits, as `TaskOptions.load` says: crops in training, whole scans in evaluation."""
