@@ -28,7 +28,7 @@ from inlay.bases.load import builtin_names, resolve_base
 from inlay.bases.processors import load_processor
 from inlay.errors import InlayError
 from inlay.measure.footprint import describe_quantized
-from inlay.tasks.base import load_base
+from inlay.tasks.base import load_base, read_task
 
 LABELS = ["cat", "dog", "emu", "fox", "gnu"]
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -223,7 +223,9 @@ def test_a_model_that_reads_both_ways_is_no_language_model(tmp_path):
     BertForMaskedLM(
         BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
     ).save_pretrained(tmp_path)
-    refused(r"\(bert\) is a base for none of image-classification, text-generation", tmp_path)
+    assert read_task(tmp_path).name == "text-classification"
+    refused(r"'bert.pooler.dense.bias' first. Give the labels of your task for a new head", tmp_path)
+    refused(r"\(bert\) cannot be loaded for text-generation", tmp_path, task="text-generation")
 
 
 def test_pickled_weights_are_not_read(folder):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PeftModelForCausalLM, PeftType
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM, PeftModelForSequenceClassification, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, get_peft_config
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
@@ -83,7 +83,10 @@ def inject_empty_adapter(model: torch.nn.Module, config: PeftConfig) -> PeftMode
     writes_text = config.task_type == "CAUSAL_LM" or config.is_prompt_learning
     # peft's DoRA would put the weight of a 4-bit layer on the meta device too, and lose it
     whole = getattr(config, "use_dora", False) and getattr(model, "is_quantized", False)
-    return (PeftModelForCausalLM if writes_text else PeftModel)(model, config, low_cpu_mem_usage=not whole)
+    kind = PeftModelForCausalLM if writes_text else PeftModel
+    if config.is_prompt_learning and config.task_type == "SEQ_CLS":
+        kind = PeftModelForSequenceClassification
+    return kind(model, config, low_cpu_mem_usage=not whole)
 
 
 def count_virtual_tokens(config: PeftConfig) -> int:
