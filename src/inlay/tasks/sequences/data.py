@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 
 from inlay.errors import InlayError
+from inlay.tasks.evaluation import Split, Training, check_labels, choose_split, split_note
 from inlay.tasks.sampling import hold_out_by_class, sort_labels
 from inlay.tasks.tables import Table, hub_splits, read_table, some
 from inlay.tasks.text.data import SPLITS, find_column, read_folder
@@ -91,6 +92,40 @@ def load_sequences(
     out = hold_out_by_class(whole["label"][:], labels, validation, seed, "text")
     kept = sorted(set(range(len(whole))) - set(out))
     return SequenceData(name, whole.select(kept), whole.select(out), tuple(labels))
+
+
+def load_sequences_to_score(
+    name: str, labels: Sequence[str], *, adapter: str, split: Split | None = None, training: Training | None = None
+) -> tuple[Split, datasets.Dataset, list[str]]:
+    """Labelled texts for an adapter that is trained already; unlike for training, one class or one text is enough.
+
+    Args:
+        name: As for `load_sequences`.
+        labels: Of the adapter, in the order of its logits. The data may have some of them only, in any order.
+        adapter: Its name, for errors.
+        split: Which part, as `choose_split` has it.
+        training: Of the adapter.
+
+    Returns:
+        The split, its texts with columns as in `SequenceData` and labels as indices of `labels`, and notes.
+
+    Raises:
+        InlayError: As `load_sequences`; labels that the adapter does not have; no such split.
+    """
+    training = training or Training()
+    tables = _read_tables(name, None)
+    columns = _find_columns(tables["train"][0], None, None, None)
+    own = [part for part in tables if part == "train" or _has_labels(tables[part], columns[2])]
+    chosen = choose_split(name, split, own, "validation", training)
+    held = next((part for part in ("validation", "test") if part in own), None)
+    wanted = {"train": ["train"], "validation": [held or "train"], "test": ["test"], "all": own}[chosen]
+    found = [row for part in wanted for table in tables[part] for row in _rows(table, columns)]
+    check_labels(name, sort_labels([label for _, _, label in found]), labels, adapter)
+    rows = _dataset(found, labels, name)
+    if held is None and chosen != "all":  # what `load_sequences` holds out
+        out = hold_out_by_class(rows["label"][:], labels, 0.2, training.seed, "text")
+        rows = rows.select(sorted(set(range(len(rows))) - set(out)) if chosen == "train" else out)
+    return chosen, rows, split_note(name, chosen, own, training)
 
 
 def _read_tables(name: str, revision: str | None) -> dict[str, list[Table]]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from inlay.tasks.adapter import Adapter
+    from inlay.tasks.evaluation import Evaluation, Request
     from inlay.train.losses import Loss
 
 
@@ -151,6 +152,11 @@ class SequenceClassification(Task):
             return Answer(lines, [vars(one) for one in found])
 
         return answer
+
+    def evaluate(self, adapter: Adapter, data: str, request: Request) -> Evaluation:
+        from inlay.tasks.sequences.evaluate import evaluate
+
+        return evaluate(adapter, data, request)
 
     def describe_inputs(self, record: Record) -> list[str]:
         read = f"A text, or both of a pair, had at most {record['preprocessing']['max_length']} tokens."

@@ -1,0 +1,59 @@
+"""A classifier of texts scored on labelled texts or pairs: accuracy, per class, and calibration."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from inlay.tasks.adapter import Adapter, check_task
+from inlay.tasks.classification import evaluate_classifier
+from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, pick_evenly
+from inlay.tasks.sequences.data import load_sequences_to_score
+from inlay.tasks.sequences.view import SequenceView
+
+AT_ONCE = 32  # texts in one forward pass
+
+
+def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Evaluation:
+    """Score a classifier; a class that it knows and the data lacks can still be predicted, and is then wrong.
+
+    Args:
+        adapter: From `load_adapter`.
+        data: As for `load_sequences`; its labels are matched by name.
+        request: Which part, and how.
+
+    Raises:
+        InlayError: As `load_sequences`; labels that the adapter does not know; an adapter of another task.
+    """
+    check_task(adapter, "text-classification")
+    labels, logits = adapter.route(request.task)
+    chosen, rows, notes = load_sequences_to_score(
+        data, labels, adapter=adapter.name, split=request.split, training=request.training
+    )
+    rows = rows.select(pick_evenly(len(rows), request.limit))
+    names = [{key: row[key] for key in ("text", "pair") if key in row} for row in rows]
+    return evaluate_classifier(
+        adapter,
+        request,
+        data=data,
+        split=chosen,
+        unit="text",
+        labels=labels,
+        true=np.array(rows["label"][:], np.int64),
+        names=names,
+        notes=notes,
+        predict=partial(_probabilities, adapter.model, SequenceView(rows, adapter.processor), logits),
+    )
+
+
+@torch.inference_mode()
+def _probabilities(model: Any, view: SequenceView, logits: list[int]) -> np.ndarray:
+    """Of the classes that these logits stand for, (N, K)."""
+    device = next(model.parameters()).device
+    found = []
+    for begin in range(0, len(view), AT_ONCE):
+        batch = view.collate([view[i] for i in range(begin, min(begin + AT_ONCE, len(view)))])
+        inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+        found.append(model(**inputs).logits[:, logits].double().softmax(-1).cpu())  # B K
+    return torch.cat(found).numpy()
