@@ -199,12 +199,12 @@ def test_what_is_refused(tmp_path, zoo, plain):
 
     gpt2 = {"base": "builtin:gpt2-tiny", "alpha": 8}
     torch.save({"a.lora_A": Bomb()}, tmp_path / "bomb.bin")
-    refused(tmp_path / "bomb.bin", "it holds more than tensors.; inlay runs nothing that a pickle names")
+    refused(tmp_path / "bomb.bin", "it holds more than tensors.; inlay runs no code that a pickle names")
     (tmp_path / "text.bin").write_text("hello")
-    refused(tmp_path / "text.bin", "is not read")
+    refused(tmp_path / "text.bin", "cannot be read")
     torch.save([1, 2], tmp_path / "list.bin")
     refused(tmp_path / "list.bin", "holds no table of tensors")
-    refused(tmp_path / "nowhere.bin", "does not exist|there is no")
+    refused(tmp_path / "nowhere.bin", "does not exist|no file at")
     refused(saved({"unet.a.lora_A.weight": torch.ones(1, 2)}), "adapts 1 tensors of a UNet and no text encoder")
     refused(saved({"weight": torch.ones(1)}), "has no LoRA that inlay knows: .* got weight")
     pair = {"h.lora_A": torch.ones(2, 4), "h.lora_B": torch.ones(4, 2)}

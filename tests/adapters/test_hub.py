@@ -258,7 +258,7 @@ def test_a_pulled_folder_of_adapters_replaces_no_readme(hub, adapter, tmp_path):
     project = tmp_path / "project"
     project.mkdir()
     (project / "README.md").write_text("# My project")
-    with pytest.raises(InlayError, match=r"README\.md is no index of adapters"):
+    with pytest.raises(InlayError, match=r"README\.md is not an index of adapters"):
         pull_adapter("ann/zoos", project)
     assert [path.name for path in project.iterdir()] == ["README.md"]
 

@@ -191,28 +191,3 @@ def test_a_small_head_behind_a_norm_is_replaced_alone(tmp_path, processor, make,
     model = make(five)
     loaded = load_adapter(save_adapter(model, tmp_path / "zoo", processor=processor), base=base)
     torch.testing.assert_close(outputs(loaded.model), outputs(model))
-
-
-@PLAIN
-def test_a_bottleneck_of_the_first_form_with_four_tensors_a_site(tmp_path):
-    from peft import get_peft_model
-    from safetensors.torch import load_file, save_file
-
-    from inlay import BottleneckConfig, load_adapter, load_base
-
-    model = get_peft_model(load_base("builtin:vit-tiny"), BottleneckConfig(width=3, init_weights=False)).eval()
-    model.save_pretrained(tmp_path)
-    path, old = tmp_path / "adapter_model.safetensors", {}
-    for key, value in load_file(path).items():
-        site, what = key.rsplit("_", 1)
-        first, second = (value[0], value[1].T) if what == "weight" else (value[:3], value[3:])
-        old |= {f"{site}_down.{what}": first.clone(), f"{site}_up.{what}": second.clone().contiguous()}
-    save_file(old, path)
-    pixels = torch.randn(1, 3, 32, 32)
-    with torch.no_grad():
-        expected = model(pixels).logits
-        assert torch.equal(load_adapter(tmp_path, "builtin:vit-tiny").model(pixels).logits, expected)
-    del old[next(key for key in old if key.endswith("_up.weight"))]
-    save_file(old, path)
-    with pytest.raises(InlayError, match="does not fit"):
-        load_adapter(tmp_path, "builtin:vit-tiny")

@@ -433,7 +433,7 @@ def test_a_pattern_that_would_run_for_ever_in_combine(zoo, plain, tmp_path, monk
 
     monkeypatch.setattr(patterns, "SECONDS", 0.5)
     plain(zoo, lambda c: c.update(alpha_pattern={r"([a-z._0-9]+)+!": 3}))
-    with pytest.raises(InlayError, match="a pattern in the config of adapter 'zoo' was not done"):
+    with pytest.raises(InlayError, match="a pattern in the config of adapter 'zoo' did not finish"):
         combine({zoo: 1.0}, out=tmp_path / "out")
 
 
