@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -22,6 +23,7 @@ from inlay import (
     TrainConfig,
     VolumeTask,
     combine,
+    evaluate,
     fit,
     head_modules,
     load_adapter,
@@ -181,6 +183,14 @@ def test_an_adapter_of_another_task_is_refused_in_one_sentence(name, tmp_path_fa
         if own != name:
             with pytest.raises(InlayError, match=rf"is for {name}, not for {own}; use {loaded.task.function}\.$"):
                 function(loaded, ["x"])
+
+
+@EVERY
+def test_it_is_scored_by_its_own_words(name, tmp_path_factory):
+    found = evaluate(made(name, tmp_path_factory).folder, ROWS[name].options.dataset, limit=2, resamples=0)
+    assert (found.task, found.count) == (name, 2) and found.scores and len(found.rows) >= 2
+    assert all(np.isfinite(score.value) for score in found.scores.values())
+    assert found.base or any("base" in note for note in found.notes)
 
 
 @EVERY

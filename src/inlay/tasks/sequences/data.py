@@ -118,8 +118,13 @@ def load_sequences_to_score(
     own = [part for part in tables if part == "train" or _has_labels(tables[part], columns[2])]
     chosen = choose_split(name, split, own, "validation", training)
     held = next((part for part in ("validation", "test") if part in own), None)
-    wanted = {"train": ["train"], "validation": [held or "train"], "test": ["test"], "all": own}[chosen]
-    found = [row for part in wanted for table in tables[part] for row in _rows(table, columns)]
+    parts: dict[str, list[str]] = {
+        "train": ["train"],
+        "validation": [held or "train"],
+        "test": ["test"],
+        "all": own,
+    }
+    found = [row for part in parts[chosen] for table in tables[part] for row in _rows(table, columns)]
     check_labels(name, sort_labels([label for _, _, label in found]), labels, adapter)
     rows = _dataset(found, labels, name)
     if held is None and chosen != "all":  # what `load_sequences` holds out
