@@ -67,7 +67,7 @@ def main(combination: Combination, train: TrainConfig) -> Path:
         # 5. each task before and after: among its own labels, and among those of both
         together = load_adapter(made.folder)
         for name, source in loaded.items():
-            own = folders[name].name if folders[name].name in together.tasks else None
+            own = folders[name].name if folders[name].name in together.groups else None
             alone = accuracy(load_adapter(folders[name]), source)
             print(f"{name:<20}{alone:>8.4f}{accuracy(together, source, own, own):>10.4f}", end="")
             print(f"{accuracy(together, source, None, own):>12.4f}")
@@ -82,7 +82,7 @@ def accuracy(adapter: Any, data: Any, among: str | None = None, own: str | None 
     names = dict(zip(labels, rows if among is None else range(len(rows)), strict=True))
     answers = adapter.route(among)[0]
     wanted = [answers[names[data.labels[label]]] for label in data.validation["label"][:]]
-    found = predict(adapter, data.validation["image"][:], task=among, top=1)
+    found = predict(adapter, data.validation["image"][:], group=among, top=1)
     return sum(p.label == label for p, label in zip(found, wanted, strict=True)) / len(wanted)
 
 

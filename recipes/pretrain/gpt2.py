@@ -12,7 +12,7 @@ from pydoc_data.topics import topics as reference
 from typing import Any
 
 from inlay import option, run_recipe
-from inlay.builtin.restaurants import Described, descriptions, renamed
+from inlay.builtin.restaurants import Described, generate_descriptions, rename_places
 from inlay.files.atomic import writing
 
 END, BLOCK = "<|endoftext|>", 256  # tokens
@@ -107,10 +107,10 @@ def main(recipe: Pretraining) -> None:
 
     # 1. data: every 20th document, the last 50 meanings of each topic and all restaurants are held out
     files, names = documents(), ("hotels", "films", "gadgets", "parks", "restaurants")
-    *topics, unknown = [descriptions(name, 2050, seed=recipe.seed, references=3) for name in names]
+    *topics, unknown = [generate_descriptions(name, 2050, seed=recipe.seed, references=3) for name in names]
     prose = [text for i, text in enumerate(files) if i % 20]
     words = sorted(set(re.findall(r"\b[a-z]{4,9}\b", " ".join(prose))))
-    pairs = written(renamed([item for items in topics for item in items[:-50]], words, recipe.seed))
+    pairs = written(rename_places([item for items in topics for item in items[:-50]], words, recipe.seed))
     held_out = files[::20], written([item for items in topics for item in items[-50:]]), written(unknown[:200])
 
     # 2. model, and the texts as its tokens

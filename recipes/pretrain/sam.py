@@ -13,9 +13,9 @@ import torch
 from transformers import SamConfig, SamImageProcessorPil, SamModel, get_scheduler
 
 from inlay import option, run_recipe
-from inlay.builtin.scenes import scenes
+from inlay.builtin.scenes import generate_scenes
 from inlay.files.atomic import writing
-from inlay.tasks.masks.clicks import conversation, score
+from inlay.tasks.masks.clicks import answer_clicks, score_clicks
 from inlay.tasks.masks.loss import mask_losses
 from inlay.tasks.masks.prompts import draw_objects
 
@@ -74,7 +74,7 @@ def new_optimizers(model: Any, recipe: Pretraining) -> list[Any]:
 
 def drawn(count: int, seed: int, kind: Any = "mixed") -> tuple[Any, Any]:
     """Pixels (B 3 H W) and objects (B P H W) of scenes."""
-    made = scenes(count, seed=seed, size=SIDE, kind=kind)
+    made = generate_scenes(count, seed=seed, size=SIDE, kind=kind)
     return new_processor()(list(made.pictures), return_tensors="pt")["pixel_values"], draw_objects(made, PROMPTS)
 
 
@@ -101,7 +101,7 @@ pre-trained, and of little use beyond that.
 def measure(model: Any, kind: str) -> list[float]:
     """Mean IoU on held-out scenes for 1 point, 3 points and a box."""
     torch.manual_seed(1)
-    parts = [score(model, *drawn(8, seed, kind)).values() for seed in range(1, 17)]
+    parts = [score_clicks(model, *drawn(8, seed, kind)).values() for seed in range(1, 17)]
     return [float(sum(each.mean() for each in column) / 16) for column in zip(*parts, strict=True)]
 
 
@@ -120,7 +120,7 @@ def main(recipe: Pretraining) -> None:
         embeddings, losses = model.vision_encoder(pixels)[0], []
         for boxes, part in enumerate(objects.chunk(2, dim=1)):
             clicks = [1] if step < recipe.steps // 4 else [1, int(torch.randint(1, 5, ()))]
-            answers = conversation(model, embeddings, part, clicks, bool(boxes))
+            answers = answer_clicks(model, embeddings, part, clicks, bool(boxes))
             losses += [mask_losses(*answer, balanced=step < recipe.steps // 2).mean() for answer in answers]
         (loss := torch.stack(losses).mean()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

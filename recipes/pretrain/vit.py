@@ -75,8 +75,8 @@ A `ViTForImageClassification` for pictures of 32 x 32 (patches of 4 x 4, {config
 {config.hidden_size}), {parameters:,} parameters in fp16: the base that inlay embeds, so that recipes and tests run
 without a download. It is truly pre-trained, and of little use beyond that.
 
-- **Trained on** {pictures:,} pictures that `inlay.builtin.shapes.shapes` draws: one of {config.num_labels} shapes and
-  textures ({examples} ...) at a random place, size, angle and colour, over
+- **Trained on** {pictures:,} pictures that `inlay.builtin.shapes.generate_shapes` draws: one of
+  {config.num_labels} shapes and textures ({examples} ...) at a random place, size, angle and colour, over
   gradients, lines, specks and noise. No photographs, no handwriting, nobody's data.
 - **Quality**: names {accuracy:.1%} of {count:,} held-out pictures right, measured with the stored fp16 weights
   (by chance one in {config.num_labels}).
@@ -92,14 +92,14 @@ def main(recipe: Pretraining) -> None:
     from tqdm.auto import trange
     from transformers import ViTImageProcessorPil
 
-    from inlay.builtin.shapes import SHAPE_LABELS, shapes
+    from inlay.builtin.shapes import SHAPE_LABELS, generate_shapes
     from inlay.files.atomic import writing
 
     def pixels(pictures: Any) -> torch.Tensor:
         return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1  # N C H W, as the processor does
 
     # 1. data: the training pictures are generated on the way, 16 batches at a time; held-out ones have a seed apart
-    held_out, answers = shapes(4096, seed=1)
+    held_out, answers = generate_shapes(4096, seed=1)
 
     # 2. model
     torch.manual_seed(recipe.seed)
@@ -109,7 +109,7 @@ def main(recipe: Pretraining) -> None:
     optimizers, begun = new_optimizers(model, recipe), time.perf_counter()
     for step in (bar := trange(recipe.steps, disable=None)):
         if step % 16 == 0:
-            pictures, labels = shapes(16 * recipe.batch_size, seed=1_000_000 * (recipe.seed + 1) + step // 16)
+            pictures, labels = generate_shapes(16 * recipe.batch_size, seed=1_000_000 * (recipe.seed + 1) + step // 16)
         rows = slice(step % 16 * recipe.batch_size, (step % 16 + 1) * recipe.batch_size)
         loss = model(pixel_values=pixels(pictures[rows]), labels=torch.from_numpy(labels[rows])).loss
         loss.backward()

@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from inlay import ImageView, TrainConfig, fit, load_base, load_images, load_processor
 from inlay.bases.sites import head_modules, lora_targets
-from inlay.train.sampler import Drawn, Draws
+from inlay.train.sampler import SeededDataset, SeededSampler
 
 RESULTS = Path(__file__).parent / "results" / "fit_speed.json"
 BATCH, RATE, SEED = 32, 2e-3, 0
@@ -58,7 +58,7 @@ def bare(model: torch.nn.Module, items: Items, steps: int) -> tuple[float, float
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
     scheduler = transformers.get_scheduler("cosine", optimizer, round(0.1 * steps), steps)
-    loader = DataLoader(Drawn(items, SEED), batch_sampler=Draws(len(items), BATCH, steps, SEED))
+    loader = DataLoader(SeededDataset(items, SEED), batch_sampler=SeededSampler(len(items), BATCH, steps, SEED))
     model.train()
     begun = time.perf_counter()
     for batch in loader:

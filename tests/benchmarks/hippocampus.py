@@ -163,10 +163,10 @@ def windows(model, volume, points, said):
     from tqdm import tqdm
 
     from inlay.tasks.volumes.scan import PADDING
-    from inlay.tasks.volumes.windows import Prompts, probabilities, slide
+    from inlay.tasks.volumes.windows import ScanPrompts, probabilities, slide
 
     there = said >= 0
-    prompts = Prompts(points[there].float(), said[there], torch.zeros(0, 6), torch.zeros(0, dtype=torch.long))
+    prompts = ScanPrompts(points[there].float(), said[there], torch.zeros(0, 6), torch.zeros(0, dtype=torch.long))
     lacking = [max(0, side - n) for side, n in zip(CROP, volume.shape[2:], strict=True)]
     pad = [n for n in reversed(lacking) for n in (0, n)]
     image = F.pad(volume[0], pad, value=PADDING)

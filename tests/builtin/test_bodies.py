@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from inlay.builtin.bodies import LABELS, bodies
+from inlay.builtin.bodies import LABELS, generate_bodies
 from inlay.tasks.volumes.data import Case, load_volumes
 from inlay.tasks.volumes.scan import VolumeProcessor
 
@@ -14,20 +14,20 @@ from inlay.tasks.volumes.scan import VolumeProcessor
 @pytest.fixture(scope="module")
 def cases():
     values = tuple(range(1, len(LABELS) + 1))
-    return [Case(*body, values) for body in bodies()]
+    return [Case(*body, values) for body in generate_bodies()]
 
 
 def test_seeded_and_independent_of_the_count(cases):
-    for mine, again in zip(cases, bodies(3), strict=False):
+    for mine, again in zip(cases, generate_bodies(3), strict=False):
         assert mine.name == again.name and np.array_equal(mine.affine, again.affine)
         assert np.array_equal(mine.image, again.image) and np.array_equal(mine.label, again.label)
-    other = next(bodies(1, seed=1))
+    other = next(generate_bodies(1, seed=1))
     assert other.image.shape != cases[0].image.shape or not np.array_equal(other.image, cases[0].image)
 
 
 def test_quick():
     begun = time.process_time()
-    assert len(list(bodies(48))) == 48
+    assert len(list(generate_bodies(48))) == 48
     assert time.process_time() - begun < 6  # 1.3 s on one quiet core
 
 

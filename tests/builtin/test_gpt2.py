@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
 from inlay.bases.load import BUILTIN
-from inlay.builtin.restaurants import descriptions
+from inlay.builtin.restaurants import generate_descriptions
 from places import ROOT
 
 FOLDER = BUILTIN / "gpt2-tiny"
@@ -32,7 +32,7 @@ def tokenizer():
 
 def perplexity(model, tokenizer, topic, count, *, seed):
     """Of texts in the form of the training, in blocks of 256 tokens, as the recipe measures it."""
-    items = descriptions(topic, count, seed=seed, references=3)
+    items = generate_descriptions(topic, count, seed=seed, references=3)
     text = "".join(f"{item.meaning}\n{said}{END}" for item in items for said in item.references)
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     blocks = ids[: len(ids) // 256 * 256].view(-1, 256)  # B N
@@ -122,7 +122,7 @@ def test_text_becomes_tokens_and_back(tokenizer, text):
 def test_greedy_generation_says_the_name_and_ends(model, tokenizer):
     """Two prompts at once, padded on the left: each as it is alone."""
     tokenizer = AutoTokenizer.from_pretrained(FOLDER, padding_side="left")
-    items = descriptions("hotels", 8, seed=4711)
+    items = generate_descriptions("hotels", 8, seed=4711)
     prompts = [item.meaning + "\n" for item in items]
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
     ids = model.generate(**batch, max_new_tokens=100, do_sample=False)[:, batch["input_ids"].shape[1] :]

@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 
-from inlay.builtin.restaurants import Described, descriptions, restaurants, split_restaurants
+from inlay.builtin.restaurants import Described, generate_descriptions, generate_restaurants, split_restaurants
 from inlay.builtin.topics import NEGATIVE, TOPICS
 from inlay.errors import InlayError
 
@@ -92,7 +92,7 @@ def test_a_text_says_every_value_and_no_other(data):
 @pytest.mark.parametrize("topic", TOPICS)
 def test_in_every_topic_each_slot_is_said_once_in_words_of_its_value(topic):
     table = TOPICS[topic]
-    for found, text in texts(descriptions(topic, 300, seed=5)):
+    for found, text in texts(generate_descriptions(topic, 300, seed=5)):
         rest = text.replace(found["name"], "")
         for slot, values in table.slots.items():
             forms = {v: [*w.says, *w.before, *w.after, *w.where] for v, w in values.items()}
@@ -104,7 +104,7 @@ def test_in_every_topic_each_slot_is_said_once_in_words_of_its_value(topic):
 
 @pytest.mark.parametrize("topic", TOPICS)
 def test_english(topic):
-    for _, text in texts(descriptions(topic, 1000, seed=6)):
+    for _, text in texts(generate_descriptions(topic, 1000, seed=6)):
         sentences = re.split(r"(?<=\.) ", text)
         assert 1 <= len(sentences) <= 3 and all(s[0].isupper() and s.endswith(".") for s in sentences), text
         assert not re.search(r"\s\s|\s[.,]|,,|\.\.|[{}\[\]]|^\s|\s$", text), text
@@ -139,14 +139,14 @@ def test_references_differ_in_more_than_a_word(data):
 
 def test_the_same_seed_gives_the_same_on_every_machine():
     """A digest written down: the data of a published figure does not move under it."""
-    said = "\n".join(str((i.meaning, i.references)) for i in restaurants(200, seed=0))
+    said = "\n".join(str((i.meaning, i.references)) for i in generate_restaurants(200, seed=0))
     assert hashlib.sha256(said.encode()).hexdigest()[:16] == "11322578df7a0f75"
-    assert restaurants(50, seed=3) == restaurants(80, seed=3)[:50]
-    assert restaurants(50, seed=3) != restaurants(50, seed=4)
+    assert generate_restaurants(50, seed=3) == generate_restaurants(80, seed=3)[:50]
+    assert generate_restaurants(50, seed=3) != generate_restaurants(50, seed=4)
 
 
 def test_one_in_full():
-    (item,) = restaurants(1, seed=0, references=2)
+    (item,) = generate_restaurants(1, seed=0, references=2)
     assert item == Described(
         "name[The Hidden Anchor], food[Peruvian], area[city centre]",
         [
@@ -159,8 +159,8 @@ def test_one_in_full():
 
 @pytest.mark.parametrize("topic", TOPICS)
 def test_a_topic_has_ten_thousand_meanings_and_eight_references_for_each(topic):
-    assert len({item.meaning for item in descriptions(topic, 10_000, seed=1, references=1)}) == 10_000
-    assert all(len(set(item.references)) == 8 for item in descriptions(topic, 500, seed=1, references=8))
+    assert len({item.meaning for item in generate_descriptions(topic, 10_000, seed=1, references=1)}) == 10_000
+    assert all(len(set(item.references)) == 8 for item in generate_descriptions(topic, 500, seed=1, references=8))
 
 
 @pytest.mark.parametrize(
@@ -175,5 +175,5 @@ def test_a_topic_has_ten_thousand_meanings_and_eight_references_for_each(topic):
 )
 def test_what_cannot_be_made_is_refused(topic, count, references, message):
     with pytest.raises(InlayError, match=message):
-        descriptions(topic, count, seed=0, references=references)
-    assert descriptions("parks", 0, seed=0) == []
+        generate_descriptions(topic, count, seed=0, references=references)
+    assert generate_descriptions("parks", 0, seed=0) == []

@@ -12,8 +12,8 @@ from transformers.utils import logging as transformers_logging
 
 from inlay.bases.load import BUILTIN
 from inlay.bases.processors import load_processor
-from inlay.builtin.scenes import scenes
-from inlay.tasks.masks.clicks import score
+from inlay.builtin.scenes import generate_scenes
+from inlay.tasks.masks.clicks import score_clicks
 from inlay.tasks.masks.prompts import draw_objects
 
 FOLDER = BUILTIN / "sam-tiny"
@@ -28,9 +28,9 @@ def model():
 def mean_ious(model, kind, count=16):
     """On scenes of a seed that no training used: 1 point, 3 points (two in errors) and a box."""
     torch.manual_seed(0)
-    made = scenes(count, seed=4711, kind=kind)
+    made = generate_scenes(count, seed=4711, kind=kind)
     pixels = load_processor("builtin:sam-tiny")(images=list(made.pictures), return_tensors="pt")["pixel_values"]
-    return [float(found.mean()) for found in score(model, pixels, draw_objects(made, 8)).values()]
+    return [float(found.mean()) for found in score_clicks(model, pixels, draw_objects(made, 8)).values()]
 
 
 def test_it_loads_without_a_word(caplog):

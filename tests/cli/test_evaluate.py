@@ -60,7 +60,7 @@ def test_a_mistake_is_one_sentence(capsys, monkeypatch, tmp_path, arguments, sen
 
 def test_what_has_no_classes_has_no_matrix(capsys, monkeypatch, tmp_path):
     adapter = ROOT / "adapters_hub" / "restaurants-lora-gpt2-tiny"
-    for option in (["--matrix", tmp_path / "m.png"], ["--task", "digits"]):
+    for option in (["--matrix", tmp_path / "m.png"], ["--group", "digits"]):
         status, out, err = run(capsys, monkeypatch, "evaluate", adapter, "builtin:restaurants", *option)
         assert status == 2 and out == "" and err.count("\n") == 1 and not (tmp_path / "m.png").exists()
         assert "text-generation" in err

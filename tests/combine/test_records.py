@@ -58,26 +58,26 @@ def test_equal_labels_are_averaged_whatever_their_order(made, tmp_path):
     assert predict(load_adapter(tmp_path / "side"), [_picture(tmp_path)], top=1)[0].labels[0] in side.labels
 
 
-def test_a_task_of_a_combination_is_chosen_among_its_own_classes(made, tmp_path, capsys, monkeypatch):
+def test_a_group_of_a_combination_is_chosen_among_its_own_classes(made, tmp_path, capsys, monkeypatch):
     picture = _picture(tmp_path)
     combine({made["a"]: 1.0, made["c"]: 0.0}, heads="stack", out=tmp_path / "two")  # a and c have equal labels
     twice = combine({tmp_path / "two": 1.0, made["b"]: 0.0}, out=tmp_path / "three")
-    assert twice.tasks == ["a", "c", "b"] and read_adapter(twice.folder).tasks["c"] == {"emu": 3, "cat": 4, "dog": 5}
+    assert twice.groups == ["a", "c", "b"] and read_adapter(twice.folder).groups["c"] == {"emu": 3, "cat": 4, "dog": 5}
     alone, together = load_adapter(made["a"]), load_adapter(twice.folder)
-    assert together.tasks == ["a", "c", "b"] and together.route(None)[0] == twice.labels and len(twice.labels) == 8
+    assert together.groups == ["a", "c", "b"] and together.route(None)[0] == twice.labels and len(twice.labels) == 8
     before = predict(alone, [picture])[0]
-    after = predict(together, [picture], task="a")[0]
+    after = predict(together, [picture], group="a")[0]
     assert after.labels == before.labels and set(after.labels) == {"cat", "dog", "emu"}
     assert after.probabilities == pytest.approx(before.probabilities, rel=1e-3)
-    assert set(predict(together, [picture], task="b")[0].labels) == {"fox", "gnu"}
-    with pytest.raises(InlayError, match="no task 'd', it has the tasks a, c, b"):
-        predict(together, [picture], task="d")
-    with pytest.raises(InlayError, match="it has one task; leave task out"):
-        predict(alone, [picture], task="a")
-    assert combine({made["a"]: 1.0, made["c"]: 1.0}, out=tmp_path / "mean").tasks == []
+    assert set(predict(together, [picture], group="b")[0].labels) == {"fox", "gnu"}
+    with pytest.raises(InlayError, match="no group of labels 'd', it has the groups a, c, b"):
+        predict(together, [picture], group="d")
+    with pytest.raises(InlayError, match="it has no groups; leave group out"):
+        predict(alone, [picture], group="a")
+    assert combine({made["a"]: 1.0, made["c"]: 1.0}, out=tmp_path / "mean").groups == []
     dense = combine({made["a"]: 1.0, made["b"]: 1.0}, dense=True, out=tmp_path / "dense")
-    assert load_adapter(dense.folder).tasks == ["a", "b"]
-    monkeypatch.setattr(sys, "argv", ["inlay", "predict", str(twice.folder), picture, "--task", "b", "--json"])
+    assert load_adapter(dense.folder).groups == ["a", "b"]
+    monkeypatch.setattr(sys, "argv", ["inlay", "predict", str(twice.folder), picture, "--group", "b", "--json"])
     with pytest.raises(SystemExit):
         cli.main()
     assert set(json.loads(capsys.readouterr().out)[0]["labels"]) == {"fox", "gnu"}

@@ -239,7 +239,7 @@ def test_a_wrong_line_is_found(monkeypatch):
     """The checks above can fail: each kind of mistake that was once in these pages."""
     for words in (
         "inlay predict adapter image.png --overlays x.png",
-        "inlay foretell adapter",
+        "inlay predict adapter",
         "accelerate launch recipes/lora_vit.py --ranks 8",
         "accelerate launch recipes/lora_bit.py",
         "python tests/benchmarks/bank.py --block 2",

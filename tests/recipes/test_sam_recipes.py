@@ -22,7 +22,7 @@ from inlay import (
     sam_targets,
     save_adapter,
 )
-from inlay.builtin.scenes import scenes
+from inlay.builtin.scenes import generate_scenes
 from places import ROOT
 
 CONFIGS = {
@@ -46,7 +46,7 @@ def run(monkeypatch, method, folder, *arguments):
 def folder(tmp_path_factory):
     """Six pictures to learn from and two that are held out."""
     where = tmp_path_factory.mktemp("cells")
-    made = scenes(8, seed=30_000, kind="cells")
+    made = generate_scenes(8, seed=30_000, kind="cells")
     for i, (picture, objects) in enumerate(zip(made.pictures, made.instances, strict=True)):
         split = where / ("train" if i < 6 else "val")
         for part, array in (("images", picture), ("labels", objects.astype(np.uint16))):

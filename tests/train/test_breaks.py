@@ -9,7 +9,7 @@ from torch import nn
 from train_job import Net, Points
 
 from inlay.errors import InlayError
-from inlay.train.sampler import Draws
+from inlay.train.sampler import SeededSampler
 
 # ----- numbers that stop being numbers
 
@@ -71,7 +71,7 @@ def test_nan_names_step_and_culprit_and_keeps_the_checkpoint(tmp_path, spoil, cu
 def test_nan_in_an_input_is_named_with_its_row(tmp_path):
     data = Points(44, 1)
     data.values[5, 2] = math.nan
-    (at,) = [(s, b.index(hit)) for s, b in enumerate(Draws(44, 8, 6, seed=0)) for hit in b if hit[0] == 5][:1]
+    (at,) = [(s, b.index(hit)) for s, b in enumerate(SeededSampler(44, 8, 6, seed=0)) for hit in b if hit[0] == 5][:1]
     message = rf"broke at step {at[0] + 1}: .*the input 'pixel_values' holds NaN or Inf \(rows \[{at[1]}\]"
     with pytest.raises(InlayError, match=message):
         train(tmp_path / "run", Net(), data=data, accumulate=4)

@@ -16,7 +16,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from inlay.errors import InlayError
 from inlay.tasks.metrics import Accuracy
 from inlay.train.loop import _Trainer
-from inlay.train.sampler import Draws
+from inlay.train.sampler import SeededSampler
 
 # ----- the same as by hand
 
@@ -32,7 +32,7 @@ def test_fit_equals_a_plain_loop(tmp_path, schedule):
     decay, other = [p for p in weights if p.ndim > 1], [p for p in weights if p.ndim < 2]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}])
     rows, clipped = [], 0
-    for step, batch in enumerate(Draws(44, 8, steps, seed=0)):
+    for step, batch in enumerate(SeededSampler(44, 8, steps, seed=0)):
         done = (step - warm) / (steps - warm)
         after = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
         rate = 0.01 * (step / warm if step < warm else after)

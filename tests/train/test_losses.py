@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from inlay import TrainConfig, fit
 from inlay.tasks.text.loss import NextToken
-from inlay.train.sampler import GROUP, Draws
+from inlay.train.sampler import GROUP, SeededSampler
 
 VOCABULARY = 30
 
@@ -70,12 +70,12 @@ def test_smoothing_is_that_of_the_lora_paper_and_of_training_alone():
 
 def test_every_example_comes_once_an_epoch_in_batches_of_about_one_length():
     data = Texts(1000)
-    order = Draws(1000, 10, 100, seed=3, lengths=data.lengths)
+    order = SeededSampler(1000, 10, 100, seed=3, lengths=data.lengths)
     batches = [[index for index, _ in batch] for batch in order]
     assert sorted(index for batch in batches for index in batch) == list(range(1000))
     padded = sum(10 * max(data.lengths[i] for i in batch) for batch in batches)
     assert sum(data.lengths) / padded > 0.97, "more than 3 % of the batches is padding"
-    at_random = [[index for index, _ in batch] for batch in Draws(1000, 10, 100, seed=3)]
+    at_random = [[index for index, _ in batch] for batch in SeededSampler(1000, 10, 100, seed=3)]
     assert sum(data.lengths) / sum(10 * max(data.lengths[i] for i in batch) for batch in at_random) < 0.65
     means = [sum(data.lengths[i] for i in batch) for batch in batches]
     assert means != sorted(means), "batches come in the order of their length"
@@ -84,8 +84,8 @@ def test_every_example_comes_once_an_epoch_in_batches_of_about_one_length():
 @pytest.mark.parametrize("done", [1, GROUP - 1, GROUP, GROUP + 5])
 def test_a_resumed_order_is_the_rest_of_the_whole_one(done):
     lengths = Texts(90).lengths
-    whole = list(Draws(90, 7, 2 * GROUP + 3, seed=1, lengths=lengths))
-    assert list(Draws(90, 7, 2 * GROUP + 3, seed=1, done=done, lengths=lengths)) == whole[done:]
+    whole = list(SeededSampler(90, 7, 2 * GROUP + 3, seed=1, lengths=lengths))
+    assert list(SeededSampler(90, 7, 2 * GROUP + 3, seed=1, done=done, lengths=lengths)) == whole[done:]
 
 
 def test_pieces_of_a_batch_give_the_gradient_of_the_whole(tmp_path):

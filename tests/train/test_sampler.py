@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from inlay.train.sampler import Drawn, Draws
+from inlay.train.sampler import SeededDataset, SeededSampler
 
 
 @pytest.mark.parametrize(("examples", "batch"), [(10, 4), (7, 7), (3, 8), (12, 5)])
 def test_every_epoch_is_a_permutation_in_full_batches(examples, batch):
-    batches = list(Draws(examples, batch, steps=2 * examples, seed=3))
+    batches = list(SeededSampler(examples, batch, steps=2 * examples, seed=3))
     assert [len(b) for b in batches] == [batch] * (2 * examples)
     flat = [draw for b in batches for draw in b]
     assert [number for _, number in flat] == list(range(len(flat)))
@@ -22,13 +22,13 @@ def test_every_epoch_is_a_permutation_in_full_batches(examples, batch):
 
 
 def test_resuming_at_a_step_gives_the_tail_of_the_whole():
-    whole = list(Draws(10, 4, steps=30, seed=3))
+    whole = list(SeededSampler(10, 4, steps=30, seed=3))
     for done in (0, 1, 13, 29, 30):
-        rest = Draws(10, 4, steps=30, seed=3, done=done)
+        rest = SeededSampler(10, 4, steps=30, seed=3, done=done)
         assert list(rest) == whole[done:]
         assert list(rest) == whole[done:], "a second pass over the same object differs"
         assert len(rest) == 30 - done
-    assert list(Draws(10, 4, steps=30, seed=4)) != whole
+    assert list(SeededSampler(10, 4, steps=30, seed=4)) != whole
 
 
 class Noisy(Dataset):
@@ -41,7 +41,9 @@ class Noisy(Dataset):
 
 def test_an_item_is_the_same_whoever_draws_it():
     def rows(workers, done=0):
-        loader = DataLoader(Drawn(Noisy(), 5), batch_sampler=Draws(10, 4, 12, seed=3, done=done), num_workers=workers)
+        loader = DataLoader(
+            SeededDataset(Noisy(), 5), batch_sampler=SeededSampler(10, 4, 12, seed=3, done=done), num_workers=workers
+        )
         return list(loader)
 
     alone = rows(0)

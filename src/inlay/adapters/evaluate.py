@@ -24,7 +24,7 @@ def evaluate(
     split: Split | None = None,
     limit: int | None = None,
     compare: bool = True,
-    task: str | None = None,
+    group: str | None = None,
     resamples: int = 1000,
     write: bool = False,
 ) -> Evaluation:
@@ -38,7 +38,7 @@ def evaluate(
             scored whole; but if the adapter was trained on it, the part that was held out.
         limit: Score so many images, prompts or scans at most, spread evenly.
         compare: Score the base without the adapter too, where that means something.
-        task: Of a combination of several classifiers: choose among the classes of this one only.
+        group: Of labels, in a combination of classifiers: choose among its classes only.
         resamples: Of the images, prompts or scans, for the intervals (bootstrap).
         write: Put the scores into the adapter's metrics.json and README.md, under the name of the data.
 
@@ -46,15 +46,17 @@ def evaluate(
         InlayError: Whatever `load_adapter` and the task's loader of data find; labels that the adapter does not know;
             `write` to what is no folder of one's own.
     """
-    request = Request(split, limit, compare, task, resamples)
+    request = Request(split, limit, compare, group, resamples)
     loaded = adapter if isinstance(adapter, LoadedAdapter) else None
     if loaded is not None and base is not None:
         raise BadInput("this adapter is loaded already; leave base out, or give the adapter's folder.")
     if write:  # before all the work
         _check_writable(loaded.file if loaded else _read_own(str(adapter)))
     loaded = loaded or load_adapter(adapter, base)  # type: ignore[arg-type]
-    if task is not None and not loaded.task.classifies:
-        raise BadInput(f"adapter {loaded.name!r} is for {loaded.task.name} and has one task; leave task out.")
+    if group is not None and not loaded.task.classifies:
+        raise BadInput(
+            f"adapter {loaded.name!r} is for {loaded.task.name} and has no groups of labels; leave group out."
+        )
     request = replace(request, training=Training.from_metrics(loaded.file.metrics))
     found = loaded.task.evaluate(loaded, str(data), request)
     found = replace(found, notes=[*found.notes, *interval_note(found.count, found.unit)])

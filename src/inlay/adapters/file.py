@@ -76,8 +76,9 @@ class AdapterFile:
         return list(self.record.get("labels", []))
 
     @property
-    def tasks(self) -> dict[str, dict[str, int]]:
-        """Of a combination of classifiers: by task, its class names with the logits that stand for them; else empty."""
+    def groups(self) -> dict[str, dict[str, int]]:
+        """Of a combination of classifiers: by the adapter that a group of labels is from, its class names with the "
+        "logits that stand for them; else empty."""
         found, count = self.record.get("tasks", {}), len(self.labels)
         named = isinstance(found, dict) and all(isinstance(rows, dict) and rows for rows in found.values())
         if not named or not all(type(i) is int and 0 <= i < count for rows in found.values() for i in rows.values()):

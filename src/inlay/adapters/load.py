@@ -66,22 +66,22 @@ class LoadedAdapter:
         return self.file.name
 
     @property
-    def tasks(self) -> list[str]:
-        """Names of the tasks of a combination of classifiers; none for others."""
-        return list(self.file.tasks)
+    def groups(self) -> list[str]:
+        """Names of the groups of labels of a combination of classifiers; none for others."""
+        return list(self.file.groups)
 
-    def route(self, task: str | None) -> tuple[list[str], list[int]]:
-        """Class names of one task of a combination, and which logits stand for them; None: all classes.
+    def route(self, group: str | None) -> tuple[list[str], list[int]]:
+        """Class names of one group of a combination, and which logits stand for them; None: all classes.
 
         Raises:
-            InlayError: There is no such task.
+            InlayError: There is no such group.
         """
-        if task is None:
+        if group is None:
             return self.labels, list(range(len(self.labels)))
-        if task not in self.file.tasks:
-            has = f"the tasks {', '.join(self.tasks)}" if self.tasks else "one task; leave task out"
-            raise BadInput(f"adapter {self.file.name!r} has no task {task!r}, it has {has}.")
-        rows = self.file.tasks[task]
+        if group not in self.file.groups:
+            has = f"the groups {', '.join(self.groups)}" if self.groups else "no groups; leave group out"
+            raise BadInput(f"adapter {self.file.name!r} has no group of labels {group!r}, it has {has}.")
+        rows = self.file.groups[group]
         return list(rows), list(rows.values())
 
     def merge(self) -> "LoadedAdapter":

@@ -34,7 +34,7 @@ def save_adapter(
     processor: Any,
     metrics: dict[str, Any] | None = None,
     dtype: Literal["float32", "float16"] = "float32",
-    tasks: dict[str, dict[str, int]] | None = None,
+    groups: dict[str, dict[str, int]] | None = None,
 ) -> Path:
     """Save the active adapter, its head and all that loading must check, as a folder that plain peft reads too.
 
@@ -52,7 +52,7 @@ def save_adapter(
             trains, by default what INLAY_AUTHOR says in the environment.
         dtype: Of the numbers in the file. With float16, half the size, the model's own adapter is rounded too, so that
             it computes what was saved.
-        tasks: Of a combination of classifiers, as in `AdapterFile.tasks`.
+        groups: Of labels, in a combination of classifiers, as in `AdapterFile.groups`.
 
     Raises:
         InlayError: Not a peft model, or one that does not compute what would be saved; weights or outputs that are not
@@ -79,7 +79,7 @@ def save_adapter(
             set_adapter_values(model, weights)
         _check_weights(model, weights)
         config = _sorted_config(new / CONFIG)
-        record = {**_record(model, processor), "config": fingerprint(config), **({"tasks": tasks} if tasks else {})}
+        record = {**_record(model, processor), "config": fingerprint(config), **({"tasks": groups} if groups else {})}
         if not np.isfinite(record["golden"]).all():
             raise ComputationFailed("the model's output on the golden input is NaN or Inf; nothing was saved.")
         data = to_bytes(

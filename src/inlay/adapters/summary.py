@@ -24,7 +24,7 @@ def summary(folder: str | Path) -> dict[str, Any]:
         "revision": base.get("revision"),
         "task": file.record.get("task"),
         "labels": file.labels,
-        "tasks": {name: list(rows) for name, rows in file.tasks.items()},
+        "groups": {name: list(rows) for name, rows in file.groups.items()},
         "targets": _targets(file),
         "head": file.record.get("head"),
         "parameters": parameters,

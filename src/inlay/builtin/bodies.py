@@ -24,7 +24,7 @@ class Body(NamedTuple):
     affine: npt.NDArray[np.float64]
 
 
-def bodies(count: int = 48, seed: int = SEED) -> Iterator[Body]:
+def generate_bodies(count: int = 48, seed: int = SEED) -> Iterator[Body]:
     """Scans with label maps in memory, the same for the same seed; scan i does not depend on `count`.
 
     Each is an ellipsoid of textured tissue in air with an organ, an unlabelled cyst, one to four lesions (spheres of

@@ -7,7 +7,7 @@ phrases on price, rating, food and place, and a third of the texts does not say 
 import random
 import re
 
-from inlay.builtin.restaurants import restaurants
+from inlay.builtin.restaurants import generate_restaurants
 
 FAMILY_LABELS = ("welcome", "not welcome", "not said")
 
@@ -21,7 +21,7 @@ def families(count: int, *, seed: int) -> list[tuple[str, str]]:
     """
     share = -(-count // len(FAMILY_LABELS))
     found: dict[str, list[str]] = {label: [] for label in FAMILY_LABELS}
-    for described in restaurants(max(60, 9 * share), seed=seed, references=1):
+    for described in generate_restaurants(max(60, 9 * share), seed=seed, references=1):
         told = re.search(r"familyFriendly\[(yes|no)\]", described.meaning)
         label = {"yes": "welcome", "no": "not welcome"}[told[1]] if told else "not said"
         if len(found[label]) < share:

@@ -30,9 +30,9 @@ class Described:
     references: list[str]
 
 
-def restaurants(count: int, *, seed: int, references: int = 5) -> list[Described]:
-    """Descriptions of restaurants: `descriptions` of that topic."""
-    return descriptions("restaurants", count, seed=seed, references=references)
+def generate_restaurants(count: int, *, seed: int, references: int = 5) -> list[Described]:
+    """Descriptions of restaurants: `generate_descriptions` of that topic."""
+    return generate_descriptions("restaurants", count, seed=seed, references=references)
 
 
 def split_restaurants(seed: int = 0) -> dict[str, list[Described]]:
@@ -40,11 +40,11 @@ def split_restaurants(seed: int = 0) -> dict[str, list[Described]]:
 
     No two have the same values apart from the name, so what is held out is a new combination, not just a new name.
     """
-    every = restaurants(1500, seed=seed)
+    every = generate_restaurants(1500, seed=seed)
     return {"train": every[:1200], "validation": every[1200:1350], "test": every[1350:]}
 
 
-def descriptions(topic: str, count: int, *, seed: int, references: int = 5) -> list[Described]:
+def generate_descriptions(topic: str, count: int, *, seed: int, references: int = 5) -> list[Described]:
     """Distinct meanings of 3 to 8 slots with their references, the same for the same seed on every Python.
 
     The first meanings do not depend on `count`. Two of them differ in more than the name.
@@ -71,7 +71,7 @@ def descriptions(topic: str, count: int, *, seed: int, references: int = 5) -> l
     return list(islice(_distinct(topic, seed, references), count))
 
 
-def renamed(items: list[Described], words: Sequence[str], seed: int) -> list[Described]:
+def rename_places(items: list[Described], words: Sequence[str], seed: int) -> list[Described]:
     """Other names, of these words, in three of four places: who has seen a name once only must copy it to learn it.
 
     A name is a value with a capital that every reference holds as it is.

@@ -31,7 +31,7 @@ class Scenes:
     parents: npt.NDArray[np.uint8]
 
 
-def scenes(count: int, *, seed: int, size: int = 128, kind: Kind = "mixed") -> Scenes:
+def generate_scenes(count: int, *, seed: int, size: int = 128, kind: Kind = "mixed") -> Scenes:
     """Scenes that are the same for the same seed; scene i does not depend on `count`.
 
     A `mixed` scene holds blobs, boxes, polygons, tubes and crescents in any number, size and contrast, inside, over and

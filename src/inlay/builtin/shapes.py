@@ -16,7 +16,7 @@ _CHUNK = 512  # pictures drawn at a time: the arrays of one shape then stay in t
 _DRAWS = 96  # uniform numbers per picture, of which 90 are used
 
 
-def shapes(count: int, *, seed: int, size: int = 32) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def generate_shapes(count: int, *, seed: int, size: int = 32) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """Labelled pictures, the same for the same seed; picture i does not depend on `count`.
 
     Every picture holds one figure at a random place, size, angle and mirror image, in random colours (a third

@@ -21,8 +21,8 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Score so many images, prompts or scans at most.")] = None,
     base: BaseOption = None,
     alone: Annotated[bool, typer.Option("--alone", help="Leave out the base: half of the work.")] = False,
-    task: Annotated[
-        str | None, typer.Option(help="Choose among the classes of this task of a combination only.")
+    group: Annotated[
+        str | None, typer.Option(help="Choose among the classes of this group of a combination only.")
     ] = None,
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A row for each image, prompt, object or scan and class.")
@@ -44,7 +44,7 @@ def evaluate(
     if matrix is not None:
         _check_classifies(adapter)
     found = score(
-        adapter, data, base=base, split=split, limit=limit, compare=not alone, task=task, write=write  # type: ignore[arg-type]
+        adapter, data, base=base, split=split, limit=limit, compare=not alone, group=group, write=write  # type: ignore[arg-type]
     )  # fmt: skip
     if as_json:
         print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))

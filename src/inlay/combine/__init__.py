@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from inlay.adapters.file import CONFIG, WEIGHTS
 from inlay.combine.heads import WAYS, Heads, join_heads
-from inlay.combine.method_sum import Plan, Sum
+from inlay.combine.method_sum import Sum, SumSettings
 from inlay.combine.norms import total_error
 from inlay.combine.parts import PREFIX, Array, Part, Source
 from inlay.combine.read import open_adapters, wait_for_digests
@@ -39,7 +39,7 @@ class Combined:
         widths: Rank, units or length of each method; none for differences of weights.
         heads: What became of the heads.
         labels: Class names in the order of the logits.
-        tasks: Names of the tasks that `predict` can be asked for.
+        groups: Names of the groups of labels that `predict` can be asked for.
         error: Relative error of the update in total, against what the rule gives without a limit of width; 0: exact.
         errors: The same by module.
         fitted: How the weights were fitted, where they were.
@@ -51,7 +51,7 @@ class Combined:
     widths: dict[str, int]
     heads: str
     labels: list[str]
-    tasks: list[str]
+    groups: list[str]
     error: float
     errors: dict[str, float] = field(default_factory=dict)
     fitted: "Fitted | None" = None
@@ -111,7 +111,7 @@ def combine(
     with open_adapters(adapters) as sources:
         folder, head = _checked_folder(out, sources), join_heads(sources, heads)
         keep = heads if heads not in WAYS else None
-        plan = Plan(row, settings, width, error, keep, dict(activations or {}))
+        plan = SumSettings(row, settings, width, error, keep, dict(activations or {}))
         fitted = _fitted(sources, head, plan, fit, examples, seed) if fit is not None else None
         if fitted is not None:
             sources = [source.weighted(fitted.weights[source.name]) for source in sources]
@@ -146,7 +146,7 @@ def _checked_folder(out: str | Path, sources: Sequence[Source]) -> Path:
     return folder
 
 
-def _fitted(sources: list[Source], heads: Heads, plan: Plan, data: str, examples: int, seed: int) -> "Fitted":
+def _fitted(sources: list[Source], heads: Heads, plan: SumSettings, data: str, examples: int, seed: int) -> "Fitted":
     """Through the model, so with all of torch; only here."""
     from inlay.combine.fit import fit_weights
 
@@ -156,7 +156,9 @@ def _fitted(sources: list[Source], heads: Heads, plan: Plan, data: str, examples
     return fit_weights(sources, make_sums, write, plan, data, examples=examples, seed=seed)
 
 
-def _dense(sources: Sequence[Source], heads: Heads, plan: Plan, rule: str, base: str | None, folder: Path) -> Combined:
+def _dense(
+    sources: Sequence[Source], heads: Heads, plan: SumSettings, rule: str, base: str | None, folder: Path
+) -> Combined:
     from inlay.combine.dense import write_dense
 
     if plan.width is not None:
@@ -164,7 +166,7 @@ def _dense(sources: Sequence[Source], heads: Heads, plan: Plan, rule: str, base:
     metrics = {"combined": {**_said(sources, heads, rule), "error": 0.0}, "dataset": _datasets(sources)}
     write_dense(sources, heads, plan, base, folder, metrics)
     weights = {source.name: source.weight for source in sources}
-    return Combined(folder, rule, weights, {}, heads.said, heads.labels, list(heads.tasks), 0.0)
+    return Combined(folder, rule, weights, {}, heads.said, heads.labels, list(heads.groups), 0.0)
 
 
 def _said(sources: Sequence[Source], heads: Heads, rule: str) -> dict[str, Any]:
@@ -177,7 +179,7 @@ def _datasets(sources: Sequence[Source]) -> str:
     return " + ".join(dict.fromkeys(str(source.file.metrics.get("dataset") or source.name) for source in sources))
 
 
-def make_sums(sources: Sequence[Source], plan: Plan) -> dict[str, Sum]:
+def make_sums(sources: Sequence[Source], plan: SumSettings) -> dict[str, Sum]:
     """The sum of each method that one of the adapters has; methods stand beside one another in a composite.
 
     Raises:
@@ -262,7 +264,7 @@ def _write(
         wait_for_digests(sources)
     weights = {source.name: source.weight for source in sources}
     widths = {kind: each.width for kind, each in made.items() if each.width}
-    return Combined(folder, rule, weights, widths, heads.said, heads.labels, list(heads.tasks), off, errors)
+    return Combined(folder, rule, weights, widths, heads.said, heads.labels, list(heads.groups), off, errors)
 
 
 def _stream(stream: Stream, made: Mapping[str, Sum], heads: Heads) -> None:

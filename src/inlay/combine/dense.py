@@ -15,7 +15,7 @@ from peft import get_peft_model
 from inlay.adapters.load import load_adapter
 from inlay.adapters.save import save_adapter
 from inlay.combine.heads import Heads
-from inlay.combine.method_sum import Plan
+from inlay.combine.method_sum import SumSettings
 from inlay.combine.parts import PREFIX, Array, Source
 from inlay.errors import InlayError
 from inlay.methods._peft import set_adapter_values
@@ -24,7 +24,7 @@ from inlay.tasks.base import load_base
 
 
 def write_dense(
-    sources: Sequence[Source], heads: Heads, plan: Plan, base: str | None, folder: Path, metrics: dict[str, Any]
+    sources: Sequence[Source], heads: Heads, plan: SumSettings, base: str | None, folder: Path, metrics: dict[str, Any]
 ) -> None:
     """Combine the updates of adapters as differences of weights, and save them with the golden output that they give.
 
@@ -54,7 +54,7 @@ def write_dense(
     }
     weights |= {key: torch.from_numpy(heads.make(key)) for key in heads.shapes}
     set_adapter_values(model, weights)
-    save_adapter(model, folder, processor=processor, metrics=metrics, tasks=heads.tasks)
+    save_adapter(model, folder, processor=processor, metrics=metrics, groups=heads.groups)
 
 
 def _update(loaded: Any, name: str, source: Source) -> dict[str, Array]:
@@ -75,7 +75,7 @@ def _update(loaded: Any, name: str, source: Source) -> dict[str, Array]:
     return found
 
 
-def _merged(deltas: list[dict[str, Array]], weights: list[float], plan: Plan) -> dict[str, Array]:
+def _merged(deltas: list[dict[str, Array]], weights: list[float], plan: SumSettings) -> dict[str, Array]:
     merge, found = plan.rule.merge, {}
     for key in dict.fromkeys(key for own in deltas for key in own):
         here = [(own[key], weight) for own, weight in zip(deltas, weights, strict=True) if key in own]

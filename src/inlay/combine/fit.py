@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 from inlay.adapters.load import load_adapter
 from inlay.combine.examples import load_examples
-from inlay.combine.method_sum import Plan, Sum
+from inlay.combine.method_sum import Sum, SumSettings
 from inlay.combine.parts import PREFIX, Source
 from inlay.errors import InlayError
 from inlay.methods._peft import adapter_parameters
@@ -48,9 +48,9 @@ class Fitted:
 
 def fit_weights(
     sources: list[Source],
-    sums: Callable[[list[Source], Plan], Mapping[str, Sum]],
+    sums: Callable[[list[Source], SumSettings], Mapping[str, Sum]],
     write: Callable[[list[Source], Mapping[str, Sum], Path], Any],
-    plan: Plan,
+    plan: SumSettings,
     data: str,
     *,
     examples: int = 32,

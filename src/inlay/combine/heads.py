@@ -4,8 +4,8 @@ disjoint labels     one head with the rows of all: the logits of each adapter's 
 equal labels        the mean of the rows of each label
 others              refused, unless it is said which: stack (labels get the adapter's name), average, or one to keep
 
-Which logits are whose stays known: a combination has each adapter's classes as a task, by the adapter's name, and
-`predict(..., task=name)` chooses among these alone, under their own names.
+Which logits are whose stays known: a combination has each adapter's classes as a group, by the adapter's name, and
+`predict(..., group=name)` chooses among these alone, under their own names.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ class Heads:
         said: What was done, in a word or two.
         modules: Names for modules_to_save.
         labels: Class names in the order of the logits.
-        tasks: By task, its class names with their logits; none where all adapters have the same ones.
+        groups: By group, its class names with their logits; none where all adapters have the same ones.
         shapes: Of the tensors, by key.
         make: A tensor by its key.
     """
@@ -35,7 +35,7 @@ class Heads:
     said: str = "none"
     modules: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
-    tasks: dict[str, dict[str, int]] = field(default_factory=dict)
+    groups: dict[str, dict[str, int]] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     make: Callable[[str], Array] = lambda key: np.zeros(0, np.float32)
 
@@ -75,7 +75,7 @@ def _kept(source: Source, labels: list[str]) -> Heads:
     def make(key: str) -> Array:
         return tensors.read(source.head[key.removeprefix(PREFIX)])
 
-    return Heads(f"that of {source.name}", modules, labels, source.file.tasks, shapes, make)
+    return Heads(f"that of {source.name}", modules, labels, source.file.groups, shapes, make)
 
 
 def _labels(source: Source) -> list[str]:
@@ -135,19 +135,19 @@ def _joined(sources: Sequence[Source], labels_of: dict[str, list[str]], way: str
     shapes = {PREFIX + p: (len(rows), *sources[0].tensors.shape(k)[1:]) for p, k in sources[0].head.items()}
     modules = list(dict.fromkeys(name for source in sources for name in source.file.config["modules_to_save"]))
     said = {"stack": "stacked", "average": "averaged"}[way]
-    return Heads(f"{said} {len(rows)} labels", modules, list(rows), _tasks(sources, list(rows.values())), shapes, make)
+    return Heads(f"{said} {len(rows)} labels", modules, list(rows), _groups(sources, list(rows.values())), shapes, make)
 
 
-def _tasks(sources: Sequence[Source], rows: Sequence[Sequence[tuple[Source, int]]]) -> dict[str, dict[str, int]]:
-    """The classes of each adapter with their logits, from what each row is made of; of a combination, of each task."""
+def _groups(sources: Sequence[Source], rows: Sequence[Sequence[tuple[Source, int]]]) -> dict[str, dict[str, int]]:
+    """The classes of each adapter with their logits, from what each row is made of; of a combination, of each group."""
     found: dict[str, dict[str, int]] = {}
     for source in sources:
         place = {i: row for row, own in enumerate(rows) for one, i in own if one is source}
-        labels, inner = _labels(source), source.file.tasks
+        labels, inner = _labels(source), source.file.groups
         if not inner:
             found[source.name] = {labels[i]: row for i, row in sorted(place.items())}
         for name, classes in inner.items():
-            taken = any(name in other.file.tasks or name == other.name for other in sources if other is not source)
+            taken = any(name in other.file.groups or name == other.name for other in sources if other is not source)
             found[f"{source.name}/{name}" if taken else name] = {label: place[i] for label, i in classes.items()}
     same = all(set(task.values()) == set(next(iter(found.values())).values()) for task in found.values())
     return {} if same else found

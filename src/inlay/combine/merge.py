@@ -149,7 +149,7 @@ def merge(
 
 @torch.no_grad()
 def compute_outputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """All logits of a model, or SAM's masks and foretold IoU, one after the other in float64."""
+    """All logits of a model, or SAM's masks and predicted IoU, one after the other in float64."""
     output = model.eval()(**batch)
     found = [output[key] for key in ("logits", "pred_masks", "iou_scores") if key in output]
     if not found:

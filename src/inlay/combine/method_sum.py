@@ -23,7 +23,7 @@ _TRAINING = {"lora_dropout", "dropout", "init_weights", "init_lora_weights", "pr
 
 
 @dataclass(frozen=True)
-class Plan:
+class SumSettings:
     """How adapters are combined.
 
     Attributes:
@@ -68,7 +68,7 @@ class Sum(ABC):
     has_updates: ClassVar[bool] = False
     wraps_modules: ClassVar[bool] = True
 
-    def __init__(self, parts: Sequence[Part], plan: Plan) -> None:
+    def __init__(self, parts: Sequence[Part], plan: SumSettings) -> None:
         self.parts, self.plan = list(parts), plan
         self.errors: dict[str, float] = {}
         self.norms: dict[str, float] = {}

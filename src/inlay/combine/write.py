@@ -138,7 +138,7 @@ def make_record(sources: Sequence[Source], heads: Heads, keep: str | None, made:
         "task": first["task"],
         "base": first["base"],
         "labels": labels,
-        **({"tasks": heads.tasks} if heads.tasks else {}),
+        **({"tasks": heads.groups} if heads.groups else {}),
         "head": first["head"],
         "preprocessing": first["preprocessing"],
         "golden": [],
@@ -161,8 +161,8 @@ def write_settings(folder: Path, config: dict[str, Any], record: dict[str, Any],
         f"Head: {made['heads']}.\n\n| adapter | weight |\n|---|---|\n{rows}\n"
     )
     if "tasks" in record:
-        tasks = "; ".join(f"`{name}`: {', '.join(rows)}" for name, rows in record["tasks"].items())
-        said += f"\nTasks, to choose one by `predict(..., task=)`: {tasks}.\n"
+        groups = "; ".join(f"`{name}`: {', '.join(rows)}" for name, rows in record["tasks"].items())
+        said += f"\nGroups of labels, to choose one by `predict(..., group=)`: {groups}.\n"
     if record:
         from inlay.adapters.card import card
 

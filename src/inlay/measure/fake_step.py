@@ -27,7 +27,9 @@ def fake_model(model: nn.Module, device: torch.device) -> nn.Module:
     Layers of bitsandbytes are as after their quantisation, also where it has not taken place, as on the meta device.
     To be called, and its result used, under one FakeTensorMode.
     """
-    memo: dict[int, Any] = {id(tensor): fake(tensor, device) for tensor in [*model.parameters(), *model.buffers()]}
+    memo: dict[int, Any] = {
+        id(tensor): fake_tensor(tensor, device) for tensor in [*model.parameters(), *model.buffers()]
+    }
     bitsandbytes = sys.modules.get("bitsandbytes")  # not imported: then no layer can be of it
     for module in model.modules():
         if bitsandbytes and isinstance(module, bitsandbytes.nn.Linear4bit):
@@ -48,11 +50,11 @@ class _FakeCopies(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__:
             tensor, memo = args
-            return memo.setdefault(id(tensor), fake(tensor, self.device))
+            return memo.setdefault(id(tensor), fake_tensor(tensor, self.device))
         return func(*args, **(kwargs or {}))
 
 
-def fake(tensor: Tensor, device: torch.device) -> Tensor:
+def fake_tensor(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor, or a parameter, of the same shape and type without values."""
     shadow = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     return nn.Parameter(shadow, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shadow
@@ -108,7 +110,7 @@ def _fake_state(state: Any, device: torch.device) -> Any:
     shadow = copy.copy(state)
     for name, value in vars(state).items():
         if isinstance(value, Tensor):
-            setattr(shadow, name, fake(value, device))
+            setattr(shadow, name, fake_tensor(value, device))
         elif type(value) is type(state):
             setattr(shadow, name, _fake_state(value, device))
     return shadow
@@ -163,7 +165,7 @@ class LiveBytes(TorchDispatchMode):
         if isinstance(real, int | float):  # a bool is one too
             return real
         if real is not None and torch.Tag.dynamic_output_shape in func.tags:
-            result = fake(real, tensors[0].device)
+            result = fake_tensor(real, tensors[0].device)
         else:
             result = func(*args, **kwargs)
         if real is not None:

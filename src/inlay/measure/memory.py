@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import default_collate
 
 from inlay.errors import BadInput, InlayError, Unsupported
-from inlay.measure.fake_step import LiveBytes, fake, fake_model, no_traces, one_text_a_row
+from inlay.measure.fake_step import LiveBytes, fake_model, fake_tensor, no_traces, one_text_a_row
 from inlay.measure.footprint import footprint
 from inlay.methods._peft import fills_cache
 from inlay.train.config import TrainConfig
@@ -119,7 +119,7 @@ def plan_memory(
     read = {name: value for name, value in batch.items() if not _masks_nothing(name, value)}
     with FakeTensorMode(allow_non_fake_inputs=True):
         shadow = fake_model(model, where)
-        inputs = {name: fake(value, where) for name, value in read.items()}
+        inputs = {name: fake_tensor(value, where) for name, value in read.items()}
         live.values.update({inputs[n]: v.cpu() for n, v in read.items() if not (v.is_meta or v.is_floating_point())})
         size = footprint(shadow)
         try:

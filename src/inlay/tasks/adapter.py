@@ -18,8 +18,8 @@ class Adapter(Protocol):
     def name(self) -> str:
         """The folder's, for messages."""
 
-    def route(self, task: str | None) -> tuple[list[str], list[int]]:
-        """Class names of one task of a combination, and which logits stand for them; None: all classes."""
+    def route(self, group: str | None) -> tuple[list[str], list[int]]:
+        """Class names of one group of a combination, and which logits stand for them; None: all classes."""
 
 
 def check_task(adapter: Adapter, name: str) -> None:

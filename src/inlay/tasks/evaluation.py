@@ -180,7 +180,7 @@ class Request:
         split: Which part of the data; None: as `choose_split` has it.
         limit: Score so many units at most, spread evenly; None: all.
         compare: Score the base without the adapter too, where that means something.
-        task: Of a combination of several classifiers: choose among the classes of this one only.
+        group: Of labels, in a combination of classifiers: choose among its classes only.
         resamples: Of the units, for the intervals.
         training: What metrics.json tells of the adapter's own.
 
@@ -191,7 +191,7 @@ class Request:
     split: Split | None = None
     limit: int | None = None
     compare: bool = True
-    task: str | None = None
+    group: str | None = None
     resamples: int = 1000
     training: Training = field(default_factory=Training)
 

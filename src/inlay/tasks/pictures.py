@@ -24,14 +24,14 @@ def open_image(source: Source) -> Image.Image:
         InlayError: The file is missing, broken, no picture, or has pixels of unknown range.
     """
     try:
-        return decode(source)
+        return decode_image(source)
     except Exception as error:  # Pillow's readers raise what they please
         path = source.get("path") if isinstance(source, dict) else source
         got = "the bytes given" if not path or isinstance(path, bytes) else repr(os.fspath(path))
-        raise InlayError(f"{got} cannot be read as an image: {reason(error)}.") from error
+        raise InlayError(f"{got} cannot be read as an image: {explain_unreadable(error)}.") from error
 
 
-def decode(source: Any, draft: bool = False) -> Image.Image:
+def decode_image(source: Any, draft: bool = False) -> Image.Image:
     """As `open_image`, with the errors of Pillow; as a `draft`, all of a JPEG is read, but drawn at an eighth."""
     if isinstance(source, dict):
         source = source["path"] if source.get("bytes") is None else source["bytes"]
@@ -52,7 +52,7 @@ def decode(source: Any, draft: bool = False) -> Image.Image:
     return image.convert("RGB")
 
 
-def reason(error: BaseException) -> str:
+def explain_unreadable(error: BaseException) -> str:
     """What went wrong with a file, in a few words."""
     if isinstance(error, FileNotFoundError):
         return "no such file"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import datasets
 
 from inlay.errors import InlayError
-from inlay.tasks.pictures import reason
+from inlay.tasks.pictures import explain_unreadable
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 KINDS = (*SEPARATORS, ".jsonl", ".json", ".parquet", ".txt")
@@ -43,7 +43,7 @@ class Table:
     def where(self, rows: Sequence[int]) -> str:
         """These rows, counted from 0, in the words of an error: 2 rows of 'a.csv' (lines 3, 8)."""
         one = len(rows) == 1
-        places = some([self.places[row] for row in rows])
+        places = list_first([self.places[row] for row in rows])
         return f"{len(rows)} row{'' if one else 's'} of {self.name!r} ({self.unit}{'' if one else 's'} {places})"
 
 
@@ -77,7 +77,9 @@ def read_table(path: Path) -> Table:
             table = _json_lines(text, name)
     twice = [column for column in dict.fromkeys(table.names) if table.names.count(column) > 1]
     if not len(table) or twice:
-        raise InlayError(f"{name!r} has two columns {some(twice)}; rename one." if twice else f"{name!r} has no rows.")
+        raise InlayError(
+            f"{name!r} has two columns {list_first(twice)}; rename one." if twice else f"{name!r} has no rows."
+        )
     return table
 
 
@@ -90,11 +92,11 @@ def hub_splits(name: str, revision: str | None, wanted: str) -> dict[str, datase
     try:
         return dict(datasets.load_dataset(name, revision=revision))
     except Exception as error:  # no network, no such dataset or revision, gated: each has its own type
-        got = f"{name!r} is nothing here and the Hub gave {type(error).__name__} ({reason(error)})"
+        got = f"{name!r} is nothing here and the Hub gave {type(error).__name__} ({explain_unreadable(error)})"
         raise InlayError(f"expected {wanted}, but {got}. Check the name and the network.") from error
 
 
-def some(names: Sequence[object]) -> str:
+def list_first(names: Sequence[object]) -> str:
     """The first five of a list, for an error."""
     return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
 
@@ -105,7 +107,7 @@ def _text(path: Path) -> str:
         if path.suffix.lower() == ".gz":
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
-        raise InlayError(f"'{path}' cannot be read: {reason(error)}.") from error
+        raise InlayError(f"'{path}' cannot be read: {explain_unreadable(error)}.") from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -128,7 +130,7 @@ def _separated(text: str, name: str, separator: str) -> Table:
                 places.append(line)
             line = reader.line_num + 1
     except csv.Error as error:
-        got = f"line {line} does not ({reason(error)})"
+        got = f"line {line} does not ({explain_unreadable(error)})"
         raise InlayError(f"expected {name!r} to read as a table, but {got}. Mend its quotes, or use .jsonl.") from error
     header, rows, places = [column.strip() for column in rows[0]], rows[1:], places[1:]
     table = Table(name, header, lambda column: [row[header.index(column)] for row in rows], places, "line")
@@ -159,7 +161,7 @@ def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InlayError(f"{where} is not JSON: {reason(error)}.") from error
+        raise InlayError(f"{where} is not JSON: {explain_unreadable(error)}.") from error
 
 
 def _objects(rows: list[Any], name: str, places: Sequence[int], unit: Literal["line", "row"]) -> Table:
@@ -179,5 +181,5 @@ def _parquet(path: Path) -> Table:
         rows = ParquetFile(path).read()
         rows.validate(full=True)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise InlayError(f"'{path}' cannot be read as parquet: {reason(error)}.") from error
+        raise InlayError(f"'{path}' cannot be read as parquet: {explain_unreadable(error)}.") from error
     return Table(str(path), rows.column_names, lambda name: rows.column(name).to_pylist(), range(1, len(rows) + 1))

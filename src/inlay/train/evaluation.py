@@ -44,8 +44,8 @@ def evaluate_on(
         at_end, over = accelerator.gradient_state.end_of_dataloader, accelerator.gradient_state.remainder
         padded = accelerator.num_processes > 1 and at_end and over > 0
         each, share, answered = [], [], []  # a value for every row
-        for piece in pieces(batch, rows_of(batch) if padded else accumulate):
-            output, rows = loss(model, piece), rows_of(piece)
+        for piece in split_batch(batch, count_rows(batch) if padded else accumulate):
+            output, rows = loss(model, piece), count_rows(piece)
             each.append(output.loss.repeat(rows))
             share.append(torch.full_like(each[-1], loss.weight(piece) / rows))
             if metrics:
@@ -123,14 +123,14 @@ def train_mode(model: nn.Module) -> None:
             module.eval()
 
 
-def pieces(batch: dict[str, Any], count: int) -> "Iterator[dict[str, Any]]":
+def split_batch(batch: dict[str, Any], count: int) -> "Iterator[dict[str, Any]]":
     """At most `count` pieces of a batch, equal in size but for the last."""
-    rows = rows_of(batch)
+    rows = count_rows(batch)
     size = -(-rows // count)
     for begin in range(0, rows, size):
         yield batch if size >= rows else {k: v[begin : begin + size] for k, v in batch.items()}
 
 
-def rows_of(batch: dict[str, Any]) -> int:
+def count_rows(batch: dict[str, Any]) -> int:
     """Number of examples in a batch."""
     return len(next(iter(batch.values())))

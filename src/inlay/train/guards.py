@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from inlay.train.evaluation import pieces
+from inlay.train.evaluation import split_batch
 
 if TYPE_CHECKING:
     from inlay.train.losses import Loss
 
 
-class Stop:
+class StopRequest:
     """Within the block, SIGTERM and Ctrl-C set `signal` instead of killing; a second Ctrl-C kills as usual."""
 
     def __init__(self) -> None:
         self.signal = 0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "Stop":
+    def __enter__(self) -> "StopRequest":
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 self._before[number] = signal.signal(number, self._note)
@@ -38,7 +38,7 @@ class Stop:
         self.signal = number
 
 
-def blame(model: nn.Module, batch: dict[str, Any], loss: "Loss", accumulate: int = 1) -> str | None:
+def find_first_bad_number(model: nn.Module, batch: dict[str, Any], loss: "Loss", accumulate: int = 1) -> str | None:
     """Say where NaN or Inf comes from: the batch, a weight, the first module that puts it out, the loss, or a gradient.
 
     Runs the step once more with hooks, in as many pieces, so it costs nothing until it is needed. `model` is unwrapped.
@@ -52,7 +52,7 @@ def blame(model: nn.Module, batch: dict[str, Any], loss: "Loss", accumulate: int
         if _bad(parameter):
             return f"the weight {name!r} is already NaN or Inf"
     model.zero_grad()
-    for piece in pieces(batch, accumulate):
+    for piece in split_batch(batch, accumulate):
         if found := _blame_piece(model, piece, loss):
             return found
     return None

@@ -28,13 +28,13 @@ from inlay.train.config import TrainConfig
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from inlay.train.frozen_cache.shorten import Data
-    from inlay.train.sampler import Draws
+    from inlay.train.frozen_cache.shorten import FitData
+    from inlay.train.sampler import SeededSampler
 
     Collate = Callable[[list[Any]], dict[str, Any]]
 
 
-def start(model: torch.nn.Module, config: TrainConfig) -> Accelerator:
+def start_accelerator(model: torch.nn.Module, config: TrainConfig) -> Accelerator:
     """The Accelerator of this process, after checks that it will train as asked.
 
     Raises:
@@ -145,7 +145,7 @@ def build_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torc
 
 
 def build_loaders(
-    data: "Data", order: "Draws", batch_size: int, accelerator: Accelerator
+    data: "FitData", order: "SeededSampler", batch_size: int, accelerator: Accelerator
 ) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
     """The batches of training, as `order` has them, and of validation, those of short examples first."""
     train = build_loader(data.train, data.collate, data.workers, accelerator, batch_sampler=order)
@@ -211,7 +211,7 @@ def disable_checkpointing(model: nn.Module) -> None:
     model.disable_input_require_grads()
 
 
-def release(accelerator: Accelerator, model: nn.Module) -> None:
+def release_model(accelerator: Accelerator, model: nn.Module) -> None:
     """Close trackers and loaders, and give `model` its own forward back, without accelerate's autocast around it."""
     for tracker in accelerator.trackers:
         tracker.finish()

@@ -17,13 +17,13 @@ from transformers import get_scheduler
 
 from inlay.errors import BadInput, ComputationFailed
 from inlay.train.config import TrainConfig
-from inlay.train.evaluation import evaluate_on, pieces, rows_of, train_mode
-from inlay.train.frozen_cache.shorten import Data, opened, tail
-from inlay.train.guards import Stop, blame
-from inlay.train.launch import build_loaders, build_optimizer, enable_checkpointing, release, start
+from inlay.train.evaluation import count_rows, evaluate_on, split_batch, train_mode
+from inlay.train.frozen_cache.shorten import FitData, use_cached_states, wrap_tail
+from inlay.train.guards import StopRequest, find_first_bad_number
+from inlay.train.launch import build_loaders, build_optimizer, enable_checkpointing, release_model, start_accelerator
 from inlay.train.losses import Loss, ModelLoss
 from inlay.train.run import Run
-from inlay.train.sampler import Drawn, Draws, seed_all
+from inlay.train.sampler import SeededDataset, SeededSampler, seed_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -95,7 +95,7 @@ def fit(
             gradient, not enough memory for a single example.
     """
     decided = {**(settings or {}), **config.identity()}
-    accelerator = start(model, config)
+    accelerator = start_accelerator(model, config)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable or not len(train_data):
         raise BadInput(
@@ -124,16 +124,18 @@ def fit(
     optimizer = build_optimizer(trainable, config)
     schedule = {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule)
     scheduler = get_scheduler(schedule, optimizer, round(config.warmup * steps), steps)
-    net = tail(model, config, accelerator)
+    net = wrap_tail(model, config, accelerator)
     wrapped, optimizer, scheduler = accelerator.prepare(net, optimizer, scheduler)
     resumed = run.resume()
     lengths = getattr(train_data, "lengths", None)
-    order = Draws(len(train_data), config.batch_size, steps, config.seed, done=run.progress.step, lengths=lengths)
+    order = SeededSampler(
+        len(train_data), config.batch_size, steps, config.seed, done=run.progress.step, lengths=lengths
+    )
     if config.tracker is not None:
         accelerator.init_trackers("inlay", config=config.identity())
     trainer = _Trainer(accelerator, wrapped, optimizer, scheduler, run, config, steps, loss, list(metrics), best_by)
-    data = Data(Drawn(train_data, config.seed), validation_data, collate, config.workers)
-    with opened(net, data, config, accelerator) as data, Stop() as stop:
+    data = FitData(SeededDataset(train_data, config.seed), validation_data, collate, config.workers)
+    with use_cached_states(net, data, config, accelerator) as data, StopRequest() as stop:
         loader, validation = build_loaders(data, order, config.batch_size, accelerator)
         try:
             trainer.train(loader, validation, stop, resumed)
@@ -142,7 +144,7 @@ def fit(
                 raise
             trainer.leave(stop.signal)  # the scheduler has killed the workers too, before the step was done
         finally:
-            release(accelerator, wrapped)
+            release_model(accelerator, wrapped)
     if validation_data is None:
         run.keep_best()
     run.load_best()
@@ -178,7 +180,7 @@ class _Trainer:
         self.skipped = 0  # fp16 steps in a row whose gradient overflowed
         self.step_seconds, self.steps_here = 0.0, 0
 
-    def train(self, loader: Any, validation: Any, stop: Stop, resumed: bool) -> None:
+    def train(self, loader: Any, validation: Any, stop: StopRequest, resumed: bool) -> None:
         progress, config = self.run.progress, self.config
         hidden = None if self.accelerator.is_local_main_process else True  # None: hidden where there is no terminal
         bar = tqdm(
@@ -240,7 +242,7 @@ class _Trainer:
         """Steps per second of the steps that this process took, evaluations and start-up left out."""
         return self.steps_here / self.step_seconds if self.step_seconds else 0.0
 
-    def _step(self, batch: dict[str, Any], step: int, stop: Stop) -> tuple[float, float, int]:
+    def _step(self, batch: dict[str, Any], step: int, stop: StopRequest) -> tuple[float, float, int]:
         """One optimiser step: forward and backward in pieces, clip, update. Gives loss, gradient norm, stop signal."""
         accelerator, run = self.accelerator, self.run
         while True:
@@ -274,7 +276,7 @@ class _Trainer:
         """
         total = torch.zeros((), device=self.accelerator.device)
         whole = self._mean_weight(batch)
-        cut = list(pieces(batch, accumulate))
+        cut = list(split_batch(batch, accumulate))
         for i, piece in enumerate(cut):
             with nullcontext() if i == len(cut) - 1 else self.accelerator.no_sync(self.model):
                 loss = self.loss(self.model, piece).loss * (self.loss.weight(piece) / whole)
@@ -302,7 +304,7 @@ class _Trainer:
                 f"several processes the pieces are not halved on the way: start again with --accumulate "
                 f"{2 * self.run.progress.accumulate}, or --gradient_checkpointing."
             )
-        if self.run.progress.accumulate >= rows_of(batch):
+        if self.run.progress.accumulate >= count_rows(batch):
             raise ComputationFailed(
                 f"out of memory with a single example ({reason}); try --gradient_checkpointing, an "
                 "8-bit base, a lower precision or a smaller input."
@@ -325,7 +327,9 @@ class _Trainer:
             return
         seed_all(self._seed(step))
         with self.accelerator.autocast():
-            found = blame(self.accelerator.unwrap_model(self.model), batch, self.loss, self.run.progress.accumulate)
+            found = find_first_bad_number(
+                self.accelerator.unwrap_model(self.model), batch, self.loss, self.run.progress.accumulate
+            )
         found = next(filter(None, gather_object([found])), None)  # all processes are here: the loss is their mean
         where = found or "neither input, weights, outputs nor gradients show it when the step is repeated"
         raise ComputationFailed(

@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from inlay.train.evaluation import rows_of
+from inlay.train.evaluation import count_rows
 
 
 class Loss(Protocol):
@@ -31,4 +31,4 @@ class ModelLoss:
 
     def weight(self, batch: dict[str, Any]) -> int:
         """The rows."""
-        return rows_of(batch)
+        return count_rows(batch)

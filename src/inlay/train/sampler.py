@@ -10,10 +10,10 @@ from torch.utils.data import Dataset, Sampler
 
 GROUP = 32  # steps whose examples are sorted by length together: padding of about 1 %, and batches that differ
 
-Draw = tuple[int, int]  # (index of the example, number of the draw since the run began)
+SeededIndex = tuple[int, int]  # (index of the example, number of the draw since the run began)
 
 
-class Draws(Sampler[list[Draw]]):
+class SeededSampler(Sampler[list[SeededIndex]]):
     """Batches from an endless stream of shuffled epochs, each step's a function of (seed, step) alone.
 
     All batches are full: one may begin in an epoch and end in the next, so no example is dropped or seen twice in an
@@ -41,13 +41,13 @@ class Draws(Sampler[list[Draw]]):
     def __len__(self) -> int:
         return self.steps - self.done
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[SeededIndex]]:
         group = GROUP if self.lengths is not None else 1
         for first in range(self.done // group * group, self.steps, group):
             batches = self._batches(first, min(first + group, self.steps))
             yield from batches[max(0, self.done - first) :]
 
-    def _batches(self, first: int, end: int) -> list[list[Draw]]:
+    def _batches(self, first: int, end: int) -> list[list[SeededIndex]]:
         """Those of the steps first to end."""
         size = self.batch_size
         draws = [(self._example(draw), draw) for draw in range(first * size, end * size)]
@@ -68,7 +68,7 @@ class Draws(Sampler[list[Draw]]):
         return int(self._order[draw % self.examples])
 
 
-class Drawn(Dataset[Any]):
+class SeededDataset(Dataset[Any]):
     """A dataset whose every item is drawn under a seed of its own.
 
     Augmentation by Python's, numpy's or torch's global generator then gives the same item in any worker, process or
@@ -81,7 +81,7 @@ class Drawn(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, key: Draw) -> Any:
+    def __getitem__(self, key: SeededIndex) -> Any:
         index, draw = key
         seed_cpu(int(np.random.SeedSequence((self.seed, draw)).generate_state(1)[0]))
         return self.data[index]

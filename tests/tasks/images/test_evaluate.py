@@ -113,14 +113,14 @@ def test_of_a_combination_one_tasks_classes_are_chosen_among(digits_adapter, dig
     loaded = load_adapter(digits_adapter)
     loaded.file.record["tasks"] = {"high": {"digit 9": 9, "digit 4": 4}}
     write_digits(tmp_path / "two", [4, 9])
-    found = evaluate(loaded, tmp_path / "two", task="high", resamples=5)
+    found = evaluate(loaded, tmp_path / "two", group="high", resamples=5)
     assert found.labels == ["digit 9", "digit 4"] and len(found.confusion) == 2
     assert {row["predicted"] for row in found.rows} <= {"digit 4", "digit 9"}
     whole = {(r["true"], r["image"]): r for r in evaluate(loaded, digits, resamples=5).rows}
     for row in found.rows:  # among two, the true one is at least as probable
         assert row["probability_of_true"] >= whole[row["true"], row["image"]]["probability_of_true"]
     with pytest.raises(InlayError, match="'digit 0', 'digit 1'"):
-        evaluate(loaded, digits, task="high")
+        evaluate(loaded, digits, group="high")
 
 
 def test_unknown_labels_and_empty_data_are_one_sentence(adapter, tmp_path):

@@ -18,7 +18,7 @@ from inlay import (
     save_adapter,
 )
 from inlay.bases.sites import decoder_targets
-from inlay.builtin.scenes import scenes
+from inlay.builtin.scenes import generate_scenes
 from inlay.tasks.masks.data import load_masks_to_score
 from inlay.tasks.masks.scores import MaskIoU
 from places import SHARED
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory):
     data = tmp_path_factory.mktemp("data") / "cells"
-    made = scenes(6, seed=5, kind="cells")
+    made = generate_scenes(6, seed=5, kind="cells")
     for part, arrays in (("images", made.pictures), ("labels", made.instances.astype(np.uint8))):
         (data / part).mkdir(parents=True)
         for i, array in enumerate(arrays):
@@ -79,7 +79,7 @@ def test_each_object_has_a_row_for_each_kind_of_prompt(folder, cells):
         p = row["object"] - 1
         said, true = output.pred_masks[0, p, best[p]] > 0, item["labels"][p] == 1
         assert row["iou"] == pytest.approx(float((said & true).sum() / (said | true).sum()), abs=1e-4)
-        assert row["foretold_iou"] == pytest.approx(float(output.iou_scores[0, p].max()), abs=1e-4)
+        assert row["predicted_iou"] == pytest.approx(float(output.iou_scores[0, p].max()), abs=1e-4)
         assert row["pixels"] == int(true.sum())
 
 

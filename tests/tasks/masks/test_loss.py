@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from inlay import MaskLoss, load_base
-from inlay.builtin.scenes import scenes
-from inlay.tasks.masks.clicks import conversation, score
-from inlay.tasks.masks.loss import foretold_best, mask_losses
+from inlay.builtin.scenes import generate_scenes
+from inlay.tasks.masks.clicks import answer_clicks, score_clicks
+from inlay.tasks.masks.loss import mask_losses, pick_predicted_best
 from inlay.tasks.masks.prompts import draw_objects
 from inlay.tasks.masks.scores import MaskIoU
 
@@ -21,7 +21,7 @@ def square(size=8, low=2, high=6):
 
 
 def test_each_prompt_pays_for_its_best_mask():
-    """One right mask of three: by hand, focal loss and Dice of that one, and the error of all foretold IoUs."""
+    """One right mask of three: by hand, focal loss and Dice of that one, and the error of all predicted IoUs."""
     truth = square()
     right = (truth * 2 - 1) * 4.0
     logits = torch.stack([-right, right, torch.full_like(right, -4.0)])  # the whole but for it, right, nothing
@@ -32,7 +32,7 @@ def test_each_prompt_pays_for_its_best_mask():
     dice = 1 - (2 * both + 1) / (16 * chance + 48 * (1 - chance) + 16 + 1)
     expected = focal + dice + (0.25 + 0.25 + 0.25) / 3  # the IoUs are 0, 1 and 0
     assert mask_losses(logits, scores, truth) == pytest.approx(float(expected), rel=1e-5)
-    assert torch.equal(foretold_best(logits, torch.tensor([0.1, 0.7, 0.3])), right)
+    assert torch.equal(pick_predicted_best(logits, torch.tensor([0.1, 0.7, 0.3])), right)
 
 
 def test_balanced_entropy_gives_half_to_the_object():
@@ -74,7 +74,7 @@ def test_masks_that_are_not_asked_for_do_not_count():
 
     counts, zeros = loss.answers(output, batch)
     assert counts.shape == (2, 2, 2) and zeros.tolist() == [0, 0]
-    said, true = foretold_best(masks, scores)[1, 0] > 0, labels[1, 0] > 0
+    said, true = pick_predicted_best(masks, scores)[1, 0] > 0, labels[1, 0] > 0
     assert counts[1, 0].tolist() == [int((said & true).sum()), int((said | true).sum())]
     assert counts[1, 1].tolist() == [0, 0]
     metric = MaskIoU()
@@ -93,7 +93,7 @@ def test_the_mean_iou_is_that_of_the_masks_that_were_asked_for():
 
 def test_a_simulated_user_clicks_where_the_answer_is_wrong():
     torch.manual_seed(0)
-    made = scenes(2, seed=4711, kind="cells")
+    made = generate_scenes(2, seed=4711, kind="cells")
     objects = draw_objects(made, 3)
     seen = []
 
@@ -102,21 +102,21 @@ def test_a_simulated_user_clicks_where_the_answer_is_wrong():
         shape = (6, 1, 3 if multimask_output else 1)
         return SimpleNamespace(pred_masks=torch.full((*shape, 64, 64), -1.0), iou_scores=torch.zeros(shape))
 
-    rounds = list(conversation(model, torch.zeros(2, 64, 16, 16), objects, [1, 2]))
+    rounds = list(answer_clicks(model, torch.zeros(2, 64, 16, 16), objects, [1, 2]))
     assert [tuple(logits.shape) for logits, _, _ in rounds] == [(6, 3, 64, 64), (6, 1, 64, 64)]
     assert seen[0]["input_points"].shape == (6, 1, 1, 2) and seen[1]["input_points"].shape == (6, 1, 3, 2)
     assert (seen[1]["input_labels"] == 1).all()  # nothing was answered: all errors lie inside
     x, y = seen[0]["input_points"].long().flatten(0, 2).unbind(-1)
     assert objects.flatten(0, 1)[torch.arange(6), y, x].all()
-    list(conversation(model, torch.zeros(2, 64, 16, 16), objects, [1], boxes=True))
+    list(answer_clicks(model, torch.zeros(2, 64, 16, 16), objects, [1], boxes=True))
     assert set(seen[-1]) == {"input_boxes"} and seen[-1]["input_boxes"].shape == (6, 1, 4)
 
 
 def test_clicks_in_errors_help_the_embedded_sam():
     torch.manual_seed(0)
-    made = scenes(8, seed=4712)
+    made = generate_scenes(8, seed=4712)
     pixels = torch.from_numpy(made.pictures).permute(0, 3, 1, 2).float() / 57 - 2.1  # about what the processor makes
-    found = score(load_base("builtin:sam-tiny"), pixels, draw_objects(made, 8))
+    found = score_clicks(load_base("builtin:sam-tiny"), pixels, draw_objects(made, 8))
     means = {key: float(value.mean()) for key, value in found.items()}
     assert all(value.shape == (64,) for value in found.values())
     assert means["3 points"] > means["1 point"] + 0.03 and means["box"] > means["1 point"]

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from inlay import InlayError, MaskView, load_masks, load_processor
-from inlay.builtin.scenes import MOST, scenes
+from inlay.builtin.scenes import MOST, generate_scenes
 from inlay.tasks.masks.data import Masked, read_map, split_classes
 from inlay.tasks.masks.prompts import boxes_around, draw_points
 from inlay.tasks.masks.view import collate_masks
@@ -36,19 +36,19 @@ def folder(tmp_path):
 
 
 def test_scenes_are_fixed_by_seed_and_place():
-    few, many = scenes(3, seed=4), scenes(5, seed=4)
+    few, many = generate_scenes(3, seed=4), generate_scenes(5, seed=4)
     assert np.array_equal(few.pictures, many.pictures[:3]) and np.array_equal(few.instances, many.instances[:3])
-    assert not np.array_equal(few.pictures, scenes(3, seed=5).pictures)
+    assert not np.array_equal(few.pictures, generate_scenes(3, seed=5).pictures)
     assert few.pictures.shape == (3, 128, 128, 3) and few.parents.shape == (3, MOST + 1)
-    assert scenes(0, seed=0).pictures.shape == (0, 128, 128, 3)
-    assert scenes(2, seed=0, size=64, kind="cells").instances.shape == (2, 64, 64)
+    assert generate_scenes(0, seed=0).pictures.shape == (0, 128, 128, 3)
+    assert generate_scenes(2, seed=0, size=64, kind="cells").instances.shape == (2, 64, 64)
     with pytest.raises(ValueError, match="kind mixed or cells"):
-        scenes(1, seed=0, kind="cats")
+        generate_scenes(1, seed=0, kind="cats")
 
 
 @pytest.mark.parametrize("kind", ["mixed", "cells"])
 def test_scenes_hold_whole_numbered_objects_of_a_visible_size(kind):
-    made = scenes(40, seed=1, kind=kind)
+    made = generate_scenes(40, seed=1, kind=kind)
     counts = [np.bincount(one.ravel()) for one in made.instances]
     assert all((count[1:] >= 20).all() for count in counts)
     assert np.mean([len(count) - 1 for count in counts]) > 5
@@ -154,7 +154,7 @@ def test_parts_of_a_class_become_objects():
 def test_embedded_scenes_are_cells_that_pretraining_has_not_seen():
     data = load_masks("builtin:scenes", limit=8)
     assert len(data.train) == 8 and len(data.validation) == 2
-    assert np.array_equal(data.train[0].image, scenes(1, seed=20_000, kind="cells").pictures[0])
+    assert np.array_equal(data.train[0].image, generate_scenes(1, seed=20_000, kind="cells").pictures[0])
 
 
 def test_an_item_is_prompts_in_the_frame_of_the_model(folder, processor):

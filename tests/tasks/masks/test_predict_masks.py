@@ -12,7 +12,7 @@ from PIL import Image
 from inlay import InlayError, load_adapter, load_base, load_processor, predict, predict_masks, save_adapter
 from inlay.bases.sites import decoder_targets
 from inlay.cli import app as cli
-from inlay.tasks.masks.predict import MaskPrediction, draw_masks, places
+from inlay.tasks.masks.predict import MaskPrediction, draw_masks, parse_places
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +89,10 @@ def test_kinds_of_adapters_are_told_apart(adapter, picture):
 
 
 def test_typed_places_are_read():
-    assert places(["1,2.5", "3,4"], 2) == [(1.0, 2.5), (3.0, 4.0)] and places(None, 4) == []
+    assert parse_places(["1,2.5", "3,4"], 2) == [(1.0, 2.5), (3.0, 4.0)] and parse_places(None, 4) == []
     for wrong in (["1;2"], ["1,2,3"], ["a,b"]):
         with pytest.raises(InlayError, match="expected 2 numbers with commas"):
-            places(wrong, 2)
+            parse_places(wrong, 2)
 
 
 def test_the_drawing_shows_masks_and_prompts(tmp_path):

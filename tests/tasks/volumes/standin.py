@@ -1,4 +1,4 @@
-"""A small segmenter with the adapted SAM's signature: foretellable answers, and a count of its encoder's runs."""
+"""A small segmenter with the adapted SAM's signature: predictable answers, and a count of its encoder's runs."""
 
 from types import SimpleNamespace
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from inlay import InlayError, VolumeView, evaluate, load_adapter, load_volumes, segment
-from inlay.builtin.bodies import bodies
+from inlay.builtin.bodies import generate_bodies
 from inlay.tasks.volumes.loss import WholeVolume
 from inlay.tasks.volumes.nifti import write_volume
 from inlay.tasks.volumes.scores import VolumeDice
@@ -27,7 +27,7 @@ def write_scans(folder, names, order=(1, 2), count=2):
     """Generated scans with their classes `order` under the numbers 1, 2 ...; others become background."""
     for part in ("imagesTr", "labelsTr"):
         (folder / part).mkdir(parents=True)
-    for name, image, label, affine in bodies(count):
+    for name, image, label, affine in generate_bodies(count):
         renumbered = np.zeros_like(label)
         for new, old in enumerate(order, 1):
             renumbered[label == old] = new

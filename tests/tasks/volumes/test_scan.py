@@ -11,7 +11,7 @@ import torch
 
 from inlay.errors import InlayError
 from inlay.tasks.volumes.data import Case, VolumeData
-from inlay.tasks.volumes.grid import resize, spacing_of, turned, turned_back
+from inlay.tasks.volumes.grid import reorient_from_ras, reorient_to_ras, resize, spacing_of
 from inlay.tasks.volumes.nifti import write_volume
 from inlay.tasks.volumes.scan import VolumeProcessor, median_spacing
 
@@ -78,7 +78,7 @@ def test_nibabel_and_monai_agree(stored, tmp_path):
         image, labels = store(order, flips)
         nibabel.save(nibabel.Nifti1Image(image, affine), tmp_path / "a.nii.gz")
         canonical = nibabel.as_closest_canonical(nibabel.load(tmp_path / "a.nii.gz"))
-        view, grid = turned(image, affine)
+        view, grid = reorient_to_ras(image, affine)
         assert np.array_equal(view.transpose(2, 1, 0), canonical.get_fdata(dtype=np.float32))
         assert np.allclose(grid, canonical.affine, atol=1e-5)
 
@@ -176,9 +176,9 @@ def test_downsampling_averages():
 def test_turned_back_inverts_turned():
     array = np.arange(24).reshape(2, 3, 4)
     for affine, _, _ in affines():
-        view, _ = turned(array, affine)
-        assert np.array_equal(turned_back(view, affine), array)
-        assert np.array_equal(turned_back(np.stack([view, view]), affine)[1], array)
+        view, _ = reorient_to_ras(array, affine)
+        assert np.array_equal(reorient_from_ras(view, affine), array)
+        assert np.array_equal(reorient_from_ras(np.stack([view, view]), affine)[1], array)
 
 
 # Intensities

@@ -13,8 +13,8 @@ from inlay.errors import InlayError
 from inlay.tasks.volumes.data import Case, load_volumes
 from inlay.tasks.volumes.nifti import read_volume, write_volume
 from inlay.tasks.volumes.scan import VolumeProcessor
-from inlay.tasks.volumes.view import VolumeView, collate_volumes, cut, random_affine, turned_crop
-from inlay.train.sampler import Drawn, seed_cpu
+from inlay.tasks.volumes.view import VolumeView, collate_volumes, cut_crop, random_affine, rotate_crop
+from inlay.train.sampler import SeededDataset, seed_cpu
 from places import SHARED
 
 HIPPOCAMPUS = SHARED / "hippocampus_msd04/dev"
@@ -230,10 +230,10 @@ def test_items_are_functions_of_their_seed():
     data = load_volumes("builtin:volumes")
     processor = VolumeProcessor.fitted(data, (16, 24, 24))
     view = VolumeView(data.train[:2], processor, training=True, flip=(0, 1, 2))
-    drawn = Drawn(view, seed=3)
+    drawn = SeededDataset(view, seed=3)
     first = [drawn[i % 2, i] for i in range(6)]
     random.random(), torch.rand(3)
-    fresh = Drawn(pickle.loads(pickle.dumps(view)), seed=3)
+    fresh = SeededDataset(pickle.loads(pickle.dumps(view)), seed=3)
     for i, item in enumerate(first):
         again = fresh[i % 2, i]
         assert all(torch.equal(item[key], again[key]) for key in item)
@@ -241,7 +241,7 @@ def test_items_are_functions_of_their_seed():
         assert set(item["labels"].unique().tolist()) <= {-1, 0, 1, 2}
     assert not torch.equal(first[0]["pixel_values"], first[2]["pixel_values"])
     loader = torch.utils.data.DataLoader(
-        Drawn(view, seed=3), batch_sampler=[[(0, 0), (1, 1)]], num_workers=1, collate_fn=collate_volumes
+        SeededDataset(view, seed=3), batch_sampler=[[(0, 0), (1, 1)]], num_workers=1, collate_fn=collate_volumes
     )
     batch = next(iter(loader))
     assert torch.equal(batch["pixel_values"][1], first[1]["pixel_values"])
@@ -267,13 +267,15 @@ def test_turned_crops_keep_image_and_labels_together(monkeypatch):
     scan = processor.read(Case("a", blob.astype(np.float32), blob, affine))
     seed_cpu(1)
     for _ in range(5):
-        image, labels = turned_crop(scan, (3, 10, 6), (12, 24, 24))
+        image, labels = rotate_crop(scan, (3, 10, 6), (12, 24, 24))
         assert image.shape == (1, 12, 24, 24) and labels.shape == (12, 24, 24)
         assert set(labels.unique().tolist()) <= {-1, 0, 1} and labels.sum() > 500
         assert ((image[0] > 0.5) == (labels == 1)).float().mean() > 0.97
     monkeypatch.setattr("inlay.tasks.volumes.view.random_affine", lambda spacing: torch.eye(3, dtype=torch.float64))
     for start in ((3, 10, 6), (-4, 20, -5), (0, 0, 0), (8, 16, 16)):
-        for mine, plain in zip(turned_crop(scan, start, (12, 24, 24)), cut(scan, start, (12, 24, 24)), strict=True):
+        for mine, plain in zip(
+            rotate_crop(scan, start, (12, 24, 24)), cut_crop(scan, start, (12, 24, 24)), strict=True
+        ):
             torch.testing.assert_close(mine, plain, rtol=0, atol=1e-4)
 
 

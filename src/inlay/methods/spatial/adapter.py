@@ -31,7 +31,7 @@ from inlay.errors import InlayError
 from inlay.methods._peft import BaseTunerLayer, PeftType, register_method, undo_layer_changes
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
 from inlay.methods.method import Method
-from inlay.methods.spatial.decoder import Encoded, Prompts, VolumeDecoder
+from inlay.methods.spatial.decoder import Encoded, PromptTensors, VolumeDecoder
 from inlay.methods.spatial.encoder import EncoderParts
 from inlay.methods.spatial.sam import ALONE, VolumeSamModel
 from inlay.peft_types import PEFT_TYPES
@@ -245,7 +245,7 @@ class SpatialDecoderLayer(SpatialLayer):
         return self.inlay_spatial3d_decoder[self.one(names)].encode(levels, volume, stride)
 
     def _decode(self, names: list[str], *encoded: torch.Tensor, stride: tuple[int, int, int], **prompts: Any) -> Any:
-        return self.inlay_spatial3d_decoder[self.one(names)](Encoded(*encoded), Prompts(**prompts), stride)
+        return self.inlay_spatial3d_decoder[self.one(names)](Encoded(*encoded), PromptTensors(**prompts), stride)
 
 
 class SpatialModel(AdapterTuner):

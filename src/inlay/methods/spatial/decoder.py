@@ -40,7 +40,7 @@ class Encoded(NamedTuple):
     volume: torch.Tensor
 
 
-class Prompts(NamedTuple):
+class PromptTensors(NamedTuple):
     """What a user, or a simulated one, says of a volume; places are voxel indices (d, h, w).
 
     Attributes:
@@ -136,7 +136,7 @@ class VolumeDecoder(nn.Module):
         coarse = self.coarse(F.adaptive_avg_pool3d(fine, middle(levels[-1], stride)))
         return Encoded(levels[-1], sum(given, first), fine, coarse, volume)
 
-    def forward(self, encoded: Encoded, prompts: Prompts, stride: tuple[int, int, int]) -> torch.Tensor:
+    def forward(self, encoded: Encoded, prompts: PromptTensors, stride: tuple[int, int, int]) -> torch.Tensor:
         """Logits; `stride` as in `encode`."""
         last, others, fine, coarse, volume = encoded
         previous = None
@@ -154,7 +154,7 @@ class VolumeDecoder(nn.Module):
         return x[:, :, : volume.shape[2], : volume.shape[3], : volume.shape[4]]
 
     def _prompted(
-        self, last: torch.Tensor, prompts: Prompts, previous: torch.Tensor | None, stride: tuple[int, int, int]
+        self, last: torch.Tensor, prompts: PromptTensors, previous: torch.Tensor | None, stride: tuple[int, int, int]
     ) -> torch.Tensor:
         """The last level after its exchange with the prompts, (B, E, D', H', W')."""
         batch, channels = last.shape[:2]
@@ -178,7 +178,7 @@ class VolumeDecoder(nn.Module):
             image, said = exchange(image, place, said, none)
         return image.transpose(1, 2).unflatten(2, last.shape[2:])
 
-    def _said(self, prompts: Prompts) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _said(self, prompts: PromptTensors) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Points and the corners of boxes, as places (B, N, 3) and rows of `kinds` less one (B, N)."""
         said = [] if prompts.points is None or prompts.labels is None else [(prompts.points, prompts.labels)]
         if prompts.boxes is not None and prompts.box_labels is not None:
@@ -188,7 +188,7 @@ class VolumeDecoder(nn.Module):
         return said
 
     def _guides(
-        self, prompts: Prompts, previous: torch.Tensor | None, volume: torch.Tensor, sizes: Sequence[int]
+        self, prompts: PromptTensors, previous: torch.Tensor | None, volume: torch.Tensor, sizes: Sequence[int]
     ) -> list[torch.Tensor]:
         """Clicks, boxes and the previous answer as pictures of some `sizes`; `volume` has those of the voxels."""
         batch, k = len(volume), self.classes

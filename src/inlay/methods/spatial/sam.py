@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from inlay.errors import InlayError
 from inlay.methods.base import AdapterLayer
-from inlay.methods.spatial.decoder import Encoded, Prompts
+from inlay.methods.spatial.decoder import Encoded, PromptTensors
 from inlay.methods.spatial.prompts import boxes_around, clicks_in_objects, clicks_on_errors
 
 ALONE = "SAM alone takes pictures; a volume needs an active 3D spatial adapter."
@@ -88,7 +88,7 @@ class VolumeSamModel(SamModel):
         levels = encoder(volume).hidden_states
         return Encoded(*self.mask_decoder(volume, *levels, volumetric="encode", stride=stride))
 
-    def _decoded(self, encoded: Encoded, prompts: Prompts) -> torch.Tensor:
+    def _decoded(self, encoded: Encoded, prompts: PromptTensors) -> torch.Tensor:
         encoder: Any = self.vision_encoder
         stride = encoder.stride(self._acting())
         return self.mask_decoder(*encoded, volumetric="decode", stride=stride, **prompts._asdict())
@@ -107,7 +107,7 @@ class VolumeSamModel(SamModel):
         boxes: torch.Tensor | None,
         box_labels: torch.Tensor | None,
         previous: torch.Tensor | None,
-    ) -> Prompts:
+    ) -> PromptTensors:
         encoder: Any = self.vision_encoder
         config = encoder.options[self._acting()]
         given = {"points": (points, labels, 3, 0), "boxes": (boxes, box_labels, 6, 1)}
@@ -129,7 +129,7 @@ class VolumeSamModel(SamModel):
                 )
             said[what] = where
             said["labels" if what == "points" else "box_labels"] = names
-        return Prompts(**said, previous=previous)
+        return PromptTensors(**said, previous=previous)
 
     def _taught(self, encoded: Encoded, labels: torch.Tensor) -> VolumeOutput:
         """An answer without prompts, then `rounds` more, each after further clicks; the loss is their mean.
@@ -140,8 +140,8 @@ class VolumeSamModel(SamModel):
         encoder: Any = self.vision_encoder
         config = encoder.options[self._acting()]
         classes = len(config.classes)
-        first = logits = self._decoded(encoded, Prompts())
-        losses, prompts = [dice_cross_entropy(logits, labels)], Prompts()
+        first = logits = self._decoded(encoded, PromptTensors())
+        losses, prompts = [dice_cross_entropy(logits, labels)], PromptTensors()
         for i in range(config.rounds if config.prompts else 0):
             previous = logits.detach()
             if i == 0 and torch.rand(()) < 0.25:

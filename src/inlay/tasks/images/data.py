@@ -15,9 +15,9 @@ import numpy as np
 
 from inlay.errors import InlayError
 from inlay.tasks.evaluation import Split, Training, check_labels, choose_split, split_note
-from inlay.tasks.pictures import decode, reason
+from inlay.tasks.pictures import decode_image, explain_unreadable
 from inlay.tasks.sampling import hold_out_by_class, sort_labels
-from inlay.tasks.tables import hub_splits, some
+from inlay.tasks.tables import hub_splits, list_first
 
 logger = logging.getLogger(__name__)
 
@@ -162,10 +162,10 @@ def _builtin(name: str) -> datasets.Dataset:
         (grey, ids), labels = load_digits(return_X_y=True), list("0123456789")
         pictures = (grey.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
     elif name == "builtin:shapes":
-        from inlay.builtin.shapes import SHAPE_LABELS, shapes
+        from inlay.builtin.shapes import SHAPE_LABELS, generate_shapes
 
         # Not a seed that pre-training would use: the base has seen none of these.
-        (pictures, ids), labels = shapes(4000, seed=20_000), list(SHAPE_LABELS)
+        (pictures, ids), labels = generate_shapes(4000, seed=20_000), list(SHAPE_LABELS)
     else:
         raise InlayError(f"unknown data {name!r}; the embedded images are builtin:digits and builtin:shapes.")
     features = datasets.Features({"image": PICTURE, "label": datasets.ClassLabel(names=labels)})
@@ -210,11 +210,11 @@ def _class_folders(folder: Path) -> datasets.Dataset:
         names += [inner.name] * len(pictures)
     if wrong:
         raise InlayError(
-            f"expected pictures in class folders in {str(folder)!r}, but {some(wrong)}. Pass the folder "
+            f"expected pictures in class folders in {str(folder)!r}, but {list_first(wrong)}. Pass the folder "
             f"of the class folders (or train/ and val/ with them), without empty ones, or pass a table."
         )
     if loose:
-        logger.warning("%d files are not used as pictures of a class: %s.", len(loose), some(loose))
+        logger.warning("%d files are not used as pictures of a class: %s.", len(loose), list_first(loose))
     features = datasets.Features({"image": PICTURE, "label": datasets.Value("string")})
     return datasets.Dataset.from_dict({"image": paths, "label": names}, features=features)
 
@@ -228,7 +228,7 @@ def _tables(files: list[Path]) -> dict[str, datasets.Dataset]:
         splits.setdefault(split, []).append(glob.escape(str(file)))
     kinds = {file.suffix.lower() for file in files}
     if not kinds <= TABLES.keys() or len(kinds) > 1 or (files[1:] and not all(found)):
-        has = some([file.name for file in files])
+        has = list_first([file.name for file in files])
         raise InlayError(
             f"image data is class folders, one table ({', '.join(TABLES)}), or several of a kind named after splits "
             f"(train.csv), but this folder has {has}; pass the one you mean."
@@ -240,7 +240,7 @@ def _tables(files: list[Path]) -> dict[str, datasets.Dataset]:
     try:
         return dict(datasets.load_dataset(builder, data_files=splits, **options))
     except Exception as error:  # what a reader raises for a bad file is not documented
-        got = f"{reason(error.__cause__ or error)} in {some(files)}"
+        got = f"{explain_unreadable(error.__cause__ or error)} in {list_first(files)}"
         raise InlayError(f"expected a table that reads as {builder}, but {got}. Mend it.") from error
     finally:
         datasets.logging.set_verbosity(level)
@@ -260,7 +260,8 @@ def _columns(rows: datasets.Dataset, name: str, image: str | None, label: str | 
     for what, found in (("image", images), ("label", labels)):
         if len(found) != 1 or found[0] not in kinds:
             raise InlayError(
-                f"{name!r} must have one {what} column, but has {some(found) or 'none'} among {some(list(kinds))}; "
+                f"{name!r} must have one {what} column, but has {list_first(found) or 'none'} among "
+                f"{list_first(list(kinds))}; "
                 "pass "
                 f"{what}_column."
             )
@@ -282,7 +283,7 @@ def _words(rows: datasets.Dataset, label: str, where: str) -> list[str]:
     named = isinstance(feature, datasets.ClassLabel)
     gaps = [i for i, v in enumerate(values) if v is None or v != v or v == "" or (named and v < 0)]
     if gaps:
-        got = f"{len(gaps)} rows have none (from 0: {some(gaps)})"
+        got = f"{len(gaps)} rows have none (from 0: {list_first(gaps)})"
         raise InlayError(f"every row of {where} needs a label, but {got}; fill or remove them.")
     if not named and not re.fullmatch(r"(large_)?string|u?int\d+|bool", _dtype(feature)):
         raise InlayError(
@@ -295,11 +296,11 @@ def _words(rows: datasets.Dataset, label: str, where: str) -> list[str]:
 def _check_classes(words: dict[str, list[str]], name: str) -> None:
     train, *held = map(set, words.values())
     if len(train) < 2:
-        raise InlayError(f"{name!r} has one class, {some(list(train))}; a classifier needs at least two.")
+        raise InlayError(f"{name!r} has one class, {list_first(list(train))}; a classifier needs at least two.")
     unknown = sort_labels(list(set().union(*held) - train))
     if unknown:
         raise InlayError(
-            f"the classes {some(unknown)} of {name!r} occur only in validation; add training images of them, or "
+            f"the classes {list_first(unknown)} of {name!r} occur only in validation; add training images of them, or "
             "remove them."
         )
 
@@ -321,7 +322,7 @@ def _readable(
     faults = {split: _faults(rows, split) for split, rows in parts.items()}
     bad = [fault for found in faults.values() for fault in found.values()]
     if bad and corrupt == "refuse":
-        got = f"{len(bad)} of {sum(map(len, parts.values()))} in {name!r} cannot: {some(bad)}"
+        got = f"{len(bad)} of {sum(map(len, parts.values()))} in {name!r} cannot: {list_first(bad)}"
         raise InlayError(f"expected readable pictures, but {got}. Replace them, or pass corrupt='skip'.")
     if not bad:
         return list(parts.values())
@@ -329,7 +330,7 @@ def _readable(
     good = [rows.select([i for i in range(len(rows)) if i not in faults[s]]) for s, rows in parts.items()]
     lost = set(next(iter(parts.values()))["label"][:]) - set(good[0]["label"][:])
     if lost or not all(map(len, good)):
-        got = f"none of {some([labels[i] for i in sorted(lost)]) or 'validation'} can be read"
+        got = f"none of {list_first([labels[i] for i in sorted(lost)]) or 'validation'} can be read"
         raise InlayError(f"expected a few bad pictures to skip in {name!r}, but {got}. Replace them.")
     return good
 
@@ -341,10 +342,10 @@ def _faults(rows: datasets.Dataset, split: str, step: int = 32) -> dict[int, str
         found = []
         for i, picture in enumerate(rows[start : start + step]["image"], start):
             try:
-                decode(picture, draft=True)
+                decode_image(picture, draft=True)
             except Exception as error:  # Pillow's readers raise what they please
                 name = (picture and picture["path"]) or f"row {i} of {split}"
-                found.append((i, f"{name} ({reason(error)})"))
+                found.append((i, f"{name} ({explain_unreadable(error)})"))
         return found
 
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:

@@ -29,7 +29,7 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
         InlayError: As `load_images`; labels that the adapter does not know; an adapter of another task.
     """
     check_task(adapter, "image-classification")
-    labels, logits = adapter.route(request.task)
+    labels, logits = adapter.route(request.group)
     chosen, rows, notes = load_images_to_score(
         data, labels, adapter=adapter.name, split=request.split, training=request.training
     )

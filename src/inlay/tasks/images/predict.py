@@ -36,25 +36,25 @@ class Prediction:
 
 
 def predict(
-    adapter: Adapter, pictures: Sequence[Any], *, task: str | None = None, top: int = 5, batch_size: int = 32
+    adapter: Adapter, pictures: Sequence[Any], *, group: str | None = None, top: int = 5, batch_size: int = 32
 ) -> list[Prediction]:
     """Classify pictures, in their order.
 
     Args:
         adapter: From `load_adapter`.
         pictures: Paths, file contents as bytes, or PIL images of any size and mode.
-        task: Of a combination of several classifiers (`adapter.tasks`): choose among the classes of this one alone.
+        group: Of labels, in a combination of classifiers (`adapter.groups`): choose among its classes only.
         top: How many classes to name, at least 1; all if there are fewer.
         batch_size: Pictures in one forward pass.
 
     Raises:
-        InlayError: A picture that cannot be read (named), a task that the adapter does not have, or top or batch_size
+        InlayError: A picture that cannot be read (named), a group that the adapter does not have, or top or batch_size
             under 1.
     """
     if top < 1 or batch_size < 1:
         raise InlayError(f"top and batch_size must be at least 1, got {top} and {batch_size}.")
     check_task(adapter, "image-classification")
-    labels, rows = adapter.route(task)
+    labels, rows = adapter.route(group)
     top = min(top, len(labels))
     weight = next(p for p in adapter.model.parameters() if p.is_floating_point())
     predictions = []

@@ -41,7 +41,7 @@ class ImageClassification(Task):
     inputs = "images or folders of them, to classify"
     options: ClassVar[Mapping[str, Option]] = {
         "top": Option(int, "Classes to name for each image.", 3, least=1),
-        "task": Option(str | None, "Choose among the classes of this task of a combination only."),
+        "group": Option(str | None, "Choose among the classes of this group of a combination only."),
         "grid": Option(Path | None, "Save a sheet of the images and their labels under this name."),
     }
 
@@ -112,7 +112,7 @@ class ImageClassification(Task):
         files = find_pictures(inputs)
 
         def answer(adapter: Adapter) -> Answer:
-            found = predict(adapter, files, task=options["task"], top=options["top"])
+            found = predict(adapter, files, group=options["group"], top=options["top"])
             if options["grid"] is not None:
                 draw_sheet(found, files, options["grid"])
             lines = []

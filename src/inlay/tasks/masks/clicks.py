@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from inlay.tasks.masks.loss import foretold_best
+from inlay.tasks.masks.loss import pick_predicted_best
 from inlay.tasks.masks.prompts import boxes_around, draw_points
 
 
-def conversation(
+def answer_clicks(
     model: Any, embeddings: Tensor, objects: Tensor, clicks: Sequence[int], boxes: bool = False
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Ask for P objects in each of B pictures in rounds; R = B P prompts are answered at a time.
@@ -28,7 +28,7 @@ def conversation(
         boxes: Begin with boxes.
 
     Yields:
-        Logits (R, M, h, w), foretold IoU (R, M) and the objects at that size (R, h, w), from 0 to 1.
+        Logits (R, M, h, w), predicted IoU (R, M) and the objects at that size (R, h, w), from 0 to 1.
 
     Source: Kirillov et al. 2023, arXiv:2304.02643, appendix A, "Training algorithm".
     """
@@ -44,7 +44,7 @@ def conversation(
         yield logits, scores, targets[:, 0]
         if i + 1 == len(clicks):
             return
-        best = foretold_best(logits.detach(), scores)[:, None]
+        best = pick_predicted_best(logits.detach(), scores)[:, None]
         points, there = draw_points((best > 0) != (targets > 0.5), clicks[i + 1])
         cells = (points[..., 1] * targets.shape[-1] + points[..., 0]).long()
         labels = (targets.flatten(-2).gather(-1, cells) > 0.5).long().where(there, -1)
@@ -55,7 +55,7 @@ def conversation(
 
 
 @torch.no_grad()
-def score(model: Any, pixels: Tensor, objects: Tensor) -> dict[str, Tensor]:
+def score_clicks(model: Any, pixels: Tensor, objects: Tensor) -> dict[str, Tensor]:
     """IoU (R,) of the masks that SAM thinks best, for `1 point`, `3 points` (two of them in errors) and `box`.
 
     Args:
@@ -66,7 +66,7 @@ def score(model: Any, pixels: Tensor, objects: Tensor) -> dict[str, Tensor]:
     embeddings = model.vision_encoder(pixels)[0]
     found = []
     for clicks, boxes in (([1, 1, 1], False), ([1], True)):
-        for logits, scores, targets in conversation(model, embeddings, objects, clicks, boxes):
-            said, true = foretold_best(logits, scores) > 0, targets > 0.5
+        for logits, scores, targets in answer_clicks(model, embeddings, objects, clicks, boxes):
+            said, true = pick_predicted_best(logits, scores) > 0, targets > 0.5
             found.append((said & true).sum((1, 2)) / (said | true).sum((1, 2)).clamp_min(1))
     return {"1 point": found[0], "3 points": found[2], "box": found[3]}

@@ -12,8 +12,8 @@ from PIL import Image
 from inlay.errors import InlayError
 from inlay.tasks.evaluation import Split, Training, choose_split, split_note
 from inlay.tasks.images.data import SUFFIXES, VALIDATION
-from inlay.tasks.pictures import decode, reason
-from inlay.tasks.tables import some
+from inlay.tasks.pictures import decode_image, explain_unreadable
+from inlay.tasks.tables import list_first
 
 Meaning = Literal["instances", "classes"]
 Map = npt.NDArray[np.int64]
@@ -132,9 +132,9 @@ def _hold_out(train: list[Masked], share: float, seed: int, name: str) -> tuple[
 def _scenes(name: str) -> tuple[list[Masked], list[Masked]]:
     if name != "builtin:scenes":
         raise InlayError(f"unknown data {name!r}; the embedded scenes are builtin:scenes.")
-    from inlay.builtin.scenes import scenes
+    from inlay.builtin.scenes import generate_scenes
 
-    made = scenes(200, seed=20_000, kind="cells")  # pre-training draws `mixed` scenes alone
+    made = generate_scenes(200, seed=20_000, kind="cells")  # pre-training draws `mixed` scenes alone
     pairs = zip(made.pictures, made.instances, strict=True)
     found = [Masked(f"scene {i}", picture, objects) for i, (picture, objects) in enumerate(pairs)]
     return found[:160], found[160:]
@@ -148,14 +148,14 @@ def _pairs(folder: Path) -> list[Masked]:
     if odd:
         raise InlayError(
             f"expected a map in labels/ for each picture in images/ of {str(folder)!r}, by file stem, but {len(odd)} "
-            f"files stand alone: {some(sorted(odd))}. Add the others, or take these out."
+            f"files stand alone: {list_first(sorted(odd))}. Add the others, or take these out."
         )
     found = [Masked(stem, images[stem], labels[stem]) for stem in sorted(images)]
     faults = [fault for item in found if (fault := _fault(item))]
     if faults:
         raise InlayError(
             f"expected pictures with maps of their objects in {str(folder)!r}, but {len(faults)} of {len(found)} are "
-            f"not right: {some(faults)}. Replace them, or take them out."
+            f"not right: {list_first(faults)}. Replace them, or take them out."
         )
     return found
 
@@ -173,7 +173,7 @@ def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     if len(found) < len(files):
         twice = [path.name for path in files if found[path.stem] != path]
         raise InlayError(
-            f"expected one file of a stem in {str(folder)!r}, but {some(twice)} have a second. Rename them."
+            f"expected one file of a stem in {str(folder)!r}, but {list_first(twice)} have a second. Rename them."
         )
     return found
 
@@ -181,9 +181,9 @@ def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
 def _fault(item: Masked) -> str | None:
     """What is wrong with a pair, with the file's name."""
     try:
-        size = decode(str(item.image)).size
+        size = decode_image(str(item.image)).size
     except Exception as error:  # Pillow's readers raise what they please
-        return f"{Path(item.image).name} ({reason(error)})"
+        return f"{Path(item.image).name} ({explain_unreadable(error)})"
     try:
         objects = read_map(item.objects)
     except InlayError as error:
@@ -208,7 +208,7 @@ def read_map(source: Any) -> Map:
             file.load()
             values = np.asarray(file)  # of a palette the indices
     except Exception as error:  # Pillow's readers raise what they please
-        raise InlayError(f"{name} ({reason(error)})") from error
+        raise InlayError(f"{name} ({explain_unreadable(error)})") from error
     if values.ndim != 2 or values.dtype.kind not in "bui" or (values.dtype.kind == "i" and values.min() < 0):
         raise InlayError(f"{name} ({file.mode}: a map has one channel of whole numbers)")
     return values.astype(np.int64)

@@ -46,7 +46,7 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
     for kind in KINDS:
         for k, row in enumerate(found[False][kind]):
             beside = {"base_iou": round(found[True][kind][k]["iou"], 6)} if able else {}
-            rounded = {"iou": round(row["iou"], 6), "foretold_iou": round(row["foretold_iou"], 6)}
+            rounded = {"iou": round(row["iou"], 6), "predicted_iou": round(row["predicted_iou"], 6)}
             table.append({**row, **rounded, "image": rows[row["image"]].name, **beside})
     notes += [f"Up to {OBJECTS} objects of an image, which is the unit that was resampled: {_objects(found[False])}."]
     if request.compare and not able:
@@ -80,7 +80,7 @@ def _view(rows: tuple[Masked, ...], processor: Any, kind: Any, training: Trainin
 
 @torch.inference_mode()
 def _answers(model: Any, view: MaskView, picked: list[int]) -> list[dict[str, Any]]:
-    """A row for each object that was asked for: the image's place in the view, IoU, and the IoU that was foretold."""
+    """A row for each object that was asked for: the image's place in the view, IoU, and the IoU that was predicted."""
     loss, weight, rows = MaskLoss(), next(p for p in model.parameters() if p.is_floating_point()), []
     for begin, batch in enumerate(DataLoader(Subset(view, picked), batch_size=AT_ONCE)):
         batch = {
@@ -89,7 +89,7 @@ def _answers(model: Any, view: MaskView, picked: list[int]) -> list[dict[str, An
         }
         output = loss(model, batch)
         counts = loss.answers(output, batch)[0].cpu().numpy()  # B P 2
-        foretold, sizes = output.scores.max(-1).values.float().cpu().numpy(), (batch["labels"] == 1).sum((-2, -1))
+        predicted, sizes = output.scores.max(-1).values.float().cpu().numpy(), (batch["labels"] == 1).sum((-2, -1))
         for b, p in zip(*np.nonzero(counts[..., 1]), strict=True):
             both, either = counts[b, p].tolist()
             rows.append(
@@ -98,7 +98,7 @@ def _answers(model: Any, view: MaskView, picked: list[int]) -> list[dict[str, An
                     "object": int(p) + 1,
                     "prompt": view.prompts,
                     "iou": both / either,
-                    "foretold_iou": float(foretold[b, p]),
+                    "predicted_iou": float(predicted[b, p]),
                     "pixels": int(sizes[b, p]),
                 }
             )

@@ -15,7 +15,7 @@ class MaskOutput:
     Attributes:
         loss: Mean over the masks that were asked for.
         logits: (B, P, M, h, w).
-        scores: (B, P, M), the IoU that the model foretells.
+        scores: (B, P, M), the IoU that the model predicts.
     """
 
     loss: Tensor
@@ -24,7 +24,7 @@ class MaskOutput:
 
 
 class MaskLoss:
-    """20 times the focal loss plus Dice, of the best of the masks, plus the squared error of all foretold IoUs.
+    """20 times the focal loss plus Dice, of the best of the masks, plus the squared error of all predicted IoUs.
 
     Batches: what the model takes, and `labels` (B, P, h, w) of the size of its logits: 1 in the mask, 0 outside, -1
     everywhere where fewer than P masks were asked for.
@@ -39,7 +39,7 @@ class MaskLoss:
         self.many = many
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> MaskOutput:
-        """Loss, logits and foretold IoU."""
+        """Loss, logits and predicted IoU."""
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         output = model(**inputs, multimask_output=self.many)
         labels = batch["labels"]
@@ -52,11 +52,11 @@ class MaskLoss:
         return int((batch["labels"][..., 0, 0] >= 0).sum())
 
     def answers(self, output: MaskOutput, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Pixels (B, P, 2) in the intersection and in the union of truth and best foretold mask, and zeros (B,).
+        """Pixels (B, P, 2) in the intersection and in the union of truth and best predicted mask, and zeros (B,).
 
         Both are 0 for a mask that was not asked for.
         """
-        said, truth = foretold_best(output.logits, output.scores) > 0, batch["labels"]
+        said, truth = pick_predicted_best(output.logits, output.scores) > 0, batch["labels"]
         counts = [(said & (truth == 1)).sum((-2, -1)), (said & (truth == 0)).sum((-2, -1)) + (truth == 1).sum((-2, -1))]
         return torch.stack(counts, -1), truth.new_zeros(len(truth), dtype=torch.int64)
 
@@ -66,7 +66,7 @@ def mask_losses(logits: Tensor, scores: Tensor, targets: Tensor, *, balanced: bo
 
     Args:
         logits: (..., M, h, w).
-        scores: (..., M), the IoU foretold.
+        scores: (..., M), the IoU predicted.
         targets: (..., h, w), from 0 to 1.
         balanced: Cross-entropy in the place of focal loss, half of it over the object and half over the rest: a model
             that knows nothing yet learns from focal loss to answer with nothing, and stays there.
@@ -86,7 +86,7 @@ def mask_losses(logits: Tensor, scores: Tensor, targets: Tensor, *, balanced: bo
     return (pixels + dice).amin(-1) + (scores - overlap).square().mean(-1)
 
 
-def foretold_best(logits: Tensor, scores: Tensor) -> Tensor:
-    """Of the masks (..., M, h, w) those whose IoU (..., M) the model foretells as the highest; (..., h, w)."""
+def pick_predicted_best(logits: Tensor, scores: Tensor) -> Tensor:
+    """Of the masks (..., M, h, w) those whose IoU (..., M) the model predicts as the highest; (..., h, w)."""
     index = scores.argmax(-1)[..., None, None, None].expand(*scores.shape[:-1], 1, *logits.shape[-2:])
     return logits.gather(-3, index).squeeze(-3)

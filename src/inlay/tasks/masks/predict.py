@@ -26,7 +26,7 @@ class MaskPrediction:
     Attributes:
         source: The file's path, or `picture` for what has none.
         masks: Boolean (P, H, W) at the picture's own size, one for each prompt.
-        scores: The IoU that the model itself foretells for each, about 0 to 1.
+        scores: The IoU that the model itself predicts for each, about 0 to 1.
     """
 
     source: str
@@ -98,8 +98,8 @@ def _check(points: Sequence[Point], negatives: Sequence[Point], boxes: Sequence[
         raise InlayError(
             f"points belong to one object, but there are {len(boxes)} boxes; give one box with points, or boxes alone."
         )
-    for what, size, places in (("point", 2, [*points, *negatives]), ("box", 4, boxes)):
-        for place in places:
+    for what, size, parse_places in (("point", 2, [*points, *negatives]), ("box", 4, boxes)):
+        for place in parse_places:
             inside = len(place) == size and all(
                 -0.5 <= value <= (image.width, image.height)[i % 2] - 0.5 for i, value in enumerate(place)
             )
@@ -113,7 +113,7 @@ def _check(points: Sequence[Point], negatives: Sequence[Point], boxes: Sequence[
             raise InlayError(f"expected a box as x0 < x1 and y0 < y1, got {x0, y0, x1, y1}.")
 
 
-def places(texts: Sequence[str] | None, size: int) -> list[tuple[float, ...]]:
+def parse_places(texts: Sequence[str] | None, size: int) -> list[tuple[float, ...]]:
     """Points `x,y` (size 2) or boxes `x0,y0,x1,y1` (size 4), as they are typed.
 
     Raises:

@@ -111,12 +111,12 @@ class MaskGeneration(Task):
         return {"pixel_values": pixels, "input_boxes": boxes, "labels": labels}, MaskLoss()
 
     def prepare(self, inputs: Sequence[str], options: Mapping[str, Any]) -> Callable[[Adapter], Answer]:
-        from inlay.tasks.masks.predict import draw_masks, places, predict_masks
+        from inlay.tasks.masks.predict import draw_masks, parse_places, predict_masks
 
         asked: dict[str, Any] = {
-            "points": places(options["point"], 2),
-            "negatives": places(options["negative"], 2),
-            "boxes": places(options["box"], 4),
+            "points": parse_places(options["point"], 2),
+            "negatives": parse_places(options["negative"], 2),
+            "boxes": parse_places(options["box"], 4),
         }
         if len(inputs) != 1:
             raise InlayError(f"points and boxes belong to one picture, got {len(inputs)}; give one at a time.")

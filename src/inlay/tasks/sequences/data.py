@@ -11,7 +11,7 @@ import datasets
 from inlay.errors import InlayError
 from inlay.tasks.evaluation import Split, Training, check_labels, choose_split, split_note
 from inlay.tasks.sampling import hold_out_by_class, sort_labels
-from inlay.tasks.tables import Table, hub_splits, read_table, some
+from inlay.tasks.tables import Table, hub_splits, list_first, read_table
 from inlay.tasks.text.data import SPLITS, find_column, read_folder
 
 PAIRS = (
@@ -84,7 +84,7 @@ def load_sequences(
     rows = {s: [row for table in tables[s] for row in _rows(table, columns)] for s in ("train", held) if s}
     labels = sort_labels([label for _, _, label in rows["train"]])
     if len(labels) < 2:
-        raise InlayError(f"the training texts of {name!r} have one class only ({some(labels)}); add another.")
+        raise InlayError(f"the training texts of {name!r} have one class only ({list_first(labels)}); add another.")
     parts = {split: _dataset(found, labels, name) for split, found in rows.items()}
     if held:
         return SequenceData(name, parts["train"], parts[held], tuple(labels))
@@ -149,7 +149,7 @@ def _read_tables(name: str, revision: str | None) -> dict[str, list[Table]]:
         named["validation"] = "validation_matched"
     named = named if "train" in named or len(found) > 1 else {"train": next(iter(found))}
     if "train" not in named:
-        raise InlayError(f"{name!r} has no split 'train', only {some(list(found))}; use another.")
+        raise InlayError(f"{name!r} has no split 'train', only {list_first(list(found))}; use another.")
     return {split: [_hub_table(found[own], own, name)] for split, own in named.items() if len(found[own])}
 
 
@@ -188,9 +188,10 @@ def _find_columns(table: Table, text: str | None, pair: str | None, label: str |
     labels = [label] if label else [one for one in LABELS if one in present]
     if len(chosen) != 1 or len(labels) != 1:
         what = "text" if len(chosen) != 1 else "label"
-        known = some(TEXTS) + ", or sentence1 and sentence2" if what == "text" else some(LABELS)
+        known = list_first(TEXTS) + ", or sentence1 and sentence2" if what == "text" else list_first(LABELS)
         raise InlayError(
-            f"{table.name!r} has no one column of {what}s ({known}) among {some(table.names)}; rename it, or give "
+            f"{table.name!r} has no one column of {what}s ({known}) among {list_first(table.names)}; rename it, or "
+            "give "
             f"load_sequences {what}_column."
         )
     return (*chosen[0], labels[0])
@@ -222,7 +223,7 @@ def _rows(table: Table, columns: tuple[str, str | None, str]) -> list[Row]:
 def _column(table: Table, column: str) -> Sequence[Any]:
     found = find_column(table, column)
     if found is None:
-        raise InlayError(f"{table.name!r} has no column {column!r}, only {some(table.names)}; add or rename it.")
+        raise InlayError(f"{table.name!r} has no column {column!r}, only {list_first(table.names)}; add or rename it.")
     return table.column(found)
 
 
@@ -230,7 +231,7 @@ def _dataset(rows: list[Row], labels: Sequence[str], name: str) -> datasets.Data
     places = {label: i for i, label in enumerate(labels)}
     unknown = sort_labels([label for _, _, label in rows if label not in places])
     if unknown:
-        raise InlayError(f"{name!r} has the labels {some(unknown)} in validation only; add them to training.")
+        raise InlayError(f"{name!r} has the labels {list_first(unknown)} in validation only; add them to training.")
     columns = {"text": [r[0] for r in rows], "label": [places[r[2]] for r in rows]}
     if rows[0][1] is not None:
         columns["pair"] = [r[1] for r in rows]

@@ -27,7 +27,7 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
         InlayError: As `load_sequences`; labels that the adapter does not know; an adapter of another task.
     """
     check_task(adapter, "text-classification")
-    labels, logits = adapter.route(request.task)
+    labels, logits = adapter.route(request.group)
     chosen, rows, notes = load_sequences_to_score(
         data, labels, adapter=adapter.name, split=request.split, training=request.training
     )

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from inlay.train.evaluation import rows_of
+from inlay.train.evaluation import count_rows
 
 
 class SequenceLoss:
@@ -29,4 +29,4 @@ class SequenceLoss:
 
     def weight(self, batch: dict[str, Any]) -> int:
         """The rows."""
-        return rows_of(batch)
+        return count_rows(batch)

@@ -35,7 +35,7 @@ def classify_texts(
     adapter: Adapter,
     texts: Sequence[str] | Sequence[tuple[str, str]],
     *,
-    task: str | None = None,
+    group: str | None = None,
     top: int = 5,
     batch_size: int = 32,
 ) -> list[TextLabels]:
@@ -44,7 +44,7 @@ def classify_texts(
     Args:
         adapter: From `load_adapter`.
         texts: All texts, or all pairs.
-        task: Of a combination of several classifiers: choose among the classes of this one only.
+        group: Of labels, in a combination of classifiers (`adapter.groups`): choose among its classes only.
         top: How many classes to name, at least 1; all if there are fewer.
         batch_size: Texts in one forward pass.
 
@@ -59,7 +59,7 @@ def classify_texts(
     if isinstance(texts, str) or len(paired) > 1:
         raise InlayError("texts must be a list of texts, or one of pairs (text, text), not a mixture of both.")
     rows = [(text, None) if isinstance(text, str) else (text[0], text[1]) for text in texts]
-    labels, logits = adapter.route(task)
+    labels, logits = adapter.route(group)
     top = min(top, len(labels))
     device = next(adapter.model.parameters()).device
     found = []

@@ -42,7 +42,7 @@ class SequenceClassification(Task):
     inputs = "texts, to classify"
     options: ClassVar[Mapping[str, Option]] = {
         "top": Option(int, "Classes to name for each input.", 3, least=1),
-        "task": Option(str | None, "Choose among the classes of this task of a combination only."),
+        "group": Option(str | None, "Choose among the classes of this group of a combination only."),
         "pair": Option(list[str] | None, "Second text of a pair, once for each input."),
     }
 
@@ -143,7 +143,7 @@ class SequenceClassification(Task):
         texts: Any = list(zip(inputs, seconds, strict=True)) if seconds else list(inputs)
 
         def answer(adapter: Adapter) -> Answer:
-            found = classify_texts(adapter, texts, task=options["task"], top=options["top"])
+            found = classify_texts(adapter, texts, group=options["group"], top=options["top"])
             lines = []
             for one in found:
                 named = (f"{printable(k)} {v:.1%}" for k, v in zip(one.labels, one.probabilities, strict=True))

@@ -13,7 +13,7 @@ import datasets
 
 from inlay.errors import InlayError
 from inlay.tasks.evaluation import Split, Training, choose_split, split_note
-from inlay.tasks.tables import KINDS, Table, hub_splits, kind_of, read_table, some
+from inlay.tasks.tables import KINDS, Table, hub_splits, kind_of, list_first, read_table
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ def _tables(name: str, path: Path, revision: str | None) -> dict[str, list[Table
     if "train" not in named and len(found) == 1:
         named = {"train": next(iter(found))}
     if "train" not in named or not len(found[named["train"]]):
-        raise InlayError(f"{name!r} has no rows in a split 'train'; it has {some(list(found))}.")
+        raise InlayError(f"{name!r} has no rows in a split 'train'; it has {list_first(list(found))}.")
     return {split: [_table(found[own], own, name)] for split, own in named.items() if len(found[own])}
 
 
@@ -225,14 +225,14 @@ def read_folder(folder: Path) -> dict[str, list[Table]]:
         named = dict.fromkeys(named or files, "train")
     kinds = {kind_of(file) for file in named}
     if "train" not in named.values() or len(kinds) > 1:
-        has = some([file.name for file in files]) or "no such file"
+        has = list_first([file.name for file in files]) or "no such file"
         raise InlayError(
             f"{str(folder)!r} must hold files of one kind ({', '.join(KINDS)}) named after splits (train.csv), but "
             f"has {has}; "
             "pass the one you mean."
         )
     if unused:
-        logger.warning("%d files are not called after a split and not used: %s.", len(unused), some(unused))
+        logger.warning("%d files are not called after a split and not used: %s.", len(unused), list_first(unused))
     tables: dict[str, list[Table]] = {}
     for file, split in named.items():
         tables.setdefault(split, []).append(read_table(file))
@@ -260,8 +260,8 @@ def _columns(table: Table, prompt: str | None, completion: str | None) -> Column
         )
     if len(choices) != 1:
         wanted = "prompt and completion, mr and ref, question and answer, instruction and output, messages or text"
-        wanted = some([c for c in (prompt, completion) if c]) if completion else f"columns such as {wanted}"
-        got = " as well as ".join(" and ".join(filter(None, c)) for c in choices) or some(table.names)
+        wanted = list_first([c for c in (prompt, completion) if c]) if completion else f"columns such as {wanted}"
+        got = " as well as ".join(" and ".join(filter(None, c)) for c in choices) or list_first(table.names)
         raise InlayError(
             f"{table.name!r} needs {wanted}, but has {got}; rename the columns, or give load_texts "
             f"prompt_column and completion_column, or the latter alone for chat messages and running text."
@@ -306,7 +306,7 @@ def _check_text(table: Table, column: str, values: Sequence[Any]) -> None:
 def _values(table: Table, column: str) -> Sequence[Any]:
     found = find_column(table, column)
     if found is None:
-        raise InlayError(f"{table.name!r} has no column {column!r}, it has {some(table.names)}; add it.")
+        raise InlayError(f"{table.name!r} has no column {column!r}, it has {list_first(table.names)}; add it.")
     return table.column(found)
 
 
@@ -334,7 +334,9 @@ def _chats(table: Table, column: str, chats: Sequence[Any]) -> list[Row]:
     _refuse(table, wrong, "a completion in every row", "none")
     others = {key for chat in chats for message in chat for key, value in message.items() if value} - MESSAGE.keys()
     if others:
-        logger.warning("of messages in %s only role and content are used, not %s.", table.name, some(sorted(others)))
+        logger.warning(
+            "of messages in %s only role and content are used, not %s.", table.name, list_first(sorted(others))
+        )
     return [([{key: m[key] for key in MESSAGE} for m in chat[:-1]], chat[-1]["content"]) for chat in chats]
 
 

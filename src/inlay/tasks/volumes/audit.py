@@ -11,11 +11,11 @@ import numpy as np
 from tqdm import tqdm
 
 from inlay.errors import InlayError
-from inlay.tasks.tables import some
+from inlay.tasks.tables import list_first
 from inlay.tasks.volumes.data import Case, find_cases, read_labels
-from inlay.tasks.volumes.grid import Triple, spacing_of, turned
-from inlay.tasks.volumes.nifti import why
-from inlay.tasks.volumes.scan import misplaced, read_image, strange_values
+from inlay.tasks.volumes.grid import Triple, reorient_to_ras, spacing_of
+from inlay.tasks.volumes.nifti import explain_unreadable
+from inlay.tasks.volumes.scan import find_strange_values, is_misplaced, read_image
 
 UNEVEN = 2.0  # ratio of spacings along an axis that is worth a warning
 RARE = 10  # cases from which a value in one of them alone looks like a slip
@@ -125,7 +125,7 @@ def _look(case: Case, values: tuple[int, ...] | None) -> _Seen:
         array, affine = read_image(case)
     except InlayError as error:
         return _Seen([Finding("error", files[0], _short(error, files[0]))])
-    image, grid = turned(array, affine)
+    image, grid = reorient_to_ras(array, affine)
     if image.min() == image.max():
         found.append(Finding("warning", files[0], f"all voxels are {image.min():g}"))
     seen: dict[str, Any] = {"shape": image.shape, "spacing": spacing_of(grid)}
@@ -134,13 +134,13 @@ def _look(case: Case, values: tuple[int, ...] | None) -> _Seen:
         labels, own = read_labels(case)
     except InlayError as error:
         return _Seen([*found, Finding("error", files[1], _short(error, files[1]))], **seen)
-    view, own = turned(labels, own)
-    apart, strange = misplaced(view.shape, own, image.shape, grid), strange_values(view, values)
+    view, own = reorient_to_ras(labels, own)
+    apart, strange = is_misplaced(view.shape, own, image.shape, grid), find_strange_values(view, values)
     if apart:
         found.append(Finding("error", files[1], f"{apart}, unlike its image"))
     if strange:
         why_not = "dataset.json does not name" if values else "are no class"
-        found.append(Finding("error", files[1], f"labels {some(strange)} that {why_not}"))
+        found.append(Finding("error", files[1], f"labels {list_first(strange)} that {why_not}"))
     if not view.any():
         found.append(Finding("warning", files[1], "no voxel has a label"))
     return _Seen(found, values=tuple(np.unique(view).tolist()), **seen)
@@ -171,4 +171,4 @@ def _together(name: str, whole: list[tuple[Case, _Seen]], report: Audit, values:
 
 
 def _short(error: InlayError, file: str) -> str:
-    return why(Path(file), error.__cause__) if error.__cause__ else str(error)
+    return explain_unreadable(Path(file), error.__cause__) if error.__cause__ else str(error)

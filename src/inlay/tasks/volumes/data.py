@@ -14,7 +14,7 @@ import numpy as np
 
 from inlay.errors import InlayError
 from inlay.tasks.evaluation import Split, Training, choose_split, split_note
-from inlay.tasks.tables import some
+from inlay.tasks.tables import list_first
 from inlay.tasks.volumes.nifti import SUFFIXES, case_name, read_volume
 
 Modality = Literal["mr", "ct", "other"]
@@ -138,7 +138,7 @@ def _whole_cases(name: str) -> Found:
     """The cases of a source, all with image and label map."""
     found = find_cases(name)
     if found.faults:
-        got = some([f"{file} ({fault})" for file, fault in found.faults])
+        got = list_first([f"{file} ({fault})" for file, fault in found.faults])
         raise InlayError(
             f"{name!r} needs an image and a label map for every case: {got}. Fix them; `inlay audit` lists all."
         )
@@ -162,10 +162,12 @@ def find_cases(name: str) -> Found:
     if name.startswith("builtin:"):
         if name != "builtin:volumes":
             raise InlayError(f"unknown data {name!r}; the embedded scans are builtin:volumes.")
-        from inlay.builtin.bodies import LABELS, bodies
+        from inlay.builtin.bodies import LABELS, generate_bodies
 
         values = tuple(range(1, len(LABELS) + 1))
-        return Found([Case(*body, values) for body in bodies()], labels=dict(enumerate(LABELS, 1)), modality="mr")
+        return Found(
+            [Case(*body, values) for body in generate_bodies()], labels=dict(enumerate(LABELS, 1)), modality="mr"
+        )
     folder = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for an unknown user
     if not name or not folder.is_dir():
         raise InlayError(f"expected {WANTED}, but there is no folder {name!r}. Change the name.")
@@ -178,7 +180,7 @@ def find_cases(name: str) -> Found:
     else:
         found.train, found.validation = _folders(folder, found)
     if not found.train and not found.faults:
-        inside = some(sorted(path.name for path in folder.iterdir())) or "nothing"
+        inside = list_first(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise InlayError(f"expected {WANTED}, but {name!r} holds {inside}. Pass the folder above or below.")
     names = [case.name for case in (*found.train, *found.validation)]
     found.faults += [

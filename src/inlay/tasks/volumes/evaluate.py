@@ -9,7 +9,7 @@ from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, check_labels, pick_evenly
 from inlay.tasks.statistics import Indices, score_with_intervals
 from inlay.tasks.volumes.data import Case, load_volumes_to_score
-from inlay.tasks.volumes.grid import spacing_of, turned
+from inlay.tasks.volumes.grid import reorient_to_ras, spacing_of
 from inlay.tasks.volumes.loss import WholeVolume
 from inlay.tasks.volumes.scan import aligned_labels, read_image
 from inlay.tasks.volumes.scores import SCORES, dice_of, overlap, score_case
@@ -82,10 +82,10 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
 def _on_own_grid(adapter: Adapter, case: Case, labels: tuple[str, ...], numbers: np.ndarray) -> list[dict[str, Any]]:
     """Rows of `score_case`."""
     array, affine = read_image(case)
-    image, grid = turned(array, affine)
+    image, grid = reorient_to_ras(array, affine)
     truth = aligned_labels(case, image.shape, grid)  # D H W
     found = segment(adapter, adapter.processor.read(case), progress=False)
-    mask = numbers[turned(found.mask, affine)[0]]
+    mask = numbers[reorient_to_ras(found.mask, affine)[0]]
     return score_case(mask, truth, labels, spacing_of(grid), case=case.name, tolerance_mm=TOLERANCE_MM)
 
 

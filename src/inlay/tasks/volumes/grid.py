@@ -8,23 +8,23 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from inlay.tasks.volumes.nifti import nibabel_here
+from inlay.tasks.volumes.nifti import import_nibabel
 
 Triple = tuple[float, float, float]
 Shape = tuple[int, int, int]
 
 
-def turned(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def reorient_to_ras(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A view of voxels (X, Y, Z) as (D, H, W) in RAS, and the affine (4, 4) from its indices (w, h, d) to mm.
 
     Axes are flipped and permuted alone: those of an oblique scan become the nearest of D, H and W.
     """
     turns, towards = orientation(affine, array.shape)
-    return nibabel_here().orientations.apply_orientation(array, turns).transpose(2, 1, 0), affine @ towards
+    return import_nibabel().orientations.apply_orientation(array, turns).transpose(2, 1, 0), affine @ towards
 
 
-def turned_back(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """The inverse of `turned`, for voxels (..., D, H, W) and the own affine; (..., X, Y, Z), contiguous."""
+def reorient_from_ras(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """The inverse of `reorient_to_ras`, for voxels (..., D, H, W) and the own affine; (..., X, Y, Z), contiguous."""
     turns, _ = orientation(affine, (1, 1, 1))
     axes, flips = turns[:, 0].astype(int), turns[:, 1].astype(int)
     # Own axis i lies along axis axes[i] of x, y, z in RAS, which is the last but that one of D, H, W.
@@ -35,18 +35,18 @@ def turned_back(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
 
 def orientation(affine: np.ndarray, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """nibabel's orientation (3, 2) of an affine, and the map (4, 4) of indices x, y, z in RAS to the own ones."""
-    library = nibabel_here().orientations
+    library = import_nibabel().orientations
     turns = library.io_orientation(affine)
     return turns, library.inv_ornt_aff(turns, shape)
 
 
 def spacing_of(affine: np.ndarray) -> Triple:
-    """Spacing in mm in D, H, W, of an affine in RAS as `turned` gives it."""
+    """Spacing in mm in D, H, W, of an affine in RAS as `reorient_to_ras` gives it."""
     x, y, z = np.linalg.norm(affine[:3, :3], axis=0).tolist()
     return z, y, x
 
 
-def moved(affine: np.ndarray, points: npt.ArrayLike) -> np.ndarray:
+def transform_points(affine: np.ndarray, points: npt.ArrayLike) -> np.ndarray:
     """Points (..., 3) through an affine (4, 4)."""
     return np.asarray(points, np.float64) @ affine[:3, :3].T + affine[:3, 3]
 

@@ -9,7 +9,7 @@ from torch import nn
 from inlay.errors import InlayError
 from inlay.methods.spatial.sam import VolumeOutput, dice_cross_entropy
 from inlay.tasks.volumes.scores import overlap
-from inlay.train.evaluation import rows_of
+from inlay.train.evaluation import count_rows
 
 
 class WholeVolume:
@@ -61,7 +61,7 @@ class WholeVolume:
 
     def weight(self, batch: dict[str, Any]) -> int:
         """The rows."""
-        return rows_of(batch)
+        return count_rows(batch)
 
     def answers(self, output: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Voxels of each class in both answer and reference, in the answer, in the reference, (B, K, 3); and zeros."""

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from inlay.errors import InlayError
 from inlay.files.atomic import replacing
 from inlay.tasks.colours import colour
-from inlay.tasks.volumes.grid import moved, spacing_of, turned
+from inlay.tasks.volumes.grid import reorient_to_ras, spacing_of, transform_points
 from inlay.tasks.volumes.segment import Segmentation, output_name
 
 PICTURES = (".png",)
@@ -38,10 +38,10 @@ def draw_montage(image: np.ndarray, segmentation: Segmentation, path: str | Path
     if image.shape != segmentation.mask.shape:
         got = f"{image.shape} and {segmentation.mask.shape}"
         raise InlayError(f"image and mask have the shapes {got}; pass the scan that was segmented.")
-    scan, affine = turned(image, segmentation.affine)
-    mask, _ = turned(segmentation.mask, segmentation.affine)
+    scan, affine = reorient_to_ras(image, segmentation.affine)
+    mask, _ = reorient_to_ras(segmentation.mask, segmentation.affine)
     spacing, greys = spacing_of(affine), grey_range(scan)
-    centre, inside = extent(mask)
+    centre, inside = find_extent(mask)
     shares = np.linspace(0, 1, SLICES + 2)[1:-1]
     slices = sorted({int(inside[0][round(share * (len(inside[0]) - 1))]) for share in shares})
 
@@ -49,7 +49,7 @@ def draw_montage(image: np.ndarray, segmentation: Segmentation, path: str | Path
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for i, name in enumerate(NAMES):
         x = GAP + i * (LARGE + GAP)
-        place = moved(affine, centre[::-1])[2 - i]
+        place = transform_points(affine, centre[::-1])[2 - i]
         draw.text((x, GAP), f"{name}, {'zyx'[i]} = {place:.1f} mm", INK, font)
         cut = tuple(centre[i] if axis == i else slice(None) for axis in range(3))
         panel = _panel(scan[cut], mask[cut], [s for axis, s in enumerate(spacing) if axis != i], greys, LARGE)
@@ -57,7 +57,7 @@ def draw_montage(image: np.ndarray, segmentation: Segmentation, path: str | Path
     top, window = LARGE + 2 * GAP + TEXT, _around(inside, mask.shape, spacing)
     for i, d in enumerate(slices):
         x = GAP + i * (SMALL + GAP)
-        place = moved(affine, (centre[2], centre[1], d))[2]
+        place = transform_points(affine, (centre[2], centre[1], d))[2]
         draw.text((x, top), f"axial, z = {place:.1f} mm", INK, font)
         panel = _panel(scan[(d, *window)], mask[(d, *window)], spacing[1:], greys, SMALL)
         _paste(sheet, panel, (x, top + TEXT), SMALL, ("R", "L", "", ""), font)
@@ -74,7 +74,7 @@ def grey_range(scan: np.ndarray) -> tuple[float, float]:
     return (low, high) if high > low else (float(scan.min()), float(scan.max()) + 1e-6)
 
 
-def extent(mask: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
+def find_extent(mask: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
     """The voxel of the mask that is nearest to its centre of mass; and along each axis the planes that it reaches.
 
     Of an empty mask the middle, and all planes.

@@ -83,7 +83,7 @@ def write_volume(path: str | os.PathLike[str], array: np.ndarray, affine: np.nda
         if array.size and (array.min() < -(2**15) or array.max() >= 2**15):
             raise InlayError(f"labels go up to {array.max()}, and a mask holds 16 bits; number them from 1.")
         array = array.astype(small)
-    image = nibabel_here().Nifti1Image(array, affine)
+    image = import_nibabel().Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
     with replacing(path) as temporary:
         image.to_filename(temporary)
@@ -94,7 +94,7 @@ def case_name(path: Path) -> str:
     return path.name.removesuffix(next((s for s in SUFFIXES if path.name.endswith(s)), ""))
 
 
-def nibabel_here() -> Any:
+def import_nibabel() -> Any:
     """nibabel, or an InlayError that says how to get it."""
     try:
         import nibabel
@@ -108,7 +108,7 @@ def nibabel_here() -> Any:
 def _open(path: Path) -> Any:
     if not path.name.endswith(SUFFIXES[:2]):
         raise InlayError(f"'{path}' is no scan in {', '.join(SUFFIXES)}; convert it.")
-    return nibabel_here().load(path)
+    return import_nibabel().load(path)
 
 
 def _nifti(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +152,7 @@ def check_affine(affine: np.ndarray) -> None:
         raise ValueError("an affine that maps no space")
 
 
-def why(path: Path, error: BaseException) -> str:
+def explain_unreadable(path: Path, error: BaseException) -> str:
     """What is wrong with a file that raised this error when it was read, in a few words."""
     if not path.exists():
         return "no such file"
@@ -164,4 +164,4 @@ def why(path: Path, error: BaseException) -> str:
 
 
 def _unreadable(path: Path, error: Exception) -> InlayError:
-    return InlayError(f"{str(path)!r} cannot be read as a scan of three axes: {why(path, error)}.")
+    return InlayError(f"{str(path)!r} cannot be read as a scan of three axes: {explain_unreadable(path, error)}.")

@@ -12,9 +12,19 @@ import numpy.typing as npt
 import torch
 
 from inlay.errors import InlayError
-from inlay.tasks.tables import some
+from inlay.tasks.tables import list_first
 from inlay.tasks.volumes.data import CLASSES, Case, VolumeData, read_labels
-from inlay.tasks.volumes.grid import Shape, Triple, corners, moved, orientation, resize, spacing_of, turned, turned_back
+from inlay.tasks.volumes.grid import (
+    Shape,
+    Triple,
+    corners,
+    orientation,
+    reorient_from_ras,
+    reorient_to_ras,
+    resize,
+    spacing_of,
+    transform_points,
+)
 from inlay.tasks.volumes.nifti import case_name, check_affine, read_header, read_volume
 
 Intensity = Literal["percentile", "ct"]
@@ -48,17 +58,17 @@ class Scan:
     def to_grid(self, xyz: npt.ArrayLike) -> np.ndarray:
         """Voxel indices x, y, z of the own grid, (3,) or (N, 3), as d, h, w of `image`; fractions are kept."""
         towards, ratio = self._way()
-        return ((moved(np.linalg.inv(towards), xyz) + 0.5) * ratio - 0.5)[..., ::-1]
+        return ((transform_points(np.linalg.inv(towards), xyz) + 0.5) * ratio - 0.5)[..., ::-1]
 
     def to_own(self, dhw: npt.ArrayLike) -> np.ndarray:
         """The inverse of `to_grid`."""
         towards, ratio = self._way()
-        return moved(towards, (np.asarray(dhw, np.float64)[..., ::-1] + 0.5) / ratio - 0.5)
+        return transform_points(towards, (np.asarray(dhw, np.float64)[..., ::-1] + 0.5) / ratio - 0.5)
 
     @property
     def ras_shape(self) -> Shape:
         """Shape (D, H, W) of the own voxels in RAS, before they were resampled."""
-        d, h, w = turned(np.broadcast_to(np.int8(0), self.own_shape), self.affine)[0].shape
+        d, h, w = reorient_to_ras(np.broadcast_to(np.int8(0), self.own_shape), self.affine)[0].shape
         return d, h, w
 
     def _way(self) -> tuple[np.ndarray, np.ndarray]:
@@ -129,7 +139,7 @@ class VolumeProcessor:
             path = Path(source)
             source = Case(case_name(path), path)
         array, affine = read_image(source)
-        image, grid = turned(array, affine)
+        image, grid = reorient_to_ras(array, affine)
         shape, spacing = self._grid(image.shape, grid)
         labels = None
         if source.label is not None:
@@ -145,8 +155,8 @@ class VolumeProcessor:
         if self.intensity == "ct":
             middle, half = (self.low + self.high) / 2, (self.high - self.low) / 2
             return (np.clip(array, self.low, self.high) - np.float32(middle)) / np.float32(half)
-        some = array.reshape(-1)[:: -(-array.size // SAMPLED)]
-        low, high = np.percentile(some, PERCENTILES)
+        list_first = array.reshape(-1)[:: -(-array.size // SAMPLED)]
+        low, high = np.percentile(list_first, PERCENTILES)
         if high <= low:  # nearly all is one value: what differs is the object
             low, high = array.min(), array.max()
         array = np.clip(array, np.float32(low), np.float32(high))
@@ -178,7 +188,7 @@ class VolumeProcessor:
         if array.ndim not in (3, 4) or array.shape[-3:] != tuple(scan.image.shape[1:]):
             wanted = "x".join(map(str, scan.image.shape[1:]))
             raise InlayError(f"values must be on the grid {wanted} of {scan.name!r}, got shape {array.shape}.")
-        return turned_back(resize(array, scan.ras_shape, mode), scan.affine)
+        return reorient_from_ras(resize(array, scan.ras_shape, mode), scan.affine)
 
     def to_dict(self) -> dict[str, Any]:
         """Settings for `from_dict`, as JSON takes them."""
@@ -243,7 +253,9 @@ def _spacing(case: Case) -> Triple:
         shape, affine = case.image.shape, np.eye(4)
     else:
         shape, affine = read_header(case.image)
-    return spacing_of(turned(np.broadcast_to(np.int8(0), shape), affine if case.affine is None else case.affine)[1])
+    return spacing_of(
+        reorient_to_ras(np.broadcast_to(np.int8(0), shape), affine if case.affine is None else case.affine)[1]
+    )
 
 
 def aligned_labels(case: Case, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
@@ -252,7 +264,7 @@ def aligned_labels(case: Case, shape: tuple[int, ...], affine: np.ndarray) -> np
     Args:
         case: With a label map.
         shape: Of its image in RAS, (D, H, W).
-        affine: Of its image in RAS, as `turned` gives it.
+        affine: Of its image in RAS, as `reorient_to_ras` gives it.
 
     Raises:
         InlayError: The label map lies beside the image, by shape or by more than a tenth of a voxel, or has numbers
@@ -260,14 +272,14 @@ def aligned_labels(case: Case, shape: tuple[int, ...], affine: np.ndarray) -> np
     """
     array, own = read_labels(case)
     where = case.name if isinstance(case.label, np.ndarray) else str(case.label)
-    labels, grid = turned(array, own)
-    apart = misplaced(labels.shape, grid, shape, affine)
+    labels, grid = reorient_to_ras(array, own)
+    apart = is_misplaced(labels.shape, grid, shape, affine)
     if apart:
         raise InlayError(f"expected a label map on the grid of its image, but {where!r} has {apart}. Mend the file.")
-    strange = strange_values(labels, case.values)
+    strange = find_strange_values(labels, case.values)
     if strange:
-        wanted = some([0, *case.values]) if case.values else f"0 to {CLASSES}"
-        raise InlayError(f"{where!r} holds the labels {some(strange)}; expected {wanted}.")
+        wanted = list_first([0, *case.values]) if case.values else f"0 to {CLASSES}"
+        raise InlayError(f"{where!r} holds the labels {list_first(strange)}; expected {wanted}.")
     if case.values is None or case.values == tuple(range(1, len(case.values) + 1)):
         return labels.astype(np.int16)
     known = np.array([0, *case.values])
@@ -275,18 +287,18 @@ def aligned_labels(case: Case, shape: tuple[int, ...], affine: np.ndarray) -> np
     return order[np.searchsorted(known[order], labels)].astype(np.int16)
 
 
-def misplaced(
+def is_misplaced(
     labels: tuple[int, ...], grid: np.ndarray, shape: tuple[int, ...], affine: np.ndarray, most: float = 0.1
 ) -> str | None:
     """How a label map's shape (D, H, W) and affine in RAS differ from its image's, by more than `most` of a voxel."""
     if labels != shape:
         return f"shape {'x'.join(map(str, labels))} and not {'x'.join(map(str, shape))} (D, H, W)"
     ends = corners(shape[::-1])
-    apart = np.linalg.norm(moved(grid, ends) - moved(affine, ends), axis=1).max()
+    apart = np.linalg.norm(transform_points(grid, ends) - transform_points(affine, ends), axis=1).max()
     return None if apart <= most * min(spacing_of(affine)) else f"an affine that moves a corner by {apart:.3g} mm"
 
 
-def strange_values(labels: np.ndarray, values: tuple[int, ...] | None) -> list[int]:
+def find_strange_values(labels: np.ndarray, values: tuple[int, ...] | None) -> list[int]:
     """The values of a label map that are no class: not 0 nor in `values`, or without these not in 0..`CLASSES`."""
     return np.setdiff1d(labels, [0, *values] if values else np.arange(CLASSES + 1)).tolist()
 

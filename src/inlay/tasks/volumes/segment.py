@@ -127,7 +127,9 @@ def segment(
             last = first + values.shape[1]
             low = -np.inf if first == 0 else first
             high = np.inf if last == grid.shape[0] else last - 1
-            paint(grid, values, (first, 0, 0), grid.rows((low, -np.inf, -np.inf), (high, np.inf, np.inf)), mask, kept)
+            paint_mask(
+                grid, values, (first, 0, 0), grid.rows((low, -np.inf, -np.inf), (high, np.inf, np.inf)), mask, kept
+            )
     if largest:
         keep_largest(mask, len(adapter.labels))
     return Segmentation(mask, np.asarray(scan.affine, np.float64), list(adapter.labels), kept, source)
@@ -162,7 +164,7 @@ def empty_mask(grid: Grid, labels: Sequence[str]) -> np.ndarray:
     return np.zeros(grid.own_shape, np.uint8 if len(labels) < 256 else np.int16)
 
 
-def paint(
+def paint_mask(
     grid: Grid, values: torch.Tensor, start: Place, rows: list[slice], mask: np.ndarray, kept: np.ndarray | None = None
 ) -> None:
     """Write the most probable classes, and the probabilities if wanted, of a part of the tensor into own voxels.

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from inlay.tasks.volumes.scan import Scan
-from inlay.tasks.volumes.segment import Segmentation, empty_mask, open_scan, paint
-from inlay.tasks.volumes.windows import Grid, Place, Prompts, batch, gaussian
+from inlay.tasks.volumes.segment import Segmentation, empty_mask, open_scan, paint_mask
+from inlay.tasks.volumes.windows import Grid, Place, ScanPrompts, batch, gaussian
 
 if TYPE_CHECKING:
     from inlay.tasks.adapter import Adapter
@@ -57,7 +57,7 @@ class VolumeSession:
         self._size: Place = tuple(adapter.processor.crop)
         self._grid = Grid(scan, self._size)
         self._weights: torch.Tensor | None = None
-        self._prompts: list[Prompts] = []
+        self._prompts: list[ScanPrompts] = []
         self._windows: list[Window] = []
         self._mask = empty_mask(self._grid, adapter.labels)
 
@@ -113,12 +113,12 @@ class VolumeSession:
         self._mask[:] = 0
         return self.mask
 
-    def _add(self, prompts: Prompts, centre: torch.Tensor) -> np.ndarray:
+    def _add(self, prompts: ScanPrompts, centre: torch.Tensor) -> np.ndarray:
         """Answer in every window that holds the prompt's centre, or in a new one around it."""
         sides = zip(centre.tolist(), self._size, self._grid.shape, strict=True)
         around = tuple(min(max(0, round(c) - side // 2), n - side) for c, side, n in sides)
         held = [w for w in self._windows if self._holds(w, centre)] or [Window(around)]
-        everything = merged([*self._prompts, prompts])
+        everything = join_prompts([*self._prompts, prompts])
         answers = [self._answer(window, everything.inside(window.start, self._size)) for window in held]
         self._prompts.append(prompts)  # from here on nothing fails: an interrupted click leaves no trace
         for window, logits in zip(held, answers, strict=True):
@@ -132,7 +132,7 @@ class VolumeSession:
         return all(first - 0.5 <= c <= first + side - 0.5 for c, first, side in sides)
 
     @torch.inference_mode()
-    def _answer(self, window: Window, prompts: Prompts) -> torch.Tensor:
+    def _answer(self, window: Window, prompts: ScanPrompts) -> torch.Tensor:
         """Logits for a window; its encoding is kept."""
         model = self._adapter.model
         weight = next(p for p in model.parameters() if p.is_floating_point())
@@ -154,7 +154,7 @@ class VolumeSession:
         for window in self._windows:
             low = [first - 0.5 for first in window.start]
             rows = self._grid.rows(low, [first + side for first, side in zip(low, self._size, strict=True)])
-            paint(self._grid, self._blended(window), window.start, rows, self._mask)
+            paint_mask(self._grid, self._blended(window), window.start, rows, self._mask)
 
     def _blended(self, window: Window) -> torch.Tensor:
         """Probabilities (K+1, d, h, w) in a window, those of the windows that overlap it included."""
@@ -178,7 +178,7 @@ class VolumeSession:
         return total / count
 
 
-def merged(prompts: Sequence[Prompts]) -> Prompts:
+def join_prompts(prompts: Sequence[ScanPrompts]) -> ScanPrompts:
     """All of them as one."""
     parts = ([getattr(one, name) for one in prompts] for name in ("points", "labels", "boxes", "box_labels"))
-    return Prompts(*(torch.cat(part) for part in parts))
+    return ScanPrompts(*(torch.cat(part) for part in parts))

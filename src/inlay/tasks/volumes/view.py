@@ -82,7 +82,7 @@ class VolumeView(torch.utils.data.Dataset):
         axes = [axis for axis in self.flip if random.random() < 0.5]
         image, labels = image.flip([axis + 1 for axis in axes]), labels.flip(axes)
         if self.augment:
-            image = varied(image, labels != IGNORED)
+            image = vary_intensity(image, labels != IGNORED)
         return {"pixel_values": image.contiguous(), "labels": labels.contiguous()}
 
     def scan(self, index: int) -> Scan:
@@ -114,8 +114,8 @@ class VolumeView(torch.utils.data.Dataset):
             at = _unravel(int(flat[random.randrange(len(flat))]), shape)
         start = [_start(n, c, None if at is None else at[i]) for i, (n, c) in enumerate(zip(shape, size, strict=True))]
         if self.augment and random.random() < 0.5:
-            return turned_crop(scan, (start[0], start[1], start[2]), size)
-        return cut(scan, start, size)
+            return rotate_crop(scan, (start[0], start[1], start[2]), size)
+        return cut_crop(scan, start, size)
 
 
 def collate_volumes(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -135,7 +135,7 @@ def collate_volumes(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch
     return batch
 
 
-def cut(scan: Scan, start: Sequence[int], size: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+def cut_crop(scan: Scan, start: Sequence[int], size: Shape) -> tuple[torch.Tensor, torch.Tensor]:
     """The voxels of a scan from `start` on, image (1, *size) and labels `size`; `start` may lie outside."""
     assert scan.labels is not None
     image, labels = torch.full((1, *size), PADDING), torch.full(size, IGNORED)
@@ -149,8 +149,8 @@ def cut(scan: Scan, start: Sequence[int], size: Shape) -> tuple[torch.Tensor, to
     return image, labels
 
 
-def turned_crop(scan: Scan, start: Shape, size: Shape) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `cut`, of the scan turned and scaled at random about the crop's centre, in one step of interpolation."""
+def rotate_crop(scan: Scan, start: Shape, size: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `cut_crop`, of the scan turned and scaled at random about the crop's centre, in one step of interpolation."""
     assert scan.labels is not None
     matrix = random_affine(scan.spacing_mm)  # voxels of the crop to voxels of the scan, about the centre
     half = (torch.tensor(size, dtype=torch.float64) - 1) / 2
@@ -195,7 +195,7 @@ def random_affine(spacing_mm: Triple) -> torch.Tensor:
     return matrix * spacing / spacing[:, None]
 
 
-def varied(image: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+def vary_intensity(image: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     """A crop (1, d, h, w) with other gamma, contrast, brightness and noise, each sometimes; 0 where not `inside`."""
     if random.random() < 0.3:
         low, high = image.min(), image.max()

@@ -13,7 +13,7 @@ import numpy as np
 from inlay.errors import InlayError
 from inlay.files.atomic import replacing
 from inlay.tasks.colours import colour
-from inlay.tasks.volumes.montage import extent, grey_range
+from inlay.tasks.volumes.montage import find_extent, grey_range
 from inlay.tasks.volumes.segment import Segmentation, output_name
 
 PAGES = (".html",)
@@ -53,17 +53,17 @@ def write_viewer(image: np.ndarray, segmentation: Segmentation, path: str | Path
         "note": note,
         "classes": [{"name": k, "volume": f"{v:.3g} ml", "colour": colour(i)} for i, (k, v) in enumerate(volumes, 1)],
         "greys": grey_range(image),
-        "centre": (affine @ [*extent(mask)[0], 1])[:3].tolist(),
+        "centre": (affine @ [*find_extent(mask)[0], 1])[:3].tolist(),
         "inverse": np.linalg.inv(affine)[:3].tolist(),
         "image": _nifti(_small(image[thin]), grid),
         "mask": _nifti(mask[thin], grid),
     }
     with replacing(path) as new:
-        new.write_text(page(name, data), encoding="utf-8")
+        new.write_text(render_page(name, data), encoding="utf-8")
     return path
 
 
-def page(title: str, data: dict[str, Any]) -> str:
+def render_page(title: str, data: dict[str, Any]) -> str:
     """The HTML with everything in it; nothing of a name or label can end a script or begin a tag."""
     bundle = (NIIVUE / "niivue.umd.js").read_text(encoding="utf-8")
     parts = {

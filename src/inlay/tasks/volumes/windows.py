@@ -18,7 +18,7 @@ ROWS = 16  # planes of the own grid that are interpolated at a time
 
 
 @dataclass(frozen=True)
-class Prompts:
+class ScanPrompts:
     """Clicks and boxes in a tensor (D, H, W), in voxels of it.
 
     Attributes:
@@ -38,22 +38,22 @@ class Prompts:
         """How many points and boxes: windows with as many of them go into one batch."""
         return len(self.points), len(self.boxes)
 
-    def inside(self, start: Sequence[int], size: Sequence[int]) -> "Prompts":
+    def inside(self, start: Sequence[int], size: Sequence[int]) -> "ScanPrompts":
         """Those of a window, in its own coordinates: the points in it, and the boxes that reach into it, cut to it."""
         first, side = torch.tensor(start, dtype=torch.float32), torch.tensor(size, dtype=torch.float32)
         points, (low, high) = self.points - first, (self.boxes - first.repeat(2)).split(3, -1)
         near = ((points >= -0.5) & (points <= side - 0.5)).all(-1)
         reach = ((high >= 0) & (low <= side - 1)).all(-1)
         boxes = torch.cat([low.clamp(min=0), high.minimum(side - 1)], -1)
-        return Prompts(points[near], self.labels[near], boxes[reach], self.box_labels[reach])
+        return ScanPrompts(points[near], self.labels[near], boxes[reach], self.box_labels[reach])
 
-    def flipped(self, axes: Sequence[int], size: Sequence[int]) -> "Prompts":
+    def flipped(self, axes: Sequence[int], size: Sequence[int]) -> "ScanPrompts":
         """The same in a window of that size whose axes (0 = D) are reversed."""
         points, (low, high) = self.points.clone(), self.boxes.clone().split(3, -1)
         for axis in axes:
             points[:, axis] = size[axis] - 1 - points[:, axis]
             low[:, axis], high[:, axis] = size[axis] - 1 - high[:, axis], size[axis] - 1 - low[:, axis]
-        return Prompts(points, self.labels, torch.cat([low, high], -1), self.box_labels)
+        return ScanPrompts(points, self.labels, torch.cat([low, high], -1), self.box_labels)
 
 
 class Grid:
@@ -99,7 +99,7 @@ class Grid:
             raise InlayError(f"{what} ({got}) lies outside the scan of {size} voxels; x, y, z count from 0.")
         return self.before + np.asarray(self.scan.to_grid(tuple(xyz)), np.float64)
 
-    def prompts(self, points: Sequence[Any], boxes: Sequence[Any], labels: Sequence[str]) -> Prompts:
+    def prompts(self, points: Sequence[Any], boxes: Sequence[Any], labels: Sequence[str]) -> ScanPrompts:
         """Prompts in the tensor from those in own voxel indices.
 
         Args:
@@ -121,7 +121,7 @@ class Grid:
         )
         if 0 in inside:
             raise InlayError("a box needs a class, and 0 is the background; click on the background instead.")
-        return Prompts(
+        return ScanPrompts(
             torch.tensor(np.array(where), dtype=torch.float32).reshape(-1, 3),
             torch.tensor(classes, dtype=torch.long),
             torch.tensor([[*np.minimum(a, b), *np.maximum(a, b)] for a, b in corners]).float().reshape(-1, 6),
@@ -187,10 +187,10 @@ def _interpolate(values: torch.Tensor, axis: int, where: np.ndarray) -> torch.Te
     return part.lerp(values.index_select(axis, upper), share.reshape([-1 if i == axis else 1 for i in range(4)]))
 
 
-Predict = Callable[[torch.Tensor, list[Prompts]], torch.Tensor]
+Predict = Callable[[torch.Tensor, list[ScanPrompts]], torch.Tensor]
 
 
-def probabilities(model: nn.Module, pixels: torch.Tensor, prompts: Sequence[Prompts], flips: bool) -> torch.Tensor:
+def probabilities(model: nn.Module, pixels: torch.Tensor, prompts: Sequence[ScanPrompts], flips: bool) -> torch.Tensor:
     """Softmax over background and classes, on the CPU; with flips the mean over the eight mirrored windows.
 
     Args:
@@ -214,7 +214,7 @@ def probabilities(model: nn.Module, pixels: torch.Tensor, prompts: Sequence[Prom
     return (total / len(every)).cpu()
 
 
-def batch(prompts: Sequence[Prompts], device: torch.device) -> dict[str, torch.Tensor]:
+def batch(prompts: Sequence[ScanPrompts], device: torch.device) -> dict[str, torch.Tensor]:
     """The model's arguments for windows with as many prompts in each; none where there are none.
 
     Places stay float32 whatever the model's type: bfloat16 has no odd number over 256.
@@ -231,7 +231,14 @@ def batch(prompts: Sequence[Prompts], device: torch.device) -> dict[str, torch.T
 
 
 def slide(
-    predict: Predict, image: torch.Tensor, size: Place, prompts: Prompts, *, overlap: float, batch_size: int, bar: Any
+    predict: Predict,
+    image: torch.Tensor,
+    size: Place,
+    prompts: ScanPrompts,
+    *,
+    overlap: float,
+    batch_size: int,
+    bar: Any,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Predict in overlapping windows, blended by a Gaussian, and give the planes that are finished from D = 0 upwards.
 
@@ -301,8 +308,8 @@ def _box(start: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
 
 
 def _batches(
-    windows: Iterator[tuple], prompts: Prompts, size: Place, most: int
-) -> Iterator[tuple[list[tuple], list[Prompts]]]:
+    windows: Iterator[tuple], prompts: ScanPrompts, size: Place, most: int
+) -> Iterator[tuple[list[tuple], list[ScanPrompts]]]:
     """Neighbours that have as many points and boxes as each other."""
     pairs = ((start, prompts.inside(start, size)) for start in windows)
     for _, alike in groupby(pairs, key=lambda pair: pair[1].count):

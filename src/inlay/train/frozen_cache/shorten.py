@@ -1,10 +1,10 @@
 """Frozen leading blocks run once per example: what they put out is kept, and every epoch starts from there.
 
 Where the first k of n blocks, and all that comes before them, are frozen, k/n of every forward pass is needed only
-once. `opened` runs all examples through that part before the first step, in the precision and batch size of the step,
-and keeps the states that enter block k + 1, in memory or in a file that later runs find again. In training, stand-ins
-take the place of the frozen blocks: the model's own code runs, its first modules on one blank row that nobody reads,
-and the last frozen block's stand-in hands over the kept states.
+once. `use_cached_states` runs all examples through that part before the first step, in the precision and batch size of
+the step, and keeps the states that enter block k + 1, in memory or in a file that later runs find again. In training,
+stand-ins take the place of the frozen blocks: the model's own code runs, its first modules on one blank row that nobody
+reads, and the last frozen block's stand-in hands over the kept states.
 
 Which blocks are frozen, and whether chance (dropout, drop path) acts in them, is not looked up but observed: a block is
 frozen if its output, computed with gradients on, needs none; chance acts if a random generator has moved. Before it is
@@ -29,10 +29,18 @@ from inlay.bases.sites import sites
 from inlay.errors import InlayError
 from inlay.methods._peft import name_in_base
 from inlay.train.config import TrainConfig
-from inlay.train.evaluation import rows_of, train_mode
-from inlay.train.frozen_cache.states import Cut, Runner, Unkept, agree, generators, keep, key_of
-from inlay.train.frozen_cache.unread_tokens import put_back, skip_unread
-from inlay.train.sampler import Drawn, seed_all, seed_cpu
+from inlay.train.evaluation import count_rows, train_mode
+from inlay.train.frozen_cache.states import (
+    Cut,
+    NotCacheable,
+    Runner,
+    compute_states,
+    digest_states,
+    raise_together,
+    random_generators,
+)
+from inlay.train.frozen_cache.unread_tokens import restore_modules, skip_unread
+from inlay.train.sampler import SeededDataset, seed_all, seed_cpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +51,7 @@ SAMPLE = 4  # examples on which the model is observed, and the two ways are comp
 
 
 @dataclass(frozen=True)
-class Data:
+class FitData:
     """What `fit` makes its loaders of; `train` takes draws, see `Draws`."""
 
     train: Any
@@ -103,7 +111,7 @@ class Tail(nn.Module):
 
     def widen(self) -> None:
         """Undo `narrow`."""
-        put_back(self, self._narrowed)
+        restore_modules(self, self._narrowed)
         self._narrowed = {}
 
     def close(self) -> None:
@@ -114,7 +122,7 @@ class Tail(nn.Module):
         self._skipped, self.blank = {}, {}
 
 
-def tail(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> nn.Module:
+def wrap_tail(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> nn.Module:
     """The model as a `Tail` where frozen blocks are to be skipped, else itself."""
     if config.cache_frozen == "no":
         return model
@@ -129,7 +137,9 @@ def tail(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> nn.
 
 
 @contextmanager
-def opened(net: nn.Module, data: Data, config: TrainConfig, accelerator: Accelerator) -> Iterator[Data]:
+def use_cached_states(
+    net: nn.Module, data: FitData, config: TrainConfig, accelerator: Accelerator
+) -> Iterator[FitData]:
     """Within the block a `Tail` is entered behind its frozen blocks, with the data that belong there.
 
     Where that is impossible, a sentence says why, and data and model stay as they are.
@@ -140,7 +150,7 @@ def opened(net: nn.Module, data: Data, config: TrainConfig, accelerator: Acceler
     try:
         try:
             short = _shorten(net, data, config, accelerator)
-        except Unkept as reason:
+        except NotCacheable as reason:
             _say(accelerator, str(reason))
             net.close()
             short = data
@@ -153,21 +163,21 @@ def _say(accelerator: Accelerator, reason: str) -> None:
     accelerator.print(f"cache_frozen is off, the frozen blocks run in every epoch: {reason}")
 
 
-def _shorten(net: Tail, data: Data, config: TrainConfig, accelerator: Accelerator) -> Data:
+def _shorten(net: Tail, data: FitData, config: TrainConfig, accelerator: Accelerator) -> FitData:
     """Keep the states of all examples, open the model and compare.
 
     Raises:
         Unkept: with the reason why not.
     """
     begun = time.perf_counter()
-    source = data.train.data if isinstance(data.train, Drawn) else data.train
+    source = data.train.data if isinstance(data.train, SeededDataset) else data.train
     collate = data.collate or default_collate
     sample = _sample(source, collate, accelerator)
     cut = _observe(net.model, sample, accelerator)
     count = len(source) + (len(data.validation) if data.validation is not None else 0)
     size = count * cut.shape.numel() * cut.dtype.itemsize
     if size > config.cache_gb * 1e9:
-        raise Unkept(
+        raise NotCacheable(
             f"the states of {count} examples take {size / 1e9:.3g} GB, more than cache_gb {config.cache_gb:g}; "
             f"give --cache_gb {math.ceil(size / 1e7) / 100:g}, if there is room"
         )
@@ -178,26 +188,26 @@ def _shorten(net: Tail, data: Data, config: TrainConfig, accelerator: Accelerato
     runner = Runner(net.model, cut, accelerator, config, collate, tuple(blank))
     if config.cache_frozen == "disk":
         at_once = config.batch_size // accelerator.num_processes // config.accumulate
-        runner.key = key_of(net.model, cut, runner.states(sample), at_once)
-    train = _Rows(keep(source, runner))
-    validation = None if data.validation is None else _Rows(keep(data.validation, runner))
+        runner.key = digest_states(net.model, cut, runner.states(sample), at_once)
+    train = _Rows(compute_states(source, runner))
+    validation = None if data.validation is None else _Rows(compute_states(data.validation, runner))
     net.open(cut, blank)
-    first = {k: v[: rows_of(sample)].to(accelerator.device) for k, v in train.columns.items()}
+    first = {k: v[: count_rows(sample)].to(accelerator.device) for k, v in train.columns.items()}
     half = accelerator.mixed_precision != "no" or any(p.dtype.itemsize == 2 for p in net.parameters())
     most = 2e-2 if half else 1e-4
-    agree(accelerator, _difference(plain, net, first, most))
+    raise_together(accelerator, _difference(plain, net, first, most))
     if len(cut.frozen) < len(cut.blocks):
         try:
             with accelerator.autocast():
                 narrow = net.narrow(cut.blocks[-1], first)
-            agree(accelerator, _difference(plain, net, first, most) if narrow else "all is read")
-        except Unkept:  # or dropout draws for all rows
+            raise_together(accelerator, _difference(plain, net, first, most) if narrow else "all is read")
+        except NotCacheable:  # or dropout draws for all rows
             net.widen()
     accelerator.print(
         f"{len(cut.frozen)} of {len(cut.blocks)} blocks are frozen: their output for {count} examples is kept "
         f"({size / 1e6:.0f} MB, {config.cache_frozen}, {time.perf_counter() - begun:.1f} s)"
     )
-    return Data(train, validation, _as_it_is, 0)
+    return FitData(train, validation, _as_it_is, 0)
 
 
 def _sample(source: Any, collate: "Collate", accelerator: Accelerator) -> dict[str, torch.Tensor]:
@@ -206,12 +216,14 @@ def _sample(source: Any, collate: "Collate", accelerator: Accelerator) -> dict[s
     for seed in (1, 2):
         seed_cpu(seed)
         batch = dict(collate([source[i] for i in range(min(SAMPLE, len(source)))]))
-        odd = [k for k, v in batch.items() if not isinstance(v, torch.Tensor) or v.shape[:1] != (rows_of(batch),)]
+        odd = [k for k, v in batch.items() if not isinstance(v, torch.Tensor) or v.shape[:1] != (count_rows(batch),)]
         if odd or "labels" not in batch:
-            raise Unkept(f"a batch must hold tensors with one row an example, and labels; look at {odd or 'labels'}")
+            raise NotCacheable(
+                f"a batch must hold tensors with one row an example, and labels; look at {odd or 'labels'}"
+            )
         twice.append(batch)
     if any(a.shape != twice[1][k].shape or not torch.equal(a, twice[1][k]) for k, a in twice[0].items()):
-        raise Unkept("the training data is augmented at random, so no two epochs are alike")
+        raise NotCacheable("the training data is augmented at random, so no two epochs are alike")
     return {k: v.to(accelerator.device) for k, v in twice[0].items()}
 
 
@@ -221,10 +233,10 @@ def _observe(model: nn.Module, sample: dict[str, torch.Tensor], accelerator: Acc
     seen: list[tuple[str, Any, bool]] = []
     train_mode(model)
     seed_all(0)
-    before = generators(accelerator.device)
+    before = random_generators(accelerator.device)
 
     def watch(name: str) -> Any:
-        return lambda module, args, output: seen.append((name, output, generators(accelerator.device) != before))
+        return lambda module, args, output: seen.append((name, output, random_generators(accelerator.device) != before))
 
     handles = [block.register_forward_hook(watch(name)) for name, block in blocks.items()]
     try:
@@ -234,18 +246,20 @@ def _observe(model: nn.Module, sample: dict[str, torch.Tensor], accelerator: Acc
         for handle in handles:
             handle.remove()
     if sorted(name for name, *_ in seen) != sorted(blocks):
-        raise Unkept(f"its {len(blocks)} blocks do not run once each ({len(seen)} calls)")
+        raise NotCacheable(f"its {len(blocks)} blocks do not run once each ({len(seen)} calls)")
     outputs = [output if isinstance(output, tuple) else (output,) for _, output, _ in seen]
     free = [i for i, (first, *_) in enumerate(outputs) if getattr(first, "requires_grad", True)]
     frozen = free[0] if free else len(seen)
     if not frozen:
-        raise Unkept("the first block, or what comes before it, is trained")
+        raise NotCacheable("the first block, or what comes before it, is trained")
     name, output, chance = seen[frozen - 1]
     if chance:
-        raise Unkept("dropout or drop path acts in the frozen blocks, so no two epochs are alike; set its rate to 0")
+        raise NotCacheable(
+            "dropout or drop path acts in the frozen blocks, so no two epochs are alike; set its rate to 0"
+        )
     first, *others = outputs[frozen - 1]
-    if first.shape[0] != rows_of(sample) or any(value is not None for value in others):
-        raise Unkept(f"{name} puts out something else than one tensor with a row an example")
+    if first.shape[0] != count_rows(sample) or any(value is not None for value in others):
+        raise NotCacheable(f"{name} puts out something else than one tensor with a row an example")
     order = tuple(name for name, *_ in seen)
     return Cut(order[:frozen], order, first.shape[1:], first.dtype, len(others) if isinstance(output, tuple) else None)
 
@@ -260,7 +274,7 @@ def _blocks(model: nn.Module) -> dict[str, nn.Module]:
     try:
         return {places[id(outermost[name])]: outermost[name] for name in sites(base).blocks}
     except (InlayError, KeyError):
-        raise Unkept(f"the blocks of {type(base).__name__} cannot be told") from None
+        raise NotCacheable(f"the blocks of {type(base).__name__} cannot be told") from None
 
 
 class _Rows(Dataset[Any]):
@@ -270,7 +284,7 @@ class _Rows(Dataset[Any]):
         self.columns = columns
 
     def __len__(self) -> int:
-        return rows_of(self.columns)
+        return count_rows(self.columns)
 
     def __getitems__(self, keys: list[Any]) -> dict[str, torch.Tensor]:
         rows = torch.tensor([key[0] if isinstance(key, tuple) else key for key in keys])

@@ -32,7 +32,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from inlay.train.config import TrainConfig
-from inlay.train.evaluation import pieces, rows_of
+from inlay.train.evaluation import count_rows, split_batch
 from inlay.train.launch import build_loader
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ MARKS = "_marks"
 DAY_S = 86_400
 
 
-class Unkept(Exception):
+class NotCacheable(Exception):
     """The reason why states cannot be kept."""
 
 
@@ -67,7 +67,7 @@ class Cut:
     extras: int | None
 
 
-def generators(device: torch.device | None = None) -> tuple[Any, ...]:
+def random_generators(device: torch.device | None = None) -> tuple[Any, ...]:
     """The states of the global random generators."""
     numpy: Any = np.random.get_state(legacy=True)  # noqa: NPY002 - the one that augmentations use
     states = [random.getstate(), numpy[1].tobytes(), numpy[2], torch.get_rng_state().numpy().tobytes()]
@@ -94,7 +94,7 @@ class Runner:
     config: TrainConfig
     collate: "Collate"
     blank: tuple[str, ...]  # inputs that the states stand for
-    key: str = ""  # `key_of` the states, for those on disk
+    key: str = ""  # `digest_states` the states, for those on disk
 
     def batches(self, data: Any, run: bool) -> Iterator[dict[str, torch.Tensor]]:
         """Batches of all processes: the inputs that stay, `kept` if the frozen part is to `run`, and a hash of each
@@ -115,10 +115,10 @@ class Runner:
             wrong = None
             if states is not None and states.shape[1:] != self.cut.shape:
                 wrong = f"examples differ in shape ({tuple(self.cut.shape)}, {tuple(states.shape[1:])})"
-            agree(self.accelerator, wrong)
+            raise_together(self.accelerator, wrong)
             rows = self.accelerator.gather_for_metrics({**rows, MARKS: marks})
             if rows[MARKS][:, 0].any():
-                raise Unkept("an example is augmented at random, so no two epochs are alike")
+                raise NotCacheable("an example is augmented at random, so no two epochs are alike")
             yield {**rows, MARKS: rows[MARKS][:, 1:]}
 
     @torch.no_grad()
@@ -128,9 +128,9 @@ class Runner:
         count = self.config.accumulate
         while True:
             try:
-                return torch.cat([self._states(piece) for piece in pieces(batch, count)])
+                return torch.cat([self._states(piece) for piece in split_batch(batch, count)])
             except RuntimeError as error:
-                if not should_reduce_batch_size(error) or count >= rows_of(batch):
+                if not should_reduce_batch_size(error) or count >= count_rows(batch):
                     raise
             count *= 2
             clear_device_cache(garbage_collection=True)
@@ -160,8 +160,8 @@ class _Watched(Dataset[Any]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Any, bool]:
-        before = generators()
-        return self.data[index], generators() != before
+        before = random_generators()
+        return self.data[index], random_generators() != before
 
 
 @dataclass
@@ -182,7 +182,7 @@ class _Marked:
         return {**batch, MARKS: torch.tensor([list(mark) for mark in marks], dtype=torch.uint8)}
 
 
-def keep(data: Any, runner: "Runner") -> dict[str, torch.Tensor]:
+def compute_states(data: Any, runner: "Runner") -> dict[str, torch.Tensor]:
     """`kept` states and the inputs that stay, one row an example; in memory, or mapped from a file.
 
     Raises:
@@ -233,7 +233,7 @@ def _on_disk(data: Any, runner: "Runner") -> dict[str, torch.Tensor]:
             if part:
                 part.discard()
         if fault:
-            raise Unkept(f"{folder} cannot be written ({fault})")
+            raise NotCacheable(f"{folder} cannot be written ({fault})")
     states = torch.from_file(str(path), shared=False, size=size // cut.dtype.itemsize, dtype=cut.dtype)
     return {"kept": states.view(len(data), *cut.shape), **columns}
 
@@ -316,7 +316,7 @@ def _make_room(folder: Path, most: int) -> None:
             path.unlink(missing_ok=True)
 
 
-def key_of(model: nn.Module, cut: Cut, states: torch.Tensor, at_once: int) -> str:
+def digest_states(model: nn.Module, cut: Cut, states: torch.Tensor, at_once: int) -> str:
     """16 hexadecimal digits for what, beside the inputs, decides the states; see the top of this file.
 
     Args:
@@ -339,9 +339,9 @@ def _bytes(values: torch.Tensor) -> Any:
     return values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
-def agree(accelerator: Accelerator, reason: str | None) -> None:
+def raise_together(accelerator: Accelerator, reason: str | None) -> None:
     """Give up in all processes if one has a reason to."""
     if accelerator.num_processes > 1:
         reason = next(filter(None, gather_object([reason])), None)
     if reason:
-        raise Unkept(reason)
+        raise NotCacheable(reason)

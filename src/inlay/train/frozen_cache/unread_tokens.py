@@ -50,7 +50,7 @@ def skip_unread(model: nn.Module, last: str, batch: dict[str, torch.Tensor]) -> 
     """Narrow the modules of the block `last` of which `batch` reads the first row only; none if it reads others.
 
     Returns:
-        The modules whose place was taken, by name in the order in which `put_back` takes them.
+        The modules whose place was taken, by name in the order in which `restore_modules` takes them.
     """
     with _calls(model, last) as calls:
         output = model(**batch)
@@ -76,7 +76,7 @@ def skip_unread(model: nn.Module, last: str, batch: dict[str, torch.Tensor]) -> 
     return taken
 
 
-def put_back(model: nn.Module, taken: dict[str, nn.Module]) -> None:
+def restore_modules(model: nn.Module, taken: dict[str, nn.Module]) -> None:
     """Undo `skip_unread`."""
     for name, module in taken.items():
         model.set_submodule(name, module)
