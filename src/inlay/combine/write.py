@@ -17,7 +17,7 @@ from inlay.combine.heads import Heads
 from inlay.combine.parts import Array, Source
 from inlay.errors import InlayError
 from inlay.files.atomic import write_json
-from inlay.files.tensor_header import DIGEST, hasher
+from inlay.files.tensor_header import DIGEST, start_digest
 
 _PIECE = 1 << 15  # numbers
 
@@ -56,7 +56,7 @@ class Stream:
 
     def _follow(self, start: int) -> str:
         """The digest of the file, as far as it is written, until a size of 0 tells its end."""
-        seen, piece = hasher(self._header), memoryview(bytearray(4 * _PIECE))
+        seen, piece = start_digest(self._header), memoryview(bytearray(4 * _PIECE))
         with self.path.open("rb", buffering=0) as file:
             file.seek(start)
             while left := self._written.get():
