@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 import inlay
 from inlay import errors
 from inlay.adapters.file import CONFIG
-from inlay.bases.load import explained
+from inlay.bases.load import explain_load_error
 from places import ROOT
 
 ADAPTER = "adapters_hub/digits-lora-vit-tiny"
@@ -34,7 +34,7 @@ def read_an_unknown_method(tmp_path):
 
 
 def ask_the_hub_offline(tmp_path):
-    raise explained("user/name", OSError("We couldn't connect to the Hub"))
+    raise explain_load_error("user/name", OSError("We couldn't connect to the Hub"))
 
 
 def save_nan(tmp_path):

@@ -11,7 +11,8 @@ A ViT with random weights, LoRA r=8 on q and v, a batch of 64 with 1 to 200 adap
     separate    one forward for each adapter's rows
 
 `methods` times other methods in a bank with 1 and with 64 adapters in the batch. `load` takes 200 adapters from disk by
-a bank, by 200 calls of peft's load_adapter and by inlay's (its mean, times 200), and chooses other ones. Ways take
+a bank (without the check of the golden output, a forward each), by 200 calls of peft's load_adapter and by inlay's
+(its mean, times 200), and chooses other ones. Ways take
 turns, round by round; figures are CPU time, the ratio within a round. All blocks are alike, so fewer of them give the
 same ratios.
 """
@@ -105,7 +106,7 @@ def ratio(taken: dict[str, list[float]], name: str, to: str) -> float:
 
 @torch.no_grad()
 def forward(base: str, folder: Path, batch: dict[str, torch.Tensor], rounds: int) -> dict[str, Any]:
-    bank, plain = Bank(base, folder), load_base(base)
+    bank, plain = Bank(base, folder, check_golden=False), load_base(base)
     merged = load_adapter(folder / "1").merge().model
     mixed = PeftModel.from_pretrained(load_base(base), folder / "0", adapter_name="a0")
     for i in range(1, ALL):  # peft's own way takes minutes: an empty one, then the numbers
@@ -140,7 +141,7 @@ def forward(base: str, folder: Path, batch: dict[str, torch.Tensor], rounds: int
 def methods(base: str, folder: Path, batch: dict[str, torch.Tensor], rounds: int) -> dict[str, Any]:
     found = {}
     for method in TIMED:
-        bank = Bank(base, make_adapters(base, method, folder / method, BATCH))
+        bank = Bank(base, make_adapters(base, method, folder / method, BATCH), check_golden=False)
         ways = {"one": lambda bank=bank: bank(batch, names(1)), "64": lambda bank=bank: bank(batch, names(64))}
         ways["plain"] = lambda bank=bank: bank(batch, [None] * BATCH)
         take_turns(ways, 1)
@@ -152,7 +153,7 @@ def methods(base: str, folder: Path, batch: dict[str, torch.Tensor], rounds: int
 def load(base: str, folder: Path) -> dict[str, Any]:
     model = load_base(base)
     made: list[Bank] = []
-    by_bank = seconds(lambda: made.append(Bank(model, folder)))
+    by_bank = seconds(lambda: made.append(Bank(model, folder, check_golden=False)))
     bank, bare = made[0], load_base(base)
     empty = seconds(lambda: Bank(bare))
 

@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from inlay.files.atomic import pending, recover, replacing, write_json, writing
+from inlay.files.atomic import pending_folder, recover, replacing, write_json, writing
 
 
 def content(folder):
@@ -121,7 +121,7 @@ def test_a_link_stays_a_link(tmp_path):
     fill(tmp_path / "x", "two")
     assert (tmp_path / "x").is_symlink()
     assert content(tmp_path / "target")["a"] == "two"
-    assert not pending(tmp_path / "x").exists()
+    assert not pending_folder(tmp_path / "x").exists()
 
 
 def test_json_is_replaced_in_one_step(tmp_path):

@@ -131,8 +131,8 @@ def test_an_adapter_of_plain_peft_has_no_output_to_compare_with(loras, tmp_path)
 
 def test_an_output_is_computed_once(loras, monkeypatch):
     computed = []
-    output = golden.output
-    monkeypatch.setattr(golden, "output", lambda *given: computed.append(given) or output(*given))
+    output = golden.compute_output
+    monkeypatch.setattr(golden, "compute_output", lambda *given: computed.append(given) or output(*given))
     bank = Bank(VIT, loras)
     assert len(computed) == 2
     bank.evict("a")

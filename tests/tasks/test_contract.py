@@ -90,7 +90,7 @@ def batch_of(row, data):
 
 def answer(name, model, processor):
     """What a model makes of the golden input."""
-    return torch.tensor(golden.output(model, processor, find_task(name)))
+    return torch.tensor(golden.compute_output(model, processor, find_task(name)))
 
 
 def made(name, tmp_path_factory):

@@ -38,7 +38,7 @@ class Host(Protocol):
     def load_base(self, file: AdapterFile) -> str:
         """Make the base ready, and say its name."""
 
-    def identity(self) -> Identity:
+    def identify_base(self) -> Identity:
         """Which base it is."""
 
     def module_names(self) -> Iterable[str]:
@@ -179,7 +179,7 @@ def _check_base(candidate: Candidate) -> Result:
     candidate.base_name = candidate.host.load_base(candidate.file)
     if not candidate.file.record:
         return "not recorded"
-    check_base(candidate.file, candidate.host.identity())
+    check_base(candidate.file, candidate.host.identify_base())
     return "ok"
 
 
@@ -217,7 +217,7 @@ def _check_golden(candidate: Candidate) -> Result:
             raise DamagedFile(f"adapter {file.name!r} loads, but gives NaN or Inf; download it again, or another base.")
         return "not recorded"
     off = candidate.deviation = golden.deviation(stored, found)
-    precisions = host.identity().precision, file.record["base"]["precision"]
+    precisions = host.identify_base().precision, file.record["base"]["precision"]
     limit = candidate.tolerance = max(golden.TOLERANCE[precision] for precision in precisions)
     if off > limit:
         raise DamagedFile(
@@ -230,7 +230,7 @@ def _check_golden(candidate: Candidate) -> Result:
 def _remark_golden(candidate: Candidate) -> str:
     if candidate.deviation is None:
         return "it fits its base, but no output was stored to compare with"
-    precision = candidate.host.identity().precision
+    precision = candidate.host.identify_base().precision
     return f"differs by {candidate.deviation:.1e} (relative), {candidate.tolerance:g} allowed on a base in {precision}"
 
 

@@ -71,7 +71,7 @@ def _check_method(method: str, where: Path) -> None:
         raise Unsupported(f"{where} is of the method {method}, which {_REFUSED[method]}: inlay does not load it.")
 
 
-def audited(method: str) -> bool:
+def is_audited(method: str) -> bool:
     """True for a method of inlay, and for one of peft's that is known to take no more than its own file."""
     return method in AUDITED or method.startswith("INLAY_")
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from inlay.adapters.file import CARD, METRICS, ORIGIN, AdapterFile, expanded, read_adapter
+from inlay.adapters.file import CARD, METRICS, ORIGIN, AdapterFile, expand_path, read_adapter
 from inlay.adapters.load import LoadedAdapter, load_adapter
 from inlay.adapters.tables import table
 from inlay.errors import BadInput
@@ -90,7 +90,7 @@ def write_evaluation(folder: str | Path, evaluation: Evaluation) -> None:
 
 def _read_own(folder: str) -> AdapterFile | None:
     """An adapter on this disk; None for a Hub id."""
-    path = expanded(folder)
+    path = expand_path(folder)
     return read_adapter(path) if path.exists() else None
 
 

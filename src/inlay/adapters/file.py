@@ -244,7 +244,7 @@ def fingerprint(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def expanded(path: str | Path) -> Path:
+def expand_path(path: str | Path) -> Path:
     """The path with ~ and ~user expanded, or as it is where there is no such user."""
     try:
         return Path(path).expanduser()

@@ -17,7 +17,7 @@ TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.3, "int8": 0.3, "nf
 
 
 @torch.no_grad()
-def output(model: torch.nn.Module, processor: Any, task: Task) -> list[float]:
+def compute_output(model: torch.nn.Module, processor: Any, task: Task) -> list[float]:
     """What the model, in eval mode, makes of the golden input of its task: at most `OUTPUTS` numbers."""
     modes = [(module, module.training) for module in model.modules()]
     weight = next(p for p in model.parameters() if p.is_floating_point())

@@ -23,7 +23,7 @@ class Identity:
     sketch: dict[str, Any]
 
 
-def identity(base: nn.Module) -> Identity:
+def identify_base(base: nn.Module) -> Identity:
     """The identity of a base, which one with adapters in it has, too."""
     return Identity(base.config.model_type, *size_of(base.config), precision_of(base), sketch(base))
 

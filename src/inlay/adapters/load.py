@@ -14,7 +14,7 @@ from inlay.adapters import golden
 from inlay.adapters.checks import Candidate, run_checks
 from inlay.adapters.file import CONFIG, AdapterFile, Reading
 from inlay.adapters.hub.fetch import fetch
-from inlay.adapters.identity import Identity, identity
+from inlay.adapters.identity import Identity, identify_base
 from inlay.adapters.sketch import precision_of
 from inlay.adapters.task import task_of_file
 from inlay.bases.load import Dtype, head_of, read_config, resolve_base
@@ -102,7 +102,7 @@ class LoadedAdapter:
             )
         weights = copy_adapter_weights(self.model)
         self.model, restore = merge_keeping_weights(self.model)
-        self._unmerge = lambda: attach(self.file, restore(), weights)
+        self._unmerge = lambda: attach_adapter(self.file, restore(), weights)
         return self
 
     def unmerge(self) -> "LoadedAdapter":
@@ -176,16 +176,16 @@ class OwnBase:
         """Load the base, or take the one that was given."""
         asked = self._asked
         if isinstance(asked, nn.Module):
-            self.base = given_base(asked)
+            self.base = check_given_base(asked)
         else:
             self.base = load_own_base(file, asked, self._dtype, self._quantize)
         heads = file.record.get("head", [])
         self.base.new_poolers = [name for name in heads if name.rpartition(".")[2] == "pooler"]
         return str(self.base.name_or_path)
 
-    def identity(self) -> Identity:
+    def identify_base(self) -> Identity:
         """Which base it is; an adapter in it does not count."""
-        self._identity = self._identity or identity(self.base)
+        self._identity = self._identity or identify_base(self.base)
         return self._identity
 
     def module_names(self) -> list[str]:
@@ -201,7 +201,7 @@ class OwnBase:
         self.restore = _undo(self.base)
         if file.labels and self.task.classifies:
             set_head(self.base, file)
-        self.model = attach(file, self.base, weights)
+        self.model = attach_adapter(file, self.base, weights)
 
     def load_processor(self, file: AdapterFile) -> Any:
         """The one that the adapter was trained with; for one that plain peft saved what its base has."""
@@ -210,7 +210,7 @@ class OwnBase:
 
     def golden_output(self, file: AdapterFile, processor: Any) -> list[float]:
         """What the adapter makes of its golden input."""
-        return golden.output(self.model, processor, self.task)
+        return golden.compute_output(self.model, processor, self.task)
 
 
 def _check_head(file: AdapterFile, model: PreTrainedModel) -> None:
@@ -223,7 +223,7 @@ def _check_head(file: AdapterFile, model: PreTrainedModel) -> None:
         )
 
 
-def given_base(base: nn.Module) -> PreTrainedModel:
+def check_given_base(base: nn.Module) -> PreTrainedModel:
     """A model as a base: of transformers, and without an adapter in it."""
     if not isinstance(base, PreTrainedModel):
         raise BadInput(f"expected the base as a name or a transformers model, got {type(base).__name__}.")
@@ -291,7 +291,7 @@ def _undo(base: PreTrainedModel) -> Callable[[], None]:
     return undo
 
 
-def attach(file: AdapterFile, base: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PeftModel:
+def attach_adapter(file: AdapterFile, base: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PeftModel:
     """The base with the adapter in it, which is injected and compared with the file before anything is allocated."""
     model = inject_checked(file, base, weights)
     fill_injected_adapter(model, weights)

@@ -1,6 +1,6 @@
 """Is the method of an adapter one that this peft computes as it was meant, and that takes no more than its own file?"""
 
-from inlay.adapters.config import audited
+from inlay.adapters.config import is_audited
 from inlay.adapters.file import CONFIG, AdapterFile
 from inlay.errors import Unsupported
 from inlay.methods._peft import find_unknown_settings, knows_method
@@ -15,7 +15,7 @@ def check_method(file: AdapterFile) -> None:
                 f"adapter {file.name!r} is of the method {method!r}, which neither this inlay nor this peft knows: "
                 "upgrade them."
             )
-        if not audited(method):
+        if not is_audited(method):
             raise Unsupported(
                 f"adapter {file.name!r} is of peft's method {method!r}, of which inlay does not know that it takes no "
                 "more than its own file; load it with peft if you trust it."

@@ -152,7 +152,7 @@ def _record(model: PeftModel, processor: Any) -> dict[str, Any]:
         "labels": task.labels(base, model.active_peft_config),
         "head": head_of(base) if task.classifies else [],
         "preprocessing": task.processor_settings(processor),
-        "golden": golden.output(model, processor, task),
+        "golden": golden.compute_output(model, processor, task),
     }
 
 

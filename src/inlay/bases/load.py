@@ -103,7 +103,7 @@ def load_pretrained(
     except InlayError:
         raise
     except Exception as error:  # whatever a strange config or damaged weights make transformers raise
-        raise explained(name, error) from error
+        raise explain_load_error(name, error) from error
     if new_head:
         model.new_poolers = _missing_poolers(model, report["missing_keys"])
     _check_report(name, model, report, new_head)
@@ -129,7 +129,7 @@ def load_structure(
         with torch.device("meta"):
             model = loader.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
     except Exception as error:  # whatever a strange config makes transformers raise
-        raise explained(name, error) from error
+        raise explain_load_error(name, error) from error
     if settings is not None:
         from transformers.integrations import replace_with_bnb_linear
 
@@ -196,7 +196,7 @@ def read_config(name: str, where: str, revision: str | None) -> Any:
     try:
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
     except Exception as error:  # a config is data from anywhere: it fails in any way
-        raise explained(name, error) from error
+        raise explain_load_error(name, error) from error
     inner = (config, *(getattr(config, part, None) for part in config.sub_configs))
     if kernels := [k for k in (getattr(part, "_attn_implementation", None) for part in inner) if "/" in str(k)]:
         raise Unsupported(f"{name} asks for the attention code {kernels[0]!r} from the Hub, which inlay never runs.")
@@ -247,7 +247,7 @@ def _draw_head(model: PreTrainedModel) -> None:
                     nn.init.zeros_(module.bias)
 
 
-def explained(name: str, error: Exception) -> InlayError:
+def explain_load_error(name: str, error: Exception) -> InlayError:
     """Turn what transformers, huggingface_hub and safetensors raise into one sentence."""
     text = str(error)
     if isinstance(error, SafetensorError):

@@ -7,7 +7,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerB
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
-from inlay.bases.load import explained, first_line, read_config, resolve_base
+from inlay.bases.load import explain_load_error, first_line, read_config, resolve_base
 from inlay.errors import BadInput, DamagedFile, Unsupported
 
 _PROCESSOR = "preprocessor_config.json"
@@ -75,7 +75,7 @@ def _has_processor(name: str, where: str, revision: str | None) -> bool:
         if cached is None:
             return file_exists(where, _PROCESSOR, revision=revision)
     except Exception as error:  # the Hub's own errors, and those of the network below it
-        raise explained(name, error) from error
+        raise explain_load_error(name, error) from error
     return cached is not _CACHED_NO_EXIST
 
 
@@ -112,7 +112,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
                     "tokenizer.json to the folder."
                 ) from error
             raise DamagedFile(f"the tokenizer of {name} cannot be used: {first_line(error)}") from error
-        raise explained(name, error) from error
+        raise explain_load_error(name, error) from error
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < tokenizer.model_max_length:
         tokenizer.model_max_length = positions

@@ -19,7 +19,7 @@ from inlay.combine.read import open_adapters, wait_for_digests
 from inlay.combine.rules import RULES, Settings, find_rule, weights_under_rule
 from inlay.combine.sums import SUM_BY_PEFT_TYPE
 from inlay.combine.write import Stream, make_metadata, make_record, read_back, versions, write_settings
-from inlay.errors import InlayError
+from inlay.errors import BadInput, DamagedFile, InlayError, Unsupported
 from inlay.files.atomic import writing
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def combine(
 def _check_width(width: Any, error: float) -> None:
     whole = isinstance(width, int) and not isinstance(width, bool) and width >= 1
     if not (width is None or width == "auto" or whole) or not 0 <= error < 1:
-        raise InlayError(
+        raise BadInput(
             f"expected a width of at least 1 or 'auto', and an error from 0 to below 1, got {width!r}, {error}."
         )
 
@@ -140,9 +140,9 @@ def _check_width(width: Any, error: float) -> None:
 def _checked_folder(out: str | Path, sources: Sequence[Source]) -> Path:
     folder = Path(out).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / CONFIG).is_file():
-        raise InlayError(f"{folder} exists and is not an adapter; give another folder.")
+        raise BadInput(f"{folder} exists and is not an adapter; give another folder.")
     if any(folder.resolve() == source.file.folder.resolve() for source in sources):
-        raise InlayError(f"{folder} is one of the adapters that are combined; give another folder.")
+        raise BadInput(f"{folder} is one of the adapters that are combined; give another folder.")
     return folder
 
 
@@ -162,7 +162,7 @@ def _dense(
     from inlay.combine.dense import write_dense
 
     if plan.width is not None:
-        raise InlayError("a difference of weights has no width; leave width or dense out.")
+        raise Unsupported("a difference of weights has no width; leave width or dense out.")
     metrics = {"combined": {**_said(sources, heads, rule), "error": 0.0}, "dataset": _datasets(sources)}
     write_dense(sources, heads, plan, base, folder, metrics)
     weights = {source.name: source.weight for source in sources}
@@ -189,12 +189,12 @@ def make_sums(sources: Sequence[Source], plan: SumSettings) -> dict[str, Sum]:
     for source in sources:
         for kind in source.parts:
             if kind not in SUM_BY_PEFT_TYPE:
-                raise InlayError(
+                raise Unsupported(
                     f"adapter {source.name!r} is of the method {kind}, which is no sum over a width, so that two of "
                     "them do not add; use dense=True, which takes the base and gives the sum as a partial delta."
                 )
     if len(kinds) > 1 and not all(SUM_BY_PEFT_TYPE[kind].wraps_modules for kind in kinds):
-        raise InlayError(
+        raise Unsupported(
             f"{' and '.join(kinds)} cannot be one adapter: peft's prompts and prefixes wrap no module; train an "
             "attention prefix of inlay instead."
         )
@@ -207,7 +207,7 @@ def make_sums(sources: Sequence[Source], plan: SumSettings) -> dict[str, Sum]:
             raise
         except Exception as error:  # a config is data from anywhere: it makes this fail in any way
             names = ", ".join(part.name for part in parts)
-            raise InlayError(
+            raise DamagedFile(
                 f"the configs of {names} do not fit their tensors ({type(error).__name__}: {error}); get them again."
             ) from error
     return found

@@ -15,7 +15,7 @@ from inlay.combine.method_sum import Leaves, Sum, Update, make_common_config, re
 from inlay.combine.norms import norm
 from inlay.combine.parts import Array, Part
 from inlay.combine.units import Activation, choose_width, keep_units, unit_errors
-from inlay.errors import InlayError
+from inlay.errors import Unsupported, WrongBase
 
 _NAME = "inlay_bottleneck"
 _WEIGHT, _BIAS, _SCALE = f"{_NAME}_weight", f"{_NAME}_bias", f"{_NAME}_scale"
@@ -37,7 +37,7 @@ def read_bottleneck(part: Part, site: str) -> tuple[Array, Array | None, Array, 
         if down_bias is not None:
             down_bias = down_bias + down @ bias
         elif np.any(bias):
-            raise InlayError(
+            raise Unsupported(
                 f"the layer norm of adapter {part.name!r} at {site} has a bias, but its bottleneck none that could "
                 "take it up; these cannot be added."
             )
@@ -79,19 +79,19 @@ class BottleneckSum(Sum):
         for site in self.names:
             here = self.acting_parts(site)
             if len(here) > 1 and self.config.get("layer_norm") == "after":
-                raise InlayError(
+                raise Unsupported(
                     f"bottlenecks with a layer norm after W_up do not add ({site}): the norm of a sum is no sum of "
                     "norms; train them without it."
                 )
             if len(here) > 1 and any(leaf.startswith(f"{_NAME}_act") for p in here for leaf in p.sites[site]):
-                raise InlayError(
+                raise Unsupported(
                     f"the activation {self.config['activation']} has a parameter of its own, so that bottlenecks with "
                     "it do not add; train them with another one."
                 )
         self.linear = self.config.get("activation") is None
         widths = {site: sum(_width(part, site) for part in self.acting_parts(site)) for site in self.names}
         if self.plan.width is not None and self.config.get("layer_norm") == "after":
-            raise InlayError("a layer norm after W_up mixes all units, so that none can go; leave width out.")
+            raise Unsupported("a layer norm after W_up mixes all units, so that none can go; leave width out.")
         self.units = max(widths.values())
         if self.plan.width == "auto":
             self.units = min(self.units, self._narrowest())
@@ -133,7 +133,7 @@ class BottleneckSum(Sum):
         sizes = {_size(part, site) for part in here}
         biased = {_BIAS in part.sites[site] for part in here}
         if len(sizes) > 1 or len(biased) > 1:
-            raise InlayError(f"{site} has {sizes} features; only adapters of one base can be combined.")
+            raise WrongBase(f"{site} has {sizes} features; only adapters of one base can be combined.")
         size = sizes.pop()
         shapes: Leaves = {_WEIGHT: (2, self.units, size)}
         if biased.pop():
@@ -212,7 +212,9 @@ class BottleneckSum(Sum):
         kept, fitted, error = keep_units(down, down_bias, up, self.units, act, inputs)
         self.errors[site] = error
         if np.any(fitted[:, -1]) and _BIAS not in self.shapes[site]:
-            raise InlayError(f"the bottleneck at {site} has no bias, which least squares needs; leave activations out.")
+            raise Unsupported(
+                f"the bottleneck at {site} has no bias, which least squares needs; leave activations out."
+            )
         return down[kept], down_bias[kept], fitted[:, :-1], up_bias + fitted[:, -1]
 
     def _check(self, site: str, here: Sequence[Part], read: Any, made: tuple[Array, ...]) -> None:

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from inlay.combine.method_sum import Leaves, Sum, make_common_config
 from inlay.combine.parts import Array
-from inlay.errors import InlayError
+from inlay.errors import BadInput, WrongBase
 
 
 class ConcatenationSum(Sum):
@@ -22,13 +22,13 @@ class ConcatenationSum(Sum):
     def decide_config(self) -> dict[str, Any]:
         self.refuse_width("cannot be made shorter without data")
         if all(part.weight == 0 for part in self.parts):
-            raise InlayError(f"{self.title} of length 0 cannot be saved: give one adapter the weight 1.")
+            raise BadInput(f"{self.title} of length 0 cannot be saved: give one adapter the weight 1.")
         self.check_alike()
         lengths = {
             sum(p.shape(site, next(iter(p.sites[site])))[0] for p in self.acting_parts(site)) for site in self.names
         }
         if len(lengths) > 1:
-            raise InlayError(
+            raise BadInput(
                 f"{self.title} has one length at all its modules, but the union would have {sorted(lengths)} in "
                 "different ones; combine adapters of the same modules."
             )
@@ -52,7 +52,7 @@ class ConcatenationSum(Sum):
         here, shapes = self.acting_parts(site), {}
         for leaf in here[0].sites[site]:
             if len({part.shape(site, leaf)[1:] for part in here if leaf in part.sites[site]}) > 1:
-                raise InlayError(f"{site}.{leaf} has other sizes in other adapters; combine those of one base.")
+                raise WrongBase(f"{site}.{leaf} has other sizes in other adapters; combine those of one base.")
             shapes[leaf] = (sum(part.shape(site, leaf)[0] for part in here), *here[0].shape(site, leaf)[1:])
         return shapes
 

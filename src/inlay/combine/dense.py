@@ -17,7 +17,7 @@ from inlay.adapters.save import save_adapter
 from inlay.combine.heads import Heads
 from inlay.combine.method_sum import SumSettings
 from inlay.combine.parts import PREFIX, Array, Source
-from inlay.errors import InlayError
+from inlay.errors import BadInput, Unsupported
 from inlay.methods._peft import set_adapter_values
 from inlay.methods.partial import PartialConfig
 from inlay.tasks.base import load_base
@@ -34,7 +34,7 @@ def write_dense(
     """
     name = base or next((source.file.base_name for source in sources if source.file.base_name), "")
     if not name:
-        raise InlayError("a dense combination takes the base's weights, but no adapter names it; give base=.")
+        raise BadInput("a dense combination takes the base's weights, but no adapter names it; give base=.")
     deltas: list[dict[str, Array]] = []
     processor = None
     for source in sources:
@@ -45,7 +45,7 @@ def write_dense(
     merged = _merged(deltas, [source.weight for source in sources], plan)
     modules = sorted({key.rpartition(".")[0] for key in merged})
     if not modules:
-        raise InlayError("these adapters change no weight of the base; there is nothing to combine.")
+        raise BadInput("these adapters change no weight of the base; there is nothing to combine.")
     model = load_base(name, labels=heads.labels or None)
     model = get_peft_model(model, PartialConfig(target_modules=modules, modules_to_save=heads.modules or None)).eval()
     weights = {
@@ -62,7 +62,7 @@ def _update(loaded: Any, name: str, source: Source) -> dict[str, Array]:
     plain = load_base(name, labels=loaded.labels or None).double()
     before = dict(plain.named_parameters())
     if loaded.model.active_peft_config.is_prompt_learning:
-        raise InlayError(f"adapter {source.name!r} adds tokens, which are no difference of weights; leave dense out.")
+        raise Unsupported(f"adapter {source.name!r} adds tokens, which are no difference of weights; leave dense out.")
     folded = loaded.model.double().merge_and_unload(safe_merge=True)
     found = {}
     with torch.no_grad():

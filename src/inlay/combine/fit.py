@@ -23,7 +23,7 @@ from inlay.adapters.load import load_adapter
 from inlay.combine.examples import load_examples
 from inlay.combine.method_sum import Sum, SumSettings
 from inlay.combine.parts import PREFIX, Source
-from inlay.errors import InlayError
+from inlay.errors import BadInput, Unsupported
 from inlay.methods._peft import adapter_parameters
 
 RATE = 0.05  # of Adam, for weights of about 1
@@ -76,9 +76,9 @@ def fit_weights(
             be loaded.
     """
     if plan.rule.merge is not None:
-        raise InlayError("weights are fitted for add, average and task_arithmetic; the other rules have no gradient.")
+        raise Unsupported("weights are fitted for add, average and task_arithmetic; the other rules have no gradient.")
     if examples < 1 or steps < 1:
-        raise InlayError(f"expected examples and steps of at least 1, got {examples} and {steps}.")
+        raise BadInput(f"expected examples and steps of at least 1, got {examples} and {steps}.")
     start = [source.weight for source in sources]
     fixed = replace(plan, width=None, zeros=True)
 

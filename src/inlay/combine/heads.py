@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from inlay.combine.parts import PREFIX, Array, Source
-from inlay.errors import InlayError
+from inlay.errors import BadInput, Unsupported, WrongBase
 
 WAYS = ("auto", "stack", "average")
 
@@ -53,9 +53,7 @@ def join_heads(sources: Sequence[Source], how: str) -> Heads:
     """
     names = [source.name for source in sources]
     if how not in WAYS and how not in names:
-        raise InlayError(
-            f"heads must be {', '.join(WAYS)} or the name of an adapter ({', '.join(names)}), got {how!r}."
-        )
+        raise BadInput(f"heads must be {', '.join(WAYS)} or the name of an adapter ({', '.join(names)}), got {how!r}.")
     asked = [source for source in sources if source.name == how] or list(sources)
     having = [source for source in asked if source.head]
     if len(having) < 2:
@@ -93,7 +91,7 @@ def _way(labels: dict[str, list[str]]) -> str:
     if all(own == sets[0] for own in sets):
         return "average"
     shared = sorted(set.intersection(*sets)) or sorted(a for a in sets[0] if any(a in other for other in sets[1:]))
-    raise InlayError(
+    raise BadInput(
         f"the heads have some labels in common ({', '.join(shared[:3])}), but not all; say what they shall become: "
         "heads='stack' (side by side, those labels with their adapter's name), 'average' (one row for each label), or "
         "the name of the adapter whose head is kept."
@@ -106,13 +104,13 @@ def _check_fit(sources: Sequence[Source], labels: dict[str, list[str]]) -> None:
         shapes = {plain: source.tensors.shape(key) for plain, key in source.head.items()}
         rows = {shape[0] for shape in shapes.values()}
         if rows != {len(labels[source.name])} or sum(plain.endswith("weight") for plain in shapes) != 1:
-            raise InlayError(
+            raise Unsupported(
                 f"the head of adapter {source.name!r} is no single linear layer with a row for each label "
                 f"({', '.join(shapes)}); say whose is kept: heads={' or '.join(repr(s.name) for s in sources)}."
             )
         others = {plain: first.tensors.shape(key)[1:] for plain, key in first.head.items()}
         if {plain: shape[1:] for plain, shape in shapes.items()} != others:
-            raise InlayError(
+            raise WrongBase(
                 f"the heads of {first.name!r} and {source.name!r} read other features; keep one: heads=NAME."
             )
 

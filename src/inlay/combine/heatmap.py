@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from inlay.combine.report import MEASURES, Overlap
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _ROW, _CELL, _GAP, _EDGE, _TOP = 18, 74, 24, 12, 66  # pixels
@@ -25,7 +25,7 @@ def draw(report: Overlap) -> Image.Image:
     pairs = [p for p in combinations(report.adapters, 2) if any((m.first, m.second) == p for m in report.meetings)]
     modules = list(dict.fromkeys(m.module for m in report.meetings))
     if not modules or len(modules) > _ROWS:
-        raise InlayError(f"expected 1 to {_ROWS} modules that two adapters change, got {len(modules)}; see the text.")
+        raise BadInput(f"expected 1 to {_ROWS} modules that two adapters change, got {len(modules)}; see the text.")
     font, small = ImageFont.load_default(13), ImageFont.load_default(11)
     left = _EDGE + max(round(small.getlength(name)) for name in modules) + 10
     block = len(MEASURES) * _CELL
@@ -97,5 +97,5 @@ def write_report(report: Overlap, path: str | Path) -> Path:
     elif path.suffix.lower() == ".txt":
         path.write_text(f"{report}\n", encoding="utf-8")
     else:
-        raise InlayError(f"a report is a .png, .json or .txt file, got {str(path)!r}.")
+        raise BadInput(f"a report is a .png, .json or .txt file, got {str(path)!r}.")
     return path

@@ -7,7 +7,7 @@ from typing_extensions import override
 from inlay.combine.method_sum import make_common_config, require_equal_settings
 from inlay.combine.partial import PartialSum
 from inlay.combine.parts import Part
-from inlay.errors import InlayError
+from inlay.errors import Unsupported
 
 
 class Ia3Sum(PartialSum):
@@ -29,7 +29,7 @@ class Ia3Sum(PartialSum):
         for site in self.names:
             said = {_is_forward(part, site) for part in self.parts if site in part.sites}
             if len(said) > 1:
-                raise InlayError(
+                raise Unsupported(
                     f"{site} is a feed-forward module in one adapter and none in another; these do not add."
                 )
             forward |= {site} if said.pop() else set()

@@ -18,7 +18,7 @@ from inlay.combine.low_rank import Spectrum, choose_ranks, decompose_factors, fi
 from inlay.combine.method_sum import Leaves, Sum, Update, make_common_config, require_equal_settings
 from inlay.combine.norms import norm
 from inlay.combine.parts import Array, Part
-from inlay.errors import InlayError
+from inlay.errors import BadInput, DamagedFile, Unsupported, WrongBase
 from inlay.peft_types import base_changing_init
 
 _LINEAR = ("lora_A.weight", "lora_B.weight")
@@ -113,13 +113,13 @@ class LoraSum(Sum):
         if width != "auto":
             if width < max(groups.values()):
                 site = max(groups, key=lambda name: groups[name])
-                raise InlayError(
+                raise BadInput(
                     f"{site} is a convolution in {groups[site]} groups, each with units of its own; give at least that "
                     "width."
                 )
             return {site: n * min(width // n, most[site]) for site, n in groups.items()}
         if self.plan.rule.merge is not None:
-            raise InlayError('width="auto" is for add and average; give a number with the other rules.')
+            raise BadInput('width="auto" is for add and average; give a number with the other rules.')
         values = {site: [found.values[: most[site]] for found in self._spectra(site)] for site in self.names}
         return choose_ranks(values, self.plan.error)
 
@@ -136,12 +136,12 @@ class LoraSum(Sum):
     def shapes_at(self, site: str) -> Leaves:
         here = self.acting_parts(site)
         if len({_leaves(part, site) for part in here}) > 1:
-            raise InlayError(f"{site} is an embedding in one adapter and none in another; combine those of one base.")
+            raise WrongBase(f"{site} is an embedding in one adapter and none in another; combine those of one base.")
         (a, b), rank = _leaves(here[0], site), self.ranks[site]
         downs, ups = ({p.name: (p.shape(site, leaf)) for p in here} for leaf in (a, b))
         sizes = {(down[1:], up[:1], up[2:]) for down, up in zip(downs.values(), ups.values(), strict=True)}
         if len(sizes) > 1:
-            raise InlayError(f"{site}.{a} is {downs}, {b} {ups}; only adapters of one base can be combined.")
+            raise WrongBase(f"{site}.{a} is {downs}, {b} {ups}; only adapters of one base can be combined.")
         down, up = downs[here[0].name], ups[here[0].name]
         shapes = {a: (rank, *down[1:]), b: (up[0], rank // self._groups(site), *up[2:])}
         if self.biased and a == _LINEAR[0]:
@@ -270,36 +270,36 @@ def _check(part: Part) -> None:
     """That a sum of these is the sum of their effects."""
     config, name = part.config, part.name
     if config.get("use_dora"):
-        raise InlayError(
+        raise Unsupported(
             f"adapter {name!r} is a DoRA, whose magnitudes depend on the base's weights, so that updates do not add; "
             "use dense=True, which takes the base and gives the sum as a partial delta."
         )
     if init := base_changing_init(config):
-        raise InlayError(
+        raise Unsupported(
             f"adapter {name!r} was initialised by {init!r}, which changes the base; make it a plain one with peft's "
             "save_pretrained(path_initial_model_for_weight_conversion=...)."
         )
     if config.get("bias", "none") != "none":
-        raise InlayError(
+        raise Unsupported(
             f"adapter {name!r} was trained with bias={config['bias']!r}, biases of the base; use lora_bias."
         )
     strange = [key for key, value in config.items() if key not in _UNDERSTOOD and value]
     leaves = {leaf for site in part.sites.values() for leaf in site} - {*_LINEAR, *_EMBEDDING, _BIAS}
     if strange or leaves:
-        raise InlayError(
+        raise Unsupported(
             f"adapter {name!r} is a kind of LoRA that does not add as B·A does ({', '.join([*strange, *leaves])}); "
             "use dense=True, which takes the base and gives the sum as a partial delta."
         )
     for site in part.sites:
         missing = [leaf for leaf in _leaves(part, site) if leaf not in part.sites[site]]
         if missing:
-            raise InlayError(f"adapter {name!r} lacks {site}.{missing[0]}; get it again.")
+            raise DamagedFile(f"adapter {name!r} lacks {site}.{missing[0]}; get it again.")
         down, up = (part.shape(site, leaf) for leaf in _leaves(part, site))
         if len(down) < 2 or len(down) != len(up) or 0 in (*down, *up) or down[0] % up[1]:
-            raise InlayError(
+            raise DamagedFile(
                 f"adapter {name!r} has A {down} and B {up} at {site}, which have no product; get it again."
             )
         if not math.isfinite(scale_at(part, site)):
-            raise InlayError(f"adapter {name!r} has no finite scale at {site}; get it again.")
+            raise DamagedFile(f"adapter {name!r} has no finite scale at {site}; get it again.")
     if not part.sites:
-        raise InlayError(f"adapter {name!r} holds no LoRA tensor; get it again.")
+        raise DamagedFile(f"adapter {name!r} holds no LoRA tensor; get it again.")

@@ -24,7 +24,7 @@ from inlay.adapters.sketch import precision_of
 from inlay.adapters.summary import method
 from inlay.bases.load import Dtype
 from inlay.bases.quantize import Quantize
-from inlay.errors import InlayError
+from inlay.errors import BadInput, ComputationFailed, Unsupported
 from inlay.files.atomic import write_json, writing
 from inlay.methods._peft import (
     base_modules,
@@ -142,7 +142,7 @@ def merge(
             bytes=size,
         )
         if not error <= limit:
-            raise InlayError(_refusal(report, limit))
+            raise ComputationFailed(_refusal(report, limit))
         _describe(report, new, loaded)
     return report
 
@@ -153,7 +153,7 @@ def compute_outputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torc
     output = model.eval()(**batch)
     found = [output[key] for key in ("logits", "pred_masks", "iou_scores") if key in output]
     if not found:
-        raise InlayError(f"{type(model).__name__} gives neither logits nor masks, so merging cannot be measured.")
+        raise Unsupported(f"{type(model).__name__} gives neither logits nor masks, so merging cannot be measured.")
     return torch.cat([values.flatten().double() for values in found])
 
 
@@ -169,13 +169,13 @@ def dequantize(model: nn.Module, into: nn.Module) -> None:
 
 def _check_arguments(out: Path, dtype: str | None, quantize: str | None, limit: float) -> None:
     if dtype not in (None, "float32", "float16", "bfloat16"):
-        raise InlayError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}.")
+        raise BadInput(f"dtype must be float32, float16 or bfloat16, got {dtype!r}.")
     if quantize not in (None, "8bit", "4bit"):
-        raise InlayError(f"quantize must be 8bit or 4bit, got {quantize!r}.")
+        raise BadInput(f"quantize must be 8bit or 4bit, got {quantize!r}.")
     if not limit >= 0:
-        raise InlayError(f"limit must be at least 0, got {limit}.")
+        raise BadInput(f"limit must be at least 0, got {limit}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / REPORT).is_file():
-        raise InlayError(f"{out} exists and is no model that inlay merged; give another folder.")
+        raise BadInput(f"{out} exists and is no model that inlay merged; give another folder.")
 
 
 def _check_merges(loaded: LoadedAdapter) -> None:
@@ -183,9 +183,9 @@ def _check_merges(loaded: LoadedAdapter) -> None:
     model = loaded.model
     loaded.task.check_merges(loaded.name)
     if model.active_peft_config.is_prompt_learning:
-        raise InlayError("prompts and prefixes are tokens, which no weight can stand for; use the adapter unmerged.")
+        raise Unsupported("prompts and prefixes are tokens, which no weight can stand for; use the adapter unmerged.")
     if precision_of(model) in ("int8", "nf4"):
-        raise InlayError("this base is stored in few bits: give the one that it was quantised from, and quantize.")
+        raise BadInput("this base is stored in few bits: give the one that it was quantised from, and quantize.")
     if hasattr(model.base_model, "check_merge"):
         model.base_model.check_merge()
 
@@ -281,5 +281,5 @@ def read_report(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / REPORT
     if not path.is_file():
-        raise InlayError(f"{folder} is no model that inlay merged: it has no {REPORT}.")
+        raise BadInput(f"{folder} is no model that inlay merged: it has no {REPORT}.")
     return json.loads(path.read_text(encoding="utf-8"))

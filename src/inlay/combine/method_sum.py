@@ -11,7 +11,7 @@ import numpy.typing as npt
 from inlay.combine.norms import norm
 from inlay.combine.parts import Array, Part
 from inlay.combine.rules import Rule, Settings
-from inlay.errors import InlayError
+from inlay.errors import ComputationFailed, Unsupported, WrongBase
 
 Floats = npt.NDArray[np.floating[Any]]
 Leaves = dict[str, tuple[int, ...]]
@@ -74,10 +74,10 @@ class Sum(ABC):
         self.norms: dict[str, float] = {}
         self.names = list(dict.fromkeys(site for part in parts for site in part.sites))
         if plan.rule.merge is not None and not self.has_updates:
-            raise InlayError(f"this rule works on updates of weights, which {self.title} does not have; use add.")
+            raise Unsupported(f"this rule works on updates of weights, which {self.title} does not have; use add.")
         wrong = [part for part in parts if not self.has_multiples and part.weight not in (0, 1)]
         if wrong:
-            raise InlayError(
+            raise Unsupported(
                 f"{self.title} adds keys, values or tokens to attend to, which have no multiple: expected the "
                 f"weight 1 or 0 for {wrong[0].name!r}, got {wrong[0].weight:g}; the exact sum is their union."
             )
@@ -114,7 +114,7 @@ class Sum(ABC):
     def refuse_width(self, why: str) -> None:
         """Where no width can be chosen."""
         if self.plan.width is not None:
-            raise InlayError(f"{self.title} {why}; leave width out.")
+            raise Unsupported(f"{self.title} {why}; leave width out.")
 
     def check(self, site: str, found: Floats, wanted: Floats, scale: float | None = None) -> None:
         """What is written computes what the parts compute together, or nothing is written."""
@@ -122,7 +122,7 @@ class Sum(ABC):
         off = norm(found.astype(np.float64) - wanted)
         if not np.isfinite(off) or off > TOLERANCE * max(size, 1e-30):
             what = "NaN or Inf" if not np.isfinite(off) else f"{off / max(size, 1e-30):.2g} off"
-            raise InlayError(
+            raise ComputationFailed(
                 f"the combination of {', '.join(part.name for part in self.parts)} does not pass its check at "
                 f"{site or 'its tokens'} ({what}); nothing was written."
             )
@@ -136,7 +136,7 @@ def require_equal_shapes(parts: Sequence[Part], site: str, leaf: str) -> tuple[i
     """
     shapes = {part.name: part.shape(site, leaf) for part in parts if leaf in part.sites[site]}
     if len(set(shapes.values())) > 1:
-        raise InlayError(f"{site}.{leaf} is {shapes}; only adapters of one base can be combined.")
+        raise WrongBase(f"{site}.{leaf} is {shapes}; only adapters of one base can be combined.")
     return next(iter(shapes.values()))
 
 
@@ -146,7 +146,7 @@ def require_equal_settings(method: str, parts: Sequence[Part], fields: Sequence[
         values = {part.name: part.config.get(key) for part in parts}
         if len({str(v) for v in values.values()}) > 1:
             said = ", ".join(f"{value!r} in {name}" for name, value in values.items())
-            raise InlayError(f"{method} with different settings cannot be added: {key} is {said}; {why}.")
+            raise Unsupported(f"{method} with different settings cannot be added: {key} is {said}; {why}.")
 
 
 def make_common_config(parts: Sequence[Part], targets: Sequence[str], /, **settings: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing_extensions import override
 from inlay.combine.method_sum import Leaves, Sum, Update, make_common_config, require_equal_shapes
 from inlay.combine.norms import norm
 from inlay.combine.parts import Array, Part
-from inlay.errors import InlayError
+from inlay.errors import Unsupported
 
 
 class PartialSum(Sum):
@@ -30,7 +30,7 @@ class PartialSum(Sum):
             for site in self.names:
                 leaves = {leaf for part in self.parts if site in part.sites for leaf in part.sites[site]}
                 if leaves == {"inlay_partial_delta.bias"}:
-                    raise InlayError(
+                    raise Unsupported(
                         f"{site} has its bias trained alone, other modules all of their weights, which one config "
                         "cannot say; combine adapters with the same train=."
                     )
@@ -40,7 +40,7 @@ class PartialSum(Sum):
         """Raise InlayError for a rule that needs the factors of an update, which these have not."""
         rule = self.plan.rule
         if rule.needs_factors:
-            raise InlayError(f"{rule.name} works on the factors of low-rank updates; use ties for {has}.")
+            raise Unsupported(f"{rule.name} works on the factors of low-rank updates; use ties for {has}.")
 
     @classmethod
     @override

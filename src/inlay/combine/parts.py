@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from inlay.adapters.file import AdapterFile
-from inlay.errors import InlayError
+from inlay.errors import DamagedFile, Unsupported
 
 Array = npt.NDArray[np.float32]
 PREFIX = "base_model.model."  # of the keys in a file of peft
@@ -46,7 +46,7 @@ class Tensors:
         """
         kind = self._entries[key]["dtype"]
         if kind not in _FLOATS:
-            raise InlayError(f"the tensor {key!r} of {self.path} is of {kind}; only floating-point ones add.")
+            raise Unsupported(f"the tensor {key!r} of {self.path} is of {kind}; only floating-point ones add.")
         found = np.empty(self.shape(key), _FLOATS[kind])
         self._fill(key, found)
         if kind == "BF16":
@@ -68,7 +68,7 @@ class Tensors:
         while at < len(view):  # one call reads 2 GB at most
             count = self._file.readinto(view[at:])
             if not count:
-                raise InlayError(f"{self.path} was cut short while it was read; get it again.")
+                raise DamagedFile(f"{self.path} was cut short while it was read; get it again.")
             at += count
 
     def close(self) -> None:

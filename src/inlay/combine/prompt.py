@@ -6,7 +6,7 @@ from typing_extensions import override
 
 from inlay.combine.concatenation import ConcatenationSum
 from inlay.combine.method_sum import require_equal_settings
-from inlay.errors import InlayError
+from inlay.errors import DamagedFile, Unsupported
 
 
 class PromptSum(ConcatenationSum):
@@ -22,11 +22,13 @@ class PromptSum(ConcatenationSum):
         fields = ["token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules"]
         require_equal_settings("prompts", self.parts, fields, "only adapters of one base can be combined")
         if self.names != [""] or (self.parts[0].config.get("num_transformer_submodules") or 1) != 1:
-            raise InlayError("prompts of encoder-decoder models cannot be combined: their table has one part for each.")
+            raise Unsupported(
+                "prompts of encoder-decoder models cannot be combined: their table has one part for each."
+            )
         for part in self.parts:
             rows, said = part.shape("", self.key_prefix)[0], part.config.get("num_virtual_tokens")
             if rows != said:
-                raise InlayError(
+                raise DamagedFile(
                     f"adapter {part.name!r} holds {rows} tokens, but its config says {said}; get it again."
                 )
 

@@ -14,7 +14,7 @@ from inlay.adapters.patterns import check_patterns
 from inlay.adapters.sketch_distance import TOLERANCE, distance
 from inlay.combine.parts import PREFIX, Part, Source, Tensors
 from inlay.combine.sums import SUM_BY_PEFT_TYPE
-from inlay.errors import InlayError
+from inlay.errors import BadInput, DamagedFile, Unsupported, WrongBase
 
 
 @contextmanager
@@ -29,10 +29,10 @@ def open_adapters(adapters: Mapping[Any, float]) -> Iterator[list[Source]]:
             that belong neither to a method nor to a head.
     """
     if not adapters:
-        raise InlayError("expected adapters and their weights, such as {'a': 1.0, 'b': 0.5}, got none.")
+        raise BadInput("expected adapters and their weights, such as {'a': 1.0, 'b': 0.5}, got none.")
     for path, weight in adapters.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not np.isfinite(weight):
-            raise InlayError(f"the weight of {path} must be a finite number, got {weight!r}.")
+            raise BadInput(f"the weight of {path} must be a finite number, got {weight!r}.")
     files = [read_adapter(fetch(path), digest=False) for path in adapters]
     sources: list[Source] = []
     with ThreadPoolExecutor(min(len(adapters), 4)) as pool, ExitStack() as held:
@@ -67,7 +67,7 @@ def shorten_names(folders: list[Path]) -> list[str]:
         names = ["/".join(p[-count:]) for p in parts]
         if len(set(names)) == len(names):
             return names
-    raise InlayError(f"expected different adapters, got one twice among {', '.join(map(str, folders))}.")
+    raise BadInput(f"expected different adapters, got one twice among {', '.join(map(str, folders))}.")
 
 
 def _check_bases(files: Mapping[str, AdapterFile]) -> None:
@@ -80,12 +80,12 @@ def _check_bases(files: Mapping[str, AdapterFile]) -> None:
             if distance(a["sketch"], b["sketch"]) <= limit:
                 continue
             more = ", which has other weights" if a["name"] == b["name"] else ""
-            raise InlayError(
+            raise WrongBase(
                 f"adapter {first!r} was trained on {a['name']}, {name!r} on {b['name']}{more}; only adapters of one "
                 "base can be combined."
             )
         if one.base_name and other.base_name and one.base_name != other.base_name:
-            raise InlayError(
+            raise WrongBase(
                 f"adapter {first!r} was trained on {one.base_name}, {name!r} on {other.base_name}; only adapters of "
                 "one base can be combined (for one base under two names put one into base_model_name_or_path of both)."
             )
@@ -96,7 +96,7 @@ def _source(name: str, weight: float, file: AdapterFile, tensors: Tensors, intac
     inner, whole = config.get("parts") or [], config.get("modules_to_save") or []
     named = isinstance(whole, list) and all(isinstance(module, str) for module in whole)
     if not named or not all(isinstance(part, dict) and isinstance(part.get("peft_type"), str) for part in inner):
-        raise InlayError(f"the config of adapter {name!r} has parts or modules_to_save of a wrong kind; get it again.")
+        raise DamagedFile(f"the config of adapter {name!r} has parts or modules_to_save of a wrong kind; get it again.")
     configs = {part["peft_type"]: part for part in inner} or {config["peft_type"]: config}
     sites: dict[str, dict[str, dict[str, str]]] = {kind: {} for kind in configs}
     head: dict[str, str] = {}
@@ -109,12 +109,12 @@ def _source(name: str, weight: float, file: AdapterFile, tensors: Tensors, intac
         elif not known or kind in sites:
             sites[kind if known else config["peft_type"]].setdefault(site, {})[leaf] = key
         elif not kind and plain.endswith(".bias") and config.get("bias", "none") != "none":
-            raise InlayError(
+            raise Unsupported(
                 f"adapter {name!r} holds biases of the base itself (bias={config['bias']!r}), which do not add without "
                 'it; train with bias="none", or lora_bias=True.'
             )
         else:
-            raise InlayError(
+            raise Unsupported(
                 f"the tensor {key!r} of adapter {name!r} belongs neither to its method nor to modules_to_save; such "
                 "adapters cannot be combined."
             )

@@ -25,7 +25,7 @@ from inlay.combine.norms import norm
 from inlay.combine.parts import Array, Part, Source
 from inlay.combine.read import open_adapters
 from inlay.combine.sums import SUM_BY_PEFT_TYPE
-from inlay.errors import InlayError
+from inlay.errors import WrongBase
 
 MEASURES = ("cosine", "read", "written", "conflict", "interference")
 _STRIP = 1 << 20  # entries of ΔW at a time
@@ -174,7 +174,7 @@ def _conflict(up_a: Any, down_a: Any, up_b: Any, down_b: Any) -> float | None:
 def _dense(a: Array, b: Array) -> dict[str, float | None]:
     """Differences of weights read all inputs, so that there is no smaller space to share."""
     if a.shape != b.shape:
-        raise InlayError(f"updates of one module have the shapes {a.shape} and {b.shape}; combine those of one base.")
+        raise WrongBase(f"updates of one module have the shapes {a.shape} and {b.shape}; combine those of one base.")
     size_a, size_b = norm(a), norm(b)
     if size_a == 0 or size_b == 0:
         return dict.fromkeys(MEASURES)

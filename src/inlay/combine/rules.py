@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from inlay.combine.parts import Array
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,9 @@ def find_rule(name: str, settings: Settings) -> Rule:
         InlayError: There is none of that name; a density that is no share.
     """
     if name not in RULES:
-        raise InlayError(f"there is no rule {name!r}; {', '.join(RULES)} are.")
+        raise BadInput(f"there is no rule {name!r}; {', '.join(RULES)} are.")
     if not 0 < settings.density <= 1:
-        raise InlayError(f"density must be above 0 and at most 1, got {settings.density}.")
+        raise BadInput(f"density must be above 0 and at most 1, got {settings.density}.")
     return RULES[name]
 
 
@@ -154,5 +154,5 @@ def weights_under_rule(rule: Rule, weights: Sequence[float]) -> list[float]:
     """
     total = float(sum(weights))
     if rule.normal and abs(total) < 1e-12:
-        raise InlayError(f"an average divides by the sum of the weights, but {list(weights)} add up to 0; use add.")
+        raise BadInput(f"an average divides by the sum of the weights, but {list(weights)} add up to 0; use add.")
     return [w / total for w in weights] if rule.normal else list(weights)

@@ -8,7 +8,7 @@ from typing_extensions import override
 from inlay.combine.method_sum import Leaves, Sum, make_common_config, require_equal_settings
 from inlay.combine.norms import norm
 from inlay.combine.parts import Array, Part
-from inlay.errors import InlayError
+from inlay.errors import DamagedFile, Unsupported, WrongBase
 
 _DECODER = "inlay_spatial3d_decoder."
 
@@ -32,13 +32,13 @@ class SpatialSum(Sum):
             "3D spatial adapters", self.parts, [k for k in self.parts[0].config if k not in free], "train them alike"
         )
         if any(part.config.get("reference") for part in self.parts) and len(self.parts) > 1:
-            raise InlayError(
+            raise Unsupported(
                 "3D spatial adapters of the published kind have an activation after W_up, so that they do not add; "
                 "train them with reference=False."
             )
         keep = [part for part in self.parts if part.name == self.plan.keep] or self.parts
         if len(keep) > 1:
-            raise InlayError(
+            raise Unsupported(
                 "each of these adapters has a decoder of its own, a network that has no sum; say whose is kept: heads="
                 + " or ".join(repr(part.name) for part in self.parts)
                 + "."
@@ -66,7 +66,7 @@ class SpatialSum(Sum):
             for leaf in part.sites[site]:
                 if leaf.endswith(".adapter.down.weight"):
                     return part.shape(site, leaf)[0]
-        raise InlayError(f"adapter {part.name!r} holds no spatial bottleneck; get it again.")
+        raise DamagedFile(f"adapter {part.name!r} holds no spatial bottleneck; get it again.")
 
     @override
     def shapes_at(self, site: str) -> Leaves:
@@ -80,7 +80,7 @@ class SpatialSum(Sum):
             elif not _is_head(leaf):
                 for part in self.parts:
                     if leaf in part.sites[site] and part.shape(site, leaf) != shape:
-                        raise InlayError(f"{leaf} is {part.shape(site, leaf)} in {part.name!r}, {shape} in others.")
+                        raise WrongBase(f"{leaf} is {part.shape(site, leaf)} in {part.name!r}, {shape} in others.")
             shapes[leaf] = shape
         return shapes
 

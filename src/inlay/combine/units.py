@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from inlay.combine.norms import norm, ratio, total_error
 from inlay.combine.parts import Array
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 
 
 def keep_units(
@@ -79,7 +79,7 @@ def _by_importance(
         spread = size * np.sqrt((down**2).sum(1) + bias**2)
         return np.argsort(-spread, kind="stable"), spread, None
     if inputs.ndim != 2 or inputs.shape[1] != down.shape[1]:
-        raise InlayError(f"expected activations of shape (N, {down.shape[1]}), got {tuple(inputs.shape)}.")
+        raise BadInput(f"expected activations of shape (N, {down.shape[1]}), got {tuple(inputs.shape)}.")
     hidden = act(inputs.astype(np.float64) @ down.T + bias)
     spread = hidden.std(0) * size
     return np.argsort(-spread, kind="stable"), spread, hidden

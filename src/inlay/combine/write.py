@@ -15,9 +15,9 @@ import numpy as np
 from inlay.adapters.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, fingerprint, read_adapter
 from inlay.combine.heads import Heads
 from inlay.combine.parts import Array, Source
-from inlay.errors import InlayError
+from inlay.errors import BadInput, ComputationFailed
 from inlay.files.atomic import write_json
-from inlay.files.tensor_header import DIGEST, hasher
+from inlay.files.tensor_header import DIGEST, start_digest
 
 _PIECE = 1 << 15  # numbers
 
@@ -56,7 +56,7 @@ class Stream:
 
     def _follow(self, start: int) -> str:
         """The digest of the file, as far as it is written, until a size of 0 tells its end."""
-        seen, piece = hasher(self._header), memoryview(bytearray(4 * _PIECE))
+        seen, piece = start_digest(self._header), memoryview(bytearray(4 * _PIECE))
         with self.path.open("rb", buffering=0) as file:
             file.seek(start)
             while left := self._written.get():
@@ -64,7 +64,7 @@ class Stream:
                     seen.update(piece[:count])
                     left -= count
                 if left:
-                    raise InlayError(f"{self.path} was cut short while it was written; write it again.")
+                    raise ComputationFailed(f"{self.path} was cut short while it was written; write it again.")
         return str(seen.hexdigest())
 
     def write(self, key: str, value: Array) -> None:
@@ -79,7 +79,7 @@ class Stream:
         flat = np.ascontiguousarray(value, "<f4").reshape(-1)
         for i in range(0, len(flat), _PIECE):  # in pieces that stay in the processor's cache
             if not np.isfinite(flat[i : i + _PIECE]).all():
-                raise InlayError(f"the combined tensor {key!r} holds NaN or Inf; nothing was written.")
+                raise ComputationFailed(f"the combined tensor {key!r} holds NaN or Inf; nothing was written.")
         self._put(flat.view(np.uint8))
         if flat.nbytes:
             self._written.put(flat.nbytes)
@@ -89,7 +89,9 @@ class Stream:
             back = self._back[: len(piece)]
             count = self._file.readinto(memoryview(back.view(np.uint8)))  # type: ignore[arg-type]
             if count != back.nbytes or (piece != back).any():
-                raise InlayError(f"{self.path} does not hold what was written to it; is the disk full or failing?")
+                raise ComputationFailed(
+                    f"{self.path} does not hold what was written to it; is the disk full or failing?"
+                )
 
     def close(self) -> None:
         """Put the digest in its place."""
@@ -127,7 +129,7 @@ def make_record(sources: Sequence[Source], heads: Heads, keep: str | None, made:
                 differs = [
                     k for k, v in _flat(first.get(what)).items() if _flat(source.file.record.get(what)).get(k) != v
                 ]
-                raise InlayError(
+                raise BadInput(
                     f"adapters {having[0].name!r} and {source.name!r} were trained with another {what} "
                     f"({', '.join(differs) or 'more settings'}), and a combination has one; say whose is kept: heads="
                     f"{having[0].name!r} or {source.name!r}."
@@ -188,7 +190,7 @@ def read_back(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         InlayError: The file is not what was computed.
     """
     if read_adapter(folder, digest=False).shapes != shapes:
-        raise InlayError(f"{folder / WEIGHTS} does not hold what was computed; is the disk full?")
+        raise ComputationFailed(f"{folder / WEIGHTS} does not hold what was computed; is the disk full?")
 
 
 @cache

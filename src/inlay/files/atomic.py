@@ -19,11 +19,11 @@ def writing(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder).resolve()
     recover(folder)
-    new, old = pending(folder), _aside(folder)
+    new, old = pending_folder(folder), _aside(folder)
     new.mkdir(parents=True)
     try:
         yield new
-        share(new)
+        make_readable(new)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
@@ -43,10 +43,10 @@ def recover(folder: str | Path) -> None:
             shutil.rmtree(old)
         else:
             old.rename(folder)
-    shutil.rmtree(pending(folder), ignore_errors=True)
+    shutil.rmtree(pending_folder(folder), ignore_errors=True)
 
 
-def pending(folder: str | Path) -> Path:
+def pending_folder(folder: str | Path) -> Path:
     """The folder in which `writing` puts the new content together; a name that no user would give to one of theirs."""
     folder = Path(folder).resolve()
     return folder.with_name(f".{folder.name}.inlay-new")
@@ -56,7 +56,7 @@ def _aside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.inlay-old")
 
 
-def share(folder: Path) -> None:
+def make_readable(folder: Path) -> None:
     """Give every file in `folder` the mode that a plain `open` would have given it."""
     umask = os.umask(0)
     os.umask(umask)

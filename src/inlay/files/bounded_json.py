@@ -17,7 +17,7 @@ def parse_json(text: str, *, exact: bool = False) -> Any:
     Raises:
         ValueError: It is no JSON, nested without end, or holds integers beyond 64 bits or halves of characters.
     """
-    content = json.loads(text, parse_int=_integer, object_pairs_hook=unique if exact else None)
+    content = json.loads(text, parse_int=_integer, object_pairs_hook=refuse_duplicates if exact else None)
     if not is_text(json.dumps(content, ensure_ascii=False)):
         raise ValueError("half of a character")
     levels, layer = 0, [content]
@@ -34,7 +34,7 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object of a JSON reader; ValueError for a name that stands twice."""
     content = dict(pairs)
     if len(content) < len(pairs):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from inlay.errors import DamagedFile, Unsupported
-from inlay.files.bounded_json import unique
+from inlay.files.bounded_json import refuse_duplicates
 
 # Larger ones are refused before they are read: a header has 134 bytes for each tensor.
 MAX_HEADER, MAX_TENSORS = 16_000_000, 100_000
@@ -26,12 +26,12 @@ def sign(data: bytes) -> bytes:
 
 
 def _digest(header: dict[str, Any], body: bytes | memoryview) -> str:
-    seen = hasher(header)
+    seen = start_digest(header)
     seen.update(body)
     return seen.hexdigest()
 
 
-def hasher(header: dict[str, Any]) -> Any:
+def start_digest(header: dict[str, Any]) -> Any:
     """SHA-256 that has seen a header, its own digest left out; the tensors, in the order of their bytes, follow."""
     metadata = {k: v for k, v in header.get("__metadata__", {}).items() if k != DIGEST}
     canonical = json.dumps({**header, "__metadata__": metadata}, sort_keys=True, separators=(",", ":"))
@@ -52,7 +52,7 @@ def read_header(path: Path, *, digest: bool = True) -> dict[str, Any]:
         file.seek(8)
         text = file.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=unique)
+        header = json.loads(text, object_pairs_hook=refuse_duplicates)
         _check_tiling({key: entry for key, entry in header.items() if key != "__metadata__"}, size - 8 - length)
         metadata = header.get("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -70,7 +70,7 @@ def read_header(path: Path, *, digest: bool = True) -> dict[str, Any]:
 
 def _digest_of(path: Path, header: dict[str, Any], start: int) -> str:
     """By pieces: a file may be larger than what memory is left for it."""
-    seen, piece = hasher(header), bytearray(1 << 17)
+    seen, piece = start_digest(header), bytearray(1 << 17)
     with path.open("rb", buffering=0) as file:
         file.seek(start)
         while count := file.readinto(piece):

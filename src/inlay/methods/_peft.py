@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from peft.utils import get_peft_model_state_dict, merge_utils, register_peft_method, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 
-from inlay.errors import InlayError
+from inlay.errors import InlayError, Unsupported
 
 # What peft documents as its API is imported from peft; these are not, and may move with any release of it.
 __all__ = [
@@ -259,7 +259,7 @@ def merge_keeping_weights(model: PeftModel) -> tuple[torch.nn.Module, Callable[[
         if isinstance(error, InlayError):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InlayError(f"this adapter cannot be merged ({reason}); use it unmerged.") from error
+        raise Unsupported(f"this adapter cannot be merged ({reason}); use it unmerged.") from error
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All adapters are already merged")

@@ -27,7 +27,7 @@ from transformers.models.sam.modeling_sam import SamVisionAttention
 from typing_extensions import override
 
 from inlay.bases.sites import Sites
-from inlay.errors import InlayError
+from inlay.errors import BadInput, Unsupported
 from inlay.methods._peft import PeftType, register_method
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
 from inlay.methods.method import Method
@@ -54,7 +54,7 @@ class AttentionPrefixConfig(AdapterConfig):
         for name in ("length", "projection"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
-                raise InlayError(f"{name} must be a whole number of at least 1, got {value!r}.")
+                raise BadInput(f"{name} must be a whole number of at least 1, got {value!r}.")
 
 
 class _Projection(nn.Module):
@@ -206,7 +206,7 @@ def prefixed_attention(
     layer = module.inlay_prefix[0]
     inner = layer.own_config._attn_implementation or "eager"
     if inner not in _SUPPORTED:
-        raise InlayError(
+        raise Unsupported(
             f"a prefix needs the attention {' or '.join(_SUPPORTED)}, got {inner}; load the base with one."
         )
     eager = vars(sys.modules[type(module).__module__]).get("eager_attention_forward")
@@ -255,7 +255,7 @@ def _widen(
         mask = torch.ones(rows, tokens, dtype=torch.bool, device=query.device)
         mask = (mask.tril(tokens - rows) if causal else mask)[None, None]
     if mask.ndim != 4:
-        raise InlayError(f"a prefix needs an attention mask of four axes, got {tuple(mask.shape)}.")
+        raise Unsupported(f"a prefix needs an attention mask of four axes, got {tuple(mask.shape)}.")
     seen, unseen = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
     front = mask.new_full((*mask.shape[:3], length), seen)
     if counts is not None:
@@ -283,7 +283,7 @@ class AttentionPrefixModel(AdapterTuner):
             return WindowPrefixLayer
         names = inspect.unwrap(type(target).forward).__code__.co_names
         if "ALL_ATTENTION_FUNCTIONS" not in names or not hasattr(target, "config"):
-            raise InlayError(
+            raise Unsupported(
                 f"a prefix needs an attention of transformers that calls an attention function, or SAM's; "
                 f"{type(target).__name__} does not: choose another method, or other target_modules."
             )
@@ -327,7 +327,7 @@ def _key_size(attention: nn.Module) -> int:
             return features
         if features and name in _FUSED:
             return features // 3
-    raise InlayError(
+    raise Unsupported(
         f"found no key projection in {type(attention).__name__}, only {[n for n, _ in attention.named_children()]}; "
         "give attention modules as target_modules."
     )

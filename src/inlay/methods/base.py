@@ -16,7 +16,7 @@ from torch import nn
 from typing_extensions import override
 
 from inlay.bases.sites import Sites, sites
-from inlay.errors import InlayError
+from inlay.errors import BadInput, ComputationFailed, Unsupported
 from inlay.methods._peft import (
     AuxiliaryTrainingWrapper,
     BaseTuner,
@@ -62,9 +62,7 @@ class AdapterConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise InlayError(
-                "layers_to_transform has no effect on a regular expression; give target_modules as a list."
-            )
+            raise BadInput("layers_to_transform has no effect on a regular expression; give target_modules as a list.")
 
     @override
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -135,7 +133,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return [(acting, None)] if acting else []
         each = len(first) // len(adapter_names)  # SAM's windows, the beams of a search: several rows an example
         if each * len(adapter_names) != len(first):
-            raise InlayError(f"expected one adapter name for each of {len(first)} rows, got {len(adapter_names)}.")
+            raise BadInput(f"expected one adapter name for each of {len(first)} rows, got {len(adapter_names)}.")
         rows = [name for name in adapter_names for _ in range(each)]
         groups: Groups = []
         for name in dict.fromkeys(rows):
@@ -155,13 +153,15 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         if reason := self.why_not_merged(names):
-            raise InlayError(reason)
+            raise Unsupported(reason)
         base, names = self.get_base_layer(), [*self.merged_adapters, *names]
         self.unmerge()  # all of them anew: one after the other would not give their sum
         new = self.merged_values(names)
         for key, value in new.items():
             if not torch.isfinite(value).all():
-                raise InlayError(f"merging {', '.join(names)} gives NaN or Inf in a {key}; nothing was merged there.")
+                raise ComputationFailed(
+                    f"merging {', '.join(names)} gives NaN or Inf in a {key}; nothing was merged there."
+                )
         for key, value in new.items():
             old = base._parameters[key]
             self._kept.setdefault(key, None if old is None else old.data)
@@ -235,7 +235,7 @@ class AdapterTuner(BaseTuner):
     def refuse_transformers(self, what: str) -> None:
         """Layers inside wrapped modules: transformers, which maps keys by itself, would leave them out of a file."""
         if self._by_transformers:
-            raise InlayError(
+            raise Unsupported(
                 f"add_adapter and load_adapter of transformers cannot save and load {what}; use peft's get_peft_model "
                 "and PeftModel.from_pretrained, or inlay's load_adapter."
             )
@@ -262,7 +262,7 @@ class AdapterTuner(BaseTuner):
                 names = [name for name in names if f"{name}.".startswith(within)]
                 peft_config.layers_to_transform = None  # said by the names from here on
             if not names:
-                raise InlayError(
+                raise BadInput(
                     f"found no module for {type(peft_config).__name__} in {type(self.model).__name__} "
                     f"(model_type {model_config.get('model_type')}); give target_modules."
                 )
@@ -320,7 +320,7 @@ class AdapterTuner(BaseTuner):
         around one another, the outer one keeps a weight that must hold all that the inner one merges.
         """
         if isinstance(adapter_names, str):
-            raise InlayError(f"adapter_names must be a list of names, got {adapter_names!r}; give [{adapter_names!r}].")
+            raise BadInput(f"adapter_names must be a list of names, got {adapter_names!r}; give [{adapter_names!r}].")
         self.check_merge(adapter_names)
         layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]  # outer ones first
         wanted = [[*dict.fromkeys([*m.merged_adapters, *(adapter_names or m.active_adapters)])] for m in layers]
@@ -345,7 +345,7 @@ class AdapterTuner(BaseTuner):
             if isinstance(layer, AdapterLayer):
                 names = [n for n in (adapter_names or layer.active_adapters) if n in layer.options]
                 if names and (reason := layer.why_not_merged(names)):
-                    raise InlayError(reason)
+                    raise Unsupported(reason)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -354,10 +354,10 @@ class AdapterTuner(BaseTuner):
         handles = []
         if names is not None:
             if self.training:
-                raise InlayError("adapter_names choose an adapter per row in eval mode only; call model.eval().")
+                raise BadInput("adapter_names choose an adapter per row in eval mode only; call model.eval().")
             unknown = sorted(set(names) - {"__base__", *self.peft_config})
             if unknown:
-                raise InlayError(
+                raise BadInput(
                     f"adapter_names: there is no adapter {', '.join(unknown)}; {list(self.peft_config)} are."
                 )
             if (beams := kwargs.get("num_beams") or 1) > 1:
@@ -366,7 +366,7 @@ class AdapterTuner(BaseTuner):
                 if isinstance(module, AdapterLayer | LoraLayer | AuxiliaryTrainingWrapper):
                     handles.append(module.register_forward_pre_hook(partial(_name_rows, names=names), with_kwargs=True))
                 elif isinstance(module, BaseTunerLayer):
-                    raise InlayError(f"{type(module).__name__} of peft cannot mix adapters in one batch.")
+                    raise Unsupported(f"{type(module).__name__} of peft cannot mix adapters in one batch.")
         try:
             yield
         finally:
@@ -412,5 +412,5 @@ def chosen_blocks(config: Any, found: Sites) -> tuple[str, ...]:
     numbers = [numbers] if isinstance(numbers, int) else numbers
     wrong = [i for i in numbers if not 0 <= i < len(found.blocks)]
     if wrong:
-        raise InlayError(f"layers_to_transform must be within 0 to {len(found.blocks) - 1}, got {wrong}.")
+        raise BadInput(f"layers_to_transform must be within 0 to {len(found.blocks) - 1}, got {wrong}.")
     return tuple(f"{found.blocks[i]}." for i in numbers)

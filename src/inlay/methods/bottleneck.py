@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from inlay.bases.sites import Sites, is_linear, linear_shape
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.methods._peft import PeftType, register_method
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
 from inlay.methods.hidden_states import replace_recorded_state
@@ -80,23 +80,23 @@ class BottleneckConfig(AdapterConfig):
         super().__post_init__()
         self.peft_type = PeftType["INLAY_BOTTLENECK"]
         if self.width is not None and self.width < 1:
-            raise InlayError(f"width must be at least 1, got {self.width}.")
+            raise BadInput(f"width must be at least 1, got {self.width}.")
         if not self.reduction > 0:
-            raise InlayError(f"reduction must be positive, got {self.reduction}.")
+            raise BadInput(f"reduction must be positive, got {self.reduction}.")
         if not self.sites or set(self.sites) - {"attention", "mlp"}:
-            raise InlayError(f"sites must be attention, mlp or both, got {self.sites}.")
+            raise BadInput(f"sites must be attention, mlp or both, got {self.sites}.")
         if self.placement not in ("serial", "parallel", "post"):
-            raise InlayError(f"placement must be serial, parallel or post, got {self.placement!r}.")
+            raise BadInput(f"placement must be serial, parallel or post, got {self.placement!r}.")
         if self.learn_scale and self.channel_scale:
-            raise InlayError("learn_scale trains one number per site, channel_scale one per channel; give one of them.")
+            raise BadInput("learn_scale trains one number per site, channel_scale one per channel; give one of them.")
         if self.init not in ("zero", "houlsby"):
-            raise InlayError(f"init must be zero or houlsby, got {self.init!r}.")
+            raise BadInput(f"init must be zero or houlsby, got {self.init!r}.")
         if self.activation is not None and self.activation not in ACT2FN:
-            raise InlayError(f"activation must be None or one of {', '.join(sorted(ACT2FN))}, got {self.activation!r}.")
+            raise BadInput(f"activation must be None or one of {', '.join(sorted(ACT2FN))}, got {self.activation!r}.")
         if not 0 <= self.dropout < 1:
-            raise InlayError(f"dropout must be within 0 to 1, got {self.dropout}.")
+            raise BadInput(f"dropout must be within 0 to 1, got {self.dropout}.")
         if self.layer_norm not in (None, "before", "after"):
-            raise InlayError(f"layer_norm must be before, after or None, got {self.layer_norm!r}.")
+            raise BadInput(f"layer_norm must be before, after or None, got {self.layer_norm!r}.")
 
 
 class BottleneckLayer(AdapterLayer):
@@ -140,12 +140,12 @@ class BottleneckLayer(AdapterLayer):
     def add(self, name: str, config: BottleneckConfig, tuner: AdapterTuner, key: str) -> None:
         width = config.width or max(1, round(self.size / config.reduction))
         if config.placement == "parallel" and (size := _input_size(self.get_base_layer())) not in (None, self.size):
-            raise InlayError(
+            raise BadInput(
                 f"a parallel bottleneck needs a module with as many features in as out, got {size} and {self.size} in "
                 f'{key}; name one that holds the whole sublayer, or use placement="serial".'
             )
         if config.placement == "post" and _ends_in_convolution(self.get_base_layer()):
-            raise InlayError(
+            raise BadInput(
                 f'placement="post" needs blocks of tokens, and {key} is one of a convolutional network; use "serial".'
             )
         linear = config.activation is None and config.placement == "serial"
@@ -276,7 +276,7 @@ def _output_size(module: nn.Module) -> int:
             return inner.nf
         if isinstance(inner, nn.Conv2d):
             return inner.out_channels
-    raise InlayError(
+    raise BadInput(
         f"a bottleneck adapter goes around a linear layer, a convolution or a sublayer that ends in one, got "
         f"{type(module).__name__}; give other target_modules."
     )

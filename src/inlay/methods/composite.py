@@ -15,7 +15,7 @@ from peft import PeftConfig
 from torch import nn
 from typing_extensions import override
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput, Unsupported
 from inlay.methods._peft import (
     PEFT_TYPE_TO_TUNER_MAPPING,
     BaseTunerLayer,
@@ -50,17 +50,17 @@ class CompositeConfig(PeftConfig):
         self.parts = [get_peft_config(dict(part)) if isinstance(part, dict) else part for part in self.parts]
         kinds = [part.peft_type for part in self.parts]
         if len(set(kinds)) != len(kinds) or len(kinds) < 2:
-            raise InlayError(
+            raise BadInput(
                 f"a composite has two parts or more, each of another method; got {[str(k.value) for k in kinds]}."
             )
         for part in self.parts:
             if part.is_prompt_learning or part.peft_type == self.peft_type:
-                raise InlayError(
+                raise Unsupported(
                     f"{part.peft_type.value} cannot be a part: it does not wrap modules; use VisualPromptConfig or "
                     "AttentionPrefixConfig for prompts and prefixes."
                 )
             if getattr(part, "modules_to_save", None) or getattr(part, "bias", "none") != "none":
-                raise InlayError("give modules_to_save to the composite, not to a part, and parts without bias.")
+                raise BadInput("give modules_to_save to the composite, not to a part, and parts without bias.")
 
     @override
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -27,7 +27,7 @@ from torch.nn import MultiheadAttention
 from typing_extensions import override
 
 from inlay.bases.sites import OTHER_INPUTS, Sites, is_cross, is_norm
-from inlay.errors import InlayError
+from inlay.errors import BadInput, Unsupported
 from inlay.methods._peft import PeftType, register_method
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
 from inlay.methods.method import EVERY_BASE, Method
@@ -47,11 +47,11 @@ class PartialConfig(AdapterConfig):
         super().__post_init__()
         self.peft_type = PeftType["INLAY_PARTIAL"]
         if self.train not in ("all", "bias", "norm"):
-            raise InlayError(f"train must be all, bias or norm, got {self.train!r}.")
+            raise BadInput(f"train must be all, bias or norm, got {self.train!r}.")
         if self.last is not None and (not isinstance(self.last, int) or self.last < 1):
-            raise InlayError(f"last must be a whole number of at least 1, got {self.last!r}.")
+            raise BadInput(f"last must be a whole number of at least 1, got {self.last!r}.")
         if self.last is not None and self.layers_to_transform is not None:
-            raise InlayError("give last or layers_to_transform, not both.")
+            raise BadInput("give last or layers_to_transform, not both.")
 
 
 class PartialLayer(AdapterLayer):
@@ -135,7 +135,7 @@ def parameters_to_train(module: nn.Module, config: PartialConfig) -> Iterator[tu
         if (config.train == "bias" and leaf != "bias") or leaf == "mask_token":  # that one is for pre-training
             continue
         if not parameter.is_floating_point():
-            raise InlayError(
+            raise Unsupported(
                 f"the {leaf} of a {type(module).__name__} is held in {parameter.dtype} and cannot be trained; use "
                 'train="bias" or train="norm", or a base that is not quantised.'
             )
@@ -158,7 +158,7 @@ class PartialModel(AdapterTuner):
             peft_config, [n for n, _ in self.model.named_modules() if f"{n}.".startswith(inside)]
         )
         if not peft_config.target_modules:
-            raise InlayError(f"no parameter to train in the modules that target_modules names: {given or 'none'}.")
+            raise BadInput(f"no parameter to train in the modules that target_modules names: {given or 'none'}.")
         peft_config.layers_to_transform = None  # said by the names from here on
         return peft_config
 
@@ -167,7 +167,7 @@ class PartialModel(AdapterTuner):
         names = [n for n, _ in self.model.named_modules() if n and n.split(".")[0] not in found.head]
         if config.last is not None:
             if config.last > len(found.blocks):
-                raise InlayError(
+                raise BadInput(
                     f"last must be within 1 to {len(found.blocks)}, the number of blocks; got {config.last}."
                 )
             first = names.index(found.blocks[-config.last])
@@ -177,7 +177,9 @@ class PartialModel(AdapterTuner):
         names = self._with_parameters(config, [n for n in names if not _idle(n, self.model, found)])
         if not names and config.train != "all":
             what = {"bias": "biases", "norm": "norms"}[config.train]
-            raise InlayError(f'{type(self.model).__name__} has no {what} to train; use train="all", or another method.')
+            raise Unsupported(
+                f'{type(self.model).__name__} has no {what} to train; use train="all", or another method.'
+            )
         return names
 
     def _with_parameters(self, config: PartialConfig, names: Sequence[str]) -> list[str]:

@@ -24,7 +24,7 @@ from transformers.models.sam.modeling_sam import SamVisionAttention
 from typing_extensions import override
 
 from inlay.bases.sites import Sites
-from inlay.errors import InlayError
+from inlay.errors import BadInput, Unsupported
 from inlay.methods._peft import PeftType, register_method
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
 from inlay.methods.hidden_states import hide_prompts
@@ -57,9 +57,9 @@ class VisualPromptConfig(AdapterConfig):
         super().__post_init__()
         self.peft_type = PeftType["INLAY_VISUAL_PROMPT"]
         if not isinstance(self.length, int) or self.length < 1:
-            raise InlayError(f"length must be a whole number of at least 1, got {self.length!r}.")
+            raise BadInput(f"length must be a whole number of at least 1, got {self.length!r}.")
         if not 0 <= self.dropout < 1:
-            raise InlayError(f"dropout must be within 0 to 1, got {self.dropout}.")
+            raise BadInput(f"dropout must be within 0 to 1, got {self.dropout}.")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class VisualPromptLayer(AdapterLayer):
         travelling = {sum(self.options[n].length for n in names if not self.options[n].enter) for names, _ in groups}
         leaving = {sum(self.options[n].length for n in names if not self.options[n].drop) for names, _ in groups}
         if len(travelling) > 1 or len(leaving) > 1:
-            raise InlayError(
+            raise Unsupported(
                 "rows of one batch cannot carry different numbers of shallow prompts from block to block; use "
                 "deep=True, or one batch per adapter."
             )
@@ -115,7 +115,7 @@ class VisualPromptLayer(AdapterLayer):
     def _prompted(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The block on (B, N, D), or (B, N + those that travel, D)."""
         if any(torch.is_tensor(a) for a in (*args, kwargs.get("attention_mask"))):
-            raise InlayError("visual prompts need an encoder without an attention mask, but this block got one.")
+            raise Unsupported("visual prompts need an encoder without an attention mask, but this block got one.")
         places = [self.options[name] for name in names]
         travelling = sum(place.length for place in places if not place.enter)
         tokens = x.shape[1] - travelling
@@ -166,7 +166,7 @@ def _token_size(block: nn.Module) -> int:
             return module.normalized_shape[-1]
         if isinstance(module, nn.Linear):
             return module.in_features
-    raise InlayError(
+    raise Unsupported(
         f"visual prompts go into transformer blocks, got {type(block).__name__}; give other target_modules."
     )
 
@@ -183,11 +183,11 @@ class VisualPromptModel(AdapterTuner):
             isinstance(self.model.get_submodule(n), SamVisionAttention) for n in found.attention
         ):
             if not config.deep:
-                raise InlayError("SAM's blocks have no sequence in which prompts could travel; use deep=True.")
+                raise Unsupported("SAM's blocks have no sequence in which prompts could travel; use deep=True.")
             return found.attention
         kind = getattr(getattr(self.model, "config", None), "model_type", "no model_type")
         if kind not in _ENCODERS:
-            raise InlayError(
+            raise Unsupported(
                 f"visual prompts are for encoders of images ({', '.join(_ENCODERS)}, sam), got {kind}; "
                 "for text use peft's PromptTuningConfig or AttentionPrefixConfig."
             )
@@ -204,7 +204,7 @@ class VisualPromptModel(AdapterTuner):
             beside = [n for n, _ in self.model.named_modules() if n.rpartition(".")[0] == order[0].rpartition(".")[0]]
             start = beside.index(order[0])
             if beside[start : start + len(order)] != order:
-                raise InlayError(
+                raise BadInput(
                     "shallow prompts travel from block to block, so the blocks must follow one another, got "
                     f"{', '.join(order)}; name those between, or use deep=True."
                 )

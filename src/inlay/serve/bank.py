@@ -24,8 +24,8 @@ from inlay.adapters import golden
 from inlay.adapters.checks import Candidate, Result, run_checks
 from inlay.adapters.file import CONFIG, AdapterFile, Reading, fingerprint, read_adapter
 from inlay.adapters.hub.fetch import fetch
-from inlay.adapters.identity import Identity, identity
-from inlay.adapters.load import given_base
+from inlay.adapters.identity import Identity, identify_base
+from inlay.adapters.load import check_given_base
 from inlay.adapters.task import task_of_file
 from inlay.errors import BadInput, InlayError
 from inlay.methods._peft import put_layers_back, remove_all_adapters, take_layers_out, undo_layer_changes
@@ -73,14 +73,14 @@ class Bank:
         Raises:
             InlayError: A folder without adapters, two of one name, or what `add` says.
         """
-        self.model = given_base(load_base(base) if not isinstance(base, nn.Module) else base).eval()
+        self.model = check_given_base(load_base(base) if not isinstance(base, nn.Module) else base).eval()
         if budget_mb is not None and not budget_mb > 0:
             raise BadInput(f"budget_mb must be positive, got {budget_mb}.")
         self.check_golden = check_golden
         self.budget = None if budget_mb is None else int(budget_mb * 1e6)
         self.files: dict[str, AdapterFile] = {}
         self.checks: dict[str, dict[str, Result]] = {}
-        self._identity = identity(self.model)
+        self._identity = identify_base(self.model)
         self._module_names = [name for name, _ in self.model.named_modules()]
         self._processors: dict[str, Any] = {}
         self._outputs: dict[str, list[float]] = {}  # golden ones, by the digest of the adapter's file
@@ -356,7 +356,7 @@ class _Newcomer:
         """The bank's."""
         return str(self._bank.model.name_or_path)
 
-    def identity(self) -> Identity:
+    def identify_base(self) -> Identity:
         """As it was when the bank was made."""
         return self._bank._identity
 
@@ -410,7 +410,7 @@ class _Newcomer:
         bank, outputs = self._bank, self._bank._outputs
         if file.digest not in outputs:
             task = task_of_file(file, bank.model.config)
-            found = golden.output(_OneRow(bank, self._name), processor, task)
+            found = golden.compute_output(_OneRow(bank, self._name), processor, task)
             if not file.digest:
                 return found
             outputs[file.digest] = found

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput, Unsupported
 from inlay.tasks.images.task import ImageClassification
 from inlay.tasks.masks.task import MaskGeneration
 from inlay.tasks.sequences.task import SequenceClassification
@@ -29,7 +29,7 @@ def find_task(name: str) -> Task:
         InlayError: There is none of that name.
     """
     if name not in TASKS:
-        raise InlayError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}.")
+        raise BadInput(f"unknown task {name!r}; choose one of {', '.join(TASKS)}.")
     return TASKS[name]
 
 
@@ -52,7 +52,7 @@ def task_of_base(name: str, config: Any, peft_task_type: str | None = None) -> T
     for task in TASKS.values():
         if task.takes_base(config):
             return task
-    raise InlayError(
+    raise Unsupported(
         f"{name} ({config.model_type}) is a base for none of {', '.join(TASKS)}: transformers loads it with none of "
         f"{', '.join(dict.fromkeys(task.auto_class for task in TASKS.values()))}. Take one that it does, or wrap it "
         "with peft yourself."
@@ -68,7 +68,7 @@ def task_of_model(model: Any, processor: Any) -> Task:
     for task in TASKS.values():
         if task.could_take_base(model.config) and task.takes_processor(processor):
             return task
-    raise InlayError(
+    raise BadInput(
         f"no task takes {type(model).__name__} with {type(processor).__name__} as its processor; give the processor "
         "that makes the model's inputs."
     )

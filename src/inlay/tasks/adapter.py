@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.tasks.task import Task
 
 
@@ -25,6 +25,6 @@ class Adapter(Protocol):
 def check_task(adapter: Adapter, name: str) -> None:
     """Raise InlayError for an adapter of another task, with the function that takes it."""
     if adapter.task.name != name:
-        raise InlayError(
+        raise BadInput(
             f"adapter {adapter.name!r} is for {adapter.task.name}, not for {name}; use {adapter.task.function}."
         )

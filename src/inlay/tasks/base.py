@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from inlay.bases.load import Dtype, load_pretrained, load_structure, read_config, resolve_base, set_labels
 from inlay.bases.quantize import Quantize
-from inlay.errors import InlayError
+from inlay.errors import BadInput, Unsupported
 from inlay.tasks import find_task, task_of_base
 from inlay.tasks.task import Task
 
@@ -49,7 +49,7 @@ def load_base(
     config = read_config(name, resolve_base(name), revision)
     chosen = _chosen(name, config, task)
     if labels is not None and not chosen.classifies:
-        raise InlayError(f"{name} is {chosen.base_noun}, which has no classes; leave labels out.")
+        raise BadInput(f"{name} is {chosen.base_noun}, which has no classes; leave labels out.")
     base = load_pretrained(
         name, chosen.auto_class, config, labels=labels, dtype=dtype, quantize=quantize, revision=revision
     )
@@ -89,7 +89,7 @@ def _chosen(name: str, config: Any, task: str | None) -> Task:
         return task_of_base(name, config)
     asked = find_task(task)
     if not asked.could_take_base(config):
-        raise InlayError(
+        raise Unsupported(
             f"{name} ({config.model_type}) cannot be loaded for {task}: {asked.auto_class} does not take it. Use "
             f"{asked.base_noun}."
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.files.atomic import replacing
 
 NAMED = 60  # classes up to which rows and columns have names
@@ -27,7 +27,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]], labels: Sequence[str], pa
     """
     path, counts = Path(path), np.asarray(confusion)
     if path.suffix.lower() not in Image.registered_extensions() or not path.parent.is_dir():
-        raise InlayError(f"expected the name of an image, such as matrix.png, in a folder that exists, got '{path}'.")
+        raise BadInput(f"expected the name of an image, such as matrix.png, in a folder that exists, got '{path}'.")
     classes = len(counts)
     side = next(size for most, size in ((8, 64), (20, 44), (NAMED, 26), (10**9, 4)) if classes <= most)
     named = classes <= NAMED

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput, Unsupported
 from inlay.files.atomic import replacing
 
 Split: TypeAlias = Literal["validation", "test", "train", "all"]
@@ -113,7 +113,7 @@ class Evaluation:
             InlayError: There is none: the adapter is no classifier.
         """
         if self.confusion is None:
-            raise InlayError(f"an adapter for {self.task} has no confusion matrix; leave the matrix out.")
+            raise Unsupported(f"an adapter for {self.task} has no confusion matrix; leave the matrix out.")
         from inlay.tasks.confusion import draw_confusion
 
         return draw_confusion(self.confusion, self.labels, path)
@@ -197,11 +197,11 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.split is not None and self.split not in SPLITS:
-            raise InlayError(f"unknown split {self.split!r}; choose one of {', '.join(SPLITS)}.")
+            raise BadInput(f"unknown split {self.split!r}; choose one of {', '.join(SPLITS)}.")
         for name in ("limit", "resamples"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
-                raise InlayError(f"{name} must be a whole number of at least 1, got {value!r}.")
+                raise BadInput(f"{name} must be a whole number of at least 1, got {value!r}.")
 
 
 EVERYTHING = Request()
@@ -232,7 +232,7 @@ def choose_split(data: str, wanted: Split | None, own: Collection[str], scored: 
         InlayError: No such split.
     """
     if wanted == "test" and "test" not in own:
-        raise InlayError(
+        raise BadInput(
             f"{data!r} has no split 'test' with labels (it has {', '.join(own)}); choose another, or pass the folder "
             "of the test data itself."
         )
@@ -272,7 +272,7 @@ def check_labels(data: str, found: Sequence[str], known: Sequence[str], adapter:
         first = ", ".join(strange[:5]) + (f" and {len(strange) - 5} others" if strange[5:] else "")
         names = ", ".join(map(repr, known[:10])) + (" ..." if known[10:] else "")
         verb = "is a label" if len(strange) == 1 else "are labels"
-        raise InlayError(
+        raise BadInput(
             f"{first} {verb} of {data!r}, but not of adapter {adapter!r}, which knows {names}. Rename or remove them."
         )
 

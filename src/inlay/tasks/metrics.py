@@ -17,7 +17,7 @@ import evaluate
 from datasets import Features, Value
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 
 
 class ClassMetric(evaluate.Metric):
@@ -45,7 +45,7 @@ class ClassMetric(evaluate.Metric):
             InlayError: no rows were added.
         """
         if predictions is None and self.buf_writer is None:
-            raise InlayError(f"expected predictions to score, but {self.name} has none. Call add_batch before compute.")
+            raise BadInput(f"expected predictions to score, but {self.name} has none. Call add_batch before compute.")
         return super().compute(predictions=predictions, references=references)
 
 

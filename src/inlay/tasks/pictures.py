@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from inlay.errors import InlayError
+from inlay.errors import DamagedFile
 
 Source = str | os.PathLike[str] | bytes | dict[str, Any]
 
@@ -28,7 +28,7 @@ def open_image(source: Source) -> Image.Image:
     except Exception as error:  # Pillow's readers raise what they please
         path = source.get("path") if isinstance(source, dict) else source
         got = "the bytes given" if not path or isinstance(path, bytes) else repr(os.fspath(path))
-        raise InlayError(f"{got} cannot be read as an image: {explain_unreadable(error)}.") from error
+        raise DamagedFile(f"{got} cannot be read as an image: {explain_unreadable(error)}.") from error
 
 
 def decode_image(source: Any, draft: bool = False) -> Image.Image:

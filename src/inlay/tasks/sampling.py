@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Sequence
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.tasks.tables import list_first
 
 logger = logging.getLogger(__name__)
@@ -41,9 +41,7 @@ def hold_out_by_class(ids: Sequence[int], labels: Sequence[str], share: float, s
         held += rows[: min(max(1, round(len(rows) * share)), len(rows) - 1)]
     single = [labels[label] for label, rows in groups.items() if len(rows) == 1]
     if not held:
-        raise InlayError(
-            f"there is only one {noun} of each of {list_first(single)}, so none can be held out; add some."
-        )
+        raise BadInput(f"there is only one {noun} of each of {list_first(single)}, so none can be held out; add some.")
     if single:
         logger.warning("classes with one %s, which stays in training: %s.", noun, list_first(single))
     return sorted(held)

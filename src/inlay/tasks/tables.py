@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import datasets
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput, DamagedFile, Unreachable
 from inlay.tasks.pictures import explain_unreadable
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -62,7 +62,7 @@ def read_table(path: Path) -> Table:
     """
     kind, name = kind_of(path), str(path)
     if kind not in KINDS:
-        raise InlayError(f"{name!r} is neither a table nor text ({', '.join(KINDS)}); convert it.")
+        raise BadInput(f"{name!r} is neither a table nor text ({', '.join(KINDS)}); convert it.")
     if kind == ".parquet":
         table = _parquet(path)
     else:
@@ -77,7 +77,7 @@ def read_table(path: Path) -> Table:
             table = _json_lines(text, name)
     twice = [column for column in dict.fromkeys(table.names) if table.names.count(column) > 1]
     if not len(table) or twice:
-        raise InlayError(
+        raise BadInput(
             f"{name!r} has two columns {list_first(twice)}; rename one." if twice else f"{name!r} has no rows."
         )
     return table
@@ -93,7 +93,7 @@ def hub_splits(name: str, revision: str | None, wanted: str) -> dict[str, datase
         return dict(datasets.load_dataset(name, revision=revision))
     except Exception as error:  # no network, no such dataset or revision, gated: each has its own type
         got = f"{name!r} is nothing here and the Hub gave {type(error).__name__} ({explain_unreadable(error)})"
-        raise InlayError(f"expected {wanted}, but {got}. Check the name and the network.") from error
+        raise Unreachable(f"expected {wanted}, but {got}. Check the name and the network.") from error
 
 
 def list_first(names: Sequence[object]) -> str:
@@ -107,14 +107,14 @@ def _text(path: Path) -> str:
         if path.suffix.lower() == ".gz":
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
-        raise InlayError(f"'{path}' cannot be read: {explain_unreadable(error)}.") from error
+        raise DamagedFile(f"'{path}' cannot be read: {explain_unreadable(error)}.") from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise InlayError(f"line {line} of '{path}' is not UTF-8; save the file as UTF-8.") from error
+        raise DamagedFile(f"line {line} of '{path}' is not UTF-8; save the file as UTF-8.") from error
     if not text.strip():
-        raise InlayError(f"'{path}' is empty.")
+        raise DamagedFile(f"'{path}' is empty.")
     return text
 
 
@@ -131,12 +131,14 @@ def _separated(text: str, name: str, separator: str) -> Table:
             line = reader.line_num + 1
     except csv.Error as error:
         got = f"line {line} does not ({explain_unreadable(error)})"
-        raise InlayError(f"expected {name!r} to read as a table, but {got}. Mend its quotes, or use .jsonl.") from error
+        raise DamagedFile(
+            f"expected {name!r} to read as a table, but {got}. Mend its quotes, or use .jsonl."
+        ) from error
     header, rows, places = [column.strip() for column in rows[0]], rows[1:], places[1:]
     table = Table(name, header, lambda column: [row[header.index(column)] for row in rows], places, "line")
     wrong = [i for i, row in enumerate(rows) if len(row) != len(header)]
     if wrong:
-        raise InlayError(
+        raise DamagedFile(
             f"{table.where(wrong)}: the header names {len(header)} columns, and these have more or fewer values."
         )
     return table
@@ -161,7 +163,7 @@ def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InlayError(f"{where} is not JSON: {explain_unreadable(error)}.") from error
+        raise DamagedFile(f"{where} is not JSON: {explain_unreadable(error)}.") from error
 
 
 def _objects(rows: list[Any], name: str, places: Sequence[int], unit: Literal["line", "row"]) -> Table:
@@ -169,7 +171,7 @@ def _objects(rows: list[Any], name: str, places: Sequence[int], unit: Literal["l
     names = list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
     table = Table(name, names, lambda column: [row.get(column) for row in rows], places, unit)
     if wrong:
-        raise InlayError(f"{table.where(wrong)}: expected JSON objects with named values.")
+        raise DamagedFile(f"{table.where(wrong)}: expected JSON objects with named values.")
     return table
 
 
@@ -181,5 +183,5 @@ def _parquet(path: Path) -> Table:
         rows = ParquetFile(path).read()
         rows.validate(full=True)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise InlayError(f"'{path}' cannot be read as parquet: {explain_unreadable(error)}.") from error
+        raise DamagedFile(f"'{path}' cannot be read as parquet: {explain_unreadable(error)}.") from error
     return Table(str(path), rows.column_names, lambda name: rows.column(name).to_pylist(), range(1, len(rows) + 1))

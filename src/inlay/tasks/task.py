@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from inlay.errors import InlayError
+from inlay.errors import Unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -193,7 +193,7 @@ class Task(ABC):
         Raises:
             InlayError: Data that is none of this task, or with labels that the adapter does not know.
         """
-        raise InlayError(f"inlay does not score adapters for {self.name} yet.")
+        raise Unsupported(f"inlay does not score adapters for {self.name} yet.")
 
     # Words.
 

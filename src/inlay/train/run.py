@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from inlay.errors import BadInput, DamagedFile
-from inlay.files.atomic import pending, recover, write_json, writing
+from inlay.files.atomic import pending_folder, recover, write_json, writing
 from inlay.train.config import TrainConfig
 
 WEIGHTS = "trainable.safetensors"
@@ -199,7 +199,7 @@ class _Together:
         self.inner = writing(folder) if accelerator.is_main_process else None
 
     def __enter__(self) -> Path:
-        folder = self.inner.__enter__() if self.inner else pending(self.folder)
+        folder = self.inner.__enter__() if self.inner else pending_folder(self.folder)
         self.accelerator.wait_for_everyone()
         return folder
 

@@ -28,7 +28,7 @@ from inlay.adapters.load import load_adapter
 from inlay.adapters.patterns import check_patterns
 from inlay.adapters.save import save_adapter
 from inlay.adapters.weights import read_weights
-from inlay.bases.load import explained, read_config, resolve_base
+from inlay.bases.load import explain_load_error, read_config, resolve_base
 from inlay.bases.sites import is_linear, linear_shape
 from inlay.errors import BadInput, DamagedFile, InlayError, Unsupported, WrongBase
 from inlay.files.atomic import write_json, writing
@@ -270,7 +270,7 @@ def base_skeleton(name: str, architecture: str | None = None) -> transformers.Pr
         with torch.device("meta"):
             return kind(config)
     except Exception as error:  # a config is data from anywhere: it fails in any way
-        raise explained(name, error) from error
+        raise explain_load_error(name, error) from error
 
 
 def _renaming(skeleton: transformers.PreTrainedModel) -> Callable[[str], str]:

@@ -39,7 +39,7 @@ def check_name(repo: str) -> None:
         raise BadInput(f"expected user/name on the Hub, got {repo!r}; name the user or organisation.")
 
 
-def persist(action: Callable[[], Result], repo: str, token: str | None) -> Result:
+def retry_exchange(action: Callable[[], Result], repo: str, token: str | None) -> Result:
     """What an exchange with the Hub gives, tried again where waiting can help.
 
     Raises:

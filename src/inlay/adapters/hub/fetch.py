@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from inlay.adapters.file import CONFIG, expanded
+from inlay.adapters.file import CONFIG, expand_path
 from inlay.adapters.hub.repository import download
 from inlay.errors import BadInput, InlayError, Unreachable
 from inlay.files.folder_or_hub import refuse_ambiguous
@@ -14,7 +14,7 @@ def fetch(path: str | Path, revision: str | None = None) -> Path:
     Raises:
         InlayError: A name that means both; a revision of a local folder; neither is there; what `download` finds.
     """
-    folder, text = expanded(path), str(path)
+    folder, text = expand_path(path), str(path)
     if folder.exists():
         refuse_ambiguous(text, CONFIG, revision)
         return folder

@@ -14,8 +14,8 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 
 from inlay.adapters.card import for_repository
-from inlay.adapters.file import CARD, CONFIG, METRICS, ORIGIN, WEIGHTS, expanded, read_adapter
-from inlay.adapters.hub.exchange import TOKEN, check_name, persist
+from inlay.adapters.file import CARD, CONFIG, METRICS, ORIGIN, WEIGHTS, expand_path, read_adapter
+from inlay.adapters.hub.exchange import TOKEN, check_name, retry_exchange
 from inlay.adapters.hub.index import INDEX, adapters_in, check_index, index_texts, write_index
 from inlay.errors import BadInput, DamagedFile, Unreachable
 from inlay.files.atomic import write_json, writing
@@ -97,7 +97,7 @@ def push_adapter(
             no right, no connection.
     """
     check_name(repo)
-    folder = expanded(folder)
+    folder = expand_path(folder)
     contents, warnings = _contents(folder, repo, license)
     files = [Sent(path, *_size_and_hash(content)) for path, content in contents.items()]
     api = HfApi(token=token)
@@ -105,14 +105,14 @@ def push_adapter(
     if dry_run:
         return Push(repo, files, None, url, warnings)
     message = f"Push {folder.resolve().name} with inlay"
-    commit = persist(lambda: _commit(api, repo, contents, files, private, message), repo, token)
+    commit = retry_exchange(lambda: _commit(api, repo, contents, files, private, message), repo, token)
     return Push(repo, files, commit, url, warnings)
 
 
 def check_push(repo: str, token: str | None = None) -> None:
     """Raise InlayError now for what would make a push fail later: a bad name, no connection, no token or no right."""
     check_name(repo)
-    me = persist(lambda: HfApi(token=token).whoami(), repo, token)
+    me = retry_exchange(lambda: HfApi(token=token).whoami(), repo, token)
     names = [me["name"], *(group["name"] for group in me.get("orgs", []))]
     if repo.partition("/")[0] not in names:
         raise Unreachable(
@@ -136,7 +136,7 @@ def pull_adapter(repo: str, folder: str | Path | None = None, *, revision: str |
         InlayError: As `download` and `read_adapter`; a folder that holds something else.
     """
     check_name(repo)
-    folder = expanded(folder or repo.rpartition("/")[2])
+    folder = expand_path(folder or repo.rpartition("/")[2])
     snapshot = download(repo, revision)
     single = (snapshot / CONFIG).is_file()
     if not single:
@@ -196,7 +196,7 @@ def download(repo: str, revision: str | None = None, inside: str = "") -> Path:
             raise ConnectionError(f"the bytes of {wrong[0].name} are not those that the Hub names")
         return folder
 
-    folder = persist(get, repo, None)
+    folder = retry_exchange(get, repo, None)
     return folder if inside in ("", "*") else folder / inside
 
 
@@ -236,7 +236,7 @@ def _contents(folder: Path, repo: str, licence: str | None) -> tuple[dict[str, b
 
 def _is_here(name: str) -> bool:
     try:
-        return expanded(name).exists()
+        return expand_path(name).exists()
     except (OSError, ValueError):  # too long for a path, or no path at all
         return False
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from inlay.adapters.hub.exchange import persist
+from inlay.adapters.hub.exchange import retry_exchange
 from inlay.adapters.hub.index import list_adapters, scores
 from inlay.tasks import TASKS
 
@@ -55,7 +55,7 @@ def _on_hub(query: str, limit: int) -> list[dict[str, Any]]:
         asked = {"filter": ["peft", f"base:{query}"]}
     elif "/" in query:
         asked = {"filter": [f"base_model:adapter:{query}"]}
-    models = persist(lambda: list(HfApi().list_models(**asked, sort="downloads", limit=limit)), query, None)
+    models = retry_exchange(lambda: list(HfApi().list_models(**asked, sort="downloads", limit=limit)), query, None)
     return [_remote(model) for model in models]
 
 

@@ -27,7 +27,7 @@ from transformers.models.sam.modeling_sam import SamMaskDecoder, SamVisionEncode
 from typing_extensions import override
 
 from inlay.bases.sites import Sites
-from inlay.errors import InlayError
+from inlay.errors import BadInput, Unsupported
 from inlay.methods._peft import BaseTunerLayer, PeftType, register_method, undo_layer_changes
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
 from inlay.methods.method import Method
@@ -70,26 +70,24 @@ class SpatialAdapterConfig(AdapterConfig):
         if self.reference:
             self.reduction, self.activation, self.position, self.kernel = 2.0, "relu", "before", 3
         if isinstance(self.classes, str) or not self.classes or len(set(self.classes)) < len(self.classes):
-            raise InlayError(
-                f"classes must be a list of different names, without the background, got {self.classes!r}."
-            )
+            raise BadInput(f"classes must be a list of different names, without the background, got {self.classes!r}.")
         least = {"window": 0, "enlarge": 1, "enlarge_depth": 1, "patch_depth": 1, "depth_rows": 1, "levels": 1}
         least |= {"decoder_width": 8, "rounds": 0} | ({} if self.width is None else {"width": 1})
         for name, low in least.items():
             if not isinstance(getattr(self, name), int) or getattr(self, name) < low:
-                raise InlayError(f"{name} must be a whole number of at least {low}, got {getattr(self, name)!r}.")
+                raise BadInput(f"{name} must be a whole number of at least {low}, got {getattr(self, name)!r}.")
         if not self.reduction > 0:
-            raise InlayError(f"reduction must be positive, got {self.reduction}.")
+            raise BadInput(f"reduction must be positive, got {self.reduction}.")
         if self.prompts and self.rounds == 0:
-            raise InlayError("rounds must be at least 1 where clicks are to be learned; else set prompts=False.")
+            raise BadInput("rounds must be at least 1 where clicks are to be learned; else set prompts=False.")
         if self.kernel < 1 or self.kernel % 2 == 0:
-            raise InlayError(f"kernel must be odd, got {self.kernel}.")
+            raise BadInput(f"kernel must be odd, got {self.kernel}.")
         if self.position not in ("before", "after"):
-            raise InlayError(f"position must be before or after, got {self.position!r}.")
+            raise BadInput(f"position must be before or after, got {self.position!r}.")
         if self.activation not in ACT2FN:
-            raise InlayError(f"activation must be one of {', '.join(sorted(ACT2FN))}, got {self.activation!r}.")
+            raise BadInput(f"activation must be one of {', '.join(sorted(ACT2FN))}, got {self.activation!r}.")
         if self.patch_depth % self.enlarge_depth:
-            raise InlayError(
+            raise BadInput(
                 f"patch_depth must be a multiple of enlarge_depth, got {self.patch_depth} and {self.enlarge_depth}."
             )
 
@@ -121,7 +119,7 @@ class SpatialAdapterConfig(AdapterConfig):
         config: Any = model.config
         patch = getattr(config, "vision_config", config).patch_size
         if token < 1 or patch % token:
-            raise InlayError(f"a token must be as long as a divisor of SAM's patch of {patch} pixels, got {token}.")
+            raise BadInput(f"a token must be as long as a divisor of SAM's patch of {patch} pixels, got {token}.")
         thick = spacing_mm[0] / max(spacing_mm[1:]) if spacing_mm else 1.0
         slices = token
         while slices > 1 and slices % 2 == 0 and slices * thick > 1.5 * token:
@@ -144,7 +142,7 @@ class SpatialLayer(AdapterLayer):
     def one(self, names: Sequence[str]) -> str:
         """The adapter that acts."""
         if len(names) != 1:
-            raise InlayError(
+            raise BadInput(
                 f"a volume takes one 3D spatial adapter at a time, {', '.join(names) or 'none'} "
                 f"{'act' if names else 'is active'}; use set_adapter, or combine them into one."
             )
@@ -169,7 +167,7 @@ class SpatialEncoderLayer(SpatialLayer):
         encoder = self.get_base_layer()
         patch = encoder.patch_embed.projection.kernel_size[0]
         if patch % config.enlarge:
-            raise InlayError(f"enlarge must divide SAM's patch of {patch}, got {config.enlarge}.")
+            raise BadInput(f"enlarge must divide SAM's patch of {patch}, got {config.enlarge}.")
         self.inlay_spatial3d_encoder[name] = EncoderParts(encoder, config)
         self.options[name] = config
 
@@ -184,7 +182,7 @@ class SpatialEncoderLayer(SpatialLayer):
         pixel_values = args[0] if args else kwargs["pixel_values"]
         if pixel_values.ndim == 5:
             if self.disable_adapters:
-                raise InlayError(ALONE)
+                raise Unsupported(ALONE)
             return super().forward(pixel_values)
         kwargs.pop("adapter_names", None)
         return self.base_layer(*args, **kwargs)
@@ -199,7 +197,7 @@ class SpatialEncoderLayer(SpatialLayer):
         name, encoder = self.one(names), self.get_base_layer()
         for block in encoder.layers:
             if isinstance(block, BaseTunerLayer) or isinstance(block.attn, BaseTunerLayer):
-                raise InlayError("visual prompts and attention prefixes do not work on volumes; leave them out.")
+                raise Unsupported("visual prompts and attention prefixes do not work on volumes; leave them out.")
         d, h, w = ((-size) % step for size, step in zip(volume.shape[2:], self.stride(name), strict=True))
         volume = F.pad(volume, (0, w, 0, h, 0, d), mode="replicate") if d or h or w else volume
         return self.inlay_spatial3d_encoder[name](volume, encoder)
@@ -265,7 +263,7 @@ class SpatialModel(AdapterTuner):
             return SpatialEncoderLayer
         if isinstance(target, SamMaskDecoder):
             return SpatialDecoderLayer
-        raise InlayError(
+        raise Unsupported(
             f"a 3D spatial adapter goes into a SamModel or SamVisionModel, got a {type(target).__name__}; leave "
             "target_modules out."
         )

@@ -13,7 +13,7 @@ from transformers import SamModel
 from transformers.utils import ModelOutput
 from typing_extensions import override
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput, Unsupported
 from inlay.methods.base import AdapterLayer
 from inlay.methods.spatial.decoder import Encoded, PromptTensors
 from inlay.methods.spatial.prompts import boxes_around, clicks_in_objects, clicks_on_errors
@@ -84,7 +84,7 @@ class VolumeSamModel(SamModel):
         encoder: Any = self.vision_encoder
         stride = encoder.stride(self._acting())
         if volume.shape[1] != 1:
-            raise InlayError(f"expected volumes of one channel (B, 1, D, H, W), got {tuple(volume.shape)}.")
+            raise BadInput(f"expected volumes of one channel (B, 1, D, H, W), got {tuple(volume.shape)}.")
         levels = encoder(volume).hidden_states
         return Encoded(*self.mask_decoder(volume, *levels, volumetric="encode", stride=stride))
 
@@ -97,7 +97,7 @@ class VolumeSamModel(SamModel):
         """The adapter whose settings count; an error where none acts."""
         encoder: Any = self.vision_encoder
         if not isinstance(encoder, AdapterLayer) or encoder.disable_adapters:
-            raise InlayError(ALONE)
+            raise Unsupported(ALONE)
         return encoder.one([name for name in encoder.active_adapters if name in encoder.options])
 
     def _prompts(
@@ -117,13 +117,13 @@ class VolumeSamModel(SamModel):
                 said[what] = None
                 continue
             if not config.prompts:
-                raise InlayError(f"this adapter was made without prompts, but got {what}; train one with prompts=True.")
+                raise BadInput(f"this adapter was made without prompts, but got {what}; train one with prompts=True.")
             if where.ndim != 3 or where.shape[-1] != size:
-                raise InlayError(f"expected {what} of shape (B, N, {size}), got {tuple(where.shape)}.")
+                raise BadInput(f"expected {what} of shape (B, N, {size}), got {tuple(where.shape)}.")
             names = torch.ones_like(where[..., 0], dtype=torch.long) if names is None else names.long()
             wrong = (names >= 0) & ((names < least) | (names > len(config.classes)))
             if names.shape != where.shape[:2] or bool(wrong.any()):
-                raise InlayError(
+                raise BadInput(
                     f"expected a label of -1 or {least} to {len(config.classes)} for each of the {what}, got "
                     f"{names.flatten().tolist()[:8]} for {tuple(where.shape[:2])}."
                 )

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput, DamagedFile
 from inlay.tasks.evaluation import Split, Training, check_labels, choose_split, split_note
 from inlay.tasks.pictures import decode_image, explain_unreadable
 from inlay.tasks.sampling import hold_out_by_class, sort_labels
@@ -72,7 +72,7 @@ def load_images(
         InlayError: The data cannot be found or read, or its pictures, labels and splits make no task.
     """
     if not 0 < validation < 1 or corrupt not in ("refuse", "skip"):
-        raise InlayError(
+        raise BadInput(
             f"validation must be a share between 0 and 1, and corrupt refuse or skip, got {validation} and {corrupt!r}."
         )
     path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for an unknown user
@@ -80,7 +80,7 @@ def load_images(
     first = "train" if "train" in splits else next(iter(splits))
     if not len(splits[first]) or (first != "train" and len(splits) > 1):
         sizes = {split: len(rows) for split, rows in splits.items()}
-        raise InlayError(f"{name!r} has no rows in a split 'train', but {sizes}; rename one.")
+        raise BadInput(f"{name!r} has no rows in a split 'train', but {sizes}; rename one.")
     image, label = _columns(splits[first], name, image_column, label_column)
     has_labels = (s for s in VALIDATION if s != first and s in splits and _has_labels(splits[s], label))
     chosen = [first, *has_labels][:2]
@@ -120,7 +120,7 @@ def load_images_to_score(
     path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for an unknown user
     splits = {own: rows for own, rows in _splits(name, path, None).items() if len(rows)}
     if not splits:
-        raise InlayError(f"there are no images in {name!r}; pass data with some.")
+        raise BadInput(f"there are no images in {name!r}; pass data with some.")
     first = "train" if "train" in splits else next(iter(splits))
     image, label = _columns(splits[first], name, None, None)
     splits = {own: rows for own, rows in splits.items() if own == first or _has_labels(rows, label)}
@@ -146,7 +146,7 @@ def _splits(name: str, path: Path, revision: str | None) -> dict[str, datasets.D
     """Every split of a source, with columns of any name."""
     embedded = name.startswith("builtin:")
     if revision is not None and (embedded or path.exists()):
-        raise InlayError(f"expected revision with a Hub dataset, but {name!r} is local. Leave revision out.")
+        raise BadInput(f"expected revision with a Hub dataset, but {name!r} is local. Leave revision out.")
     if embedded:
         return {"train": _builtin(name)}
     if name and path.exists():
@@ -167,7 +167,7 @@ def _builtin(name: str) -> datasets.Dataset:
         # Not a seed that pre-training would use: the base has seen none of these.
         (pictures, ids), labels = generate_shapes(4000, seed=20_000), list(SHAPE_LABELS)
     else:
-        raise InlayError(f"unknown data {name!r}; the embedded images are builtin:digits and builtin:shapes.")
+        raise BadInput(f"unknown data {name!r}; the embedded images are builtin:digits and builtin:shapes.")
     features = datasets.Features({"image": PICTURE, "label": datasets.ClassLabel(names=labels)})
     return datasets.Dataset.from_dict({"image": list(pictures), "label": ids}, features=features)
 
@@ -209,7 +209,7 @@ def _class_folders(folder: Path) -> datasets.Dataset:
         paths += pictures
         names += [inner.name] * len(pictures)
     if wrong:
-        raise InlayError(
+        raise BadInput(
             f"expected pictures in class folders in {str(folder)!r}, but {list_first(wrong)}. Pass the folder "
             f"of the class folders (or train/ and val/ with them), without empty ones, or pass a table."
         )
@@ -229,7 +229,7 @@ def _tables(files: list[Path]) -> dict[str, datasets.Dataset]:
     kinds = {file.suffix.lower() for file in files}
     if not kinds <= TABLES.keys() or len(kinds) > 1 or (files[1:] and not all(found)):
         has = list_first([file.name for file in files])
-        raise InlayError(
+        raise BadInput(
             f"image data is class folders, one table ({', '.join(TABLES)}), or several of a kind named after splits "
             f"(train.csv), but this folder has {has}; pass the one you mean."
         )
@@ -241,7 +241,7 @@ def _tables(files: list[Path]) -> dict[str, datasets.Dataset]:
         return dict(datasets.load_dataset(builder, data_files=splits, **options))
     except Exception as error:  # what a reader raises for a bad file is not documented
         got = f"{explain_unreadable(error.__cause__ or error)} in {list_first(files)}"
-        raise InlayError(f"expected a table that reads as {builder}, but {got}. Mend it.") from error
+        raise DamagedFile(f"expected a table that reads as {builder}, but {got}. Mend it.") from error
     finally:
         datasets.logging.set_verbosity(level)
         if not hidden:
@@ -259,7 +259,7 @@ def _columns(rows: datasets.Dataset, name: str, image: str | None, label: str | 
     labels = [label] if label else labels or (others if len(others) == 1 else [])
     for what, found in (("image", images), ("label", labels)):
         if len(found) != 1 or found[0] not in kinds:
-            raise InlayError(
+            raise BadInput(
                 f"{name!r} must have one {what} column, but has {list_first(found) or 'none'} among "
                 f"{list_first(list(kinds))}; "
                 "pass "
@@ -284,9 +284,9 @@ def _words(rows: datasets.Dataset, label: str, where: str) -> list[str]:
     gaps = [i for i, v in enumerate(values) if v is None or v != v or v == "" or (named and v < 0)]
     if gaps:
         got = f"{len(gaps)} rows have none (from 0: {list_first(gaps)})"
-        raise InlayError(f"every row of {where} needs a label, but {got}; fill or remove them.")
+        raise BadInput(f"every row of {where} needs a label, but {got}; fill or remove them.")
     if not named and not re.fullmatch(r"(large_)?string|u?int\d+|bool", _dtype(feature)):
-        raise InlayError(
+        raise BadInput(
             f"labels must be words or whole numbers, but column {label!r} of {where} holds {_dtype(feature)}; "
             "convert it."
         )
@@ -296,10 +296,10 @@ def _words(rows: datasets.Dataset, label: str, where: str) -> list[str]:
 def _check_classes(words: dict[str, list[str]], name: str) -> None:
     train, *held = map(set, words.values())
     if len(train) < 2:
-        raise InlayError(f"{name!r} has one class, {list_first(list(train))}; a classifier needs at least two.")
+        raise BadInput(f"{name!r} has one class, {list_first(list(train))}; a classifier needs at least two.")
     unknown = sort_labels(list(set().union(*held) - train))
     if unknown:
-        raise InlayError(
+        raise BadInput(
             f"the classes {list_first(unknown)} of {name!r} occur only in validation; add training images of them, or "
             "remove them."
         )
@@ -323,7 +323,7 @@ def _readable(
     bad = [fault for found in faults.values() for fault in found.values()]
     if bad and corrupt == "refuse":
         got = f"{len(bad)} of {sum(map(len, parts.values()))} in {name!r} cannot: {list_first(bad)}"
-        raise InlayError(f"expected readable pictures, but {got}. Replace them, or pass corrupt='skip'.")
+        raise DamagedFile(f"expected readable pictures, but {got}. Replace them, or pass corrupt='skip'.")
     if not bad:
         return list(parts.values())
     logger.warning("left out %d pictures that cannot be read: %s.", len(bad), ", ".join(bad))
@@ -331,7 +331,7 @@ def _readable(
     lost = set(next(iter(parts.values()))["label"][:]) - set(good[0]["label"][:])
     if lost or not all(map(len, good)):
         got = f"none of {list_first([labels[i] for i in sorted(lost)]) or 'validation'} can be read"
-        raise InlayError(f"expected a few bad pictures to skip in {name!r}, but {got}. Replace them.")
+        raise DamagedFile(f"expected a few bad pictures to skip in {name!r}, but {got}. Replace them.")
     return good
 
 

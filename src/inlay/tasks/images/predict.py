@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.images.data import SUFFIXES
 from inlay.tasks.pictures import open_image
@@ -52,7 +52,7 @@ def predict(
             under 1.
     """
     if top < 1 or batch_size < 1:
-        raise InlayError(f"top and batch_size must be at least 1, got {top} and {batch_size}.")
+        raise BadInput(f"top and batch_size must be at least 1, got {top} and {batch_size}.")
     check_task(adapter, "image-classification")
     labels, rows = adapter.route(group)
     top = min(top, len(labels))
@@ -86,12 +86,12 @@ def find_pictures(paths: Iterable[str]) -> list[str]:
         if Path(path).is_dir():
             inside = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in SUFFIXES)
             if not inside:
-                raise InlayError(f"{path} holds no pictures ({', '.join(SUFFIXES[:4])} ...).")
+                raise BadInput(f"{path} holds no pictures ({', '.join(SUFFIXES[:4])} ...).")
             found += inside
         elif Path(path).is_file():
             found.append(path)
         else:
-            raise InlayError(f"there is no picture or folder at {path!r}.")
+            raise BadInput(f"there is no picture or folder at {path!r}.")
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.tasks.golden import golden_picture
 from inlay.tasks.printing import printable
 from inlay.tasks.task import Answer, LabelledBatches, Option, Record, Task
@@ -86,7 +86,7 @@ class ImageClassification(Task):
         images = load_images(data, seed=seed)
         strange = [label for label in images.labels if label not in adapter.labels]
         if strange:
-            raise InlayError(
+            raise BadInput(
                 f"the data {data!r} has labels that the combination does not have ({', '.join(strange[:5])}); it has "
                 f"{', '.join(adapter.labels[:10])}."
             )

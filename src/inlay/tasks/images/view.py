@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image, ImageOps
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.tasks.pictures import open_image
 
 Augment = Literal["none", "crop", "crop-flip"]
@@ -27,7 +27,7 @@ class ImageView(torch.utils.data.Dataset):
 
     def __init__(self, rows: Any, processor: Any, augment: Augment = "none") -> None:
         if augment not in ("none", "crop", "crop-flip"):
-            raise InlayError(f"augment must be none, crop or crop-flip, got {augment!r}.")
+            raise BadInput(f"augment must be none, crop or crop-flip, got {augment!r}.")
         self.rows, self.processor, self.augment = rows, processor, augment
 
     def __len__(self) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput, DamagedFile, InlayError
 from inlay.tasks.evaluation import Split, Training, choose_split, split_note
 from inlay.tasks.images.data import SUFFIXES, VALIDATION
 from inlay.tasks.pictures import decode_image, explain_unreadable
@@ -70,7 +70,7 @@ def load_masks(
             another size, with colours or without any object (all named).
     """
     if not 0 < validation < 1 or meaning not in ("instances", "classes") or (limit is not None and limit < 1):
-        raise InlayError(
+        raise BadInput(
             "validation must be between 0 and 1, meaning instances or classes, and limit at least 1, got "
             f"{validation}, {meaning!r} and {limit}. Change them."
         )
@@ -114,7 +114,7 @@ def _own_splits(name: str) -> tuple[list[Masked], list[Masked]]:
     if name.startswith("builtin:"):
         return _scenes(name)
     if not folder.is_dir():
-        raise InlayError(f"{name!r} is no folder; pass builtin:scenes, or a folder with images/ and labels/.")
+        raise BadInput(f"{name!r} is no folder; pass builtin:scenes, or a folder with images/ and labels/.")
     if (folder / "train").is_dir():
         second = next((folder / split for split in VALIDATION if (folder / split).is_dir()), None)
         return _pairs(folder / "train"), _pairs(second) if second else []
@@ -125,13 +125,13 @@ def _hold_out(train: list[Masked], share: float, seed: int, name: str) -> tuple[
     order = np.random.default_rng(seed).permutation(len(train))
     count = min(max(1, round(share * len(train))), len(train) - 1)
     if not count:
-        raise InlayError(f"{name!r} has one image, so none can be held out; add some.")
+        raise BadInput(f"{name!r} has one image, so none can be held out; add some.")
     return [train[i] for i in sorted(order[count:])], [train[i] for i in sorted(order[:count])]
 
 
 def _scenes(name: str) -> tuple[list[Masked], list[Masked]]:
     if name != "builtin:scenes":
-        raise InlayError(f"unknown data {name!r}; the embedded scenes are builtin:scenes.")
+        raise BadInput(f"unknown data {name!r}; the embedded scenes are builtin:scenes.")
     from inlay.builtin.scenes import generate_scenes
 
     made = generate_scenes(200, seed=20_000, kind="cells")  # pre-training draws `mixed` scenes alone
@@ -146,14 +146,14 @@ def _pairs(folder: Path) -> list[Masked]:
     odd = [images[stem].name for stem in images.keys() - labels.keys()]
     odd += [labels[stem].name for stem in labels.keys() - images.keys()]
     if odd:
-        raise InlayError(
+        raise BadInput(
             f"expected a map in labels/ for each picture in images/ of {str(folder)!r}, by file stem, but {len(odd)} "
             f"files stand alone: {list_first(sorted(odd))}. Add the others, or take these out."
         )
     found = [Masked(stem, images[stem], labels[stem]) for stem in sorted(images)]
     faults = [fault for item in found if (fault := _fault(item))]
     if faults:
-        raise InlayError(
+        raise DamagedFile(
             f"expected pictures with maps of their objects in {str(folder)!r}, but {len(faults)} of {len(found)} are "
             f"not right: {list_first(faults)}. Replace them, or take them out."
         )
@@ -165,14 +165,14 @@ def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     files = [p for p in entries if p.suffix.lower() in suffixes and not p.name.startswith(".")]
     if not files:
-        raise InlayError(
+        raise BadInput(
             f"expected files ({', '.join(suffixes[:3])} ...) in {str(folder)!r}, but there are none. "
             "Pass a folder with images/ and labels/."
         )
     found = {path.stem: path for path in files}
     if len(found) < len(files):
         twice = [path.name for path in files if found[path.stem] != path]
-        raise InlayError(
+        raise BadInput(
             f"expected one file of a stem in {str(folder)!r}, but {list_first(twice)} have a second. Rename them."
         )
     return found
@@ -208,9 +208,9 @@ def read_map(source: Any) -> Map:
             file.load()
             values = np.asarray(file)  # of a palette the indices
     except Exception as error:  # Pillow's readers raise what they please
-        raise InlayError(f"{name} ({explain_unreadable(error)})") from error
+        raise DamagedFile(f"{name} ({explain_unreadable(error)})") from error
     if values.ndim != 2 or values.dtype.kind not in "bui" or (values.dtype.kind == "i" and values.min() < 0):
-        raise InlayError(f"{name} ({file.mode}: a map has one channel of whole numbers)")
+        raise DamagedFile(f"{name} ({file.mode}: a map has one channel of whole numbers)")
     return values.astype(np.int64)
 
 

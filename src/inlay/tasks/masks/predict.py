@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.colours import colour
 from inlay.tasks.images.predict import as_rgb
@@ -93,9 +93,9 @@ def predict_masks(
 
 def _check(points: Sequence[Point], negatives: Sequence[Point], boxes: Sequence[Box], image: Image.Image) -> None:
     if not (points or boxes):
-        raise InlayError("nothing is asked for: give points inside of an object, or boxes around objects.")
+        raise BadInput("nothing is asked for: give points inside of an object, or boxes around objects.")
     if len(boxes) > 1 and (points or negatives):
-        raise InlayError(
+        raise BadInput(
             f"points belong to one object, but there are {len(boxes)} boxes; give one box with points, or boxes alone."
         )
     for what, size, parse_places in (("point", 2, [*points, *negatives]), ("box", 4, boxes)):
@@ -105,12 +105,12 @@ def _check(points: Sequence[Point], negatives: Sequence[Point], boxes: Sequence[
             )
             if not inside:
                 numbers = "x, y" if size == 2 else "x0, y0, x1, y1"
-                raise InlayError(
+                raise BadInput(
                     f"expected a {what} as {numbers} within {image.width} x {image.height} pixels, got {tuple(place)}."
                 )
     for x0, y0, x1, y1 in boxes:
         if x1 <= x0 or y1 <= y0:
-            raise InlayError(f"expected a box as x0 < x1 and y0 < y1, got {x0, y0, x1, y1}.")
+            raise BadInput(f"expected a box as x0 < x1 and y0 < y1, got {x0, y0, x1, y1}.")
 
 
 def parse_places(texts: Sequence[str] | None, size: int) -> list[tuple[float, ...]]:
@@ -124,7 +124,7 @@ def parse_places(texts: Sequence[str] | None, size: int) -> list[tuple[float, ..
     except ValueError:
         found = [()]
     if any(len(place) != size for place in found):
-        raise InlayError(f"expected {size} numbers with commas between them, got {', '.join(texts or [])}.")
+        raise BadInput(f"expected {size} numbers with commas between them, got {', '.join(texts or [])}.")
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.tasks.golden import golden_picture
 from inlay.tasks.images.task import blank_pixels, image_processor_settings, load_image_processor, random_pixels
 from inlay.tasks.task import Answer, LabelledBatches, Option, Record, Task
@@ -119,7 +119,7 @@ class MaskGeneration(Task):
             "boxes": parse_places(options["box"], 4),
         }
         if len(inputs) != 1:
-            raise InlayError(f"points and boxes belong to one picture, got {len(inputs)}; give one at a time.")
+            raise BadInput(f"points and boxes belong to one picture, got {len(inputs)}; give one at a time.")
 
         def answer(adapter: Adapter) -> Answer:
             found = predict_masks(adapter, inputs[0], **asked)

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.tasks.masks.data import Masked, read_map, split_classes
 from inlay.tasks.masks.prompts import boxes_around, draw_points
 from inlay.tasks.pictures import open_image
@@ -53,7 +53,7 @@ class MaskView(Dataset[dict[str, Any]]):
     ) -> None:
         if prompts not in _KINDS or count < 1 or (crop is not None and crop < 16):
             wanted = f"prompts {', '.join(_KINDS)}, a count of 1 or more and no crop under 16 pixels"
-            raise InlayError(f"expected {wanted}, got {prompts!r}, {count} and {crop}.")
+            raise BadInput(f"expected {wanted}, got {prompts!r}, {count} and {crop}.")
         self.rows, self.processor, self.prompts = rows, processor, prompts
         self.count, self.seed, self.turn, self.crop, self.meaning = count, seed, turn, crop, meaning
         self.side, self.small = processor.pad_size["height"], processor.mask_pad_size["height"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.tasks.evaluation import Split, Training, check_labels, choose_split, split_note
 from inlay.tasks.sampling import hold_out_by_class, sort_labels
 from inlay.tasks.tables import Table, hub_splits, list_first, read_table
@@ -75,16 +75,16 @@ def load_sequences(
             than two classes, or a class stands in validation only.
     """
     if not 0 < validation < 1:
-        raise InlayError(f"validation must be between 0 and 1, got {validation}.")
+        raise BadInput(f"validation must be between 0 and 1, got {validation}.")
     if pair_column and not text_column:
-        raise InlayError("pair_column needs text_column too; pass both.")
+        raise BadInput("pair_column needs text_column too; pass both.")
     tables = _read_tables(name, revision)
     columns = _find_columns(tables["train"][0], text_column, pair_column, label_column)
     held = next((s for s in ("validation", "test") if s in tables and _has_labels(tables[s], columns[2])), None)
     rows = {s: [row for table in tables[s] for row in _rows(table, columns)] for s in ("train", held) if s}
     labels = sort_labels([label for _, _, label in rows["train"]])
     if len(labels) < 2:
-        raise InlayError(f"the training texts of {name!r} have one class only ({list_first(labels)}); add another.")
+        raise BadInput(f"the training texts of {name!r} have one class only ({list_first(labels)}); add another.")
     parts = {split: _dataset(found, labels, name) for split, found in rows.items()}
     if held:
         return SequenceData(name, parts["train"], parts[held], tuple(labels))
@@ -138,7 +138,7 @@ def _read_tables(name: str, revision: str | None) -> dict[str, list[Table]]:
     path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for an unknown user
     local = name.startswith("builtin:") or (name and path.exists())
     if revision is not None and local:
-        raise InlayError(f"revision is for a Hub dataset, but {name!r} is local; leave it out.")
+        raise BadInput(f"revision is for a Hub dataset, but {name!r} is local; leave it out.")
     if name.startswith("builtin:"):
         return _read_builtin(name)
     if local:
@@ -149,7 +149,7 @@ def _read_tables(name: str, revision: str | None) -> dict[str, list[Table]]:
         named["validation"] = "validation_matched"
     named = named if "train" in named or len(found) > 1 else {"train": next(iter(found))}
     if "train" not in named:
-        raise InlayError(f"{name!r} has no split 'train', only {list_first(list(found))}; use another.")
+        raise BadInput(f"{name!r} has no split 'train', only {list_first(list(found))}; use another.")
     return {split: [_hub_table(found[own], own, name)] for split, own in named.items() if len(found[own])}
 
 
@@ -167,7 +167,7 @@ def _hub_table(rows: datasets.Dataset, split: str, name: str) -> Table:
 
 def _read_builtin(name: str) -> dict[str, list[Table]]:
     if name != "builtin:families":
-        raise InlayError(f"there are no embedded texts {name!r} with labels; use builtin:families, or pass a file.")
+        raise BadInput(f"there are no embedded texts {name!r} with labels; use builtin:families, or pass a file.")
     from inlay.builtin.families import split_families
 
     tables = {}
@@ -189,7 +189,7 @@ def _find_columns(table: Table, text: str | None, pair: str | None, label: str |
     if len(chosen) != 1 or len(labels) != 1:
         what = "text" if len(chosen) != 1 else "label"
         known = list_first(TEXTS) + ", or sentence1 and sentence2" if what == "text" else list_first(LABELS)
-        raise InlayError(
+        raise BadInput(
             f"{table.name!r} has no one column of {what}s ({known}) among {list_first(table.names)}; rename it, or "
             "give "
             f"load_sequences {what}_column."
@@ -213,17 +213,17 @@ def _rows(table: Table, columns: tuple[str, str | None, str]) -> list[Row]:
     for column, values in ((text, texts), *(((pair, pairs),) if pair else ())):
         wrong = [i for i, value in enumerate(values) if not isinstance(value, str) or not value.strip()]
         if wrong:
-            raise InlayError(f"column {column!r} holds no text in {table.where(wrong)}; fill or remove them.")
+            raise BadInput(f"column {column!r} holds no text in {table.where(wrong)}; fill or remove them.")
     wrong = [i for i, word in enumerate(words) if not isinstance(word, str | int) or str(word).strip() == ""]
     if wrong:
-        raise InlayError(f"there is no label (a word or a whole number) in {table.where(wrong)}; fill or remove them.")
+        raise BadInput(f"there is no label (a word or a whole number) in {table.where(wrong)}; fill or remove them.")
     return list(zip(texts, pairs, map(str, words), strict=True))
 
 
 def _column(table: Table, column: str) -> Sequence[Any]:
     found = find_column(table, column)
     if found is None:
-        raise InlayError(f"{table.name!r} has no column {column!r}, only {list_first(table.names)}; add or rename it.")
+        raise BadInput(f"{table.name!r} has no column {column!r}, only {list_first(table.names)}; add or rename it.")
     return table.column(found)
 
 
@@ -231,7 +231,7 @@ def _dataset(rows: list[Row], labels: Sequence[str], name: str) -> datasets.Data
     places = {label: i for i, label in enumerate(labels)}
     unknown = sort_labels([label for _, _, label in rows if label not in places])
     if unknown:
-        raise InlayError(f"{name!r} has the labels {list_first(unknown)} in validation only; add them to training.")
+        raise BadInput(f"{name!r} has the labels {list_first(unknown)} in validation only; add them to training.")
     columns = {"text": [r[0] for r in rows], "label": [places[r[2]] for r in rows]}
     if rows[0][1] is not None:
         columns["pair"] = [r[1] for r in rows]

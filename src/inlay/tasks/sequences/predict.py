@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.tasks.adapter import Adapter, check_task
 
 
@@ -53,11 +53,11 @@ def classify_texts(
             batch_size under 1.
     """
     if top < 1 or batch_size < 1:
-        raise InlayError(f"top and batch_size must be at least 1, got {top} and {batch_size}.")
+        raise BadInput(f"top and batch_size must be at least 1, got {top} and {batch_size}.")
     check_task(adapter, "text-classification")
     paired = {not isinstance(text, str) for text in texts}
     if isinstance(texts, str) or len(paired) > 1:
-        raise InlayError("texts must be a list of texts, or one of pairs (text, text), not a mixture of both.")
+        raise BadInput("texts must be a list of texts, or one of pairs (text, text), not a mixture of both.")
     rows = [(text, None) if isinstance(text, str) else (text[0], text[1]) for text in texts]
     labels, logits = adapter.route(group)
     top = min(top, len(labels))

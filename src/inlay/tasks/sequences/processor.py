@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput, DamagedFile, WrongBase
 from inlay.tasks.text.processor import LONGEST, hash_vocabulary
 
 SEPARATOR = "\n"  # between the texts of a pair, where the tokenizer has no token for that
@@ -34,14 +34,14 @@ class SequenceProcessor:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None) -> None:
         pad = pad_token_id(tokenizer)
         if pad is None:
-            raise InlayError(f"{type(tokenizer).__name__} has neither a pad nor an eos token; set its pad_token.")
+            raise BadInput(f"{type(tokenizer).__name__} has neither a pad nor an eos token; set its pad_token.")
         self.tokenizer, self.pad = tokenizer, pad
         self.max_length = min(tokenizer.model_max_length, LONGEST) if max_length is None else max_length
         self._special = tokenizer.num_special_tokens_to_add(pair=True)
         self._joins = self._special <= tokenizer.num_special_tokens_to_add(pair=False)
         least = self._special + 2
         if not least <= self.max_length <= tokenizer.model_max_length:
-            raise InlayError(
+            raise BadInput(
                 f"max_length must be {least} to {tokenizer.model_max_length}, as the base reads no more, got "
                 f"{max_length}."
             )
@@ -110,11 +110,11 @@ class SequenceProcessor:
         kinds = {"tokenizer": str, "vocabulary": str, "size": int, "max_length": int}
         wrong = [k for k, kind in kinds.items() if not isinstance(settings, dict) or type(settings.get(k)) is not kind]
         if wrong:
-            raise InlayError(f"the settings of the text processor lack {', '.join(wrong)}; save the adapter again.")
+            raise DamagedFile(f"the settings of the text processor lack {', '.join(wrong)}; save the adapter again.")
         processor = cls(tokenizer, max_length=settings["max_length"])
         found = processor.to_dict()
         if found["vocabulary"] != settings["vocabulary"]:
-            raise InlayError(
+            raise WrongBase(
                 f"the adapter was trained with the tokenizer {settings['tokenizer'][:60]!r} of {settings['size']:,} "
                 f"tokens ({settings['vocabulary'][:16]!r}), but this base has {found['tokenizer']!r} of "
                 f"{found['size']:,} ({found['vocabulary']!r}). Load the base it was made for."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput, InlayError
 from inlay.tasks.golden import golden_tokens
 from inlay.tasks.images.task import describe_labels
 from inlay.tasks.printing import printable
@@ -117,7 +117,7 @@ class SequenceClassification(Task):
         found = load_sequences(data, seed=seed)
         strange = [label for label in found.labels if label not in adapter.labels]
         if strange:
-            raise InlayError(
+            raise BadInput(
                 f"the data {data!r} has labels that the adapter does not have ({', '.join(strange[:5])}); it has "
                 f"{', '.join(adapter.labels[:10])}."
             )
@@ -139,7 +139,7 @@ class SequenceClassification(Task):
 
         seconds = options["pair"] or []
         if seconds and len(seconds) != len(inputs):
-            raise InlayError(f"{len(inputs)} texts have {len(seconds)} second ones; give --pair once for each text.")
+            raise BadInput(f"{len(inputs)} texts have {len(seconds)} second ones; give --pair once for each text.")
         texts: Any = list(zip(inputs, seconds, strict=True)) if seconds else list(inputs)
 
         def answer(adapter: Adapter) -> Answer:

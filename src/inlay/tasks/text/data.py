@@ -11,7 +11,7 @@ from typing import Any
 
 import datasets
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.tasks.evaluation import Split, Training, choose_split, split_note
 from inlay.tasks.tables import KINDS, Table, hub_splits, kind_of, list_first, read_table
 
@@ -102,9 +102,9 @@ def load_texts(
             there is nothing to hold out.
     """
     if not 0 < validation < 1:
-        raise InlayError(f"validation must be a share between 0 and 1, got {validation}.")
+        raise BadInput(f"validation must be a share between 0 and 1, got {validation}.")
     if prompt_column and not completion_column:
-        raise InlayError("prompt_column needs completion_column; pass both.")
+        raise BadInput("prompt_column needs completion_column; pass both.")
     splits, plain = _own_splits(name, revision, prompt_column, completion_column)
     if "validation" in splits:
         _say_overlap(splits["train"], splits["validation"])
@@ -171,10 +171,10 @@ def _own_splits(
         tables["test"] = [table for table in tables["test"] if _has_completions(table, columns)]
     splits = {split: [row for table in found for row in _rows(table, columns)] for split, found in tables.items()}
     if len({type(prompt) for rows in splits.values() for prompt, _ in rows}) > 1:
-        raise InlayError(f"{name!r} mixes chat messages and plain text; split it into two data sets.")
+        raise BadInput(f"{name!r} mixes chat messages and plain text; split it into two data sets.")
     empty = [split for split, rows in splits.items() if not rows and tables[split]]
     if empty:
-        raise InlayError(f"{', '.join(empty)} of {name!r} has no text; fill it or leave it out.")
+        raise BadInput(f"{', '.join(empty)} of {name!r} has no text; fill it or leave it out.")
     plain = columns.prompt is None and isinstance(splits["train"][0][0], str)
     return splits, plain
 
@@ -183,7 +183,7 @@ def _tables(name: str, path: Path, revision: str | None) -> dict[str, list[Table
     """By split (train, validation, test) the tables of a source, with columns of any name."""
     embedded = name.startswith("builtin:")
     if revision is not None and (embedded or path.exists()):
-        raise InlayError(f"expected revision with a Hub dataset, but {name!r} is local. Leave revision out.")
+        raise BadInput(f"expected revision with a Hub dataset, but {name!r} is local. Leave revision out.")
     if embedded:
         return _builtin(name)
     if name and path.exists():
@@ -193,7 +193,7 @@ def _tables(name: str, path: Path, revision: str | None) -> dict[str, list[Table
     if "train" not in named and len(found) == 1:
         named = {"train": next(iter(found))}
     if "train" not in named or not len(found[named["train"]]):
-        raise InlayError(f"{name!r} has no rows in a split 'train'; it has {list_first(list(found))}.")
+        raise BadInput(f"{name!r} has no rows in a split 'train'; it has {list_first(list(found))}.")
     return {split: [_table(found[own], own, name)] for split, own in named.items() if len(found[own])}
 
 
@@ -204,7 +204,7 @@ def _table(rows: datasets.Dataset, split: str, name: str) -> Table:
 
 def _builtin(name: str) -> dict[str, list[Table]]:
     if name != "builtin:restaurants":
-        raise InlayError(f"unknown data {name!r}; the embedded texts are builtin:restaurants.")
+        raise BadInput(f"unknown data {name!r}; the embedded texts are builtin:restaurants.")
     from inlay.builtin.restaurants import split_restaurants
 
     tables = {}
@@ -226,7 +226,7 @@ def read_folder(folder: Path) -> dict[str, list[Table]]:
     kinds = {kind_of(file) for file in named}
     if "train" not in named.values() or len(kinds) > 1:
         has = list_first([file.name for file in files]) or "no such file"
-        raise InlayError(
+        raise BadInput(
             f"{str(folder)!r} must hold files of one kind ({', '.join(KINDS)}) named after splits (train.csv), but "
             f"has {has}; "
             "pass the one you mean."
@@ -262,7 +262,7 @@ def _columns(table: Table, prompt: str | None, completion: str | None) -> Column
         wanted = "prompt and completion, mr and ref, question and answer, instruction and output, messages or text"
         wanted = list_first([c for c in (prompt, completion) if c]) if completion else f"columns such as {wanted}"
         got = " as well as ".join(" and ".join(filter(None, c)) for c in choices) or list_first(table.names)
-        raise InlayError(
+        raise BadInput(
             f"{table.name!r} needs {wanted}, but has {got}; rename the columns, or give load_texts "
             f"prompt_column and completion_column, or the latter alone for chat messages and running text."
         )
@@ -281,7 +281,7 @@ def _has_completions(table: Table, columns: Columns) -> bool:
 def _rows(table: Table, columns: Columns) -> list[Row]:
     """Prompt and completion of every row, checked."""
     if not len(table):
-        raise InlayError(f"{table.name!r} has no rows; fill it or leave it out.")
+        raise BadInput(f"{table.name!r} has no rows; fill it or leave it out.")
     texts = _values(table, columns.completion)
     if columns.prompt is None and (columns.completion == "messages" or isinstance(texts[0], list)):
         return _chats(table, columns.completion, texts)
@@ -306,7 +306,7 @@ def _check_text(table: Table, column: str, values: Sequence[Any]) -> None:
 def _values(table: Table, column: str) -> Sequence[Any]:
     found = find_column(table, column)
     if found is None:
-        raise InlayError(f"{table.name!r} has no column {column!r}, it has {list_first(table.names)}; add it.")
+        raise BadInput(f"{table.name!r} has no column {column!r}, it has {list_first(table.names)}; add it.")
     return table.column(found)
 
 
@@ -320,7 +320,7 @@ def _is_text(value: Any) -> bool:
 
 def _refuse(table: Table, rows: Sequence[int], wanted: str, got: str) -> None:
     if rows:
-        raise InlayError(f"{table.where(rows)}: expected {wanted}, got {got}. Fix or remove them.")
+        raise BadInput(f"{table.where(rows)}: expected {wanted}, got {got}. Fix or remove them.")
 
 
 def _chats(table: Table, column: str, chats: Sequence[Any]) -> list[Row]:
@@ -350,7 +350,7 @@ def _held_out(rows: list[Row], share: float, seed: int, name: str) -> tuple[list
     keys = [_key(prompt) for prompt, _ in rows]
     prompts = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
     if len(prompts) < 2:
-        raise InlayError(
+        raise BadInput(
             f"all {len(rows)} rows of {name!r} have one prompt, so none can be held out; add a validation file."
         )
     held = set(prompts[: min(max(1, round(len(prompts) * share)), len(prompts) - 1)])
@@ -373,7 +373,7 @@ def _last_part(rows: list[Row], share: float, name: str) -> tuple[list[Row], lis
     parts = ([*rows[:row], ("", text[:at])], [("", text[at:]), *rows[row + 1 :]])
     train, held = ([(prompt, text) for prompt, text in part if text.strip()] for part in parts)
     if not train or not held:
-        raise InlayError(f"{name!r} is too short to hold out a part of it; add a validation file.")
+        raise BadInput(f"{name!r} is too short to hold out a part of it; add a validation file.")
     return train, held
 
 

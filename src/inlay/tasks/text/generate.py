@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput, InlayError
 
 # A recipe reads its command line with Decoding before it waits for torch.
 if TYPE_CHECKING:
@@ -50,24 +50,24 @@ class Decoding:
         for name, least in at_least.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
-                raise InlayError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+                raise BadInput(f"{name} must be a whole number of at least {least}, got {value!r}.")
         if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or not math.isfinite(self.length_penalty):
             got = f"{self.temperature}, {self.top_p} and {self.length_penalty}"
-            raise InlayError(
+            raise BadInput(
                 "temperature must be at least 0, top_p over 0 and at most 1, and length_penalty a finite number, "
                 f"got {got}."
             )
         if self.no_repeat_ngram == 1:
-            raise InlayError("no_repeat_ngram 1 would forbid every word of the prompt. Set it to 2 or more, or to 0.")
+            raise BadInput("no_repeat_ngram 1 would forbid every word of the prompt. Set it to 2 or more, or to 0.")
         if self.beams > 1 and self.temperature:
-            raise InlayError(
+            raise BadInput(
                 f"beams {self.beams} is beam search and temperature {self.temperature} sampling; set beams to 1 or "
                 "temperature to 0."
             )
         if self.top_p < 1 and not self.temperature:
-            raise InlayError(f"top_p {self.top_p} needs sampling, but temperature is 0. Set a temperature.")
+            raise BadInput(f"top_p {self.top_p} needs sampling, but temperature is 0. Set a temperature.")
         if self.length_penalty != 1 and self.beams == 1:
-            raise InlayError(f"length_penalty {self.length_penalty} ranks beams, but there is 1. Set beams.")
+            raise BadInput(f"length_penalty {self.length_penalty} ranks beams, but there is 1. Set beams.")
 
     def check(self, model: nn.Module, data: TextData) -> None:
         """Raise before a training what `judge` would raise after it: an InlayError if no room is left for a prompt."""
@@ -103,7 +103,7 @@ def generate(
     decoding = decoding or Decoding()
     base = _base_of(model)
     if isinstance(prompts, str):
-        raise InlayError("prompts must be a list, got a string; wrap it in a list.")
+        raise BadInput("prompts must be a list, got a string; wrap it in a list.")
     prompts = [processor.conversation(prompt) for prompt in prompts]
     settings = _settings(processor, decoding, _ends(base, processor, prompts))
     ids = _fit(processor.encode_prompts(prompts), _room(model, base, decoding), processor.start)
@@ -147,7 +147,7 @@ def _base_of(model: nn.Module) -> PreTrainedModel:
     """The language model under an adapter, if there is one."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(base, "generate") or base.config.is_encoder_decoder:
-        raise InlayError(f"{type(base).__name__} writes no text; use a causal language model, or an adapter of one.")
+        raise BadInput(f"{type(base).__name__} writes no text; use a causal language model, or an adapter of one.")
     return base
 
 
@@ -190,7 +190,7 @@ def _room(model: nn.Module, base: PreTrainedModel, decoding: Decoding) -> int | 
     room = positions - virtual - decoding.max_new_tokens
     if room < 1:
         got = f"max_new_tokens {decoding.max_new_tokens}" + (f" and {virtual} virtual tokens" if virtual else "")
-        raise InlayError(
+        raise BadInput(
             f"the base reads {positions} tokens, which leaves no room for a prompt with {got}; lower max_new_tokens."
         )
     return room

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import CausalLMOutput
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 
 IGNORED = -100  # the label of tokens that are read and not learned: prompts, padding
 
@@ -28,7 +28,7 @@ class NextToken:
 
     def __init__(self, smoothing: float = 0.0) -> None:
         if not 0 <= smoothing <= 1:
-            raise InlayError(f"label smoothing is a share of the loss, from 0 to 1, got {smoothing}.")
+            raise BadInput(f"label smoothing is a share of the loss, from 0 to 1, got {smoothing}.")
         self.smoothing = smoothing
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> CausalLMOutput:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput, DamagedFile, Unsupported, WrongBase
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class TextProcessor:
         max_length: int | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
-            raise InlayError(
+            raise BadInput(
                 f"{type(tokenizer).__name__} has no eos token, with which completions end; set its eos_token."
             )
         tokenizer.padding_side = "left"
@@ -57,11 +57,11 @@ class TextProcessor:
         self._named = re.compile("|".join(names))
         self.max_length = min(tokenizer.model_max_length, LONGEST) if max_length is None else max_length
         if self.max_length > tokenizer.model_max_length:
-            raise InlayError(
+            raise BadInput(
                 f"max_length is {max_length}, but the base reads {tokenizer.model_max_length} tokens at most; lower it."
             )
         if self.max_length < len(self.start) + 2:
-            raise InlayError(f"max_length must be at least {len(self.start) + 2}, got {max_length}.")
+            raise BadInput(f"max_length must be at least {len(self.start) + 2}, got {max_length}.")
 
     def conversation(self, prompt: Prompt) -> Prompt:
         """A prompt as the model was trained to be asked: where it is to chat, a text as a user's first message."""
@@ -153,7 +153,7 @@ class TextProcessor:
             key for key, kind in kinds.items() if not isinstance(settings, dict) or type(settings.get(key)) is not kind
         ]
         if wrong:
-            raise InlayError(
+            raise DamagedFile(
                 f"the settings of the text processor are wrong for {', '.join(wrong)}; they are {', '.join(kinds)}. "
                 "Save the "
                 "adapter again."
@@ -166,7 +166,7 @@ class TextProcessor:
                 f"{settings['tokenizer'][:60]!r} with {settings['size']:,} tokens ({settings['vocabulary'][:16]!r})"
             )
             got = f"{found['tokenizer']!r} with {found['size']:,} ({found['vocabulary']!r})"
-            raise InlayError(
+            raise WrongBase(
                 f"the adapter was trained with the tokenizer {wanted}, but this base has {got}; load the base it "
                 "was made for."
             )
@@ -205,7 +205,7 @@ class TextProcessor:
         asked = self._render(prompt)
         whole = self._render([*prompt, {"role": "assistant", "content": completion}], asked=False)
         if not whole.startswith(asked) or len(whole) == len(asked):
-            raise InlayError(
+            raise Unsupported(
                 f"expected a chat template that only adds the answer to what comes before it, but that of "
                 f"{type(self.tokenizer).__name__} rewrites it. Use another template, or prompts as plain text."
             )
@@ -216,13 +216,13 @@ class TextProcessor:
     def _render(self, chat: Sequence[Any], asked: bool = True) -> str:
         """A conversation as its template writes it, when `asked` up to where the assistant is to speak."""
         if self.tokenizer.chat_template is None:
-            raise InlayError(
+            raise BadInput(
                 f"{type(self.tokenizer).__name__} has no chat template; use a chat model's tokenizer, or plain prompts."
             )
         messages = [dict(message) for message in chat]
         found = next(filter(None, (self._named.search(str(message.get("content"))) for message in messages)), None)
         if found:
-            raise InlayError(
+            raise BadInput(
                 f"a message holds {found[0]!r}, a special token of {type(self.tokenizer).__name__}; remove it, or "
                 "write it "
                 "with spaces."
@@ -231,7 +231,7 @@ class TextProcessor:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked)
         except Exception as error:  # a template is a program in the tokenizer's files, and refuses what it likes
             got = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            raise InlayError(f"the chat template refuses this conversation: {got}. Change the messages.") from error
+            raise BadInput(f"the chat template refuses this conversation: {got}. Change the messages.") from error
 
     def _vocabulary(self) -> str:
         """A hash that differs where a text would get other tokens, or another start or end."""

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from itertools import zip_longest
 from typing import Any
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,10 @@ def _check(generated: Sequence[str], references: Sequence[Sequence[str]], prompt
     counts |= {"prompts": len(prompts)} if prompts is not None else {}
     if len(set(counts.values())) > 1 or not generated:
         got = ", ".join(f"{count} {what}" for what, count in counts.items())
-        raise InlayError(f"every prompt needs one text and its references, got {got}.")
+        raise BadInput(f"every prompt needs one text and its references, got {got}.")
     if isinstance(generated, str) or any(isinstance(wanted, str) for wanted in references):
-        raise InlayError("texts and the references of each must be lists, got a string; wrap it in a list.")
+        raise BadInput("texts and the references of each must be lists, got a string; wrap it in a list.")
     bare = [i for i, wanted in enumerate(references) if not wanted]
     if bare:
         got = f"none for text {bare[0]} (from 0) and {len(bare) - 1} others" if bare[1:] else f"none for text {bare[0]}"
-        raise InlayError(f"each text needs at least one reference: {got}. Add it, or leave the text out.")
+        raise BadInput(f"each text needs at least one reference: {got}. Add it, or leave the text out.")

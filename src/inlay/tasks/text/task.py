@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.tasks.golden import golden_tokens
 from inlay.tasks.task import Answer, LabelledBatches, Option, Record, Task
 
@@ -147,5 +147,5 @@ def token_ids(config: Any, rows: int, length: int, added: int = 0) -> Tensor:
     positions = getattr(config, "max_position_embeddings", None) or length + added
     if length + added > positions:
         also = f", and the prompt takes {added}" if added else ""
-        raise InlayError(f"this base reads {positions} tokens at most, but length is {length}{also}; lower it.")
+        raise BadInput(f"this base reads {positions} tokens at most, but length is {length}{also}; lower it.")
     return torch.arange(rows * length).view(rows, length) % config.vocab_size

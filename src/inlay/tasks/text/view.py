@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.tasks.text.processor import TextProcessor
 
 IGNORED = -100  # a label without a loss, in transformers and torch
@@ -50,16 +50,16 @@ class TextView(torch.utils.data.Dataset):
         block: bool = False,
     ) -> None:
         if over_long not in ("cut", "drop", "refuse"):
-            raise InlayError(f"over_long must be cut, drop or refuse, got {over_long!r}.")
+            raise BadInput(f"over_long must be cut, drop or refuse, got {over_long!r}.")
         if not len(rows):
-            raise InlayError("this split has no rows; pass another.")
+            raise BadInput("this split has no rows; pass another.")
         self.pad = processor.tokenizer.pad_token_id
         self.tokens, self.ends, self.prompts, changes = (
             _blocks(rows, processor) if block else _examples(rows, processor, over_long)
         )
         self.lengths = np.diff(self.ends, prepend=0).tolist()
         if not self.lengths:
-            raise InlayError(f"no examples are left{changes}; raise max_length, or cut them.")
+            raise BadInput(f"no examples are left{changes}; raise max_length, or cut them.")
         # No token says what the first one of an example should have been.
         trained = len(self.tokens) - int(np.maximum(self.prompts, 1).sum())
         least, most = min(self.lengths), max(self.lengths)
@@ -116,7 +116,7 @@ def _examples(rows: Any, processor: TextProcessor, over_long: str) -> Arrays:
         prompts.append(len(prompt))
     if long and over_long == "refuse":
         got = f"{len(long):,} of {len(rows):,} have more (the first is row {long[0] + 1})"
-        raise InlayError(
+        raise BadInput(
             f"expected examples of {limit:,} tokens at most, but {got}. Raise max_length, or cut or drop them."
         )
     done = "was" if len(long) == 1 else "were"
@@ -151,7 +151,7 @@ def _common(ids: list[int], start: list[int]) -> int:
 def _blocks(rows: Any, processor: TextProcessor) -> Arrays:
     """As `_examples`, of running text."""
     if any(prompt != "" for prompt in rows["prompt"]):
-        raise InlayError("only running text can be cut into blocks, and these rows have prompts; pass block=False.")
+        raise BadInput("only running text can be cut into blocks, and these rows have prompts; pass block=False.")
     texts = [np.array(completion, np.int32) for _, completion in _encoded(rows, processor)]
     tokens, size = np.concatenate(texts), processor.max_length
     rest = len(tokens) % size if len(tokens) > size else 0

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput, DamagedFile
 from inlay.tasks.evaluation import Split, Training, choose_split, split_note
 from inlay.tasks.tables import list_first
 from inlay.tasks.volumes.nifti import SUFFIXES, case_name, read_volume
@@ -91,7 +91,7 @@ def load_volumes(
         InlayError: No such data, images or label maps without a partner, fewer than two cases, no classes.
     """
     if not 0 < validation < 1 or modality not in (None, "mr", "ct", "other"):
-        raise InlayError(
+        raise BadInput(
             f"validation must be between 0 and 1, and modality mr, ct or other, got {validation} and {modality!r}."
         )
     found = _whole_cases(name)
@@ -101,7 +101,7 @@ def load_volumes(
     named = _classes(found, name)
     names = tuple(named.values() if labels is None else labels)
     if len(names) != len(named) or not all(names) or len(set(names)) < len(names) or isinstance(labels, str):
-        raise InlayError(f"labels must be {len(named)} different class names, got {labels!r}.")
+        raise BadInput(f"labels must be {len(named)} different class names, got {labels!r}.")
     train, held = ([replace(case, values=tuple(named)) for case in cases] for cases in (train, held))
     return VolumeData(name, tuple(train), tuple(held), names, modality or found.modality or "other")
 
@@ -139,7 +139,7 @@ def _whole_cases(name: str) -> Found:
     found = find_cases(name)
     if found.faults:
         got = list_first([f"{file} ({fault})" for file, fault in found.faults])
-        raise InlayError(
+        raise DamagedFile(
             f"{name!r} needs an image and a label map for every case: {got}. Fix them; `inlay audit` lists all."
         )
     return found
@@ -149,7 +149,7 @@ def _classes(found: Found, name: str) -> dict[int, str]:
     """Values in the label maps and the names of their classes."""
     named = found.labels or {value: f"class {value}" for value in _values([*found.train, *found.validation])}
     if not named:
-        raise InlayError(f"all label maps of {name!r} are empty.")
+        raise BadInput(f"all label maps of {name!r} are empty.")
     return named
 
 
@@ -161,7 +161,7 @@ def find_cases(name: str) -> Found:
     """
     if name.startswith("builtin:"):
         if name != "builtin:volumes":
-            raise InlayError(f"unknown data {name!r}; the embedded scans are builtin:volumes.")
+            raise BadInput(f"unknown data {name!r}; the embedded scans are builtin:volumes.")
         from inlay.builtin.bodies import LABELS, generate_bodies
 
         values = tuple(range(1, len(LABELS) + 1))
@@ -170,7 +170,7 @@ def find_cases(name: str) -> Found:
         )
     folder = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for an unknown user
     if not name or not folder.is_dir():
-        raise InlayError(f"expected {WANTED}, but there is no folder {name!r}. Change the name.")
+        raise BadInput(f"expected {WANTED}, but there is no folder {name!r}. Change the name.")
     found = Found()
     described = folder / "dataset.json"
     content = _describe(described, found) if described.is_file() else {}
@@ -181,7 +181,7 @@ def find_cases(name: str) -> Found:
         found.train, found.validation = _folders(folder, found)
     if not found.train and not found.faults:
         inside = list_first(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise InlayError(f"expected {WANTED}, but {name!r} holds {inside}. Pass the folder above or below.")
+        raise BadInput(f"expected {WANTED}, but {name!r} holds {inside}. Pass the folder above or below.")
     names = [case.name for case in (*found.train, *found.validation)]
     found.faults += [
         (twice, "two cases of this name") for twice in dict.fromkeys(n for n in names if names.count(n) > 1)
@@ -240,7 +240,7 @@ def _describe(path: Path, found: Found) -> dict[str, Any]:
         channel = str(channels if isinstance(channels, str) else next(iter(channels.values()), ""))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         got = f"'{path}' ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-        raise InlayError(f'{got}: labels in dataset.json must be {{"1": "name"}}, each one number.') from error
+        raise DamagedFile(f'{got}: labels in dataset.json must be {{"1": "name"}}, each one number.') from error
     values.pop(0, None)
     if len(channels) > 1 and not isinstance(channels, str):
         found.faults.append((str(path), f"{len(channels)} channels: inlay reads one"))
@@ -262,7 +262,7 @@ def _labelled(entries: Any) -> list[Any]:
 def _listed(entries: Any, folder: Path, found: Found) -> list[Case]:
     """Cases that dataset.json lists, as {"image", "label"} relative to it."""
     if not isinstance(entries, list) or len(_labelled(entries)) < len(entries):
-        raise InlayError(f"training in '{folder / 'dataset.json'}' must be a list of objects with image and label.")
+        raise DamagedFile(f"training in '{folder / 'dataset.json'}' must be a list of objects with image and label.")
     cases = []
     for entry in entries:
         paths = [folder / str(entry.get(key)) for key in ("image", "label")]
@@ -280,7 +280,7 @@ def _listed(entries: Any, folder: Path, found: Found) -> list[Case]:
 def _split(cases: list[Case], share: float, seed: int, name: str) -> tuple[list[Case], list[Case]]:
     """Training and validation cases, by rank of a hash of their names: a new case moves few others."""
     if len(cases) < 2:
-        raise InlayError(f"{name!r} needs at least two cases, to hold one out, got {len(cases)}; add some.")
+        raise BadInput(f"{name!r} needs at least two cases, to hold one out, got {len(cases)}; add some.")
     ranked = sorted(cases, key=lambda case: hashlib.sha256(f"{seed}:{case.name}".encode()).digest())
     held = {case.name for case in ranked[: min(max(1, round(len(cases) * share)), len(cases) - 1)]}
     return [case for case in cases if case.name not in held], [case for case in cases if case.name in held]
@@ -293,7 +293,7 @@ def _values(cases: Sequence[Case]) -> list[int]:
     values = sorted(found - {0})
     if len(values) > CLASSES or (values and values[0] < 0):
         got = f"{len(values)} values from {values[0]} to {values[-1]}"
-        raise InlayError(f"label maps have 1 to {CLASSES} classes above 0, but these hold {got}.")
+        raise BadInput(f"label maps have 1 to {CLASSES} classes above 0, but these hold {got}.")
     return values
 
 
@@ -304,7 +304,7 @@ def read_labels(case: Case) -> tuple[np.ndarray, np.ndarray]:
         InlayError: There is none, it cannot be read, or has numbers that are not whole.
     """
     if case.label is None:
-        raise InlayError(f"expected a label map, but case {case.name!r} has none. Pass one.")
+        raise BadInput(f"expected a label map, but case {case.name!r} has none. Pass one.")
     if isinstance(case.label, np.ndarray):
         where, array, affine = case.name, case.label, np.eye(4)
     else:
@@ -312,8 +312,8 @@ def read_labels(case: Case) -> tuple[np.ndarray, np.ndarray]:
     if array.dtype.kind not in "bui":
         whole = np.round(array)
         if not np.array_equal(whole, array) or np.abs(array).max() >= 2**31:
-            raise InlayError(f"{where!r} holds numbers that are not whole, so it is no label map.")
+            raise DamagedFile(f"{where!r} holds numbers that are not whole, so it is no label map.")
         array = whole.astype(np.int32)
     if array.ndim != 3:
-        raise InlayError(f"the label map {where!r} has {array.ndim} axes; it needs three.")
+        raise DamagedFile(f"the label map {where!r} has {array.ndim} axes; it needs three.")
     return array, affine if case.affine is None else case.affine

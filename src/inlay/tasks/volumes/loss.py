@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.methods.spatial.sam import VolumeOutput, dice_cross_entropy
 from inlay.tasks.volumes.scores import overlap
 from inlay.train.evaluation import count_rows
@@ -26,7 +26,7 @@ class WholeVolume:
 
     def __init__(self, window: Sequence[int], overlap: float = 0.25, windows: int = 4) -> None:
         if len(window) != 3 or min(window) < 1 or not 0 <= overlap < 1 or windows < 1:
-            raise InlayError(
+            raise BadInput(
                 f"expected a window of three sizes, an overlap from 0 to below 1 and windows of at least 1, got "
                 f"{tuple(window)}, {overlap} and {windows}."
             )

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.files.atomic import replacing
 from inlay.tasks.colours import colour
 from inlay.tasks.volumes.grid import reorient_to_ras, spacing_of, transform_points
@@ -37,7 +37,7 @@ def draw_montage(image: np.ndarray, segmentation: Segmentation, path: str | Path
     path = output_name(path, PICTURES)
     if image.shape != segmentation.mask.shape:
         got = f"{image.shape} and {segmentation.mask.shape}"
-        raise InlayError(f"image and mask have the shapes {got}; pass the scan that was segmented.")
+        raise BadInput(f"image and mask have the shapes {got}; pass the scan that was segmented.")
     scan, affine = reorient_to_ras(image, segmentation.affine)
     mask, _ = reorient_to_ras(segmentation.mask, segmentation.affine)
     spacing, greys = spacing_of(affine), grey_range(scan)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput, DamagedFile, InlayError, Unsupported
 from inlay.files.atomic import replacing
 
 SUFFIXES = (".nii.gz", ".nii", ".npz")
@@ -76,12 +76,12 @@ def write_volume(path: str | os.PathLike[str], array: np.ndarray, affine: np.nda
     path = Path(path)
     suffix = next((s for s in SUFFIXES[:2] if path.name.endswith(s)), None)
     if suffix is None or not path.parent.is_dir():
-        raise InlayError(f"'{path}' must end with .nii.gz or .nii, in a folder that exists.")
+        raise BadInput(f"'{path}' must end with .nii.gz or .nii, in a folder that exists.")
     array = np.asarray(array)
     if array.dtype.kind in "bui" and array.dtype not in (np.uint8, np.int16):
         small = np.uint8 if array.dtype == bool or (array.size and 0 <= array.min() <= array.max() < 256) else np.int16
         if array.size and (array.min() < -(2**15) or array.max() >= 2**15):
-            raise InlayError(f"labels go up to {array.max()}, and a mask holds 16 bits; number them from 1.")
+            raise BadInput(f"labels go up to {array.max()}, and a mask holds 16 bits; number them from 1.")
         array = array.astype(small)
     image = import_nibabel().Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
@@ -99,7 +99,7 @@ def import_nibabel() -> Any:
     try:
         import nibabel
     except ImportError:
-        raise InlayError(
+        raise Unsupported(
             "expected nibabel, which reads scans, but it is not installed. Run: pip install 'inlay[volumes]'"
         ) from None
     return nibabel
@@ -107,7 +107,7 @@ def import_nibabel() -> Any:
 
 def _open(path: Path) -> Any:
     if not path.name.endswith(SUFFIXES[:2]):
-        raise InlayError(f"'{path}' is no scan in {', '.join(SUFFIXES)}; convert it.")
+        raise BadInput(f"'{path}' is no scan in {', '.join(SUFFIXES)}; convert it.")
     return import_nibabel().load(path)
 
 
@@ -164,4 +164,4 @@ def explain_unreadable(path: Path, error: BaseException) -> str:
 
 
 def _unreadable(path: Path, error: Exception) -> InlayError:
-    return InlayError(f"{str(path)!r} cannot be read as a scan of three axes: {explain_unreadable(path, error)}.")
+    return DamagedFile(f"{str(path)!r} cannot be read as a scan of three axes: {explain_unreadable(path, error)}.")

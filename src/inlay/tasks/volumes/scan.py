@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput, DamagedFile
 from inlay.tasks.tables import list_first
 from inlay.tasks.volumes.data import CLASSES, Case, VolumeData, read_labels
 from inlay.tasks.volumes.grid import (
@@ -106,11 +106,11 @@ class VolumeProcessor:
         high: float = WINDOW[1],
     ) -> None:
         if spacing_mm is not None and not _three(spacing_mm, lambda s: 1e-3 <= s <= 1e3):
-            raise InlayError(f"spacing_mm must be three lengths D, H, W in mm, or None, got {spacing_mm}.")
+            raise BadInput(f"spacing_mm must be three lengths D, H, W in mm, or None, got {spacing_mm}.")
         if not _three(crop, lambda n: isinstance(n, int) and 0 < n < 2**13):
-            raise InlayError(f"crop must be three whole numbers of voxels, got {crop}.")
+            raise BadInput(f"crop must be three whole numbers of voxels, got {crop}.")
         if intensity not in ("percentile", "ct") or not (_number(low) and _number(high) and low < high):
-            raise InlayError(
+            raise BadInput(
                 f"intensity must be percentile or ct, and low below high, got {intensity!r} from {low} to {high}."
             )
         self.spacing_mm: Triple | None = None
@@ -187,7 +187,7 @@ class VolumeProcessor:
         array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
         if array.ndim not in (3, 4) or array.shape[-3:] != tuple(scan.image.shape[1:]):
             wanted = "x".join(map(str, scan.image.shape[1:]))
-            raise InlayError(f"values must be on the grid {wanted} of {scan.name!r}, got shape {array.shape}.")
+            raise BadInput(f"values must be on the grid {wanted} of {scan.name!r}, got shape {array.shape}.")
         return reorient_from_ras(resize(array, scan.ras_shape, mode), scan.affine)
 
     def to_dict(self) -> dict[str, Any]:
@@ -210,7 +210,7 @@ class VolumeProcessor:
         names = ("spacing_mm", "crop", "intensity", "low", "high")
         if not isinstance(settings, dict) or set(settings) != set(names):
             got = sorted(map(str, settings)) if isinstance(settings, dict) else type(settings).__name__
-            raise InlayError(f"a volume processor has the settings {', '.join(names)}, got {got}.")
+            raise DamagedFile(f"a volume processor has the settings {', '.join(names)}, got {got}.")
         spacing, crop = settings["spacing_mm"], settings["crop"]
         return cls(spacing, crop, settings["intensity"], settings["low"], settings["high"])
 
@@ -233,12 +233,12 @@ def read_image(case: Case) -> tuple[np.ndarray, np.ndarray]:
         array, affine = read_volume(case.image)
         return array, affine if case.affine is None else case.affine
     if case.image.ndim != 3 or not np.isfinite(case.image).all():
-        raise InlayError(f"the voxels of case {case.name!r} must be finite numbers along three axes.")
+        raise DamagedFile(f"the voxels of case {case.name!r} must be finite numbers along three axes.")
     affine = np.eye(4) if case.affine is None else np.asarray(case.affine, np.float64)
     try:
         check_affine(affine)
     except ValueError as error:
-        raise InlayError(f"the affine of case {case.name!r} is wrong: {error}.") from error
+        raise DamagedFile(f"the affine of case {case.name!r} is wrong: {error}.") from error
     return np.asarray(case.image, np.float32), affine
 
 
@@ -275,11 +275,11 @@ def aligned_labels(case: Case, shape: tuple[int, ...], affine: np.ndarray) -> np
     labels, grid = reorient_to_ras(array, own)
     apart = is_misplaced(labels.shape, grid, shape, affine)
     if apart:
-        raise InlayError(f"expected a label map on the grid of its image, but {where!r} has {apart}. Mend the file.")
+        raise DamagedFile(f"expected a label map on the grid of its image, but {where!r} has {apart}. Mend the file.")
     strange = find_strange_values(labels, case.values)
     if strange:
         wanted = list_first([0, *case.values]) if case.values else f"0 to {CLASSES}"
-        raise InlayError(f"{where!r} holds the labels {list_first(strange)}; expected {wanted}.")
+        raise DamagedFile(f"{where!r} holds the labels {list_first(strange)}; expected {wanted}.")
     if case.values is None or case.values == tuple(range(1, len(case.values) + 1)):
         return labels.astype(np.int16)
     known = np.array([0, *case.values])

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from datasets import Array2D, Features
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput, Unsupported
 from inlay.files.atomic import replacing
 from inlay.tasks.metrics import ClassMetric
 
@@ -151,7 +151,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         InlayError: No rows.
     """
     if not rows:
-        raise InlayError("there are no rows to summarise; score a case first.")
+        raise BadInput("there are no rows to summarise; score a case first.")
     labels = dict.fromkeys(row["class"] for row in rows)
     each = {label: _means([row for row in rows if row["class"] == label]) for label in labels}
     return _means(rows) | {"cases": len({row["case"] for row in rows}), "classes": each}
@@ -175,7 +175,7 @@ def _surfaces(a: np.ndarray, b: np.ndarray, spacing: list[float], tolerance: flo
     try:
         from monai.metrics import compute_hausdorff_distance, compute_surface_dice
     except ImportError:
-        raise InlayError(
+        raise Unsupported(
             "expected MONAI, which measures surfaces, but it is not installed. Run: pip install 'inlay[volumes]'"
         ) from None
     # Their box alone, with a margin: no surface lies elsewhere, and MONAI's own cropping comes after several copies.
@@ -199,11 +199,11 @@ def _check(
 ) -> None:
     if predicted.shape != reference.shape or reference.ndim != 3:
         got = f"{predicted.shape} and {reference.shape}"
-        raise InlayError(f"masks must have three axes and one shape, got {got}; bring them to one grid.")
+        raise BadInput(f"masks must have three axes and one shape, got {got}; bring them to one grid.")
     if predicted.dtype.kind == "f" or reference.dtype.kind == "f":
-        raise InlayError("masks must hold whole numbers, got floats; take the argmax of the scores first.")
+        raise BadInput("masks must hold whole numbers, got floats; take the argmax of the scores first.")
     most = max(int(predicted.max()), int(reference.max()))
     if isinstance(labels, str) or most > len(labels):
-        raise InlayError(f"{most} classes need a name each, got {labels!r}.")
+        raise BadInput(f"{most} classes need a name each, got {labels!r}.")
     if len(spacing) != 3 or not all(0 < s < math.inf for s in [*spacing, tolerance]):
-        raise InlayError(f"spacing and tolerance must be lengths in mm above 0, got {spacing} and {tolerance}.")
+        raise BadInput(f"spacing and tolerance must be lengths in mm above 0, got {spacing} and {tolerance}.")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.files.atomic import replacing
 from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.volumes.scan import Scan
@@ -108,9 +108,7 @@ def segment(
             overlap or batch_size out of range.
     """
     if not 0 <= overlap < 1 or batch_size < 1:
-        raise InlayError(
-            f"overlap must be from 0 to below 1 and batch_size at least 1, got {overlap} and {batch_size}."
-        )
+        raise BadInput(f"overlap must be from 0 to below 1 and batch_size at least 1, got {overlap} and {batch_size}.")
     from tqdm.auto import tqdm
 
     source, scan = open_scan(adapter, scan)
@@ -155,7 +153,7 @@ def output_name(path: str | Path, suffixes: Sequence[str]) -> Path:
     """
     path = Path(path)
     if not path.name.endswith(tuple(suffixes)) or not path.parent.is_dir():
-        raise InlayError(f"'{path}' must be a name ending with {' or '.join(suffixes)}, in a folder that exists.")
+        raise BadInput(f"'{path}' must be a name ending with {' or '.join(suffixes)}, in a folder that exists.")
     return path
 
 

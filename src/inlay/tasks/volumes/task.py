@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput, Unsupported
 from inlay.tasks.golden import golden_scan
 from inlay.tasks.images.task import describe_labels
 from inlay.tasks.printing import printable
@@ -78,7 +78,7 @@ class VolumeSegmentation(Task):
         return output.logits.flatten()[:: output.logits.numel() // count][:count]
 
     def check_merges(self, name: str) -> None:
-        raise InlayError(f"adapter {name!r} makes a model for scans of one for pictures; use it unmerged.")
+        raise Unsupported(f"adapter {name!r} makes a model for scans of one for pictures; use it unmerged.")
 
     def random_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
         import torch
@@ -95,7 +95,7 @@ class VolumeSegmentation(Task):
 
         volumes = load_volumes(data, seed=seed)
         if list(volumes.labels) != adapter.labels:
-            raise InlayError(
+            raise BadInput(
                 f"the data {data!r} has the classes {', '.join(volumes.labels)}, the combination "
                 f"{', '.join(adapter.labels)}; fit on data of the same ones."
             )
@@ -115,7 +115,7 @@ class VolumeSegmentation(Task):
         from inlay.tasks.volumes.segment import MASKS, output_name, segment
 
         if len(inputs) != 1:
-            raise InlayError(f"expected one scan, got {len(inputs)}; give one at a time.")
+            raise BadInput(f"expected one scan, got {len(inputs)}; give one at a time.")
         out = options["out"]
         if out is not None:
             output_name(out, MASKS)

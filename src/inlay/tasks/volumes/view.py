@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.tasks.volumes.data import Case
 from inlay.tasks.volumes.grid import Shape, Triple
 from inlay.tasks.volumes.scan import IGNORED, PADDING, Scan, VolumeProcessor
@@ -55,9 +55,9 @@ class VolumeView(torch.utils.data.Dataset):
     ) -> None:
         bare = [case.name for case in cases if case.label is None]
         if not len(cases) or bare:
-            raise InlayError(f"case {bare[0]!r} has no label map." if bare else "there are no cases.")
+            raise BadInput(f"case {bare[0]!r} has no label map." if bare else "there are no cases.")
         if not set(flip) <= {0, 1, 2} or not 0 <= foreground <= 1 or not cache_gb >= 0:
-            raise InlayError(
+            raise BadInput(
                 "flip must name axes 0, 1 or 2, foreground be from 0 to 1 and cache_gb at least 0, got "
                 f"{tuple(flip)}, {foreground} and {cache_gb}."
             )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput
 from inlay.files.atomic import replacing
 from inlay.tasks.colours import colour
 from inlay.tasks.volumes.montage import find_extent, grey_range
@@ -42,7 +42,7 @@ def write_viewer(image: np.ndarray, segmentation: Segmentation, path: str | Path
     path, mask, affine = output_name(path, PAGES), segmentation.mask, segmentation.affine
     if image.shape != mask.shape:
         got = f"{image.shape} and {mask.shape}"
-        raise InlayError(f"image and mask have the shapes {got}; pass the scan that was segmented.")
+        raise BadInput(f"image and mask have the shapes {got}; pass the scan that was segmented.")
     name = name or (segmentation.source.name if segmentation.source else "scan")
     steps = _steps(image.shape, np.linalg.norm(affine[:3, :3], axis=0))
     thin, grid = tuple(slice(None, None, step) for step in steps), affine @ np.diag([*steps, 1])

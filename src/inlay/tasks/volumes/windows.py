@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from inlay.errors import InlayError
+from inlay.errors import BadInput, Unsupported
 from inlay.tasks.volumes.scan import PADDING, Scan
 
 Place = tuple[int, int, int]  # d, h, w
@@ -80,7 +80,7 @@ class Grid:
         self.axes = np.abs(steps).argmax(1)
         off = np.abs(steps).sum() - np.abs(steps[range(3), self.axes]).sum()
         if sorted(self.axes) != [0, 1, 2] or off > 1e-3:
-            raise InlayError(
+            raise BadInput(
                 f"{scan.name!r} was not resampled along its own axes; read it again with the adapter's processor."
             )
         self.along = [
@@ -96,7 +96,7 @@ class Grid:
         if len(xyz) != 3 or not all(-0.5 <= v <= n - 0.5 for v, n in zip(xyz, self.own_shape, strict=True)):
             size = " x ".join(map(str, self.own_shape))
             got = ", ".join(f"{v:g}" for v in xyz)
-            raise InlayError(f"{what} ({got}) lies outside the scan of {size} voxels; x, y, z count from 0.")
+            raise BadInput(f"{what} ({got}) lies outside the scan of {size} voxels; x, y, z count from 0.")
         return self.before + np.asarray(self.scan.to_grid(tuple(xyz)), np.float64)
 
     def prompts(self, points: Sequence[Any], boxes: Sequence[Any], labels: Sequence[str]) -> ScanPrompts:
@@ -113,14 +113,14 @@ class Grid:
         for kind, size, given in (("a point as x, y, z", 3, points), ("a box as x0, y0, z0, x1, y1, z1", 6, boxes)):
             for one in given:
                 if len(one) not in (size, size + 1):
-                    raise InlayError(f"{kind} is {size} numbers and perhaps a label, got {tuple(one)}.")
+                    raise BadInput(f"{kind} is {size} numbers and perhaps a label, got {tuple(one)}.")
         where = [self.place(point[:3], "a point") for point in points]
         corners = [[self.place(box[:3], "a box"), self.place(box[3:6], "a box")] for box in boxes]
         classes, inside = (
             [class_index((*one[n:], 1)[0], labels) for one in given] for n, given in ((3, points), (6, boxes))
         )
         if 0 in inside:
-            raise InlayError("a box needs a class, and 0 is the background; click on the background instead.")
+            raise BadInput("a box needs a class, and 0 is the background; click on the background instead.")
         return ScanPrompts(
             torch.tensor(np.array(where), dtype=torch.float32).reshape(-1, 3),
             torch.tensor(classes, dtype=torch.long),
@@ -171,7 +171,7 @@ def class_index(label: Any, labels: Sequence[str]) -> int:
         index = -1
     if not 0 <= index <= len(labels) or str(label) != str(index):
         known = ", ".join(f"{k} {name}" for k, name in enumerate(("background", *labels)))
-        raise InlayError(f"unknown label {label!r}; the adapter has {known}.")
+        raise BadInput(f"unknown label {label!r}; the adapter has {known}.")
     return index
 
 
@@ -299,7 +299,7 @@ def monai_data() -> Any:
         from monai.data import utils
     except ImportError:
         wanted = "expected MONAI, which slides windows over scans, but it is not installed."
-        raise InlayError(f"{wanted} Run: pip install 'inlay[volumes]'") from None
+        raise Unsupported(f"{wanted} Run: pip install 'inlay[volumes]'") from None
     return utils
 
 
