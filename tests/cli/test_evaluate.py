@@ -24,7 +24,8 @@ def test_everything_at_once(capsys, monkeypatch, tmp_path):
     with (tmp_path / "rows.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert sum(row["right"] == "True" for row in rows) / 40 == pytest.approx(told["scores"]["accuracy"]["value"])
-    assert Image.open(tmp_path / "matrix.png").size[0] > 400
+    with Image.open(tmp_path / "matrix.png") as matrix:
+        assert matrix.size[0] > 400
     noted = json.loads((adapter / "metrics.json").read_text())["evaluations"]["builtin:digits"]
     assert (
         noted["scores"] == told["scores"] and "## Evaluation on builtin:digits" in (adapter / "README.md").read_text()

@@ -98,7 +98,7 @@ def task_of(arguments):
 FAMILIES = {
     "vit": "image-classification",
     "gpt2": "text-generation",
-    "bert": "sequence-classification",
+    "bert": "text-classification",
     "sam": "mask-generation",
 }
 

@@ -94,7 +94,7 @@ def test_compare_vit_prints_one_row_a_method(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--model", "builtin:none"], "no embedded model"),
+        (["--model", "builtin:none"], "unknown embedded model 'builtin:none'; choose one of"),
         (["--dataset", "builtin:none"], "builtin:digits"),
         (["--precision", "fp16"], "needs a GPU"),
         (["--batch_size", "0"], "batch_size must be"),

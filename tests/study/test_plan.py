@@ -97,7 +97,7 @@ def test_settings_count():
     ("name", "method", "settings", "sentence"),
     [
         ("builtin:gpt2-tiny", "nothing", {}, r"no method 'nothing'; METHODS has probe, lora"),
-        ("builtin:none", "lora", {}, r"no embedded model 'builtin:none'"),
+        ("builtin:none", "lora", {}, r"unknown embedded model 'builtin:none'"),
         ("builtin:gpt2-tiny", "lora", {"length": 257}, r"reads 256 tokens at most, but length is 257; lower it"),
         ("builtin:gpt2-tiny", "prompt", {"length": 249}, r"but length is 249, and the prompt takes 8; lower it"),
         ("builtin:gpt2-tiny", "lora", {"length": 0}, r"length must be at least 2, got 0"),

@@ -187,7 +187,7 @@ def test_an_adapter_of_another_task_is_refused_in_one_sentence(name, tmp_path_fa
 
 @EVERY
 def test_it_is_scored_by_its_own_words(name, tmp_path_factory):
-    found = evaluate(made(name, tmp_path_factory).folder, ROWS[name].options.dataset, limit=2, resamples=0)
+    found = evaluate(made(name, tmp_path_factory).folder, ROWS[name].options.dataset, limit=2, resamples=9)
     assert (found.task, found.count) == (name, 2) and found.scores and len(found.rows) >= 2
     assert all(np.isfinite(score.value) for score in found.scores.values())
     assert found.base or any("base" in note for note in found.notes)
@@ -268,6 +268,6 @@ def test_what_plain_peft_saved_is_for_what_it_says(tmp_path):
         model = load_base(base, task=task, labels=labels)
         targets = {"builtin:gpt2-tiny": ["c_attn"], "builtin:vit-tiny": ["q_proj"]}.get(base, ["query"])
         model = get_peft_model(model, LoraConfig(r=1, target_modules=targets, task_type=kind))
-        model.save_pretrained(tmp_path / "adapter")
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
         model.peft_config["default"].base_model_name_or_path = base
         assert task_of_file(read_adapter(tmp_path / "adapter")).name == wanted

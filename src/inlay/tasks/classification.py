@@ -1,5 +1,6 @@
 """What classifiers of images and of texts share when they are scored."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -102,12 +103,19 @@ def score_probabilities(probabilities: np.ndarray, true: np.ndarray, resamples: 
         return {
             "accuracy": float(right[rows].mean()),
             **{name: float(np.nanmean(each[name])) for name in ("f1", "precision", "recall")},
-            "matthews": float(matthews_corrcoef(true[rows], predicted[rows])),
+            "matthews": correlate(true[rows], predicted[rows]),
             "loss": float(surprise[rows].mean()),
             "ece": calibration_error(confidence[rows], right[rows]),
         }
 
     return score_with_intervals(statistic, len(true), resamples=resamples)
+
+
+def correlate(true: np.ndarray, predicted: np.ndarray) -> float:
+    """Matthews correlation, -1 to 1; 0 where all are of one class, as by `sklearn.metrics.matthews_corrcoef`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "A single label was found", UserWarning)
+        return float(matthews_corrcoef(true, predicted))
 
 
 def _explain_missing_base(adapter: Adapter, labels: list[str]) -> str:
