@@ -104,7 +104,7 @@ def test_mistakes_are_one_sentence(zoo):
     loaded = load_adapter(zoo)
     with pytest.raises(InlayError, match="loaded already; leave base out"):
         evaluate(loaded, "builtin:digits", base="builtin:vit-tiny")
-    with pytest.raises(InlayError, match="has no task 'letters'"):
+    with pytest.raises(InlayError, match="has no group of labels 'letters'"):
         evaluate(loaded, "builtin:digits", group="letters")
     with pytest.raises(InlayError, match="'0', '1', '2', '3', '4' and 5 others are labels of 'builtin:digits'"):
         evaluate(loaded, "builtin:digits")

@@ -6,7 +6,9 @@ the cache of every block. Neither wraps a module; visual_prompt.py and attention
 
 from peft import PrefixTuningConfig, PromptTuningConfig
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+from inlay.errors import Unsupported
 from inlay.methods.method import Method, writes_text
 from inlay.peft_types import PEFT_TYPES
 
@@ -15,7 +17,19 @@ def _task_type(model: nn.Module) -> str:
     return "CAUSAL_LM" if writes_text(model) else "SEQ_CLS"
 
 
+def _reads_last_token(model: nn.Module) -> bool:
+    """True for a decoder with a head over whole texts, such as GPT2ForSequenceClassification."""
+    kind = type(getattr(model, "config", None))
+    decodes = kind in AutoModelForCausalLM._model_mapping and kind not in AutoModelForMaskedLM._model_mapping
+    return decodes and not writes_text(model)
+
+
 def _prompt_config(model: nn.Module, length: int) -> PromptTuningConfig:
+    if _reads_last_token(model):
+        raise Unsupported(
+            f"{type(model).__name__} classifies by the last token of a text, which it does not find behind a learned "
+            "prompt in a padded batch: peft hands it embeddings. Use another method, or an encoder such as BERT."
+        )
     return PromptTuningConfig(task_type=_task_type(model), num_virtual_tokens=length)
 
 

@@ -14,6 +14,7 @@ from inlay import (
     InlayError,
     SequenceProcessor,
     SequenceView,
+    Unsupported,
     classify_texts,
     head_modules,
     load_adapter,
@@ -185,3 +186,9 @@ def test_matthews():
     metric = Matthews()
     metric.add_batch(predictions=[0, 1, 1, 0], references=[0, 1, 0, 0])
     assert metric.compute()["matthews"] == pytest.approx(0.5773502)
+
+
+def test_a_prompt_on_a_decoder_is_refused():
+    base = load_base("builtin:gpt2-tiny", task="text-classification", labels=["a", "b"])
+    with pytest.raises(Unsupported, match=r"classifies by the last token of a text.*Use another method"):
+        METHODS["prompt"].adapt(base, 4)
