@@ -20,6 +20,7 @@ _METRICS = {
     "dice": "Dice",
     "f1": "Macro F1",
     "loss": "Validation loss",
+    "matthews": "Matthews correlation",
     "mean_iou": "Mean IoU",
     "perplexity": "Perplexity",
     "rouge_l": "ROUGE-L",

@@ -79,7 +79,7 @@ def evaluate_classifier(
         scores=scores,
         base=base,
         rows=rows,
-        per_class=class_rows(true, predicted, labels),
+        per_class=class_rows(true, predicted, labels, unit),
         labels=labels,
         confusion=confusion_matrix(true, predicted, len(labels)).tolist(),
         notes=[*notes, told, *filter(None, [remark])],

@@ -26,6 +26,7 @@ TITLES = {
     "hd95_mm": "HD95, mm",
     "iou": "IoU",
     "loss": "Loss",
+    "matthews": "Matthews correlation",
     "mean_iou_box": "Mean IoU, a box",
     "mean_iou_point": "Mean IoU, one point",
     "mean_iou_points": "Mean IoU, three points",

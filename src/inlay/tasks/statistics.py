@@ -80,11 +80,11 @@ def class_scores(true: np.ndarray, predicted: np.ndarray, classes: int) -> dict[
     return {name: np.where(known, values, np.nan) for name, values in scores.items()}
 
 
-def class_rows(true: np.ndarray, predicted: np.ndarray, labels: list[str]) -> list[dict[str, Any]]:
-    """A row for each class that occurs: its name, precision, recall, F1 and how many images it has."""
+def class_rows(true: np.ndarray, predicted: np.ndarray, labels: list[str], unit: str = "image") -> list[dict[str, Any]]:
+    """A row for each class that occurs: its name, precision, recall, F1 and how many units (images, texts) it has."""
     scores, counts = class_scores(true, predicted, len(labels)), np.bincount(true, minlength=len(labels))
     return [
-        {"class": label, **{name: float(values[k]) for name, values in scores.items()}, "images": int(counts[k])}
+        {"class": label, **{name: float(values[k]) for name, values in scores.items()}, f"{unit}s": int(counts[k])}
         for k, label in enumerate(labels)
         if not np.isnan(scores["f1"][k])
     ]
