@@ -11,6 +11,7 @@ from inlay.tasks.statistics import (
     class_rows,
     class_scores,
     confusion_matrix,
+    matthews_correlation,
     score_with_intervals,
 )
 
@@ -74,3 +75,8 @@ def test_a_class_that_occurs_nowhere_has_no_row():
     rows = class_rows(np.array([0, 0, 2]), np.array([0, 2, 2]), ["a", "b", "c"])
     assert [(row["class"], row["images"]) for row in rows] == [("a", 2), ("c", 1)]
     assert rows[0]["recall"] == 0.5 and rows[1]["precision"] == 0.5
+
+
+def test_a_correlation_of_one_class_is_zero_without_a_warning():
+    assert matthews_correlation([1, 1, 1], [1, 1, 1]) == 0
+    assert matthews_correlation([0, 1, 1, 0], [0, 1, 0, 0]) == pytest.approx(1 / np.sqrt(3))

@@ -1,11 +1,9 @@
 """What classifiers of images and of texts share when they are scored."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import matthews_corrcoef
 
 from inlay.bases.load import read_config, resolve_base
 from inlay.errors import InlayError
@@ -18,6 +16,7 @@ from inlay.tasks.statistics import (
     class_rows,
     class_scores,
     confusion_matrix,
+    matthews_correlation,
     score_with_intervals,
 )
 
@@ -103,19 +102,12 @@ def score_probabilities(probabilities: np.ndarray, true: np.ndarray, resamples: 
         return {
             "accuracy": float(right[rows].mean()),
             **{name: float(np.nanmean(each[name])) for name in ("f1", "precision", "recall")},
-            "matthews": correlate(true[rows], predicted[rows]),
+            "matthews": matthews_correlation(true[rows], predicted[rows]),
             "loss": float(surprise[rows].mean()),
             "ece": calibration_error(confidence[rows], right[rows]),
         }
 
     return score_with_intervals(statistic, len(true), resamples=resamples)
-
-
-def correlate(true: np.ndarray, predicted: np.ndarray) -> float:
-    """Matthews correlation, -1 to 1; 0 where all are of one class, as by `sklearn.metrics.matthews_corrcoef`."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "A single label was found", UserWarning)
-        return float(matthews_corrcoef(true, predicted))
 
 
 def _explain_missing_base(adapter: Adapter, labels: list[str]) -> str:

@@ -15,9 +15,10 @@ from tempfile import TemporaryDirectory
 
 import evaluate
 from datasets import Features, Value
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from sklearn.metrics import accuracy_score, f1_score
 
 from inlay.errors import BadInput
+from inlay.tasks.statistics import matthews_correlation
 
 
 class ClassMetric(evaluate.Metric):
@@ -75,4 +76,4 @@ class Matthews(ClassMetric):
     """
 
     def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-        return {"matthews": float(matthews_corrcoef(references, predictions))}
+        return {"matthews": matthews_correlation(references, predictions)}

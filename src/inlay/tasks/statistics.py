@@ -1,10 +1,12 @@
 """What scores are worth: bootstrap intervals, calibration, and per-class scores of a confusion matrix."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from sklearn.metrics import matthews_corrcoef
 
 from inlay.errors import BadInput
 from inlay.tasks.evaluation import Score
@@ -88,3 +90,13 @@ def class_rows(true: np.ndarray, predicted: np.ndarray, labels: list[str], unit:
         for k, label in enumerate(labels)
         if not np.isnan(scores["f1"][k])
     ]
+
+
+def matthews_correlation(true: npt.ArrayLike, predicted: npt.ArrayLike) -> float:
+    """Matthews correlation of classes (N,), -1 to 1; 0 where all are of one class.
+
+    Source: Matthews 1975; `sklearn.metrics.matthews_corrcoef`.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "A single label was found", UserWarning)
+        return float(matthews_corrcoef(true, predicted))
