@@ -1,12 +1,15 @@
 """A folder is written whole or not at all, whatever ends the process."""
 
+import multiprocessing
 import os
 import signal
 import stat
+import time
 
 import pytest
 
-from inlay.files.atomic import pending_folder, recover, replacing, write_json, writing
+from inlay.errors import BadInput
+from inlay.files.atomic import lock_folder, pending_folder, recover, replacing, write_json, writing
 
 
 def content(folder):
@@ -142,3 +145,66 @@ def test_a_file_is_replaced_at_the_end_or_not_at_all(tmp_path):
         new.write_text("half")
         raise RuntimeError
     assert path.read_text() == "one" and [p.name for p in tmp_path.iterdir()] == ["mask.nii.gz"]
+
+
+def fill_slowly(folder, text, times):
+    for _ in range(times):
+        with writing(folder) as new:
+            for name in "abc":
+                (new / name).write_text(text)
+                time.sleep(0.002)
+
+
+def test_two_processes_write_one_folder_in_turn(tmp_path):
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=fill_slowly, args=(tmp_path / "x", text, 25)) for text in "AB"]
+    for writer in writers:
+        writer.start()
+    looks = []
+    while any(writer.is_alive() for writer in writers):
+        try:
+            folder = os.open(tmp_path / "x", os.O_RDONLY)  # one folder, whatever takes its place meanwhile
+        except FileNotFoundError:
+            continue
+        try:
+            files = [os.open(name, os.O_RDONLY, dir_fd=folder) for name in "abc"]
+        except FileNotFoundError:
+            files = []
+        finally:
+            os.close(folder)
+        looks.append({os.read(file, 9) for file in files})
+        for file in files:
+            os.close(file)
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert max(map(len, looks)) == 1, "files of both writers stood in one folder"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_lock_is_refused_while_its_process_lives_and_free_when_it_was_killed(tmp_path):
+    holds, ends = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        with lock_folder(tmp_path / "x"):
+            os.write(holds[1], b"y")
+            os.read(ends[0], 1)
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.read(holds[0], 1)
+    with (
+        pytest.raises(BadInput, match=r"another process is writing .*x; wait until"),
+        lock_folder(tmp_path / "x", wait_s=0),
+    ):
+        pass
+    os.write(ends[1], b"y")
+    os.waitpid(child, 0)
+    with lock_folder(tmp_path / "x", wait_s=0):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_writers_of_one_file_do_not_share_a_temporary_name(tmp_path):
+    with replacing(tmp_path / "a.csv") as one, replacing(tmp_path / "a.csv") as two:
+        one.write_text("one"), two.write_text("two")
+    assert (tmp_path / "a.csv").read_text() == "one", "the last to end has the name"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]

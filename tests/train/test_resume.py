@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from inlay.files.atomic import PENDING_FILE
+
 HERE = Path(__file__).parent
 JOB = HERE / "train_job.py"
 STEPS = 28
@@ -105,9 +107,10 @@ def test_killed_in_the_middle_of_the_log_line_and_of_a_checkpoint(forked, undist
 
 def test_killed_before_the_first_step_and_in_the_middle_of_the_settings(forked, undisturbed, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json.new").write_text('{"ep')
+    (tmp_path / "run" / f"{PENDING_FILE}0a1b2c3d.run.json").write_text('{"ep')
     finish(forked, tmp_path)
     assert outcome(tmp_path) == undisturbed
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["best", "finished.json", "log.jsonl", "run.json"]
 
 
 def test_sigterm_saves_and_exits_143(forked, undisturbed, tmp_path):

@@ -1,14 +1,22 @@
 """The folder of a run is kept, resumed, refused or overwritten as its content says."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from train_job import Net, Points, trainable
 
-from inlay.errors import InlayError
+from inlay.errors import InlayError, Unsupported
+from inlay.files.atomic import lock_folder
 from inlay.tasks.metrics import Accuracy
+from inlay.train import run
 from inlay.train.config import TrainConfig
+from inlay.train.launch import check_sharding
 from inlay.train.loop import fit
 
 
@@ -94,3 +102,55 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     other.base.requires_grad_(True)
     with pytest.raises(InlayError, match="of another model"):
         train(folder, other)
+
+
+def test_a_second_run_of_one_folder_is_refused_while_the_first_one_lives(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_WORKERS_END_S", 0.2)
+    folder = tmp_path / "run"
+    with lock_folder(folder), ThreadPoolExecutor(1) as pool:  # a lock is one thread's, as it is one process's
+        second = pool.submit(train, folder)
+        with pytest.raises(InlayError, match=r"another process is writing .*run; wait until it has ended"):
+            second.result()
+    assert not folder.exists()
+    assert not train(folder).resumed
+    assert [p.name for p in tmp_path.iterdir()] == ["run"], "the lock went with the run"
+
+
+def test_a_run_that_broke_leaves_its_folder_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_WORKERS_END_S", 0.2)
+    broken = Net()
+    with torch.no_grad():
+        for weight in broken.parameters():
+            weight.fill_(float("nan"))
+    with pytest.raises(InlayError, match="NaN") as kept:  # kept, as a notebook keeps the last error and its frames
+        train(tmp_path / "run", broken)
+    assert train(tmp_path / "run", overwrite=True).steps == 11
+    assert kept.value
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "pieces_of_deepspeed", "accumulate", "message"),
+    [
+        (DistributedType.FSDP, None, None, 1, "FSDP gives each process a part of every weight"),
+        (DistributedType.MEGATRON_LM, None, None, 1, "MEGATRON_LM gives each process a part"),
+        (DistributedType.DEEPSPEED, 3, 1, 1, "DeepSpeed ZeRO 3 gives each process a part"),
+        (DistributedType.DEEPSPEED, 2, 1, 4, "--accumulate 4 and gradient_accumulation_steps 1 must both be 1"),
+        (DistributedType.DEEPSPEED, 2, 2, 1, "--accumulate 1 and gradient_accumulation_steps 2 must both be 1"),
+        (DistributedType.DEEPSPEED, 2, "auto", 1, None),
+        (DistributedType.MULTI_GPU, None, None, 4, None),
+    ],
+)
+def test_what_could_not_be_saved_or_would_step_on_each_piece_is_refused(
+    kind, stage, pieces_of_deepspeed, accumulate, message
+):
+    plugin = stage and SimpleNamespace(zero_stage=stage, gradient_accumulation_steps=pieces_of_deepspeed)
+    accelerator = SimpleNamespace(distributed_type=kind, state=SimpleNamespace(deepspeed_plugin=plugin))
+    with pytest.raises(Unsupported, match=message) if message else nullcontext():
+        check_sharding(accelerator, TrainConfig(accumulate=accumulate))
+
+
+def test_fsdp_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(Unsupported, match="FSDP gives each process"):
+        train(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
+    DistributedType,
     LoggerType,
     ProjectConfiguration,
 )
@@ -39,7 +40,7 @@ def start_accelerator(model: torch.nn.Module, config: TrainConfig) -> Accelerato
 
     Raises:
         InlayError: fp16 on a CPU (accelerate ignores it), several processes that do not see each other, a batch that
-            cannot be shared out evenly, a tracker that is not installed.
+            cannot be shared out evenly, a tracker that is not installed, weights that are sharded (FSDP, ZeRO 3).
     """
     if config.tracker is not None:
         _check_tracker(config.tracker)
@@ -57,6 +58,7 @@ def start_accelerator(model: torch.nn.Module, config: TrainConfig) -> Accelerato
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise Unsupported("fp16 needs a GPU: on a CPU accelerate ignores it. Use --precision no, or bf16.")
     _check_company(accelerator)
+    check_sharding(accelerator, config)
     atexit.register(accelerator.state.destroy_process_group)
     if config.batch_size % accelerator.num_processes:
         raise BadInput(
@@ -124,6 +126,23 @@ def _check_company(accelerator: Accelerator) -> None:
         raise BadInput(
             f"{asked if asked > 1 else 'several'} processes were asked for, but each would train alone. On CPUs start "
             "them with: ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 ..."
+        )
+
+
+def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Refuse what could not be saved, or would be computed wrong, before an hour is spent on it."""
+    kind, plugin = accelerator.distributed_type, accelerator.state.deepspeed_plugin
+    if kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM) or (plugin and plugin.zero_stage == 3):
+        name = "DeepSpeed ZeRO 3" if plugin else kind.value
+        raise Unsupported(
+            f"{name} gives each process a part of every weight, which inlay cannot save. Start with --multi_gpu or "
+            "DeepSpeed ZeRO 1 or 2; for a large base add --quantize 8bit or --gradient_checkpointing."
+        )
+    if plugin and (config.accumulate > 1 or plugin.gradient_accumulation_steps not in (1, "auto")):
+        raise Unsupported(
+            f"DeepSpeed would take an optimiser step on each piece of a batch, so --accumulate {config.accumulate} and "
+            f"gradient_accumulation_steps {plugin.gradient_accumulation_steps} must both be 1; use a smaller "
+            "--batch_size or --gradient_checkpointing to save memory."
         )
 
 

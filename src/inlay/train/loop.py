@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from tqdm.auto import tqdm
@@ -22,7 +22,7 @@ from inlay.train.frozen_cache.shorten import FitData, use_cached_states, wrap_ta
 from inlay.train.guards import StopRequest, find_first_bad_number
 from inlay.train.launch import build_loaders, build_optimizer, enable_checkpointing, release_model, start_accelerator
 from inlay.train.losses import Loss, ModelLoss
-from inlay.train.run import Run
+from inlay.train.run import Run, open_run
 from inlay.train.sampler import SeededDataset, SeededSampler, seed_all
 
 if TYPE_CHECKING:
@@ -108,53 +108,55 @@ def fit(
     if best_by is not None and not metrics:
         raise BadInput(f"best_by={best_by!r} names a score of a metric, but there are no metrics; give some.")
     further = {} if best_by is None else {"best_by": best_by}
-    run = Run(config, model, accelerator, {"examples": len(train_data), **further, **(settings or {})})
-    if run.result is not None:
-        accelerator.print(f"{run.folder} holds a finished run: kept as it is (--overwrite trains anew).")
+    with open_run(config, model, accelerator, {"examples": len(train_data), **further, **(settings or {})}) as run:
+        if run.result is not None:
+            accelerator.print(f"{run.folder} holds a finished run: kept as it is (--overwrite trains anew).")
+            run.load_best()
+            model.eval()
+            return FitResult(**run.result, settings=decided, resumed=True)
+
+        steps, loss = config.steps(len(train_data)), loss or ModelLoss()
+        if config.cache_frozen != "no" and not isinstance(loss, ModelLoss):
+            accelerator.print(
+                "cache_frozen stays off: it keeps states of examples of one size, with the model's own loss."
+            )
+            config = replace(config, cache_frozen="no")
+        if config.gradient_checkpointing:
+            enable_checkpointing(model)
+        optimizer = build_optimizer(trainable, config)
+        schedule = {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule)
+        scheduler = get_scheduler(schedule, optimizer, round(config.warmup * steps), steps)
+        net = wrap_tail(model, config, accelerator)
+        wrapped, optimizer, scheduler = accelerator.prepare(net, optimizer, scheduler)
+        resumed = run.resume()
+        lengths = getattr(train_data, "lengths", None)
+        order = SeededSampler(
+            len(train_data), config.batch_size, steps, config.seed, done=run.progress.step, lengths=lengths
+        )
+        if config.tracker is not None:
+            accelerator.init_trackers("inlay", config=config.identity())
+        trainer = _Trainer(accelerator, wrapped, optimizer, scheduler, run, config, steps, loss, list(metrics), best_by)
+        data = FitData(SeededDataset(train_data, config.seed), validation_data, collate, config.workers)
+        with use_cached_states(net, data, config, accelerator) as data, StopRequest() as stop:
+            loader, validation = build_loaders(data, order, config.batch_size, accelerator)
+            try:
+                trainer.train(loader, validation, stop, resumed)
+            except RuntimeError as error:
+                if not stop.signal or "DataLoader worker" not in str(error):
+                    raise
+                trainer.leave(stop.signal)  # the scheduler has killed the workers too, before the step was done
+            finally:
+                release_model(accelerator, wrapped)
+        if validation_data is None:
+            run.keep_best()
         run.load_best()
         model.eval()
-        return FitResult(**run.result, settings=decided, resumed=True)
-
-    steps, loss = config.steps(len(train_data)), loss or ModelLoss()
-    if config.cache_frozen != "no" and not isinstance(loss, ModelLoss):
-        accelerator.print("cache_frozen stays off: it keeps states of examples of one size, with the model's own loss.")
-        config = replace(config, cache_frozen="no")
-    if config.gradient_checkpointing:
-        enable_checkpointing(model)
-    optimizer = build_optimizer(trainable, config)
-    schedule = {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule)
-    scheduler = get_scheduler(schedule, optimizer, round(config.warmup * steps), steps)
-    net = wrap_tail(model, config, accelerator)
-    wrapped, optimizer, scheduler = accelerator.prepare(net, optimizer, scheduler)
-    resumed = run.resume()
-    lengths = getattr(train_data, "lengths", None)
-    order = SeededSampler(
-        len(train_data), config.batch_size, steps, config.seed, done=run.progress.step, lengths=lengths
-    )
-    if config.tracker is not None:
-        accelerator.init_trackers("inlay", config=config.identity())
-    trainer = _Trainer(accelerator, wrapped, optimizer, scheduler, run, config, steps, loss, list(metrics), best_by)
-    data = FitData(SeededDataset(train_data, config.seed), validation_data, collate, config.workers)
-    with use_cached_states(net, data, config, accelerator) as data, StopRequest() as stop:
-        loader, validation = build_loaders(data, order, config.batch_size, accelerator)
-        try:
-            trainer.train(loader, validation, stop, resumed)
-        except RuntimeError as error:
-            if not stop.signal or "DataLoader worker" not in str(error):
-                raise
-            trainer.leave(stop.signal)  # the scheduler has killed the workers too, before the step was done
-        finally:
-            release_model(accelerator, wrapped)
-    if validation_data is None:
-        run.keep_best()
-    run.load_best()
-    model.eval()
-    done = run.progress
-    result = FitResult(
-        done.step, done.metrics, done.best_step, done.history, done.seconds, trainer.rate(), decided, resumed
-    )
-    run.finish({k: v for k, v in vars(result).items() if k not in ("settings", "resumed")})
-    return result
+        done = run.progress
+        result = FitResult(
+            done.step, done.metrics, done.best_step, done.history, done.seconds, trainer.rate(), decided, resumed
+        )
+        run.finish({k: v for k, v in vars(result).items() if k not in ("settings", "resumed")})
+        return result
 
 
 class _Trainer:
@@ -298,6 +300,11 @@ class _Trainer:
 
     def _back_off(self, batch: dict[str, Any], reason: str) -> None:
         """Out of memory: halve the pieces. The step is taken anew with the same seed, so the result is the same."""
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # it steps on every piece
+            raise ComputationFailed(
+                f"out of memory in process {self.accelerator.process_index} ({reason}); start again with a smaller "
+                "--batch_size, or --gradient_checkpointing."
+            )
         if self.accelerator.num_processes > 1:
             raise ComputationFailed(
                 f"out of memory in process {self.accelerator.process_index} ({reason}); with "

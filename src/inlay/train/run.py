@@ -11,6 +11,8 @@ The frozen base is in none of them.
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from inlay.errors import BadInput, DamagedFile
-from inlay.files.atomic import pending_folder, recover, write_json, writing
+from inlay.files.atomic import PENDING_FILE, lock_folder, pending_folder, recover, replacing, write_json, writing
 from inlay.train.config import TrainConfig
 
 WEIGHTS = "trainable.safetensors"
@@ -44,8 +46,25 @@ class Progress:
     seconds: float = 0.0
 
 
+# The lock of a run that was killed lives in its data workers for as long as they take to notice.
+_WORKERS_END_S = 15
+
+
+@contextmanager
+def open_run(
+    config: TrainConfig, model: nn.Module, accelerator: Accelerator, settings: dict[str, Any]
+) -> Iterator["Run"]:
+    """The run of `config.output_dir`, which no other process can train meanwhile.
+
+    Raises:
+        BadInput: Another process trains it; or the folder holds other files, or a run with other settings.
+    """
+    with lock_folder(config.output_dir, wait_s=_WORKERS_END_S) if accelerator.is_main_process else nullcontext():
+        yield Run(config, model, accelerator, settings)
+
+
 class Run:
-    """One run folder, opened for training. Only the main process writes."""
+    """One run folder, opened for training by `open_run`. Only the main process writes."""
 
     def __init__(
         self, config: TrainConfig, model: nn.Module, accelerator: Accelerator, settings: dict[str, Any]
@@ -69,8 +88,8 @@ class Run:
         identity = {**config.identity(), "precision": self.accelerator.mixed_precision, **settings}
         if self.folder.exists() and not self.folder.is_dir():
             raise BadInput(f"output_dir must be a folder, but {self.folder} is a file.")
-        present = {p.name for p in self.folder.iterdir()} if self.folder.is_dir() else set()
-        if present - {"run.json.new"} and not path.is_file():
+        present = [p.name for p in self.folder.iterdir()] if self.folder.is_dir() else []
+        if not path.is_file() and not all(name.startswith(PENDING_FILE) for name in present):
             raise BadInput(f"{self.folder} holds other files, not a run of inlay; give another --output_dir.")
         if path.is_file() and config.overwrite:
             self._delete()
@@ -89,6 +108,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("last", "best"):
             recover(self.folder / name)
+        for unfinished in self.folder.glob(f"{PENDING_FILE}*"):  # by a run that was killed
+            unfinished.unlink()
         if not path.is_file():
             write_json(path, identity)
 
@@ -159,9 +180,8 @@ class Run:
                     continue
                 if row["step"] <= self.progress.step:
                     kept.append(line)
-            shorter = path.with_name(path.name + ".new")
-            shorter.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            shorter.replace(path)
+            with replacing(path) as shorter:
+                shorter.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def _together(self, name: str) -> Any:
         """`writing` on the main process, the same temporary folder on the others, with barriers on both sides."""
@@ -180,7 +200,7 @@ class Run:
                 parameters[name].copy_(weights[name])
 
     def _save_weights(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        if weights:  # empty under FSDP and DeepSpeed, which write shards of their own
+        if weights:  # empty under DeepSpeed, which writes shards of its own
             weights.clear()
             if self.accelerator.is_main_process:
                 save_file(self._weights(), Path(folder) / WEIGHTS)

@@ -126,11 +126,7 @@ def wrap_tail(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -
     """The model as a `Tail` where frozen blocks are to be skipped, else itself."""
     if config.cache_frozen == "no":
         return model
-    if accelerator.distributed_type in (
-        DistributedType.FSDP,
-        DistributedType.DEEPSPEED,
-        DistributedType.MEGATRON_LM,
-    ):
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _say(accelerator, f"{accelerator.distributed_type.value} distributes their weights")
         return model
     return Tail(model)
