@@ -166,6 +166,29 @@ def test_predict_through_the_command_line(name, tmp_path_factory, tmp_path, caps
 
 
 @EVERY
+@pytest.mark.parametrize("use", ["predict", "evaluate"])
+def test_inputs_go_to_the_device_of_the_model(name, use, tmp_path_factory, tmp_path):
+    """On torch's meta device all is computed, if all of it is there; only reading the result is not possible."""
+    row, loaded = ROWS[name], load_adapter(made(name, tmp_path_factory).folder)
+    loaded.model.to("meta")
+    reading = r"out of meta tensor|item\(\) cannot be called on meta|register_meta function for torch.nonzero"
+    unread = pytest.raises((NotImplementedError, RuntimeError), match=reading)
+    if use == "evaluate":
+        with unread:
+            evaluate(loaded, row.options.dataset, limit=2, resamples=9)
+        return
+    if not row.inputs:
+        pytest.skip("tests/tasks/volumes segments scans on the meta device")
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "p.png")
+    options = {"point": ["20,20"]} if "--point" in row.inputs else {}
+    inputs = [str(tmp_path / "p.png")] if "PICTURE" in row.inputs else row.inputs
+    task = find_task(name)
+    respond = task.prepare(inputs, {**{key: option.default for key, option in task.options.items()}, **options})
+    with unread:
+        respond(loaded)
+
+
+@EVERY
 def test_options_of_another_task_are_refused_in_one_sentence(name, tmp_path_factory, capsys, monkeypatch):
     folder = made(name, tmp_path_factory).folder
     status, _, err = run(capsys, monkeypatch, "predict", folder, "x", *ROWS[name].foreign)

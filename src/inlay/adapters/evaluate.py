@@ -9,6 +9,7 @@ from typing import Any
 from inlay.adapters.file import CARD, METRICS, ORIGIN, AdapterFile, expand_path, read_adapter
 from inlay.adapters.load import LoadedAdapter, load_adapter
 from inlay.adapters.tables import table
+from inlay.bases.device import Device
 from inlay.errors import BadInput
 from inlay.files.atomic import write_json, writing
 from inlay.tasks.evaluation import Evaluation, Request, Split, Training, class_title, interval_note, title
@@ -27,6 +28,7 @@ def evaluate(
     group: str | None = None,
     resamples: int = 1000,
     write: bool = False,
+    device: Device | None = None,
 ) -> Evaluation:
     """Score an adapter on labelled data: all scores of its task with 95 % intervals, compared with those of its base.
 
@@ -41,6 +43,7 @@ def evaluate(
         group: Of labels, in a combination of classifiers: choose among its classes only.
         resamples: Of the images, prompts or scans, for the intervals (bootstrap).
         write: Put the scores into the adapter's metrics.json and README.md, under the name of the data.
+        device: As in `load_adapter`.
 
     Raises:
         InlayError: Whatever `load_adapter` and the task's loader of data find; labels that the adapter does not know;
@@ -48,11 +51,11 @@ def evaluate(
     """
     request = Request(split, limit, compare, group, resamples)
     loaded = adapter if isinstance(adapter, LoadedAdapter) else None
-    if loaded is not None and base is not None:
-        raise BadInput("this adapter is loaded already; leave base out, or give the adapter's folder.")
+    if loaded is not None and not base is device is None:
+        raise BadInput("this adapter is loaded already; leave base and device out, or give the adapter's folder.")
     if write:  # before all the work
         _check_writable(loaded.file if loaded else _read_own(str(adapter)))
-    loaded = loaded or load_adapter(adapter, base)  # type: ignore[arg-type]
+    loaded = loaded or load_adapter(adapter, base, device=device)  # type: ignore[arg-type]
     if group is not None and not loaded.task.classifies:
         raise BadInput(
             f"adapter {loaded.name!r} is for {loaded.task.name} and has no groups of labels; leave group out."

@@ -17,6 +17,7 @@ from inlay.adapters.hub.fetch import fetch
 from inlay.adapters.identity import Identity, identify_base
 from inlay.adapters.sketch import precision_of
 from inlay.adapters.task import task_of_file
+from inlay.bases.device import Device, choose_device
 from inlay.bases.load import Dtype, head_of, read_config, resolve_base
 from inlay.bases.quantize import Quantize
 from inlay.errors import BadInput, DamagedFile, InlayError, Unsupported, WrongBase
@@ -120,6 +121,7 @@ def load_adapter(
     revision: str | None = None,
     dtype: Dtype = "float32",
     quantize: Quantize | None = None,
+    device: Device | None = None,
 ) -> LoadedAdapter:
     """Load an adapter, its head, labels and preprocessing, and check that they compute what they computed when saved.
 
@@ -130,13 +132,15 @@ def load_adapter(
         revision: Of the adapter, for a Hub id.
         dtype: Of the base, where it is loaded here.
         quantize: "8bit" or "4bit", where it is loaded here.
+        device: Such as "cpu" or "cuda:1"; default: the best that this machine has. A base that is given stays where it
+            is.
 
     Raises:
         InlayError: Whatever `read_adapter` finds; a method or a setting that this peft does not know; a pattern that
             is not done in time; a base of another structure or with other weights; tensors that are missing,
             superfluous or of another shape; NaN; another golden output.
     """
-    host = OwnBase(base, dtype, quantize)
+    host = OwnBase(base, dtype, quantize, device)
     candidate = Candidate(Reading(fetch(path, revision)), host)
     try:
         run_checks(candidate)
@@ -161,8 +165,15 @@ class OwnBase:
     """
 
     def __init__(
-        self, base: str | Path | PreTrainedModel | None, dtype: Dtype = "float32", quantize: Quantize | None = None
+        self,
+        base: str | Path | PreTrainedModel | None,
+        dtype: Dtype = "float32",
+        quantize: Quantize | None = None,
+        device: Device | None = None,
     ) -> None:
+        if isinstance(base, nn.Module) and device is not None:
+            raise BadInput("the base is a model already: move it with base.to(device) and leave device out.")
+        self._device = choose_device(device)
         self.shared, self.computes = isinstance(base, nn.Module), True
         self.restore: Callable[[], None] = lambda: None
         self._asked, self._dtype, self._quantize = base, dtype, quantize
@@ -178,7 +189,7 @@ class OwnBase:
         if isinstance(asked, nn.Module):
             self.base = check_given_base(asked)
         else:
-            self.base = load_own_base(file, asked, self._dtype, self._quantize)
+            self.base = load_own_base(file, asked, self._dtype, self._quantize, self._device)
         heads = file.record.get("head", [])
         self.base.new_poolers = [name for name in heads if name.rpartition(".")[2] == "pooler"]
         return str(self.base.name_or_path)
@@ -234,7 +245,11 @@ def check_given_base(base: nn.Module) -> PreTrainedModel:
 
 
 def load_own_base(
-    file: AdapterFile, name: str | Path | None, dtype: Dtype = "float32", quantize: Quantize | None = None
+    file: AdapterFile,
+    name: str | Path | None,
+    dtype: Dtype = "float32",
+    quantize: Quantize | None = None,
+    device: Device | None = None,
 ) -> PreTrainedModel:
     """The base that was asked for, or the one that the adapter names, at the revision that it was trained on."""
     pinned = file.record.get("base", {}).get("revision") if name is None else None
@@ -244,9 +259,11 @@ def load_own_base(
     config = read_config(where, resolve_base(where), pinned)
     task = task_of_file(file, config)
     if not task.could_take_base(config):  # the comparison of bases says it better
-        return load_base(where, dtype=dtype, quantize=quantize)
+        return load_base(where, dtype=dtype, quantize=quantize, device=device)
     labels = file.labels if file.labels and task.classifies else None
-    return load_base(where, task=task.name, labels=labels, dtype=dtype, quantize=quantize, revision=pinned)
+    return load_base(
+        where, task=task.name, labels=labels, dtype=dtype, quantize=quantize, revision=pinned, device=device
+    )
 
 
 def set_head(base: PreTrainedModel, file: AdapterFile) -> None:

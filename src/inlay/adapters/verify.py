@@ -8,6 +8,7 @@ from inlay.adapters.checks import CHECKS, Candidate, Result, run_check
 from inlay.adapters.file import AdapterFile, Reading, read_adapter
 from inlay.adapters.hub.fetch import fetch
 from inlay.adapters.load import OwnBase
+from inlay.bases.device import Device
 from inlay.errors import InlayError
 
 
@@ -26,7 +27,7 @@ class Finding:
     remark: str
 
 
-def verify(path: str | Path, base: str | None = None) -> list[Finding]:
+def verify(path: str | Path, base: str | None = None, *, device: Device | None = None) -> list[Finding]:
     """Check a folder or Hub id as loading does, on the base that it names or on `base`, and say each result.
 
     Once a check has failed the later ones are left out.
@@ -37,7 +38,7 @@ def verify(path: str | Path, base: str | None = None) -> list[Finding]:
     folder = fetch(path)
     if not folder.is_dir():
         read_adapter(folder)
-    candidate, found = Candidate(Reading(folder), OwnBase(base)), []
+    candidate, found = Candidate(Reading(folder), OwnBase(base, device=device)), []
     for check in CHECKS:
         try:
             result = run_check(check, candidate)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForMaskGeneration, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from inlay.bases.device import Device, choose_device
 from inlay.bases.quantize import Quantize, compute_plainly, flatten_inputs, quantization
 from inlay.bases.sites import head_modules
 from inlay.errors import BadInput, DamagedFile, InlayError, Unreachable, Unsupported
@@ -59,6 +60,7 @@ def load_pretrained(
     dtype: Dtype = "float32",
     quantize: Quantize | None = None,
     revision: str | None = None,
+    device: Device | None = None,
 ) -> PreTrainedModel:
     """Load a base by one of transformers' auto classes, with all its weights frozen.
 
@@ -71,6 +73,7 @@ def load_pretrained(
         dtype: Of the weights; under `quantize`, of those that are not quantised.
         quantize: `8bit` (LLM.int8) or `4bit` (NF4) for the linear layers outside the head, through bitsandbytes.
         revision: Branch, tag or commit of a Hub id.
+        device: As in `choose_device`; default: where transformers puts it, the CPU, or under `quantize` the GPU.
 
     Returns:
         The model in eval mode, no parameter requiring a gradient; `model.name_or_path` is `name`, `model.new_head` says
@@ -81,7 +84,7 @@ def load_pretrained(
         InlayError: No network, weights that are not safetensors or do not fit their own config, bitsandbytes missing or
             nothing in the model that it could quantise.
     """
-    where = resolve_base(name)
+    where, placed = resolve_base(name), None if device is None else choose_device(device)
     own = [config.id2label[i] for i in sorted(config.id2label)]
     new_head = labels is not None and list(labels) != own
     if labels is not None and new_head:
@@ -99,6 +102,7 @@ def load_pretrained(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 quantization_config=quantization(quantize, name, config, loader, dtype),
+                device_map=None if placed is None or quantize is None else {"": placed},  # packed on the device itself
             )
     except InlayError:
         raise
@@ -116,6 +120,8 @@ def load_pretrained(
     model.name_or_path = model.config._name_or_path = name
     model.new_head = new_head
     model.config.architectures = [type(model).__name__]  # the stored one may have another head, or none
+    if placed is not None:
+        model.to(placed)
     return model.requires_grad_(False).eval()
 
 

@@ -8,7 +8,7 @@ import typer
 
 from inlay.cli import combine, evaluate, hub, trust, volumes
 from inlay.cli.predict import predict
-from inlay.cli.show import AdapterArgument, BaseOption, JsonOption, printable, show
+from inlay.cli.show import AdapterArgument, BaseOption, DeviceOption, JsonOption, printable, show
 from inlay.errors import InlayError
 
 app = typer.Typer(
@@ -27,11 +27,12 @@ def info(
     check: Annotated[
         bool, typer.Option("--verify", help="Check all that can be checked; exit status 1 if anything failed.")
     ] = False,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what an adapter is; with --base also whether it fits that base, checked by loading it."""
     if check:
-        trust.show_checks(adapter, base, as_json)
+        trust.show_checks(adapter, base, device, as_json)
         return
     from inlay.adapters.hub.fetch import fetch
     from inlay.adapters.summary import summary
@@ -40,7 +41,7 @@ def info(
     if base is not None:
         from inlay.adapters.load import load_adapter
 
-        loaded = load_adapter(adapter, base)
+        loaded = load_adapter(adapter, base, device=device)
         off = "not stored" if loaded.deviation is None else f"deviation {loaded.deviation:.1e}"
         facts["fits"] = (
             f"{base}: yes, golden output {off}" if loaded.verified else f"{base}: it loads, but is unverified"

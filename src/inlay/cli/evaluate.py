@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from inlay.cli.show import AdapterArgument, BaseOption, JsonOption, printable
+from inlay.cli.show import AdapterArgument, BaseOption, DeviceOption, JsonOption, printable
 from inlay.errors import BadInput, Unsupported
 
 
@@ -20,6 +20,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Score so many images, prompts or scans at most.")] = None,
     base: BaseOption = None,
+    device: DeviceOption = None,
     alone: Annotated[bool, typer.Option("--alone", help="Leave out the base: half of the work.")] = False,
     group: Annotated[
         str | None, typer.Option(help="Choose among the classes of this group of a combination only.")
@@ -44,7 +45,7 @@ def evaluate(
     if matrix is not None:
         _check_classifies(adapter)
     found = score(
-        adapter, data, base=base, split=split, limit=limit, compare=not alone, group=group, write=write  # type: ignore[arg-type]
+        adapter, data, base=base, split=split, limit=limit, compare=not alone, group=group, write=write, device=device  # type: ignore[arg-type]
     )  # fmt: skip
     if as_json:
         print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))

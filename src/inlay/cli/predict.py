@@ -7,14 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from inlay.cli.show import AdapterArgument, BaseOption, JsonOption
+from inlay.cli.show import AdapterArgument, BaseOption, DeviceOption, JsonOption
 from inlay.errors import BadInput
 from inlay.tasks import TASKS
 from inlay.tasks.task import Option, Task
 
 DOC = "Use an adapter for what it was trained for."
 _FLAGS = ("--merge", "--json", "--help")
-_COMMON = (*_FLAGS, "--base")
+_COMMON = (*_FLAGS, "--base", "--device")
 
 
 def predict(context: typer.Context) -> None:
@@ -72,9 +72,17 @@ def _explain_option(option: str, adapter: str, task: Task) -> str:
 def _build_command(task: Task | None) -> Any:
     """The command with the options of one task; without a task with those of all, to read adapter and help from."""
 
-    def run(adapter: str, inputs: list[str], base: str | None, merge: bool, as_json: bool, **options: Any) -> None:
+    def run(
+        adapter: str,
+        inputs: list[str],
+        base: str | None,
+        device: str | None,
+        merge: bool,
+        as_json: bool,
+        **options: Any,
+    ) -> None:
         if task is not None:
-            _answer(task, adapter, inputs, base, merge, as_json, options)
+            _answer(task, adapter, inputs, base, device, merge, as_json, options)
 
     what = task.inputs if task else "; or ".join(dict.fromkeys(one.inputs for one in TASKS.values()))
     inputs = Annotated[list[str], typer.Argument(metavar="INPUT...", help=f"{what[0].upper()}{what[1:]}.")]
@@ -83,6 +91,7 @@ def _build_command(task: Task | None) -> Any:
         _parameter("adapter", AdapterArgument),
         _parameter("inputs", inputs),
         _parameter("base", BaseOption, None),
+        _parameter("device", DeviceOption, None),
         _parameter("merge", merges, False),
         _parameter("as_json", JsonOption, False),
     ]
@@ -116,6 +125,7 @@ def _answer(
     adapter: str,
     inputs: list[str],
     base: str | None,
+    device: str | None,
     merge: bool,
     as_json: bool,
     options: Mapping[str, Any],
@@ -123,6 +133,6 @@ def _answer(
     answer = task.prepare(inputs, options)  # what is wrong with the inputs is found before the model is loaded
     from inlay.adapters.load import load_adapter
 
-    loaded = load_adapter(adapter, base)
+    loaded = load_adapter(adapter, base, device=device)
     said = answer(loaded.merge() if merge else loaded)
     print(json.dumps(said.facts, indent=2, ensure_ascii=False) if as_json else "\n".join(said.lines))

@@ -11,6 +11,9 @@ AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder 
 BaseOption = Annotated[
     str | None, typer.Option("--base", help="Load it on this base (builtin:, folder or Hub id), not on its own.")
 ]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...; default: the best that this machine has.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

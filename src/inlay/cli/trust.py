@@ -11,11 +11,11 @@ import typer
 from inlay.cli.show import printable
 
 
-def show_checks(adapter: str, base: str | None, as_json: bool) -> None:
+def show_checks(adapter: str, base: str | None, device: str | None, as_json: bool) -> None:
     """Print what `verify` found, a line each, and leave with exit status 1 if anything failed."""
     from inlay.adapters.verify import verify
 
-    checks = verify(adapter, base)
+    checks = verify(adapter, base, device=device)
     if as_json:
         print(json.dumps([asdict(check) for check in checks], indent=2, ensure_ascii=False))
     else:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from inlay.cli.show import AdapterArgument, BaseOption, JsonOption
+from inlay.cli.show import AdapterArgument, BaseOption, DeviceOption, JsonOption
 from inlay.errors import BadInput
 
 
@@ -25,6 +25,7 @@ def segment(
         typer.Option(metavar="X0,Y0,Z0,X1,Y1,Z1[,LABEL]", help="Corners around an object. Repeatable."),
     ] = None,
     base: BaseOption = None,
+    device: DeviceOption = None,
     overlap: Annotated[float, typer.Option(help="Share of a window that the next one covers too.")] = 0.5,
     batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 1,
     flips: Annotated[bool, typer.Option("--flips", help="Average over mirrored windows: 8 times the work.")] = False,
@@ -49,8 +50,8 @@ def segment(
     points = [_place(text, 3) for text in point or []] + [[*_place(text, 3)[:3], 0] for text in negative or []]
     boxes = [_place(text, 6) for text in box or []]
     found = find(
-        load_adapter(adapter, base), scan, points=points, boxes=boxes, overlap=overlap, batch_size=batch_size,
-        flips=flips, largest=largest,
+        load_adapter(adapter, base, device=device), scan, points=points, boxes=boxes, overlap=overlap,
+        batch_size=batch_size, flips=flips, largest=largest,
     )  # fmt: skip
     facts: dict[str, Any] = {"mask": str(found.save(out))}
     if montage is not None or html is not None:

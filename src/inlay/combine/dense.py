@@ -38,7 +38,7 @@ def write_dense(
     deltas: list[dict[str, Array]] = []
     processor = None
     for source in sources:
-        loaded = load_adapter(source.file.folder, name)
+        loaded = load_adapter(source.file.folder, name, device="cpu")
         if processor is None or source.name == plan.keep:
             processor = loaded.processor
         deltas.append(_update(loaded, name, source))

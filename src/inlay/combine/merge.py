@@ -104,7 +104,7 @@ def merge(
     """
     out = Path(out).expanduser()
     _check_arguments(out, dtype, quantize, limit)
-    loaded = load_adapter(adapter, base)
+    loaded = load_adapter(adapter, base, device="cpu")
     model = loaded.model
     _check_merges(loaded)
     held = {"int8": "8bit", "nf4": "4bit"}.get(loaded.file.record.get("base", {}).get("precision"))

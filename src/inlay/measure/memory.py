@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import default_collate
 
+from inlay.bases.device import choose_device
 from inlay.errors import BadInput, InlayError, Unsupported
 from inlay.measure.fake_step import LiveBytes, fake_model, fake_tensor, no_traces, one_text_a_row
 from inlay.measure.footprint import footprint
@@ -315,14 +316,8 @@ def _check(model: nn.Module, precision: Precision, checkpointing: bool, device: 
 def _device(model: nn.Module, device: str | torch.device | None) -> torch.device:
     if device is None:
         here = next(model.parameters()).device
-        return here if here.type != "meta" else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        where = torch.device(device)
-    except RuntimeError as error:
-        raise BadInput(f"unknown device {device!r}; use cpu or cuda.") from error
-    if where.type == "cuda" and not torch.cuda.is_available():  # torch would end the process
-        raise Unsupported(f"the device {where} was asked for, but torch finds no GPU on this machine.")
-    return where
+        return here if here.type != "meta" else choose_device()
+    return choose_device(device)
 
 
 def _memory_of(device: torch.device) -> int | None:

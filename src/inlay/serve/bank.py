@@ -27,6 +27,7 @@ from inlay.adapters.hub.fetch import fetch
 from inlay.adapters.identity import Identity, identify_base
 from inlay.adapters.load import check_given_base
 from inlay.adapters.task import task_of_file
+from inlay.bases.device import Device, choose_device
 from inlay.errors import BadInput, InlayError
 from inlay.methods._peft import put_layers_back, remove_all_adapters, take_layers_out, undo_layer_changes
 from inlay.serve.bank_layer import BankLayer, Rows, Site, Stacks
@@ -58,6 +59,7 @@ class Bank:
         *,
         budget_mb: float | None = None,
         check_golden: bool = True,
+        device: Device | None = None,
     ) -> None:
         """Prepare a base for the adapters in a folder, at a list of paths and Hub ids, or by names of your own.
 
@@ -69,11 +71,16 @@ class Bank:
             check_golden: Compute the golden output of each adapter when it is read first, a forward of one row: most of
                 the time that reading takes. False leaves this one check out, for many adapters that have been checked
                 before (`inlay info --verify`).
+            device: Such as "cpu" or "cuda:1"; default: the best that this machine has. A base that is given stays
+                where it is.
 
         Raises:
             InlayError: A folder without adapters, two of one name, or what `add` says.
         """
-        self.model = check_given_base(load_base(base) if not isinstance(base, nn.Module) else base).eval()
+        if isinstance(base, nn.Module) and device is not None:
+            raise BadInput("the base is a model already: move it with base.to(device) and leave device out.")
+        given = base if isinstance(base, nn.Module) else load_base(base, device=choose_device(device))
+        self.model = check_given_base(given).eval()
         if budget_mb is not None and not budget_mb > 0:
             raise BadInput(f"budget_mb must be positive, got {budget_mb}.")
         self.check_golden = check_golden

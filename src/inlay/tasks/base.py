@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from inlay.bases.device import Device
 from inlay.bases.load import Dtype, load_pretrained, load_structure, read_config, resolve_base, set_labels
 from inlay.bases.quantize import Quantize
 from inlay.errors import BadInput, Unsupported
@@ -21,6 +22,7 @@ def load_base(
     dtype: Dtype = "float32",
     quantize: Quantize | None = None,
     revision: str | None = None,
+    device: Device | None = None,
 ) -> PreTrainedModel:
     """Load a base of one of TASKS with all its weights frozen.
 
@@ -35,6 +37,8 @@ def load_base(
             those of the image encoder), through bitsandbytes. Under 4 bits, layers whose input is no multiple of 64
             stay whole.
         revision: Branch, tag or commit of a Hub id.
+        device: Such as "cpu" or "cuda:1"; default: the CPU (quantised: the GPU), from where accelerate moves what it
+            trains.
 
     Returns:
         The model in eval mode, no parameter requiring a gradient; `model.name_or_path` is `name`, `model.new_head` says
@@ -43,7 +47,7 @@ def load_base(
     Raises:
         InlayError: Unknown name or task, no network, weights that are not safetensors or do not fit their own config, a
             model of another kind, labels for what has no classes, bitsandbytes missing or nothing in the model that it
-            could quantise.
+            could quantise, no such device on this machine.
     """
     name = str(name)
     config = read_config(name, resolve_base(name), revision)
@@ -51,7 +55,14 @@ def load_base(
     if labels is not None and not chosen.classifies:
         raise BadInput(f"{name} is {chosen.base_noun}, which has no classes; leave labels out.")
     base = load_pretrained(
-        name, chosen.auto_class, config, labels=labels, dtype=dtype, quantize=quantize, revision=revision
+        name,
+        chosen.auto_class,
+        config,
+        labels=labels,
+        dtype=dtype,
+        quantize=quantize,
+        revision=revision,
+        device=device,
     )
     chosen.complete_base(base)
     return base
