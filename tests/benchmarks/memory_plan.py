@@ -108,6 +108,7 @@ def cases() -> dict[str, tuple[Callable[[], tuple[Any, Batch]], dict[str, Any]]]
     found: dict[str, Any] = {}
     for method in ("lora", "bottleneck", "visual-prompt", "attention-prefix", "full"):
         found[f"vit-tiny 32, {method}"] = (lambda m=method: vit(m), {})
+    found["vit-tiny 32, lora, checkpointing"] = (lambda: vit("lora"), {"gradient_checkpointing": True})
     for method in ("lora", "bottleneck", "prompt", "prefix", "attention-prefix", "partial", "full"):
         found[f"gpt2 16x64, {method}"] = (lambda m=method: gpt2(m), {})
     for method in ("lora", "full"):
@@ -128,6 +129,9 @@ def cases() -> dict[str, tuple[Callable[[], tuple[Any, Batch]], dict[str, Any]]]
     for name, folder in (("gpt2-tiny", TINY), ("llama stories260K", LLAMA)):
         for method in ("lora", "prefix", "full"):
             found[f"{name} 16x64, {method}"] = (lambda f=folder, m=method: language_model(f, m), {})
+        found[f"{name} 16x64, lora, checkpointing"] = (
+            lambda f=folder: language_model(f, "lora"), {"gradient_checkpointing": True},
+        )  # fmt: skip
         found[f"{name} 16x64 padded, lora"] = (lambda f=folder: language_model(f, "lora", padding=20), {})
     for method in ("lora", "full"):
         found[f"mobilenet-v2 8x224, {method}"] = (lambda m=method: mobilenet(m), {})
