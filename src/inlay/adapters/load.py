@@ -26,12 +26,13 @@ from inlay.methods._peft import (
     PeftModel,
     adapter_shapes,
     carries_adapter,
-    copy_adapter_weights,
     count_virtual_tokens,
     fill_injected_adapter,
     inject_empty_adapter,
     merge_keeping_weights,
+    name_tied_modules,
     remove_all_adapters,
+    tie_filled_adapter,
 )
 from inlay.tasks.base import load_base
 from inlay.tasks.task import Task
@@ -101,9 +102,7 @@ class LoadedAdapter:
             raise Unsupported(
                 f"merging into {kind} weights would round the adapter away; load the base in float32 first."
             )
-        weights = copy_adapter_weights(self.model)
-        self.model, restore = merge_keeping_weights(self.model)
-        self._unmerge = lambda: attach_adapter(self.file, restore(), weights)
+        self.model, self._unmerge = merge_keeping_weights(self.model)
         return self
 
     def unmerge(self) -> "LoadedAdapter":
@@ -312,7 +311,9 @@ def attach_adapter(file: AdapterFile, base: PreTrainedModel, weights: dict[str, 
     """The base with the adapter in it, which is injected and compared with the file before anything is allocated."""
     model = inject_checked(file, base, weights)
     fill_injected_adapter(model, weights)
-    return model.to(next(p for p in base.parameters() if p.is_floating_point()).device).eval()
+    model.to(next(p for p in base.parameters() if p.is_floating_point()).device)
+    tie_filled_adapter(model)
+    return model.eval()
 
 
 def inject_checked(file: AdapterFile, base: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PeftModel:
@@ -324,6 +325,7 @@ def inject_checked(file: AdapterFile, base: PreTrainedModel, weights: dict[str, 
     try:
         config = PeftConfig.from_pretrained(str(file.folder))
         _check_tokens(file, config, weights)
+        name_tied_modules(config, base, weights)
         if getattr(config, "use_dora", False) and precision_of(base) == "int8":
             raise Unsupported(
                 f"adapter {file.name!r} is a DoRA, for which peft loses the scales of an 8-bit base; load it in 4 "

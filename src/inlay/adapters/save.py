@@ -23,7 +23,7 @@ from inlay.bases.load import head_of, size_of
 from inlay.errors import BadInput, ComputationFailed, Unsupported
 from inlay.files.atomic import write_json, writing
 from inlay.files.tensor_header import sign
-from inlay.methods._peft import PeftModel, acts_as_saved, set_adapter_values
+from inlay.methods._peft import PeftModel, acts_as_saved, find_tied_modules, set_adapter_values
 from inlay.tasks import task_of_model
 
 
@@ -78,7 +78,7 @@ def save_adapter(
             weights = {key: value.half() if value.dtype == torch.float32 else value for key, value in weights.items()}
             set_adapter_values(model, weights)
         _check_weights(model, weights)
-        config = _sorted_config(new / CONFIG)
+        config = _complete_config(new / CONFIG, find_tied_modules(model.active_peft_config))
         record = {**_record(model, processor), "config": fingerprint(config), **({"tasks": groups} if groups else {})}
         if not np.isfinite(record["golden"]).all():
             raise ComputationFailed("the model's output on the golden input is NaN or Inf; nothing was saved.")
@@ -156,9 +156,15 @@ def _record(model: PeftModel, processor: Any) -> dict[str, Any]:
     }
 
 
-def _sorted_config(path: Path) -> dict[str, Any]:
-    """Sets become lists in a random order in peft's config: sort them, so that equal adapters are equal files."""
+def _complete_config(path: Path, tied: dict[str, set[str]]) -> dict[str, Any]:
+    """peft's config with the names of the modules that are tied to the embedding, by the setting they belong to.
+
+    Sets become lists in a random order in it: they are sorted, so that equal adapters are equal files.
+    """
     config = json.loads(path.read_text(encoding="utf-8"))
+    for setting, names in tied.items():
+        if isinstance(config[setting], list):  # a pattern matches them already
+            config[setting] = sorted({*config[setting], *names})
     for key, value in config.items():
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             config[key] = sorted(value)

@@ -31,7 +31,6 @@ from inlay.methods._peft import (
     dequantize_weight,
     layers_disabled,
     merge_keeping_weights,
-    untie_adapted_weights,
 )
 from inlay.tasks.base import load_base
 
@@ -116,9 +115,7 @@ def merge(
     with layers_disabled(model):
         plain = compute_outputs(model, batch)
     unmerged = compute_outputs(model, batch)
-    untie_adapted_weights(model)
     merged, _ = merge_keeping_weights(model)
-    _tell_tied(merged)
     stored = quantize if quantize and dtype is None else dtype or "float32"
     with writing(out) as new:
         _write(merged, new, stored, loaded)
@@ -188,16 +185,6 @@ def _check_merges(loaded: LoadedAdapter) -> None:
         raise BadInput("this base is stored in few bits: give the one that it was quantised from, and quantize.")
     if hasattr(model.base_model, "check_merge"):
         model.base_model.check_merge()
-
-
-def _tell_tied(model: PreTrainedModel) -> None:
-    """Let the config say whether embedding and output projection still are one weight, or loading would tie them."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    if not getattr(config, "tie_word_embeddings", False):
-        return
-    first, last = model.get_input_embeddings(), model.get_output_embeddings()
-    if first is not None and last is not None and first.weight is not last.weight:
-        config.tie_word_embeddings = model.config.tie_word_embeddings = False
 
 
 def _write(merged: PreTrainedModel, new: Path, stored: str, loaded: LoadedAdapter) -> None:

@@ -1,7 +1,8 @@
 """All that inlay knows of peft's internals."""
 
+import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +16,12 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import _ConvNd
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import get_peft_model_state_dict, merge_utils, register_peft_method, set_peft_model_state_dict
-from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
+from peft.utils.other import (
+    AuxiliaryTrainingWrapper,
+    TrainableTokensWrapper,
+    _get_module_names_tied_with_embedding,
+    set_additional_trainable_modules,
+)
 
 from inlay.errors import InlayError, Unsupported
 
@@ -225,70 +231,192 @@ def undo_layer_changes(layer: torch.nn.Module) -> None:
         layer.undo_changes()
 
 
-def merge_keeping_weights(model: PeftModel) -> tuple[torch.nn.Module, Callable[[], torch.nn.Module]]:
-    """The base with the active adapter folded in, and what gives it back as it was, bit for bit, without an adapter.
+def merge_keeping_weights(model: PeftModel) -> tuple[torch.nn.Module, Callable[[], PeftModel]]:
+    """The base with the active adapter folded in, and what makes it `model` again, bit for bit.
 
-    Weights that merging changes are kept, as subtracting would not give them back: peft's `safe_merge` and our methods
-    put new tensors in their place, so this takes the memory of the changed ones alone.
+    All that merging changes is kept (weights, wrappers, ties), as subtracting would not give it back. peft's
+    `safe_merge` and our methods put new tensors in the place of old ones, so this takes only the memory of those.
+
+    Weights that modules share (GPT-2's token embedding and head) stay one where the adapter changes them as one, as
+    with peft's new tokens or `ensure_weight_tying`. Elsewhere each module gets its own, and the config says so.
 
     Raises:
         InlayError: An adapter that no weight can stand for; the model is then as it was.
     """
-    base = model.get_base_model()
-    owned = [(module, dict(module._parameters)) for _, module in base_modules(model)]
-    values = {
-        parameter: parameter.data for _, leaves in owned for parameter in leaves.values() if parameter is not None
-    }
-    wrapped = [(name_in_base(n), m) for n, m in base.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-    heads = {name: module.original_module for name, module in wrapped}
-
-    def restore() -> torch.nn.Module:
-        for module, leaves in owned:
-            module._parameters.update(leaves)
-        for parameter, value in values.items():
-            parameter.data = value
-        return base
-
+    restore = _remember_model(model)
     try:
+        _merge_new_tokens_below_adapters(model)
+        ties = _untie_adapted_weights(model)
         model.base_model.merge_adapter(safe_merge=True)  # all, before the first wrapper is taken out
     except Exception as error:  # peft's layers say it in many ways
         restore()
-        for layer in base.modules():
-            if isinstance(layer, BaseTunerLayer):
-                layer.merged_adapters = []
         if isinstance(error, InlayError):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise Unsupported(f"this adapter cannot be merged ({reason}); use it unmerged.") from error
+    for (first, name), *others in ties:
+        for module, leaf in others:
+            module._parameters[leaf] = first._parameters[name]
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All adapters are already merged")
         warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
         merged = model.merge_and_unload(safe_merge=True)
+    _record_untied_embeddings(merged)
 
-    def unmerge() -> torch.nn.Module:
-        for name, head in heads.items():
-            merged.set_submodule(name, head)
-        return restore()
+    def unmerge() -> PeftModel:
+        device = next(merged.parameters()).device
+        restore()
+        return model if device == next(model.parameters()).device else model.to(device)
 
     return merged, unmerge
 
 
-def untie_adapted_weights(model: PeftModel) -> None:
-    """Give each adapted module that shares a parameter with another one (GPT-2's token embedding and head) its own.
+def _remember_model(model: PeftModel) -> Callable[[], None]:
+    """What brings back the modules, tensors and configs that merging changes."""
+    base = model.get_base_model()
+    children = [
+        (kept, dict(kept))
+        for module in model.modules()
+        for kept in (module._modules, module._parameters, module._buffers)
+    ]
+    values = [(parameter, parameter.data) for parameter in model.parameters()]
+    layers = [vars(module) for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    states = [
+        (layer, name, copy.copy(layer[name])) for layer in layers for name in _CHANGED_BY_MERGING if name in layer
+    ]
+    configs = vars(base).get("peft_config")
+    ties = [(config, config.tie_word_embeddings) for config in _embedding_configs(base)]
 
-    Merging into the shared one would change both, while the adapter acts in one alone.
+    def restore() -> None:
+        for kept, names in children:
+            kept.clear()
+            kept.update(names)
+        for parameter, value in values:
+            parameter.data = value
+        for layer, name, state in states:
+            layer[name] = copy.copy(state)
+        if configs is not None:
+            base.peft_config = configs
+        for config, tied in ties:
+            config.tie_word_embeddings = tied
+
+    return restore
+
+
+# Attributes of a layer, peft's or ours, that say what is merged into its module, and what was there before.
+_CHANGED_BY_MERGING = ("merged_adapters", "_caches", "_kept")
+
+
+def _merge_new_tokens_below_adapters(model: PeftModel) -> None:
+    """Give a module that has new tokens below another adapter (LoRA on a tied head) the weight with these tokens.
+
+    peft merges such a LoRA into a tensor that it forgets.
     """
-    adapted = {layer.get_base_layer() for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
-    owners: dict[torch.Tensor, list[tuple[torch.nn.Module, str]]] = {}
-    for _, module in base_modules(model):
+    for layer in model.modules():
+        inner = getattr(layer, "base_layer", None)
+        if isinstance(layer, BaseTunerLayer) and isinstance(inner, TrainableTokensWrapper):
+            tokens = inner.token_adapter
+            module = tokens.get_base_layer()
+            if not inner.disable_adapters:
+                weight = tokens.get_merged_weights(tokens.active_adapters).detach()
+                module.weight = torch.nn.Parameter(weight, requires_grad=False)
+            layer.base_layer = module
+
+
+def _untie_adapted_weights(model: PeftModel) -> list[list[tuple[torch.nn.Module, str]]]:
+    """Give each adapted module that shares a parameter with another one its own, to merge into.
+
+    Returns:
+        Modules, and their parameter, that one and the same adapter changes: they are to be tied again.
+    """
+    adapted: dict[torch.nn.Module, list[BaseTunerLayer]] = {}
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            adapted.setdefault(layer.get_base_layer(), []).append(layer)
+    owners: dict[torch.nn.Parameter, list[tuple[torch.nn.Module, str]]] = {}
+    for _, module in base_modules(model, originals=True):
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(parameter, []).append((module, leaf))
-    for parameter, places in owners.items():
-        for module, leaf in places if len(places) > 1 else []:
+
+    ties = []
+    for parameter, shared in owners.items():
+        by_adapter: dict[frozenset[int], list[tuple[torch.nn.Module, str]]] = {}
+        for module, leaf in shared if len(shared) > 1 else []:
             if module in adapted:
-                setattr(module, leaf, torch.nn.Parameter(parameter.data.clone(), requires_grad=False))
+                module._parameters[leaf] = torch.nn.Parameter(parameter.data, requires_grad=False)
+                by_adapter.setdefault(_adapter_storages(adapted[module]), []).append((module, leaf))
+        ties += [modules for modules in by_adapter.values() if len(modules) > 1]
+    return ties
+
+
+def _adapter_storages(layers: list[BaseTunerLayer]) -> frozenset[int]:
+    """Where the tensors of an adapter's layers lie in memory: layers that peft has tied have the same."""
+    tensors = [
+        parameter
+        for layer in layers
+        for name in layer.adapter_layer_names
+        for holder in [getattr(layer, name)]
+        for parameter in (holder.parameters() if isinstance(holder, torch.nn.Module) else [])
+    ]
+    return frozenset(parameter.untyped_storage().data_ptr() for parameter in tensors)
+
+
+def _embedding_configs(model: torch.nn.Module) -> list[Any]:
+    """The configs of a model of transformers that say whether its embedding and output projection are one weight."""
+    config: Any = getattr(model, "config", None)
+    found = [config, config.get_text_config() if hasattr(config, "get_text_config") else None]
+    return [each for each in found if hasattr(each, "tie_word_embeddings")]
+
+
+def _record_untied_embeddings(model: torch.nn.Module) -> None:
+    """Let the configs say where embedding and output projection are two weights now, or loading would tie them."""
+    configs = [config for config in _embedding_configs(model) if config.tie_word_embeddings]
+    if not configs:
+        return
+    first, last = model.get_input_embeddings(), model.get_output_embeddings()
+    if first is not None and last is not None and first.weight is not last.weight:
+        for config in configs:
+            config.tie_word_embeddings = False
+
+
+def tie_filled_adapter(model: PeftModel) -> None:
+    """Make the tensors of an adapter one again that peft ties: filling an injected adapter makes two of them."""
+    config, name = model.active_peft_config, model.active_adapter
+    base = model.get_base_model()
+    for path in getattr(config, "target_modules_to_tie", None) or ():
+        layer, first = base.get_submodule(path), base.get_input_embeddings()
+        for own, tied in ((layer.lora_A, first.lora_embedding_B), (layer.lora_B, first.lora_embedding_A)):
+            own[name].weight = torch.nn.Parameter(tied[name].T, requires_grad=own[name].weight.requires_grad)
+    for path in getattr(config, "modules_to_tie", None) or ():
+        first = base.get_input_embeddings()
+        base.get_submodule(path).modules_to_save[name].weight = first.modules_to_save[name].weight
+
+
+def find_tied_modules(config: PeftConfig) -> dict[str, set[str]]:
+    """Modules that peft has tied to the embedding in an adapter, by the setting that named them; it saves no names.
+
+    Without a name, loading ties again only what is tied to an `embed_tokens`: GPT-2's `wte` it does not recognise.
+    """
+    kinds = {"target_modules": "target_modules_to_tie", "modules_to_save": "modules_to_tie"}
+    return {setting: set(found) for setting, kind in kinds.items() if (found := getattr(config, kind, None))}
+
+
+def name_tied_modules(config: PeftConfig, model: torch.nn.Module, keys: Iterable[str]) -> None:
+    """Name in a config the modules tied to the embedding that a file has tensors of, where peft has left them out."""
+    if not getattr(config, "ensure_weight_tying", False):
+        return
+    saved = tuple(keys)
+    tied = _get_module_names_tied_with_embedding(model)
+    names = [name for name in tied if any(key.startswith(f"base_model.model.{name}.") for key in saved)]
+    if not names:
+        return
+    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    for setting in ("target_modules", "modules_to_save"):
+        given = getattr(config, setting)
+        if isinstance(given, list | set) and any(f".{embedding}".endswith(f".{name}") for name in given):
+            setattr(config, setting, type(given)([*given, *names]))
 
 
 @contextmanager
@@ -315,12 +443,6 @@ def base_with_own_head(model: PeftModel) -> Iterator[None]:
     finally:
         for parameter, requires_grad in trained:
             parameter.requires_grad = requires_grad
-
-
-def copy_adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
-    """A copy of what a file of the active adapter would hold."""
-    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {key: value.detach().clone() for key, value in weights.items()}
 
 
 def acts_as_saved(model: PeftModel) -> bool:
@@ -359,12 +481,10 @@ def base_modules(model: torch.nn.Module, originals: bool = False) -> Iterator[tu
 
 
 def _descend(name: str, module: torch.nn.Module, originals: bool) -> Iterator[tuple[str, torch.nn.Module]]:
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        if not originals:
+    while isinstance(module, AuxiliaryTrainingWrapper | BaseTunerLayer):  # new tokens may stand inside a LoRA
+        if isinstance(module, AuxiliaryTrainingWrapper) and not originals:
             return
-        module = module.original_module
-    if isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
+        module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.base_layer
     yield name, module
     for child, inner in module.named_children():
         yield from _descend(f"{name}.{child}" if name else child, inner, originals)

@@ -253,7 +253,8 @@ def _widen(
         if (not causal or rows == 1) and counts is None:
             return None
         mask = torch.ones(rows, tokens, dtype=torch.bool, device=query.device)
-        mask = (mask.tril(tokens - rows) if causal else mask)[None, None]
+        # Token i sees keys 0 to i, as with is_causal of torch: a static cache has more keys, which are still empty.
+        mask = (mask.tril() if causal and rows > 1 else mask)[None, None]
     if mask.ndim != 4:
         raise Unsupported(f"a prefix needs an attention mask of four axes, got {tuple(mask.shape)}.")
     seen, unseen = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
