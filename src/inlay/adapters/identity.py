@@ -7,7 +7,7 @@ from torch import nn
 
 from inlay.adapters.file import AdapterFile
 from inlay.adapters.sketch import precision_of, sketch
-from inlay.adapters.sketch_distance import TOLERANCE, distance
+from inlay.adapters.sketch_distance import explain_difference
 from inlay.bases.load import size_of
 from inlay.errors import WrongBase
 
@@ -48,10 +48,8 @@ def check_base(file: AdapterFile, base: Identity) -> None:
                 f"{name} ({stored['sketch'][what]:,} {kind}), but this base has {base.sketch[what]:,}. "
                 "Load it on that base."
             )
-    off = distance(stored["sketch"], base.sketch)
-    limit = max(TOLERANCE[base.precision], TOLERANCE[stored["precision"]])
-    if off > limit:
+    if difference := explain_difference(stored, {"precision": base.precision, "sketch": base.sketch}):
         raise WrongBase(
-            f"{name}, but this base has other weights of the same shape (sketches {off:.3f} apart, {limit} allowed). "
-            "Load it on the base it names, or retrain it."
+            f"{name}, but this base has other weights of the same shape ({difference}). Load it on the base it names, "
+            "or retrain it."
         )

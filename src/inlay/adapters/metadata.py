@@ -8,7 +8,9 @@ import binascii
 from pathlib import Path
 from typing import Any
 
-from inlay.adapters.sketch_distance import TOLERANCE
+import numpy as np
+
+from inlay.adapters.sketch_distance import ENTRY, TOLERANCE
 from inlay.errors import DamagedFile
 from inlay.tasks import TASKS
 
@@ -41,7 +43,8 @@ def check_record(record: dict[str, Any], where: Path) -> None:
     wrong += ["precision"] * (base["precision"] not in TOLERANCE) + ["task"] * (
         record.get("task") not in (None, *TASKS)
     )
-    wrong += ["sketch"] * (not _is_sketch(base["sketch"]["values"]))
+    sketch = base["sketch"]
+    wrong += ["sketch"] * (not _is_sketch(sketch["values"]) or not _is_rest(sketch.get("rest", "")))
     if len(record["labels"]) > MAX_LABELS:
         raise DamagedFile(f"{where} names {len(record['labels']):,} labels, and inlay reads at most {MAX_LABELS:,}.")
     if wrong:
@@ -50,7 +53,21 @@ def check_record(record: dict[str, Any], where: Path) -> None:
 
 def _is_sketch(values: str) -> bool:
     """Float32 in base64, two for each weight matrix that was looked at."""
-    try:
-        return len(base64.b64decode(values, validate=True)) % 8 == 0
-    except (binascii.Error, ValueError):
+    decoded = _decode(values)
+    return decoded is not None and len(decoded) % 8 == 0
+
+
+def _is_rest(rest: Any) -> bool:
+    """Entries in base64, one for each other tensor, each of a known form; older files have none."""
+    decoded = _decode(rest)
+    if decoded is None or len(decoded) % ENTRY.itemsize:
         return False
+    return bool((np.frombuffer(decoded, dtype=ENTRY)["kind"] < len(TOLERANCE)).all())
+
+
+def _decode(text: Any) -> bytes | None:
+    """None for what is no base64."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError, TypeError):
+        return None

@@ -11,7 +11,7 @@ import numpy as np
 from inlay.adapters.file import WEIGHTS, AdapterFile, check_digest, read_adapter
 from inlay.adapters.hub.fetch import fetch
 from inlay.adapters.patterns import check_patterns
-from inlay.adapters.sketch_distance import TOLERANCE, distance
+from inlay.adapters.sketch_distance import explain_difference
 from inlay.combine.parts import PREFIX, Part, Source, Tensors
 from inlay.combine.sums import SUM_BY_PEFT_TYPE
 from inlay.errors import BadInput, DamagedFile, Unsupported, WrongBase
@@ -76,8 +76,7 @@ def _check_bases(files: Mapping[str, AdapterFile]) -> None:
     for name, other in others:
         a, b = one.record.get("base"), other.record.get("base")
         if a and b:
-            limit = max(TOLERANCE[a["precision"]], TOLERANCE[b["precision"]])
-            if distance(a["sketch"], b["sketch"]) <= limit:
+            if not explain_difference(a, b):
                 continue
             more = ", which has other weights" if a["name"] == b["name"] else ""
             raise WrongBase(
