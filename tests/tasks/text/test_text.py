@@ -90,15 +90,132 @@ def test_columns_of_other_names(tmp_path):
     refused("prompt and completion as well as source and target", "completion_column", name=name)
     assert everything(name, prompt_column="source", completion_column="TARGET") == [("c", "d"), ("g", "h")]
     assert load_texts(name, completion_column="target").plain
-    refused("a.csv' needs prompt, nothing", name=name, prompt_column="prompt", completion_column="nothing")
+    refused("a.csv' has no columns prompt, nothing", name=name, prompt_column="prompt", completion_column="nothing")
     refused("prompt_column needs completion_column", name=name, prompt_column="source")
-    refused("mr and ref", "but has x, y", name=write(tmp_path / "b.csv", "x,y", "a,b"))
+    refused("mr and ref", "only x, y", name=write(tmp_path / "b.csv", "x,y", "a,b"))
 
 
 def test_ends_of_lines_within_json(tmp_path):
     line = json.dumps({"prompt": "a\u2028b", "completion": "c\nd"}, ensure_ascii=False)
     found = everything(write(tmp_path / "a.jsonl", line, '{"prompt": "e", "completion": "f"}'))
     assert found == [("a\u2028b", "c\nd"), ("e", "f")]
+
+
+# What stands next to prompts and completions: the fields of the formats' own pages and data cards
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+TURNS = [["q1", "a1"], ["q2", "a2"]]
+EARLIER = [message("user", "q1"), message("assistant", "a1"), message("user", "q2"), message("assistant", "a2")]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "completion"),
+    [
+        pytest.param({"instruction": "do", "context": "c", "response": "r"}, "do\nc", "r", id="Dolly"),
+        pytest.param({"instruction": "do", "context": "", "response": "r"}, "do", "r", id="Dolly, empty"),
+        pytest.param({"Instruction": "do", "Input": "i", "Output": "r"}, "do\ni", "r", id="Alpaca in capitals"),
+        pytest.param({"context": "c", "question": "q", "answer": "r"}, "c\nq", "r", id="context of a question"),
+        pytest.param({"article": "c", "question": "q", "answer": "r"}, "c\nq", "r", id="axolotl's context_qa"),
+        pytest.param({"system_prompt": "s", "question": "q", "response": "r"}, "s\nq", "r", id="OpenOrca"),
+        pytest.param({"system": "s", "prompt": "q", "completion": "r"}, "s\nq", "r", id="system"),
+        pytest.param(
+            {"instruction": "do", "input": "i", "output": "r", "system": "s", "history": TURNS},
+            "s\nq1\na1\nq2\na2\ndo\ni",
+            "r",
+            id="LLaMA-Factory",
+        ),
+        pytest.param({"history": None, "prompt": "q", "response": "r"}, "q", "r", id="no history"),
+        pytest.param({"prompt": "q", "chosen": "r", "rejected": "no"}, "q", "r", id="preference"),
+        pytest.param(
+            {"system": "s", "question": "q", "chosen": "r", "rejected": "no"}, "s\nq", "r", id="orca_dpo_pairs"
+        ),
+        pytest.param(
+            {"context": "c", "question": "q", "answers": {"text": ["r", "r"], "answer_start": [1, 1]}},
+            "c\nq",
+            "r",
+            id="SQuAD",
+        ),
+        pytest.param({"question": "q", "answers": ["r"]}, "q", "r", id="WebQuestions"),
+        pytest.param({"query": "q", "response": "r"}, "q", "r", id="MetaMath"),
+        pytest.param({"messages": [ASK, SAY]}, [ASK], "yo", id="OpenAI"),
+        pytest.param(
+            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
+            [ASK],
+            "yo",
+            id="ShareGPT",
+        ),
+        pytest.param(
+            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}], "system": "s"},
+            [message("system", "s"), ASK],
+            "yo",
+            id="ShareGPT with system",
+        ),
+        pytest.param(
+            {"messages": [message("system", "t"), ASK, SAY], "system": "s"},
+            [message("system", "s\nt"), ASK],
+            "yo",
+            id="system twice",
+        ),
+        pytest.param({"messages": [ASK, SAY], "history": TURNS}, [*EARLIER, ASK], "yo", id="history of a chat"),
+        pytest.param({"prompt": [ASK], "completion": [SAY]}, [ASK], "yo", id="trl's prompt and completion"),
+        pytest.param({"prompt": "hi", "chosen": [SAY], "rejected": [SAY]}, [ASK], "yo", id="trl's preference"),
+        pytest.param({"prompt": "hi", "chosen": [ASK, SAY], "rejected": [ASK, SAY]}, [ASK], "yo", id="UltraFeedback"),
+        pytest.param({"chosen": [ASK, SAY], "rejected": [ASK, SAY]}, [ASK], "yo", id="preference without prompt"),
+        pytest.param({"chosen": "hi yo", "rejected": "hi no"}, "", "hi yo", id="hh-rlhf"),
+    ],
+)
+def test_common_formats(tmp_path, row, prompt, completion):
+    other = json.loads(json.dumps(row).replace('"hi', '"other hi').replace('"q"', '"p"').replace('"do"', '"be"'))
+    for name in (jsonl(tmp_path / "a.jsonl", row, other), tmp_path / "a.parquet"):
+        if name == tmp_path / "a.parquet":
+            write_table(pyarrow.Table.from_pylist([row, other]), name)
+        data = load_texts(str(name), validation=0.5)
+        found = [(row["prompt"], row["completion"]) for rows in (data.train, data.validation) for row in rows]
+        assert (prompt, completion) in found
+
+
+@pytest.mark.parametrize(
+    ("row", "unused"),
+    [
+        ({"instruction": "do", "context": "c", "response": "r", "category": "open"}, "category"),
+        ({"id": "1", "title": "t", "context": "c", "question": "q", "answers": ["r"]}, "id, title"),
+        ({"prompt": "q", "chosen": "r", "rejected": "no"}, "rejected"),
+        ({"prompt": "q", "completion": "r", "label": True}, "label"),
+        ({"prompt": "q", "completion": "r", "context": "c"}, "context"),
+        ({"prompt": "q", "messages": [ASK, SAY], "tools": []}, "prompt, tools"),
+        ({"text": "a b c d", "url": "u"}, "url"),
+        ({"instruction": "do", "output": "r", "text": "do r"}, "text"),
+        ({"question": "q", "answer": "r", "context": {"sentences": ["c"]}}, "context"),  # HotpotQA: no text
+    ],
+)
+def test_columns_that_are_not_used_are_named(tmp_path, caplog, row, unused):
+    other = {
+        key: f"other {value}" if key in ("instruction", "question", "prompt", "text") else value
+        for key, value in row.items()
+    }
+    if "messages" in row:
+        other["messages"] = [message("user", "other"), SAY]
+    load_texts(jsonl(tmp_path / "a.jsonl", row, other), validation=0.5)
+    assert f"that are not used: {unused}." in caplog.text
+
+
+def test_answers_of_squad(tmp_path, caplog):
+    """Each different answer is a reference, as in E2E; questions of SQuAD 2 without an answer are left out."""
+    several, none = {"text": ["one", "two", "one"], "answer_start": [0, 4, 9]}, {"text": [], "answer_start": []}
+    rows = [{"context": "c", "question": q, "answers": a} for q, a in (("q", several), ("p", none), ("o", several))]
+    found = everything(jsonl(tmp_path / "a.jsonl", *rows))
+    assert found == [("c\no", "one"), ("c\no", "two"), ("c\nq", "one"), ("c\nq", "two")]
+    assert "1 row of" in caplog.text and "(line 2) have no answer" in caplog.text
+    refused("lists of texts", "(line 1)", name=jsonl(tmp_path / "b.jsonl", {"question": "q", "answers": [1]}))
+
+
+def test_history_that_is_none(tmp_path):
+    rows = [{"prompt": "a", "completion": "b", "history": turns} for turns in (TURNS, [["q"]])]
+    refused("pairs of prompt and answer", "(line 2)", name=jsonl(tmp_path / "a.jsonl", *rows))
 
 
 # Errors with their lines
