@@ -263,10 +263,73 @@ def test_files_that_do_not_read(tmp_path):
     refused("d.json' is not JSON", name=write(tmp_path / "d.json", "[{]"))
     refused("e.json' has no rows", name=write(tmp_path / "e.json", "[]"))
     refused("a.parquet' cannot be read as parquet", name=write(tmp_path / "a.parquet", "no"))
-    refused("b.txt.gz' cannot be read", name=write(tmp_path / "b.txt.gz", "no"))
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"some text")[:-9])
     refused("c.txt.gz' cannot be read", name=tmp_path / "c.txt.gz")
     refused(".parquet", "a.docx", name=write(tmp_path / "a.docx", "no"))
+
+
+def test_files_are_read_by_what_they_hold(tmp_path):
+    text = b"prompt,completion\na,b\nc,d\n"
+    for name, content in (("a.csv", gzip.compress(text)), ("b.csv.gz", text), ("C.CSV", text), ("D.CSV.GZ", text)):
+        (tmp_path / name).write_bytes(content)
+        assert everything(tmp_path / name) == [("a", "b"), ("c", "d")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.csv", b"PAR1....", "parquet"),
+        ("a.csv", b"PK\x03\x04...", "a zip archive or a spreadsheet"),
+        ("a.tsv", "mr\tref\na\tb\n".encode("utf-16"), "UTF-16"),
+        ("a.txt", b"%PDF-1.7", "a PDF"),
+        ("a.jsonl", b"\x28\xb5\x2f\xfd..", "zstandard data"),
+    ],
+)
+def test_files_that_are_not_what_they_are_called(tmp_path, name, content, kind):
+    (tmp_path / name).write_bytes(content)
+    refused(f"{name}' holds {kind}, not text in UTF-8", name=tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["xlsx", "docx", "arrow", "zip", "csv.zst", "md", "ndjson"])
+def test_other_suffixes(tmp_path, suffix):
+    refused(f"a.{suffix}' is neither a table nor text", "convert it", name=write(tmp_path / f"a.{suffix}", "no"))
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "said"),
+    [
+        ("a.csv", "mr;ref", "semicolons, not commas; save it with commas"),
+        ("a.csv", "mr\tref", "tabs, not commas; name it .tsv"),
+        ("a.csv", "mr|ref", "vertical bars, not commas; save it with commas"),
+        ("a.tsv", "mr,ref", "commas, not tabs; name it .csv"),
+        ("a.tsv", "mr;ref", "semicolons, not tabs"),
+    ],
+)
+def test_other_separators(tmp_path, name, header, said):
+    refused(name, said, name=write(tmp_path / name, header, header.replace("mr", "1,5 a").replace("ref", "b, c")))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "C:\\data\\train.csv",
+        "C:/data/train.csv",
+        "data\\train.jsonl",
+        "~/nothing",
+        "./nothing",
+        "/no/where",
+        "a/b/c",
+        "texts.xlsx",
+    ],
+)
+def test_paths_that_are_not_there(name):
+    refused(f"there is no file or folder {name!r}", name=name)
+
+
+def test_a_path_of_windows_is_offered_with_slashes(tmp_path, monkeypatch):
+    write(tmp_path / "data/train.csv", "mr,ref", "a,b")
+    monkeypatch.chdir(tmp_path)
+    refused("write it with slashes, 'data/train.csv'", name="data\\train.csv")
 
 
 def test_missing_column_in_one_split_names_the_file(tmp_path):
@@ -329,7 +392,7 @@ def test_text_is_split_at_a_paragraph(tmp_path):
     (tmp_path / "b.txt").write_text("word " * 20)  # neither lines nor paragraphs
     data = load_texts(str(tmp_path / "b.txt"), validation=0.5)
     assert (data.train[0]["completion"], data.validation[0]["completion"]) == ("word " * 11, "word " * 9)
-    refused("c.txt' is too short to hold out a part", name=write(tmp_path / "c.txt", "a"), validation=0.01)
+    refused("c.txt' has too little text to hold out a part", name=write(tmp_path / "c.txt", "a"), validation=0.01)
 
 
 def test_documents_are_split_by_their_length(tmp_path):
@@ -341,6 +404,25 @@ def test_documents_are_split_by_their_length(tmp_path):
     assert data.train["completion"][:] == ["a" * 30, "b" * 20]
     assert data.validation["completion"][:] == ["b" * 20, "c" * 30]
     refused("train of", "b.jsonl' has no text", name=jsonl(tmp_path / "b.jsonl", {"text": " "}))
+
+
+def test_a_document_is_not_in_training_and_in_validation(tmp_path):
+    """Crawled texts repeat: equal ones stay on one side, also where the cut falls into one of them."""
+    long, again, other = "a b " * 20, "again " * 4, "other " * 4
+    data = load_texts(jsonl(tmp_path / "a.jsonl", *({"text": t} for t in (again, long, again, other))), validation=0.4)
+    assert again not in data.validation["completion"][:] and data.train["completion"][:].count(again) == 2
+    data = load_texts(jsonl(tmp_path / "b.jsonl", *({"text": t} for t in (long, long, other))), validation=0.5)
+    assert (data.train["completion"][:], data.validation["completion"][:]) == ([long, long], [other])
+    refused("too little text to hold out", name=jsonl(tmp_path / "c.jsonl", {"text": long}, {"text": long}))
+
+
+def test_documents_of_given_splits_that_overlap_are_counted(tmp_path, caplog):
+    jsonl(tmp_path / "train.jsonl", {"text": "a"}, {"text": "b"})
+    jsonl(tmp_path / "validation.jsonl", {"text": "b"}, {"text": "c"})
+    jsonl(tmp_path / "test.jsonl", {"text": "a"})
+    load_texts(str(tmp_path))
+    assert "1 of 2 documents of validation are in training too" in caplog.text
+    assert "1 of 1 documents of test are in training too" in caplog.text
 
 
 def test_folder_of_texts(tmp_path):

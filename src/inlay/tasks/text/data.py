@@ -148,12 +148,15 @@ def load_texts(
     if prompt_column and not completion_column:
         raise BadInput("prompt_column needs completion_column; pass both.")
     splits, plain = _own_splits(name, revision, prompt_column, completion_column)
-    if "validation" in splits:
-        _say_overlap(splits["train"], splits["validation"])
-    elif plain:
-        splits["train"], splits["validation"] = _last_part(splits["train"], validation, name)
-    else:
-        splits["train"], splits["validation"] = _held_out(splits["train"], validation, seed, name)
+    for split in ("validation", "test"):
+        if split in splits:
+            _warn_of_overlap(splits["train"], splits[split], split)
+    if "validation" not in splits:
+        splits["train"], splits["validation"] = (
+            _last_part(splits["train"], validation, name)
+            if plain
+            else _held_out(splits["train"], validation, seed, name)
+        )
     made = {split: _dataset(rows) for split, rows in splits.items() if rows}
     return TextData(name, made["train"], made["validation"], made.get("test"), plain)
 
@@ -556,7 +559,10 @@ def _held_out(rows: list[Row], share: float, seed: int, name: str) -> tuple[list
 
 
 def _last_part(rows: list[Row], share: float, name: str) -> tuple[list[Row], list[Row]]:
-    """Running text before and after a point, moved on to the next paragraph, line or word if one is near."""
+    """Running text before and after a point, moved on to the next paragraph, line or word if one is near.
+
+    A document that stands on both sides of it, or is cut there and stands elsewhere too, is trained on only.
+    """
     total, row = sum(len(text) for _, text in rows), 0
     at = min(round(total * (1 - share)), total - 1)
     while row < len(rows) - 1 and at >= len(rows[row][1]):
@@ -565,17 +571,28 @@ def _last_part(rows: list[Row], share: float, name: str) -> tuple[list[Row], lis
     text = rows[row][1]
     near = text[at : at + (len(text) - at) // 4]
     at += next((near.find(gap) + len(gap) for gap in ("\n\n", "\n", " ") if gap in near), 0)
-    parts = ([*rows[:row], ("", text[:at])], [("", text[at:]), *rows[row + 1 :]])
+    before, after = rows[:row], rows[row + 1 :]
+    if rows[row] in before or rows[row] in after:
+        at = len(text)
+    known = {*before, rows[row]}
+    parts = (
+        [*before, ("", text[:at]), *(document for document in after if document in known)],
+        [("", text[at:]), *(document for document in after if document not in known)],
+    )
     train, held = ([(prompt, text) for prompt, text in part if text.strip()] for part in parts)
     if not train or not held:
-        raise BadInput(f"{name!r} is too short to hold out a part of it; add a validation file.")
+        raise BadInput(
+            f"{name!r} has too little text to hold out a part that is not trained on; add a validation file."
+        )
     return train, held
 
 
-def _say_overlap(train: list[Row], held: list[Row]) -> None:
-    prompts, known = {_key(prompt) for prompt, _ in held} - {""}, {_key(prompt) for prompt, _ in train}
-    if prompts & known:
-        logger.warning("%d of %d prompts of validation are in training too.", len(prompts & known), len(prompts))
+def _warn_of_overlap(train: list[Row], held: list[Row], split: str) -> None:
+    """Count the prompts, or the documents without prompts, of a split that are in training too."""
+    known, found = ({_key(prompt) or text for prompt, text in rows} for rows in (train, held))
+    if found & known:
+        noun = "prompts" if any(prompt for prompt, _ in held) else "documents"
+        logger.warning("%d of %d %s of %s are in training too.", len(found & known), len(found), noun, split)
 
 
 def _dataset(rows: list[Row]) -> datasets.Dataset:
