@@ -4,9 +4,11 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +19,19 @@ from inlay.tasks.pictures import explain_unreadable
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 KINDS = (*SEPARATORS, ".jsonl", ".json", ".parquet", ".txt")
+PATHS = (*KINDS, ".xlsx", ".xls", ".ods", ".arrow", ".zip", ".ndjson", ".md", ".docx", ".pdf")
+# How files begin that are not the text which their suffix announces.
+SIGNATURES = {
+    b"PAR1": "parquet",
+    b"PK\x03\x04": "a zip archive or a spreadsheet",
+    b"%PDF": "a PDF",
+    b"\xd0\xcf\x11\xe0": "an old Office document",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"\x28\xb5\x2f\xfd": "zstandard data",
+    b"BZh": "bzip2 data",
+    b"\xfd7zXZ": "xz data",
+}
 
 
 @dataclass(frozen=True)
@@ -87,13 +102,29 @@ def hub_splits(name: str, revision: str | None, wanted: str) -> dict[str, datase
     """Every split of a Hub dataset.
 
     Raises:
-        InlayError: It cannot be had; the message says what else was `wanted`.
+        InlayError: It cannot be had, or the name is that of a file; the message says what else was `wanted`.
     """
+    _check_hub_id(name)
     try:
         return dict(datasets.load_dataset(name, revision=revision))
     except Exception as error:  # no network, no such dataset or revision, gated: each has its own type
         got = f"{name!r} is nothing here and the Hub gave {type(error).__name__} ({explain_unreadable(error)})"
         raise Unreachable(f"expected {wanted}, but {got}. Check the name and the network.") from error
+
+
+def _check_hub_id(name: str) -> None:
+    """Refuse what can only be meant for a file or folder, and is none here.
+
+    Raises:
+        InlayError: Offers the path with slashes where that is there.
+    """
+    slashed = Path(name.replace("\\", "/"))
+    if "\\" in name and slashed.exists():
+        raise BadInput(f"there is no file or folder {name!r}; write it with slashes, {str(slashed)!r}.")
+    # A Hub id is a name, or an owner and a name; a suffix of files and a drive are of paths.
+    is_path = re.match(r"[A-Za-z]:|[~./]", name) or "\\" in name or name.count("/") > 1 or kind_of(Path(name)) in PATHS
+    if is_path:
+        raise BadInput(f"there is no file or folder {name!r} on this machine; check the path.")
 
 
 def list_first(names: Sequence[object]) -> str:
@@ -104,10 +135,13 @@ def list_first(names: Sequence[object]) -> str:
 def _text(path: Path) -> str:
     try:
         content = path.read_bytes()
-        if path.suffix.lower() == ".gz":
+        if content.startswith(b"\x1f\x8b"):  # gzip, whatever the file is called
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise DamagedFile(f"'{path}' cannot be read: {explain_unreadable(error)}.") from error
+    kind = next((kind for start, kind in SIGNATURES.items() if content.startswith(start)), None)
+    if kind:
+        raise BadInput(f"'{path}' holds {kind}, not text in UTF-8; give it the suffix of what it is, or convert it.")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -123,6 +157,7 @@ def _separated(text: str, name: str, separator: str) -> Table:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows: list[list[str]] = []
     places, line = [], 1
+    _check_separator(text, name, separator)
     try:
         for row in reader:
             if row:
@@ -144,6 +179,18 @@ def _separated(text: str, name: str, separator: str) -> Table:
     return table
 
 
+def _check_separator(text: str, name: str, separator: str) -> None:
+    """Refuse a header of one column that holds another separator, as spreadsheets write where the comma is decimal."""
+    header = text.lstrip().split("\n", 1)[0]
+    used = next((mark for mark in (";", "\t", "|", ",") if mark in header), None)
+    if separator not in header and used:
+        words = {";": "semicolons", "\t": "tabs", "|": "vertical bars", ",": "commas"}
+        remedy = (
+            "name it .tsv" if used == "\t" else "name it .csv" if used == "," else "save it with commas, or as .jsonl"
+        )
+        raise BadInput(f"the columns of {name!r} are separated by {words[used]}, not {words[separator]}; {remedy}.")
+
+
 def _json_lines(text: str, name: str) -> Table:
     rows, places = [], []
     # Not splitlines: a JSON string may hold other ends of lines, such as U+2028.
@@ -161,7 +208,7 @@ def _array(text: str, name: str) -> Table:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_float=Decimal)  # 1.10 stays 1.10: a label is text as it is written
     except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{where} is not JSON: {explain_unreadable(error)}.") from error
 

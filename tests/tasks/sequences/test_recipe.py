@@ -12,7 +12,9 @@ RECIPE = Path(__file__).parents[3] / "recipes/lora_bert.py"
 
 
 def test_lora_bert(monkeypatch, tmp_path, capsys):
-    rows = [(f"It welcomes {who}.", "Families may come.", "yn"[i % 2]) for i, who in enumerate(["all", "none"] * 10)]
+    rows = [
+        (f"It welcomes {who} {i}.", "Families may come.", "yn"[i % 2]) for i, who in enumerate(["all", "none"] * 10)
+    ]
     with (tmp_path / "pairs.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("premise", "hypothesis", "label"), *rows])
     options = {"dataset": tmp_path / "pairs.csv", "output_dir": tmp_path / "run", "epochs": 1, "batch_size": 8}

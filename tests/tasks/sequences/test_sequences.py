@@ -2,7 +2,11 @@
 
 import csv
 import json
+import unicodedata
+from functools import partial
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import transformers as hf
@@ -27,6 +31,7 @@ from inlay import (
 from inlay.builtin.families import families
 from inlay.methods import METHODS
 from inlay.tasks.metrics import Matthews
+from inlay.tasks.sequences.data import load_sequences_to_score
 
 LABELS = ["good", "bad", "so-so"]
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
@@ -131,10 +136,10 @@ def test_tables(tmp_path):
     single = load_sequences(write(tmp_path / "a.csv", ["Sentence", "Label"], rows))
     assert single.labels == ("NA", "None") and not single.paired
     assert len(single.validation) == 6 and single.validation["label"][:].count(1) == 2
-    pairs = [["p", "h", i % 2] for i in range(10)]
+    pairs = [[f"p{i}", "h", i % 2] for i in range(10)]
     paired = load_sequences(write(tmp_path / "b.tsv", ["premise", "hypothesis", "label"], pairs, "\t"))
     assert paired.paired and paired.labels == ("0", "1") and paired.train[0]["pair"] == "h"
-    lines = [json.dumps({"question": "q", "sentence": "s", "target": "yn"[i % 2]}) for i in range(8)]
+    lines = [json.dumps({"question": "q", "sentence": f"s{i}", "target": "yn"[i % 2]}) for i in range(8)]
     (tmp_path / "c.jsonl").write_text("\n".join(lines))
     assert load_sequences(str(tmp_path / "c.jsonl")).labels == ("n", "y")
     folder = tmp_path / "folder"
@@ -151,6 +156,95 @@ def test_tables(tmp_path):
     ):
         with pytest.raises(InlayError, match=said):
             load_sequences(data)
+
+
+def sources(folder, rows):
+    """The same table in every format: text and label of each row, as text."""
+    lines = [dict(zip(("text", "label"), row, strict=True)) for row in rows]
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "b.json").write_text(json.dumps(lines))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), folder / "c.parquet")
+    return [
+        write(folder / "d.csv", ["text", "label"], rows),
+        write(folder / "e.tsv", ["text", "label"], rows, "\t"),
+        *(str(folder / name) for name in ("a.jsonl", "b.json", "c.parquet")),
+    ]
+
+
+@pytest.mark.parametrize(
+    "words", [["001", "1"], ["07", "7", "7.0"], ["true", "True"], ["1.10", "1.1"], ["NA", "", "null"]]
+)
+def test_labels_are_text_as_written(tmp_path, words):
+    words = [word for word in words if word]
+    rows = [[f"text {i} {word}", word] for word in words for i in range(5)]
+    for name in sources(tmp_path, rows):
+        data = load_sequences(name)
+        assert set(data.labels) == set(words)
+        for row in (*data.train, *data.validation):
+            assert row["text"].endswith(f" {data.labels[row['label']]}")
+
+
+def test_labels_that_json_and_parquet_do_not_write_as_text(tmp_path):
+    lines = [f'{{"text": "{i}", "label": {("true", "false", "1.10", "1.1", "7")[i % 5]}}}' for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert set(load_sequences(str(tmp_path / "a.jsonl")).labels) == {"true", "false", "1.10", "1.1", "7"}
+    rows = [{"text": str(i), "label": i % 2 == 0} for i in range(20)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b.parquet")
+    assert load_sequences(str(tmp_path / "b.parquet")).labels == ("false", "true")
+
+
+def test_labels_that_differ_in_unicode_form_are_one(tmp_path):
+    """é as one letter, and as e with an accent (macOS): one word to every reader, in training and in scoring."""
+    forms = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
+    rows = [[f"text {i}", forms[i % 2]] for i in range(10)] + [[f"other {i}", "tea"] for i in range(10)]
+    name = write(tmp_path / "a.csv", ["text", "label"], rows)
+    data = load_sequences(name)
+    assert data.labels == (forms[0], "tea")
+    for own in forms:  # an adapter whose labels were read from either
+        _, scored, _ = load_sequences_to_score(name, [own, "tea"], adapter="a", split="all")
+        assert scored["label"][:] == [0] * 10 + [1] * 10
+    (tmp_path / "given").mkdir()
+    write(tmp_path / "given/train.csv", ["text", "label"], [["a", forms[0]], ["b", "tea"]])
+    write(tmp_path / "given/val.csv", ["text", "label"], [["c", forms[1]]])
+    assert load_sequences(str(tmp_path / "given")).validation["label"][:] == [0]
+
+
+def test_equal_texts_stay_on_one_side(tmp_path, caplog):
+    rows = [[f"text {i % 20}", "ab"[i % 2]] for i in range(60)] + [["both", "a"], ["both", "b"]]
+    data = load_sequences(write(tmp_path / "a.csv", ["text", "label"], rows))
+    train, held = set(data.train["text"][:]), set(data.validation["text"][:])
+    assert not train & held and len(held) == 4 and len(data.validation) == 12
+    assert "both" in train and "1 text stands with more than one label" in caplog.text
+    pairs = [[f"text {i % 2}", f"pair {i % 20}", "ab"[i % 2]] for i in range(60)]
+    data = load_sequences(write(tmp_path / "b.csv", ["text1", "text2", "label"], pairs))
+    assert not set(data.train["pair"][:]) & set(data.validation["pair"][:])
+    with pytest.raises(InlayError, match="every text stands with more than one label"):
+        load_sequences(write(tmp_path / "c.csv", ["text", "label"], [["x", "a"], ["x", "b"]]))
+
+
+def test_what_is_held_out_does_not_change(tmp_path):
+    """Adapters of before are scored on what they have not seen: written down here, not computed."""
+    rows = [[f"text {i}", "ab"[i % 2]] for i in range(20)]
+    data = load_sequences(write(tmp_path / "a.csv", ["text", "label"], rows))
+    assert data.validation["text"][:] == ["text 4", "text 7", "text 15", "text 18"]
+
+
+def test_test_data_choose_nothing(tmp_path, caplog):
+    """Without a validation split it is held out of training; test is what `evaluate` scores by itself."""
+    rows = [[f"text {i}", "ab"[i % 2]] for i in range(20)]
+    write(tmp_path / "train.csv", ["text", "label", "id"], [[*row, "7"] for row in rows])
+    write(tmp_path / "test.csv", ["text", "label"], [["new", "a"], ["text 3", "b"]])
+    data = load_sequences(str(tmp_path))
+    assert data.test["text"][:] == ["new", "text 3"] and set(data.validation["text"][:]) <= {row[0] for row in rows}
+    assert (len(data.train), len(data.validation)) == (16, 4)
+    assert "that are not used: id." in caplog.text and "1 of 2 texts of test are in training too" in caplog.text
+    score = partial(load_sequences_to_score, str(tmp_path), ["a", "b"], adapter="a")
+    chosen, rows, _ = score()
+    assert chosen == "test" and rows["text"][:] == ["new", "text 3"]
+    assert score(split="validation")[1]["text"][:] == data.validation["text"][:]
+    assert score(split="train")[1]["text"][:] == data.train["text"][:]
+    write(tmp_path / "test.csv", ["text"], [["new"]])
+    assert load_sequences(str(tmp_path)).test is None and "split test of" in caplog.text
 
 
 def test_pairs_and_cuts():

@@ -90,15 +90,132 @@ def test_columns_of_other_names(tmp_path):
     refused("prompt and completion as well as source and target", "completion_column", name=name)
     assert everything(name, prompt_column="source", completion_column="TARGET") == [("c", "d"), ("g", "h")]
     assert load_texts(name, completion_column="target").plain
-    refused("a.csv' needs prompt, nothing", name=name, prompt_column="prompt", completion_column="nothing")
+    refused("a.csv' has no columns prompt, nothing", name=name, prompt_column="prompt", completion_column="nothing")
     refused("prompt_column needs completion_column", name=name, prompt_column="source")
-    refused("mr and ref", "but has x, y", name=write(tmp_path / "b.csv", "x,y", "a,b"))
+    refused("mr and ref", "only x, y", name=write(tmp_path / "b.csv", "x,y", "a,b"))
 
 
 def test_ends_of_lines_within_json(tmp_path):
     line = json.dumps({"prompt": "a\u2028b", "completion": "c\nd"}, ensure_ascii=False)
     found = everything(write(tmp_path / "a.jsonl", line, '{"prompt": "e", "completion": "f"}'))
     assert found == [("a\u2028b", "c\nd"), ("e", "f")]
+
+
+# What stands next to prompts and completions: the fields of the formats' own pages and data cards
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+TURNS = [["q1", "a1"], ["q2", "a2"]]
+EARLIER = [message("user", "q1"), message("assistant", "a1"), message("user", "q2"), message("assistant", "a2")]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "completion"),
+    [
+        pytest.param({"instruction": "do", "context": "c", "response": "r"}, "do\nc", "r", id="Dolly"),
+        pytest.param({"instruction": "do", "context": "", "response": "r"}, "do", "r", id="Dolly, empty"),
+        pytest.param({"Instruction": "do", "Input": "i", "Output": "r"}, "do\ni", "r", id="Alpaca in capitals"),
+        pytest.param({"context": "c", "question": "q", "answer": "r"}, "c\nq", "r", id="context of a question"),
+        pytest.param({"article": "c", "question": "q", "answer": "r"}, "c\nq", "r", id="axolotl's context_qa"),
+        pytest.param({"system_prompt": "s", "question": "q", "response": "r"}, "s\nq", "r", id="OpenOrca"),
+        pytest.param({"system": "s", "prompt": "q", "completion": "r"}, "s\nq", "r", id="system"),
+        pytest.param(
+            {"instruction": "do", "input": "i", "output": "r", "system": "s", "history": TURNS},
+            "s\nq1\na1\nq2\na2\ndo\ni",
+            "r",
+            id="LLaMA-Factory",
+        ),
+        pytest.param({"history": None, "prompt": "q", "response": "r"}, "q", "r", id="no history"),
+        pytest.param({"prompt": "q", "chosen": "r", "rejected": "no"}, "q", "r", id="preference"),
+        pytest.param(
+            {"system": "s", "question": "q", "chosen": "r", "rejected": "no"}, "s\nq", "r", id="orca_dpo_pairs"
+        ),
+        pytest.param(
+            {"context": "c", "question": "q", "answers": {"text": ["r", "r"], "answer_start": [1, 1]}},
+            "c\nq",
+            "r",
+            id="SQuAD",
+        ),
+        pytest.param({"question": "q", "answers": ["r"]}, "q", "r", id="WebQuestions"),
+        pytest.param({"query": "q", "response": "r"}, "q", "r", id="MetaMath"),
+        pytest.param({"messages": [ASK, SAY]}, [ASK], "yo", id="OpenAI"),
+        pytest.param(
+            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
+            [ASK],
+            "yo",
+            id="ShareGPT",
+        ),
+        pytest.param(
+            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}], "system": "s"},
+            [message("system", "s"), ASK],
+            "yo",
+            id="ShareGPT with system",
+        ),
+        pytest.param(
+            {"messages": [message("system", "t"), ASK, SAY], "system": "s"},
+            [message("system", "s\nt"), ASK],
+            "yo",
+            id="system twice",
+        ),
+        pytest.param({"messages": [ASK, SAY], "history": TURNS}, [*EARLIER, ASK], "yo", id="history of a chat"),
+        pytest.param({"prompt": [ASK], "completion": [SAY]}, [ASK], "yo", id="trl's prompt and completion"),
+        pytest.param({"prompt": "hi", "chosen": [SAY], "rejected": [SAY]}, [ASK], "yo", id="trl's preference"),
+        pytest.param({"prompt": "hi", "chosen": [ASK, SAY], "rejected": [ASK, SAY]}, [ASK], "yo", id="UltraFeedback"),
+        pytest.param({"chosen": [ASK, SAY], "rejected": [ASK, SAY]}, [ASK], "yo", id="preference without prompt"),
+        pytest.param({"chosen": "hi yo", "rejected": "hi no"}, "", "hi yo", id="hh-rlhf"),
+    ],
+)
+def test_common_formats(tmp_path, row, prompt, completion):
+    other = json.loads(json.dumps(row).replace('"hi', '"other hi').replace('"q"', '"p"').replace('"do"', '"be"'))
+    for name in (jsonl(tmp_path / "a.jsonl", row, other), tmp_path / "a.parquet"):
+        if name == tmp_path / "a.parquet":
+            write_table(pyarrow.Table.from_pylist([row, other]), name)
+        data = load_texts(str(name), validation=0.5)
+        found = [(row["prompt"], row["completion"]) for rows in (data.train, data.validation) for row in rows]
+        assert (prompt, completion) in found
+
+
+@pytest.mark.parametrize(
+    ("row", "unused"),
+    [
+        ({"instruction": "do", "context": "c", "response": "r", "category": "open"}, "category"),
+        ({"id": "1", "title": "t", "context": "c", "question": "q", "answers": ["r"]}, "id, title"),
+        ({"prompt": "q", "chosen": "r", "rejected": "no"}, "rejected"),
+        ({"prompt": "q", "completion": "r", "label": True}, "label"),
+        ({"prompt": "q", "completion": "r", "context": "c"}, "context"),
+        ({"prompt": "q", "messages": [ASK, SAY], "tools": []}, "prompt, tools"),
+        ({"text": "a b c d", "url": "u"}, "url"),
+        ({"instruction": "do", "output": "r", "text": "do r"}, "text"),
+        ({"question": "q", "answer": "r", "context": {"sentences": ["c"]}}, "context"),  # HotpotQA: no text
+    ],
+)
+def test_columns_that_are_not_used_are_named(tmp_path, caplog, row, unused):
+    other = {
+        key: f"other {value}" if key in ("instruction", "question", "prompt", "text") else value
+        for key, value in row.items()
+    }
+    if "messages" in row:
+        other["messages"] = [message("user", "other"), SAY]
+    load_texts(jsonl(tmp_path / "a.jsonl", row, other), validation=0.5)
+    assert f"that are not used: {unused}." in caplog.text
+
+
+def test_answers_of_squad(tmp_path, caplog):
+    """Each different answer is a reference, as in E2E; questions of SQuAD 2 without an answer are left out."""
+    several, none = {"text": ["one", "two", "one"], "answer_start": [0, 4, 9]}, {"text": [], "answer_start": []}
+    rows = [{"context": "c", "question": q, "answers": a} for q, a in (("q", several), ("p", none), ("o", several))]
+    found = everything(jsonl(tmp_path / "a.jsonl", *rows))
+    assert found == [("c\no", "one"), ("c\no", "two"), ("c\nq", "one"), ("c\nq", "two")]
+    assert "1 row of" in caplog.text and "(line 2) have no answer" in caplog.text
+    refused("lists of texts", "(line 1)", name=jsonl(tmp_path / "b.jsonl", {"question": "q", "answers": [1]}))
+
+
+def test_history_that_is_none(tmp_path):
+    rows = [{"prompt": "a", "completion": "b", "history": turns} for turns in (TURNS, [["q"]])]
+    refused("pairs of prompt and answer", "(line 2)", name=jsonl(tmp_path / "a.jsonl", *rows))
 
 
 # Errors with their lines
@@ -146,10 +263,73 @@ def test_files_that_do_not_read(tmp_path):
     refused("d.json' is not JSON", name=write(tmp_path / "d.json", "[{]"))
     refused("e.json' has no rows", name=write(tmp_path / "e.json", "[]"))
     refused("a.parquet' cannot be read as parquet", name=write(tmp_path / "a.parquet", "no"))
-    refused("b.txt.gz' cannot be read", name=write(tmp_path / "b.txt.gz", "no"))
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"some text")[:-9])
     refused("c.txt.gz' cannot be read", name=tmp_path / "c.txt.gz")
     refused(".parquet", "a.docx", name=write(tmp_path / "a.docx", "no"))
+
+
+def test_files_are_read_by_what_they_hold(tmp_path):
+    text = b"prompt,completion\na,b\nc,d\n"
+    for name, content in (("a.csv", gzip.compress(text)), ("b.csv.gz", text), ("C.CSV", text), ("D.CSV.GZ", text)):
+        (tmp_path / name).write_bytes(content)
+        assert everything(tmp_path / name) == [("a", "b"), ("c", "d")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.csv", b"PAR1....", "parquet"),
+        ("a.csv", b"PK\x03\x04...", "a zip archive or a spreadsheet"),
+        ("a.tsv", "mr\tref\na\tb\n".encode("utf-16"), "UTF-16"),
+        ("a.txt", b"%PDF-1.7", "a PDF"),
+        ("a.jsonl", b"\x28\xb5\x2f\xfd..", "zstandard data"),
+    ],
+)
+def test_files_that_are_not_what_they_are_called(tmp_path, name, content, kind):
+    (tmp_path / name).write_bytes(content)
+    refused(f"{name}' holds {kind}, not text in UTF-8", name=tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["xlsx", "docx", "arrow", "zip", "csv.zst", "md", "ndjson"])
+def test_other_suffixes(tmp_path, suffix):
+    refused(f"a.{suffix}' is neither a table nor text", "convert it", name=write(tmp_path / f"a.{suffix}", "no"))
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "said"),
+    [
+        ("a.csv", "mr;ref", "semicolons, not commas; save it with commas"),
+        ("a.csv", "mr\tref", "tabs, not commas; name it .tsv"),
+        ("a.csv", "mr|ref", "vertical bars, not commas; save it with commas"),
+        ("a.tsv", "mr,ref", "commas, not tabs; name it .csv"),
+        ("a.tsv", "mr;ref", "semicolons, not tabs"),
+    ],
+)
+def test_other_separators(tmp_path, name, header, said):
+    refused(name, said, name=write(tmp_path / name, header, header.replace("mr", "1,5 a").replace("ref", "b, c")))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "C:\\data\\train.csv",
+        "C:/data/train.csv",
+        "data\\train.jsonl",
+        "~/nothing",
+        "./nothing",
+        "/no/where",
+        "a/b/c",
+        "texts.xlsx",
+    ],
+)
+def test_paths_that_are_not_there(name):
+    refused(f"there is no file or folder {name!r}", name=name)
+
+
+def test_a_path_of_windows_is_offered_with_slashes(tmp_path, monkeypatch):
+    write(tmp_path / "data/train.csv", "mr,ref", "a,b")
+    monkeypatch.chdir(tmp_path)
+    refused("write it with slashes, 'data/train.csv'", name="data\\train.csv")
 
 
 def test_missing_column_in_one_split_names_the_file(tmp_path):
@@ -212,7 +392,7 @@ def test_text_is_split_at_a_paragraph(tmp_path):
     (tmp_path / "b.txt").write_text("word " * 20)  # neither lines nor paragraphs
     data = load_texts(str(tmp_path / "b.txt"), validation=0.5)
     assert (data.train[0]["completion"], data.validation[0]["completion"]) == ("word " * 11, "word " * 9)
-    refused("c.txt' is too short to hold out a part", name=write(tmp_path / "c.txt", "a"), validation=0.01)
+    refused("c.txt' has too little text to hold out a part", name=write(tmp_path / "c.txt", "a"), validation=0.01)
 
 
 def test_documents_are_split_by_their_length(tmp_path):
@@ -224,6 +404,25 @@ def test_documents_are_split_by_their_length(tmp_path):
     assert data.train["completion"][:] == ["a" * 30, "b" * 20]
     assert data.validation["completion"][:] == ["b" * 20, "c" * 30]
     refused("train of", "b.jsonl' has no text", name=jsonl(tmp_path / "b.jsonl", {"text": " "}))
+
+
+def test_a_document_is_not_in_training_and_in_validation(tmp_path):
+    """Crawled texts repeat: equal ones stay on one side, also where the cut falls into one of them."""
+    long, again, other = "a b " * 20, "again " * 4, "other " * 4
+    data = load_texts(jsonl(tmp_path / "a.jsonl", *({"text": t} for t in (again, long, again, other))), validation=0.4)
+    assert again not in data.validation["completion"][:] and data.train["completion"][:].count(again) == 2
+    data = load_texts(jsonl(tmp_path / "b.jsonl", *({"text": t} for t in (long, long, other))), validation=0.5)
+    assert (data.train["completion"][:], data.validation["completion"][:]) == ([long, long], [other])
+    refused("too little text to hold out", name=jsonl(tmp_path / "c.jsonl", {"text": long}, {"text": long}))
+
+
+def test_documents_of_given_splits_that_overlap_are_counted(tmp_path, caplog):
+    jsonl(tmp_path / "train.jsonl", {"text": "a"}, {"text": "b"})
+    jsonl(tmp_path / "validation.jsonl", {"text": "b"}, {"text": "c"})
+    jsonl(tmp_path / "test.jsonl", {"text": "a"})
+    load_texts(str(tmp_path))
+    assert "1 of 2 documents of validation are in training too" in caplog.text
+    assert "1 of 1 documents of test are in training too" in caplog.text
 
 
 def test_folder_of_texts(tmp_path):

@@ -1,13 +1,24 @@
 """Rows of tokens for a language model: what is trained on, what is cut, and batches."""
 
 import pickle
+import random
 import time
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from inlay.errors import InlayError
@@ -150,6 +161,112 @@ def test_blocks_are_full_and_hold_all_text():
         "these rows have prompts",
         call=lambda: TextView(rows(("a", "b")), using, block=True),
     )
+
+
+# Long texts
+
+
+WORDS = [
+    "the",
+    "of",
+    "Heron's",
+    "café",
+    "naïve",
+    "12345",
+    "3.14",
+    "x==y;",
+    "foo(bar)",
+    "/path",
+    "http://a.b/c?d=e",
+    "<e>",
+    "aaaaaaaaaaaa",
+    "====",
+    "\xa0",
+    "\u2028",
+    "中文字符没有空格的一句话",
+    "😀",
+    "👩\u200d👧",
+    "é",
+]
+GAPS = [" "] * 20 + ["\n", "\n\n", "\n\n\n", "\r\n", "  ", "\t", " \n", "\n  ", ".\n/", "   \n\n  "]
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def mixed_text(seed, words):
+    draw = random.Random(seed)
+    return "".join(draw.choice(WORDS) + draw.choice(GAPS) for _ in range(words))
+
+
+def trained(model, trainer, divide, normal=None):
+    """A tokenizer trained on such texts."""
+    fast = Tokenizer(model)
+    fast.pre_tokenizer = divide
+    if normal:
+        fast.normalizer = normal
+    options = {"vocab_size": 500, "special_tokens": ["<e>", "<unk>"], "show_progress": False}
+    options |= {"unk_token": "<unk>"} if trainer is trainers.UnigramTrainer else {}
+    fast.train_from_iterator((mixed_text(i, 500) for i in range(10)), trainer(**options))
+    return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<e>")
+
+
+def bytes_behind(pattern):
+    divide = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([divide, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+KINDS = {
+    "GPT-2": lambda: trained(models.BPE(), trainers.BpeTrainer, pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "RoBERTa": lambda: trained(models.BPE(), trainers.BpeTrainer, pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    "Llama 3": lambda: trained(models.BPE(), trainers.BpeTrainer, bytes_behind(LLAMA_3), normalizers.NFC()),
+    "Llama 2": lambda: trained(
+        models.BPE(unk_token="<unk>"),
+        trainers.BpeTrainer,
+        pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
+    ),
+    "T5": lambda: trained(models.Unigram(), trainers.UnigramTrainer, pre_tokenizers.Metaspace(), normalizers.NFKC()),
+    "BERT": lambda: trained(
+        models.WordPiece(unk_token="<unk>"),
+        trainers.WordPieceTrainer,
+        pre_tokenizers.BertPreTokenizer(),
+        normalizers.BertNormalizer(),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_text_in_windows_has_the_tokens_of_the_whole(kind, monkeypatch):
+    """Borders fall on lines, on words and into both; the tokenizer itself, in one call, says what is right."""
+    monkeypatch.setattr("inlay.tasks.text.processor.WINDOW", 600)
+    using = TextProcessor(KINDS[kind]())
+    for seed in range(20):
+        text = mixed_text(seed, 1000)
+        whole = using.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        said = []
+        assert np.concatenate(list(using.encode_document(text, said.append))).tolist() == [
+            *whole,
+            using.tokenizer.eos_token_id,
+        ]
+        assert len(said) > 5 and sum(said) == len(text)
+        plain = using.tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=True)["input_ids"]
+        assert using.encode_completions([text, "a"], ["p", "p"])[0] == [*plain, using.tokenizer.eos_token_id]
+
+
+def test_what_a_tokenizer_reads_at_a_time_does_not_grow(monkeypatch):
+    """150 bytes a character are taken while it does: 30 GB for a text of 200 MB in one call."""
+    using = processor(max_length=256)
+    calls, call = [], using._call
+    monkeypatch.setattr(
+        using, "_call", lambda texts, *a, **k: calls.append(sum(map(len, texts))) or call(texts, *a, **k)
+    )
+    long, short = "line of words\n" * 100_000, "short\n" * 5000
+    view = TextView(rows(("", long), *[("", short)] * 50), using, block=True)
+    assert len(view.tokens) + 255 >= len(long) + 50 * len(short) + 51 and max(calls) < 1.1 * 2**20
+    calls.clear()
+    TextView(rows(("p", long), *[("p", short)] * 50), using)
+    assert max(calls) < 1.1 * 2**20
 
 
 # Batches

@@ -1,8 +1,11 @@
 """Labelled texts, or pairs of them: from embedded data, tables and the Hub."""
 
+import logging
 import os
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,9 @@ from inlay.errors import BadInput
 from inlay.tasks.evaluation import Split, Training, check_labels, choose_split, split_note
 from inlay.tasks.sampling import hold_out_by_class, sort_labels
 from inlay.tasks.tables import Table, hub_splits, list_first, read_table
-from inlay.tasks.text.data import SPLITS, find_column, read_folder
+from inlay.tasks.text.data import SPLITS, find_column, read_folder, warn_of_unused_columns
+
+logger = logging.getLogger(__name__)
 
 PAIRS = (
     ("sentence1", "sentence2"),  # GLUE: MRPC, RTE, STS-B, WNLI
@@ -30,12 +35,17 @@ Row = tuple[str, str | None, str]  # a text, what it is compared with, and its l
 
 @dataclass(frozen=True)
 class SequenceData:
-    """Labelled texts in two splits: columns `text`, `label` (an index of `labels`) and, of pairs, `pair`."""
+    """Labelled texts in two or three splits: columns `text`, `label` (an index of `labels`) and, of pairs, `pair`.
+
+    Attributes:
+        test: What the data calls test, where it has labels; nothing is chosen by it.
+    """
 
     name: str
     train: datasets.Dataset
     validation: datasets.Dataset
     labels: tuple[str, ...]
+    test: datasets.Dataset | None = None
 
     @property
     def paired(self) -> bool:
@@ -53,19 +63,20 @@ def load_sequences(
     pair_column: str | None = None,
     label_column: str | None = None,
 ) -> SequenceData:
-    """Labelled texts for training and validation.
+    """Labelled texts for training, validation and, where the data has one, test.
 
     Tables have a column of texts (text, sentence, review, content) or two of pairs (sentence1 and sentence2, premise
     and hypothesis, question1 and question2, question and sentence, text1 and text2, text and pair), and one of labels
-    (label, labels, class, target, category), in small or capital letters. Labels are text as it is written.
+    (label, labels, class, target, category), in small or capital letters; other columns are named in a warning. Labels
+    are text as it is written (`001` is not `1`), in composed Unicode (NFC), and true and false of JSON and parquet.
 
     Args:
         name: `builtin:families`; a .csv, .tsv, .jsonl, .json or .parquet file, packed as .gz or not; a folder of such
             files that are called after splits (train.csv, dev.csv); a Hub dataset id.
         revision: Branch, tag or commit of a Hub dataset.
-        seed: Chooses the texts to hold out where the data does not.
-        validation: Share of each class to hold out, between 0 and 1; data with a split of its own keeps it: validation,
-            or else test.
+        seed: Chooses the texts to hold out where the data has no split validation, val, valid or dev.
+        validation: Share of each class to hold out, between 0 and 1. Equal texts stay on one side, and what stands with
+            several labels stays in training.
         text_column: Column of the texts, where it cannot be told.
         pair_column: Column of the second texts; with text_column alone there are none.
         label_column: Column of the labels, where it cannot be told.
@@ -80,18 +91,21 @@ def load_sequences(
         raise BadInput("pair_column needs text_column too; pass both.")
     tables = _read_tables(name, revision)
     columns = _find_columns(tables["train"][0], text_column, pair_column, label_column)
-    held = next((s for s in ("validation", "test") if s in tables and _has_labels(tables[s], columns[2])), None)
-    rows = {s: [row for table in tables[s] for row in _rows(table, columns)] for s in ("train", held) if s}
+    own = _labelled_splits(name, tables, columns)
+    rows = {split: [row for table in tables[split] for row in _rows(table, columns)] for split in own}
     labels = sort_labels([label for _, _, label in rows["train"]])
     if len(labels) < 2:
         raise BadInput(f"the training texts of {name!r} have one class only ({list_first(labels)}); add another.")
-    parts = {split: _dataset(found, labels, name) for split, found in rows.items()}
-    if held:
-        return SequenceData(name, parts["train"], parts[held], tuple(labels))
-    whole = parts["train"]
-    out = hold_out_by_class(whole["label"][:], labels, validation, seed, "text")
-    kept = sorted(set(range(len(whole))) - set(out))
-    return SequenceData(name, whole.select(kept), whole.select(out), tuple(labels))
+    parts = {split: _dataset(found, labels, name, split) for split, found in rows.items()}
+    if "validation" not in parts:
+        whole = parts["train"]
+        held = _hold_out(whole, labels, validation, seed)
+        kept = sorted(set(range(len(whole))) - set(held))
+        parts["train"], parts["validation"] = whole.select(kept), whole.select(held)
+    for split in ("validation", "test"):
+        if split in rows:
+            _warn_of_overlap(rows["train"], rows[split], split)
+    return SequenceData(name, parts["train"], parts["validation"], tuple(labels), parts.get("test"))
 
 
 def load_sequences_to_score(
@@ -103,7 +117,7 @@ def load_sequences_to_score(
         name: As for `load_sequences`.
         labels: Of the adapter, in the order of its logits. The data may have some of them only, in any order.
         adapter: Its name, for errors.
-        split: Which part, as `choose_split` has it.
+        split: Which part, as `choose_split` has it; by itself the test split, where there is one.
         training: Of the adapter.
 
     Returns:
@@ -115,22 +129,60 @@ def load_sequences_to_score(
     training = training or Training()
     tables = _read_tables(name, None)
     columns = _find_columns(tables["train"][0], None, None, None)
-    own = [part for part in tables if part == "train" or _has_labels(tables[part], columns[2])]
-    chosen = choose_split(name, split, own, "validation", training)
-    held = next((part for part in ("validation", "test") if part in own), None)
-    parts: dict[str, list[str]] = {
-        "train": ["train"],
-        "validation": [held or "train"],
-        "test": ["test"],
-        "all": own,
-    }
-    found = [row for part in parts[chosen] for table in tables[part] for row in _rows(table, columns)]
-    check_labels(name, sort_labels([label for _, _, label in found]), labels, adapter)
-    rows = _dataset(found, labels, name)
-    if held is None and chosen != "all":  # what `load_sequences` holds out
-        out = hold_out_by_class(rows["label"][:], labels, 0.2, training.seed, "text")
+    own = _labelled_splits(name, tables, columns)
+    chosen = choose_split(name, split, own, "test" if "test" in own else "validation", training)
+    held_out = "validation" not in own and chosen in ("train", "validation")  # of train, as `load_sequences` does
+    wanted = own if chosen == "all" else ["train"] if held_out else [chosen]
+    found = [row for part in wanted for table in tables[part] for row in _rows(table, columns)]
+    known = [normalise_label(label) for label in labels]
+    check_labels(name, sort_labels([label for _, _, label in found]), known, adapter)
+    rows = _dataset(found, known, name, chosen)
+    notes = split_note(name, chosen, own, training)
+    if held_out:
+        out = _hold_out(rows, known, 0.2, training.seed)
         rows = rows.select(sorted(set(range(len(rows))) - set(out)) if chosen == "train" else out)
-    return chosen, rows, split_note(name, chosen, own, training)
+    return chosen, rows, notes
+
+
+def normalise_label(word: str) -> str:
+    """A label in composed Unicode (NFC): é is one letter to every reader, and two as some systems write it."""
+    return unicodedata.normalize("NFC", word)
+
+
+def _labelled_splits(name: str, tables: dict[str, list[Table]], columns: tuple[str, str | None, str]) -> list[str]:
+    """The splits that can be used, train among them; the others, and the columns that are not used, are named."""
+    own = [split for split in tables if split == "train" or _has_labels(tables[split], columns[2])]
+    for split in tables:
+        if split not in own:
+            logger.warning("split %s of %r has no labels and is left out.", split, name)
+    warn_of_unused_columns(name, [table for split in own for table in tables[split]], list(filter(None, columns)))
+    return own
+
+
+def _hold_out(rows: datasets.Dataset, labels: Sequence[str], share: float, seed: int) -> list[int]:
+    """Rows to hold out, by content: equal texts go together, and those with several labels stay in training."""
+    contents = [rows[column][:] for column in ("text", "pair") if column in rows.column_names]
+    places: dict[Any, list[int]] = {}
+    for row, content in enumerate(zip(*contents, strict=True)):
+        places.setdefault(content, []).append(row)
+    ids = rows["label"][:]
+    clear = [found for found in places.values() if len({ids[row] for row in found}) == 1]
+    if len(clear) < len(places):
+        count = len(places) - len(clear)
+        logger.warning(
+            "%d text%s with more than one label; check the labels.", count, " stands" if count == 1 else "s stand"
+        )
+    if not clear:
+        raise BadInput("every text stands with more than one label, so none can be held out; check the labels.")
+    held = hold_out_by_class([ids[found[0]] for found in clear], labels, share, seed, "text")
+    return sorted(row for one in held for row in clear[one])
+
+
+def _warn_of_overlap(train: list[Row], held: list[Row], split: str) -> None:
+    known = {(text, pair) for text, pair, _ in train}
+    seen = sum((text, pair) in known for text, pair, _ in held)
+    if seen:
+        logger.warning("%d of %d texts of %s are in training too.", seen, len(held), split)
 
 
 def _read_tables(name: str, revision: str | None) -> dict[str, list[Table]]:
@@ -214,10 +266,15 @@ def _rows(table: Table, columns: tuple[str, str | None, str]) -> list[Row]:
         wrong = [i for i, value in enumerate(values) if not isinstance(value, str) or not value.strip()]
         if wrong:
             raise BadInput(f"column {column!r} holds no text in {table.where(wrong)}; fill or remove them.")
-    wrong = [i for i, word in enumerate(words) if not isinstance(word, str | int) or str(word).strip() == ""]
+    wrong = [i for i, word in enumerate(words) if not isinstance(word, str | int | Decimal) or not str(word).strip()]
     if wrong:
-        raise BadInput(f"there is no label (a word or a whole number) in {table.where(wrong)}; fill or remove them.")
-    return list(zip(texts, pairs, map(str, words), strict=True))
+        raise BadInput(f"there is no label (a word or a number) in {table.where(wrong)}; fill or remove them.")
+    return list(zip(texts, pairs, map(_label, words), strict=True))
+
+
+def _label(word: str | int | Decimal) -> str:
+    """A label as text: true and false as JSON writes them, everything else as it stands."""
+    return str(word).lower() if isinstance(word, bool) else normalise_label(str(word))
 
 
 def _column(table: Table, column: str) -> Sequence[Any]:
@@ -227,11 +284,11 @@ def _column(table: Table, column: str) -> Sequence[Any]:
     return table.column(found)
 
 
-def _dataset(rows: list[Row], labels: Sequence[str], name: str) -> datasets.Dataset:
+def _dataset(rows: list[Row], labels: Sequence[str], name: str, split: str) -> datasets.Dataset:
     places = {label: i for i, label in enumerate(labels)}
     unknown = sort_labels([label for _, _, label in rows if label not in places])
     if unknown:
-        raise BadInput(f"{name!r} has the labels {list_first(unknown)} in validation only; add them to training.")
+        raise BadInput(f"{name!r} has the labels {list_first(unknown)} in {split} only; add them to training.")
     columns = {"text": [r[0] for r in rows], "label": [places[r[2]] for r in rows]}
     if rows[0][1] is not None:
         columns["pair"] = [r[1] for r in rows]

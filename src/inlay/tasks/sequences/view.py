@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from inlay.tasks.sequences.processor import SequenceProcessor
-
-AT_ONCE = 2048  # texts that are tokenised together
+from inlay.tasks.text.view import read_rows
 
 
 class SequenceView(torch.utils.data.Dataset):
@@ -25,8 +24,7 @@ class SequenceView(torch.utils.data.Dataset):
     def __init__(self, rows: Any, processor: SequenceProcessor) -> None:
         self.processor, self.items = processor, list[dict[str, Any]]()
         cut, pairs = 0, "pair" in rows.column_names
-        for begin in range(0, len(rows), AT_ONCE):
-            part = rows[begin : begin + AT_ONCE]
+        for part in read_rows(rows, ("text", "pair") if pairs else ("text",)):
             encoded, more = processor.encode(part["text"], part["pair"] if pairs else None)
             cut += more
             self.items += [{**row, "labels": y} for row, y in zip(encoded, part["label"], strict=True)]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 
@@ -17,20 +17,35 @@ from inlay.tasks.tables import KINDS, Table, hub_splits, kind_of, list_first, re
 
 logger = logging.getLogger(__name__)
 
+# Columns of prompts and of completions, as the common formats name them (trl, axolotl, LLaMA-Factory and data cards).
 PAIRS = (
     ("prompt", "completion"),
+    ("prompt", "response"),
+    ("prompt", "chosen"),  # preferences: the answer that was preferred
     ("mr", "ref"),  # E2E
     ("question", "answer"),
-    ("instruction", "output"),
-    ("instruction", "response"),
+    ("question", "answers"),  # SQuAD
+    ("question", "response"),  # OpenOrca
+    ("question", "chosen"),
+    ("query", "response"),  # MetaMath
+    ("problem", "solution"),
+    ("instruction", "output"),  # Alpaca
+    ("instruction", "response"),  # Dolly
     ("source", "target"),
     ("meaning_representation", "human_reference"),  # E2E on the Hub, GEM
     ("meaning_representation", "target"),
 )
+CHATS = ("messages", "conversations")  # OpenAI, ShareGPT
+BEFORE = {"question": ("context", "article")}  # SQuAD; what a question is about stands in front of it
+BEHIND = {"instruction": ("input", "context")}  # Alpaca, Dolly
+SYSTEM = ("system", "system_prompt")  # LLaMA-Factory, Intel's orca_dpo_pairs; OpenOrca
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # of ShareGPT, in the words of chat templates
 SPLITS = {"train": "train", **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"), "test": "test"}
 WANTED = "builtin:restaurants, a table, a text, a folder of them or a Hub dataset"
 Row = tuple[Any, str]  # a prompt and its completion
 MESSAGE = {"role": datasets.Value("string"), "content": datasets.Value("string")}
+Message: TypeAlias = dict[str, Any]  # role and content
+SPEAKERS = ("user", "assistant")  # of a pair in a history
 
 
 @dataclass(frozen=True)
@@ -63,11 +78,29 @@ class TextData:
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a table has prompts, what stands below them (or None), and completions; no prompt: chat or plain text."""
+    """Where a table has prompts and completions, and what belongs to a prompt; no prompt: chats or running text.
+
+    Attributes:
+        prompt: What is asked.
+        completion: What follows; a whole conversation where there is no prompt, or running text.
+        system: What the model is told before everything else.
+        history: Earlier turns of the conversation.
+        before: Texts in front of the prompt.
+        behind: Texts below the prompt.
+    """
 
     prompt: str | None
-    input: str | None
     completion: str
+    system: str | None = None
+    history: str | None = None
+    before: tuple[str, ...] = ()
+    behind: tuple[str, ...] = ()
+
+    @property
+    def used(self) -> list[str]:
+        """All of them."""
+        named = (self.prompt, self.completion, self.system, self.history, *self.before, *self.behind)
+        return [column for column in named if column is not None]
 
 
 def load_texts(
@@ -81,10 +114,19 @@ def load_texts(
 ) -> TextData:
     """Prompts and completions for training, validation and, where the data has one, test.
 
-    Tables have the columns prompt and completion, mr and ref (E2E), question and answer, instruction (with or
-    without input) and output or response, source and target, meaning_representation and human_reference or target,
-    in small or capital letters; or `messages`, a list of {"role", "content"} whose last is the assistant's and the
-    completion, after a prompt of the others; or else `text`, which is running text, as .txt is, one document a file.
+    Tables name their columns as the common formats do, in small or capital letters:
+
+    - prompt and completion, response or chosen; question and answer, answers (SQuAD), response or chosen; instruction
+      and output or response (Alpaca, Dolly); query and response; problem and solution; mr and ref (E2E); source and
+      target; meaning_representation and human_reference or target. A prompt follows the `context` of its question
+      and precedes the `input` or `context` of its instruction.
+    - `messages`, a list of {"role", "content"}, or `conversations`, of {"from", "value"} (ShareGPT): the last message
+      is the assistant's and the completion, the others are the prompt. Prompts and completions that are lists of
+      messages make such a chat together, and so does `chosen` without a prompt.
+    - `text`, where there is nothing of these: running text, as .txt is, one document a file.
+
+    `system` (or system_prompt) and `history`, a list of earlier pairs of prompt and answer, stand first: as messages
+    of a chat, and as lines above a prompt of text. Columns that are not used are named in a warning.
 
     Args:
         name: `builtin:restaurants`; a .csv, .tsv, .jsonl, .json, .parquet or .txt file, packed as .gz or not; a
@@ -106,12 +148,15 @@ def load_texts(
     if prompt_column and not completion_column:
         raise BadInput("prompt_column needs completion_column; pass both.")
     splits, plain = _own_splits(name, revision, prompt_column, completion_column)
-    if "validation" in splits:
-        _say_overlap(splits["train"], splits["validation"])
-    elif plain:
-        splits["train"], splits["validation"] = _last_part(splits["train"], validation, name)
-    else:
-        splits["train"], splits["validation"] = _held_out(splits["train"], validation, seed, name)
+    for split in ("validation", "test"):
+        if split in splits:
+            _warn_of_overlap(splits["train"], splits[split], split)
+    if "validation" not in splits:
+        splits["train"], splits["validation"] = (
+            _last_part(splits["train"], validation, name)
+            if plain
+            else _held_out(splits["train"], validation, seed, name)
+        )
     made = {split: _dataset(rows) for split, rows in splits.items() if rows}
     return TextData(name, made["train"], made["validation"], made.get("test"), plain)
 
@@ -169,6 +214,7 @@ def _own_splits(
     columns = _columns(tables["train"][0], prompt_column, completion_column)
     if "test" in tables:
         tables["test"] = [table for table in tables["test"] if _has_completions(table, columns)]
+    warn_of_unused_columns(name, [table for found in tables.values() for table in found], columns.used)
     splits = {split: [row for table in found for row in _rows(table, columns)] for split, found in tables.items()}
     if len({type(prompt) for rows in splits.values() for prompt, _ in rows}) > 1:
         raise BadInput(f"{name!r} mixes chat messages and plain text; split it into two data sets.")
@@ -247,27 +293,70 @@ def find_column(table: Table, column: str) -> str | None:
     return alike[0] if len(alike) == 1 else None
 
 
+def warn_of_unused_columns(name: str, tables: Sequence[Table], used: Sequence[str]) -> None:
+    """Name the columns of the tables that are not used, in one warning."""
+    unused: list[str] = []
+    for table in tables:
+        known = {find_column(table, column) for column in used}
+        unused += [column for column in table.names if column not in known and column not in unused]
+    if unused:
+        logger.warning("columns of %r that are not used: %s.", name, ", ".join(unused))
+
+
 def _columns(table: Table, prompt: str | None, completion: str | None) -> Columns:
     """The columns to read: as asked, or by name."""
-    known = {"messages", "text", *(name for pair in PAIRS for name in pair)}
-    names = {name for name in known if find_column(table, name)}
-    choices: list[tuple[str | None, str]] = [pair for pair in PAIRS if names >= set(pair)]
-    choices += [(None, "messages")] if "messages" in names else []
-    choices = choices or ([(None, "text")] if "text" in names else [])  # beside a pair, `text` is the pair once more
     if completion:
-        choices = (
-            [(prompt, completion)] if all(c is None or find_column(table, c) for c in (prompt, completion)) else []
-        )
-    if len(choices) != 1:
-        wanted = "prompt and completion, mr and ref, question and answer, instruction and output, messages or text"
-        wanted = list_first([c for c in (prompt, completion) if c]) if completion else f"columns such as {wanted}"
-        got = " as well as ".join(" and ".join(filter(None, c)) for c in choices) or list_first(table.names)
+        given = [column for column in (prompt, completion) if column]
+        if any(find_column(table, column) is None for column in given):
+            raise BadInput(
+                f"{table.name!r} has no columns {list_first(given)}, only {list_first(table.names)}; pass the names of "
+                "columns that it has."
+            )
+        return _with_surroundings(table, prompt, completion)
+    names = {
+        name for name in {*CHATS, "chosen", "text", *(c for pair in PAIRS for c in pair)} if find_column(table, name)
+    }
+    choices: list[tuple[str | None, str]] = [pair for pair in PAIRS if names >= set(pair)]
+    choices += [(None, chats) for chats in CHATS if chats in names]
+    # Next to a pair, `text` is the pair once more; `chosen` without a prompt holds it.
+    for single in ("chosen", "text"):
+        choices = choices or ([(None, single)] if single in names else [])
+    if not choices:
         raise BadInput(
-            f"{table.name!r} needs {wanted}, but has {got}; rename the columns, or give load_texts "
-            f"prompt_column and completion_column, or the latter alone for chat messages and running text."
+            f"{table.name!r} has no columns of prompts and completions that are known by name (such as prompt and "
+            "completion, question and answer, instruction and output, mr and ref, messages, conversations or text), "
+            f"only {list_first(table.names)}; rename them, or give load_texts prompt_column and completion_column "
+            "(completion_column only for chats and running text)."
         )
-    below = "input" if choices[0][0] == "instruction" and find_column(table, "input") else None
-    return Columns(choices[0][0], below, choices[0][1])
+    if len(choices) > 1:
+        several = " as well as ".join(" and ".join(filter(None, choice)) for choice in choices)
+        raise BadInput(
+            f"{table.name!r} has {several}; rename those that are not meant, or give load_texts prompt_column and "
+            "completion_column (completion_column only for chats and running text)."
+        )
+    return _with_surroundings(table, *choices[0])
+
+
+def _with_surroundings(table: Table, prompt: str | None, completion: str) -> Columns:
+    """These columns with those of the table that belong to them."""
+    if prompt is None and not _holds(table, completion, list):
+        return Columns(None, completion)
+    asked = (prompt or "").lower()
+    return Columns(
+        prompt,
+        completion,
+        system=next((column for column in SYSTEM if _holds(table, column, str)), None),
+        history="history" if _holds(table, "history", str | list) else None,
+        before=tuple(column for column in BEFORE.get(asked, ()) if _holds(table, column, str)),
+        behind=tuple(column for column in BEHIND.get(asked, ()) if _holds(table, column, str)),
+    )
+
+
+def _holds(table: Table, column: str, kind: Any) -> bool:
+    """Whether a table has such a column, and the first value in it is of this kind."""
+    found = find_column(table, column)
+    values = [] if found is None else table.column(found)
+    return isinstance(next((value for value in values if value is not None), None), kind)
 
 
 def _has_completions(table: Table, columns: Columns) -> bool:
@@ -282,20 +371,82 @@ def _rows(table: Table, columns: Columns) -> list[Row]:
     """Prompt and completion of every row, checked."""
     if not len(table):
         raise BadInput(f"{table.name!r} has no rows; fill it or leave it out.")
-    texts = _values(table, columns.completion)
-    if columns.prompt is None and (columns.completion == "messages" or isinstance(texts[0], list)):
-        return _chats(table, columns.completion, texts)
-    _check_text(table, columns.completion, texts)
-    if columns.prompt is None:  # lines of a book: some are empty
-        return [("", text) for text in texts if text.strip()]
-    _refuse(table, [i for i, text in enumerate(texts) if not text.strip()], "a completion in every row", "none")
+    completions = _values(table, columns.completion)
+    if columns.prompt is None:
+        if columns.completion in CHATS or isinstance(completions[0], list):
+            return _chats(table, columns, completions)
+        _check_text(table, columns.completion, completions)
+        return [("", text) for text in completions if text.strip()]  # lines of a book: some are empty
     prompts = _values(table, columns.prompt)
+    if isinstance(prompts[0], list) or (isinstance(completions[0], list) and columns.completion != "answers"):
+        return _chats(table, columns, [_join_chat(*row) for row in zip(prompts, completions, strict=True)])
     _check_text(table, columns.prompt, prompts)
-    if columns.input is not None and find_column(table, columns.input):
-        below = [more or "" for more in _values(table, columns.input)]
-        _check_text(table, columns.input, below)
-        prompts = [f"{prompt}\n{more}" if more else prompt for prompt, more in zip(prompts, below, strict=True)]
-    return list(zip(prompts, texts, strict=True))
+    prompts = _surrounded(table, columns, prompts)
+    if columns.completion == "answers" and not isinstance(completions[0], str):
+        return _answered(table, prompts, completions)
+    _check_text(table, columns.completion, completions)
+    empty = [i for i, text in enumerate(completions) if not text.strip()]
+    _refuse(table, empty, "a completion in every row", "none")
+    return list(zip(prompts, completions, strict=True))
+
+
+def _surrounded(table: Table, columns: Columns, prompts: Sequence[str]) -> list[str]:
+    """Prompts of text, each among the lines that belong to it."""
+    above: list[Sequence[str]] = [_lines(table, column) for column in (columns.system,) if column]
+    above += [["\n".join(_contents(turns)) for turns in _histories(table, columns.history)]] if columns.history else []
+    above += [_lines(table, column) for column in columns.before]
+    below = [_lines(table, column) for column in columns.behind]
+    return ["\n".join(filter(None, parts)) for parts in zip(*above, prompts, *below, strict=True)]
+
+
+def _lines(table: Table, column: str) -> list[str]:
+    """The texts of a column that not every table of the data has, nor every row."""
+    if find_column(table, column) is None:
+        return [""] * len(table)
+    values = [value or "" for value in _values(table, column)]
+    _check_text(table, column, values)
+    return values
+
+
+def _histories(table: Table, column: str) -> list[list[Message]]:
+    """Earlier turns of each row as messages: from pairs of a prompt and its answer, from messages or from text."""
+    if find_column(table, column) is None:
+        return [[] for _ in range(len(table))]
+    found = [_turns(value) for value in _values(table, column)]
+    wrong = [i for i, turns in enumerate(found) if turns is None]
+    _refuse(table, wrong, f"a list of pairs of prompt and answer in column {column!r}", "other values")
+    return [turns or [] for turns in found]
+
+
+def _turns(history: Any) -> list[Message] | None:
+    """The messages of a history; None of what is none."""
+    if not history:
+        return []
+    if isinstance(history, str):
+        return [{"role": "user", "content": history}] if _is_text(history) else None
+    if _is_chat(history):
+        return [_message(message) for message in history]
+    if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
+        return None
+    if not all(_is_text(text) for pair in history for text in pair):
+        return None
+    return [{"role": role, "content": text} for pair in history for role, text in zip(SPEAKERS, pair, strict=True)]
+
+
+def _answered(table: Table, prompts: Sequence[str], answers: Sequence[Any]) -> list[Row]:
+    """A row for each different answer, of SQuAD's {"text": [...], "answer_start": [...]} or lists of texts."""
+    found: list[Any] = [value.get("text") if isinstance(value, dict) else value for value in answers]
+    wrong = [i for i, each in enumerate(found) if not isinstance(each, list) or not all(map(_is_text, each))]
+    _refuse(table, wrong, "lists of texts in column 'answers', or SQuAD's {'text': [...]}", "other values")
+    bare = [i for i, each in enumerate(found) if not any(text.strip() for text in each)]
+    if bare:
+        logger.warning("%s have no answer (SQuAD 2 has such questions) and are left out.", table.where(bare))
+    return [
+        (prompt, text)
+        for prompt, each in zip(prompts, found, strict=True)
+        for text in dict.fromkeys(each)
+        if text.strip()
+    ]
 
 
 def _check_text(table: Table, column: str, values: Sequence[Any]) -> None:
@@ -323,26 +474,73 @@ def _refuse(table: Table, rows: Sequence[int], wanted: str, got: str) -> None:
         raise BadInput(f"{table.where(rows)}: expected {wanted}, got {got}. Fix or remove them.")
 
 
-def _chats(table: Table, column: str, chats: Sequence[Any]) -> list[Row]:
+def _join_chat(prompt: Any, completion: Any) -> Any:
+    """The conversation of a prompt and its completion, each a text or a list of messages; None of anything else.
+
+    A completion may begin with its prompt, as `chosen` does in preferences.
+    """
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    answered = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    if not _is_chat(asked) or not _is_chat(answered):
+        return None
+    asked, answered = ([_message(message) for message in part] for part in (asked, answered))
+    contained = {message["content"] for message in asked} <= {message["content"] for message in answered}
+    return answered if contained and answered[0]["role"] != "assistant" else [*asked, *answered]
+
+
+def _chats(table: Table, columns: Columns, chats: Sequence[Any]) -> list[Row]:
     """The last message as the completion of those before it."""
     wrong = [i for i, chat in enumerate(chats) if not _is_chat(chat)]
-    _refuse(table, wrong, f"lists of messages {{'role', 'content'}}, both text, in {column!r}", "others")
-    wrong = [i for i, chat in enumerate(chats) if chat[-1]["role"] != "assistant"]
+    shape = "lists of messages {'role', 'content'} or {'from', 'value'}, both text,"
+    _refuse(table, wrong, f"{shape} in {columns.completion!r}", "others")
+    read = [[_message(message) for message in chat] for chat in chats]
+    wrong = [i for i, chat in enumerate(read) if chat[-1]["role"] != "assistant"]
     _refuse(table, wrong, "an assistant's message at the end", "another role")
-    _refuse(table, [i for i, chat in enumerate(chats) if len(chat) < 2], "a message before the last", "none")
-    wrong = [i for i, chat in enumerate(chats) if not chat[-1]["content"].strip()]
+    _refuse(table, [i for i, chat in enumerate(read) if len(chat) < 2], "a message before the last", "none")
+    wrong = [i for i, chat in enumerate(read) if not chat[-1]["content"].strip()]
     _refuse(table, wrong, "a completion in every row", "none")
-    others = {key for chat in chats for message in chat for key, value in message.items() if value} - MESSAGE.keys()
+    read_keys = {*MESSAGE, "from", "value"}
+    others = {key for chat in chats for message in chat for key, value in message.items() if value} - read_keys
     if others:
         logger.warning(
-            "of messages in %s only role and content are used, not %s.", table.name, list_first(sorted(others))
+            "of messages in %s only role and content are used, not %s.", table.name, ", ".join(sorted(others))
         )
-    return [([{key: m[key] for key in MESSAGE} for m in chat[:-1]], chat[-1]["content"]) for chat in chats]
+    if columns.history:
+        turns = _histories(table, columns.history)
+        read = [_opened(chat, earlier) for chat, earlier in zip(read, turns, strict=True)]
+    if columns.system:
+        told = _lines(table, columns.system)
+        read = [
+            _opened(chat, [{"role": "system", "content": t}]) if t else chat for chat, t in zip(read, told, strict=True)
+        ]
+    return [(chat[:-1], chat[-1]["content"]) for chat in read]
+
+
+def _opened(chat: list[Message], first: list[Message]) -> list[Message]:
+    """A conversation with these messages in front: two of the system become one, which templates take."""
+    if not first:
+        return chat
+    told = [message["content"] for message in (*first, *chat) if message["role"] == "system"]
+    system = [{"role": "system", "content": "\n".join(dict.fromkeys(told))}] if told else []
+    return [*system, *(message for message in (*first, *chat) if message["role"] != "system")]
 
 
 def _is_chat(chat: Any) -> bool:
-    messages = isinstance(chat, list) and len(chat) > 0 and all(isinstance(message, dict) for message in chat)
-    return messages and all(_is_text(message.get(key)) for message in chat for key in MESSAGE)
+    """True for a list of messages whose role and content are text, by these names or by those of ShareGPT."""
+    if not isinstance(chat, list) or not chat or not all(isinstance(message, dict) for message in chat):
+        return False
+    return all(_is_text(value) for message in chat for value in _message(message).values())
+
+
+def _message(message: dict[str, Any]) -> Message:
+    """Role and content of a message; None where it has none."""
+    role = message["from"] if message.get("role") is None and "from" in message else message.get("role")
+    content = message["value"] if message.get("content") is None and "value" in message else message.get("content")
+    return {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": content}
+
+
+def _contents(messages: Sequence[Message]) -> list[str]:
+    return [message["content"] for message in messages]
 
 
 def _held_out(rows: list[Row], share: float, seed: int, name: str) -> tuple[list[Row], list[Row]]:
@@ -361,7 +559,10 @@ def _held_out(rows: list[Row], share: float, seed: int, name: str) -> tuple[list
 
 
 def _last_part(rows: list[Row], share: float, name: str) -> tuple[list[Row], list[Row]]:
-    """Running text before and after a point, moved on to the next paragraph, line or word if one is near."""
+    """Running text before and after a point, moved on to the next paragraph, line or word if one is near.
+
+    A document that stands on both sides of it, or is cut there and stands elsewhere too, is trained on only.
+    """
     total, row = sum(len(text) for _, text in rows), 0
     at = min(round(total * (1 - share)), total - 1)
     while row < len(rows) - 1 and at >= len(rows[row][1]):
@@ -370,17 +571,28 @@ def _last_part(rows: list[Row], share: float, name: str) -> tuple[list[Row], lis
     text = rows[row][1]
     near = text[at : at + (len(text) - at) // 4]
     at += next((near.find(gap) + len(gap) for gap in ("\n\n", "\n", " ") if gap in near), 0)
-    parts = ([*rows[:row], ("", text[:at])], [("", text[at:]), *rows[row + 1 :]])
+    before, after = rows[:row], rows[row + 1 :]
+    if rows[row] in before or rows[row] in after:
+        at = len(text)
+    known = {*before, rows[row]}
+    parts = (
+        [*before, ("", text[:at]), *(document for document in after if document in known)],
+        [("", text[at:]), *(document for document in after if document not in known)],
+    )
     train, held = ([(prompt, text) for prompt, text in part if text.strip()] for part in parts)
     if not train or not held:
-        raise BadInput(f"{name!r} is too short to hold out a part of it; add a validation file.")
+        raise BadInput(
+            f"{name!r} has too little text to hold out a part that is not trained on; add a validation file."
+        )
     return train, held
 
 
-def _say_overlap(train: list[Row], held: list[Row]) -> None:
-    prompts, known = {_key(prompt) for prompt, _ in held} - {""}, {_key(prompt) for prompt, _ in train}
-    if prompts & known:
-        logger.warning("%d of %d prompts of validation are in training too.", len(prompts & known), len(prompts))
+def _warn_of_overlap(train: list[Row], held: list[Row], split: str) -> None:
+    """Count the prompts, or the documents without prompts, of a split that are in training too."""
+    known, found = ({_key(prompt) or text for prompt, text in rows} for rows in (train, held))
+    if found & known:
+        noun = "prompts" if any(prompt for prompt, _ in held) else "documents"
+        logger.warning("%d of %d %s of %s are in training too.", len(found & known), len(found), noun, split)
 
 
 def _dataset(rows: list[Row]) -> datasets.Dataset:

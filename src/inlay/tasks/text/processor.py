@@ -4,9 +4,10 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from inlay.errors import BadInput, DamagedFile, Unsupported, WrongBase
@@ -14,6 +15,9 @@ from inlay.errors import BadInput, DamagedFile, Unsupported, WrongBase
 logger = logging.getLogger(__name__)
 
 LONGEST = 1024
+WINDOW = 2**16  # characters of a long text that are tokenised together: a tokenizer takes 150 bytes for each
+MARGIN = 256  # characters read on both sides of a window, as a token depends on what surrounds it
+WINDOWS = 4  # in one call, each in a thread of the tokenizer
 Prompt: TypeAlias = str | Sequence[Any]
 
 
@@ -120,6 +124,22 @@ class TextProcessor:
             encoded.append(ids if ended else [*ids, eos])
         return encoded
 
+    def encode_document(self, text: str, progress: Callable[[int], Any] = lambda _: None) -> Iterator[np.ndarray]:
+        """Tokens of running text and eos, in parts (N,): what a tokenizer needs for a text does not grow with it.
+
+        These are the tokens of the whole text, and those of `encode_completions` behind an empty prompt. Only where
+        nothing divides more than 256 characters, as a single word of that length, can those at the border of two parts
+        be others. A tokenizer in Python does not say where its tokens stand, and takes the text as a whole.
+
+        Args:
+            text: Of any length.
+            progress: Called with the number of characters of each part.
+        """
+        for tokens, characters in self._parts(text.removesuffix(self.tokenizer.eos_token), special=True):
+            yield tokens
+            progress(characters)
+        yield np.array([self.tokenizer.eos_token_id], np.int32)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a completion's tokens, without special tokens and spaces around it."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
@@ -195,10 +215,40 @@ class TextProcessor:
         return found
 
     def _tokens(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        found: list[list[int]] = [[]] * len(texts)
+        short = [i for i, text in enumerate(texts) if len(text) <= WINDOW]
+        if short:
+            encoded = self._call([texts[i] for i in short], special)["input_ids"]
+            for i, ids in zip(short, encoded, strict=True):
+                found[i] = ids
+        for i in set(range(len(texts))) - set(short):
+            found[i] = [token for tokens, _ in self._parts(texts[i], special) for token in tokens.tolist()]
+        return found
+
+    def _call(self, texts: Sequence[str], special: bool, **options: Any) -> Any:
         # Not verbose: length is looked at later, and the tokenizer would warn of it.
-        options: dict[str, Any] = {"return_attention_mask": False, "verbose": False}
-        options["split_special_tokens"] = not special
-        return self.tokenizer(list(texts), add_special_tokens=False, **options)["input_ids"] if texts else []
+        options |= {"return_attention_mask": False, "verbose": False, "split_special_tokens": not special}
+        return self.tokenizer(list(texts), add_special_tokens=False, **options)
+
+    def _parts(self, text: str, special: bool) -> Iterator[tuple[np.ndarray, int]]:
+        """Tokens (N,) of each window of a text, and how many characters that has.
+
+        A window is read with what stands around it, and the tokens that begin in it are taken.
+        """
+        if not self.tokenizer.is_fast:
+            yield np.array(self._call([text], special)["input_ids"][0], np.int32), len(text)
+            return
+        windows = list(_windows(text))
+        for i in range(0, len(windows), WINDOWS):
+            some = windows[i : i + WINDOWS]
+            read = [text[max(0, begin - MARGIN) : end + MARGIN] for begin, end in some]
+            encoded = self._call(read, special, return_offsets_mapping=True)
+            rows = zip(some, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            for (begin, end), ids, offsets in rows:
+                starts = np.fromiter((start for start, _ in offsets), np.int64, len(ids)) + max(0, begin - MARGIN)
+                # The last token may be said to begin at the end: white space that a tokenizer does not count.
+                own = (starts >= begin) & ((starts < end) | (end == len(text)))
+                yield np.array(ids, np.int32)[own], end - begin
 
     def _answer(self, completion: str, prompt: Prompt) -> list[int]:
         """What the chat template adds to a conversation when it is answered."""
@@ -236,6 +286,19 @@ class TextProcessor:
     def _vocabulary(self) -> str:
         """A hash that differs where a text would get other tokens, or another start or end."""
         return hash_vocabulary(self.tokenizer, self.start, self.tokenizer.eos_token_id)
+
+
+def _windows(text: str) -> Iterator[tuple[int, int]]:
+    """Where each window begins and ends: behind a line, or else in front of a word, if there is one near."""
+    begin = 0
+    while begin < len(text):
+        end = begin + WINDOW
+        if end < len(text):
+            near = range(end - WINDOW // 4, end)
+            line, word = text.rfind("\n", near.start, near.stop), text.rfind(" ", near.start, near.stop)
+            end = line + 1 if line >= 0 else word if word >= 0 else end
+        yield begin, min(end, len(text))
+        begin = end
 
 
 def hash_vocabulary(tokenizer: PreTrainedTokenizerBase, *more: Any) -> str:

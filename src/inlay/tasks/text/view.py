@@ -1,16 +1,19 @@
 """Prompts and completions as rows of tokens, and as batches for a causal language model."""
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from inlay.errors import BadInput
 from inlay.tasks.text.processor import TextProcessor
 
 IGNORED = -100  # a label without a loss, in transformers and torch
 AT_ONCE = 2048  # rows that are tokenised together
+CHARACTERS = 2**20  # the same of long ones
 
 
 class TextView(torch.utils.data.Dataset):
@@ -127,10 +130,31 @@ def _examples(rows: Any, processor: TextProcessor, over_long: str) -> Arrays:
 
 
 def _encoded(rows: Any, processor: TextProcessor) -> Iterator[tuple[list[int], list[int]]]:
+    with _progress(len(rows), "example") as bar:
+        for part in read_rows(rows, ("prompt", "completion")):
+            prompts = processor.encode_prompts(part["prompt"])
+            yield from zip(prompts, processor.encode_completions(part["completion"], part["prompt"]), strict=True)
+            bar.update(len(prompts))
+
+
+def read_rows(rows: Any, columns: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
+    """Rows in parts of at most 2,048 and of about a million characters: what tokens take while they are made."""
     for begin in range(0, len(rows), AT_ONCE):
         part = rows[begin : begin + AT_ONCE]
-        prompts = processor.encode_prompts(part["prompt"])
-        yield from zip(prompts, processor.encode_completions(part["completion"], part["prompt"]), strict=True)
+        sizes = [sum(len(str(part[column][i])) for column in columns) for i in range(len(part[columns[0]]))]
+        first, size = 0, 0
+        for i, more in enumerate(sizes):
+            if size and size + more > CHARACTERS:
+                yield {key: values[first:i] for key, values in part.items()}
+                first, size = i, 0
+            size += more
+        yield {key: values[first:] for key, values in part.items()}
+
+
+def _progress(total: int, unit: str) -> tqdm:
+    """A bar on the first process of a machine; none where the output is no terminal, or where there is little to do."""
+    hidden = os.environ.get("LOCAL_RANK", "0") != "0"
+    return tqdm(total=total, desc="tokenize", unit=unit, unit_scale=True, delay=1, disable=True if hidden else None)
 
 
 def _cut(prompt: list[int], completion: list[int], processor: TextProcessor) -> tuple[list[int], list[int]]:
@@ -152,8 +176,16 @@ def _blocks(rows: Any, processor: TextProcessor) -> Arrays:
     """As `_examples`, of running text."""
     if any(prompt != "" for prompt in rows["prompt"]):
         raise BadInput("only running text can be cut into blocks, and these rows have prompts; pass block=False.")
-    texts = [np.array(completion, np.int32) for _, completion in _encoded(rows, processor)]
-    tokens, size = np.concatenate(texts), processor.max_length
+    found = list[np.ndarray]()
+    with _progress(sum(map(len, rows["completion"])), "character") as bar:
+        for part in read_rows(rows, ("completion",)):
+            texts = part["completion"]
+            if len(texts) == 1:
+                found += processor.encode_document(texts[0], bar.update)
+            else:
+                found += [np.array(ids, np.int32) for ids in processor.encode_completions(texts, part["prompt"])]
+                bar.update(sum(map(len, texts)))
+    tokens, size = np.concatenate(found), processor.max_length
     rest = len(tokens) % size if len(tokens) > size else 0
     tokens = tokens[: len(tokens) - rest]
     ends = np.append(np.arange(size, len(tokens), size), len(tokens))
