@@ -274,7 +274,7 @@ def set_head(base: PreTrainedModel, file: AdapterFile) -> None:
         if not last:
             raise WrongBase(
                 f"this base was loaded with {config.num_labels} labels, adapter {file.name!r} has {len(labels)}: "
-                "load it with load_base(name, labels=...)."
+                f"load it with load_base(name, task={task_of_file(file, config).name!r}, labels=...)."
             )
         for name in last:
             old = heads[name]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -28,10 +29,11 @@ from inlay.adapters.identity import Identity, identify_base
 from inlay.adapters.load import check_given_base
 from inlay.adapters.task import task_of_file
 from inlay.bases.device import Device, choose_device
-from inlay.errors import BadInput, InlayError
+from inlay.bases.load import head_of, read_config, resolve_base
+from inlay.errors import BadInput, InlayError, Unsupported
 from inlay.methods._peft import put_layers_back, remove_all_adapters, take_layers_out, undo_layer_changes
 from inlay.serve.bank_layer import BankLayer, Rows, Site, Stacks
-from inlay.serve.prompt import TABLE, PromptStacks, is_cached_prefix, positions_shifted, split_cached_prefix
+from inlay.serve.prompt import TABLE, PromptStacks, is_cached_prefix, shift_positions, split_cached_prefix
 from inlay.serve.sites import find_sites
 from inlay.tasks.base import load_base
 
@@ -43,7 +45,7 @@ class Bank:
 
     A bank holds LoRA (on linear layers, convolutions and embeddings), (IA)³, bottlenecks, attention prefixes, visual
     prompts, peft's prompts and prefixes, biases and norms, heads of one linear layer, and composites of those at
-    different modules. Calls from several threads wait for each other.
+    different modules. Calls from several threads wait for each other; those of one thread may be nested in `rows`.
 
     Attributes:
         model: The base, wrapped in place; outside of a call it computes what it did.
@@ -64,7 +66,9 @@ class Bank:
         """Prepare a base for the adapters in a folder, at a list of paths and Hub ids, or by names of your own.
 
         Args:
-            base: A name for `load_base`, or a model without an adapter.
+            base: A name for `load_base`, or a model without an adapter. A base given by name that can be loaded for
+                several tasks is loaded for that of the first adapter; if it was saved without a head for that task, it
+                gets one of that adapter's size, which no row uses: each must name an adapter.
             adapters: A folder of adapters, paths (the last part is the name), or paths by name.
             budget_mb: Most that the stacks may take; adapters are then read when a batch first asks for them, and the
                 least recently used ones give way. Without it all are read now.
@@ -79,8 +83,13 @@ class Bank:
         """
         if isinstance(base, nn.Module) and device is not None:
             raise BadInput("the base is a model already: move it with base.to(device) and leave device out.")
-        given = base if isinstance(base, nn.Module) else load_base(base, device=choose_device(device))
-        self.model = check_given_base(given).eval()
+        self._paths = _named(adapters)
+        if isinstance(base, nn.Module):
+            self._lacks_head = False
+        else:
+            base = _load_base_of(base, self._paths, choose_device(device))
+            self._lacks_head = bool(base.new_head)
+        self.model = check_given_base(base).eval()
         if budget_mb is not None and not budget_mb > 0:
             raise BadInput(f"budget_mb must be positive, got {budget_mb}.")
         self.check_golden = check_golden
@@ -93,12 +102,13 @@ class Bank:
         self._outputs: dict[str, list[float]] = {}  # golden ones, by the digest of the adapter's file
         self._rows = Rows(next(p for p in self.model.parameters() if p.is_floating_point()).device)
         self._prompts = PromptStacks(self._rows)
+        self._shift = shift_positions(self.model, self._rows)
         self._layers: dict[tuple[str, type[BankLayer]], BankLayer] = {}
         self._ahead: dict[str, int] = {}  # tokens in the cache, behind which positions go on
         self._slots: OrderedDict[str, int] = OrderedDict()  # the least recently used first
         self._known_sites: dict[Any, list[Site]] = {}
         self._lock = threading.RLock()
-        self._paths = _named(adapters)
+        self._open_blocks: list[list[str | None]] = []  # rows of each block of `rows` that is open, the innermost last
         if self.budget is None:
             self._rows.capacity = len(self._paths) + 1
             for name in self._paths:
@@ -130,10 +140,12 @@ class Bank:
         is read again after it gave way does not compute its golden output again.
 
         Raises:
-            InlayError: What does not fit, in one sentence; the bank is then as it was.
+            InlayError: What does not fit, in one sentence; the bank is then as it was. An open block of `rows` has rows
+                under the adapter of that name.
         """
         name = name or Path(path).name
         with self._lock:
+            self._check_free(name)
             before = self._paths.get(name)
             self._paths[name] = path
             try:
@@ -147,22 +159,38 @@ class Bank:
         return name
 
     def evict(self, name: str) -> None:
-        """Take an adapter out of memory; a row that asks for it later has it read again."""
+        """Take an adapter out of memory; a row that asks for it later has it read again.
+
+        Raises:
+            InlayError: The bank does not know it, or an open block of `rows` has rows under it.
+        """
         with self._lock:
             self._known(name)
+            self._check_free(name)
             if name in self._slots:
                 del self._slots[name], self.files[name], self.checks[name]
 
     def remove(self, name: str) -> None:
-        """Forget an adapter: rows cannot ask for it any more."""
+        """Forget an adapter: rows cannot ask for it any more.
+
+        Raises:
+            InlayError: As `evict`.
+        """
         with self._lock:
             self.evict(name)
             del self._paths[name]
 
     def unload(self) -> PreTrainedModel:
-        """The base as it was, without the bank."""
+        """The base as it was, without the bank.
+
+        Raises:
+            InlayError: A block of `rows` is open.
+        """
         with self._lock:
+            if self._open_blocks:
+                raise BadInput("a block of rows() is open on this bank; leave it before you unload the bank.")
             remove_all_adapters(self.model)
+            self._shift.remove()
             self._layers.clear()
             self._slots.clear()
             self.files.clear()
@@ -173,11 +201,18 @@ class Bank:
     def rows(self, adapters: Sequence[str | None]) -> Iterator[PreTrainedModel]:
         """The model, whose batch inside the block has these adapters, one per row; None is the plain base.
 
-        Those that are not in memory are read first. peft's prompts act in `bank(...)` and `generate` alone.
+        Those that are not in memory are read first. peft's prompts act only in `bank(...)` and `generate`. Inside the
+        block other calls of the bank have their own rows, and adapters may come and go, but for those of these rows.
 
         Raises:
-            InlayError: A name that the bank does not know, or more different adapters than the budget has room for.
+            InlayError: A name that the bank does not know; more different adapters than the budget has room for; None
+                where the base has no head of its own.
         """
+        if self._lacks_head and None in adapters:
+            raise BadInput(
+                f"{self.model.name_or_path} has no head of its own for this task, so the plain base answers nothing; "
+                "name an adapter for each row."
+            )
         with self._lock:
             wanted = [name for name in dict.fromkeys(adapters) if name is not None]
             for name in wanted:
@@ -188,12 +223,25 @@ class Bank:
             for name in wanted:
                 if name not in self._slots:
                     self._load(name, keep=set(wanted))
-            self._rows.choose([0 if name is None else self._slots[name] for name in adapters])
+            block = list(adapters)
+            self._open_blocks.append(block)
             try:
-                with positions_shifted(self.model, self._rows, [self._ahead.get(name or "", 0) for name in adapters]):
-                    yield self.model
+                self._choose_rows()
+                yield self.model
             finally:
-                self._rows.choose([])
+                self._open_blocks = [other for other in self._open_blocks if other is not block]
+                self._choose_rows()
+
+    def _choose_rows(self) -> None:
+        """Give the batch the rows of the innermost open block, or the plain base."""
+        names = self._open_blocks[-1] if self._open_blocks else []
+        slots = [0 if name is None else self._slots[name] for name in names]
+        self._rows.choose(slots, [self._ahead.get(name or "", 0) for name in names])
+
+    def _check_free(self, name: str) -> None:
+        """Raise InlayError if rows of an open block are under this adapter."""
+        if any(name in block for block in self._open_blocks):
+            raise BadInput(f"adapter {name!r} has rows in an open block of rows(); leave that block first.")
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any], adapters: Sequence[str | None], **more: Any) -> Any:
@@ -318,7 +366,8 @@ class Bank:
             shapes = [stacks.shapes(values.get(stacks, {})).values() for stacks in self._stacks()]
             each = 4 * sum(math.prod(shape) for of_one in shapes for shape in of_one)
             room = self.budget // max(each, 1) - 1  # one slot is the plain base's
-            spare = [other for other in others if other not in keep]
+            in_use = {other for block in self._open_blocks for other in block}
+            spare = [other for other in others if other not in keep and other not in in_use]
             if len(others) - len(spare) + 1 > room:
                 raise BadInput(
                     f"budget_mb {self.budget / 1e6:g} has room for {max(room, 0)} adapters of this size "
@@ -346,6 +395,7 @@ class Bank:
             stacks.repack(order)
         for slot, name in enumerate(self._slots, 1):
             self._slots[name] = slot
+        self._choose_rows()  # those of an open block have moved
 
 
 class _Newcomer:
@@ -374,6 +424,12 @@ class _Newcomer:
     def inject(self, file: AdapterFile, weights: Values) -> None:
         """Fill a slot, which is the adapter's own from here on."""
         bank = self._bank
+        lacking = [head for head in head_of(bank.model) if not any(f".{head}." in key for key in weights)]
+        if bank._lacks_head and lacking:
+            raise Unsupported(
+                f"adapter {file.name!r} brings no head {lacking[0]!r}, and neither does the base of this bank; give it "
+                "a bank of its own."
+            )
         sites = bank._sites(file, weights)
         cache = is_cached_prefix(file.config)
         if cache:
@@ -465,6 +521,20 @@ class _OneRow(nn.Module):
     def forward(self, **inputs: Any) -> Any:
         """The bank's output."""
         return self._ask(inputs)
+
+
+def _load_base_of(name: str | Path, adapters: Mapping[str, str | Path], device: torch.device) -> PreTrainedModel:
+    """The base of that name, for the task of the first adapter; with a new head if it was saved with another one."""
+    first = next(iter(adapters.values()), None)
+    if first is None:
+        return load_base(name, device=device)
+    file, config = read_adapter(fetch(first)), read_config(str(name), resolve_base(str(name)), None)
+    task = task_of_file(file, config)
+    if not task.could_take_base(config):  # the comparison of bases says it better
+        return load_base(name, device=device)
+    with_head = getattr(transformers, task.auto_class)._model_mapping[type(config)].__name__
+    own_head = not task.classifies or with_head in (config.architectures or [])
+    return load_base(name, task=task.name, labels=None if own_head else file.labels or None, device=device)
 
 
 def _named(adapters: Any) -> dict[str, str | Path]:

@@ -27,6 +27,7 @@ class Rows:
         slots: One per row; none outside of a forward.
         only: The slot of all rows, None if they differ.
         index: The slots as a tensor, on the bank's device.
+        ahead: Tokens in the cache in front of each row's text, (B,); None where no row has any.
         capacity: Slots in each stack.
     """
 
@@ -35,12 +36,13 @@ class Rows:
         self.capacity = 1
         self.choose([])
 
-    def choose(self, slots: Sequence[int]) -> None:
-        """Set the slots of the rows of the next batch."""
+    def choose(self, slots: Sequence[int], ahead: Sequence[int] = ()) -> None:
+        """Set the slots of the rows of the next batch, and how many tokens in the cache stand in front of each."""
         different = set(slots)
         self.slots = list(slots)
         self.only = None if len(different) > 1 else next(iter(different), 0)
         self.index = torch.tensor(self.slots, dtype=torch.long, device=self.device)
+        self.ahead = torch.tensor(ahead, device=self.device) if any(ahead) else None
 
     def expand(self, values: torch.Tensor, rows: int) -> torch.Tensor:
         """Values of the batch's rows for a tensor of so many rows: SAM's windows, or a search's beams, are several."""

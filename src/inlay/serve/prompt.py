@@ -3,12 +3,12 @@
 Rows differ in how many they have, so the shorter ones are filled up with tokens that a mask takes out of all attention.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from inlay.errors import Unsupported
@@ -44,30 +44,24 @@ def split_cached_prefix(attention: Sequence[str], table: torch.Tensor) -> dict[s
     }
 
 
-@contextmanager
-def positions_shifted(model: PreTrainedModel, rows: Rows, ahead: Sequence[int]) -> Iterator[None]:
-    """Inside the block each row's texts stand behind so many tokens in the cache: their positions go on from there."""
-    if not any(ahead):
-        yield
-        return
-    if "position_ids" not in signature(model.forward).parameters:
-        raise Unsupported(f"a {type(model).__name__} takes no positions, which rows behind peft's prefixes need.")
-    steps = torch.tensor(list(ahead), device=rows.device)
+def shift_positions(model: PreTrainedModel, rows: Rows) -> RemovableHandle:
+    """Let each row's text have the positions behind its tokens in the cache; removing the handle ends that."""
+    takes_positions = "position_ids" in signature(model.forward).parameters
 
-    def move(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def shift(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if rows.ahead is None:
+            return args, kwargs
+        if not takes_positions:
+            raise Unsupported(f"a {type(model).__name__} takes no positions, which rows behind peft's prefixes need.")
         tokens = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None)
         positions = kwargs.get("position_ids")
         if positions is None:
             cache = kwargs.get("past_key_values")
             start = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
-        return args, {**kwargs, "position_ids": positions + rows.expand(steps, len(tokens))[:, None]}
+        return args, {**kwargs, "position_ids": positions + rows.expand(rows.ahead, len(tokens))[:, None]}
 
-    hook = model.register_forward_pre_hook(move, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return model.register_forward_pre_hook(shift, with_kwargs=True)
 
 
 class PromptStacks(Stacks):
