@@ -250,7 +250,7 @@ class AdapterTuner(BaseTuner):
 
     @override
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        with others_train_as_before(model, adapter_name), layers_taken_out(model) as self._layers:
+        with others_train_as_before(model), layers_taken_out(model) as self._layers:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
@@ -384,15 +384,15 @@ class AdapterTuner(BaseTuner):
 
 
 @contextmanager
-def others_train_as_before(model: nn.Module, adapter_name: str) -> Iterator[None]:
+def others_train_as_before(model: nn.Module) -> Iterator[None]:
     """Within the block an adapter is added, which changes nothing in whether the parameters of others train.
 
-    peft's tuners see to that by themselves, but not here, where they do not find the layers that are there already.
+    peft's tuners do not find the layers that are there already, so they cannot see to that by themselves here. They also
+    go by names, and take what is in a module called `mlp` for a part of the adapter `mlp`.
     """
     earlier = []
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):  # else the base is frozen now
-        named = model.named_parameters()
-        earlier = [(p, p.requires_grad) for name, p in named if f".{adapter_name}." not in f".{name}."]
+        earlier = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     yield
     for parameter, requires_grad in earlier:
         parameter.requires_grad = requires_grad

@@ -95,7 +95,7 @@ class CompositeModel(AdapterTuner):
     ) -> None:
         self.refuse_transformers("a composite")
         config = self.peft_config[adapter_name]
-        with others_train_as_before(model, adapter_name):
+        with others_train_as_before(model):
             known = vars(model).pop("peft_config", None)
             for part in config.parts:
                 part.inference_mode = config.inference_mode
