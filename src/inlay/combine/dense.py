@@ -15,7 +15,7 @@ from peft import get_peft_model
 from inlay.adapters.load import load_adapter
 from inlay.adapters.save import save_adapter
 from inlay.combine.heads import Heads
-from inlay.combine.method_sum import SumSettings
+from inlay.combine.method_sum import SumOptions
 from inlay.combine.parts import PREFIX, Array, Source
 from inlay.errors import BadInput, Unsupported
 from inlay.methods._peft import set_adapter_values
@@ -24,7 +24,12 @@ from inlay.tasks.base import load_base
 
 
 def write_dense(
-    sources: Sequence[Source], heads: Heads, plan: SumSettings, base: str | None, folder: Path, metrics: dict[str, Any]
+    sources: Sequence[Source],
+    heads: Heads,
+    options: SumOptions,
+    base: str | None,
+    folder: Path,
+    metrics: dict[str, Any],
 ) -> None:
     """Combine the updates of adapters as differences of weights, and save them with the golden output that they give.
 
@@ -39,10 +44,10 @@ def write_dense(
     processor = None
     for source in sources:
         loaded = load_adapter(source.file.folder, name, device="cpu")
-        if processor is None or source.name == plan.keep:
+        if processor is None or source.name == options.keep:
             processor = loaded.processor
         deltas.append(_update(loaded, name, source))
-    merged = _merged(deltas, [source.weight for source in sources], plan)
+    merged = _merged(deltas, [source.weight for source in sources], options)
     modules = sorted({key.rpartition(".")[0] for key in merged})
     if not modules:
         raise BadInput("these adapters change no weight of the base; there is nothing to combine.")
@@ -75,12 +80,12 @@ def _update(loaded: Any, name: str, source: Source) -> dict[str, Array]:
     return found
 
 
-def _merged(deltas: list[dict[str, Array]], weights: list[float], plan: SumSettings) -> dict[str, Array]:
-    merge, found = plan.rule.merge, {}
+def _merged(deltas: list[dict[str, Array]], weights: list[float], options: SumOptions) -> dict[str, Array]:
+    merge, found = options.rule.merge, {}
     for key in dict.fromkeys(key for own in deltas for key in own):
         here = [(own[key], weight) for own, weight in zip(deltas, weights, strict=True) if key in own]
         if merge is not None:
-            found[key] = merge([d for d, _ in here], [w for _, w in here], plan.settings, key)
+            found[key] = merge([d for d, _ in here], [w for _, w in here], options.settings, key)
         else:
             found[key] = np.sum([np.float32(w) * d for d, w in here], axis=0, dtype=np.float32)
     return found
