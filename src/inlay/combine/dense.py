@@ -18,7 +18,7 @@ from inlay.combine.heads import Heads
 from inlay.combine.method_sum import SumOptions
 from inlay.combine.parts import PREFIX, Array, Source
 from inlay.errors import BadInput, Unsupported
-from inlay.methods._peft import set_adapter_values
+from inlay.methods._peft import adapter_shapes, merge_keeping_weights, set_adapter_values
 from inlay.methods.partial import PartialConfig
 from inlay.tasks.base import load_base
 
@@ -58,6 +58,8 @@ def write_dense(
         for key, value in merged.items()
     }
     weights |= {key: torch.from_numpy(heads.make(key)) for key in heads.shapes}
+    if strange := weights.keys() ^ adapter_shapes(model).keys():
+        raise Unsupported(f"{min(strange)} cannot be a difference of weights; leave dense out.")
     set_adapter_values(model, weights)
     save_adapter(model, folder, processor=processor, metrics=metrics, groups=heads.groups)
 
@@ -65,18 +67,25 @@ def write_dense(
 def _update(loaded: Any, name: str, source: Source) -> dict[str, Array]:
     """What folding an adapter into the base changes, by parameter, without its head."""
     plain = load_base(name, labels=loaded.labels or None).double()
-    before = dict(plain.named_parameters())
+    before = dict(plain.named_parameters(remove_duplicate=False))
     if loaded.model.active_peft_config.is_prompt_learning:
         raise Unsupported(f"adapter {source.name!r} adds tokens, which are no difference of weights; leave dense out.")
-    folded = loaded.model.double().merge_and_unload(safe_merge=True)
+    folded, _ = merge_keeping_weights(loaded.model.double())
     found = {}
     with torch.no_grad():
-        for key, value in folded.named_parameters():
+        for key, value in folded.named_parameters(remove_duplicate=False):
             if key not in before or key in source.head:
                 continue
             delta = value - before[key]
             if torch.any(delta):
                 found[key] = delta.float().numpy()
+    for key in found:
+        others = [other for other, value in before.items() if other != key and value is before[key]]
+        if others:
+            raise Unsupported(
+                f"adapter {source.name!r} changes {key}, which the base shares with {others[0]}, and a difference of "
+                "weights changes both; leave dense out, or train on a base whose weights are not tied."
+            )
     return found
 
 
