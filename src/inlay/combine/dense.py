@@ -41,24 +41,26 @@ def write_dense(
     if not name:
         raise BadInput("a dense combination takes the base's weights, but no adapter names it; give base=.")
     deltas: list[dict[str, Array]] = []
-    processor = None
+    processor, task = None, None
     for source in sources:
         loaded = load_adapter(source.file.folder, name, device="cpu")
-        if processor is None or source.name == options.keep:
-            processor = loaded.processor
+        if processor is None or task is None or source.name == options.keep:
+            processor, task = loaded.processor, loaded.task
         deltas.append(_update(loaded, name, source))
+    assert task is not None
     merged = _merged(deltas, [source.weight for source in sources], options)
     modules = sorted({key.rpartition(".")[0] for key in merged})
     if not modules:
         raise BadInput("these adapters change no weight of the base; there is nothing to combine.")
-    model = load_base(name, labels=heads.labels or None)
+    model = load_base(name, task=task.name, labels=heads.labels if task.classifies else None)
+    task.complete_base(model)
     model = get_peft_model(model, PartialConfig(target_modules=modules, modules_to_save=heads.modules or None)).eval()
     weights = {
         f"{PREFIX}{key.rpartition('.')[0]}.inlay_partial_delta.{key.rpartition('.')[2]}": torch.from_numpy(value)
         for key, value in merged.items()
     }
     weights |= {key: torch.from_numpy(heads.make(key)) for key in heads.shapes}
-    if strange := weights.keys() ^ adapter_shapes(model).keys():
+    if strange := weights.keys() - adapter_shapes(model).keys():
         raise Unsupported(f"{min(strange)} cannot be a difference of weights; leave dense out.")
     set_adapter_values(model, weights)
     save_adapter(model, folder, processor=processor, metrics=metrics, groups=heads.groups)
@@ -66,7 +68,8 @@ def write_dense(
 
 def _update(loaded: Any, name: str, source: Source) -> dict[str, Array]:
     """What folding an adapter into the base changes, by parameter, without its head."""
-    plain = load_base(name, labels=loaded.labels or None).double()
+    labels = loaded.labels if loaded.task.classifies else None
+    plain = load_base(name, task=loaded.task.name, labels=labels).double()
     before = dict(plain.named_parameters(remove_duplicate=False))
     if loaded.model.active_peft_config.is_prompt_learning:
         raise Unsupported(f"adapter {source.name!r} adds tokens, which are no difference of weights; leave dense out.")

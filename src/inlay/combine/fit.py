@@ -136,7 +136,7 @@ class _HeadMeans:
         self.counts: dict[str, torch.Tensor] = {}
         for key, rows in heads.rows.items():
             places = [torch.from_numpy(part.places) for part in rows]
-            count = torch.bincount(torch.cat(places), minlength=heads.shapes[key][0])
+            count = torch.bincount(torch.cat(places))
             if (count > 1).any():
                 self.counts[key] = count
                 self.parts[key] = [

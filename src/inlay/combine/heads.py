@@ -48,7 +48,12 @@ class Rows:
 
     def read(self) -> Array:
         """The rows."""
-        return self.tensors.read(self.key)[self.rows]
+        return np.atleast_1d(self.tensors.read(self.key))[self.rows]
+
+
+def _count_rows(shape: tuple[int, ...]) -> int:
+    """A single number counts as one row."""
+    return shape[0] if shape else 1
 
 
 @dataclass(frozen=True)
@@ -80,12 +85,12 @@ class Heads:
             InlayError: Weights that make no mean.
         """
         parts = self.rows[key]
-        if len(parts) == 1 and len(parts[0].rows) == self.shapes[key][0]:
+        if len(parts) == 1 and len(parts[0].rows) == _count_rows(self.shapes[key]):
             return parts[0].tensors.read(parts[0].key)
-        made = np.zeros(self.shapes[key], np.float32)
+        made = np.zeros(self.shapes[key] or (1,), np.float32)
         for part, share in zip(parts, self.shares(key), strict=True):
             made[part.places] += share.reshape(-1, *[1] * (made.ndim - 1)).astype(np.float32) * part.read()
-        return made
+        return made.reshape(self.shapes[key])
 
     def shares(self, key: str) -> list[npt.NDArray[np.float64]]:
         """What each of an adapter's rows of a tensor counts: w / Σ w of those that have the row; alone it counts 1.
@@ -93,7 +98,7 @@ class Heads:
         Where all weights of a row are 0, they count alike.
         """
         parts = self.rows[key]
-        total, any_weight, count = np.zeros((3, self.shapes[key][0]))  # of each row
+        total, any_weight, count = np.zeros((3, _count_rows(self.shapes[key])))  # of each row
         for part in parts:
             total[part.places] += self.weights[part.adapter]
             any_weight[part.places] += abs(self.weights[part.adapter])
@@ -149,15 +154,14 @@ def join_heads(sources: Sequence[Source], how: str, exact: bool = True) -> Heads
             "the name of the adapter whose head is kept."
         )
     way = _choose_way(labels_of) if how == "auto" else how
-    _check_rows(having, labels_of)
-    return _join_rows(having, labels_of, way)
+    return _join_rows(having, labels_of, way, _find_class_layer(having, labels_of, way))
 
 
 def _is_classifier(source: Source) -> bool:
     """True for heads of classes: by the labels of the record, or as plain peft saves them, by name and task_type."""
-    rows = {source.tensors.shape(key)[0] for key in source.head.values()}
+    rows = {source.tensors.shape(key)[:1] for key in source.head.values()}
     if source.file.record:
-        return bool(source.file.labels) and len(source.file.labels) in rows
+        return bool(source.file.labels) and (len(source.file.labels),) in rows
     at_top = [name for name in source.file.config["modules_to_save"] if name not in _VOCABULARY]
     plain = all(name.startswith(tuple(f"{module}." for module in at_top)) for name in source.head)
     matrices = any(len(source.tensors.shape(key)) > 1 for key in source.head.values())
@@ -173,7 +177,7 @@ def _keep(source: Source, labels: list[str]) -> Heads:
 
 
 def _all_rows(source: Source, key: str) -> Rows:
-    every = np.arange(source.tensors.shape(key)[0])
+    every = np.arange(_count_rows(source.tensors.shape(key)))
     return Rows(source.name, source.tensors, key, every, every)
 
 
@@ -219,10 +223,11 @@ def _labels(source: Source, how: str) -> list[str]:
     """Names from the record; numbers where plain peft has stored none, which are one adapter's own if heads stack."""
     if source.file.labels:
         return source.file.labels
-    rows = {source.tensors.shape(key)[0] for key in source.head.values()}
-    if len(rows) > 1:
+    rows = {source.tensors.shape(key)[:1] for key in source.head.values()}
+    if len(rows) > 1 or () in rows:
         return []
-    return [str(i) if how == "average" else f"{source.name}/{i}" for i in range(rows.pop())]
+    (count,) = rows.pop()
+    return [str(i) if how == "average" else f"{source.name}/{i}" for i in range(count)]
 
 
 def _choose_way(labels: dict[str, list[str]]) -> str:
@@ -239,24 +244,33 @@ def _choose_way(labels: dict[str, list[str]]) -> str:
     )
 
 
-def _check_rows(sources: Sequence[Source], labels: dict[str, list[str]]) -> None:
-    first = sources[0]
+def _find_class_layer(sources: Sequence[Source], labels: dict[str, list[str]], way: str) -> set[str]:
+    """The tensors that have a row for each label; others belong to layers before, which read the same features."""
+    found = []
     for source in sources:
         shapes = {plain: source.tensors.shape(key) for plain, key in source.head.items()}
-        rows = {shape[0] for shape in shapes.values()}
-        if rows != {len(labels[source.name])} or sum(plain.endswith("weight") for plain in shapes) != 1:
+        own = {plain for plain, shape in shapes.items() if shape[:1] == (len(labels[source.name]),)}
+        inner = sorted(shapes.keys() - own)
+        keep = f"say whose is kept: heads={' or '.join(repr(s.name) for s in sources)}"
+        if sum(len(shapes[plain]) > 1 for plain in own) != 1:
             raise Unsupported(
-                f"the head of adapter {source.name!r} is no single linear layer with a row for each label "
-                f"({', '.join(shapes)}); say whose is kept: heads={' or '.join(repr(s.name) for s in sources)}."
+                f"the head of adapter {source.name!r} has no one linear layer with a row for each label "
+                f"({', '.join(shapes)}); {keep}."
             )
-        others = {plain: first.tensors.shape(key)[1:] for plain, key in first.head.items()}
-        if {plain: shape[1:] for plain, shape in shapes.items()} != others:
+        if inner and way == "stack":
+            raise Unsupported(
+                f"the rows for labels in the head of adapter {source.name!r} read layers of their own "
+                f"({', '.join(inner)}), so that heads cannot be stacked; {keep}."
+            )
+        found.append({plain: shape[1:] if plain in own else shape for plain, shape in shapes.items()})
+        if found[0] != found[-1]:
             raise WrongBase(
-                f"the heads of {first.name!r} and {source.name!r} read other features; keep one: heads=NAME."
+                f"the heads of {sources[0].name!r} and {source.name!r} read other features; keep one: heads=NAME."
             )
+    return own
 
 
-def _join_rows(sources: Sequence[Source], labels_of: dict[str, list[str]], way: str) -> Heads:
+def _join_rows(sources: Sequence[Source], labels_of: dict[str, list[str]], way: str, class_layer: set[str]) -> Heads:
     """Rows of all heads, by label; `stack` tells labels that occur twice apart by their adapter."""
     made_of: dict[str, list[tuple[Source, int]]] = {}
     counts = Counter(label for own in labels_of.values() for label in own)
@@ -267,8 +281,13 @@ def _join_rows(sources: Sequence[Source], labels_of: dict[str, list[str]], way: 
     labels = list(made_of)
     shapes, rows = {}, {}
     for plain, first in sources[0].head.items():
-        shapes[PREFIX + plain] = (len(labels), *sources[0].tensors.shape(first)[1:])
-        rows[PREFIX + plain] = [_rows_of(source, source.head[plain], list(made_of.values())) for source in sources]
+        shape = sources[0].tensors.shape(first)
+        if plain in class_layer:
+            shapes[PREFIX + plain] = (len(labels), *shape[1:])
+            rows[PREFIX + plain] = [_rows_of(source, source.head[plain], list(made_of.values())) for source in sources]
+        else:
+            shapes[PREFIX + plain] = shape
+            rows[PREFIX + plain] = [_all_rows(source, source.head[plain]) for source in sources]
     modules = list(dict.fromkeys(name for source in sources for name in source.file.config["modules_to_save"]))
     said = {"stack": "stacked", "average": "averaged"}[way]
     groups = _groups(sources, labels_of, list(made_of.values()))

@@ -22,13 +22,13 @@ from inlay.adapters.file import CARD
 from inlay.adapters.load import LoadedAdapter, attach_adapter, load_adapter, load_own_base
 from inlay.adapters.sketch import precision_of
 from inlay.adapters.summary import method
+from inlay.adapters.weights import read_weights
 from inlay.bases.load import Dtype
 from inlay.bases.quantize import Quantize
 from inlay.errors import BadInput, ComputationFailed, Unsupported
 from inlay.files.atomic import write_json, writing
 from inlay.methods._peft import (
     base_modules,
-    copy_adapter_weights,
     dequantize_weight,
     layers_disabled,
     merge_keeping_weights,
@@ -113,12 +113,12 @@ def merge(
     stored = quantize if quantize and dtype is None else dtype or "float32"
     used = model  # the adapter as it is used unmerged
     if quantize:
-        held_base = load_own_base(loaded.file, base, quantize=quantize)
+        held_base = load_own_base(loaded.file, base, quantize=quantize, device="cpu")
         dequantize(held_base, model)
         loses_scales = quantize == "8bit" and getattr(model.active_peft_config, "use_dora", False)  # in peft
         if stored == quantize and not loses_scales:
             loaded.task.complete_base(held_base)
-            used = attach_adapter(loaded.file, held_base, copy_adapter_weights(model))
+            used = attach_adapter(loaded.file, held_base, read_weights(loaded.file))
     batch = loaded.task.random_inputs(model, loaded.processor) if inputs is None else dict(inputs)
     with layers_disabled(used):
         plain = compute_outputs(used, batch)
