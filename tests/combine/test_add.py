@@ -6,14 +6,27 @@ import json
 import numpy as np
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, PeftModel
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.nn import functional as F
 
 from combine.cases import LINEAR, Convolutions, load, lora, off, partial, same_outputs, save, updates, wide
-from inlay import InlayError, combine
+from inlay import (
+    InlayError,
+    PartialConfig,
+    TextProcessor,
+    VisualPromptConfig,
+    combine,
+    load_adapter,
+    load_base,
+    load_tokenizer,
+    merge,
+    save_adapter,
+)
 from inlay.methods import METHODS
-from methods.bases import batch, build
+from methods.bases import batch, build, randomise
 
 WEIGHTS = [(1.0, 1.0), (0.7, -1.3), (1.0, 0.0)]
 
@@ -344,3 +357,129 @@ def test_damaged_adapters_are_one_sentence(config, change, reason, tmp_path):
     with pytest.raises(InlayError, match=reason):
         combine({folder: 1.0}, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+class Nested(nn.Module):
+    """Modules whose names end the names of others, as `conv1` of a ResNet does."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.layer1 = nn.ModuleList([nn.ModuleDict({"conv1": nn.Conv2d(4, 4, 3, padding=1)}) for _ in range(2)])
+        self.fc, self.xfc = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        """(B, 3, H, W) -> (B, 4)."""
+        x = self.conv1(x).relu()
+        for layer in self.layer1:
+            x = layer["conv1"](x).relu()
+        return self.xfc(self.fc(x.mean((2, 3))).relu())
+
+
+CONV = {"target_modules": ["conv1"]}  # all three
+ENDINGS = {
+    "pattern and pattern": (LoraConfig(r=2, target_modules="conv1"), LoraConfig(r=4, target_modules=r".*\.0\.conv1")),
+    "pattern and list": (LoraConfig(r=2, target_modules="conv1"), LoraConfig(r=3, target_modules=["fc"])),
+    "list and list": (LoraConfig(r=2, **CONV), LoraConfig(r=3, target_modules=["layer1.0.conv1"])),
+    "exclusions": (LoraConfig(r=2, exclude_modules=["layer1.1.conv1"], **CONV), LoraConfig(r=3, target_modules=["fc"])),
+    "rank of the shorter name": (
+        LoraConfig(r=2, rank_pattern={"^conv1": 3}, alpha_pattern={"^conv1": 5}, **CONV),
+        LoraConfig(r=2, target_modules="fc"),
+    ),
+    "partial": (PartialConfig(target_modules=["conv1"]), PartialConfig(target_modules=["layer1.0.conv1"])),
+    "(IA)³": (
+        IA3Config(target_modules="conv1", feedforward_modules=[]),
+        IA3Config(target_modules=["layer1.0.conv1"], feedforward_modules=["layer1.0.conv1"]),
+    ),
+    "(IA)³, a feed-forward module of the shorter name": (
+        IA3Config(target_modules="fc|xfc", feedforward_modules="fc"),
+        IA3Config(target_modules="xfc", feedforward_modules=[]),
+    ),
+}
+
+
+def changes(base, folder):
+    """What an adapter changes of the base's weights, as peft merges it."""
+    plain = base().state_dict()
+    merged = load(base, folder).merge_and_unload().state_dict()
+    return {key: value - plain[key] for key, value in merged.items()}
+
+
+@pytest.mark.parametrize("case", ENDINGS)
+def test_modules_whose_names_end_those_of_others_are_told_apart(case, tmp_path):
+    a, b = (save(tmp_path / n, Nested, c, s) for n, c, s in zip("ab", ENDINGS[case], (3, 4), strict=True))
+    combine({a: 1.0, b: -0.5}, out=tmp_path / "out")
+    first, second, found = (changes(Nested, folder) for folder in (a, b, tmp_path / "out"))
+    for key, delta in found.items():
+        assert torch.allclose(delta, first[key] - 0.5 * second[key], atol=1e-6), key
+
+
+def test_settings_that_name_the_same_modules_in_another_order_are_equal(tmp_path):
+    config = VisualPromptConfig(length=2, deep=False, target_modules=["layers.0", "layers.1", "layers.2"])
+    a, b = (save(tmp_path / n, "vit", config, s) for n, s in (("a", 3), ("b", 4)))
+    saved = json.loads((b / "adapter_config.json").read_text())
+    saved["target_modules"] = saved["target_modules"][::-1]
+    (b / "adapter_config.json").write_text(json.dumps(saved))
+    combine({a: 1.0, b: 1.0}, out=tmp_path / "out")
+
+
+def tied_config(kind, targets):
+    if kind == "ia3":
+        return IA3Config(target_modules=targets, feedforward_modules=["lm_head"] if "lm_head" in targets else [])
+    return LoraConfig(r=len(targets) + 1, target_modules=targets, lora_alpha=3)
+
+
+TIED = [
+    ("lora", ["c_attn"], ["c_attn", "lm_head"]),
+    ("lora", ["wte"], ["lm_head"]),
+    ("lora", ["wte", "c_fc"], ["wte", "lm_head"]),
+    ("lora", ["lm_head"], ["lm_head"]),
+    ("ia3", ["c_attn"], ["c_attn", "lm_head"]),
+]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Model has `tie_word",
+    "ignore:Model with `tie_word",
+    "ignore:fan_in_fan_out is set to",  # of peft
+)
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, -2.0), (1.0, 0.0)])
+@pytest.mark.parametrize("case", range(len(TIED)))
+def test_adapters_of_tied_embeddings_add_each_to_its_own_module(case, weights, tmp_path):
+    """GPT-2's token embedding and head are one weight: the sum changes each where its adapters do, also when merged."""
+    kind, *targets = TIED[case]
+    ids = torch.arange(5, 17)[None]
+    base = load_base("builtin:gpt2-tiny").double()
+    base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
+    base.config.tie_word_embeddings = False
+    folders = []
+    for name, own, weight in zip("ab", targets, weights, strict=True):
+        torch.manual_seed(ord(name))
+        model = get_peft_model(load_base("builtin:gpt2-tiny"), tied_config(kind, own)).eval()
+        randomise(model, "default", ord(name))
+        folders.append(
+            save_adapter(model, tmp_path / name, processor=TextProcessor(load_tokenizer("builtin:gpt2-tiny")))
+        )
+        for site, layer in model.base_model.model.named_modules():
+            if isinstance(layer, BaseTunerLayer):
+                module = base.get_submodule(site)
+                if kind == "lora":
+                    delta = layer.get_delta_weight("default").double()
+                else:
+                    own_weight, scale = layer.get_base_layer().weight, layer.ia3_l["default"]
+                    flat = scale if scale.shape[0] == 1 else scale.T if own_weight.shape[0] != len(scale) else scale
+                    delta = (own_weight * (flat - 1)).double()
+                module.weight.data += weight * delta.detach()
+                if kind == "ia3" and getattr(module, "bias", None) is not None and scale.shape[0] != 1:
+                    bias = layer.get_base_layer().bias.detach().double()
+                    module.bias.data += weight * bias * (scale.detach().double().flatten() - 1)
+    combine(dict(zip(folders, weights, strict=True)), out=tmp_path / "out")
+    with torch.no_grad():
+        wanted = base(input_ids=ids).logits
+        found = load_adapter(tmp_path / "out").model.double()(input_ids=ids).logits
+        merge(tmp_path / "out", tmp_path / "merged")
+        merged = load_base(tmp_path / "merged").double()(input_ids=ids).logits
+    plain = load_base("builtin:gpt2-tiny").double()(input_ids=ids).logits
+    assert (found - wanted).norm() < 1e-5 * (wanted - plain).norm()
+    assert (merged - wanted).norm() < 1e-4 * (wanted - plain).norm()

@@ -20,6 +20,7 @@ from inlay.bases.sites import lora_targets, sites
 from inlay.cli.app import main
 from inlay.combine.merge import compute_outputs, merge, read_report
 from inlay.methods import METHODS, BottleneckConfig, CompositeConfig
+from inlay.methods._peft import layers_disabled
 
 VIT, GPT2, SAM = "builtin:vit-tiny", "builtin:gpt2-tiny", "builtin:sam-tiny"
 LABELS = ["cat", "dog", "emu"]
@@ -248,6 +249,29 @@ def test_a_model_that_is_stored_in_eight_bits_again(lora, name, tmp_path):
     assert len(held) == len([n for n in lora_targets(load_base(name)) if "classifier" not in n])
     wanted = compute_outputs(load_adapter(lora[name]).model, INPUTS[name])
     assert (compute_outputs(found, INPUTS[name]) - wanted).norm() < 0.1 * wanted.norm()
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+@pytest.mark.parametrize("name", [GPT2, VIT])
+def test_the_figure_is_that_of_the_written_model(name, bits, lora, tmp_path):
+    """As transformers loads it, activations of 8 bits included, against the adapter on the base in these bits."""
+    report = merge(lora[name], tmp_path / "merged", quantize=bits, limit=10.0, inputs=INPUTS[name])
+    used = load_adapter(lora[name], quantize=bits)
+    unmerged = compute_outputs(used.model, INPUTS[name])
+    with layers_disabled(used.model):
+        plain = compute_outputs(used.model, INPUTS[name])
+    written = compute_outputs(AUTO[name].from_pretrained(tmp_path / "merged"), INPUTS[name])
+    change = (unmerged - plain).norm()
+    assert report.error == pytest.approx(float((written - unmerged).norm() / change), rel=0.01)
+    assert report.effect == pytest.approx(float(change / plain.norm()), rel=1e-3)
+
+
+def test_eight_bits_of_a_dora_are_compared_with_what_they_stand_for(tmp_path):
+    """peft cannot run it unmerged on such a base."""
+    folder = save(adapted(VIT, "dora"), VIT, tmp_path / "adapter")
+    with pytest.raises(InlayError, match="peft loses the scales"):
+        load_adapter(folder, quantize="8bit")
+    assert 0 < merge(folder, tmp_path / "merged", quantize="8bit", limit=10.0).error < 10
 
 
 @pytest.mark.parametrize(

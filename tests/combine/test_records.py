@@ -5,10 +5,22 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from combine.cases import BASE, classifier, load, lora, save
-from inlay import InlayError, combine, load_adapter, load_base, load_processor, predict, read_adapter
+from inlay import (
+    InlayError,
+    TextProcessor,
+    combine,
+    load_adapter,
+    load_base,
+    load_processor,
+    load_tokenizer,
+    predict,
+    read_adapter,
+    save_adapter,
+)
 from inlay.cli import app as cli
 from inlay.methods.spatial.encoder import Bottleneck3d
 from methods import volumes
@@ -99,7 +111,9 @@ def test_labels_that_overlap_in_part_need_a_word(made, tmp_path):
     mean = (head(made["a"])[0][1] + head(made["d"])[0][0]) / 2
     assert torch.allclose(head(tmp_path / "out")[0][1], mean, atol=1e-7)
     assert combine(pair, heads="stack", out=tmp_path / "side").labels == ["cat", "a/dog", "emu", "d/dog", "yak"]
-    with pytest.raises(InlayError, match="heads must be auto, stack, average or"):
+    with pytest.raises(
+        InlayError, match="unknown heads 'nobody'; choose one of auto, stack, average, or an adapter: a, d"
+    ):
         combine(pair, heads="nobody", out=tmp_path / "none")
 
 
@@ -182,3 +196,125 @@ def test_spatial_adapters_add_block_by_block_and_keep_one_decoder(tmp_path):
     reference = save(tmp_path / "reference", volumes.build, volumes.settings(reference=True), 7)
     with pytest.raises(InlayError, match="different settings"):
         combine({a: 1.0, reference: 1.0}, heads="a", out=tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("rule", "weights", "shares"),
+    [
+        ("add", (1.0, 0.0), (1, 0)),
+        ("add", (1.0, 1.0), (0.5, 0.5)),
+        ("add", (1.0, 1e-9), (1, 0)),
+        ("add", (2.0, -0.5), (4 / 3, -1 / 3)),
+        ("average", (3.0, 1.0), (0.75, 0.25)),
+        ("average", (3.0, -1.0), (1.5, -0.5)),
+        ("task_arithmetic", (0.4, 0.6), (0.4, 0.6)),
+        ("ties", (3.0, 1.0), (0.75, 0.25)),
+        ("add", (0.0, 0.0), (0.5, 0.5)),
+    ],
+)
+def test_heads_of_equal_labels_are_averaged_by_the_weights(rule, weights, shares, made, tmp_path):
+    combine(dict(zip((made["a"], made["c"]), weights, strict=True)), rule, width=4, out=tmp_path / "out")
+    order = torch.tensor([1, 2, 0])  # of a's labels in c
+    for i in range(2):
+        wanted = shares[0] * head(made["a"])[i] + shares[1] * head(made["c"])[i][order]
+        assert torch.allclose(head(tmp_path / "out")[i], wanted, atol=1e-6)
+
+
+def test_a_row_of_one_adapter_is_whole_whatever_its_weight(made, tmp_path):
+    combine({made["a"]: 0.3, made["d"]: 0.1}, heads="average", out=tmp_path / "out")
+    weight = head(tmp_path / "out")[0]
+    assert torch.equal(weight[0], head(made["a"])[0][0]) and torch.equal(weight[3], head(made["d"])[0][1])
+    assert torch.allclose(weight[1], 0.75 * head(made["a"])[0][1] + 0.25 * head(made["d"])[0][0], atol=1e-6)
+    combine({made["a"]: -0.3, made["b"]: 0.0}, out=tmp_path / "stack")
+    assert torch.equal(head(tmp_path / "stack")[0], torch.cat([head(made["a"])[0], head(made["b"])[0]]))
+
+
+@pytest.mark.parametrize("weights", [(1.0, -1.0), (1.0, -2.0), (-1.0, 0.0)])
+def test_heads_have_no_mean_by_weights_that_add_up_to_nothing(weights, made, tmp_path):
+    pair = dict(zip((made["a"], made["c"]), weights, strict=True))
+    with pytest.raises(InlayError, match=r"add up to 0 or less \(a .*\); name the adapter .* heads='a' or 'c'"):
+        combine(pair, out=tmp_path / "out")
+    assert combine(pair, heads="a", out=tmp_path / "out").heads == "that of a"
+
+
+def test_plain_heads_are_averaged_row_by_row(made, tmp_path):
+    from shutil import copytree
+
+    from safetensors.torch import save_file
+
+    for name in "ac":
+        copytree(made[name], tmp_path / name)
+        weights = load_file(made[name] / "adapter_model.safetensors")
+        save_file(weights, tmp_path / name / "adapter_model.safetensors", {"format": "pt"})  # without the record
+    combine({tmp_path / "a": 3.0, tmp_path / "c": 1.0}, heads="average", out=tmp_path / "out")
+    for i in range(2):
+        wanted = 0.75 * head(made["a"])[i] + 0.25 * head(made["c"])[i]
+        assert torch.allclose(head(tmp_path / "out")[i], wanted, atol=1e-6)
+    with pytest.raises(InlayError, match="names no labels, by which"):
+        combine({made["a"]: 1.0, tmp_path / "c": 1.0}, heads="average", out=tmp_path / "out")
+
+
+def whole(folder, base, modules, seed, record=True):
+    """A LoRA on q or c_attn, with whole copies of other modules."""
+    torch.manual_seed(seed)
+    targets = ["c_attn"] if "gpt2" in base else ["q_proj"]
+    config = LoraConfig(r=2, target_modules=targets, modules_to_save=modules, init_lora_weights=False)
+    model = get_peft_model(load_base(base), config)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    if not record:
+        model.save_pretrained(folder, save_embedding_layers=False)
+        return folder
+    processor = TextProcessor(load_tokenizer(base)) if "gpt2" in base else load_processor(base)
+    return save_adapter(model.eval(), folder, processor=processor)
+
+
+COPIES = [
+    ("builtin:gpt2-tiny", ["lm_head"], True),
+    ("builtin:gpt2-tiny", ["lm_head"], False),
+    ("builtin:gpt2-tiny", ["wte"], False),
+    ("builtin:gpt2-tiny", ["ln_f"], True),
+    ("builtin:gpt2-tiny", ["h.1.mlp.c_fc", "ln_f"], False),
+    (BASE, ["layernorm"], False),
+    (BASE, ["layers.1.mlp.fc1"], True),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(("base", "modules", "record"), COPIES)
+def test_whole_copies_of_modules_are_no_heads_of_classes(base, modules, record, tmp_path):
+    """What both change together is W + Σ w (W_i - W): known without the base where the weights add up to 1."""
+    a, b = (whole(tmp_path / name, base, modules, seed, record) for name, seed in (("a", 3), ("b", 4)))
+    with pytest.raises(InlayError, match=r"is a whole copy in 'a' and 'b'.*rule='average'.*heads='a' or 'b'"):
+        combine({a: 1.0, b: 1.0}, out=tmp_path / "out")
+    with pytest.raises(InlayError, match="no head of classes and cannot be stacked"):
+        combine({a: 1.0, b: 1.0}, heads="stack", out=tmp_path / "out")
+    files = [load_file(folder / "adapter_model.safetensors") for folder in (a, b)]
+    copies = [key for key in files[0] if "lora_" not in key]
+    assert copies
+    for rule, heads, weights, shares in (
+        ("average", "auto", (3.0, 1.0), (0.75, 0.25)),
+        ("add", "auto", (1.5, -0.5), (1.5, -0.5)),
+        ("add", "auto", (1.0, 0.0), (1.0, 0.0)),
+        ("add", "average", (2.0, 2.0), (0.5, 0.5)),
+        ("add", "b", (2.0, 2.0), (0, 1)),
+    ):
+        combine({a: weights[0], b: weights[1]}, rule, heads=heads, out=tmp_path / "out")
+        found = load_file(tmp_path / "out/adapter_model.safetensors")
+        assert {key for key in found if "lora_" not in key} == set(copies)
+        for key in copies:
+            assert torch.allclose(found[key], shares[0] * files[0][key] + shares[1] * files[1][key], atol=1e-6)
+    load_adapter(tmp_path / "out", base)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_a_copy_that_one_adapter_has_keeps_its_weight(tmp_path):
+    a = whole(tmp_path / "a", "builtin:gpt2-tiny", ["lm_head"], 3)
+    b = whole(tmp_path / "b", "builtin:gpt2-tiny", None, 4)
+    combine({a: 1.0, b: 0.5}, out=tmp_path / "out")
+    key = "base_model.model.lm_head.weight"
+    found, own = (load_file(folder / "adapter_model.safetensors")[key] for folder in (tmp_path / "out", a))
+    assert torch.equal(found, own)
+    with pytest.raises(InlayError, match=r"weights that add up to 1, not 0\.5"):
+        combine({a: 0.5, b: 1.0}, out=tmp_path / "out")

@@ -60,6 +60,19 @@ def test_what_does_not_add_is_given_as_a_difference_of_weights(tmp_path):
         combine({a: 1.0}, dense=True, width=4, out=tmp_path / "none")
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word", "ignore:Model with `tie_word", "ignore:fan_in_fan_out is")
+@pytest.mark.parametrize("targets", [["lm_head"], ["wte"], ["c_attn", "lm_head"]])
+def test_a_difference_of_tied_weights_is_refused(targets, tmp_path):
+    """It would change both modules, and beside others it would be dropped."""
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    model = get_peft_model(load_base(GPT2), config).eval()
+    folder = save_adapter(model, tmp_path / "tied", processor=TextProcessor(load_tokenizer(GPT2)))
+    with pytest.raises(InlayError, match=r"adapter 'tied' changes .*, which the base shares with .*; leave dense out"):
+        combine({folder: 1.0}, dense=True, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_are_fitted_on_a_few_examples(tmp_path):
     """One adapter was made by taking another one away: fitting has to find out how much of it helps."""
     labels = list(load_images("builtin:digits").labels)

@@ -1,6 +1,7 @@
 """Smaller widths, and the rules that are no sums."""
 
 import json
+import shutil
 from itertools import combinations
 
 import numpy as np
@@ -178,7 +179,8 @@ def test_rules_work_on_the_true_updates(rule, pair, tmp_path):
             reference = torch.from_numpy(dare([d.numpy() for d in deltas], weights, Settings(0.3, 7), site))
         else:
             function = {"ties": merge_utils.ties, "magnitude": merge_utils.magnitude_prune}[rule]
-            reference = function(deltas, torch.tensor(weights), density=0.3)
+            scaled = [weight * delta for weight, delta in zip(weights, deltas, strict=True)]
+            reference = function(scaled, torch.ones(2), density=0.3)
         values = torch.linalg.svdvals(reference.double())
         best = (values[10:].square().sum() / values.square().sum()).sqrt()
         error = (found[site] - reference).norm() / reference.norm()
@@ -215,20 +217,66 @@ def test_rules_are_safe_on_tiny_and_empty_updates(function, density):
     assert np.isfinite(one).all() and (function is dare or one[0] == 2)
 
 
-def test_ties_that_keep_all_elect_signs_and_average_those_that_agree():
-    deltas = [np.array(d, np.float32) for d in ([[1, -2, 3, 0.5]], [[2, 1, -4, 0.5]], [[-1, -2, 0, 0.5]])]
-    # Elected by the sums 2, -3, -1, 1.5; then the mean of weight times value over those of that sign.
-    weights = [1.0, 0.5, 2.0]
-    expected = [[(1 + 1) / 2, (-2 - 4) / 2, -2.0, (0.5 + 0.25 + 1) / 3]]
-    found = ties(deltas, weights, Settings(1.0), "here")
-    assert found == pytest.approx(np.array(expected, np.float32))
-    given = [torch.from_numpy(delta) for delta in deltas], torch.tensor(weights)
-    with pytest.warns(UserWarning, match="no pruning will be performed"):
-        reference = merge_utils.ties(*given, density=1.0)
-    assert np.array_equal(found, reference.numpy())
-    # At a density that rounds to all of them peft's own function is asked: no step between the two.
-    assert np.array_equal(ties(deltas, weights, Settings(0.9999999), "here"), merge_utils.ties(*given, density=0.99))
-    assert not np.array_equal(found, ties(deltas, weights, Settings(0.5), "here"))
+def ties_of_the_paper(deltas, weights, density):
+    """Yadav et al. 2023, algorithm 1, on the task vectors w·τ: trim, elect sgn(Σ w τ), mean of those that have it."""
+    scaled = []
+    for weight, delta in zip(weights, deltas, strict=True):
+        own = weight * delta.astype(float)
+        count = max(int(density * own.size), 1)
+        least = np.sort(np.abs(own), axis=None)[-count]
+        scaled.append(np.where(np.abs(own) >= least, own, 0))
+    sign = np.sign(sum(scaled))
+    agree = [(np.sign(own) == sign) & (own != 0) for own in scaled]
+    return sum(own * a for own, a in zip(scaled, agree, strict=True)) / np.maximum(sum(agree), 1)
+
+
+WEIGHTS = [(1, 1, 1), (1, 0.2, 3), (1, -1, 0.5), (-2, -0.5, -1), (1, 1e-9, 1e-9), (0.3, 0, -0.7), (5, -4.9, 1e-3)]
+
+
+@pytest.mark.parametrize("density", [0.3, 1.0])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_rules_with_any_weights_equal_their_formulas(weights, density):
+    rng = np.random.default_rng(0)
+    deltas = [rng.standard_normal((20, 31)).astype(np.float32) for _ in weights]
+    settings = Settings(density, 5)
+    assert ties(deltas, weights, settings, "here") == pytest.approx(
+        ties_of_the_paper(deltas, weights, density), abs=1e-6
+    )
+    # Both others are linear in the weights: the sum of what each update becomes with the weight 1 by itself.
+    pruned = [merge_utils.magnitude_based_pruning(torch.from_numpy(delta), density).numpy() for delta in deltas]
+    wanted = sum(weight * own for weight, own in zip(weights, pruned, strict=True))
+    assert magnitude(deltas, weights, settings, "here") == pytest.approx(wanted, abs=1e-5)
+    each = [dare(deltas, [float(i == k) for i in range(3)], settings, "here") for k in range(3)]
+    wanted = sum(weight * own for weight, own in zip(weights, each, strict=True))
+    assert dare(deltas, weights, settings, "here") == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("function", [ties, dare, magnitude])
+def test_a_tiny_weight_takes_nothing_away(function):
+    rng = np.random.default_rng(0)
+    deltas = [rng.standard_normal((20, 31)).astype(np.float32) for _ in range(2)]
+    found = function(deltas, (1.0, 1e-9), Settings(1.0), "here")
+    # The mean of two that have one sign is half the first; no entry vanishes or turns round.
+    assert (found * deltas[0] >= (0.5 if function is ties else 1) * deltas[0] ** 2 - 1e-6).all()
+
+
+def test_ties_of_an_update_and_its_opposite_is_nothing():
+    delta = np.array([[1.0, -2.0, 0.0]], np.float32)
+    assert not ties([delta, delta], (1.0, -1.0), Settings(1.0), "here").any()
+
+
+def test_knots_of_adapters_that_share_a_space_leaves_out_the_directions_of_rounding(pair, tmp_path):
+    """Of an adapter and itself: [ΔW ΔW] has the rank of ΔW, and ties of two equal V keeps the largest entries of V."""
+    copy = tmp_path / "copy"
+    shutil.copytree(pair[0], copy)
+    combine({pair[0]: 1.0, copy: 1.0}, "knots", density=0.5, out=tmp_path / "out")
+    found, own = updates(tmp_path / "out"), updates(pair[0])
+    for site, delta in own.items():
+        u, s, v = torch.linalg.svd(torch.cat([delta, delta], 1), full_matrices=False)
+        rank = int((s > 1e-5 * s[0]).sum())
+        kept = merge_utils.magnitude_based_pruning(v[:rank, : delta.shape[1]], 0.5)
+        wanted = (u[:, :rank] * s[:rank]) @ kept
+        assert (found[site] - wanted).norm() < 1e-4 * wanted.norm()
 
 
 def test_dare_draws_by_site_seed_and_adapter():

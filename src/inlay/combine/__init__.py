@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from inlay.adapters.file import CONFIG, WEIGHTS
 from inlay.combine.heads import WAYS, Heads, join_heads
-from inlay.combine.method_sum import Sum, SumSettings
+from inlay.combine.method_sum import Sum, SumOptions
 from inlay.combine.norms import total_error
 from inlay.combine.parts import PREFIX, Array, Part, Source
 from inlay.combine.read import open_adapters, wait_for_digests
@@ -109,14 +109,16 @@ def combine(
     row = find_rule(rule, settings)
     _check_width(width, error)
     with open_adapters(adapters) as sources:
-        folder, head = _checked_folder(out, sources), join_heads(sources, heads)
-        keep = heads if heads not in WAYS else None
-        plan = SumSettings(row, settings, width, error, keep, dict(activations or {}))
-        fitted = _fitted(sources, head, plan, fit, examples, seed) if fit is not None else None
-        if fitted is not None:
-            sources = [source.weighted(fitted.weights[source.name]) for source in sources]
+        folder = _checked_folder(out, sources)
         weights = weights_under_rule(row, [source.weight for source in sources])
         sources = [source.weighted(weight) for source, weight in zip(sources, weights, strict=True)]
+        head = join_heads(sources, heads, exact=row.merge is None and (fit is None or row.normal))
+        keep = heads if heads not in WAYS else None
+        options = SumOptions(row, settings, width, error, keep, dict(activations or {}))
+        fitted = _fitted(sources, head, options, fit, examples, seed) if fit is not None else None
+        if fitted is not None:
+            sources = [source.weighted(fitted.weights[source.name]) for source in sources]
+            head = head.reweighted(fitted.weights)
         if report is not None:
             from inlay.combine.heatmap import write_report
             from inlay.combine.report import compare_sources
@@ -124,8 +126,8 @@ def combine(
             wait_for_digests(sources)
             write_report(compare_sources(sources), report)
         if dense:
-            return _dense(sources, head, plan, rule, base, folder)
-        made = _write(sources, make_sums(sources, plan), head, rule, keep, folder)
+            return _dense(sources, head, options, rule, base, folder)
+        made = _write(sources, make_sums(sources, options), head, rule, keep, folder)
         return made if fitted is None else replace(made, fitted=fitted)
 
 
@@ -146,25 +148,25 @@ def _checked_folder(out: str | Path, sources: Sequence[Source]) -> Path:
     return folder
 
 
-def _fitted(sources: list[Source], heads: Heads, plan: SumSettings, data: str, examples: int, seed: int) -> "Fitted":
+def _fitted(sources: list[Source], heads: Heads, options: SumOptions, data: str, examples: int, seed: int) -> "Fitted":
     """Through the model, so with all of torch; only here."""
     from inlay.combine.fit import fit_weights
 
     def write(at: list[Source], made: Mapping[str, Sum], folder: Path) -> Combined:
-        return _write(at, made, heads, "add", plan.keep, folder)
+        return _write(at, made, heads, "add", options.keep, folder)
 
-    return fit_weights(sources, make_sums, write, plan, data, examples=examples, seed=seed)
+    return fit_weights(sources, make_sums, write, heads, options, data, examples=examples, seed=seed)
 
 
 def _dense(
-    sources: Sequence[Source], heads: Heads, plan: SumSettings, rule: str, base: str | None, folder: Path
+    sources: Sequence[Source], heads: Heads, options: SumOptions, rule: str, base: str | None, folder: Path
 ) -> Combined:
     from inlay.combine.dense import write_dense
 
-    if plan.width is not None:
+    if options.width is not None:
         raise Unsupported("a difference of weights has no width; leave width or dense out.")
     metrics = {"combined": {**_said(sources, heads, rule), "error": 0.0}, "dataset": _datasets(sources)}
-    write_dense(sources, heads, plan, base, folder, metrics)
+    write_dense(sources, heads, options, base, folder, metrics)
     weights = {source.name: source.weight for source in sources}
     return Combined(folder, rule, weights, {}, heads.said, heads.labels, list(heads.groups), 0.0)
 
@@ -179,7 +181,7 @@ def _datasets(sources: Sequence[Source]) -> str:
     return " + ".join(dict.fromkeys(str(source.file.metrics.get("dataset") or source.name) for source in sources))
 
 
-def make_sums(sources: Sequence[Source], plan: SumSettings) -> dict[str, Sum]:
+def make_sums(sources: Sequence[Source], options: SumOptions) -> dict[str, Sum]:
     """The sum of each method that one of the adapters has; methods stand beside one another in a composite.
 
     Raises:
@@ -202,7 +204,7 @@ def make_sums(sources: Sequence[Source], plan: SumSettings) -> dict[str, Sum]:
     for kind in kinds:
         parts: list[Part] = [source.parts[kind] for source in sources if kind in source.parts]
         try:
-            found[kind] = SUM_BY_PEFT_TYPE[kind](parts, plan)
+            found[kind] = SUM_BY_PEFT_TYPE[kind](parts, options)
         except InlayError:
             raise
         except Exception as error:  # a config is data from anywhere: it makes this fail in any way

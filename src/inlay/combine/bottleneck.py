@@ -90,13 +90,13 @@ class BottleneckSum(Sum):
                 )
         self.linear = self.config.get("activation") is None
         widths = {site: sum(_width(part, site) for part in self.acting_parts(site)) for site in self.names}
-        if self.plan.width is not None and self.config.get("layer_norm") == "after":
+        if self.options.width is not None and self.config.get("layer_norm") == "after":
             raise Unsupported("a layer norm after W_up mixes all units, so that none can go; leave width out.")
         self.units = max(widths.values())
-        if self.plan.width == "auto":
+        if self.options.width == "auto":
             self.units = min(self.units, self._narrowest())
-        elif self.plan.width is not None:
-            self.units = min(self.units, self.plan.width)
+        elif self.options.width is not None:
+            self.units = min(self.units, self.options.width)
         sites = list(dict.fromkeys(name for part in self.parts for name in part.config.get("sites") or []))
         no_scale = {key: False for key in ("learn_scale", "channel_scale") if key in self.config}
         return make_common_config(self.parts, self.names, width=self.units, scale=1.0, sites=sites, **no_scale)
@@ -123,9 +123,9 @@ class BottleneckSum(Sum):
                 values = decompose_factors(up, down).values
                 errors[site] = np.array([norm(values[i:]) for i in range(len(values) + 1)]) / max(norm(values), 1e-30)
             else:
-                inputs = self.plan.activations.get(site)
+                inputs = self.options.activations.get(site)
                 errors[site] = unit_errors(down, down_bias, up, Activation(self.config["activation"]), inputs)
-        return choose_width(errors, norms, self.plan.error)
+        return choose_width(errors, norms, self.options.error)
 
     @override
     def shapes_at(self, site: str) -> Leaves:
@@ -201,7 +201,7 @@ class BottleneckSum(Sum):
 
     def _smaller(self, site: str, down: Array, down_bias: Array, up: Array, up_bias: Array) -> tuple[Array, ...]:
         """As many units as the width allows: of a linear one the best, of others the most important."""
-        inputs = self.plan.activations.get(site)
+        inputs = self.options.activations.get(site)
         if self.linear:
             found = decompose_factors(up, down)
             self.errors[site] = found.error(self.units)

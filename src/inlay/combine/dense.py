@@ -15,16 +15,21 @@ from peft import get_peft_model
 from inlay.adapters.load import load_adapter
 from inlay.adapters.save import save_adapter
 from inlay.combine.heads import Heads
-from inlay.combine.method_sum import SumSettings
+from inlay.combine.method_sum import SumOptions
 from inlay.combine.parts import PREFIX, Array, Source
 from inlay.errors import BadInput, Unsupported
-from inlay.methods._peft import set_adapter_values
+from inlay.methods._peft import adapter_shapes, merge_keeping_weights, set_adapter_values
 from inlay.methods.partial import PartialConfig
 from inlay.tasks.base import load_base
 
 
 def write_dense(
-    sources: Sequence[Source], heads: Heads, plan: SumSettings, base: str | None, folder: Path, metrics: dict[str, Any]
+    sources: Sequence[Source],
+    heads: Heads,
+    options: SumOptions,
+    base: str | None,
+    folder: Path,
+    metrics: dict[str, Any],
 ) -> None:
     """Combine the updates of adapters as differences of weights, and save them with the golden output that they give.
 
@@ -36,51 +41,63 @@ def write_dense(
     if not name:
         raise BadInput("a dense combination takes the base's weights, but no adapter names it; give base=.")
     deltas: list[dict[str, Array]] = []
-    processor = None
+    processor, task = None, None
     for source in sources:
         loaded = load_adapter(source.file.folder, name, device="cpu")
-        if processor is None or source.name == plan.keep:
-            processor = loaded.processor
+        if processor is None or task is None or source.name == options.keep:
+            processor, task = loaded.processor, loaded.task
         deltas.append(_update(loaded, name, source))
-    merged = _merged(deltas, [source.weight for source in sources], plan)
+    assert task is not None
+    merged = _merged(deltas, [source.weight for source in sources], options)
     modules = sorted({key.rpartition(".")[0] for key in merged})
     if not modules:
         raise BadInput("these adapters change no weight of the base; there is nothing to combine.")
-    model = load_base(name, labels=heads.labels or None)
+    model = load_base(name, task=task.name, labels=heads.labels if task.classifies else None)
+    task.complete_base(model)
     model = get_peft_model(model, PartialConfig(target_modules=modules, modules_to_save=heads.modules or None)).eval()
     weights = {
         f"{PREFIX}{key.rpartition('.')[0]}.inlay_partial_delta.{key.rpartition('.')[2]}": torch.from_numpy(value)
         for key, value in merged.items()
     }
     weights |= {key: torch.from_numpy(heads.make(key)) for key in heads.shapes}
+    if strange := weights.keys() - adapter_shapes(model).keys():
+        raise Unsupported(f"{min(strange)} cannot be a difference of weights; leave dense out.")
     set_adapter_values(model, weights)
     save_adapter(model, folder, processor=processor, metrics=metrics, groups=heads.groups)
 
 
 def _update(loaded: Any, name: str, source: Source) -> dict[str, Array]:
     """What folding an adapter into the base changes, by parameter, without its head."""
-    plain = load_base(name, labels=loaded.labels or None).double()
-    before = dict(plain.named_parameters())
+    labels = loaded.labels if loaded.task.classifies else None
+    plain = load_base(name, task=loaded.task.name, labels=labels).double()
+    before = dict(plain.named_parameters(remove_duplicate=False))
     if loaded.model.active_peft_config.is_prompt_learning:
         raise Unsupported(f"adapter {source.name!r} adds tokens, which are no difference of weights; leave dense out.")
-    folded = loaded.model.double().merge_and_unload(safe_merge=True)
+    folded, _ = merge_keeping_weights(loaded.model.double())
     found = {}
     with torch.no_grad():
-        for key, value in folded.named_parameters():
+        for key, value in folded.named_parameters(remove_duplicate=False):
             if key not in before or key in source.head:
                 continue
             delta = value - before[key]
             if torch.any(delta):
                 found[key] = delta.float().numpy()
+    for key in found:
+        others = [other for other, value in before.items() if other != key and value is before[key]]
+        if others:
+            raise Unsupported(
+                f"adapter {source.name!r} changes {key}, which the base shares with {others[0]}, and a difference of "
+                "weights changes both; leave dense out, or train on a base whose weights are not tied."
+            )
     return found
 
 
-def _merged(deltas: list[dict[str, Array]], weights: list[float], plan: SumSettings) -> dict[str, Array]:
-    merge, found = plan.rule.merge, {}
+def _merged(deltas: list[dict[str, Array]], weights: list[float], options: SumOptions) -> dict[str, Array]:
+    merge, found = options.rule.merge, {}
     for key in dict.fromkeys(key for own in deltas for key in own):
         here = [(own[key], weight) for own, weight in zip(deltas, weights, strict=True) if key in own]
         if merge is not None:
-            found[key] = merge([d for d, _ in here], [w for _, w in here], plan.settings, key)
+            found[key] = merge([d for d, _ in here], [w for _, w in here], options.settings, key)
         else:
             found[key] = np.sum([np.float32(w) * d for d, w in here], axis=0, dtype=np.float32)
     return found

@@ -21,7 +21,8 @@ from torch.func import functional_call
 
 from inlay.adapters.load import load_adapter
 from inlay.combine.examples import load_examples
-from inlay.combine.method_sum import Sum, SumSettings
+from inlay.combine.heads import Heads
+from inlay.combine.method_sum import Sum, SumOptions
 from inlay.combine.parts import PREFIX, Source
 from inlay.errors import BadInput, Unsupported
 from inlay.methods._peft import adapter_parameters
@@ -48,9 +49,10 @@ class Fitted:
 
 def fit_weights(
     sources: list[Source],
-    sums: Callable[[list[Source], SumSettings], Mapping[str, Sum]],
+    sums: Callable[[list[Source], SumOptions], Mapping[str, Sum]],
     write: Callable[[list[Source], Mapping[str, Sum], Path], Any],
-    plan: SumSettings,
+    heads: Heads,
+    options: SumOptions,
     data: str,
     *,
     examples: int = 32,
@@ -64,7 +66,8 @@ def fit_weights(
         sources: The adapters.
         sums: Makes sums of them.
         write: Writes such sums as an adapter.
-        plan: Without a width, which comes afterwards.
+        heads: What it has in place of the heads, which are means by the weights.
+        options: Without a width, which comes afterwards.
         data: Name of labelled data, as the loader of the adapters' task takes it.
         examples: How many to use, evenly over the classes.
         steps: Of Adam.
@@ -75,12 +78,12 @@ def fit_weights(
         InlayError: Weights that have no gradient, such as those of prefixes; data of other labels; a base that cannot
             be loaded.
     """
-    if plan.rule.merge is not None:
+    if options.rule.merge is not None:
         raise Unsupported("weights are fitted for add, average and task_arithmetic; the other rules have no gradient.")
     if examples < 1 or steps < 1:
         raise BadInput(f"expected examples and steps of at least 1, got {examples} and {steps}.")
     start = [source.weight for source in sources]
-    fixed = replace(plan, width=None, zeros=True)
+    fixed = replace(options, width=None, zeros=True)
 
     def at(weights: list[float]) -> list[Source]:
         return [source.weighted(weight) for source, weight in zip(sources, weights, strict=True)]
@@ -93,15 +96,21 @@ def fit_weights(
     corners = [at([float(i == k) for i in range(len(sources))]) for k in range(-1, len(sources))]
     base, *slopes = _tensors([sums(corner, fixed) for corner in corners])
     names = adapter_parameters(loaded.model)
+    means = _HeadMeans(heads, [source.name for source in sources])
 
-    def moved(weights: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {
-            names[key]: value + sum(w * slope[key] for w, slope in zip(weights, slopes, strict=True))
+    def as_used(weights: torch.Tensor) -> torch.Tensor:
+        return weights / weights.sum() if options.rule.normal else weights
+
+    def values_at(weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        used = as_used(weights)
+        values = {
+            key: value + sum(w * slope[key] for w, slope in zip(used, slopes, strict=True))
             for key, value in base.items()
         }
+        return {names[key]: value for key, value in (values | means.values_at(used)).items()}
 
     def loss(weights: torch.Tensor, backward: bool) -> float:
-        return few.mean(_At(loaded.model, lambda: moved(weights)), backward=backward).item()
+        return few.mean(_At(loaded.model, lambda: values_at(weights)), backward=backward).item()
 
     weights = torch.tensor(start, requires_grad=True)
     with torch.no_grad():
@@ -112,11 +121,53 @@ def fit_weights(
         optimizer.zero_grad()
         (penalty * weights.abs().mean()).backward()
         now = loss(weights, backward=True)
-        if now < best[0]:
-            best = (now, weights.tolist())
+        if now < best[0] and means.exist_at(as_used(weights)):
+            best = (now, as_used(weights).tolist())
         optimizer.step()
     fitted = dict(zip((s.name for s in sources), (round(w, 6) for w in best[1]), strict=True))
     return Fitted(fitted, before, best[0], few.count)
+
+
+class _HeadMeans:
+    """The rows of heads that are means by the weights, as functions of these: `Heads.make` with a gradient."""
+
+    def __init__(self, heads: Heads, names: list[str]) -> None:
+        self.parts: dict[str, list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
+        self.counts: dict[str, torch.Tensor] = {}
+        for key, rows in heads.rows.items():
+            places = [torch.from_numpy(part.places) for part in rows]
+            count = torch.bincount(torch.cat(places))
+            if (count > 1).any():
+                self.counts[key] = count
+                self.parts[key] = [
+                    (names.index(part.adapter), place, torch.from_numpy(part.read()))
+                    for part, place in zip(rows, places, strict=True)
+                ]
+
+    def values_at(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors, by key."""
+        found = {}
+        for key, parts in self.parts.items():
+            total, shared = self._totals(key, weights)
+            value = torch.zeros(len(total), *parts[0][2].shape[1:])
+            for i, places, rows in parts:
+                share = torch.where(shared, weights[i] / torch.where(total == 0, 1, total), 1 / self.counts[key])
+                value = value.index_add(0, places, share[places].view(-1, *[1] * (rows.ndim - 1)) * rows)
+            found[key] = value
+        return found
+
+    def exist_at(self, weights: torch.Tensor) -> bool:
+        """False where the weights of a row add up to 0 or less."""
+        totals = [self._totals(key, weights) for key in self.parts]
+        return all(bool((total[shared] > 0).all()) for total, shared in totals)
+
+    def _totals(self, key: str, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum of the weights of those that have a row, and which rows are means by the weights."""
+        total = any_weight = torch.zeros(len(self.counts[key]))
+        for i, places, _ in self.parts[key]:
+            each = weights[i].expand(len(places))
+            total, any_weight = total.index_add(0, places, each), any_weight.index_add(0, places, each.detach().abs())
+        return total, (self.counts[key] > 1) & (any_weight > 0)
 
 
 class _At(nn.Module):

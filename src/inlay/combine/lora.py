@@ -15,7 +15,7 @@ import numpy as np
 from typing_extensions import override
 
 from inlay.combine.low_rank import Spectrum, choose_ranks, decompose_factors, fit_factors
-from inlay.combine.method_sum import Leaves, Sum, Update, make_common_config, require_equal_settings
+from inlay.combine.method_sum import Leaves, Sum, Update, is_ending, make_common_config, require_equal_settings
 from inlay.combine.norms import norm
 from inlay.combine.parts import Array, Part
 from inlay.errors import BadInput, DamagedFile, Unsupported, WrongBase
@@ -79,15 +79,35 @@ class LoraSum(Sum):
     def decide_config(self) -> dict[str, Any]:
         for part in self.parts:
             _check(part)
-        require_equal_settings("LoRA", self.parts, ["fan_in_fan_out"], "only adapters of one base can be combined")
+        if any(
+            _leaves(part, site) == _EMBEDDING or site.endswith("lm_head") for part in self.parts for site in part.sites
+        ):
+            require_equal_settings(
+                "LoRA",
+                self.parts,
+                ["ensure_weight_tying"],
+                "one adapts two tied modules as one, the other each by itself",
+            )
         self.biased = any(part.config.get("lora_bias") for part in self.parts)
         self.ranks = self._ranks()
         usual = Counter(self.ranks.values()).most_common(1)[0][0]
-        others = {re.escape(s): r for s, r in sorted(self.ranks.items(), key=lambda x: -len(x[0])) if r != usual}
+        others = {self._pattern(site): rank for site, rank in self.ranks.items() if rank != usual}
         return make_common_config(
-            self.parts, self.names, r=usual, lora_alpha=usual, rank_pattern=others, alpha_pattern=dict(others),
-            use_rslora=False, lora_bias=self.biased, loftq_config={}, init_lora_weights=True,
-        )  # fmt: skip
+            self.parts,
+            self.names,
+            r=usual,
+            lora_alpha=usual,
+            rank_pattern=others,
+            alpha_pattern=dict(others),
+            use_rslora=False,
+            lora_bias=self.biased,
+            loftq_config={},
+            init_lora_weights=True,
+        )
+
+    def _pattern(self, site: str) -> str:
+        """A site in rank_pattern, which peft also matches with the ends of names."""
+        return ("^" if is_ending(site, self.names) else "") + re.escape(site)
 
     @classmethod
     @override
@@ -102,7 +122,7 @@ class LoraSum(Sum):
         return max(self.ranks.values())
 
     def _ranks(self) -> dict[str, int]:
-        width = self.plan.width
+        width = self.options.width
         full = {
             site: sum(p.shape(site, _leaves(p, site)[0])[0] for p in self.acting_parts(site)) for site in self.names
         }
@@ -118,10 +138,10 @@ class LoraSum(Sum):
                     "width."
                 )
             return {site: n * min(width // n, most[site]) for site, n in groups.items()}
-        if self.plan.rule.merge is not None:
+        if self.options.rule.merge is not None:
             raise BadInput('width="auto" is for add and average; give a number with the other rules.')
         values = {site: [found.values[: most[site]] for found in self._spectra(site)] for site in self.names}
-        return choose_ranks(values, self.plan.error)
+        return choose_ranks(values, self.options.error)
 
     def _sizes(self, site: str) -> tuple[int, int]:
         """d_out and d_in, of a group."""
@@ -152,9 +172,9 @@ class LoraSum(Sum):
     def make(self, site: str) -> dict[str, Array]:
         here, shapes = self.acting_parts(site), self.shapes[site]
         a, b = _leaves(here[0], site)
-        if self.plan.rule.merge is not None:
+        if self.options.rule.merge is not None:
             up, down = self._merged(site)
-        elif self.plan.width is not None:
+        elif self.options.width is not None:
             up, down = self._cut(site, self._spectra(site))
         else:
             up, down = self._joined(site)
@@ -221,14 +241,14 @@ class LoraSum(Sum):
 
     def _merged(self, site: str) -> tuple[Array, Array]:
         """A rule on the true updates, and the best update of the width for what it gives."""
-        merge = self.plan.rule.merge
+        merge = self.options.rule.merge
         assert merge is not None
         here, groups = self.acting_parts(site), self._groups(site)
         pairs = [_by_group(read_factors(part, site), groups) for part in here]
-        if self.plan.rule.needs_factors:
+        if self.options.rule.needs_factors:
             return self._cut(site, [decompose_factors(*self._knots(site, own)) for own in zip(*pairs, strict=True)])
         deltas = [np.concatenate([up @ down for up, down in own]) for own in pairs]
-        whole = np.split(merge(deltas, [part.weight for part in here], self.plan.settings, site), groups)
+        whole = np.split(merge(deltas, [part.weight for part in here], self.options.settings, site), groups)
         made = [fit_factors(dense, self.ranks[site] // groups) for dense in whole]
         sizes = [norm(dense) for dense in whole]
         self._lose(site, [error * size for (_, _, error), size in zip(made, sizes, strict=True)], sizes)
@@ -238,14 +258,16 @@ class LoraSum(Sum):
 
     def _knots(self, site: str, pairs: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
         """[ΔW_1, ..., ΔW_n] = U S [V_1, ..., V_n]ᵀ; the rule on the V_i, between U S and nothing: no ΔW is formed."""
-        merge = self.plan.rule.merge
+        merge = self.options.rule.merge
         assert merge is not None
         basis, tall = np.linalg.qr(np.concatenate([up for up, _ in pairs], axis=1))
         ends = np.cumsum([up.shape[1] for up, _ in pairs])[:-1]
         cores = [r @ down for r, (_, down) in zip(np.split(tall, ends, axis=1), pairs, strict=True)]
         u, s, v = np.linalg.svd(np.concatenate(cores, axis=1), full_matrices=False)
+        real = s > 1e-5 * s[0]  # other directions are rounding, and would take the place of entries that count
+        u, s, v = u[:, real], s[real], v[real]
         own = [np.ascontiguousarray(x, np.float32) for x in np.split(v, len(pairs), axis=1)]
-        merged = merge(own, [part.weight for part in self.acting_parts(site)], self.plan.settings, site)
+        merged = merge(own, [part.weight for part in self.acting_parts(site)], self.options.settings, site)
         return (basis @ u * s).astype(np.float32), merged
 
     def _bias(self, site: str) -> Array:
@@ -253,8 +275,8 @@ class LoraSum(Sum):
         here = [part for part in self.acting_parts(site) if _BIAS in part.sites[site]]
         total = np.zeros(self.shapes[site][_BIAS], np.float32)
         biases = [part.read(site, _BIAS) * np.float32(scale_at(part, site)) for part in here]
-        if self.plan.rule.merge is not None and biases:
-            return self.plan.rule.merge(biases, [p.weight for p in here], self.plan.settings, f"{site}.bias")
+        if self.options.rule.merge is not None and biases:
+            return self.options.rule.merge(biases, [p.weight for p in here], self.options.settings, f"{site}.bias")
         for part, bias in zip(here, biases, strict=True):
             total += np.float32(part.weight) * bias
         return total

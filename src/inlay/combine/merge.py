@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from inlay.adapters.file import CARD
-from inlay.adapters.load import LoadedAdapter, load_adapter, load_own_base
+from inlay.adapters.load import LoadedAdapter, attach_adapter, load_adapter, load_own_base
 from inlay.adapters.sketch import precision_of
 from inlay.adapters.summary import method
+from inlay.adapters.weights import read_weights
 from inlay.bases.load import Dtype
 from inlay.bases.quantize import Quantize
 from inlay.errors import BadInput, ComputationFailed, Unsupported
@@ -109,21 +110,25 @@ def merge(
     held = {"int8": "8bit", "nf4": "4bit"}.get(loaded.file.record.get("base", {}).get("precision"))
     if held and held != quantize:
         logger.warning("%s was trained on a base in %s: quantize=%r merges into those weights.", adapter, held, held)
-    if quantize:
-        dequantize(load_own_base(loaded.file, base, quantize=quantize), model)
-    batch = loaded.task.random_inputs(model, loaded.processor) if inputs is None else dict(inputs)
-    with layers_disabled(model):
-        plain = compute_outputs(model, batch)
-    unmerged = compute_outputs(model, batch)
-    merged, _ = merge_keeping_weights(model)
     stored = quantize if quantize and dtype is None else dtype or "float32"
+    used = model  # the adapter as it is used unmerged
+    if quantize:
+        held_base = load_own_base(loaded.file, base, quantize=quantize, device="cpu")
+        dequantize(held_base, model)
+        loses_scales = quantize == "8bit" and getattr(model.active_peft_config, "use_dora", False)  # in peft
+        if stored == quantize and not loses_scales:
+            loaded.task.complete_base(held_base)
+            used = attach_adapter(loaded.file, held_base, read_weights(loaded.file))
+    batch = loaded.task.random_inputs(model, loaded.processor) if inputs is None else dict(inputs)
+    with layers_disabled(used):
+        plain = compute_outputs(used, batch)
+    unmerged = compute_outputs(used, batch)
+    merged, _ = merge_keeping_weights(model)
     with writing(out) as new:
         _write(merged, new, stored, loaded)
-        kept = load_base(new, task=loaded.task.name)  # checks that transformers finds all weights
-        if stored in ("8bit", "4bit"):
-            dequantize(kept, merged)
-            kept = merged
-        off, change = (float((a - b).norm()) for a, b in ((compute_outputs(kept, batch), unmerged), (unmerged, plain)))
+        written = load_base(new, task=loaded.task.name)  # checks that transformers finds all weights
+        off = float((compute_outputs(written, batch) - unmerged).norm())
+        change = float((unmerged - plain).norm())
         effect = change / max(float(plain.norm()), 1e-12)
         error = off / change if effect > 1e-7 else math.inf
         size = sum(path.stat().st_size for path in new.iterdir())

@@ -1,5 +1,6 @@
-"""What all sums of adapters share: a plan, and a class per method that gives settings, shapes and tensors by site."""
+"""What all sums of adapters share: options, and a class per method that gives settings, shapes and tensors by site."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +22,11 @@ TOLERANCE = 1e-4  # of what is written against the sum of the parts, relative, o
 # Of a config, where parts differ and it is for training alone.
 _TRAINING = {"lora_dropout", "dropout", "init_weights", "init_lora_weights", "projection"}
 
+_LIMITS = ("exclude_modules", "layers_to_transform", "layers_pattern")  # of what target_modules stands for
+
 
 @dataclass(frozen=True)
-class SumSettings:
+class SumOptions:
     """How adapters are combined.
 
     Attributes:
@@ -68,12 +71,12 @@ class Sum(ABC):
     has_updates: ClassVar[bool] = False
     wraps_modules: ClassVar[bool] = True
 
-    def __init__(self, parts: Sequence[Part], plan: SumSettings) -> None:
-        self.parts, self.plan = list(parts), plan
+    def __init__(self, parts: Sequence[Part], options: SumOptions) -> None:
+        self.parts, self.options = list(parts), options
         self.errors: dict[str, float] = {}
         self.norms: dict[str, float] = {}
         self.names = list(dict.fromkeys(site for part in parts for site in part.sites))
-        if plan.rule.merge is not None and not self.has_updates:
+        if options.rule.merge is not None and not self.has_updates:
             raise Unsupported(f"this rule works on updates of weights, which {self.title} does not have; use add.")
         wrong = [part for part in parts if not self.has_multiples and part.weight not in (0, 1)]
         if wrong:
@@ -109,11 +112,11 @@ class Sum(ABC):
     def acting_parts(self, site: str) -> list[Part]:
         """The parts that have something at a site: those of weight 0 do not count, unless there are no others."""
         here = [part for part in self.parts if site in part.sites]
-        return [part for part in here if part.weight != 0 or self.plan.zeros] or here[:1]
+        return [part for part in here if part.weight != 0 or self.options.zeros] or here[:1]
 
     def refuse_width(self, why: str) -> None:
         """Where no width can be chosen."""
-        if self.plan.width is not None:
+        if self.options.width is not None:
             raise Unsupported(f"{self.title} {why}; leave width out.")
 
     def check(self, site: str, found: Floats, wanted: Floats, scale: float | None = None) -> None:
@@ -144,7 +147,7 @@ def require_equal_settings(method: str, parts: Sequence[Part], fields: Sequence[
     """Raise InlayError where settings differ that must be one for a sum."""
     for key in fields:
         values = {part.name: part.config.get(key) for part in parts}
-        if len({str(v) for v in values.values()}) > 1:
+        if len({str(sorted(v) if isinstance(v, list) else v) for v in values.values()}) > 1:
             said = ", ".join(f"{value!r} in {name}" for name, value in values.items())
             raise Unsupported(f"{method} with different settings cannot be added: {key} is {said}; {why}.")
 
@@ -155,9 +158,34 @@ def make_common_config(parts: Sequence[Part], targets: Sequence[str], /, **setti
     for key in _TRAINING & config.keys():
         if any(part.config.get(key) != config[key] for part in parts):
             config[key] = True if key.startswith("init_") else None if key == "projection" else 0.0
-    for key in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+    for key in _LIMITS:
         if key in config:
             config[key] = None
     if "target_modules" in config:
-        config["target_modules"] = sorted(targets)
+        config["target_modules"] = name_targets(parts, targets)
     return {**config, **settings}
+
+
+def name_targets(parts: Sequence[Part], names: Sequence[str]) -> list[str] | str:
+    """What target_modules has to say for peft to adapt these modules and no others.
+
+    A name in a list stands for every module that is called so or ends so (`conv1` for `layer1.0.conv1` too). Where the
+    parts were lists, each of them had all of those; where one chose by a pattern, by layers or with exclusions, names
+    that could be an ending are given as a pattern of whole names.
+    """
+    listed = all(isinstance(part.config.get("target_modules"), list) for part in parts)
+    limited = any(part.config.get(key) for part in parts for key in _LIMITS)
+    tied = any(part.config.get("ensure_weight_tying") for part in parts)  # peft looks for an embedding's name in a list
+    if (listed and not limited) or tied or not any("." not in name or is_ending(name, names) for name in names):
+        return sorted(names)
+    return match_whole_names(names)
+
+
+def is_ending(name: str, names: Sequence[str]) -> bool:
+    """True if another one of these modules ends with the name."""
+    return any(other.endswith(f".{name}") for other in names)
+
+
+def match_whole_names(names: Sequence[str]) -> str:
+    """A regular expression that matches these names in full, and nothing else."""
+    return "|".join(re.escape(name) for name in sorted(names))

@@ -38,7 +38,7 @@ class PartialSum(Sum):
 
     def refuse_factors(self, has: str) -> None:
         """Raise InlayError for a rule that needs the factors of an update, which these have not."""
-        rule = self.plan.rule
+        rule = self.options.rule
         if rule.needs_factors:
             raise Unsupported(f"{rule.name} works on the factors of low-rank updates; use ties for {has}.")
 
@@ -62,10 +62,10 @@ class PartialSum(Sum):
     def _added(self, site: str, leaf: str) -> Array:
         here = [part for part in self.acting_parts(site) if leaf in part.sites[site]]
         self.errors[site] = 0.0
-        if self.plan.rule.merge is not None and here:
+        if self.options.rule.merge is not None and here:
             deltas = [part.read(site, leaf) - np.float32(self.start) for part in here]
             weights = [part.weight for part in here]
-            merged = self.plan.rule.merge(deltas, weights, self.plan.settings, f"{site}.{leaf}")
+            merged = self.options.rule.merge(deltas, weights, self.options.settings, f"{site}.{leaf}")
             self.check(site, merged, merged)
             return merged + np.float32(self.start)
         total = np.zeros(self.shapes[site][leaf], np.float32)

@@ -77,22 +77,32 @@ def _kept(settings: Settings, size: int) -> float:
 
 
 def ties(deltas: list[Array], weights: Sequence[float], settings: Settings, site: str) -> Array:
-    """Trim small entries, elect a sign for each entry, average those that have it."""
-    density = _kept(settings, deltas[0].size)
-    if density >= 1:  # peft would warn that nothing is pruned
-        import torch
+    """Trim small entries, elect a sign for each entry, average those that have it.
 
-        from inlay.methods._peft import merge_signs
+    The task vectors of the paper are the updates times their weights: these elect, and these are averaged. peft's
+    `ties` elects by the updates without their weights, which gives another sign where weights differ. An entry whose
+    vectors cancel has no sign and becomes 0.
+    """
+    scaled = [np.float32(w) * _trim(delta, settings) for delta, w in zip(deltas, weights, strict=True)]
+    elected = np.sign(np.sum(scaled, axis=0, dtype=np.float64))
+    total: Array = np.zeros_like(deltas[0])
+    count: Array = np.zeros(total.shape, np.float32)
+    for own in scaled:
+        agrees = (np.sign(own) == elected) & (elected != 0)
+        total += own * agrees  # NaN stays NaN, for the check to find
+        count += agrees
+    total /= np.maximum(count, 1)
+    return total
 
-        found: Array = merge_signs(torch.from_numpy(np.stack(deltas)), torch.tensor(weights)).numpy()
-        return found
-    return _peft("ties", deltas, weights, density=density)
+
+def _trim(delta: Array, settings: Settings) -> Array:
+    density = _kept(settings, delta.size)
+    return delta if density >= 1 else _peft("magnitude_prune", [delta], [1.0], density=density)
 
 
 def magnitude(deltas: list[Array], weights: Sequence[float], settings: Settings, site: str) -> Array:
     """Keep the largest entries of each update, and add."""
-    density = _kept(settings, deltas[0].size)
-    return _sum(deltas, weights) if density >= 1 else _peft("magnitude_prune", deltas, weights, density=density)
+    return _sum([_trim(delta, settings) for delta in deltas], weights)
 
 
 def dare(deltas: list[Array], weights: Sequence[float], settings: Settings, site: str) -> Array:

@@ -36,7 +36,7 @@ class SpatialSum(Sum):
                 "3D spatial adapters of the published kind have an activation after W_up, so that they do not add; "
                 "train them with reference=False."
             )
-        keep = [part for part in self.parts if part.name == self.plan.keep] or self.parts
+        keep = [part for part in self.parts if part.name == self.options.keep] or self.parts
         if len(keep) > 1:
             raise Unsupported(
                 "each of these adapters has a decoder of its own, a network that has no sum; say whose is kept: heads="
@@ -44,13 +44,13 @@ class SpatialSum(Sum):
                 + "."
             )
         self.kept = keep[0]
-        widths = [self._units(part) for part in self.parts if part.weight != 0 or self.plan.zeros]
+        widths = [self._units(part) for part in self.parts if part.weight != 0 or self.options.zeros]
         self.full = sum(widths) or self._units(self.parts[0])
         self.units = self.full
-        if self.plan.width == "auto":
+        if self.options.width == "auto":
             self.units = min(self.full, self._narrowest())
-        elif self.plan.width is not None:
-            self.units = min(self.full, self.plan.width)
+        elif self.options.width is not None:
+            self.units = min(self.full, self.options.width)
         own = {
             k: self.kept.config[k] for k in ("classes", "levels", "decoder_width", "prompts") if k in self.kept.config
         }
@@ -140,7 +140,7 @@ class SpatialSum(Sum):
                 start = leaf.removesuffix("down.weight")
                 weight = np.sort(_importance(self._beside(site, start), start))[::-1]
                 left = [norm(weight[i:]) for i in range(len(weight) + 1)]
-                width = max(width, next(i for i, lost in enumerate(left) if lost <= self.plan.error * left[0]))
+                width = max(width, next(i for i, lost in enumerate(left) if lost <= self.options.error * left[0]))
         return width
 
 

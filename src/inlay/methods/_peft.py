@@ -61,12 +61,6 @@ def merge_updates(function: str, updates: list[torch.Tensor], weights: torch.Ten
     return getattr(merge_utils, function)(updates, weights, **settings)
 
 
-def merge_signs(updates: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """TIES without its trimming: the mean of the entries that have the elected sign; updates are stacked in front."""
-    mask = merge_utils.calculate_majority_sign_mask(updates)
-    return merge_utils.disjoint_merge(updates * weights.view(-1, *[1] * (updates.ndim - 1)), mask)
-
-
 def find_unknown_settings(settings: dict[str, Any]) -> list[str]:
     """What a config says that this peft would drop or misread: names unknown to its method, texts for yes or no.
 
