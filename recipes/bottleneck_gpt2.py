@@ -4,7 +4,7 @@
     accelerate launch recipes/bottleneck_gpt2.py --sites mlp --placement parallel
     accelerate launch recipes/bottleneck_gpt2.py --model FOLDER --dataset pairs.jsonl --quantize 8bit
 
-After the MLP alone (`--sites mlp`): Pfeiffer et al. 2020, arXiv:2005.00052; parallel: He et al. 2021, arXiv:2110.04366.
+After the MLP only (`--sites mlp`): Pfeiffer et al. 2020, arXiv:2005.00052; parallel: He et al. 2021, arXiv:2110.04366.
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,12 @@ class Bottleneck:
 
     width: int = option(16, "Bottleneck size.", least=1)
     sites: list[Literal["attention", "mlp"]] = option(["attention", "mlp"], "attention, mlp or both.")
-    placement: Literal["serial", "parallel"] = option("serial", "On the sublayer's output, or beside it on its input.")
-    activation: str = option("relu", "Non-linearity by its name in transformers, or none.")
+    placement: Literal["serial", "parallel"] = option(
+        "serial", "serial: on the sublayer's output; parallel: next to the sublayer, on its input."
+    )
+    activation: str = option("relu", "Activation function, by its name in transformers, or none.")
     dropout: float = option(0.0, "Dropout on the bottleneck.", least=0, below=1)
-    scale: float | None = option(None, "Factor of what the adapter adds; default: 1, or 4 if parallel.")
+    scale: float | None = option(None, "Scale of the adapter's output; default: 1, or 4 if parallel.")
 
 
 def main(method: Bottleneck, task: TextTask, train: TrainConfig, decoding: Decoding) -> Path:
@@ -53,7 +55,7 @@ def main(method: Bottleneck, task: TextTask, train: TrainConfig, decoding: Decod
     decoding.check(model, data.source)
     result = task.fit(model, data, train, method)
 
-    # 4. measure: loss, and what it writes for prompts that it has not seen
+    # 4. measure: the loss, and the texts for prompts that it has not seen
     report = task.report(model, data, result, decoding)
 
     # 5. save

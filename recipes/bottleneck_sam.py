@@ -3,8 +3,8 @@
     accelerate launch recipes/bottleneck_sam.py                       # embedded base and data, no download
     accelerate launch recipes/bottleneck_sam.py --model facebook/sam-vit-base --dataset FOLDER --where encoder
 
-FOLDER has images/ and labels/ of equal stems; a label is a map of 8 or 16 bits in which each object has a number of its
-own (`--meaning classes`: each class). SAM: Kirillov et al. 2023, arXiv:2304.02643.
+FOLDER has images/ and labels/ with equal file names. A label is a map of 8 or 16 bits in which every object has its own
+number (with `--meaning classes`, every class). SAM: Kirillov et al. 2023, arXiv:2304.02643.
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,12 @@ class Bottleneck:
     """Bottleneck adapters after attention and MLP: Houlsby et al. 2019, arXiv:1902.00751."""
 
     width: int = option(8, "Bottleneck size.", least=1)
-    activation: str = option("relu", "Non-linearity by its name in transformers, or none.")
+    activation: str = option("relu", "Activation function, by its name in transformers, or none.")
     dropout: float = option(0.0, "Dropout on the bottleneck.", least=0, below=1)
-    scale: float = option(1.0, "Factor of what the adapter adds.")
-    where: Literal["encoder", "decoder", "both"] = option("both", "In the image encoder, the mask decoder or both.")
+    scale: float = option(1.0, "Scale of the adapter's output.")
+    where: Literal["encoder", "decoder", "both"] = option(
+        "both", "Part of SAM to adapt: the image encoder, the mask decoder or both."
+    )
 
 
 def main(method: Bottleneck, task: MaskTask, train: TrainConfig) -> Path:
@@ -45,10 +47,10 @@ def main(method: Bottleneck, task: MaskTask, train: TrainConfig) -> Path:
     )
     model = get_peft_model(model, config)
 
-    # 3. train, on points and boxes by turns
+    # 3. train, on points and boxes in turn
     result = task.fit(model, data, train, method)
 
-    # 4. measure, compared with the base alone
+    # 4. measure, compared with the base
     report = task.report(model, data, result)
 
     # 5. save

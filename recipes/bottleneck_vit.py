@@ -4,7 +4,7 @@
     accelerate launch recipes/bottleneck_vit.py --placement parallel --sites mlp --scale 0.1    # AdaptFormer
     accelerate launch recipes/bottleneck_vit.py --activation none     # linear: merges into the weights, no latency
 
-After the MLP alone (`--sites mlp`): Pfeiffer et al. 2020, arXiv:2005.00052; parallel: He et al. 2021, arXiv:2110.04366;
+After the MLP only (`--sites mlp`): Pfeiffer et al. 2020, arXiv:2005.00052; parallel: He et al. 2021, arXiv:2110.04366;
 linear: Luo et al. 2023, arXiv:2302.08106.
 """
 
@@ -21,10 +21,12 @@ class Bottleneck:
 
     width: int = option(8, "Bottleneck size.", least=1)
     sites: list[Literal["attention", "mlp"]] = option(["attention", "mlp"], "attention, mlp or both.")
-    placement: Literal["serial", "parallel"] = option("serial", "On the sublayer's output, or beside it on its input.")
-    activation: str = option("relu", "Non-linearity by its name in transformers, or none.")
+    placement: Literal["serial", "parallel"] = option(
+        "serial", "serial: on the sublayer's output; parallel: next to the sublayer, on its input."
+    )
+    activation: str = option("relu", "Activation function, by its name in transformers, or none.")
     dropout: float = option(0.0, "Dropout on the bottleneck.", least=0, below=1)
-    scale: float = option(1.0, "Factor of what the adapter adds.")
+    scale: float = option(1.0, "Scale of the adapter's output.")
 
 
 def main(method: Bottleneck, task: ImageTask, train: TrainConfig) -> Path:

@@ -1,12 +1,12 @@
-"""Train two adapters, add them up, and see what each task has kept.
+"""Train two adapters, combine them, and compare each task before and after.
 
     python recipes/combine_adapters.py                                # embedded base and data, no download
     python recipes/combine_adapters.py --rule ties --density 0.3 --width 16
     python recipes/combine_adapters.py --first FOLDER --second FOLDER --model google/vit-base-patch16-224-in21k
 
-Each task has its own LoRA and head. Adding is exact: the result computes what both adapters compute together, with the
-rows of both heads. What a task loses is what the other adapter does to its images. For adapters on disk it is one
-command: `inlay combine a=1.0 b=1.0 -o out --report report.png`.
+Each task has its own LoRA and head. Adding is exact: the result computes the sum of both updates, and has the rows of
+both heads. A task loses accuracy because the other adapter changes its images' features too. Adapters on disk are
+combined by one command: `inlay combine a=1.0 b=1.0 -o out --report report.png`.
 """
 
 from dataclasses import dataclass, replace
@@ -18,20 +18,20 @@ from inlay import ImageTask, TrainConfig, option, run_recipe
 
 @dataclass
 class Combination:
-    """What is adapted, to which two tasks, and how they are combined."""
+    """Base, tasks and rule of the combination."""
 
     model: str = option("builtin:vit-tiny", "Embedded base, local folder or Hub id.")
     first: str = option("builtin:digits", "Data of the first task.")
     second: str = option("builtin:shapes", "Data of the second task.")
     rank: int = option(8, "Rank r of each update B·A.", least=1)
     rule: str = option("add", "A name in inlay.combine.RULES.")
-    weight: float = option(0.5, "Of both adapters: how much each keeps of itself.")
-    width: int | None = option(None, "Largest rank of the result; default: as the rule has it.", least=1)
+    weight: float = option(0.5, "Weight of each adapter in the combination.")
+    width: int | None = option(None, "Largest rank of the result; default: the rank that the rule gives.", least=1)
     density: float = option(0.5, "Share of the entries that ties, dare and magnitude keep.", above=0, most=1)
 
 
 def main(combination: Combination, train: TrainConfig) -> Path:
-    """Train both, combine, evaluate before and after."""
+    """Train both adapters, combine them, and evaluate before and after."""
     from accelerate import PartialState
     from peft import LoraConfig, get_peft_model
 
@@ -54,14 +54,14 @@ def main(combination: Combination, train: TrainConfig) -> Path:
         folders[name] = save_adapter(model, folder, processor=data.processor, metrics=report.metrics)
         loaded[name] = data.source
 
-    # 4. combine, once the report has said how they meet
+    # 4. combine, after a report on where the adapters overlap
     if PartialState().is_main_process:
         weights = dict.fromkeys(folders.values(), combination.weight)
-        meeting = overlap(weights)
-        write_report(meeting, out / "report.png")
+        overlaps = overlap(weights)
+        write_report(overlaps, out / "report.png")
         width, density = combination.width, combination.density
         made = combine(weights, combination.rule, out=out / "sum", width=width, density=density)
-        print(f"{meeting}\n{made.rule}: {made.heads}, widths {made.widths}, relative error {made.error:.2g}; ", end="")
+        print(f"{overlaps}\n{made.rule}: {made.heads}, widths {made.widths}, relative error {made.error:.2g}; ", end="")
         print(f"saved {made.folder}\n{'task':<20}{'alone':>8}{'combined':>10}{'all labels':>12}")
 
         # 5. each task before and after: among its own labels, and among those of both
@@ -75,7 +75,7 @@ def main(combination: Combination, train: TrainConfig) -> Path:
 
 
 def accuracy(adapter: Any, data: Any, among: str | None = None, own: str | None = None) -> float:
-    """Share of images classified right: among the labels of one task, or of all; `own` is the task of the data."""
+    """Share of images classified correctly, among the labels of one task or of all; `own` is the task of the data."""
     from inlay import predict
 
     labels, rows = adapter.route(own)

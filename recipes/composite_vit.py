@@ -4,7 +4,7 @@
     accelerate launch recipes/composite_vit.py --methods lora prompt
     accelerate launch recipes/composite_vit.py --methods lora prefix bottleneck --width 4
 
-They are trained together and saved in one file.
+The methods are trained together and saved in one file.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Composite:
     """Several methods together; mix and match (MAM): He et al. 2021, arXiv:2110.04366, section 4.6."""
 
     methods: list[Literal["lora", "prefix", "bottleneck", "prompt"]] = option(
-        ["prefix", "bottleneck"], "Two or more; the bottleneck goes beside the MLP."
+        ["prefix", "bottleneck"], "Two or more methods; the bottleneck is parallel to the MLP."
     )
     width: int = option(8, "Rank, bottleneck size, prefix and prompt length.", least=1)
 

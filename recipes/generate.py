@@ -19,21 +19,23 @@ PROMPTS = [
 
 @dataclass
 class Generation:
-    """Which adapter, and on what."""
+    """Adapter and inputs."""
 
     adapter: str = option("adapters_hub/restaurants-lora-gpt2-tiny", "Folder of an adapter, or its Hub id.")
-    prompts: list[str] = option(PROMPTS, "What to continue.")
+    prompts: list[str] = option(PROMPTS, "Prompts to continue.")
     dataset: str | None = option(
-        None, "Take the prompts of this data's test split, or else those held out, and score the texts."
+        None, "Continue the prompts of this data's test split, or its held-out ones, and score the texts."
     )
     scores: str | None = option(None, "Write texts and scores to this JSON file.")
-    merge: bool = option(False, "Fold the adapter into its base first.")
+    merge: bool = option(False, "Merge the adapter into its base first.")
 
     def __post_init__(self) -> None:
-        file = Path(self.scores or "scores.json")
-        if self.scores and (not self.dataset or not file.parent.is_dir() or file.is_dir()):
-            got = f"{self.scores!r}" + ("" if self.dataset else " without a dataset")
-            raise BadInput(f"expected scores of a dataset to go to a file in a folder that is there, but got {got}.")
+        if not self.scores:
+            return
+        if not self.dataset:
+            raise BadInput("scores need a dataset to compare the texts with; set --dataset, or leave --scores out.")
+        if not Path(self.scores).parent.is_dir() or Path(self.scores).is_dir():
+            raise BadInput(f"scores must be a file in an existing folder, got {self.scores!r}.")
 
 
 def main(generation: Generation, decoding: Decoding) -> None:
@@ -45,14 +47,14 @@ def main(generation: Generation, decoding: Decoding) -> None:
     if generation.merge:
         adapter.merge()
 
-    # 2. prompts of one's own
+    # 2. prompts from the command line
     if generation.dataset is None:
         texts = generate(adapter.model, adapter.processor, generation.prompts, decoding)
         for prompt, text in zip(generation.prompts, texts, strict=True):
             print(f"{prompt}\n    {text}")
         return
 
-    # 3. prompts of a data set, whose completions are the references; held out are those that were so in the training
+    # 3. prompts of a data set, with its completions as references; the seed holds out the same ones as in training
     seed = (adapter.file.metrics.get("training") or {}).get("seed", 0)
     scores = judge(adapter.model, adapter.processor, load_texts(generation.dataset, seed=seed), decoding)
     print(f"{scores}\n{scores.signature}" if scores else "running text has no prompts to score")

@@ -1,11 +1,11 @@
-"""Fine-tune a classifier of texts with LoRA, then measure and save the adapter.
+"""Fine-tune a text classifier with LoRA, then measure and save the adapter.
 
     accelerate launch recipes/lora_bert.py                            # embedded base and data, no download
     accelerate launch recipes/lora_bert.py --model bert-base-uncased --dataset glue.csv --learning_rate 5e-4
     accelerate launch recipes/lora_bert.py --model answerdotai/ModernBERT-base --dataset pairs.jsonl --quantize 8bit
 
-The base is any model that transformers classifies texts with: BERT, RoBERTa, DistilBERT, ModernBERT, and with a new
-head GPT-2, Llama and their kin. Tables have a column of texts, or two of pairs, and one of labels.
+The base is any text classifier of transformers: BERT, RoBERTa, DistilBERT, ModernBERT, and with a new head GPT-2, Llama
+and similar models. A table has one column of texts, or two for pairs, and one of labels.
 """
 
 from dataclasses import dataclass

@@ -4,8 +4,8 @@
     accelerate launch recipes/lora_gpt2.py --model openai-community/gpt2 --dataset e2e/ --label_smoothing 0.1
     accelerate launch recipes/lora_gpt2.py --model FOLDER --dataset chats.jsonl --quantize 4bit --optimizer adamw8bit
 
-The base is any causal language model of transformers: GPT-2, Llama, Qwen, Mistral ... The loss is on completions only;
-of running text (.txt) on every token. The paper's set-up on E2E is `--model openai-community/gpt2-medium --rank 4
+The base is any causal language model of transformers: GPT-2, Llama, Qwen, Mistral ... The loss counts completions only,
+or every token of running text (.txt). The paper's set-up on E2E is `--model openai-community/gpt2-medium --rank 4
 --alpha 32 --sites attention --epochs 5 --batch_size 8 --learning_rate 2e-4 --weight_decay 0.01 --schedule linear
 --label_smoothing 0.1 --beams 10 --length_penalty 0.9 --no_repeat_ngram 4`.
 """
@@ -51,7 +51,7 @@ def main(method: Lora, task: TextTask, train: TrainConfig, decoding: Decoding) -
     decoding.check(model, data.source)
     result = task.fit(model, data, train, method)
 
-    # 4. measure: loss, and what it writes for prompts that it has not seen
+    # 4. measure: the loss, and the texts for prompts that it has not seen
     report = task.report(model, data, result, decoding)
 
     # 5. save

@@ -1,11 +1,11 @@
-"""Teach SAM your kind of objects with LoRA, from images with maps of them, then measure and save the adapter.
+"""Teach SAM your kind of objects with LoRA, from images and label maps, then measure and save the adapter.
 
     accelerate launch recipes/lora_sam.py                             # embedded base and data, no download
     accelerate launch recipes/lora_sam.py --model facebook/sam-vit-base --dataset FOLDER --where decoder
     accelerate launch recipes/lora_sam.py --dataset FOLDER --crop 256 --meaning classes
 
-FOLDER has images/ and labels/ of equal stems; a label is a map of 8 or 16 bits in which each object has a number of its
-own (`--meaning classes`: each class). SAM: Kirillov et al. 2023, arXiv:2304.02643.
+FOLDER has images/ and labels/ with equal file names. A label is a map of 8 or 16 bits in which every object has its own
+number (with `--meaning classes`, every class). SAM: Kirillov et al. 2023, arXiv:2304.02643.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,9 @@ class Lora:
     rank: int = option(8, "Rank r of the update B·A.", least=1)
     alpha: int = option(16, "Scale of the update: alpha / r.", least=1)
     dropout: float = option(0.0, "Dropout on the input of A.", least=0, below=1)
-    where: Literal["encoder", "decoder", "both"] = option("both", "In the image encoder, the mask decoder or both.")
+    where: Literal["encoder", "decoder", "both"] = option(
+        "both", "Part of SAM to adapt: the image encoder, the mask decoder or both."
+    )
 
 
 def main(method: Lora, task: MaskTask, train: TrainConfig) -> Path:
@@ -44,10 +46,10 @@ def main(method: Lora, task: MaskTask, train: TrainConfig) -> Path:
     )
     model = get_peft_model(model, config)
 
-    # 3. train, on points and boxes by turns
+    # 3. train, on points and boxes in turn
     result = task.fit(model, data, train, method)
 
-    # 4. measure, compared with the base alone
+    # 4. measure, compared with the base
     report = task.report(model, data, result)
 
     # 5. save

@@ -23,7 +23,7 @@ class Lora:
     alpha: int = option(16, "Scale of the update: alpha / r.", least=1)
     dropout: float = option(0.0, "Dropout on the input of A.", least=0, below=1)
     sites: Literal["all", "attention"] = option(
-        "all", "Every linear layer (in a network of convolutions the 1x1 ones), or q and v."
+        "all", "Every linear layer (in a convolutional network every 1x1 convolution), or q and v."
     )
 
 

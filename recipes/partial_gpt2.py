@@ -4,7 +4,7 @@
     accelerate launch recipes/partial_gpt2.py --train_what bias --learning_rate 1e-2
     accelerate launch recipes/partial_gpt2.py --model FOLDER --dataset pairs.jsonl --last 2
 
-The file holds the difference to the base. Biases alone: BitFit, Ben Zaken et al. 2022, arXiv:2106.10199.
+The file holds the difference from the base. Biases only: BitFit, Ben Zaken et al. 2022, arXiv:2106.10199.
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ class Partial:
     """Partial fine-tuning, stored as a task vector: Ilharco et al. 2023, arXiv:2212.04089."""
 
     last: int | None = option(
-        None, "Train the last so many blocks; default: 1, or every block for bias and norm.", least=1
+        None, "Number of last blocks to train; default: 1, or every block for bias and norm.", least=1
     )
     train_what: Literal["all", "bias", "norm"] = option(
-        "all", "All weights of the chosen blocks, their biases or their norms."
+        "all", "All weights of these blocks, their biases or their norms."
     )
 
 
@@ -48,7 +48,7 @@ def main(method: Partial, task: TextTask, train: TrainConfig, decoding: Decoding
     decoding.check(model, data.source)
     result = task.fit(model, data, train, method)
 
-    # 4. measure: loss, and what it writes for prompts that it has not seen
+    # 4. measure: the loss, and the texts for prompts that it has not seen
     report = task.report(model, data, result, decoding)
 
     # 5. save

@@ -1,13 +1,13 @@
-"""Fine-tune parts of SAM as they are, for your kind of objects; then measure and save the difference to the base.
+"""Fine-tune parts of SAM for your kind of objects, then measure and save the difference from the base.
 
     accelerate launch recipes/partial_sam.py                          # embedded base and data, no download
     accelerate launch recipes/partial_sam.py --model facebook/sam-vit-base --dataset FOLDER --where decoder
-    accelerate launch recipes/partial_sam.py --where decoder --quantize 8bit    # an encoder that only predicts
+    accelerate launch recipes/partial_sam.py --where decoder --quantize 8bit    # the frozen encoder in 8 bits
 
-Trained are the last block and the neck of the encoder, and nearly all of the decoder.
+The last block and the neck of the encoder are trained, and nearly all of the decoder.
 
-FOLDER has images/ and labels/ of equal stems; a label is a map of 8 or 16 bits in which each object has a number of its
-own (`--meaning classes`: each class). SAM: Kirillov et al. 2023, arXiv:2304.02643.
+FOLDER has images/ and labels/ with equal file names. A label is a map of 8 or 16 bits in which every object has its own
+number (with `--meaning classes`, every class). SAM: Kirillov et al. 2023, arXiv:2304.02643.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,9 @@ from inlay import MaskTask, TrainConfig, Unsupported, option, run_recipe
 class Partial:
     """Partial fine-tuning, stored as a task vector: Ilharco et al. 2023, arXiv:2212.04089."""
 
-    where: Literal["encoder", "decoder", "both"] = option("both", "In the image encoder, the mask decoder or both.")
+    where: Literal["encoder", "decoder", "both"] = option(
+        "both", "Part of SAM to adapt: the image encoder, the mask decoder or both."
+    )
 
 
 def main(method: Partial, task: MaskTask, train: TrainConfig) -> Path:
@@ -41,10 +43,10 @@ def main(method: Partial, task: MaskTask, train: TrainConfig) -> Path:
     config = PartialConfig(target_modules=sam_targets(model, "block", method.where))
     model = get_peft_model(model, config)
 
-    # 3. train, on points and boxes by turns
+    # 3. train, on points and boxes in turn
     result = task.fit(model, data, train, method)
 
-    # 4. measure, compared with the base alone
+    # 4. measure, compared with the base
     report = task.report(model, data, result)
 
     # 5. save

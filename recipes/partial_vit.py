@@ -1,10 +1,10 @@
-"""Fine-tune the last blocks of an image classifier, or its biases or norms, and save the difference to the base.
+"""Fine-tune the last blocks of an image classifier, or its biases or norms, and save the difference from the base.
 
     accelerate launch recipes/partial_vit.py                          # the last block of the embedded base
     accelerate launch recipes/partial_vit.py --train_what bias        # BitFit, in every block
     accelerate launch recipes/partial_vit.py --last 2 --augment none --cache_frozen memory
 
-With `--cache_frozen` the frozen blocks run once per image and their output is kept. BitFit: Ben Zaken et al. 2022,
+With `--cache_frozen` the frozen blocks run once per image and their output is stored. BitFit: Ben Zaken et al. 2022,
 arXiv:2106.10199.
 """
 
@@ -20,10 +20,10 @@ class Partial:
     """Partial fine-tuning, stored as a task vector: Ilharco et al. 2023, arXiv:2212.04089."""
 
     last: int | None = option(
-        None, "Train the last so many blocks; default: 1, or every block for bias and norm.", least=1
+        None, "Number of last blocks to train; default: 1, or every block for bias and norm.", least=1
     )
     train_what: Literal["all", "bias", "norm"] = option(
-        "all", "All weights of the chosen blocks, their biases or their norms."
+        "all", "All weights of these blocks, their biases or their norms."
     )
 
 

@@ -11,12 +11,12 @@ from inlay import option, run_recipe
 
 @dataclass
 class Prediction:
-    """Which adapter, and on what."""
+    """Adapter and inputs."""
 
     adapter: str = option("adapters_hub/digits-lora-vit-tiny", "Folder of an adapter, or its Hub id.")
-    images: list[str] = option([], "Images or folders of them; default: 16 handwritten digits.")
-    merge: bool = option(False, "Fold the adapter into its base first.")
-    grid: str | None = option(None, "Save a sheet of images and labels under this name.")
+    images: list[str] = option([], "Images, or folders of images; default: 16 handwritten digits.")
+    merge: bool = option(False, "Merge the adapter into its base first.")
+    grid: str | None = option(None, "Save a sheet of the images and their labels to this file.")
 
 
 def main(prediction: Prediction) -> None:
@@ -31,7 +31,7 @@ def main(prediction: Prediction) -> None:
         images = [row["bytes"] for row in held_out["image"]]
         names = [f"a handwritten {label}" for label in held_out["label"]]
 
-    # 2. adapter: wrong base, damaged file and changed output end here with one sentence
+    # 2. adapter: a wrong base, a damaged file or a changed output ends here with one sentence
     adapter = load_adapter(prediction.adapter)
     if prediction.merge:
         adapter.merge()

@@ -3,10 +3,10 @@
     accelerate launch recipes/prefix_sam.py                           # embedded base and data, no download
     accelerate launch recipes/prefix_sam.py --model facebook/sam-vit-base --dataset FOLDER --where encoder --length 32
 
-Learned keys and values stand in front of those of each window's tokens, and of the decoder's.
+Learned keys and values are put in front of those of each window's tokens and of the decoder's tokens.
 
-FOLDER has images/ and labels/ of equal stems; a label is a map of 8 or 16 bits in which each object has a number of its
-own (`--meaning classes`: each class). SAM: Kirillov et al. 2023, arXiv:2304.02643.
+FOLDER has images/ and labels/ with equal file names. A label is a map of 8 or 16 bits in which every object has its own
+number (with `--meaning classes`, every class). SAM: Kirillov et al. 2023, arXiv:2304.02643.
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,11 @@ class Prefix:
 
     length: int = option(8, "Prefix length: keys and values in each attention.", least=1)
     projection: int | None = option(
-        None, "Hidden size of an MLP that makes the prefix while training; default: none.", least=1
+        None, "Hidden size of an MLP that computes the prefix during training; default: none.", least=1
     )
-    where: Literal["encoder", "decoder", "both"] = option("both", "In the image encoder, the mask decoder or both.")
+    where: Literal["encoder", "decoder", "both"] = option(
+        "both", "Part of SAM to adapt: the image encoder, the mask decoder or both."
+    )
 
 
 def main(method: Prefix, task: MaskTask, train: TrainConfig) -> Path:
@@ -45,10 +47,10 @@ def main(method: Prefix, task: MaskTask, train: TrainConfig) -> Path:
     )
     model = get_peft_model(model, config)
 
-    # 3. train, on points and boxes by turns
+    # 3. train, on points and boxes in turn
     result = task.fit(model, data, train, method)
 
-    # 4. measure, compared with the base alone
+    # 4. measure, compared with the base
     report = task.report(model, data, result)
 
     # 5. save

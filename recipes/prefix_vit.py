@@ -4,8 +4,8 @@
     accelerate launch recipes/prefix_vit.py --length 32 --projection 64
     accelerate launch recipes/prefix_vit.py --model FOLDER --dataset FOLDER --quantize 8bit --optimizer adamw8bit
 
-Learned keys and values stand in front of those of the image's tokens. With `--projection` an MLP makes them while
-training; the file holds keys and values only.
+Learned keys and values are put in front of those of the image's tokens. With `--projection` an MLP computes them during
+training; the file holds the keys and values only.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Prefix:
 
     length: int = option(16, "Prefix length: keys and values in each block.", least=1)
     projection: int | None = option(
-        None, "Hidden size of an MLP that makes the prefix while training; default: none.", least=1
+        None, "Hidden size of an MLP that computes the prefix during training; default: none.", least=1
     )
 
 

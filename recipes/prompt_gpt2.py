@@ -4,8 +4,8 @@
     accelerate launch recipes/prompt_gpt2.py --init text --init_text "Describe the restaurant in full sentences:"
     accelerate launch recipes/prompt_gpt2.py --model FOLDER --dataset pairs.jsonl --quantize 4bit
 
-The prompt takes positions: with --length 20 a base of 1,024 reads texts of 1,004 tokens. Tokens that start as words of
-the vocabulary or of a text learn faster than random ones.
+The prompt takes positions: with --length 20 a base with 1,024 positions reads texts of 1,004 tokens. Tokens that start
+as words of the vocabulary or of a text learn faster than random ones.
 """
 
 from dataclasses import dataclass
@@ -21,13 +21,15 @@ class Prompt:
 
     length: int = option(20, "Prompt length in tokens.", least=1)
     init: Literal["random", "vocabulary", "text"] = option(
-        "vocabulary", "Start from N(0, 1), from random words, or from init_text."
+        "vocabulary", "Start from N(0, 1), from random tokens of the vocabulary, or from init_text."
     )
-    init_text: str = option("Describe it in full sentences:", "Repeated or cut to the length of the prompt.")
+    init_text: str = option(
+        "Describe it in full sentences:", "Text to start from, repeated or cut to the length of the prompt."
+    )
 
     def __post_init__(self) -> None:
         if self.init == "text" and not self.init_text.strip():
-            raise BadInput("init_text is empty, but the prompt is to start from it. Give one.")
+            raise BadInput("init_text is empty, but init is text; set init_text.")
 
 
 def main(method: Prompt, task: TextTask, train: TrainConfig, decoding: Decoding) -> Path:
@@ -50,13 +52,14 @@ def main(method: Prompt, task: TextTask, train: TrainConfig, decoding: Decoding)
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, config)
-    config.tokenizer_name_or_path = task.model if from_text else None  # saved with the adapter: no path of this machine
+    # saved with the adapter, so it must not be a path of this machine
+    config.tokenizer_name_or_path = task.model if from_text else None
 
     # 3. train
     decoding.check(model, data.source)
     result = task.fit(model, data, train, method)
 
-    # 4. measure: loss, and what it writes for prompts that it has not seen
+    # 4. measure: the loss, and the texts for prompts that it has not seen
     report = task.report(model, data, result, decoding)
 
     # 5. save

@@ -3,10 +3,10 @@
     accelerate launch recipes/prompt_sam.py                           # embedded base and data, no download
     accelerate launch recipes/prompt_sam.py --model facebook/sam-vit-base --dataset FOLDER --length 20
 
-Prompts are tokens that every window of every attention sees.
+The prompts are tokens that every window of every attention layer sees.
 
-FOLDER has images/ and labels/ of equal stems; a label is a map of 8 or 16 bits in which each object has a number of its
-own (`--meaning classes`: each class). SAM: Kirillov et al. 2023, arXiv:2304.02643.
+FOLDER has images/ and labels/ with equal file names. A label is a map of 8 or 16 bits in which every object has its own
+number (with `--meaning classes`, every class). SAM: Kirillov et al. 2023, arXiv:2304.02643.
 """
 
 from dataclasses import dataclass
@@ -37,10 +37,10 @@ def main(method: VisualPrompt, task: MaskTask, train: TrainConfig) -> Path:
     config = VisualPromptConfig(length=method.length, dropout=method.dropout)
     model = get_peft_model(model, config)
 
-    # 3. train, on points and boxes by turns
+    # 3. train, on points and boxes in turn
     result = task.fit(model, data, train, method)
 
-    # 4. measure, compared with the base alone
+    # 4. measure, compared with the base
     report = task.report(model, data, result)
 
     # 5. save

@@ -4,8 +4,8 @@
     python recipes/serve_many.py --methods bottleneck attention-prefix --budget_mb 20
     python recipes/serve_many.py --model google/vit-base-patch16-224-in21k --tasks FOLDER FOLDER
 
-Two small adapters are trained first, one per task; each may be of another method. In a server of your own, step 4 is
-all there is: `Bank(base, folder)`, and a name, or None for the plain base, for each row of a batch.
+Two small adapters are trained first, one per task, each with its own method. Your own server needs step 4 only:
+`Bank(base, folder)`, and for each row of a batch the name of an adapter, or None for the plain base.
 """
 
 import time
@@ -17,21 +17,23 @@ from inlay import BadInput, ImageTask, TrainConfig, option, run_recipe
 
 @dataclass
 class Service:
-    """What is trained, and what is served."""
+    """Base, adapters and requests."""
 
     model: str = option("builtin:vit-tiny", "Embedded base, local folder or Hub id.")
-    tasks: list[str] = option(["builtin:digits", "builtin:shapes"], "Data of each adapter.")
+    tasks: list[str] = option(["builtin:digits", "builtin:shapes"], "Data sets, one per adapter.")
     methods: list[str] = option(["lora", "bottleneck"], "Names in inlay.METHODS, one per task.")
     width: int = option(8, "Rank, bottleneck size or prompt length.", least=1)
-    requests: int = option(512, "Images to classify, of all tasks by turns.", least=1)
+    requests: int = option(512, "Images to classify, of all tasks in turn.", least=1)
     rows: int = option(64, "Images in a batch.", least=1)
     budget_mb: float | None = option(
-        None, "Most memory for adapters: those that were not used for longest give way.", above=0
+        None, "Memory limit for adapters in MB; the least recently used ones are evicted.", above=0
     )
 
     def __post_init__(self) -> None:
         if len(self.methods) != len(self.tasks):
-            raise BadInput(f"expected one method per task, got {len(self.methods)} for {len(self.tasks)}.")
+            raise BadInput(
+                f"methods must name one method per task, got {len(self.methods)} for {len(self.tasks)} tasks."
+            )
 
 
 def main(service: Service, train: TrainConfig) -> Path:
@@ -42,7 +44,7 @@ def main(service: Service, train: TrainConfig) -> Path:
     from inlay import METHODS, Bank, save_adapter
 
     if unknown := [name for name in service.methods if name not in METHODS]:
-        raise BadInput(f"unknown method {unknown[0]!r}; choose among {', '.join(METHODS)}.")
+        raise BadInput(f"unknown method {unknown[0]!r}; choose one of {', '.join(METHODS)}.")
     out, views = Path(train.output_dir), {}
     for source, method in zip(service.tasks, service.methods, strict=True):
         # 1. data and frozen base of each task
@@ -58,7 +60,7 @@ def main(service: Service, train: TrainConfig) -> Path:
     if not PartialState().is_main_process:
         return out / "adapters"
 
-    # 4. serve: one base, and a name for each row; requests are of all tasks by turns
+    # 4. serve: one base, and the name of an adapter for each row; the requests are of all tasks in turn
     bank = Bank(service.model, out / "adapters", budget_mb=service.budget_mb)
     names = [list(views)[i % len(views)] for i in range(service.requests)]
     items = [views[name][i // len(views) % len(views[name])] for i, name in enumerate(names)]
@@ -72,8 +74,8 @@ def main(service: Service, train: TrainConfig) -> Path:
     seconds = time.perf_counter() - begun
 
     # 5. measure
-    print(f"{len(names)} pictures, {len(bank.names)} adapters in every batch of {service.rows}: {seconds:.2f} s")
-    print(f"in memory: {', '.join(bank.resident)}, {bank.bytes / 1e6:.2f} MB beside the base")
+    print(f"{len(names)} images, {len(bank.names)} adapters in every batch of {service.rows}: {seconds:.2f} s")
+    print(f"in memory: {', '.join(bank.resident)}, {bank.bytes / 1e6:.2f} MB in addition to the base")
     for (name, count), method in zip(right.items(), service.methods, strict=True):
         print(f"  {name:<12} {method:<18} accuracy {count / max(names.count(name), 1):.4f}")
     return out / "adapters"

@@ -5,7 +5,7 @@
         --crop 64 64 64 --precision bf16 --gradient_checkpointing --batch_size 2
     inlay segment runs/spatial_sam/adapter SCAN.nii.gz -o mask.nii.gz --html page.html
 
-Training is on crops, with clicks as a user would give them; scored are whole scans, without any.
+Training uses crops, with clicks as a user would give them. Whole scans are scored, without clicks.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,9 @@ class Spatial:
     """3DSAM-adapter: Gong et al. 2023, arXiv:2306.13465."""
 
     width: int | None = option(None, "Bottleneck size; default: a quarter of SAM's width.", least=1)
-    token: int = option(4, "Voxels that a token is wide; as deep, or less where slices are thick.", least=1)
+    token: int = option(
+        4, "Width of a token in voxels; its depth is the same, or less where slices are thick.", least=1
+    )
 
 
 def main(method: Spatial, task: VolumeTask, train: TrainConfig) -> Path:

@@ -70,15 +70,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Said at every start, and nothing that a user could act on: bitsandbytes, which peft imports, misses the optional
-# package `kernels` on CPUs with AVX512-BF16; transformers has renamed gradient checkpointing, which
-# peft calls by its old name; peft puts right by itself what it says of GPT-2's transposed weights.
+# These messages appear at every start, and a user can do nothing about them:
+# - bitsandbytes, which peft imports, misses the optional package `kernels` on CPUs with AVX512-BF16;
+# - transformers has renamed gradient checkpointing, and peft still uses the old name;
+# - peft warns of GPT-2's transposed weights and then corrects its setting itself.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))
 warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated", category=FutureWarning)
 warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but the target module is `Conv1D`")
 
-# Importing inlay is cheap; torch and transformers come in with the first of these that is used.
-_WHERE = {
+# Importing inlay is cheap: torch and transformers are imported when the first of these names is used.
+_MODULE_OF = {
     "METHODS": "methods",
     "AttentionPrefixConfig": "methods",
     "BadInput": "errors",
@@ -236,8 +237,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(import_module(f"inlay.{_WHERE[name]}"), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(f"inlay.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module 'inlay' has no attribute {name!r}")
 
 
@@ -245,8 +246,8 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _AfterPeft:
-    """Finds peft once, and makes the methods of this package known to it when its import is done."""
+class _RegisterAfterPeft:
+    """An import finder that registers the methods of inlay with peft as soon as peft has been imported."""
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "peft":
@@ -265,9 +266,9 @@ class _AfterPeft:
         return spec
 
 
-# `import inlay` is enough for PeftModel.from_pretrained to load such an adapter, before or after peft is imported, and
-# costs nothing where peft is not needed.
+# After `import inlay`, PeftModel.from_pretrained loads adapters of these methods, whether peft was imported before or
+# after. Where peft is not needed this costs nothing.
 if "peft" in sys.modules:
     import_module("inlay.methods")
 else:
-    sys.meta_path.insert(0, _AfterPeft())
+    sys.meta_path.insert(0, _RegisterAfterPeft())

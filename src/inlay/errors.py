@@ -1,50 +1,51 @@
-"""The error that inlay raises for what a user can mend, and its kinds."""
+"""InlayError and its kinds: the errors that a user can fix."""
 
 
 class InlayError(ValueError):
-    """A mistake in input, files or settings: the message gives what was expected, what came, and the remedy.
+    """A mistake in the input, the files or the settings.
 
-    The command line prints it as one sentence, without a traceback. Its class says which kind it is.
+    The message names the wrong value, what would be right, and the remedy. The class tells the kind of the mistake. The
+    command line prints the message as one sentence, without a traceback.
     """
 
 
 class BadInput(InlayError):
-    """A value that the caller gave is wrong: an argument, an option, a name, data of another form, a folder in use.
+    """The caller gave a wrong value: an argument, an option, a name, data of another form, or a folder in use.
 
-    Another value is right.
+    Pass another value.
     """
 
 
 class WrongBase(InlayError):
-    """The adapter is right and so is the base, but they do not belong together; or adapters of several bases do not.
+    """Adapter and base are both valid but do not belong together, or the adapters belong to different bases.
 
-    The base that the adapter names is right.
+    Use the base that the adapter names.
     """
 
 
 class DamagedFile(InlayError):
-    """A file does not hold what it must: truncated, changed, not readable, or its parts contradict one another.
+    """A file is truncated, changed or unreadable, or its parts contradict one another.
 
-    Download it again, save it anew or repair it.
+    Download it again, save it again, or repair it.
     """
 
 
 class Unsupported(InlayError):
-    """The request is valid, but not possible with this method, base, machine or installation, or never done by inlay.
+    """The request is valid, but this method, base, machine or installation cannot do it, or inlay never does it.
 
-    Another method, base or package may make it possible; code from strangers stays refused.
+    Another method, base or package may make it possible. Code from strangers stays refused.
     """
 
 
 class Unreachable(InlayError):
-    """The Hub does not give or take it: no network, no such repository, or no right to it.
+    """The Hub cannot be read or written: no network, no such repository, or no permission.
 
-    The same can work later, or with a token.
+    The same request may work later, or with a token.
     """
 
 
 class ComputationFailed(InlayError):
-    """The input was accepted, but no usable result came of it: NaN or Inf, out of memory, an error above its limit.
+    """The input was accepted, but the computation failed: NaN or Inf, out of memory, an error over its limit.
 
-    Nothing wrong was written.
+    No wrong result was written.
     """

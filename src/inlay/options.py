@@ -1,4 +1,4 @@
-"""Options: fields of a dataclass that a recipe's command line offers, each with its help and the values it may have."""
+"""Options: dataclass fields that a recipe offers on its command line, with their help texts and allowed values."""
 
 import math
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ def option(
     above: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A dataclass field with its default and its help; a list is copied for each instance.
+    """A dataclass field with a default and a help text. A default list is copied for each instance.
 
-    The bounds hold for the number, or for each number of a list: from `least` to `most`, both included, or over `above`
-    and under `below`. None is always allowed where the type says so. `check_options` holds values against them.
+    The bounds apply to the number, or to each number of a list. `least` and `most` are included, `above` and `below`
+    are not. None is allowed where the type allows it. `check_options` compares the values with the bounds.
     """
     bounds = {"least": least, "most": most, "above": above, "below": below}
     metadata = {"help": help, **{name: bound for name, bound in bounds.items() if bound is not None}}
@@ -30,11 +30,11 @@ def option(
 
 
 def check_options(settings: Any) -> None:
-    """Hold every field of a dataclass instance against its type and its bounds.
+    """Check every option of a dataclass instance against its type and its bounds.
 
     Raises:
-        BadInput: A number out of its bounds, infinite or NaN; a fraction where a whole number is due; an unknown
-            choice.
+        BadInput: A number is out of its bounds, infinite or NaN; a fraction is given for a whole number; a choice is
+            unknown.
     """
     hints = get_type_hints(type(settings))
     for each in fields(settings):
@@ -43,7 +43,7 @@ def check_options(settings: Any) -> None:
 
 
 def plain_type(hint: Any) -> tuple[Any, bool]:
-    """What an option holds, without its `| None`, and whether it had one."""
+    """The type of an option without `| None`, and whether None is allowed."""
     parts = get_args(hint)
     if type(None) not in parts:
         return hint, False
@@ -65,10 +65,10 @@ def _check_value(name: str, value: Any, hint: Any, bounds: Mapping[str, Any]) ->
 
 
 def _check_number(name: str, value: Any, kind: type, bounds: Mapping[str, Any]) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    number = number and (kind is float or isinstance(value, int))
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_of_kind = is_number and (kind is float or isinstance(value, int))
     least, most, above, below = (bounds.get(bound) for bound in ("least", "most", "above", "below"))
-    if number and not (
+    if is_of_kind and not (
         (least is not None and value < least)
         or (most is not None and value > most)
         or (above is not None and value <= above)
@@ -76,13 +76,21 @@ def _check_number(name: str, value: Any, kind: type, bounds: Mapping[str, Any]) 
     ):
         return
     what = "a whole number" if kind is int else "a number"
-    raise BadInput(f"{name} must be {what}{_in_words(least, most, above, below)}, got {value!r}.")
+    raise BadInput(f"{name} must be {what}{_describe_bounds(least, most, above, below)}, got {value!r}.")
 
 
-def _in_words(least: float | None, most: float | None, above: float | None, below: float | None) -> str:
-    """Such as ` from 0 to 1`, ` over 0`, ` of at least 0 and below 1`."""
+def _describe_bounds(least: float | None, most: float | None, above: float | None, below: float | None) -> str:
+    """The bounds in words, such as ` from 0 to 1`, ` over 0` or ` of at least 0 and below 1`."""
     if least is not None and most is not None:
         return f" from {least} to {most}"
-    low = f"of at least {least}" if least is not None else f"over {above}" if above is not None else ""
-    high = f"at most {most}" if most is not None else f"below {below}" if below is not None else ""
-    return "".join(f" {part}" for part in (low, "and" if low and high else "", high) if part)
+    low = high = ""
+    if least is not None:
+        low = f"of at least {least}"
+    elif above is not None:
+        low = f"over {above}"
+    if most is not None:
+        high = f"at most {most}"
+    elif below is not None:
+        high = f"below {below}"
+    words = " and ".join(part for part in (low, high) if part)
+    return f" {words}" if words else ""

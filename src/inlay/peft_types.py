@@ -1,7 +1,7 @@
-"""PEFT_TYPES: what the methods are called and whose they are, by the peft_type that an adapter_config.json holds.
+"""PEFT_TYPES: names and papers of the methods, by the peft_type in adapter_config.json.
 
-This file imports nothing and stands under all floors: `inlay info`, the index of a folder and `combine` name a method
-without the seconds that peft and torch take to import. The rows of METHODS, which need both, take their papers here.
+This file does not import peft or torch, which takes seconds. `inlay info`, the index of a folder and `combine` can
+therefore name a method at once. The rows of METHODS take their papers from here.
 """
 
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant of a method, which a setting of the config turns on.
+    """A variant of a method that a setting of its config turns on.
 
     Attributes:
-        name: What it is called.
+        name: Name on a card.
         paper: Authors, year and arXiv number.
     """
 
@@ -24,12 +24,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class PeftTypeFacts:
-    """What is known of one peft_type.
+    """Name and paper of one peft_type.
 
     Attributes:
-        name: What the method is called on a card.
-        paper: Authors, year and arXiv number; empty where there is none.
-        variants: By the setting of the config that turns them on.
+        name: Name of the method on a card.
+        paper: Authors, year and arXiv number; empty if there is none.
+        variants: Its variants, by the setting of the config that turns them on.
     """
 
     name: str
@@ -37,7 +37,7 @@ class PeftTypeFacts:
     variants: Mapping[str, Variant] = field(default_factory=dict)
 
 
-_PREFIX_PAPER = "Li & Liang 2021, arXiv:2101.00190"  # of both forms: peft's in the cache, ours in the attention
+_PREFIX_PAPER = "Li & Liang 2021, arXiv:2101.00190"  # for both forms: peft's in the cache, inlay's in the attention
 
 PEFT_TYPES = {
     "LORA": PeftTypeFacts(
@@ -63,12 +63,12 @@ PEFT_TYPES = {
     "INLAY_COMPOSITE": PeftTypeFacts("Composite"),
 }
 
-# Initialisations of LoRA that move a part of the base's weights into the adapter, which is wrong on the base as it was.
-# Some come with a number behind the name, as `pissa_niter_16`.
+# Initialisations of LoRA that move a part of the base's weights into the adapter. Such an adapter is wrong on the
+# unchanged base. Some names end with a number: `pissa_niter_16`.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def base_changing_init(config: Mapping[str, Any]) -> str | None:
-    """The initialisation in the config of one method, if it is one that changes the base's weights."""
+    """The initialisation in a method's config if it changes the base's weights, else None."""
     init = config.get("init_lora_weights")
     return init if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS) else None

@@ -84,7 +84,7 @@ def test_truncated_at_any_length(zoo):
         (zoo / WEIGHTS).write_bytes(data[:length])
         refused(zoo, r"truncated.*download it again\.")
     (zoo / WEIGHTS).write_bytes(data + b"\0")
-    refused(zoo, r"truncated: its tensors need \d+ bytes, \d+ are there; download it again\.")
+    refused(zoo, r"truncated: its tensors need \d+ bytes, but it has \d+; download it again\.")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -301,8 +301,8 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": 5}, "does not describe the tensor 'a'"),
         ({"a": {**ENTRY, "data_offsets": [0, 1e999]}}, "does not describe the tensor 'a'"),
         (b'{"a":' + b"9" * 6000 + b"}", "is damaged"),
-        ({"a": ENTRY, "__metadata__": {"x": 1}}, "metadata is not a table of texts"),
-        ({"a": ENTRY, "__metadata__": 1}, "metadata is not a table of texts"),
+        ({"a": ENTRY, "__metadata__": {"x": 1}}, "metadata does not map names to texts"),
+        ({"a": ENTRY, "__metadata__": 1}, "metadata does not map names to texts"),
         (b"[1, 2, 3]", "is damaged"),
         (b'{"\\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', "is a path|is damaged"),
     ],

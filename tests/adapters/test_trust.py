@@ -169,7 +169,7 @@ def test_a_folder_that_shadows_a_hub_id(cached, zoo):
         "user/name", r"'user/name' is a folder here and a repository from the Hub in the cache; write './user/name'"
     )
     assert load_adapter("./user/name").verified and load_adapter(cached).verified
-    refused("user/name", "revision 'main' is of a Hub id, but 'user/name' is a folder here", revision="main")
+    refused("user/name", "revision 'main' needs a Hub id, but 'user/name' is a folder here", revision="main")
     shutil.copytree(zoo, cached.parent / "other")
     assert str(fetch("user/other")) == "user/other"  # nothing of that name is known from the Hub
 

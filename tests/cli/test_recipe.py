@@ -126,8 +126,8 @@ def test_booleans_numbers_and_lists_as_users_write_them(monkeypatch):
         (["--rate", "nan"], "rate must be a number over 0 and at most 1, got nan."),
         (["--rates", "1", "0"], "rates must be a number over 0, got 0.0."),
         (["--kinds", "c"], "argument --kinds: invalid choice: 'c'"),
-        (["--shuffle", "perhaps"], "argument --shuffle: expected true or false, got 'perhaps'."),
-        (["three"], "expected options such as --rate, got 'three'."),
+        (["--shuffle", "perhaps"], "argument --shuffle: must be true or false, got 'perhaps'."),
+        (["three"], "'three' is not an option; options look like --rate. --help lists them."),
     ],
 )
 def test_a_value_out_of_its_bounds_is_one_sentence(monkeypatch, capsys, arguments, sentence):
@@ -146,12 +146,12 @@ def test_help_says_each_option_with_its_default(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
-        ("s.json", "{bad", "expected JSON in "),
-        ("s.yaml", "rank: [", "expected YAML in "),
-        ("s.yaml", "- rank", "but got list. Write name: value."),
+        ("s.json", "{bad", "s.json is not valid JSON: "),
+        ("s.yaml", "rank: [", "s.yaml is not valid YAML: "),
+        ("s.yaml", "- rank", "must map option names to values, but holds a list; write name: value."),
         ("s.json", '{"rnk": 3}', "sets rnk, but there is no such option. Did you mean --rank?"),
         ("s.yaml", "rank: many", "argument --rank: invalid int value: 'many'"),
-        ("s.yaml", "rank: null", "expected a value for rank"),
+        ("s.yaml", "rank: null", "sets rank to None, which is not a value; set one, or leave rank out."),
         ("s.yaml", "bits: 2bit", "invalid choice: '2bit'"),
     ],
 )

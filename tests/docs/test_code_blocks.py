@@ -128,7 +128,7 @@ def check_script(script, *arguments, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(recipe_cli, "run_recipe", parse_only)
-        patch.setattr(recipe_cli, "_destination", lambda main, settings: (None, False))  # asks the Hub
+        patch.setattr(recipe_cli, "_check_destination", lambda main, settings: (None, False))  # asks the Hub
         patch.setattr(sys, "argv", [script, *arguments])
         runpy.run_path(str(path), run_name="__main__")
     assert settings

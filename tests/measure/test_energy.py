@@ -94,9 +94,9 @@ def test_a_slow_counter_is_waited_for(machine, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "text", "said"),
     [
-        ("energy_uj", "", "RAPL says '' for energy_uj"),
-        ("energy_uj", "no number", "RAPL says 'no number' for energy_uj"),
-        ("max_energy_range_uj", "0", "RAPL says no range for package-1"),
+        ("energy_uj", "", "RAPL gives '' for energy_uj"),
+        ("energy_uj", "no number", "RAPL gives 'no number' for energy_uj"),
+        ("max_energy_range_uj", "0", "RAPL gives no range for package-1"),
         ("name", "platform", "RAPL, package-0"),
     ],
 )
@@ -112,11 +112,11 @@ def test_rapl_that_says_nonsense(machine, monkeypatch, file, text, said):
 def test_rapl_that_stands_still_or_stops(machine):
     machine.fill().moves = False
     assert "it stands still; no watts" in measure_energy(machine, INPUTS).source
-    counter = meter._rapl()
+    counter = meter._open_rapl()
     readings = iter([0.0, 1.0, 1.0, 2.0])
     stops = counter._replace(joules=lambda: next(readings, 2.0))
-    with pytest.raises(meter._Unavailable, match="it stood still during"):
-        meter._count(stops, lambda: machine.spend(0.01))
+    with pytest.raises(meter._CounterUnavailable, match="it stood still during"):
+        meter._measure_by_counter(stops, lambda: machine.spend(0.01))
 
 
 def test_rapl_that_only_root_may_read(machine, monkeypatch):
@@ -130,16 +130,14 @@ def test_rapl_that_only_root_may_read(machine, monkeypatch):
 
     monkeypatch.setattr(Path, "read_text", refuse)
     used = measure_energy(machine, INPUTS)
-    assert (
-        used.joules is None and "by root alone: sudo chmod a+r" in str(used) and str(used).startswith("unavailable: ")
-    )
+    assert used.joules is None and "by root only: sudo chmod a+r" in str(used) and str(used).startswith("unavailable: ")
     declared = measure_energy(machine, INPUTS, watts_per_core=5)
     assert (declared.kind, declared.joules) == ("estimated", pytest.approx(0.02 * 5))
 
 
 def test_watts_are_declared_or_nothing_is_said(machine, monkeypatch):
     used = measure_energy(machine, INPUTS)
-    assert str(used).startswith("unavailable: the machine shows no RAPL counter; no watts per core are declared")
+    assert str(used).startswith("unavailable: this machine has no RAPL counter; no watts per core are declared")
     monkeypatch.setenv(meter.WATTS, "7.5")
     used = measure_energy(machine, INPUTS)
     assert (used.kind, used.joules) == ("estimated", pytest.approx(0.02 * 7.5)) and "x 7.5 W per core" in used.source
@@ -152,7 +150,7 @@ def test_watts_are_declared_or_nothing_is_said(machine, monkeypatch):
 
 def test_errors(machine):
     for wrong in (0, -1.0, math.nan, math.inf):
-        with pytest.raises(InlayError, match="watts_per_core above 0"):
+        with pytest.raises(InlayError, match="watts_per_core must be a number above 0"):
             measure_energy(machine, INPUTS, watts_per_core=wrong)
     with pytest.raises(InlayError, match="there are no inputs"):
         measure_energy(machine, {})
@@ -198,6 +196,6 @@ def test_nvml_that_refuses_is_not_replaced_by_the_energy_of_the_cpu(machine, nvm
 
 def test_without_nvml_and_on_other_devices(machine, nvml, monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert str(measure_energy(machine, INPUTS)) == "unavailable: NVML cannot be asked: pip install nvidia-ml-py"
+    assert str(measure_energy(machine, INPUTS)) == "unavailable: NVML cannot be read: pip install nvidia-ml-py"
     monkeypatch.setattr(meter, "device_of", lambda model: torch.device("mps"))
     assert str(measure_energy(machine, INPUTS)) == "unavailable: no counter of mps devices is known"

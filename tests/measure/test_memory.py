@@ -279,7 +279,7 @@ def test_errors(caplog, monkeypatch):
         plan_memory(Chain(1), x, gradient_checkpointing=True)
     with pytest.raises(InlayError, match=r"Choosy on x \(2, 1000\) .* looks at values"):
         plan_memory(Choosy(N, 1), x)
-    with pytest.raises(InlayError, match=r"gives none for .* add labels"):
+    with pytest.raises(InlayError, match=r"returns no loss for .*; add labels"):
         plan_memory(gpt2(), {"input_ids": torch.zeros(1, 4, dtype=torch.long)})
     with pytest.raises(InlayError, match="Check the shapes"):
         plan_memory(Chain(1), {"x": torch.ones(2, 3)})

@@ -34,7 +34,7 @@ def test_a_recipe_trains_and_pushes_and_goes_on_after_a_broken_push(hub, monkeyp
     options = ["--output_dir", out, "--epochs", 0.3, "--eval_every", 7, "--workers", 0]
     hub.fail("commit/main", "503", times=1000)
     error = refused(monkeypatch, capsys, "lora_vit.py", *options, "--push_to", "ann/digits", "--private")
-    assert f"is saved in {out}/adapter; send it with: inlay push {out}/adapter ann/digits --private" in error
+    assert f"is saved in {out}/adapter; push it with: inlay push {out}/adapter ann/digits --private" in error
     assert load_adapter(out / "adapter").verified
     hub.faults.clear()
     run(monkeypatch, "lora_vit.py", *options, "--push_to", "ann/digits", "--private")  # a finished run is kept
@@ -50,7 +50,7 @@ def test_a_recipe_trains_and_pushes_and_goes_on_after_a_broken_push(hub, monkeyp
         ("lora_vit.py", "", "expected user/name on the Hub, got ''"),
         ("lora_vit.py", "ann/digits/a b", "expected user/name on the Hub, got 'ann/digits/a b'"),
         ("lora_vit.py", "ann/digits", "set HF_TOKEN"),
-        ("compare_vit.py", "ann/digits", "this recipe saves no adapter of its own"),
+        ("compare_vit.py", "ann/digits", "this recipe saves no adapter, so there is nothing to push"),
     ],
 )
 def test_what_cannot_be_pushed_is_said_before_the_training(hub, monkeypatch, capsys, tmp_path, recipe, repo, sentence):

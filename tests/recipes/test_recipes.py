@@ -141,7 +141,7 @@ def test_an_impossible_value_is_one_sentence_before_anything_is_loaded(monkeypat
     def loaded(*_):
         raise AssertionError("a process was joined, and torch imported")
 
-    monkeypatch.setattr("inlay.cli.recipe._join", loaded)
+    monkeypatch.setattr("inlay.cli.recipe._join_processes", loaded)
     (defaults,) = captured(monkeypatch, path)
     names = {field.name for each in defaults for field in fields(each)}
     tried = [(name, value) for name, values in IMPOSSIBLE.items() if name in names for value in values]

@@ -12,7 +12,7 @@ def test_it_trains_two_methods_and_serves_them_in_one_batch(monkeypatch, capsys,
     monkeypatch.setattr(sys, "argv", ["serve_many.py", *map(str, arguments), "--methods", "lora", "attention-prefix"])
     runpy.run_path(str(ROOT / "recipes/serve_many.py"), run_name="__main__")
     said = capsys.readouterr().out
-    assert "48 pictures, 2 adapters in every batch of 16" in said and "in memory: digits, shapes" in said
+    assert "48 images, 2 adapters in every batch of 16" in said and "in memory: digits, shapes" in said
     assert said.count("accuracy") >= 2 and "attention-prefix" in said
     kinds = [read_adapter(tmp_path / "run/adapters" / name).config["peft_type"] for name in ("digits", "shapes")]
     assert kinds == ["LORA", "INLAY_ATTENTION_PREFIX"]

@@ -179,7 +179,7 @@ def test_what_is_too_long_is_one_sentence(monkeypatch, capsys, tmp_path, pairs):
         (
             "prompt_gpt2.py",
             ["--init", "text", "--init_text", " "],
-            "init_text is empty, but the prompt is",
+            "init_text is empty, but init is text",
         ),
         (
             "prompt_gpt2.py",
@@ -238,9 +238,9 @@ def test_generate_scores_as_the_training_did(trained, pairs, monkeypatch, capsys
         ),
         (
             ["--dataset", "builtin:restaurants", "--scores", "/no/folder/x.json"],
-            "a folder that is there, but got '/no/",
+            "scores must be a file in an existing folder, got '/no/",
         ),
-        (["--scores", "x.json"], "'x.json' without a dataset"),
+        (["--scores", "x.json"], "scores need a dataset to compare the texts with"),
     ],
 )
 def test_generate_finds_a_mistake_before_it_writes(monkeypatch, capsys, arguments, sentence):

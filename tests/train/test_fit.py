@@ -141,7 +141,7 @@ def test_every_process_has_chances_of_its_own_at_every_step():
         trainer = object.__new__(_Trainer)
         trainer.config = SimpleNamespace(seed=3)
         trainer.accelerator = SimpleNamespace(num_processes=4, process_index=process)
-        seeds += [trainer._seed(step) for step in range(100)]
+        seeds += [trainer._seed_of_step(step) for step in range(100)]
     assert len(set(seeds)) == 400
 
 

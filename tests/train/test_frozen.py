@@ -26,7 +26,7 @@ from transformers import (
 
 from inlay.errors import InlayError
 from inlay.train.config import TrainConfig
-from inlay.train.frozen_cache.unread_tokens import _FirstRow
+from inlay.train.frozen_cache.unread_tokens import _FirstRowOnly
 
 KEPT = "blocks are frozen: their output for 57 examples is kept"
 OFF = "cache_frozen is off, the frozen blocks run in every epoch: "
@@ -209,7 +209,7 @@ def test_only_the_first_row_of_the_last_block_is_computed(tmp_path):
         lambda module, args, output: shapes.setdefault("types", []).append(type(model.vit.layers[3].mlp))
     )
     run(tmp_path / "run", model, validation=Pictures(16, 2), cache_frozen="memory")
-    assert shapes["types"][-1] is _FirstRow
+    assert shapes["types"][-1] is _FirstRowOnly
     del shapes["types"]
     assert shapes.pop("attention.k_proj") == (8, 5)
     assert set(shapes.values()) == {(8, 1)}
@@ -276,8 +276,8 @@ AUGMENTED = "augmented at random"
         (lambda: vit(hidden_dropout_prob=0.1), Pictures, {}, "dropout or drop path acts in the frozen blocks"),
         (lambda: vit(attention_probs_dropout_prob=0.1), Pictures, {}, "dropout or drop path acts"),
         (unfrozen, Pictures, {}, "the first block, or what comes before it, is trained"),
-        (vit, Pictures, {"cache_gb": 1e-5}, r"57 examples take 1.82e-05 GB, more than cache_gb 1e-05; give --cache_gb"),
-        (Odd, Pictures, {}, "of a first batch would be another"),
+        (vit, Pictures, {"cache_gb": 1e-5}, r"57 examples take 1.82e-05 GB, more than cache_gb 1e-05; set --cache_gb"),
+        (Odd, Pictures, {}, "of a first batch would change from"),
     ],
 )
 def test_off_with_a_reason_and_as_without(tmp_path, capsys, make, data, config, reason):
@@ -294,7 +294,7 @@ def test_off_with_a_reason_and_as_without(tmp_path, capsys, make, data, config, 
     ("make", "data", "reason"),
     [
         (vit, Own(44, 1), AUGMENTED),
-        (Net, Points(44, 1), "the blocks of Net cannot be told"),
+        (Net, Points(44, 1), "the blocks of Net are not known"),
         (gpt2, Texts(44, 1, lengths=(6,) * 7 + (7,)), "examples differ in shape"),
     ],
 )

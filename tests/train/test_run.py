@@ -34,7 +34,7 @@ def test_a_finished_run_is_kept_and_read_back(tmp_path, capsys):
     one = train(tmp_path / "run", first)
     before = files(tmp_path / "run")
     two = train(tmp_path / "run", second, workers=1, tracker="tensorboard", save_every=3)
-    assert "holds a finished run: kept" in capsys.readouterr().out
+    assert "holds a finished run, which is kept" in capsys.readouterr().out
     assert files(tmp_path / "run") == before
     assert not one.resumed and two.resumed and not second.training
     assert {**vars(one), "resumed": True} == vars(two)

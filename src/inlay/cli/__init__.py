@@ -1,1 +1,1 @@
-"""The `inlay` command, and the command line of a recipe."""
+"""The `inlay` command, and the command line of recipes."""

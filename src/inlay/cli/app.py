@@ -1,4 +1,7 @@
-"""The `inlay` command. Each verb parses, calls one function of the library and prints; imports wait until it runs."""
+"""The `inlay` command. Each verb parses its options, calls one function of the library and prints the result.
+
+A verb imports the library only when it runs, so that `inlay --help` is fast.
+"""
 
 import json
 import sys
@@ -13,7 +16,7 @@ from inlay.errors import InlayError
 
 app = typer.Typer(
     name="inlay",
-    help="Adapters for Hugging Face models: look at them, use them, and see what works on this machine.",
+    help="Inspect, use, combine and share adapters for Hugging Face models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -25,12 +28,12 @@ def info(
     adapter: AdapterArgument,
     base: BaseOption = None,
     check: Annotated[
-        bool, typer.Option("--verify", help="Check all that can be checked; exit status 1 if anything failed.")
+        bool, typer.Option("--verify", help="Run every check; exit status 1 if one of them fails.")
     ] = False,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what an adapter is; with --base also whether it fits that base, checked by loading it."""
+    """Describe an adapter. With --base, also load it on that base to check that it fits."""
     if check:
         trust.show_checks(adapter, base, device, as_json)
         return
@@ -42,9 +45,9 @@ def info(
         from inlay.adapters.load import load_adapter
 
         loaded = load_adapter(adapter, base, device=device)
-        off = "not stored" if loaded.deviation is None else f"deviation {loaded.deviation:.1e}"
+        golden = "not stored" if loaded.deviation is None else f"deviation {loaded.deviation:.1e}"
         facts["fits"] = (
-            f"{base}: yes, golden output {off}" if loaded.verified else f"{base}: it loads, but is unverified"
+            f"{base}: yes, golden output {golden}" if loaded.verified else f"{base}: it loads, but is unverified"
         )
     show(facts, as_json)
 
@@ -52,24 +55,26 @@ def info(
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Embedded base, local folder or Hub id.")],
-    method: Annotated[str, typer.Option(help="Name in inlay.METHODS.")] = "lora",
+    method: Annotated[str, typer.Option(help="Name of a method in inlay.METHODS.")] = "lora",
     width: Annotated[int, typer.Option(help="Rank or other width of the adapter.")] = 8,
-    batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 8,
-    length: Annotated[int, typer.Option(help="Tokens of a text.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens per text.")] = 128,
     labels: Annotated[int, typer.Option(help="Classes of an image classifier.")] = 10,
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
-    quantize: Annotated[str | None, typer.Option(help="8bit or 4bit, for the frozen base.")] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights: float32, bfloat16 or float16.")] = "float32",
+    quantize: Annotated[str | None, typer.Option(help="Hold the frozen base in 8bit or 4bit.")] = None,
     optimizer: Annotated[str, typer.Option(help="adamw or adamw8bit.")] = "adamw",
     precision: Annotated[str, typer.Option(help="Mixed precision: no, bf16 or fp16.")] = "no",
-    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
-    accumulate: Annotated[int, typer.Option(help="Pieces in which a step is computed.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: what this machine has.")] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations in the backward pass.")
+    ] = False,
+    accumulate: Annotated[int, typer.Option(help="Pieces into which a step is divided.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: the best that this machine has.")] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Also take such steps here, and say what they take.")
+        bool, typer.Option("--measure", help="Also take such steps on this machine, and print their peak memory.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what memory a training step will take, from a base's config alone: will it fit?"""
+    """Predict the memory of a training step from the config of a base, without its weights."""
     from inlay.study.plan import plan_base
 
     planned, peak = plan_base(
@@ -93,12 +98,12 @@ def plan(
         return
     print(planned)
     if peak is not None:
-        print(f"measured: {peak / 1e6:,.1f} MB, {planned.peak / peak:.3f} of it planned")
+        print(f"measured: {peak / 1e6:,.1f} MB; predicted / measured: {planned.peak / peak:.3f}")
 
 
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
-    """Say what this machine has and what works on it: devices, precisions, 8-bit, image libraries."""
+    """Report what works on this machine: devices, precisions, 8-bit and 4-bit bases, image libraries."""
     from inlay.cli.doctor import examine
 
     findings = examine()
@@ -115,7 +120,7 @@ def doctor(as_json: JsonOption = False) -> None:
     Console().print(table)
 
 
-# Its options depend on the adapter, so it reads the command line itself.
+# The options of predict depend on the adapter, so it parses the command line itself.
 app.command(
     "predict",
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
@@ -126,7 +131,7 @@ for group in (evaluate, volumes, combine, hub, trust):
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one sentence and exit status 2."""
+    """Entry point. A user's mistake is printed as one sentence, with exit status 2."""
     try:
         app()
     except InlayError as error:
@@ -135,6 +140,6 @@ def main() -> None:
     except BrokenPipeError:  # `inlay ... | head`
         sys.stderr.close()
         sys.exit(141)
-    except OSError as error:  # a full disk, a folder without rights, a name too long
+    except OSError as error:  # a full disk, a missing permission, a name that is too long
         print(f"error: {str(error.filename or 'the system')[:200]}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)

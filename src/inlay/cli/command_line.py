@@ -1,4 +1,4 @@
-"""Dataclasses as a command line, by argparse: every field is an option. No import here is slow."""
+"""A command line made from dataclasses with argparse: every field is an option. This module imports nothing slow."""
 
 import argparse
 import json
@@ -13,8 +13,8 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from inlay.errors import BadInput
 from inlay.options import check_options, plain_type
 
-# What a user of transformers' Trainer or of peft's examples types first, and what it is called here.
-_ELSEWHERE = {
+# Option names of transformers' Trainer and of peft's examples, and their names here.
+_NAMES_ELSEWHERE = {
     "num_train_epochs": "--epochs",
     "num_epochs": "--epochs",
     "max_steps": "--epochs, which may be a fraction",
@@ -81,10 +81,15 @@ _ELSEWHERE = {
 
 
 def parse(defaults: Sequence[Any], arguments: Sequence[str]) -> list[Any]:
-    """Copies of the dataclasses `defaults` as a command line sets them, or the YAML or JSON file that is all of it.
+    """Copies of the dataclasses `defaults`, with the values from the command line.
+
+    Args:
+        defaults: Dataclass instances, whose values are the defaults of the options.
+        arguments: The options, or only the path of a YAML or JSON file that sets them.
 
     Raises:
-        BadInput: An unknown option, a value of another kind or out of its bounds, a settings file that is none.
+        BadInput: An option is unknown, a value has the wrong type or is out of its bounds, or the settings file is
+            missing or malformed.
     """
     values = {key: value for default in defaults for key, value in asdict(default).items()}
     parser = _Parser(
@@ -95,17 +100,21 @@ def parse(defaults: Sequence[Any], arguments: Sequence[str]) -> list[Any]:
     )
     for default in defaults:
         group = parser.add_argument_group(_first_line(type(default).__doc__).rstrip("."))
-        for name, hint in _hints(default).items():
-            _add(group, name, hint, values[name], _help(default, name))
+        for name, hint in _option_types(default).items():
+            _add_option(group, name, hint, values[name], _help_text(default, name))
     if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml", ".json")):
-        arguments = _from_file(Path(arguments[0]), values)
-    found, unknown = parser.parse_known_args(_joined(arguments))
+        arguments = _read_settings_file(Path(arguments[0]), values)
+    found, unknown = parser.parse_known_args(_join_negative_numbers(arguments))
     if unknown:
         name = next((word for word in unknown if word.startswith("-")), "")
         if not name:
-            raise BadInput(f"expected options such as --{next(iter(values))}, got {unknown[0]!r}.")
-        raise BadInput(f"there is no option {name}. {_meant(name, values)}")
-    settings = [type(default)(**{name: getattr(found, name) for name in _hints(default)}) for default in defaults]
+            raise BadInput(
+                f"{unknown[0]!r} is not an option; options look like --{next(iter(values))}. --help lists them."
+            )
+        raise BadInput(f"there is no option {name}. {_suggest_option(name, values)}")
+    settings = [
+        type(default)(**{name: getattr(found, name) for name in _option_types(default)}) for default in defaults
+    ]
     for each in settings:
         check_options(each)
     return settings
@@ -113,27 +122,27 @@ def parse(defaults: Sequence[Any], arguments: Sequence[str]) -> list[Any]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message}.")  # argparse would print all options with it
+        raise BadInput(f"{message}.")  # argparse itself would also print all options
 
 
-def _hints(default: Any) -> dict[str, Any]:
-    """Types of the fields that are options, by name."""
+def _option_types(default: Any) -> dict[str, Any]:
+    """Types of the options of a dataclass, by name."""
     hints = get_type_hints(type(default))
     return {each.name: hints[each.name] for each in fields(default) if each.init}
 
 
-def _help(default: Any, name: str) -> str:
+def _help_text(default: Any, name: str) -> str:
     text = next(each.metadata.get("help", "") for each in fields(default) if each.name == name)
-    return text.replace("%", "%%") or " "  # argparse shows a default behind a help only
+    return text.replace("%", "%%") or " "  # argparse shows the default only after a help text
 
 
-def _add(group: Any, name: str, hint: Any, default: Any, help: str) -> None:
-    """One option, by its name with underscores or hyphens."""
+def _add_option(group: Any, name: str, hint: Any, default: Any, help: str) -> None:
+    """Add one option, whose name may be written with underscores or hyphens."""
     kind, _ = plain_type(hint)
     names = list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
     shown = {"default": default, "help": help}
     if kind is bool:
-        group.add_argument(*names, type=_boolean, nargs="?", const=True, **shown)
+        group.add_argument(*names, type=_parse_boolean, nargs="?", const=True, **shown)
         if default is True:
             opposite = list(dict.fromkeys((f"--no_{name}", f"--no-{name.replace('_', '-')}")))
             group.add_argument(*opposite, dest=name, action="store_false", help=help)
@@ -147,17 +156,16 @@ def _add(group: Any, name: str, hint: Any, default: Any, help: str) -> None:
         group.add_argument(*names, type=kind, **shown)
 
 
-def _boolean(text: str) -> bool:
-    known = dict.fromkeys(("true", "yes", "on", "t", "y", "1"), True) | dict.fromkeys(
-        ("false", "no", "off", "f", "n", "0"), False
-    )
-    if text.lower() not in known:
-        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
-    return known[text.lower()]
+def _parse_boolean(text: str) -> bool:
+    if text.lower() in ("true", "yes", "on", "t", "y", "1"):
+        return True
+    if text.lower() in ("false", "no", "off", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
 
 
-def _joined(arguments: Sequence[str]) -> list[str]:
-    """`--rate -1e-3` as `--rate=-1e-3`: argparse takes a negative number with an exponent for an option."""
+def _join_negative_numbers(arguments: Sequence[str]) -> list[str]:
+    """Write `--rate -1e-3` as `--rate=-1e-3`: argparse takes a negative number with an exponent for an option."""
     joined: list[str] = []
     for argument in arguments:
         if joined and re.fullmatch(r"-(\d+\.?\d*e[+-]?\d+|inf|nan)", argument, re.IGNORECASE):
@@ -169,19 +177,19 @@ def _joined(arguments: Sequence[str]) -> list[str]:
     return joined
 
 
-def _meant(option: str, values: Iterable[str]) -> str:
-    """What an unknown option may have been meant to be."""
+def _suggest_option(option: str, values: Iterable[str]) -> str:
+    """A sentence on what the user of an unknown option may have meant."""
     name, known = option.split("=")[0].lstrip("-").replace("-", "_"), set(values)
-    here = _ELSEWHERE.get(name)
+    here = _NAMES_ELSEWHERE.get(name)
     if here is not None and re.findall(r"\w+", here)[0] in known:
         return f"Here it is {here}."
-    begun = [option for option in sorted(known) if name and option.startswith(name)]
-    near = get_close_matches(name, sorted(known), 1) or begun
-    return f"Did you mean --{near[0]}?" if near else "--help lists all."
+    completions = [option for option in sorted(known) if name and option.startswith(name)]
+    similar = get_close_matches(name, sorted(known), 1) or completions
+    return f"Did you mean --{similar[0]}?" if similar else "--help lists all."
 
 
-def _from_file(file: Path, values: dict[str, Any]) -> list[str]:
-    """The command line that a YAML or JSON file of settings stands for, so that its values are checked alike."""
+def _read_settings_file(file: Path, values: dict[str, Any]) -> list[str]:
+    """A YAML or JSON settings file as a command line, so that its values are checked in the same way."""
     import yaml  # type: ignore[import-untyped]
 
     if not file.is_file():
@@ -191,18 +199,20 @@ def _from_file(file: Path, values: dict[str, Any]) -> list[str]:
         settings = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
         got = " ".join(str(error).split())
-        raise BadInput(f"expected {file.suffix[1:].upper()} in {file}, but got: {got}. Mend it.") from error
+        raise BadInput(f"{file} is not valid {file.suffix[1:].upper()}: {got}.") from error
     if not isinstance(settings, dict):
-        raise BadInput(f"expected names with values in {file}, but got {type(settings).__name__}. Write name: value.")
+        raise BadInput(
+            f"{file} must map option names to values, but holds a {type(settings).__name__}; write name: value."
+        )
     unknown = [str(key) for key in settings if key not in values]
     if unknown:
-        raise BadInput(f"{file} sets {unknown[0]}, but there is no such option. {_meant(unknown[0], values)}")
+        raise BadInput(f"{file} sets {unknown[0]}, but there is no such option. {_suggest_option(unknown[0], values)}")
     found: list[str] = []
     for key, value in settings.items():
         if value == values[key] and type(value) is type(values[key]):
             continue
         if value is None or isinstance(value, dict) or value == []:
-            raise BadInput(f"expected a value for {key} in {file}, but got {value!r}. Give one, or leave it out.")
+            raise BadInput(f"{file} sets {key} to {value!r}, which is not a value; set one, or leave {key} out.")
         found += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     return found
 

@@ -1,4 +1,4 @@
-"""What this machine has, and what works on it, tried rather than guessed."""
+"""Report what works on this machine, by trying it."""
 
 import importlib.util
 import os
@@ -21,7 +21,7 @@ _PACKAGES = (
     "nibabel",
     "monai",
 )
-_EXTRAS = {  # what pip installs a package with, and what it is good for
+_EXTRAS = {  # how pip installs a package, and what it is for
     "bitsandbytes": "'inlay[quantize]' for 8-bit and 4-bit bases",
     "nibabel": "'inlay[volumes]' for scans",
     "monai": "'inlay[volumes]' for scans",
@@ -30,7 +30,7 @@ _EXTRAS = {  # what pip installs a package with, and what it is good for
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; `works` is None where there is nothing to try."""
+    """One line of the report; `works` is None if there is nothing to try."""
 
     what: str
     works: bool | None
@@ -38,34 +38,34 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Versions, devices, precisions, quantisation, image libraries, Hub settings."""
+    """Try versions, devices, precisions, quantisation, image libraries and Hub settings."""
     import torch
 
     from inlay.bases.load import builtin_names
 
     findings = [Finding("python", None, f"{platform.python_version()} on {platform.platform(terse=True)}")]
-    findings += [Finding(name, *_installed(name)) for name in _PACKAGES]
+    findings += [Finding(name, *_find_version(name)) for name in _PACKAGES]
     findings.append(Finding("cpu", None, f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"))
-    findings.append(_accelerator())
-    findings.append(_tried("bf16", _bf16))
-    findings.append(_fp16())
-    findings.append(_tried("8-bit base", lambda: _quantised(8)))
-    findings.append(_tried("4-bit base", lambda: _quantised(4)))
-    findings.append(_torchvision())
+    findings.append(_find_gpu())
+    findings.append(_try_feature("bf16", _time_bf16))
+    findings.append(_find_fp16())
+    findings.append(_try_feature("8-bit base", lambda: _try_quantised_layer(8)))
+    findings.append(_try_feature("4-bit base", lambda: _try_quantised_layer(4)))
+    findings.append(_find_torchvision())
     offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
     findings.append(Finding("Hub", None, "offline by HF_HUB_OFFLINE" if offline else "online (not tried)"))
     findings.append(Finding("embedded bases", None, ", ".join(builtin_names())))
     return findings
 
 
-def _installed(name: str) -> tuple[bool, str]:
+def _find_version(name: str) -> tuple[bool, str]:
     try:
         return True, version(name)
     except PackageNotFoundError:
         return False, f"not installed; pip install {_EXTRAS.get(name, name)}"
 
 
-def _accelerator() -> Finding:
+def _find_gpu() -> Finding:
     import torch
 
     if torch.cuda.is_available():
@@ -76,17 +76,16 @@ def _accelerator() -> Finding:
     return Finding("gpu", False, "none: training runs on the CPU")
 
 
-def _tried(what: str, trial: Callable[[], str]) -> Finding:
+def _try_feature(what: str, trial: Callable[[], str]) -> Finding:
     try:
         return Finding(what, True, trial())
-    except Exception as error:  # whatever a broken driver or library raises is the finding
-        return Finding(
-            what, False, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        )
+    except Exception as error:  # any error of a broken driver or library is the finding
+        first_line = str(error).strip().splitlines()[0] if str(error) else ""
+        return Finding(what, False, f"{type(error).__name__}: {first_line}")
 
 
-def _bf16() -> str:
-    """Time a matrix product in both precisions: a CPU without bf16 units emulates it, slowly."""
+def _time_bf16() -> str:
+    """Time a matrix product in bf16 and float32: a CPU without bf16 units emulates bf16 slowly."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,15 +102,15 @@ def _bf16() -> str:
     return f"{ratio:.2g} times the speed of float32 on {device}" + ("" if ratio > 0.9 else ": use --precision no here")
 
 
-def _fp16() -> Finding:
+def _find_fp16() -> Finding:
     import torch
 
     gpu = torch.cuda.is_available()
     return Finding("fp16 training", gpu, "with loss scaling" if gpu else "needs a GPU; refused on a CPU")
 
 
-def _quantised(bits: int) -> str:
-    """One forward and backward pass through a quantised linear layer."""
+def _try_quantised_layer(bits: int) -> str:
+    """Run one forward and backward pass through a quantised linear layer."""
     import torch
 
     try:
@@ -127,12 +126,12 @@ def _quantised(bits: int) -> str:
     return f"bitsandbytes on {device}"
 
 
-def _torchvision() -> Finding:
+def _find_torchvision() -> Finding:
     if importlib.util.find_spec("torchvision") is None:
         return Finding("torchvision", None, "not installed and not needed: Pillow decodes and resizes")
-    return _tried("torchvision", lambda: f"{version('torchvision')}, not used{_load('torchvision')}")
+    return _try_feature("torchvision", lambda: f"{version('torchvision')}, not used{_import_package('torchvision')}")
 
 
-def _load(name: str) -> str:
+def _import_package(name: str) -> str:
     importlib.import_module(name)
     return ""

@@ -13,33 +13,37 @@ from inlay.errors import BadInput, Unsupported
 
 def evaluate(
     adapter: AdapterArgument,
-    data: Annotated[str, typer.Argument(metavar="DATA", help="Labelled data, as the recipes of its task take it.")],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Labelled data, in a form that the recipes of the task take.")
+    ],
     split: Annotated[
         str | None,
-        typer.Option(help="validation, test, train or all; default: what a recipe scores, or all of unsplit data."),
+        typer.Option(
+            help="validation, test, train or all; default: the split that a recipe scores, or all of unsplit data."
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Score so many images, prompts or scans at most.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Score at most this many images, prompts or scans.")] = None,
     base: BaseOption = None,
     device: DeviceOption = None,
-    alone: Annotated[bool, typer.Option("--alone", help="Leave out the base: half of the work.")] = False,
+    alone: Annotated[bool, typer.Option("--alone", help="Do not score the base as well: half of the work.")] = False,
     group: Annotated[
-        str | None, typer.Option(help="Choose among the classes of this group of a combination only.")
+        str | None, typer.Option(help="Choose only among the classes of this group of a combined adapter.")
     ] = None,
     csv: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A row for each image, prompt, object or scan and class.")
+        Path | None, typer.Option(metavar="FILE", help="Write one row per image, prompt, object, or scan and class.")
     ] = None,
     matrix: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="The confusion matrix of a classifier, as an image.")
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the confusion matrix of a classifier.")
     ] = None,
     write: Annotated[
-        bool, typer.Option("--write", help="Put the scores into the adapter's metrics.json and README.md.")
+        bool, typer.Option("--write", help="Write the scores to the adapter's metrics.json and README.md.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score an adapter on labelled data, beside its base: all scores of its task, with 95 % intervals."""
+    """Score an adapter and its base on labelled data: all scores of the task, with 95 % intervals."""
     for path in (csv, matrix):
         if path is not None and not path.absolute().parent.is_dir():
-            raise BadInput(f"there is no folder {str(path.parent)!r} for {path.name!r}; make it first.")
+            raise BadInput(f"there is no folder {str(path.parent)!r} for {path.name!r}; create it first.")
     from inlay.adapters.evaluate import evaluate as score
 
     if matrix is not None:
@@ -58,7 +62,7 @@ def evaluate(
 
 
 def _check_classifies(adapter: str) -> None:
-    """Raise InlayError, before all the work, for an adapter without classes of whole inputs."""
+    """Raise Unsupported, before the scoring, for an adapter that is not a classifier."""
     from inlay.adapters.file import read_adapter
     from inlay.adapters.hub.fetch import fetch
     from inlay.adapters.task import task_of_file

@@ -1,4 +1,4 @@
-"""The verbs of `inlay` that send, fetch and find adapters; cli.py puts them among the others."""
+"""The verbs of `inlay` that push, pull, search and list adapters."""
 
 import json
 from collections.abc import Callable
@@ -13,15 +13,19 @@ Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of adap
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of an adapter, or of folders of adapters.")],
-    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Where on the Hub; made if it is not there.")],
-    private: Annotated[bool, typer.Option("--private", help="Make it for your eyes alone.")] = False,
-    license: Annotated[str | None, typer.Option(help="Of the adapter, on its card, such as apache-2.0.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An adapter, or a folder of adapters.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="USER/NAME", help="Repository on the Hub; created if it does not exist.")
+    ],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    license: Annotated[
+        str | None, typer.Option(help="License of the adapter, for its card, such as apache-2.0.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent, and send nothing.")] = False,
 ) -> None:
-    """Send an adapter, or a folder of them, to the Hub as one commit, once it is seen to be whole.
+    """Push an adapter, or a folder of adapters, to the Hub in one commit, after checking that it is complete.
 
-    The token is the one of `hf auth login` or HF_TOKEN. Broken off, the same command goes on.
+    The token comes from `hf auth login` or HF_TOKEN. After an interruption the same command resumes.
     """
     from inlay.adapters.hub.repository import push_adapter
 
@@ -29,13 +33,14 @@ def push(
 
 
 def pull(
-    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="On the Hub.")],
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository on the Hub.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Where; default: the repository's name.")
+        Path | None,
+        typer.Option("--out", "-o", metavar="FOLDER", help="Target folder; default: the repository's name."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
 ) -> None:
-    """Copy an adapter, or a folder of them, from the Hub, whole, and note its commit in origin.json."""
+    """Download an adapter, or a folder of adapters, from the Hub, and record its commit in origin.json."""
     from inlay.adapters.hub.repository import pull_adapter
 
     pulled = pull_adapter(repo, out, revision=revision)
@@ -43,12 +48,14 @@ def pull(
 
 
 def search(
-    query: Annotated[str, typer.Argument(metavar="TASK|BASE", help="Or a word of a name, a method or the data.")],
-    folder: Annotated[Path, typer.Option(help="A folder of adapters, searched too.")] = Path("adapters_hub"),
-    limit: Annotated[int, typer.Option(min=1, help="Most rows of the Hub.")] = 20,
+    query: Annotated[
+        str, typer.Argument(metavar="TASK|BASE", help="A task or base, or a word of a name, method or data set.")
+    ],
+    folder: Annotated[Path, typer.Option(help="A local folder of adapters to search too.")] = Path("adapters_hub"),
+    limit: Annotated[int, typer.Option(min=1, help="Largest number of rows from the Hub.")] = 20,
     as_json: JsonOption = False,
 ) -> None:
-    """List adapters for a task or a base: of a local folder, and of the Hub unless HF_HUB_OFFLINE=1."""
+    """List adapters for a task or base: in a local folder, and on the Hub unless HF_HUB_OFFLINE=1."""
     from huggingface_hub import is_offline_mode
 
     from inlay.adapters.hub.search import search as find
@@ -56,27 +63,27 @@ def search(
     online = not is_offline_mode()
     rows = find(query, folder, online=False)
     if not as_json:
-        _say([{**row, "name": row["path"]} for row in rows])  # now, as the Hub may not answer
+        _print_rows([{**row, "name": row["path"]} for row in rows])  # printed now, because the Hub may not answer
     remote = find(query, online=True, limit=limit) if online else []
     if as_json:
         print(json.dumps([*rows, *remote], indent=2, ensure_ascii=False))
         return
-    _say(remote)
+    _print_rows(remote)
     if not rows and not remote:
-        print(f"nothing for {query!r} in {folder}{' and on the Hub' if online else ''}")
+        print(f"nothing for {query!r} in {folder}{' or on the Hub' if online else ''}")
     if not online:
         print("the Hub was not asked: HF_HUB_OFFLINE is set")
 
 
 def list_(folder: Folder = Path("adapters_hub"), as_json: JsonOption = False) -> None:
-    """List a folder of adapters: task, method, base, data, size, scores."""
+    """List a folder of adapters with task, method, base, data, size and scores."""
     from inlay.adapters.hub.index import list_adapters, scores
 
     rows = list_adapters(folder)
     if as_json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
-    _say([{**row, "scores": scores(row)} for row in rows])
+    _print_rows([{**row, "scores": scores(row)} for row in rows])
 
 
 def index(folder: Folder = Path("adapters_hub")) -> None:
@@ -89,8 +96,8 @@ def index(folder: Folder = Path("adapters_hub")) -> None:
         print(f"  {row['name']}: {row['method']} on {row['base']}")
 
 
-def _say(rows: list[dict[str, Any]]) -> None:
-    """Three lines an adapter, which fit any terminal: its name and task, what it is made of, size and scores."""
+def _print_rows(rows: list[dict[str, Any]]) -> None:
+    """Print three lines per adapter, which fit any terminal: name and task; method, base and data; size and scores."""
     from rich.console import Console
     from rich.text import Text
 
@@ -104,8 +111,8 @@ def _say(rows: list[dict[str, Any]]) -> None:
         data = f", data {row['dataset']}" if row.get("dataset") else ""
         console.print(Text(f"    {row['method'] or 'adapter'} on {row['base'] or 'an unknown base'}{data}"))
         size = f"{row['parameters']:,} parameters, {row['file_kb']} kB" if "parameters" in row else ""
-        if said := "; ".join(filter(None, (size, row["scores"]))):
-            console.print(Text(f"    {said}"))
+        if size_and_scores := "; ".join(filter(None, (size, row["scores"]))):
+            console.print(Text(f"    {size_and_scores}"))
 
 
 VERBS: dict[str, Callable[..., None]] = {"push": push, "pull": pull, "search": search, "list": list_, "index": index}

@@ -1,4 +1,4 @@
-"""Run a recipe: dataclasses become options, mistakes become one sentence."""
+"""Run a recipe: dataclasses become options, and a user's mistake is printed as one sentence."""
 
 import atexit
 import os
@@ -11,79 +11,81 @@ from typing import Any, get_type_hints
 from inlay.cli.command_line import parse
 from inlay.errors import InlayError, Unreachable, Unsupported
 
-_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # where accelerate looks for it
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # the variables that accelerate reads
 
-# A launcher ends all processes when one of them has failed. Those that are not the first wait for so long, so that the
-# first one has said what they would say too; what only one of them has met is said by it.
-_PATIENCE_S = 2.0
+# A launcher ends all processes when one of them fails. Every process but the first therefore waits before it prints an
+# error, so that an error that all processes have is printed once.
+_WAIT_FOR_FIRST_S = 2.0
 
 
 def run_recipe(main: Callable[..., Path | None], *defaults: Any) -> None:
-    """Parse the command line into copies of the dataclasses `defaults` and call `main` with them.
+    """Parse the command line into copies of the dataclasses `defaults`, and call `main` with them.
 
-    What `main` returns is the folder of the adapter, or of the adapters, that it saved. With `--push_to` of TrainConfig
-    it is sent to the Hub; whether it can be is checked before the training.
+    `main` returns the folder of the adapter or adapters that it saved. With `--push_to` of TrainConfig this folder is
+    pushed to the Hub; whether the Hub accepts it is checked before the training.
 
-    Every field is an option (`--learning_rate` or `--learning-rate`); its default is the instance's value. A YAML or
-    JSON file as the only argument gives the options instead. torch is imported once they have been read and checked, so
-    a mistake in them is answered at once. Processes that were launched together know of each other before `main`
-    begins.
+    Every field is an option (`--learning_rate` or `--learning-rate`) whose default is the value of the instance. A YAML
+    or JSON file may be given as the only argument instead. torch is imported after the options have been checked, so
+    that a mistake is reported at once. Processes that were launched together are connected before `main` begins.
 
-    An InlayError ends the process with status 2 and one line. `accelerate launch` adds a traceback of its own (a
-    CalledProcessError) to any failure of what it started; with one process, `accelerate launch --quiet` leaves it out.
+    An InlayError ends the process with status 2 and one line. `accelerate launch` adds its own traceback (a
+    CalledProcessError) to any failure; with one process, `accelerate launch --quiet` leaves it out.
     """
     try:
         settings = parse(defaults, sys.argv[1:])
-        _join()
-        repo, private = _destination(main, settings)
+        _join_processes()
+        repo, private = _check_destination(main, settings)
         folder = main(*settings)
-        if repo and _join().is_main_process:
-            _push(folder, repo, private)
+        if repo and _join_processes().is_main_process:
+            _push_saved(folder, repo, private)
     except InlayError as error:
-        if not _is_first():
-            time.sleep(_PATIENCE_S)
+        if not _is_first_process():
+            time.sleep(_WAIT_FOR_FIRST_S)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
-def _destination(main: Callable[..., Any], settings: Sequence[Any]) -> tuple[str | None, bool]:
-    """Where to push what `main` will have saved.
+def _check_destination(main: Callable[..., Any], settings: Sequence[Any]) -> tuple[str | None, bool]:
+    """Check, before the training, where the saved adapter is to be pushed.
+
+    Returns:
+        The repository or None, and whether it is to be private.
 
     Raises:
-        InlayError: Now, rather than after hours: it saves none, or the Hub will not take it.
+        InlayError: The recipe saves no adapter, or the Hub will not accept it.
     """
     asked = {key: value for each in settings for key, value in vars(each).items() if key in ("push_to", "private")}
     repo = asked.get("push_to")
-    if repo is not None:  # an empty name is a bad one: of a variable that was not set
+    if repo is not None:  # an empty name, from a shell variable that is not set, is checked and refused too
         if get_type_hints(main).get("return") is not Path:
-            raise Unsupported("this recipe saves no adapter of its own, so there is nothing for --push_to to send.")
-        if _join().is_main_process:
+            raise Unsupported("this recipe saves no adapter, so there is nothing to push; leave --push_to out.")
+        if _join_processes().is_main_process:
             from inlay.adapters.hub.repository import check_push
 
             check_push(repo)
     return repo, asked.get("private", False)
 
 
-def _push(folder: Any, repo: str, private: bool) -> None:
+def _push_saved(folder: Any, repo: str, private: bool) -> None:
     from inlay.adapters.hub.repository import push_adapter
 
     try:
         print(push_adapter(folder, repo, private=private))
     except InlayError as error:
         again = f"inlay push {folder} {repo}{' --private' if private else ''}"
-        raise Unreachable(f"{error} The adapter is saved in {folder}; send it with: {again}") from None
+        raise Unreachable(f"{error} The adapter is saved in {folder}; push it with: {again}") from None
 
 
-def _is_first() -> bool:
-    """Whether this is the process that speaks for all that were launched with it; needs no torch."""
+def _is_first_process() -> bool:
+    """Whether this is the first of the processes that were launched together. Needs no torch."""
     return next((int(os.environ[name]) for name in _RANKS if os.environ.get(name, "").isdigit()), 0) == 0
 
 
-def _join() -> Any:
-    """This process among those that were launched with it, on the CPU where ACCELERATE_USE_CPU asks for it.
+def _join_processes() -> Any:
+    """Connect the processes that were launched together, on the CPU if ACCELERATE_USE_CPU says so.
 
-    That variable is read by accelerate's Accelerator alone; a PartialState made before it by anyone (to print, to seed)
-    would take no notice, and be what the Accelerator then finds.
+    Only accelerate's Accelerator reads this variable. A PartialState that is made earlier, to print or to seed, would
+    ignore it, and the Accelerator would then use that state.
     """
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env

@@ -1,4 +1,4 @@
-"""What the verbs of the `inlay` command share: options, and how facts are printed."""
+"""Options that the verbs of the `inlay` command share, and the printing of facts."""
 
 import json
 from typing import Annotated, Any
@@ -9,7 +9,8 @@ from inlay.tasks.printing import printable
 
 AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or its Hub id.")]
 BaseOption = Annotated[
-    str | None, typer.Option("--base", help="Load it on this base (builtin:, folder or Hub id), not on its own.")
+    str | None,
+    typer.Option("--base", help="Base to load the adapter on (builtin:, folder or Hub id), instead of its own."),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...; default: the best that this machine has.")
@@ -18,7 +19,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def show(facts: dict[str, Any], as_json: bool) -> None:
-    """A table of facts, or JSON."""
+    """Print facts as a table or as JSON."""
     if as_json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return
@@ -30,18 +31,15 @@ def show(facts: dict[str, Any], as_json: bool) -> None:
     table.add_column(overflow="fold")
     for key, value in facts.items():
         if value not in (None, "", [], {}):
-            table.add_row(key.replace("_", " "), printable(_text(value)))
+            table.add_row(key.replace("_", " "), printable(_format_value(value)))
     Console().print(table, markup=False, highlight=False)
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, dict):
-        lists = any(isinstance(v, list) for v in value.values())
-        return (
-            "; ".join(f"{k}: {_text(v)}" for k, v in value.items())
-            if lists
-            else ", ".join(f"{k} {_text(v)}" for k, v in value.items())
-        )
+        if any(isinstance(v, list) for v in value.values()):
+            return "; ".join(f"{k}: {_format_value(v)}" for k, v in value.items())
+        return ", ".join(f"{k} {_format_value(v)}" for k, v in value.items())
     if isinstance(value, list):
         return printable(", ".join(map(str, value[:12]))) + (f" ... ({len(value)})" if len(value) > 12 else "")
     if isinstance(value, int) and not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""The verbs of the `inlay` command for adapters from elsewhere: verify, import."""
+"""The `inlay` command for adapters from other sources: the checks of `inlay info --verify`, and `inlay import`."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from inlay.cli.show import printable
 
 
 def show_checks(adapter: str, base: str | None, device: str | None, as_json: bool) -> None:
-    """Print what `verify` found, a line each, and leave with exit status 1 if anything failed."""
+    """Print the result of each check on a line, and exit with status 1 if one of them failed."""
     from inlay.adapters.verify import verify
 
     checks = verify(adapter, base, device=device)
@@ -28,13 +28,15 @@ def show_checks(adapter: str, base: str | None, device: str | None, as_json: boo
 def import_(
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="A folder or Hub id of peft, or a .safetensors, .bin, .pt or .pth file."),
+        typer.Argument(
+            metavar="SOURCE", help="Folder or Hub id of a peft adapter, or a .safetensors, .bin, .pt or .pth file."
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="The adapter: a new folder.")],
-    base: Annotated[str | None, typer.Option(help="Its base, where the source does not name it.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Of loralib: the update is alpha / r times B A.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="New folder for the adapter.")],
+    base: Annotated[str | None, typer.Option(help="Base of the adapter, if the source does not name it.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="For loralib files: the update is alpha / r times B A.")] = None,
     fused: Annotated[
-        str | None, typer.Option(metavar="q,v", help="Of loralib's fused layers: which of q, k, v are adapted.")
+        str | None, typer.Option(metavar="q,v", help="For loralib's fused layers: which of q, k, v are adapted.")
     ] = None,
 ) -> None:
     """Convert an adapter of loralib, of Stable Diffusion's text encoder, or with names of an older transformers."""
@@ -42,8 +44,8 @@ def import_(
 
     made = import_adapter(source, out, base=base, alpha=alpha, fused=fused.split(",") if fused else None)
     print(printable(f"{made.folder}: {made.form}, {made.layers} layers, {made.renamed} tensors renamed"))
-    for left in made.left_out:
-        print(printable(f"left out: {left}"))
+    for name in made.left_out:
+        print(printable(f"left out: {name}"))
     print(f"compared with: {made.checked}")
 
 

@@ -1,1 +1,1 @@
-"""Folders written whole or not at all, bounded JSON, safetensors headers, and names of folders or Hub ids."""
+"""Atomic writing of files and folders, bounded JSON, safetensors headers, and names of folders or Hub ids."""

@@ -1,41 +1,53 @@
-"""JSON that anyone may have written: what would break whoever prints it or stores it again is refused at once."""
+"""JSON from untrusted sources: content that would break printing or saving it again is refused."""
 
 import json
 from typing import Any
 
-_MAX_LEVELS = 50  # of lists and objects within each other
+_MAX_LEVELS = 50  # of nested lists and objects
 _MAX_DIGITS = 20  # 64 bits
 
 
 def parse_json(text: str, *, exact: bool = False) -> Any:
-    """What the text holds.
+    """Parse JSON within bounds.
 
     Args:
         text: JSON.
-        exact: Refuse an object that names something twice, which readers take in different ways.
+        exact: Refuse objects with a repeated name, which readers interpret differently.
 
     Raises:
-        ValueError: It is no JSON, nested without end, or holds integers beyond 64 bits or halves of characters.
+        ValueError: The text is not JSON, is nested too deeply, or contains integers beyond 64 bits or lone surrogates.
     """
-    content = json.loads(text, parse_int=_integer, object_pairs_hook=refuse_duplicates if exact else None)
+    content = json.loads(text, parse_int=_parse_integer, object_pairs_hook=refuse_duplicates if exact else None)
     if not is_text(json.dumps(content, ensure_ascii=False)):
         raise ValueError("half of a character")
-    levels, layer = 0, [content]
-    while layer := [x for c in layer if isinstance(c, dict | list) for x in (c.values() if isinstance(c, dict) else c)]:
+    levels, items = 0, _list_children([content])
+    while items:
         levels += 1
         if levels > _MAX_LEVELS:
             raise ValueError(f"nested deeper than {_MAX_LEVELS} levels")
+        items = _list_children(items)
     return content
 
 
-def _integer(text: str) -> int:
+def _list_children(items: list[Any]) -> list[Any]:
+    """The members of all lists and objects among the items."""
+    children: list[Any] = []
+    for item in items:
+        if isinstance(item, dict):
+            children += item.values()
+        elif isinstance(item, list):
+            children += item
+    return children
+
+
+def _parse_integer(text: str) -> int:
     if len(text) > _MAX_DIGITS:
         raise ValueError(f"an integer of {len(text)} digits")
     return int(text)
 
 
 def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of a JSON reader; ValueError for a name that stands twice."""
+    """Make the object of a JSON reader; raises ValueError for a repeated name."""
     content = dict(pairs)
     if len(content) < len(pairs):
         raise ValueError("it names a tensor or a setting twice")
@@ -43,7 +55,7 @@ def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def is_text(text: str) -> bool:
-    """False for surrogates: what JSON and file names can hold, and UTF-8 cannot."""
+    """False if the text has lone surrogates, which JSON and file names can hold but UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Names that could be a folder as well as a Hub id: `user/name`."""
+"""Names that may be a folder or a Hub id: `user/name`."""
 
 from pathlib import Path
 
@@ -6,22 +6,25 @@ from inlay.errors import BadInput
 
 
 def refuse_ambiguous(name: str, file: str, revision: str | None = None) -> None:
-    """Raise InlayError where a folder stands in the way of what this machine has from the Hub under the same name.
+    """Refuse the name of a folder that is also the id of a Hub repository in this machine's cache.
 
-    The Hub is not asked, as most folders of that form (`runs/adapter`) have no namesake there: known is what the cache
-    holds. A revision says that the Hub's is meant.
+    The Hub itself is not asked, because most folders of that form (`runs/adapter`) have no namesake there. A revision
+    means that the Hub's repository is wanted, so it is refused for a folder.
 
     Args:
-        name: Of a folder that exists.
-        file: One that the namesake in the cache would have, such as config.json.
-        revision: That was asked for.
+        name: Name of an existing folder.
+        file: A file that the repository in the cache would have, such as config.json.
+        revision: The revision that the user gave, or None.
+
+    Raises:
+        BadInput: The name is ambiguous, or a revision was given for a folder.
     """
     if revision is not None:
         raise BadInput(
-            f"revision {revision!r} is of a Hub id, but {name!r} is a folder here, which has none; leave the revision "
-            "out, or work from another folder to get the Hub's."
+            f"revision {revision!r} needs a Hub id, but {name!r} is a folder here, which has no revisions; leave the "
+            "revision out, or work from another folder to get the Hub's."
         )
-    if not _like_hub_id(name):
+    if not _looks_like_hub_id(name):
         return
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -37,6 +40,6 @@ def refuse_ambiguous(name: str, file: str, revision: str | None = None) -> None:
         )
 
 
-def _like_hub_id(name: str) -> bool:
-    """True for `user/name`, which a folder here may have for a name, too."""
+def _looks_like_hub_id(name: str) -> bool:
+    """True for `user/name`, which may also be the path of a folder."""
     return name.count("/") == 1 and not name.startswith((".", "~", "/")) and not name.endswith("/")

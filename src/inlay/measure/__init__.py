@@ -1,6 +1,6 @@
-"""What a model holds, computes and takes: parameters, multiply-accumulates, latency, energy, memory.
+"""Cost of a model: parameters, multiply-accumulates, latency, energy and memory.
 
-All but `footprint` is imported on first use.
+Everything except `footprint` is imported on first use.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-# Not lazy: whoever imported the module of this name first would otherwise find it in place of the function.
+# Imported at once: otherwise an import of the module `footprint` would hide the function of the same name.
 from inlay.measure.footprint import Footprint, describe_quantized, footprint
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ __all__ = [
     "plan_memory",
 ]
 
-_HOME = {
+_MODULE_OF = {
     "count_macs": "macs",
     "Latency": "speed",
     "latency": "speed",
@@ -49,10 +49,10 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value  # over the module `cost`, which the import has put in place of the function
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value  # replaces a module of the same name, which the import has set here
     return value
 
 

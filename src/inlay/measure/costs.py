@@ -1,4 +1,4 @@
-"""What a model costs, and what of it is the adapter's, in one row: it goes into every saved adapter."""
+"""The cost of a model and of its adapter, in one row that is stored in every saved adapter."""
 
 from __future__ import annotations
 
@@ -18,22 +18,26 @@ from inlay.measure.speed import Latency, latency
 from inlay.methods._peft import PeftModel, acts_as_saved, base_modules, base_with_own_head
 
 State = Callable[[], AbstractContextManager[None]]
-_TURNS, _PASSES = 6, 5  # after a first turn to warm up: 25 passes in each state
-_BUDGET_S = 2.0  # of all turns; one is always taken
+_TURNS, _PASSES = (
+    6,
+    5,
+)  # turns, the first of which is a warm-up, and passes per turn: 25 passes are counted in each state
+_BUDGET_S = 2.0  # for all turns; one turn is always taken
 
 
 def cost(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int | float | str]:
-    """Parameters, multiply-accumulates, latency and energy of one forward pass of `inputs`, as `model` is now.
+    """Parameters, multiply-accumulates, latency and energy of one forward pass of `inputs`, for `model` as it is now.
 
-    Of a model with an adapter also those of its base alone, under the same names with `base_` in front: what the
-    adapter costs is the difference. Latencies are taken by turns, so that whatever else the machine does hits both.
+    For a model with an adapter, the row also has the cost of its base without the adapter, under the same names with
+    the prefix `base_`. The difference is the cost of the adapter. Latencies of both are measured by turns, so that
+    other load on the machine affects both.
 
     Returns:
-        parameters and trainable_parameters (counts), weights_mb and trainable_mb (10^6 bytes held in memory), mmacs
-        (10^6 multiply-accumulates), latency_ms (median of single passes), latency_spread_ms (largest difference of a
-        state's turns, where there was more than one), energy_j where it is known, energy_source (how, or why not),
-        device and threads it was measured on. No base_mmacs, base_latency_ms and base_energy_j where the base alone
-        cannot compute these inputs, such as a volume.
+        parameters and trainable_parameters (counts); weights_mb and trainable_mb (10^6 bytes in memory); mmacs (10^6
+        multiply-accumulates); latency_ms (median of single passes); latency_spread_ms (largest difference between the
+        turns of a state, if there was more than one); energy_j if it is known; energy_source (how it was measured, or
+        why not); the device and threads of the measurement. If the base without the adapter cannot compute these
+        inputs, such as a volume, base_mmacs, base_latency_ms and base_energy_j are missing.
     """
     size = footprint(model)
     rows: dict[str, int | float | str] = {
@@ -45,16 +49,16 @@ def cost(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int | float |
     states: dict[str, State] = {"": nullcontext}
     macs = {"": count_macs(model, inputs)}
     if isinstance(model, PeftModel) and acts_as_saved(model):
-        own = _adapters_own(model)
+        own = _find_adapter_parameters(model)
         rows["base_parameters"] = size.parameters - sum(map(true_size, own))
         rows["base_weights_mb"] = round((size.bytes_total - sum(parameter.nbytes for parameter in own)) / 1e6, 4)
         try:
             with base_with_own_head(model):
                 macs["base_"] = count_macs(model, inputs)
             states["base_"] = partial(base_with_own_head, model)
-        except InlayError:  # it has no use for such inputs without its adapter
+        except InlayError:  # the base cannot compute such inputs without its adapter
             pass
-    times = _latencies(model, inputs, states)
+    times = _time_states(model, inputs, states)
     medians = {name: [time.median_ms for time in turns] for name, turns in times.items()}
     for name, state in states.items():
         rows[f"{name}mmacs"] = round(macs[name] / 1e6, 3)
@@ -69,14 +73,14 @@ def cost(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int | float |
     return {**rows, "device": times[""][0].device, "threads": times[""][0].threads}
 
 
-def _adapters_own(model: PeftModel) -> list[nn.Parameter]:
-    """All parameters that are not the base's, those of adapters that are not active among them."""
+def _find_adapter_parameters(model: PeftModel) -> list[nn.Parameter]:
+    """All parameters that do not belong to the base, including those of inactive adapters."""
     base = {id(p) for _, module in base_modules(model, originals=True) for p in module._parameters.values()}
     return [parameter for parameter in model.parameters() if id(parameter) not in base]
 
 
-def _latencies(model: nn.Module, inputs: dict[str, Tensor], states: dict[str, State]) -> dict[str, list[Latency]]:
-    """Some passes in one state after the other, round about; the first turn counts if there is no second."""
+def _time_states(model: nn.Module, inputs: dict[str, Tensor], states: dict[str, State]) -> dict[str, list[Latency]]:
+    """Measure latencies in all states by turns. The first turn is a warm-up, unless there is no second one."""
     found: dict[str, list[Latency]] = {name: [] for name in states}
     deadline, share = time.perf_counter() + _BUDGET_S, _BUDGET_S / (_TURNS * len(states))
     for _ in range(_TURNS):

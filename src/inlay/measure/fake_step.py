@@ -1,4 +1,4 @@
-"""A model without values, and how much memory its operations would hold."""
+"""A model of fake tensors, without values, and the memory that its operations would hold."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from transformers import masking_utils
 
 
 def fake_model(model: nn.Module, device: torch.device) -> nn.Module:
-    """A copy whose tensors are fake, on `device`: deepcopy takes from `memo` what it would allocate.
+    """A copy of the model with fake tensors on `device`; deepcopy finds them in `memo` instead of allocating new ones.
 
-    Layers of bitsandbytes are as after their quantisation, also where it has not taken place, as on the meta device.
-    To be called, and its result used, under one FakeTensorMode.
+    Layers of bitsandbytes are copied as quantised, even if they have not been quantised yet, as on the meta device.
+    Call this function, and use its result, under one FakeTensorMode.
     """
     memo: dict[int, Any] = {
         id(tensor): fake_tensor(tensor, device) for tensor in [*model.parameters(), *model.buffers()]
     }
-    bitsandbytes = sys.modules.get("bitsandbytes")  # not imported: then no layer can be of it
+    bitsandbytes = sys.modules.get("bitsandbytes")  # if it is not imported, no layer is from it
     for module in model.modules():
         if bitsandbytes and isinstance(module, bitsandbytes.nn.Linear4bit):
-            memo[id(module.weight)] = _four_bit(module, device)
+            memo[id(module.weight)] = _fake_four_bit(module, device)
         elif bitsandbytes and isinstance(module, bitsandbytes.nn.Linear8bitLt):
-            memo[id(module.weight)], memo[id(module.state)] = _eight_bit(module, device)
+            memo[id(module.weight)], memo[id(module.state)] = _fake_eight_bit(module, device)
     with _FakeCopies(device):
         return copy.deepcopy(model, memo)
 
 
 class _FakeCopies(TorchFunctionMode):
-    """Fake copies of the tensors that are neither parameters nor buffers, wherever the model keeps them."""
+    """Makes fake copies of tensors that are neither parameters nor buffers, wherever the model stores them."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -55,37 +55,40 @@ class _FakeCopies(TorchFunctionMode):
 
 
 def fake_tensor(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor, or a parameter, of the same shape and type without values."""
-    shadow = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-    return nn.Parameter(shadow, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shadow
+    """A tensor or parameter of the same shape and type, without values."""
+    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    return nn.Parameter(fake, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
-def _eight_bit(module: Any, device: torch.device) -> tuple[Tensor, Any]:
-    """Weight and state of an 8-bit layer, quantised or still to be; without a threshold, as outliers are values."""
+def _fake_eight_bit(module: Any, device: torch.device) -> tuple[Tensor, Any]:
+    """Fake weight and state of an 8-bit layer, quantised or not yet.
+
+    The threshold is off, because outliers depend on values.
+    """
     weight, state = module.weight, copy.copy(module.state)
-    kept = torch.float16 if state.has_fp16_weights else torch.int8
-    shadow: Any = nn.Parameter(torch.empty(weight.shape, dtype=kept, device=device), requires_grad=False)
-    shadow.CB = shadow.SCB = None
+    dtype = torch.float16 if state.has_fp16_weights else torch.int8
+    fake: Any = nn.Parameter(torch.empty(weight.shape, dtype=dtype, device=device), requires_grad=False)
+    fake.CB = fake.SCB = None
     if not state.has_fp16_weights:
-        state.CB, state.SCB = shadow.data, torch.empty(len(weight), device=device)
+        state.CB, state.SCB = fake.data, torch.empty(len(weight), device=device)
     state.threshold = 0.0
-    return shadow, state
+    return fake, state
 
 
-def _four_bit(module: Any, device: torch.device) -> Tensor:
-    """Weight of a 4-bit layer with its scales, quantised or still to be."""
+def _fake_four_bit(module: Any, device: torch.device) -> Tensor:
+    """Fake weight of a 4-bit layer with its scales, quantised or not yet."""
     weight = module.weight
     if weight.quant_state is None:
-        state, size = _new_state(weight), (-(-weight.numel() // 2), 1)
+        state, size = _make_quant_state(weight), (-(-weight.numel() // 2), 1)
     else:
         state, size = weight.quant_state, weight.shape
-    shadow: Any = nn.Parameter(torch.empty(size, dtype=weight.quant_storage, device=device), requires_grad=False)
-    shadow.quant_state = _fake_state(state, device)
-    return shadow
+    fake: Any = nn.Parameter(torch.empty(size, dtype=weight.quant_storage, device=device), requires_grad=False)
+    fake.quant_state = _fake_quant_state(state, device)
+    return fake
 
 
-def _new_state(weight: Any) -> Any:
-    """What quantising the weight will yield beside it (bitsandbytes.functional.quantize_4bit), on meta."""
+def _make_quant_state(weight: Any) -> Any:
+    """The state that quantising the weight will give (bitsandbytes.functional.quantize_4bit), on the meta device."""
     from bitsandbytes.functional import QuantState
 
     blocks = -(-weight.numel() // weight.blocksize)
@@ -106,19 +109,19 @@ def _new_state(weight: Any) -> Any:
     return QuantState(absmax, weight.shape, code, weight.blocksize, kind, weight.dtype, offset, inner)
 
 
-def _fake_state(state: Any, device: torch.device) -> Any:
-    shadow = copy.copy(state)
+def _fake_quant_state(state: Any, device: torch.device) -> Any:
+    fake = copy.copy(state)
     for name, value in vars(state).items():
         if isinstance(value, Tensor):
-            setattr(shadow, name, fake_tensor(value, device))
+            setattr(fake, name, fake_tensor(value, device))
         elif type(value) is type(state):
-            setattr(shadow, name, _fake_state(value, device))
-    return shadow
+            setattr(fake, name, _fake_quant_state(value, device))
+    return fake
 
 
 @contextmanager
-def one_text_a_row() -> Iterator[None]:
-    """Positions without values do not tell transformers that no row holds several texts; then it builds a mask."""
+def assume_one_text_per_row() -> Iterator[None]:
+    """Tell transformers that each row holds one text. It cannot see this in fake positions, and would build a mask."""
     whole = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
@@ -128,26 +131,26 @@ def one_text_a_row() -> Iterator[None]:
 
 
 @contextmanager
-def no_traces() -> Iterator[None]:
-    """Of what fake tensors cannot do: torch logs a stack trace, and raises the same."""
-    speaker = logging.getLogger("torch._subclasses.fake_tensor")
-    level = speaker.level
-    speaker.setLevel(logging.CRITICAL)
+def silence_fake_tensor_log() -> Iterator[None]:
+    """Silence the stack trace that torch logs, and also raises, when fake tensors cannot do an operation."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        speaker.setLevel(level)
+        logger.setLevel(level)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations make under a FakeTensorMode: `alive` bytes now, `peak` at most.
+    """Tracks the storages that operations allocate under a FakeTensorMode: `alive` bytes now, and their `peak`.
 
-    A storage counts from the operation that yields it until nothing refers to it. One that comes in from outside
-    (weights, batch) does not count. Integers whose `values` are known keep them, as a step may look at labels. A number
-    that a step draws from 0 to 1, to choose its way, is next to 1.
+    A storage counts from the operation that returns it until nothing refers to it. A storage from outside (weights,
+    batch) does not count. Integers whose real `values` are known keep them, because a step may read its labels. A
+    random number between 0 and 1 that a step draws to choose a branch is taken to be almost 1.
 
     Args:
-        block: What the allocator rounds up to, in bytes.
+        block: The allocator rounds sizes up to multiples of this many bytes.
     """
 
     def __init__(self, block: int) -> None:
@@ -160,8 +163,8 @@ class LiveBytes(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
         for tensor in tensors:
-            self._see(tensor, new=False)
-        real = self._compute(func, tensors, args, kwargs)
+            self._track_storage(tensor, new=False)
+        real = self._compute_real(func, tensors, args, kwargs)
         if isinstance(real, int | float):  # a bool is one too
             return real
         if real is not None and torch.Tag.dynamic_output_shape in func.tags:
@@ -174,12 +177,15 @@ class LiveBytes(TorchDispatchMode):
             self.values.pop(tensors[0], None)
         for value in tree_iter(result):
             if isinstance(value, Tensor):
-                self._see(value, new=True)
-        self.peak = max(self.peak, self.alive + _inside(func, args))
+                self._track_storage(value, new=True)
+        self.peak = max(self.peak, self.alive + _count_hidden_bytes(func, args))
         return result
 
-    def _compute(self, func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> Tensor | float | None:
-        """The operation on the numbers themselves; None if one is not known, or the result is something else."""
+    def _compute_real(self, func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> Tensor | float | None:
+        """Compute the operation on the real values.
+
+        Returns None if a value is not known, or the result is neither a number, nor integers, nor a scalar tensor.
+        """
         if func is torch.ops.aten.rand.default and not args[0]:
             with unset_fake_temporarily():
                 return torch.tensor(1 - 1e-6)
@@ -193,7 +199,7 @@ class LiveBytes(TorchDispatchMode):
         exact = isinstance(real, Tensor) and (real.ndim == 0 or not real.is_floating_point())
         return real if exact or isinstance(real, int | float) else None
 
-    def _see(self, tensor: Tensor, new: bool) -> None:
+    def _track_storage(self, tensor: Tensor, new: bool) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.known:
@@ -201,15 +207,15 @@ class LiveBytes(TorchDispatchMode):
         self.known.add(key)
         size = math.ceil(storage.nbytes() / self.block) * self.block if new else 0
         self.alive += size
-        weakref.finalize(storage, self._gone, key, size).atexit = False
+        weakref.finalize(storage, self._forget_storage, key, size).atexit = False
 
-    def _gone(self, key: int, size: int) -> None:
+    def _forget_storage(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.alive -= size
 
 
-def _inside(func: Any, args: Any) -> int:
-    """Bytes that an operation makes and frees inside: bitsandbytes' 4-bit product holds one whole weight."""
+def _count_hidden_bytes(func: Any, args: Any) -> int:
+    """Bytes that an operation allocates and frees itself: the 4-bit product of bitsandbytes unpacks a whole weight."""
     if str(func) != "bitsandbytes.gemm_4bit.default" or args[0].device.type != "cpu":
         return 0
     return math.prod(args[2]) * args[0].element_size()

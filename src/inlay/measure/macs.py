@@ -1,4 +1,4 @@
-"""Multiply-accumulates of a forward pass, counted without computing it."""
+"""Count the multiply-accumulates of a forward pass without computing it."""
 
 from __future__ import annotations
 
@@ -15,49 +15,51 @@ from inlay.errors import Unsupported
 def count_macs(model: nn.Module, inputs: dict[str, Tensor]) -> int:
     """Multiply-accumulates of one forward pass in eval mode, for the whole batch in `inputs`.
 
-    Counts matrix products, convolutions (taps on padding too) and both products of attention, of the whole
-    square also where a mask is causal. Biases, norms, activations, softmax and element-wise products are not
-    counted. A quantised linear layer counts as the dense one it stands for; an unmerged adapter adds its own.
+    Matrix products, convolutions (including taps on padding) and both products of attention are counted; of attention
+    the whole square, also under a causal mask. Biases, norms, activations, softmax and element-wise products are not
+    counted. A quantised linear layer counts as a dense one. An unmerged adapter adds its own.
 
-    The pass runs on a copy on torch's meta device: shapes are worked out, nothing is computed or allocated.
-    The model is not touched. On a CPU torch would not see the products of attention.
+    The pass runs on a copy on torch's meta device, which works out shapes without computing or allocating. (On a CPU
+    torch would not see the products of attention.) The model is not changed.
 
     Args:
         model: Any module, on any device; not inside a wrapper such as DistributedDataParallel.
-        inputs: Keyword arguments of its forward, on any device; only shape and type are used. Leave attention
-            masks out: transformers asks them for values, and they change no count.
+        inputs: Keyword arguments of its forward, on any device; only their shapes and types are used. Leave attention
+            masks out: transformers reads their values, and they do not change the count.
 
     Raises:
-        InlayError: the forward pass needs the values of its tensors, or the inputs do not fit.
+        InlayError: The forward pass needs the values of its tensors, or the inputs do not fit.
 
-    Source: `torch.utils.flop_counter.FlopCounterMode`, halved: it counts two operations for each.
+    Source: `torch.utils.flop_counter.FlopCounterMode`, halved, because it counts two operations for each
+    multiply-accumulate.
     """
-    shadow = _on_meta(model).eval()
-    for module in shadow.modules():
-        module.warn_if_padding_and_no_attention_mask = lambda *_: None  # transformers', which looks at the first tokens
+    on_meta = _copy_to_meta(model).eval()
+    for module in on_meta.modules():
+        # This check of transformers would read the first tokens.
+        module.warn_if_padding_and_no_attention_mask = lambda *_: None
     counter = FlopCounterMode(display=False)
     try:
         with counter, torch.no_grad():
-            shadow(**{name: _meta(value) for name, value in inputs.items()})
+            on_meta(**{name: _to_meta(value) for name, value in inputs.items()})
     except RuntimeError as error:  # and its subclass NotImplementedError
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
         raise Unsupported(
-            f"expected a forward pass that needs no values (torch's meta device), but {type(model).__name__} "
-            f"on {shapes} answered: {str(error).splitlines()[0]!r}. Leave attention masks out and check the "
-            "shapes; control flow that depends on values cannot be counted."
+            f"the multiply-accumulates of {type(model).__name__} on {shapes} cannot be counted on torch's meta device "
+            f"({str(error).splitlines()[0]}). Leave attention masks out and check the shapes; control flow that "
+            "depends on values cannot be counted."
         ) from error
     return counter.get_total_flops() // 2
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
-    """Copy whose tensors are all on the meta device: deepcopy takes from `memo` what it would allocate."""
-    bitsandbytes = sys.modules.get("bitsandbytes")  # not imported: then no layer can be of it
+def _copy_to_meta(model: nn.Module) -> nn.Module:
+    """A copy with all tensors on the meta device; deepcopy finds them in `memo` instead of allocating new ones."""
+    bitsandbytes = sys.modules.get("bitsandbytes")  # if it is not imported, no layer is from it
     quantised = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt) if bitsandbytes else ()
-    memo: dict[int, object] = {id(parameter): _meta(parameter) for parameter in model.parameters()}
+    memo: dict[int, object] = {id(parameter): _to_meta(parameter) for parameter in model.parameters()}
     for module in model.modules():
-        # Tensors that a module keeps as plain attributes are known neither as parameters nor as buffers.
+        # Tensors that are plain attributes of a module are neither parameters nor buffers.
         plain = [value for value in vars(module).values() if isinstance(value, Tensor)]
-        memo |= {id(tensor): _meta(tensor) for tensor in [*module.buffers(recurse=False), *plain]}
+        memo |= {id(tensor): _to_meta(tensor) for tensor in [*module.buffers(recurse=False), *plain]}
         if isinstance(module, quantised):
             assert isinstance(module, nn.Linear)
             memo[id(module)] = nn.Linear(
@@ -70,8 +72,8 @@ def _on_meta(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _meta(tensor: Tensor) -> Tensor:
-    # One floating type for all: bitsandbytes takes any as input, the dense layers that stand in do not.
+def _to_meta(tensor: Tensor) -> Tensor:
+    # One floating-point type for all: bitsandbytes takes any input, the dense layers that replace it do not.
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-    shadow = torch.empty(tensor.shape, dtype=dtype, device="meta")
-    return nn.Parameter(shadow, requires_grad=False) if isinstance(tensor, nn.Parameter) else shadow
+    on_meta = torch.empty(tensor.shape, dtype=dtype, device="meta")
+    return nn.Parameter(on_meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else on_meta

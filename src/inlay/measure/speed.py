@@ -1,4 +1,4 @@
-"""How long one forward pass takes."""
+"""Latency of one forward pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from inlay.errors import BadInput
 
 @dataclass(frozen=True)
 class Latency:
-    """Time of one forward pass over a batch: median, and the range that holds the middle 80 % of the runs."""
+    """Time of one forward pass over a batch: the median, and the range of the middle 80 % of the runs."""
 
     median_ms: float
     p10_ms: float
@@ -35,35 +35,35 @@ def latency(
     warmup: int = 3,
     budget_s: float = 2.0,
 ) -> Latency:
-    """Time single forward passes in eval and inference mode, with the threads that torch uses now.
+    """Time single forward passes in eval and inference mode, with the number of threads that torch uses now.
 
-    Accelerators are waited for before and after each pass; moving inputs to the model's device is not timed.
-    Afterwards every module is in the mode in which it was: a BatchNorm that was held in eval mode stays so.
+    Accelerators are synchronised before and after each pass. Moving inputs to the model's device is not timed.
+    Afterwards every module is in its previous mode: a BatchNorm that was in eval mode stays in eval mode.
 
-    More threads than free cores make small models many times slower: on a shared machine look at p10 too.
-    `torch.utils.benchmark.Timer` does not serve: it gives means of blocks, from which no percentiles follow.
+    More threads than free cores make small models many times slower; on a shared machine check p10 too.
+    `torch.utils.benchmark.Timer` is not used, because it returns means of blocks, which give no percentiles.
 
     Args:
-        model: Any module, all on one device.
-        inputs: Keyword arguments of its forward; the first dimension of the first is the batch.
+        model: Any module, on one device.
+        inputs: Keyword arguments of its forward; the first dimension of the first one is the batch.
         repeats: Passes to time, at least 1.
-        warmup: Passes before them.
-        budget_s: No pass starts after this many seconds, but one is always timed; see `Latency.repeats`.
+        warmup: Passes before the timed ones.
+        budget_s: No pass starts after this many seconds, but at least one is timed; see `Latency.repeats`.
 
     Raises:
-        InlayError: repeats is under 1, or there are no inputs.
+        InlayError: repeats is below 1, or there are no inputs.
     """
     if repeats < 1:
         raise BadInput(f"repeats must be at least 1, got {repeats}.")
     device = device_of(model)
     times_ms: list[float] = []
-    with passes(model, inputs) as run:
+    with forward_passes(model, inputs) as run:
         deadline = time.perf_counter() + budget_s
         for count in range(warmup + repeats):
             if times_ms and time.perf_counter() > deadline:
                 break
             took = run()
-            # A warm-up that has used up the budget must do as the measurement.
+            # If the warm-up has used up the budget, its last pass is the measurement.
             if count >= warmup or time.perf_counter() > deadline:
                 times_ms.append(took * 1e3)
     p10, median, p90 = np.quantile(times_ms, [0.1, 0.5, 0.9]).tolist()
@@ -79,8 +79,8 @@ def latency(
 
 
 @contextmanager
-def passes(model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[Callable[[], float]]:
-    """A function that does one forward pass of `inputs`, in eval and inference mode, and gives its seconds.
+def forward_passes(model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[Callable[[], float]]:
+    """Yield a function that runs one forward pass of `inputs` in eval and inference mode and returns its seconds.
 
     Raises:
         InlayError: There are no inputs.
@@ -91,9 +91,9 @@ def passes(model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[Callable[[],
     inputs = {name: value.to(device) for name, value in inputs.items()}
 
     def run() -> float:
-        start = _now(device)
+        start = _synchronized_time(device)
         model(**inputs)
-        return _now(device) - start
+        return _synchronized_time(device) - start
 
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -106,12 +106,12 @@ def passes(model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[Callable[[],
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter is; the CPU if it has none."""
+    """The device of the model's first parameter; the CPU if it has none."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def _now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has nothing left to do."""
+def _synchronized_time(device: torch.device) -> float:
+    """Seconds of a clock, read after the device has finished all its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()

@@ -1,1 +1,1 @@
-"""Training: TrainConfig, and fit, one visible accelerate loop."""
+"""Training: TrainConfig holds the settings, fit is one visible accelerate loop."""

@@ -1,4 +1,4 @@
-"""Scores on validation data, the same on every process."""
+"""Scores on validation data, equal on all processes."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -27,32 +27,34 @@ def evaluate_on(
     accumulate: int = 1,
     best_by: str | None = None,
 ) -> tuple[dict[str, float], str]:
-    """Mean loss and what the metrics say of the loss's `answers`; leaves the model in train mode.
+    """Compute the mean loss and the metrics on validation data; the model is in train mode afterwards.
 
-    Gives the scores by name, and the name of the one that chooses the best step (`name_of_best`).
+    The metrics compare what the method `answers` of the loss returns. A loss without this method is scored by
+    `logits.argmax(-1)` against `labels`.
 
-    Without such a method these are `logits.argmax(-1)` against `labels`.
+    The metrics see every row once, on the main process: accelerate drops the rows with which it padded the last batch.
+    That batch is computed row by row, as a mean would mix real rows and padding. The other batches are computed in
+    `accumulate` pieces, as in training.
 
-    The metrics see all rows once, on the main process: accelerate drops those with which it padded the last batch. That
-    batch is taken row by row, as a mean over rows and padding could not be told apart. The others go through the model
-    in `accumulate` pieces, as in training.
+    Returns:
+        The scores by name, and the name of the score that chooses the best step (`choose_score_name`).
     """
     model.eval()
-    answers = getattr(loss, "answers", _classes)
+    answers = getattr(loss, "answers", _classifier_answers)
     losses, weights = [], []
     for batch in loader:
-        at_end, over = accelerator.gradient_state.end_of_dataloader, accelerator.gradient_state.remainder
-        padded = accelerator.num_processes > 1 and at_end and over > 0
-        each, share, answered = [], [], []  # a value for every row
+        state = accelerator.gradient_state
+        padded = accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0
+        row_losses, row_weights, answered = [], [], []
         for piece in split_batch(batch, count_rows(batch) if padded else accumulate):
             output, rows = loss(model, piece), count_rows(piece)
-            each.append(output.loss.repeat(rows))
-            share.append(torch.full_like(each[-1], loss.weight(piece) / rows))
+            row_losses.append(output.loss.repeat(rows))
+            row_weights.append(torch.full_like(row_losses[-1], loss.weight(piece) / rows))
             if metrics:
                 answered.append(answers(output, piece))
-        values = accelerator.gather_for_metrics((torch.cat(each), torch.cat(share)))
-        losses.append(values[0])
-        weights.append(values[1])
+        batch_losses, batch_weights = accelerator.gather_for_metrics((torch.cat(row_losses), torch.cat(row_weights)))
+        losses.append(batch_losses)
+        weights.append(batch_weights)
         if not metrics:
             continue
         whole = tuple(torch.cat(side) for side in zip(*answered, strict=True))
@@ -60,7 +62,7 @@ def evaluate_on(
         if accelerator.is_main_process:
             for metric in metrics:
                 metric.add_batch(predictions=predictions.cpu(), references=references.cpu())
-    train_mode(model)
+    set_train_mode(model)
     scores: dict[str, float] = {}
     chooses = best_by or "loss"
     if accelerator.is_main_process:
@@ -70,7 +72,7 @@ def evaluate_on(
         for found in of_each:
             scores |= found
         if metrics:
-            chooses = name_of_best(metrics[0], of_each[0], scores, best_by)
+            chooses = choose_score_name(metrics[0], of_each[0], scores, best_by)
     if accelerator.num_processes > 1:
         shared: list[Any] = [scores, chooses]
         broadcast_object_list(shared)
@@ -78,20 +80,20 @@ def evaluate_on(
     return scores, chooses
 
 
-def name_of_best(
+def choose_score_name(
     metric: "evaluate.Metric", found: dict[str, float], scores: dict[str, float], asked: str | None
 ) -> str:
-    """Name of the score that chooses the best step, of which more is better.
+    """Name of the score that chooses the best step. A larger score is better.
 
     Args:
-        metric: The first metric. Where it gives several scores, the one of its own name or of its attribute
-            `score_name` is meant.
-        found: What it gives.
-        scores: What all metrics give, and the loss.
-        asked: The name that the caller gave.
+        metric: The first metric. If it gives several scores, the one with the metric's own name is chosen, or the one
+            named in its attribute `score_name`.
+        found: The scores that this metric gives.
+        scores: The scores of all metrics, and the loss.
+        asked: The name that the caller gave, or None.
 
     Raises:
-        InlayError: There is no such score, or several that could be meant.
+        InlayError: No score has this name, or several scores could be meant.
     """
     if asked is not None:
         if asked not in scores or asked == "loss":
@@ -110,13 +112,13 @@ def name_of_best(
     return next(iter(found))
 
 
-def _classes(output: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The answers of a classifier: (B,) or of text (B, T), predicted and true."""
+def _classifier_answers(output: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predicted and true classes of a classifier: (B,), or (B, T) for text."""
     return output.logits.argmax(-1), batch["labels"]
 
 
-def train_mode(model: nn.Module) -> None:
-    """Train mode, but batch norms keep the base's statistics: those that moved would not be in the adapter."""
+def set_train_mode(model: nn.Module) -> None:
+    """Set train mode, but keep the statistics of batch norms fixed: an adapter would not contain the changed ones."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -124,7 +126,7 @@ def train_mode(model: nn.Module) -> None:
 
 
 def split_batch(batch: dict[str, Any], count: int) -> "Iterator[dict[str, Any]]":
-    """At most `count` pieces of a batch, equal in size but for the last."""
+    """At most `count` pieces of a batch, of equal size except the last one."""
     rows = count_rows(batch)
     size = -(-rows // count)
     for begin in range(0, rows, size):

@@ -1,4 +1,4 @@
-"""Start accelerate, refuse a launch that would silently do something else than was asked, build what a run needs."""
+"""Start accelerate, refuse launches that would not train as requested, and build the optimiser and the data loaders."""
 
 import atexit
 import ctypes
@@ -29,24 +29,24 @@ from inlay.train.config import TrainConfig
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from inlay.train.frozen_cache.shorten import FitData
+    from inlay.train.frozen_cache.frozen_blocks import FitData
     from inlay.train.sampler import SeededSampler
 
     Collate = Callable[[list[Any]], dict[str, Any]]
 
 
 def start_accelerator(model: torch.nn.Module, config: TrainConfig) -> Accelerator:
-    """The Accelerator of this process, after checks that it will train as asked.
+    """The Accelerator of this process, checked to train as requested.
 
     Raises:
-        InlayError: fp16 on a CPU (accelerate ignores it), several processes that do not see each other, a batch that
-            cannot be shared out evenly, a tracker that is not installed, weights that are sharded (FSDP, ZeRO 3).
+        InlayError: fp16 on a CPU (accelerate ignores it); several processes that do not see each other; a batch that
+            does not divide evenly among the processes; a tracker that is not installed; sharded weights (FSDP, ZeRO 3).
     """
     if config.tracker is not None:
         _check_tracker(config.tracker)
-    AcceleratorState._reset_state()  # accelerate keeps the precision of the process's first run otherwise
+    AcceleratorState._reset_state()  # otherwise accelerate keeps the precision of this process's first run
     accelerator = Accelerator(
-        mixed_precision=_precision(model, config),
+        mixed_precision=_choose_precision(model, config),
         log_with=config.tracker,
         project_config=ProjectConfiguration(
             project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / "logs")
@@ -57,25 +57,28 @@ def start_accelerator(model: torch.nn.Module, config: TrainConfig) -> Accelerato
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise Unsupported("fp16 needs a GPU: on a CPU accelerate ignores it. Use --precision no, or bf16.")
-    _check_company(accelerator)
+    _check_process_count(accelerator)
     check_sharding(accelerator, config)
     atexit.register(accelerator.state.destroy_process_group)
     if config.batch_size % accelerator.num_processes:
         raise BadInput(
-            f"batch_size {config.batch_size} is the batch of all processes and must divide by their number "
-            f"({accelerator.num_processes}): take a multiple of it."
+            f"batch_size {config.batch_size} is the batch of all processes, so it must be a multiple of their number, "
+            f"{accelerator.num_processes}."
         )
     if accelerator.device.type == "cpu":
         _mention_idle_cores(accelerator)
         _keep_freed_memory()
     plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None:  # our batches come from a batch sampler, from which accelerate cannot read this number
+    if plugin is not None:  # accelerate cannot read the batch size from our batch sampler
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size // accelerator.num_processes
     return accelerator
 
 
-def _precision(model: torch.nn.Module, config: TrainConfig) -> str | None:
-    """None leaves the choice to `accelerate launch`; a half-precision base without one trains in its own dtype."""
+def _choose_precision(model: torch.nn.Module, config: TrainConfig) -> str | None:
+    """The mixed precision for accelerate; None leaves the choice to `accelerate launch`.
+
+    If neither the settings nor the launcher choose, a half-precision base is trained in its own dtype.
+    """
     if config.precision != "auto":
         return config.precision
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
@@ -93,7 +96,7 @@ def _check_tracker(name: str) -> None:
 
 
 def _mention_idle_cores(accelerator: Accelerator) -> None:
-    """`accelerate launch` gives a process on a CPU one thread, whatever the machine has."""
+    """Say how to use all cores: `accelerate launch` gives each CPU process one thread by default."""
     cores, used = os.cpu_count() or 1, torch.get_num_threads() * accelerator.num_processes
     if "ACCELERATE_MIXED_PRECISION" in os.environ and 2 * used < cores:
         option = f"--num_cpu_threads_per_process {cores // accelerator.num_processes}"
@@ -101,10 +104,10 @@ def _mention_idle_cores(accelerator: Accelerator) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors for the next step, in place of giving it back page by page.
+    """Let glibc keep the memory of freed tensors for the next step, instead of returning it to the system.
 
-    torch allocates CPU tensors with malloc, which maps each large one anew; the page faults cost more than half of a
-    MobileNetV2 step. Elsewhere (macOS, musl) there is no mallopt and nothing happens.
+    torch allocates CPU tensors with malloc, which maps every large tensor anew. The page faults cost more than half of
+    a MobileNetV2 step. Systems without mallopt (macOS, musl) are left unchanged.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -113,24 +116,24 @@ def _keep_freed_memory() -> None:
         mallopt(mmap_threshold, largest)
 
 
-def _check_company(accelerator: Accelerator) -> None:
-    """Compare the number of processes that were asked for with those that accelerate sees.
+def _check_process_count(accelerator: Accelerator) -> None:
+    """Refuse a launch where accelerate sees another number of processes than was requested.
 
-    Two traps: `--multi_gpu` or `--use_fsdp` without a GPU starts processes that each believe to be alone, and
-    `--cpu --num_processes 2` starts one only (it leaves MASTER_ADDR, but no WORLD_SIZE).
+    Two launches do this: `--multi_gpu` or `--use_fsdp` without a GPU starts processes that do not see each other, and
+    `--cpu --num_processes 2` starts one process only (it sets MASTER_ADDR, but not WORLD_SIZE).
     """
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    lonely = launched and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
-    if asked != accelerator.num_processes or lonely:
+    started_one = launched and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
+    if asked != accelerator.num_processes or started_one:
         raise BadInput(
-            f"{asked if asked > 1 else 'several'} processes were asked for, but each would train alone. On CPUs start "
+            f"{asked if asked > 1 else 'several'} processes were requested, but each would train alone; on CPUs start "
             "them with: ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 ..."
         )
 
 
 def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Refuse what could not be saved, or would be computed wrong, before an hour is spent on it."""
+    """Refuse, before the training, a sharding that cannot be saved or would compute wrong gradients."""
     kind, plugin = accelerator.distributed_type, accelerator.state.deepspeed_plugin
     if kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM) or (plugin and plugin.zero_stage == 3):
         name = "DeepSpeed ZeRO 3" if plugin else kind.value
@@ -147,7 +150,7 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
 
 
 def build_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW in 32 or 8 bits; biases, norms and other vectors do not decay."""
+    """AdamW in 32 or 8 bits, without weight decay for biases, norms and other vectors."""
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -166,7 +169,7 @@ def build_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torc
 def build_loaders(
     data: "FitData", order: "SeededSampler", batch_size: int, accelerator: Accelerator
 ) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
-    """The batches of training, as `order` has them, and of validation, those of short examples first."""
+    """Loaders of the training data in the given order, and of the validation data, short examples first."""
     train = build_loader(data.train, data.collate, data.workers, accelerator, batch_sampler=order)
     if data.validation is None:
         return train, None
@@ -177,7 +180,7 @@ def build_loaders(
 
 
 def build_loader(data: Any, collate: "Collate | None", workers: int, accelerator: Accelerator, **order: Any) -> Any:
-    """A DataLoader whose batches accelerate shares out among the processes and moves to the device."""
+    """A DataLoader whose batches accelerate divides among the processes and moves to the device."""
     loader = DataLoader(
         data,
         collate_fn=collate,
@@ -191,10 +194,10 @@ def build_loader(data: Any, collate: "Collate | None", workers: int, accelerator
 
 
 def _leave_signals_to_main(worker: int) -> None:
-    """Let a worker outlive the signal that stops the run: the main process needs it to end its step.
+    """Keep a data worker alive when a signal stops the run: the main process needs it to finish its step.
 
-    Ctrl-C goes to a process group, which is left. A scheduler's SIGTERM may go to every process: the first is ignored,
-    a second one, as the DataLoader sends when it ends, kills.
+    Ctrl-C goes to the process group, so the worker leaves the group. A scheduler may send SIGTERM to every process, so
+    the first one is ignored; the second one, which the DataLoader sends when it ends, kills the worker.
     """
     if hasattr(os, "setpgrp"):
         os.setpgrp()
@@ -205,11 +208,11 @@ def enable_checkpointing(model: nn.Module) -> None:
     """Switch gradient checkpointing on.
 
     Raises:
-        InlayError: The model has none, or its adapter lives in the cache that checkpointing does without.
+        InlayError: The model has none, or its adapter is in the key-value cache, which checkpointing does not use.
     """
     if fills_cache(model):
         raise Unsupported(
-            "peft's prefix tuning puts keys and values into the cache, which gradient checkpointing does without; "
+            "peft's prefix tuning puts keys and values into the cache, which gradient checkpointing does not use; "
             "leave the setting out, or train an attention prefix (AttentionPrefixConfig), which needs no cache."
         )
     try:
@@ -222,7 +225,7 @@ def enable_checkpointing(model: nn.Module) -> None:
 
 
 def disable_checkpointing(model: nn.Module) -> None:
-    """Switch it off again, with the gradients of the inputs, which transformers leaves on."""
+    """Switch gradient checkpointing off, and also the gradients of the inputs, which transformers leaves on."""
     if hasattr(model, "activation_checkpointing_disable"):
         model.activation_checkpointing_disable()
     else:
@@ -231,7 +234,7 @@ def disable_checkpointing(model: nn.Module) -> None:
 
 
 def release_model(accelerator: Accelerator, model: nn.Module) -> None:
-    """Close trackers and loaders, and give `model` its own forward back, without accelerate's autocast around it."""
+    """Close trackers and loaders, and remove accelerate's autocast from the forward of `model`."""
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)

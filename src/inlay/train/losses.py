@@ -1,4 +1,4 @@
-"""The loss of a batch: what `fit` asks of one, and the model's own."""
+"""The loss of a batch: the protocol that `fit` expects, and the loss that the model itself returns."""
 
 from typing import Any, Protocol
 
@@ -8,27 +8,27 @@ from inlay.train.evaluation import count_rows
 
 
 class Loss(Protocol):
-    """A mean over what `weight` counts, so that pieces of a batch add up to the loss of the whole.
+    """A mean loss. `weight` says over how much it is the mean, so that pieces of a batch add up to the whole batch.
 
-    A loss may have a third method, `answers(output, batch) -> (predictions, references)`: what the metrics compare, two
-    tensors with a row for each example, of one size in all batches. Without it these are `logits.argmax(-1)` and
-    `batch["labels"]`.
+    A loss may have a third method, `answers(output, batch) -> (predictions, references)`. It returns what the metrics
+    compare: two tensors with one row per example, of the same size in all batches. Without it the metrics compare
+    `logits.argmax(-1)` with `batch["labels"]`.
     """
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Any:
-        """An output with `loss` and `logits`."""
+        """Compute the output of the model, with `loss` and `logits`."""
 
     def weight(self, batch: dict[str, Any]) -> int:
-        """Over how many examples or tokens the loss of a batch is the mean."""
+        """Number of examples or tokens over which the loss of a batch is the mean."""
 
 
 class ModelLoss:
-    """What the model itself gives as `loss`, a mean over the rows of a batch."""
+    """The `loss` that the model itself returns, a mean over the rows of a batch."""
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Any:
-        """The model's own output."""
+        """Compute the output of the model."""
         return model(**batch)
 
     def weight(self, batch: dict[str, Any]) -> int:
-        """The rows."""
+        """Number of rows."""
         return count_rows(batch)

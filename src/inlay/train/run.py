@@ -1,12 +1,12 @@
-"""The folder of a run: its settings, its loss curve, the checkpoint it goes on from, the best weights, the result.
+"""The folder of a run: settings, loss curve, checkpoint, best weights and result.
 
-    run.json        the settings that decide the weights; a resumption must have the same
-    log.jsonl       one line a step (loss, learning rate, gradient norm) and one an evaluation
+    run.json        the settings that decide the weights; the run is resumed only with the same ones
+    log.jsonl       one line per step (loss, learning rate, gradient norm) and one per evaluation
     last/           the state to resume from: trainable weights, optimiser, schedule, scaler, progress
     best/           trainable weights of the best evaluation
-    finished.json   the result; its presence means that the run is complete
+    finished.json   the result; the run is complete if this file exists
 
-The frozen base is in none of them.
+None of them contains the frozen base.
 """
 
 import json
@@ -27,12 +27,13 @@ from inlay.files.atomic import PENDING_FILE, lock_folder, pending_folder, recove
 from inlay.train.config import TrainConfig
 
 WEIGHTS = "trainable.safetensors"
-_OWN = ("finished.json", "last", "best", "log.jsonl", "logs", "run.json")  # in the order in which they are deleted
+# in the order in which they are deleted
+_RUN_FILES = ("finished.json", "last", "best", "log.jsonl", "logs", "run.json")
 
 
 @dataclass
 class Progress:
-    """Where a run stands; stored with every checkpoint."""
+    """The progress of a run, stored with every checkpoint."""
 
     step: int = 0
     accumulate: int = 1
@@ -42,11 +43,11 @@ class Progress:
     loss_sum: float = 0.0  # of the steps since the last evaluation
     loss_count: int = 0
     metrics: dict[str, float] = field(default_factory=dict)  # of the best evaluation
-    history: list[dict[str, float]] = field(default_factory=list)  # one row an evaluation
+    history: list[dict[str, float]] = field(default_factory=list)  # one row per evaluation
     seconds: float = 0.0
 
 
-# The lock of a run that was killed lives in its data workers for as long as they take to notice.
+# The data workers of a killed run hold its lock until they notice that the run has ended.
 _WORKERS_END_S = 15
 
 
@@ -54,17 +55,17 @@ _WORKERS_END_S = 15
 def open_run(
     config: TrainConfig, model: nn.Module, accelerator: Accelerator, settings: dict[str, Any]
 ) -> Iterator["Run"]:
-    """The run of `config.output_dir`, which no other process can train meanwhile.
+    """Open the run in `config.output_dir`, which no other process can train meanwhile.
 
     Raises:
-        BadInput: Another process trains it; or the folder holds other files, or a run with other settings.
+        BadInput: Another process trains this run, or the folder holds other files or a run with other settings.
     """
     with lock_folder(config.output_dir, wait_s=_WORKERS_END_S) if accelerator.is_main_process else nullcontext():
         yield Run(config, model, accelerator, settings)
 
 
 class Run:
-    """One run folder, opened for training by `open_run`. Only the main process writes."""
+    """A run folder, opened for training by `open_run`. Only the main process writes to it."""
 
     def __init__(
         self, config: TrainConfig, model: nn.Module, accelerator: Accelerator, settings: dict[str, Any]
@@ -77,54 +78,54 @@ class Run:
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
         if accelerator.is_main_process:
-            self._open(config, settings)
+            self._open_folder(config, settings)
         accelerator.wait_for_everyone()
         if (self.folder / "finished.json").is_file():
             self.result = json.loads((self.folder / "finished.json").read_text(encoding="utf-8"))
 
-    def _open(self, config: TrainConfig, settings: dict[str, Any]) -> None:
-        """Make the folder, or check that what is in it is this run."""
+    def _open_folder(self, config: TrainConfig, settings: dict[str, Any]) -> None:
+        """Create the folder, or check that it holds this run."""
         path = self.folder / "run.json"
         identity = {**config.identity(), "precision": self.accelerator.mixed_precision, **settings}
         if self.folder.exists() and not self.folder.is_dir():
             raise BadInput(f"output_dir must be a folder, but {self.folder} is a file.")
         present = [p.name for p in self.folder.iterdir()] if self.folder.is_dir() else []
         if not path.is_file() and not all(name.startswith(PENDING_FILE) for name in present):
-            raise BadInput(f"{self.folder} holds other files, not a run of inlay; give another --output_dir.")
+            raise BadInput(f"{self.folder} holds other files, not a run of inlay; choose another --output_dir.")
         if path.is_file() and config.overwrite:
-            self._delete()
+            self._delete_run()
         if path.is_file():
             try:
                 stored = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise DamagedFile(f"{path} is not readable as JSON ({error}); start anew with --overwrite.") from None
+                raise DamagedFile(f"{path} is not readable as JSON ({error}); start again with --overwrite.") from None
             differing = [k for k in {**stored, **identity} if stored.get(k) != json.loads(json.dumps(identity.get(k)))]
             if differing:
                 changes = ", ".join(f"{k} {stored.get(k)!r} -> {identity.get(k)!r}" for k in sorted(differing))
                 raise BadInput(
-                    f"{self.folder} holds a run with other settings ({changes}); give another --output_dir, "
-                    "or --overwrite to delete it."
+                    f"{self.folder} holds a run with other settings ({changes}); choose another --output_dir, or "
+                    "delete the run with --overwrite."
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("last", "best"):
             recover(self.folder / name)
-        for unfinished in self.folder.glob(f"{PENDING_FILE}*"):  # by a run that was killed
+        for unfinished in self.folder.glob(f"{PENDING_FILE}*"):  # files of a killed run
             unfinished.unlink()
         if not path.is_file():
             write_json(path, identity)
 
-    def _delete(self) -> None:
-        """Delete what a run writes, and only that; a kill on the way leaves a run that was never checkpointed."""
+    def _delete_run(self) -> None:
+        """Delete the files of the run and nothing else; if this is interrupted, a run without a checkpoint is left."""
         (self.folder / "finished.json").unlink(missing_ok=True)
         (self.folder / "last" / "progress.json").unlink(missing_ok=True)
-        for path in (self.folder / name for name in _OWN):
+        for path in (self.folder / name for name in _RUN_FILES):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
 
     def resume(self) -> bool:
-        """Bring model, optimiser, schedule and progress to the last checkpoint, if there is one."""
+        """Load model, optimiser, schedule and progress from the last checkpoint; False if there is none."""
         last = self.folder / "last"
         if not (last / "progress.json").is_file():
             self._truncate_log()
@@ -134,29 +135,29 @@ class Run:
         self._truncate_log()
         return True
 
-    def checkpoint(self) -> None:
-        """Write `last/`: all processes take part, the main one renames."""
-        with self._together("last") as folder:
+    def save_checkpoint(self) -> None:
+        """Write `last/`. All processes take part; the main one renames the folder at the end."""
+        with _CollectiveWrite(self.accelerator, self.folder / "last") as folder:
             self.accelerator.save_state(str(folder))
             if self.accelerator.is_main_process:
                 write_json(folder / "progress.json", asdict(self.progress))
 
-    def keep_best(self) -> None:
-        """Write `best/` from the weights as they are now."""
+    def save_best(self) -> None:
+        """Write the present weights to `best/`."""
         if self.accelerator.is_main_process:
             with writing(self.folder / "best") as folder:
-                save_file(self._weights(), folder / WEIGHTS)
+                save_file(self._trainable_weights(), folder / WEIGHTS)
         self.accelerator.wait_for_everyone()
 
     def load_best(self) -> None:
-        """Put the weights of the best evaluation into the model."""
+        """Load the weights of the best evaluation into the model."""
         path = self.folder / "best" / WEIGHTS
         if not path.is_file():
-            raise DamagedFile(f"{path} is missing: the weights of this run are gone; train anew with --overwrite.")
-        self._fill(load_file(path))
+            raise DamagedFile(f"{path} is missing: the weights of this run are gone; train again with --overwrite.")
+        self._set_weights(load_file(path))
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Mark the run as complete; the state to resume from is no longer needed."""
+        """Mark the run as complete, and delete the state to resume from."""
         if self.accelerator.is_main_process:
             write_json(self.folder / "finished.json", result)
             shutil.rmtree(self.folder / "last", ignore_errors=True)
@@ -169,50 +170,49 @@ class Run:
                 file.write(json.dumps(row) + "\n")
 
     def _truncate_log(self) -> None:
-        """Drop what was logged after the checkpoint, as those steps are taken again."""
+        """Remove the lines after the checkpoint from the log, as those steps are taken again."""
         path = self.folder / "log.jsonl"
         if self.accelerator.is_main_process and path.is_file():
             kept = []
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     row = json.loads(line)
-                except ValueError:  # the line in which the run was killed
+                except ValueError:  # the run was killed while it wrote this line
                     continue
                 if row["step"] <= self.progress.step:
                     kept.append(line)
             with replacing(path) as shorter:
                 shorter.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
-    def _together(self, name: str) -> Any:
-        """`writing` on the main process, the same temporary folder on the others, with barriers on both sides."""
-        return _Together(self.accelerator, self.folder / name)
-
-    def _weights(self) -> dict[str, torch.Tensor]:
+    def _trainable_weights(self) -> dict[str, torch.Tensor]:
         parameters = dict(self.model.named_parameters())
         return {name: parameters[name].detach().contiguous() for name in self.names}
 
-    def _fill(self, weights: dict[str, torch.Tensor]) -> None:
+    def _set_weights(self, weights: dict[str, torch.Tensor]) -> None:
         parameters = dict(self.model.named_parameters())
         if weights.keys() != set(self.names) or any(weights[n].shape != parameters[n].shape for n in weights):
-            raise BadInput(f"the checkpoint in {self.folder} is of another model; give another --output_dir.")
+            raise BadInput(f"the checkpoint in {self.folder} is of another model; choose another --output_dir.")
         with torch.no_grad():
             for name in self.names:
                 parameters[name].copy_(weights[name])
 
     def _save_weights(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        if weights:  # empty under DeepSpeed, which writes shards of its own
+        if weights:  # empty under DeepSpeed, which writes its own shards
             weights.clear()
             if self.accelerator.is_main_process:
-                save_file(self._weights(), Path(folder) / WEIGHTS)
+                save_file(self._trainable_weights(), Path(folder) / WEIGHTS)
 
     def _load_weights(self, models: list[nn.Module], folder: str) -> None:
         if models:
             models.clear()
-            self._fill(load_file(Path(folder) / WEIGHTS))
+            self._set_weights(load_file(Path(folder) / WEIGHTS))
 
 
-class _Together:
-    """See `Run._together`."""
+class _CollectiveWrite:
+    """Write one folder from all processes: `writing` on the main process, the same pending folder on the others.
+
+    All processes wait for each other on entry and on exit.
+    """
 
     def __init__(self, accelerator: Accelerator, folder: Path) -> None:
         self.accelerator, self.folder = accelerator, folder

@@ -1,4 +1,4 @@
-"""Which example is seen when, as a pure function of the seed: what makes a resumed run equal to the whole one."""
+"""The order of the training examples: a pure function of the seed, so a resumed run equals an uninterrupted one."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -8,19 +8,19 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-GROUP = 32  # steps whose examples are sorted by length together: padding of about 1 %, and batches that differ
+GROUP = 32  # steps whose examples are sorted by length together: about 1 % padding, and batches still vary
 
 SeededIndex = tuple[int, int]  # (index of the example, number of the draw since the run began)
 
 
 class SeededSampler(Sampler[list[SeededIndex]]):
-    """Batches from an endless stream of shuffled epochs, each step's a function of (seed, step) alone.
+    """Batches from an endless stream of shuffled epochs. The batch of a step depends on (seed, step) only.
 
-    All batches are full: one may begin in an epoch and end in the next, so no example is dropped or seen twice in an
-    epoch. Resuming at a step needs no state and replays nothing.
+    All batches are full. A batch may begin in one epoch and end in the next, so that no example is dropped, or seen
+    twice in an epoch. A run resumes at any step without stored state and without replaying earlier steps.
 
-    With `lengths`, one for each example, the draws of 32 steps are sorted by length, cut into batches, and these are
-    shuffled: a batch then needs little padding.
+    With `lengths`, one per example, the examples of 32 steps are sorted by length and cut into batches, which are then
+    shuffled. A batch of similar lengths needs little padding.
     """
 
     drop_last = False
@@ -44,13 +44,13 @@ class SeededSampler(Sampler[list[SeededIndex]]):
     def __iter__(self) -> Iterator[list[SeededIndex]]:
         group = GROUP if self.lengths is not None else 1
         for first in range(self.done // group * group, self.steps, group):
-            batches = self._batches(first, min(first + group, self.steps))
+            batches = self._draw_batches(first, min(first + group, self.steps))
             yield from batches[max(0, self.done - first) :]
 
-    def _batches(self, first: int, end: int) -> list[list[SeededIndex]]:
-        """Those of the steps first to end."""
+    def _draw_batches(self, first: int, end: int) -> list[list[SeededIndex]]:
+        """The batches of the steps from `first` up to, not including, `end`."""
         size = self.batch_size
-        draws = [(self._example(draw), draw) for draw in range(first * size, end * size)]
+        draws = [(self._find_example(draw), draw) for draw in range(first * size, end * size)]
         if self.lengths is not None:
             lengths = self.lengths
             draws.sort(key=lambda draw: lengths[draw[0]])
@@ -60,7 +60,7 @@ class SeededSampler(Sampler[list[SeededIndex]]):
             batches = [batches[i] for i in order]
         return batches
 
-    def _example(self, draw: int) -> int:
+    def _find_example(self, draw: int) -> int:
         epoch = draw // self.examples
         if epoch != self._epoch:
             self._epoch = epoch
@@ -69,10 +69,10 @@ class SeededSampler(Sampler[list[SeededIndex]]):
 
 
 class SeededDataset(Dataset[Any]):
-    """A dataset whose every item is drawn under a seed of its own.
+    """A dataset that sets a separate random seed before it reads an item.
 
-    Augmentation by Python's, numpy's or torch's global generator then gives the same item in any worker, process or
-    resumed run.
+    Augmentation that uses the global generator of Python, numpy or torch then gives the same item in every worker,
+    process and resumed run.
     """
 
     def __init__(self, data: Any, seed: int) -> None:
@@ -88,13 +88,13 @@ class SeededDataset(Dataset[Any]):
 
 
 def seed_cpu(seed: int) -> None:
-    """Seed the global generators of Python, numpy and torch's CPU, 0 <= seed < 2**64."""
+    """Seed the global generators of Python, numpy and torch on the CPU; 0 <= seed < 2**64."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - the legacy generator is the one that augmentations use
     torch.default_generator.manual_seed(seed)
 
 
 def seed_all(seed: int) -> None:
-    """`seed_cpu`, and the accelerators' generators, which take 20 times as long."""
+    """Seed the global generators of the CPU and of the accelerators. This takes 20 times as long as `seed_cpu`."""
     seed_cpu(seed)
     torch.manual_seed(seed)

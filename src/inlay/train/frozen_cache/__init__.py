@@ -1,1 +1,1 @@
-"""Frozen leading blocks run once per example; every epoch starts from what they put out."""
+"""Run frozen leading blocks once per example, store their output, and start every epoch from it."""
