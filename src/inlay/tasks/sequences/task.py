@@ -73,6 +73,11 @@ class SequenceClassification(Task):
         except InlayError:  # a folder without a tokenizer: whoever makes its inputs by hand sets the id too
             return
 
+    def check_method(self, model: nn.Module) -> None:
+        from inlay.methods.prompt import check_prompt
+
+        check_prompt(model)
+
     def takes_processor(self, processor: Any) -> bool:
         from inlay.tasks.sequences.processor import SequenceProcessor
 

@@ -46,8 +46,9 @@ class TextGeneration(Task):
     def could_take_base(self, config: Any) -> bool:
         from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-        two_sided = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
-        return type(config) in AutoModelForCausalLM._model_mapping and not two_sided
+        if type(config) not in AutoModelForCausalLM._model_mapping or getattr(config, "is_encoder_decoder", False):
+            return False
+        return type(config) not in AutoModelForMaskedLM._model_mapping or getattr(config, "is_decoder", False)
 
     def takes_processor(self, processor: Any) -> bool:
         from inlay.tasks.text.processor import TextProcessor
