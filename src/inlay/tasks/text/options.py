@@ -69,10 +69,14 @@ class TextTask(TaskOptions):
         )
 
     def base(self, data: TaskData) -> Any:
-        """The frozen base; an encoder, which writes no text, is refused."""
+        """The frozen base; an encoder, which writes no text, is refused, and so are tokens that it does not know."""
         from inlay.tasks.base import load_base
+        from inlay.tasks.text.task import check_vocabulary, vocabulary_of
 
-        return self._announced(load_base(self.model, task="text-generation", quantize=self.quantize))
+        base = load_base(self.model, task="text-generation", quantize=self.quantize)
+        for view in (data.train, data.validation):
+            check_vocabulary(self.model, int(view.tokens.max()), vocabulary_of(base))
+        return self._announced(base)
 
     def report(self, model: nn.Module, data: TaskData, result: FitResult, decoding: Decoding) -> Report:
         """Perplexity, what the model writes for prompts that it has not seen, cost and settings.
