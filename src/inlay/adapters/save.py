@@ -136,6 +136,7 @@ def _record(model: PeftModel, processor: Any) -> dict[str, Any]:
     base = model.get_base_model()
     config = base.config
     task = task_of_model(base, processor)
+    task.check_method(model)
     blocks, width = size_of(config)
     return {
         "format": FORMAT,

@@ -52,6 +52,11 @@ def task_of_base(name: str, config: Any, peft_task_type: str | None = None) -> T
     for task in TASKS.values():
         if task.takes_base(config):
             return task
+    if getattr(config, "is_encoder_decoder", False):
+        raise Unsupported(
+            f"{name} ({config.model_type}) is an encoder-decoder; texts are written here by decoders such as GPT-2, "
+            "Llama or Qwen. Take one of these."
+        )
     raise Unsupported(
         f"{name} ({config.model_type}) is a base for none of {', '.join(TASKS)}: transformers loads it with none of "
         f"{', '.join(dict.fromkeys(task.auto_class for task in TASKS.values()))}. Take one that it does, or wrap it "

@@ -100,8 +100,7 @@ def _chosen(name: str, config: Any, task: str | None) -> Task:
         return task_of_base(name, config)
     asked = find_task(task)
     if not asked.could_take_base(config):
-        raise Unsupported(
-            f"{name} ({config.model_type}) cannot be loaded for {task}: {asked.auto_class} does not take it. Use "
-            f"{asked.base_noun}."
-        )
+        both = getattr(config, "is_encoder_decoder", False)
+        reason = "it is an encoder-decoder" if both else f"{asked.auto_class} does not take it"
+        raise Unsupported(f"{name} ({config.model_type}) cannot be loaded for {task}: {reason}. Use {asked.base_noun}.")
     return asked

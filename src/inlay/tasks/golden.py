@@ -20,11 +20,13 @@ def golden_picture() -> Image.Image:
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
 
 
-def golden_tokens(vocabulary: int) -> Tensor:
-    """Token ids (1, 16), below the size of the vocabulary."""
+def golden_tokens(tokens: int, rows: int) -> Tensor:
+    """Token ids (1, 16) that a tokenizer has and the base too, whose embedding can have fewer rows."""
     import torch
 
-    return (torch.arange(1, 17) ** 3 * 7919 % vocabulary)[None]
+    ids = torch.arange(1, 17) ** 3 * 7919
+    within = ids % tokens
+    return (within if int(within.max()) < rows else ids % rows)[None]
 
 
 def golden_scan() -> np.ndarray:

@@ -112,6 +112,10 @@ class Task(ABC):
         """Give a model, in place, what it needs for this task beside its weights and labels; most need nothing."""
         return
 
+    def check_method(self, model: nn.Module) -> None:
+        """Raise InlayError where the method of a PeftModel does not work on bases of this task; most do."""
+        return
+
     # Processors: what makes a model's input.
 
     @abstractmethod

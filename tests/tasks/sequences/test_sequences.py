@@ -3,6 +3,7 @@
 import csv
 import json
 import unicodedata
+from dataclasses import dataclass
 from functools import partial
 
 import pyarrow
@@ -10,16 +11,19 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers as hf
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from inlay import (
     InlayError,
     SequenceProcessor,
+    SequenceTask,
     SequenceView,
+    TrainConfig,
     Unsupported,
     classify_texts,
+    evaluate,
     head_modules,
     load_adapter,
     load_base,
@@ -30,8 +34,11 @@ from inlay import (
 )
 from inlay.builtin.families import families
 from inlay.methods import METHODS
+from inlay.methods.prompt import check_prompt
 from inlay.tasks.metrics import Matthews
 from inlay.tasks.sequences.data import load_sequences_to_score
+from inlay.tasks.sequences.loss import SequenceLoss
+from places import SHARED
 
 LABELS = ["good", "bad", "so-so"]
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
@@ -47,6 +54,10 @@ def bases():
             hf.DistilBertConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=32, vocab_size=40, pad_token_id=0)
         ),
         "modernbert": hf.ModernBertForMaskedLM(hf.ModernBertConfig(**SIZE, **TOKENS)),
+        "llama": hf.LlamaForCausalLM(hf.LlamaConfig(**SIZE, bos_token_id=2, eos_token_id=3)),
+        "mistral": hf.MistralForCausalLM(
+            hf.MistralConfig(**SIZE, num_key_value_heads=1, bos_token_id=2, eos_token_id=3)
+        ),
         "gpt2": hf.GPT2LMHeadModel(
             hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, bos_token_id=3, eos_token_id=3)
         ),
@@ -68,11 +79,13 @@ def save_tokenizer(folder, *, encoder=True):
     ).save_pretrained(folder)
 
 
-@pytest.fixture(params=["bert", "bert with a pooler", "roberta", "distilbert", "modernbert", "gpt2"])
+@pytest.fixture(
+    params=["bert", "bert with a pooler", "roberta", "distilbert", "modernbert", "llama", "mistral", "gpt2"]
+)
 def base(request, tmp_path):
     torch.manual_seed(0)
     bases()[request.param].save_pretrained(tmp_path / "base")
-    save_tokenizer(tmp_path / "base", encoder=request.param != "gpt2")
+    save_tokenizer(tmp_path / "base", encoder=request.param not in ("llama", "mistral", "gpt2"))
     return tmp_path / "base"
 
 
@@ -264,6 +277,19 @@ def test_pairs_and_cuts():
         SequenceProcessor.from_dict({**processor.to_dict(), "vocabulary": "0" * 16}, tokenizer)
 
 
+def test_a_pair_is_written_as_bert_writes_it(tmp_path):
+    """[CLS] first [SEP] second [SEP] with types 0 and 1, as the tokenizer itself makes of two texts; cut alike."""
+    save_tokenizer(tmp_path)
+    tokenizer = hf.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    processor = SequenceProcessor(tokenizer, max_length=8)
+    for first, second in (("w1 w2", "w3"), ("w1 w2 w3 w4 w5 w6", "w7"), ("w1", "w2 w3 w4 w5 w6 w7 w8")):
+        (row,), _ = processor.encode([first], [second])
+        assert row == dict(tokenizer(first, second, truncation="longest_first", max_length=8))
+    (row,), _ = processor.encode(["w1 w2"], ["w3"])
+    assert row["input_ids"] == [2, 7, 8, 3, 9, 3] and row["token_type_ids"] == [0, 0, 0, 0, 1, 1]
+
+
 def test_batches_and_the_generated_texts():
     found = families(30, seed=3)
     assert found == families(30, seed=3) and len({text for text, _ in found}) == 30
@@ -280,6 +306,100 @@ def test_matthews():
     metric = Matthews()
     metric.add_batch(predictions=[0, 1, 1, 0], references=[0, 1, 0, 0])
     assert metric.compute()["matthews"] == pytest.approx(0.5773502)
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PromptEncoderConfig])
+def test_a_prompt_of_plain_peft_on_a_decoder_is_refused(config, tmp_path):
+    """However it was built: in training, in saving and in use."""
+    base = load_base("builtin:gpt2-tiny", task="text-classification", labels=["a", "b"])
+    options = {"encoder_hidden_size": 8} if config is PromptEncoderConfig else {}
+    model = get_peft_model(base, config(task_type="SEQ_CLS", num_virtual_tokens=2, **options))
+    processor = SequenceProcessor(load_tokenizer("builtin:gpt2-tiny"))
+    rows, _ = processor.encode(["a text"])
+    said = r"classifies by the last token of a text.*Use another method"
+    with pytest.raises(Unsupported, match=said):
+        SequenceLoss()(model, {**processor.pad_rows(rows), "labels": torch.tensor([0])})
+    with pytest.raises(Unsupported, match=said):
+        save_adapter(model, tmp_path / "a", processor=processor)
+    with pytest.raises(Unsupported, match=said):
+        check_prompt(model)
+    prefix = get_peft_model(
+        load_base("builtin:gpt2-tiny", task="text-classification", labels=["a", "b"]),
+        PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2),
+    )
+    check_prompt(prefix)  # keys and values, behind which the tokens are read
+
+
+def test_a_decoder_reads_the_last_token_whatever_its_config_calls_padding(tmp_path):
+    """The small Llama's config names <unk> as padding and its tokenizer none: batches are padded with the end token."""
+    torch.manual_seed(0)
+    hf.LlamaForCausalLM(hf.LlamaConfig(**SIZE, pad_token_id=1, bos_token_id=2, eos_token_id=3)).save_pretrained(
+        tmp_path
+    )
+    save_tokenizer(tmp_path, encoder=False)
+    model = load_base(tmp_path, task="text-classification", labels=LABELS)
+    processor = SequenceProcessor(load_tokenizer(tmp_path))
+    rows, _ = processor.encode(["w1 w2 w3 w4 w5 w6", "w4", "w7 w8"])
+    with torch.no_grad():
+        both = model(**processor.pad_rows(rows)).logits
+        single = torch.cat([model(input_ids=torch.tensor([row["input_ids"]])).logits for row in rows])
+    torch.testing.assert_close(both, single, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_without_an_embedding_is_refused(tmp_path):
+    hf.LlamaForCausalLM(hf.LlamaConfig(**SIZE, bos_token_id=2, eos_token_id=3)).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, encoder=False)
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "[MORE]"})
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InlayError, match=r"makes the token 40, but the base has embeddings for 40 tokens only"):
+        load_base(tmp_path, task="text-classification", labels=LABELS)
+
+
+@pytest.mark.parametrize("task", [None, "text-generation", "text-classification"])
+@pytest.mark.parametrize("kind", ["Marian", "Bart", "Pegasus", "Whisper", "T5"])
+def test_encoder_decoders_are_refused(kind, task, tmp_path):
+    getattr(hf, f"{kind}Config")().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(Unsupported, match=r"encoder-decoder|does not take it"):
+        load_base(tmp_path, task=task, labels=None if task != "text-classification" else LABELS)
+
+
+def test_the_small_llama_learns_from_parquet_on_an_8_bit_base(tmp_path):
+    base = SHARED / "lm_stories260K_llama/hf"
+    if not base.is_dir():
+        pytest.skip("the small Llama is not beside the checkout (shared/data)")
+    rows = [
+        {"text": f"{name} was so {word}.", "label": label}
+        for name in ("Lily", "Tom", "Mia", "Ben", "Sue", "Max", "Anna", "Tim", "Sam", "Zoe", "Leo", "Kim")
+        for word, label in (("happy", "001"), ("glad", "001"), ("sad", "1"), ("angry", "1"))
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    task = SequenceTask(model=str(base), dataset=str(tmp_path / "a.parquet"), quantize="8bit", max_length=32)
+    data = task.load(0)
+    model = task.base(data)
+    assert any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
+    config = LoraConfig(r=4, target_modules=lora_targets(model), modules_to_save=head_modules(model))
+    model = get_peft_model(model, config)
+    train = TrainConfig(output_dir=str(tmp_path / "run"), epochs=4, batch_size=8, learning_rate=1e-2, workers=0)
+    result = task.fit(model, data, train, Lora())
+    assert result.metrics["accuracy"] >= 0.9
+    report = task.report(model, data, result)
+    save_adapter(model, tmp_path / "adapter", processor=data.processor, metrics=report.metrics)
+    adapter = load_adapter(tmp_path / "adapter")
+    found = evaluate(adapter, str(tmp_path / "a.parquet"), split="validation")
+    assert found.scores["accuracy"].value == pytest.approx(result.metrics["accuracy"]) and adapter.labels == [
+        "001",
+        "1",
+    ]
+    both = classify_texts(adapter, ["Lily was so happy and sang all day.", "Tom was sad."])
+    alone = classify_texts(adapter, ["Tom was sad."])
+    assert both[1].label == alone[0].label and both[1].probabilities == pytest.approx(alone[0].probabilities, abs=0.02)
+
+
+@dataclass
+class Lora:
+    rank: int = 4
 
 
 def test_a_prompt_on_a_decoder_is_refused():

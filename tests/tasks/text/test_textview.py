@@ -166,28 +166,9 @@ def test_blocks_are_full_and_hold_all_text():
 # Long texts
 
 
-WORDS = [
-    "the",
-    "of",
-    "Heron's",
-    "café",
-    "naïve",
-    "12345",
-    "3.14",
-    "x==y;",
-    "foo(bar)",
-    "/path",
-    "http://a.b/c?d=e",
-    "<e>",
-    "aaaaaaaaaaaa",
-    "====",
-    "\xa0",
-    "\u2028",
-    "中文字符没有空格的一句话",
-    "😀",
-    "👩\u200d👧",
-    "é",
-]
+LATIN = "the of Heron's café naïve 12345 3.14 x==y; foo(bar) /path http://a.b/c?d=e <e> aaaaaaaaaaaa ==== \u00a0 \u2028"
+OTHERS = "中文字符没有空格的一句话 \U0001f600 \U0001f469\u200d\U0001f467 e\u0301"
+WORDS = [*LATIN.split(" "), *OTHERS.split(" ")]
 GAPS = [" "] * 20 + ["\n", "\n\n", "\n\n\n", "\r\n", "  ", "\t", " \n", "\n  ", ".\n/", "   \n\n  "]
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from inlay.methods.prompt import check_prompt
 from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.classification import evaluate_classifier
 from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, pick_evenly
@@ -27,6 +28,7 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
         InlayError: As `load_sequences`; labels that the adapter does not know; an adapter of another task.
     """
     check_task(adapter, "text-classification")
+    check_prompt(adapter.model)
     labels, logits = adapter.route(request.group)
     chosen, rows, notes = load_sequences_to_score(
         data, labels, adapter=adapter.name, split=request.split, training=request.training

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from inlay.methods.prompt import check_prompt
 from inlay.train.evaluation import count_rows
 
 
@@ -22,6 +23,7 @@ class SequenceLoss:
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Any:
         """The model's output, with this loss."""
+        check_prompt(getattr(model, "module", model))  # DistributedDataParallel's
         output = model(**batch)
         if self.smoothing and model.training:
             output.loss = cross_entropy(output.logits.float(), batch["labels"], label_smoothing=self.smoothing)

@@ -56,11 +56,14 @@ class SequenceTask(TaskOptions):
         )
 
     def base(self, data: TaskData) -> Any:
-        """The frozen base with a new head for the labels of the data."""
+        """The frozen base with a new head for the labels of the data; tokens that it does not know are refused."""
         from inlay.tasks.base import load_base
+        from inlay.tasks.text.task import check_vocabulary, vocabulary_of
 
-        labels = data.source.labels
-        return self._announced(load_base(self.model, task="text-classification", labels=labels, quantize=self.quantize))
+        base = load_base(self.model, task="text-classification", labels=data.source.labels, quantize=self.quantize)
+        for view in (data.train, data.validation):
+            check_vocabulary(self.model, max(max(item["input_ids"]) for item in view.items), vocabulary_of(base))
+        return self._announced(base)
 
     def report(self, model: nn.Module, data: TaskData, result: FitResult) -> Report:
         """Accuracy, macro F1, Matthews correlation, cost and settings."""

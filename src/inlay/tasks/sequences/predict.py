@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from inlay.errors import BadInput
+from inlay.methods.prompt import check_prompt
 from inlay.tasks.adapter import Adapter, check_task
 
 
@@ -55,6 +56,7 @@ def classify_texts(
     if top < 1 or batch_size < 1:
         raise BadInput(f"top and batch_size must be at least 1, got {top} and {batch_size}.")
     check_task(adapter, "text-classification")
+    check_prompt(adapter.model)
     paired = {not isinstance(text, str) for text in texts}
     if isinstance(texts, str) or len(paired) > 1:
         raise BadInput("texts must be a list of texts, or one of pairs (text, text), not a mixture of both.")

@@ -10,7 +10,7 @@ from inlay.tasks.golden import golden_tokens
 from inlay.tasks.images.task import describe_labels
 from inlay.tasks.printing import printable
 from inlay.tasks.task import Answer, LabelledBatches, Option, Record, Task
-from inlay.tasks.text.task import token_ids
+from inlay.tasks.text.task import check_vocabulary, token_ids, vocabulary_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,28 +50,35 @@ class SequenceClassification(Task):
         from transformers import AutoModelForMaskedLM
 
         named = any("ForSequenceClassification" in name for name in getattr(config, "architectures", None) or [])
-        encodes = type(config) in AutoModelForMaskedLM._model_mapping and not (
-            getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
-        )
+        encodes = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
         return self.could_take_base(config) and (named or encodes)
 
     def could_take_base(self, config: Any) -> bool:
         from transformers import AutoModelForSequenceClassification
 
-        return type(config) in AutoModelForSequenceClassification._model_mapping
+        # Encoder-decoders classify by an end token that they look for in values, so that nothing can be counted.
+        known = type(config) in AutoModelForSequenceClassification._model_mapping
+        return known and not getattr(config, "is_encoder_decoder", False)
 
     def complete_base(self, base: Any) -> None:
-        """A decoder finds the last token of a text by the id of padding, which its config may lack."""
+        """A decoder finds the last token of a text by the id of padding; its config may lack that, or name another."""
         from inlay.bases.processors import load_tokenizer
         from inlay.tasks.sequences.processor import pad_token_id
 
-        config = base.config.get_text_config()
-        if getattr(config, "pad_token_id", None) is not None or not base.name_or_path:
+        if not base.name_or_path:
             return
         try:
-            config.pad_token_id = pad_token_id(load_tokenizer(base.name_or_path))
+            pad = pad_token_id(load_tokenizer(base.name_or_path))
         except InlayError:  # a folder without a tokenizer: whoever makes its inputs by hand sets the id too
             return
+        if pad is not None:
+            check_vocabulary(base.name_or_path, pad, vocabulary_of(base))
+            base.config.get_text_config().pad_token_id = pad
+
+    def check_method(self, model: nn.Module) -> None:
+        from inlay.methods.prompt import check_prompt
+
+        check_prompt(model)
 
     def takes_processor(self, processor: Any) -> bool:
         from inlay.tasks.sequences.processor import SequenceProcessor
@@ -94,7 +101,7 @@ class SequenceClassification(Task):
     def golden_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
         import torch
 
-        ids = golden_tokens(len(processor.tokenizer))
+        ids = golden_tokens(len(processor.tokenizer), vocabulary_of(model))
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def golden_values(self, output: Any, count: int) -> Tensor:
@@ -104,7 +111,8 @@ class SequenceClassification(Task):
         import torch
 
         length = min(32, processor.max_length)
-        ids = torch.randint(len(processor.tokenizer), (4, length), generator=torch.Generator().manual_seed(0))
+        tokens = min(len(processor.tokenizer), vocabulary_of(model))
+        ids = torch.randint(tokens, (4, length), generator=torch.Generator().manual_seed(0))
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def load_labelled(self, adapter: Adapter, data: str, count: int, seed: int) -> LabelledBatches:

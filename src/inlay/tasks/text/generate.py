@@ -100,6 +100,8 @@ def generate(
     import torch
     from tqdm.auto import tqdm
 
+    from inlay.tasks.text.task import check_vocabulary, vocabulary_of
+
     decoding = decoding or Decoding()
     base = _base_of(model)
     if isinstance(prompts, str):
@@ -107,6 +109,7 @@ def generate(
     prompts = [processor.conversation(prompt) for prompt in prompts]
     settings = _settings(processor, decoding, _ends(base, processor, prompts))
     ids = _fit(processor.encode_prompts(prompts), _room(model, base, decoding), processor.start)
+    check_vocabulary(base.name_or_path, max((max(row) for row in ids), default=0), vocabulary_of(base))
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # alike in length, and memory runs out first if it does
     batches = [order[begin : begin + decoding.decode_batch] for begin in range(0, len(order), decoding.decode_batch)]
     texts = [""] * len(ids)
@@ -161,7 +164,7 @@ def _settings(processor: TextProcessor, decoding: Decoding, ends: list[int]) -> 
         do_sample=False,  # sampling is _Draws'
         use_cache=True,
         eos_token_id=ends,
-        pad_token_id=processor.tokenizer.pad_token_id,
+        pad_token_id=processor.pad,
     )
     if decoding.beams > 1:
         settings.length_penalty = decoding.length_penalty

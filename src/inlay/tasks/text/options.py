@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from inlay.errors import BadInput
 from inlay.options import option
@@ -67,6 +67,16 @@ class TextTask(TaskOptions):
             loss=NextToken(self.label_smoothing),
             example=lambda: {"input_ids": held_out[0]["input_ids"][None, :-1]},  # 1 T, without the end
         )
+
+    def base(self, data: TaskData) -> Any:
+        """The frozen base; an encoder, which writes no text, is refused, and so are tokens that it does not know."""
+        from inlay.tasks.base import load_base
+        from inlay.tasks.text.task import check_vocabulary, vocabulary_of
+
+        base = load_base(self.model, task="text-generation", quantize=self.quantize)
+        for view in (data.train, data.validation):
+            check_vocabulary(self.model, int(view.tokens.max()), vocabulary_of(base))
+        return self._announced(base)
 
     def report(self, model: nn.Module, data: TaskData, result: FitResult, decoding: Decoding) -> Report:
         """Perplexity, what the model writes for prompts that it has not seen, cost and settings.

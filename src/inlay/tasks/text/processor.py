@@ -29,7 +29,7 @@ class TextProcessor:
     in a prompt ends nothing.
 
     Args:
-        tokenizer: The base model's own. It is set to pad on the left, with eos where it has no token for that.
+        tokenizer: The base model's own. It is set to pad on the left.
         separator: Follows every prompt but an empty one and a chat.
         chat: Prompts are conversations, and one that is a text is what a user says to begin one.
         max_length: Longest example in tokens, prompt and completion; None: what the tokenizer names, at most 1,024.
@@ -53,6 +53,8 @@ class TextProcessor:
         tokenizer.padding_side = "left"
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        # Padding is masked and never learned. A [PAD] that was added to a tokenizer may lack an embedding; eos has one.
+        self.pad = tokenizer.eos_token_id
         self.tokenizer, self.separator, self.chat = tokenizer, separator, chat
         self.start = self._start()
         self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}

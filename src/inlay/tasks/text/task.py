@@ -46,8 +46,9 @@ class TextGeneration(Task):
     def could_take_base(self, config: Any) -> bool:
         from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-        two_sided = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
-        return type(config) in AutoModelForCausalLM._model_mapping and not two_sided
+        if type(config) not in AutoModelForCausalLM._model_mapping or getattr(config, "is_encoder_decoder", False):
+            return False
+        return type(config) not in AutoModelForMaskedLM._model_mapping or getattr(config, "is_decoder", False)
 
     def takes_processor(self, processor: Any) -> bool:
         from inlay.tasks.text.processor import TextProcessor
@@ -67,7 +68,7 @@ class TextGeneration(Task):
     def golden_inputs(self, model: nn.Module, processor: Any) -> dict[str, Any]:
         import torch
 
-        ids = golden_tokens(len(processor.tokenizer))
+        ids = golden_tokens(len(processor.tokenizer), vocabulary_of(model))
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
     def golden_values(self, output: Any, count: int) -> Tensor:
@@ -79,8 +80,8 @@ class TextGeneration(Task):
         import torch
 
         length = min(32, processor.max_length)
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(len(processor.tokenizer), (4, length), generator=generator)
+        tokens = min(len(processor.tokenizer), vocabulary_of(model))
+        ids = torch.randint(tokens, (4, length), generator=torch.Generator().manual_seed(0))
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def load_labelled(self, adapter: Adapter, data: str, count: int, seed: int) -> LabelledBatches:
@@ -134,6 +135,29 @@ class TextGeneration(Task):
 def _is_for_sequences(config: Any) -> bool:
     """A decoder that was saved with a head over whole sequences, such as GPT2ForSequenceClassification."""
     return any("ForSequenceClassification" in name for name in getattr(config, "architectures", None) or [])
+
+
+def vocabulary_of(model: Any) -> int:
+    """Tokens that a base's embedding has rows for."""
+    return int(model.config.get_text_config().vocab_size)
+
+
+def check_vocabulary(name: str, largest: int, rows: int) -> None:
+    """Refuse tokens beyond the rows of a base's embedding: torch would stop with an index, or on a GPU with nothing.
+
+    Args:
+        name: Of the base.
+        largest: The largest token id of some texts.
+        rows: Of the embedding.
+
+    Raises:
+        InlayError: Names both sizes.
+    """
+    if largest >= rows:
+        raise BadInput(
+            f"the tokenizer of {name} makes the token {largest}, but the base has embeddings for {rows} tokens only "
+            f"(0 to {rows - 1}); use the tokenizer it was trained with, or a base whose embeddings were resized."
+        )
 
 
 def token_ids(config: Any, rows: int, length: int, added: int = 0) -> Tensor:

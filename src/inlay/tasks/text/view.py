@@ -56,7 +56,7 @@ class TextView(torch.utils.data.Dataset):
             raise BadInput(f"over_long must be cut, drop or refuse, got {over_long!r}.")
         if not len(rows):
             raise BadInput("this split has no rows; pass another.")
-        self.pad = processor.tokenizer.pad_token_id
+        self.pad = processor.pad
         self.tokens, self.ends, self.prompts, changes = (
             _blocks(rows, processor) if block else _examples(rows, processor, over_long)
         )
