@@ -387,8 +387,8 @@ class AdapterTuner(BaseTuner):
 def others_train_as_before(model: nn.Module) -> Iterator[None]:
     """Within the block an adapter is added, which changes nothing in whether the parameters of others train.
 
-    peft's tuners do not find the layers that are there already, so they cannot see to that by themselves here. They also
-    go by names, and take what is in a module called `mlp` for a part of the adapter `mlp`.
+    peft's tuners do not find the layers that are there already, so they cannot see to that by themselves here. They
+    also go by names, and take what is in a module called `mlp` for a part of the adapter `mlp`.
     """
     earlier = []
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):  # else the base is frozen now

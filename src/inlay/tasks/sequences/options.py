@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from inlay.options import option
 from inlay.tasks.options import Report, TaskData, TaskOptions, describe_run
+from inlay.tasks.text.vocabulary import check_vocabulary, vocabulary_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,7 +59,6 @@ class SequenceTask(TaskOptions):
     def base(self, data: TaskData) -> Any:
         """The frozen base with a new head for the labels of the data; tokens that it does not know are refused."""
         from inlay.tasks.base import load_base
-        from inlay.tasks.text.task import check_vocabulary, vocabulary_of
 
         base = load_base(self.model, task="text-classification", labels=data.source.labels, quantize=self.quantize)
         for view in (data.train, data.validation):

@@ -10,7 +10,7 @@ from inlay.tasks.golden import golden_tokens
 from inlay.tasks.images.task import describe_labels
 from inlay.tasks.printing import printable
 from inlay.tasks.task import Answer, LabelledBatches, Option, Record, Task
-from inlay.tasks.text.task import check_vocabulary, token_ids, vocabulary_of
+from inlay.tasks.text.vocabulary import check_vocabulary, token_ids, vocabulary_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from inlay.errors import BadInput, InlayError
+from inlay.tasks.text.vocabulary import check_vocabulary, vocabulary_of
 
 # A recipe reads its command line with Decoding before it waits for torch.
 if TYPE_CHECKING:
@@ -99,8 +100,6 @@ def generate(
     """
     import torch
     from tqdm.auto import tqdm
-
-    from inlay.tasks.text.task import check_vocabulary, vocabulary_of
 
     decoding = decoding or Decoding()
     base = _base_of(model)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from inlay.errors import BadInput
 from inlay.options import option
 from inlay.tasks.options import Report, TaskData, TaskOptions, describe_run
+from inlay.tasks.text.vocabulary import check_vocabulary, vocabulary_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,7 +72,6 @@ class TextTask(TaskOptions):
     def base(self, data: TaskData) -> Any:
         """The frozen base; an encoder, which writes no text, is refused, and so are tokens that it does not know."""
         from inlay.tasks.base import load_base
-        from inlay.tasks.text.task import check_vocabulary, vocabulary_of
 
         base = load_base(self.model, task="text-generation", quantize=self.quantize)
         for view in (data.train, data.validation):
