@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -26,9 +27,10 @@ from transformers.utils import logging as transformers_logging
 
 from inlay.bases.load import builtin_names, resolve_base
 from inlay.bases.processors import load_processor
+from inlay.bases.quantize import stored_bits
 from inlay.errors import InlayError
 from inlay.measure.footprint import describe_quantized
-from inlay.tasks.base import load_base, read_task
+from inlay.tasks.base import load_base, load_skeleton, read_task
 
 LABELS = ["cat", "dog", "emu", "fox", "gnu"]
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -170,7 +172,7 @@ def test_training_after_an_evaluation_of_a_4_bit_base(small):
     [
         ("builtin:nothing", r"unknown embedded model 'builtin:nothing'; choose one of .*builtin:vit-tiny"),
         ("builtin:../models", r"unknown embedded model"),
-        ("./nowhere", r"no model folder at './nowhere'; give a folder, a Hub id \(user/name\) or builtin:"),
+        ("./nowhere", r"no model folder at './nowhere'; give a folder, a Hub id \(user/name\) or one of builtin:"),
         ("/nowhere/at/all", r"no model folder at"),
         ("a/b/c", r"no model folder at"),
         ("", r"no model folder at ''"),
@@ -348,3 +350,96 @@ def test_what_load_base_silences_speaks_again_afterwards(small, folder):
     edit(folder / "config.json", hidden_size=32)
     refused("do not fit its config", folder)
     assert [logger.level for logger in loggers] == before and transformers_logging.is_progress_bar_enabled()
+
+
+OLD_BUFFERS = {
+    "gpt2": ["transformer.h.0.attn.masked_bias", "transformer.h.0.attn.bias"],
+    "gpt_neo": ["transformer.h.0.attn.attention.masked_bias", "transformer.h.0.attn.attention.bias"],
+    "gptj": ["transformer.h.0.attn.masked_bias", "transformer.h.0.attn.bias", "transformer.h.0.attn.embed_positions"],
+    "codegen": ["transformer.h.0.attn.causal_mask"],
+    "swinv2": [
+        f"swinv2.encoder.layers.0.blocks.0.attention.self.{name}"
+        for name in ("relative_coords_table", "relative_position_index")
+    ],
+    "llama": ["model.layers.0.self_attn.rotary_emb.inv_freq"],
+}
+_HEADS_2 = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8}
+OLD_CONFIGS = {
+    "gpt2": _HEADS_2,
+    "gpt_neo": {
+        "hidden_size": 16, "num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]],
+        "max_position_embeddings": 8,
+    },
+    "gptj": {**_HEADS_2, "rotary_dim": 4},
+    "codegen": {**_HEADS_2, "n_head": 4, "rotary_dim": 4},
+    "swinv2": {"image_size": 16, "embed_dim": 8, "depths": [1], "num_heads": [2], "window_size": 4},
+    "llama": {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    },
+}  # fmt: skip
+
+
+def make_checkpoint(folder, kind, more):
+    """A tiny base whose file holds `more`, and what transformers makes of it."""
+    torch.manual_seed(0)
+    ends = {"vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2} if kind != "swinv2" else {}
+    config = transformers.AutoConfig.for_model(kind, **OLD_CONFIGS[kind], **ends)
+    loader = transformers.AutoModelForImageClassification if kind == "swinv2" else transformers.AutoModelForCausalLM
+    loader.from_config(config).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, **more}, folder / "model.safetensors", {"format": "pt"})
+    return loader.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", OLD_BUFFERS)
+def test_buffers_of_older_checkpoints_are_no_weights(kind, tmp_path):
+    right = make_checkpoint(tmp_path, kind, {key: torch.ones(1, 1, 8, 8) for key in OLD_BUFFERS[kind]})
+    for name, parameter in load_base(tmp_path).named_parameters():
+        assert torch.equal(parameter, right.get_parameter(name)), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        ("llama", "model.layers.0.self_attn.q_proj.bias"),
+        ("llama", "model.layers.1.mlp.up_proj.weight"),
+        ("gpt2", "transformer.h.0.attn.q_norm.weight"),
+        ("gpt2", "transformer.h.1.ln_1.bias"),
+        ("swinv2", "swinv2.encoder.layers.0.blocks.0.layer_scale"),
+    ],
+)
+def test_weights_without_a_place_are_refused(kind, key, tmp_path):
+    make_checkpoint(tmp_path, kind, {key: torch.ones(16)})
+    refused(r"it has no place for '" + key.replace(".", r"\."), tmp_path)
+
+
+@pytest.mark.parametrize("stored", ["8bit", "4bit"])
+def test_weights_that_are_stored_in_other_bits_than_asked_for(stored, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "whole")
+    load_base(tmp_path / "whole", quantize=stored).save_pretrained(tmp_path / "few")
+    other = {"8bit": "4bit", "4bit": "8bit"}[stored]
+    message = f"are stored in {stored} already, so quantize='{other}' would have no effect"
+    refused(message, tmp_path / "few", quantize=other)
+    refused(message, tmp_path / "few", load_skeleton, quantize=other)
+    kind = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}[stored]
+    for quantize in (None, stored):
+        assert kind in {type(module).__name__ for module in load_base(tmp_path / "few", quantize=quantize).modules()}
+
+
+def test_a_form_that_is_not_bitsandbytes_is_named():
+    config = transformers.LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4})
+    assert stored_bits("x", config, None) == "gptq"
+    with pytest.raises(InlayError, match="stored in gptq already"):
+        stored_bits("x", config, "4bit")
+
+
+@pytest.mark.parametrize("load", [load_base, load_processor, load_skeleton])
+def test_a_revision_of_what_is_no_hub_id(load, small):
+    refused("revision 'v2' is of a Hub id, and builtin:vit-tiny has none", "builtin:vit-tiny", load, revision="v2")
+    refused("revision 'v2' is of a Hub id, but .* is a folder here", small, load, revision="v2")

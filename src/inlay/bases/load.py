@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForMaskGeneration, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from inlay.bases.device import Device, choose_device
-from inlay.bases.quantize import Quantize, compute_plainly, flatten_inputs, quantization
+from inlay.bases.quantize import Quantize, compute_plainly, flatten_inputs, quantization, stored_bits
 from inlay.bases.sites import head_modules
 from inlay.errors import BadInput, DamagedFile, InlayError, Unreachable, Unsupported
 from inlay.files.folder_or_hub import refuse_ambiguous
@@ -29,14 +29,17 @@ def builtin_names() -> list[str]:
     return sorted(f"builtin:{path.parent.name}" for path in BUILTIN.glob("*/config.json"))
 
 
-def resolve_base(name: str | Path) -> str:
+def resolve_base(name: str | Path, revision: str | None = None) -> str:
     """The folder of an embedded or local model; a Hub id is returned as it is.
 
     Raises:
-        InlayError: No embedded model of that name, a folder that holds no model, neither folder nor Hub id, or both.
+        InlayError: No embedded model of that name, a folder that holds no model, neither folder nor Hub id, or both; a
+            revision of what is no Hub id.
     """
     name = str(name)
     if name.startswith("builtin:"):
+        if revision is not None:
+            raise BadInput(f"revision {revision!r} is of a Hub id, and {name} has none; leave it out.")
         if name not in builtin_names():
             raise BadInput(f"unknown embedded model {name!r}; choose one of {', '.join(builtin_names())}.")
         return str(BUILTIN / name.removeprefix("builtin:"))
@@ -44,10 +47,13 @@ def resolve_base(name: str | Path) -> str:
     if path.is_dir() and name:
         if not (path / "config.json").is_file():
             raise BadInput(f"expected a model folder with config.json, but {name} has none.")
-        refuse_ambiguous(name, "config.json")
+        refuse_ambiguous(name, "config.json", revision)
         return str(path)
-    if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
-        raise BadInput(f"no model folder at {name!r}; give a folder, a Hub id (user/name) or {builtin_names()[0]}.")
+    of_windows = "\\" in name or re.match(r"[A-Za-z]:", name)
+    if path.is_file() or of_windows or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+        raise BadInput(
+            f"no model folder at {name!r}; give a folder, a Hub id (user/name) or one of {', '.join(builtin_names())}."
+        )
     return name
 
 
@@ -82,7 +88,7 @@ def load_pretrained(
 
     Raises:
         InlayError: No network, weights that are not safetensors or do not fit their own config, bitsandbytes missing or
-            nothing in the model that it could quantise.
+            nothing in the model that it could quantise; weights that are stored in other bits than `quantize`.
     """
     where, placed = resolve_base(name), None if device is None else choose_device(device)
     own = [config.id2label[i] for i in sorted(config.id2label)]
@@ -90,6 +96,7 @@ def load_pretrained(
     if labels is not None and new_head:
         set_labels(config, labels)
     loader = getattr(transformers, auto_class)
+    stored = stored_bits(name, config, quantize)
     try:
         with _quiet(local=Path(where).is_dir()):
             model, report = loader.from_pretrained(
@@ -101,21 +108,24 @@ def load_pretrained(
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                quantization_config=quantization(quantize, name, config, loader, dtype),
-                device_map=None if placed is None or quantize is None else {"": placed},  # packed on the device itself
+                quantization_config=None if stored else quantization(quantize, name, config, loader, dtype),
+                # packed on the device itself
+                device_map=None if placed is None or not (quantize or stored) else {"": placed},
             )
     except InlayError:
         raise
     except Exception as error:  # whatever a strange config or damaged weights make transformers raise
         raise explain_load_error(name, error) from error
+    # labels of the same names as those of a base that never had a head (LABEL_0, LABEL_1)
+    new_head = new_head or (labels is not None and _lacks_heads(model, report["missing_keys"]))
     if new_head:
         model.new_poolers = _missing_poolers(model, report["missing_keys"])
     _check_report(name, model, report, new_head)
     if new_head:
         _draw_head(model)
-    if quantize == "4bit":
+    if "4bit" in (quantize, stored):
         compute_plainly(model)
-    elif quantize == "8bit":
+    elif "8bit" in (quantize, stored):
         flatten_inputs()
     model.name_or_path = model.config._name_or_path = name
     model.new_head = new_head
@@ -130,6 +140,7 @@ def load_structure(
 ) -> PreTrainedModel:
     """A base without its weights, on torch's meta device. Arguments as in `load_pretrained`."""
     loader = getattr(transformers, auto_class)
+    stored_bits(name, config, quantize)
     settings = quantization(quantize, name, config, loader, dtype)
     try:
         with torch.device("meta"):
@@ -224,11 +235,33 @@ def _check_report(name: str, model: PreTrainedModel, report: dict[str, Any], new
             f"the weights of {name} do not fit its config: {len(odd)} tensors are missing or of another shape, "
             f"{odd[0]!r} first.{hint}"
         )
-    blocks = {path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    modules = dict(model.named_modules())
     for key in sorted(report["unexpected_keys"]):  # other superfluous weights are usual: poolers, text towers
         match = re.match(r"(.+?)\.\d+\.", key)
-        if match and match[1] in blocks:
+        if match and isinstance(modules.get(match[1]), nn.ModuleList) and not _is_old_buffer(key, modules):
             raise DamagedFile(f"the weights of {name} do not fit its config: it has no place for {key!r}.")
+
+
+# Masks and tables that modules kept among their weights in older versions of transformers, and compute today.
+_OLD_BUFFERS = frozenset(
+    [
+        "attn_mask",
+        "causal_mask",
+        "embed_positions",
+        "inv_freq",
+        "masked_bias",
+        "position_ids",
+        "relative_coords_table",
+        "relative_position_index",
+    ]
+)
+
+
+def _is_old_buffer(key: str, modules: Mapping[str, nn.Module]) -> bool:
+    """True for such a buffer; GPT-2's mask is called `bias`, of an attention whose own layers have the real ones."""
+    owner, _, leaf = key.rpartition(".")
+    holds_layers = owner in modules and any(True for _ in modules[owner].children())
+    return leaf in _OLD_BUFFERS or (leaf == "bias" and holds_layers)
 
 
 def _missing_poolers(model: PreTrainedModel, missing: Iterable[str]) -> list[str]:
@@ -237,6 +270,13 @@ def _missing_poolers(model: PreTrainedModel, missing: Iterable[str]) -> list[str
     poolers = [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2] == "pooler"]
     inside = {name: {f"{name}.{key}" for key, _ in module.named_parameters()} for name, module in poolers}
     return [name for name, keys in inside.items() if keys and keys <= absent]
+
+
+def _lacks_heads(model: PreTrainedModel, missing: Iterable[str]) -> bool:
+    """Whether the weights have nothing at all of the task head."""
+    heads = tuple(f"{head}." for head in head_of(model))
+    inside = {name for name, _ in model.named_parameters() if name.startswith(heads)}
+    return bool(inside) and inside <= set(missing)
 
 
 def _draw_head(model: PreTrainedModel) -> None:
@@ -262,7 +302,8 @@ def explain_load_error(name: str, error: Exception) -> InlayError:
         )
     if "offline" in text.lower() or "couldn't connect" in text.lower() or "connection" in text.lower():
         return Unreachable(
-            f"{name} is not in the cache and the Hub cannot be reached; check the network, or use {builtin_names()[0]}."
+            f"{name} is not in the cache and the Hub cannot be reached; check the network, or use a base that comes "
+            f"with inlay ({', '.join(builtin_names())})."
         )
     if "not a valid model identifier" in text or "404" in text or "is not a local folder" in text:
         return Unreachable(f"no model {name!r}: it is no folder here, and no model on the Hub that you may read.")

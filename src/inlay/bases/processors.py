@@ -23,7 +23,7 @@ def load_processor(name: str | Path, revision: str | None = None) -> BaseImagePr
     Raises:
         InlayError: Unknown name, settings that cannot be read or need code of their own, no network.
     """
-    name, where = str(name), resolve_base(name)
+    name, where = str(name), resolve_base(name, revision)
     try:
         return AutoImageProcessor.from_pretrained(where, revision=revision, backend="pil", trust_remote_code=False)
     except Exception as error:  # settings are data from anywhere: they fail in any way
@@ -100,7 +100,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     Raises:
         InlayError: Unknown name, a base without a tokenizer or with one that needs code of its own, no network.
     """
-    name, where = str(name), resolve_base(name)
+    name, where = str(name), resolve_base(name, revision)
     config = read_config(name, where, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)

@@ -49,6 +49,26 @@ def quantization(quantize: Quantize | None, name: str, config: Any, kind: Any, d
     )
 
 
+def stored_bits(name: str, config: Any, quantize: Quantize | None) -> str | None:
+    """In which form the weights of a base are stored: 8bit or 4bit, another method's name, or None where whole.
+
+    Raises:
+        InlayError: They are quantised already, and `quantize` asks for another form.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    settings = stored if isinstance(stored, dict) else stored.to_dict()
+    form = next((bits for bits in ("8bit", "4bit") if settings.get(f"load_in_{bits}")), None)
+    form = form or str(settings.get("quant_method") or "another form")
+    if quantize is not None and quantize != form:
+        raise BadInput(
+            f"the weights of {name} are stored in {form} already, so quantize={quantize!r} would have no effect; leave "
+            "quantize out, or give the base whose weights are whole."
+        )
+    return form
+
+
 def compute_plainly(model: PreTrainedModel) -> None:
     """Keep NF4 layers from repacking themselves at their first use in eval mode on a CPU with AVX512-BF16.
 

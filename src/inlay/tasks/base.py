@@ -50,7 +50,7 @@ def load_base(
             could quantise, no such device on this machine.
     """
     name = str(name)
-    config = read_config(name, resolve_base(name), revision)
+    config = read_config(name, resolve_base(name, revision), revision)
     chosen = _chosen(name, config, task)
     if labels is not None and not chosen.classifies:
         raise BadInput(f"{name} is {chosen.base_noun}, which has no classes; leave labels out.")
@@ -82,7 +82,7 @@ def load_skeleton(
     `labels` is left aside for what has no classes.
     """
     name = str(name)
-    config = read_config(name, resolve_base(name), revision)
+    config = read_config(name, resolve_base(name, revision), revision)
     chosen = _chosen(name, config, task)
     if labels is not None and chosen.classifies:
         set_labels(config, labels)
@@ -92,7 +92,7 @@ def load_skeleton(
 def read_task(name: str | Path, revision: str | None = None) -> Task:
     """What a base is for, by its config alone."""
     name = str(name)
-    return task_of_base(name, read_config(name, resolve_base(name), revision))
+    return task_of_base(name, read_config(name, resolve_base(name, revision), revision))
 
 
 def _chosen(name: str, config: Any, task: str | None) -> Task:
