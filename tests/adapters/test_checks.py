@@ -68,13 +68,14 @@ def test_the_base_is_loaded_at_the_revision_that_it_was_trained_on(zoo, rewrite,
 
     def of_config(name, where, revision):
         asked.append(revision)
-        return read_config(name, where, revision)
+        return read_config(name, resolve_base(name), None)
 
     def of_weights(name, *, revision=None, **settings):
         asked.append(revision)
-        return load_base(name, revision=revision, **settings)
+        return load_base(name, **settings)
 
-    read_config = load.read_config
+    read_config, resolve_base = load.read_config, load.resolve_base
+    monkeypatch.setattr(load, "resolve_base", lambda name: "user/name")  # as if it were on the Hub
     monkeypatch.setattr(load, "read_config", of_config)
     monkeypatch.setattr(load, "load_base", of_weights)
     load_adapter(zoo)
@@ -82,3 +83,8 @@ def test_the_base_is_loaded_at_the_revision_that_it_was_trained_on(zoo, rewrite,
     asked.clear()
     load_adapter(zoo, base="builtin:vit-tiny")  # the user's own choice
     assert asked == [None, None]
+
+
+def test_a_folder_stands_for_a_base_of_the_hub_whatever_its_revision(zoo, rewrite):
+    rewrite(zoo, record=lambda r: r["base"].update(revision="0123abc"))
+    assert load_adapter(zoo).verified

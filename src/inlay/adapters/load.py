@@ -11,8 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from inlay.adapters import golden
+from inlay.adapters.base_weights import put_base_weights, split_base_weights
 from inlay.adapters.checks import Candidate, run_checks
 from inlay.adapters.file import CONFIG, AdapterFile, Reading
+from inlay.adapters.find_base import choose_base_in, find_base_next_to, holds_models
 from inlay.adapters.hub.fetch import fetch
 from inlay.adapters.identity import Identity, identify_base
 from inlay.adapters.sketch import precision_of
@@ -174,6 +176,11 @@ class OwnBase:
             raise BadInput("the base is a model already: move it with base.to(device) and leave device out.")
         self._device = choose_device(device)
         self.shared, self.computes = isinstance(base, nn.Module), True
+        if self.shared and (quantize is not None or dtype != "float32"):
+            asked = f"quantize={quantize!r}" if quantize is not None else f"dtype={dtype!r}"
+            raise BadInput(
+                f"{asked} has no effect on a base that is a model already; leave it out, or give the base's name."
+            )
         self.restore: Callable[[], None] = lambda: None
         self._asked, self._dtype, self._quantize = base, dtype, quantize
         self.base: PreTrainedModel
@@ -211,6 +218,8 @@ class OwnBase:
         self.restore = _undo(self.base)
         if file.labels and self.task.classifies:
             set_head(self.base, file)
+        weights, carried = split_base_weights(file, weights, self.base)
+        put_base_weights(file, self.base, carried, self.shared)
         self.model = attach_adapter(file, self.base, weights)
 
     def load_processor(self, file: AdapterFile) -> Any:
@@ -250,19 +259,41 @@ def load_own_base(
     quantize: Quantize | None = None,
     device: Device | None = None,
 ) -> PreTrainedModel:
-    """The base that was asked for, or the one that the adapter names, at the revision that it was trained on."""
-    pinned = file.record.get("base", {}).get("revision") if name is None else None
-    if not (name or file.base_name):
-        raise BadInput(f"adapter {file.name!r} names no base; give base=.")
+    """The base that was asked for, or the one that the adapter names, at the revision that it was trained on.
+
+    A folder with several models in it stands for the one among them that has the recorded weights.
+    """
+    if name is not None and holds_models(name):
+        name = choose_base_in(file, name)
     where = str(name or file.base_name)
-    config = read_config(where, resolve_base(where), pinned)
+    if not where:
+        raise BadInput(f"adapter {file.name!r} names no base; give base=.")
+    config, revision = (
+        _read_config_of_base(file, where) if name is None else (read_config(where, resolve_base(where), None), None)
+    )
     task = task_of_file(file, config)
     if not task.could_take_base(config):  # the comparison of bases says it better
         return load_base(where, dtype=dtype, quantize=quantize, device=device)
     labels = file.labels if file.labels and task.classifies else None
     return load_base(
-        where, task=task.name, labels=labels, dtype=dtype, quantize=quantize, revision=pinned, device=device
+        where, task=task.name, labels=labels, dtype=dtype, quantize=quantize, revision=revision, device=device
     )
+
+
+def _read_config_of_base(file: AdapterFile, name: str) -> tuple[Any, str | None]:
+    """Config of the base that an adapter names, and the revision to take of it, which a folder has none of.
+
+    Raises:
+        InlayError: It cannot be had; where a base of its name lies next to the adapter, that is named.
+    """
+    try:
+        where = resolve_base(name)
+        revision = None if Path(where).is_dir() else file.record.get("base", {}).get("revision")
+        return read_config(name, where, revision), revision
+    except InlayError as error:
+        found = find_base_next_to(file)
+        remedy = f"base={str(found)!r}, which has its name" if found else "base= with where it is now"
+        raise type(error)(f"adapter {file.name!r} was trained on {name!r}: {error} Or give {remedy}.") from None
 
 
 def set_head(base: PreTrainedModel, file: AdapterFile) -> None:
