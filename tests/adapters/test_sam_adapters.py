@@ -115,11 +115,11 @@ def test_other_weights_anywhere_are_refused(saved, part):
     assert torch.equal(answers(base), before)  # left as it was
 
 
-def test_another_positional_encoding_is_refused_by_the_golden_output(saved):
+def test_another_positional_encoding_is_refused(saved):
     base = load_base(BASE)
     with torch.no_grad():
         base.shared_image_embedding.positional_embedding.mul_(-1.5)
-    with pytest.raises(InlayError, match="its output differs"):
+    with pytest.raises(InlayError, match=r"1 of .* tensors next to the matrices differ"):
         load_adapter(saved[1], base)
 
 

@@ -374,18 +374,24 @@ def test_biases_of_the_base(make, processor, outputs, five, tmp_path):
         "base_model.model.vit.embeddings.cls_token",
         "base_model.model.vit.layers.0.attention.q_proj.base_layer.weight",
         "base_model.model.vit.layers.0.attention.q_proj.weight",
-        "base_model.model.vit.layers.0.attention.q_proj.lora_A.other.weight",
         "base_model.model.classifier.original_module.weight",
         "vit.embeddings.cls_token",
     ],
 )
-def test_a_key_that_would_overwrite_the_base_or_another_adapter(key, zoo, plain, five):
+def test_a_key_that_would_overwrite_the_base(key, zoo, plain, five):
     plain(zoo)
     tensors = load_file(zoo / WEIGHTS)
     save_file({**tensors, key: torch.ones(1, 1, 96)}, zoo / WEIGHTS)
     before = held(five)
     refused(zoo, r"has 1 that no module takes", base=five)
     assert all(torch.equal(value, held(five)[key]) for key, value in before.items())
+
+
+def test_a_file_that_holds_a_second_adapter(zoo, plain):
+    plain(zoo)
+    key = "base_model.model.vit.layers.0.attention.q_proj.lora_A.other.weight"
+    save_file({**load_file(zoo / WEIGHTS), key: torch.ones(1, 1, 96)}, zoo / WEIGHTS)
+    refused(zoo, r"the file of adapter 'zoo' holds several adapters")
 
 
 def test_a_second_adapter_on_one_base(zoo, original, make):

@@ -23,6 +23,7 @@ CONFIG, WEIGHTS, METRICS, CARD = (
     "metrics.json",
     "README.md",
 )
+PICKLE = "adapter_model.bin"  # of peft before 0.7; only an import opens one
 ORIGIN = "origin.json"  # of a pulled folder: repository, commit and hashes
 FORMAT = 1  # of the record; raised when an older inlay would read it wrong
 # Larger ones are refused before they are read; a usual config has a few kB.
@@ -164,11 +165,13 @@ def _check_folder(reading: Reading) -> None:
         state = "does not exist"
         if folder.exists():
             state = f"is not an adapter: it has no {CONFIG}" if folder.is_dir() else "is a file"
+            if inner := sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")):
+                state += f"; there is one in its folder {', '.join(inner[:5])}"
         raise BadInput(f"{folder} {state}; give the folder that save_adapter or peft wrote.")
     if not (folder / WEIGHTS).is_file():
         pickled = (
-            " (adapter_model.bin is a pickle, which inlay never opens)"
-            if (folder / "adapter_model.bin").exists()
+            f" ({PICKLE} is a pickle, which loading never opens: inlay import makes safetensors of its tensors)"
+            if (folder / PICKLE).exists()
             else ""
         )
         raise DamagedFile(f"{folder} has no {WEIGHTS}{pickled}; save the adapter again as safetensors.")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 from inlay.adapters import golden
+from inlay.adapters.base_as_loaded import check_base_as_loaded
 from inlay.adapters.card import card
 from inlay.adapters.config import changes_base
 from inlay.adapters.curve import CURVE, draw_curve, drawable
@@ -25,6 +26,7 @@ from inlay.files.atomic import write_json, writing
 from inlay.files.tensor_header import sign
 from inlay.methods._peft import PeftModel, acts_as_saved, find_tied_modules, set_adapter_values
 from inlay.tasks import task_of_model
+from inlay.tasks.task import Task
 
 
 def save_adapter(
@@ -56,10 +58,13 @@ def save_adapter(
 
     Raises:
         InlayError: Not a peft model, or one that does not compute what would be saved; weights or outputs that are not
-            finite; a new head that is no part of the adapter; a folder that holds something else.
+            finite; a new head that is no part of the adapter; a base that is not as it was loaded, or of a class that
+            its task does not load (`check_base_as_loaded`); a folder that holds something else.
     """
     folder = Path(folder).expanduser()
     _check_model(model)
+    task = task_of_model(model.get_base_model(), processor)
+    check_base_as_loaded(model, task)
     if dtype not in ("float32", "float16") or (dtype == "float16" and model.active_peft_config.is_prompt_learning):
         raise BadInput(f"expected dtype float32, or float16 but for peft's prompts and prefixes, got {dtype!r}.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / CONFIG).is_file():
@@ -79,7 +84,11 @@ def save_adapter(
             set_adapter_values(model, weights)
         _check_weights(model, weights)
         config = _complete_config(new / CONFIG, find_tied_modules(model.active_peft_config))
-        record = {**_record(model, processor), "config": fingerprint(config), **({"tasks": groups} if groups else {})}
+        record = {
+            **_record(model, processor, task),
+            "config": fingerprint(config),
+            **({"tasks": groups} if groups else {}),
+        }
         if not np.isfinite(record["golden"]).all():
             raise ComputationFailed("the model's output on the golden input is NaN or Inf; nothing was saved.")
         data = to_bytes(
@@ -132,10 +141,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def _record(model: PeftModel, processor: Any) -> dict[str, Any]:
+def _record(model: PeftModel, processor: Any, task: Task) -> dict[str, Any]:
     base = model.get_base_model()
     config = base.config
-    task = task_of_model(base, processor)
     task.check_method(model)
     blocks, width = size_of(config)
     return {

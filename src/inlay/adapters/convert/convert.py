@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from inlay.adapters.convert.factors import Factors, read_factors
-from inlay.adapters.file import CONFIG, WEIGHTS, AdapterFile, read_adapter
+from inlay.adapters.base_weights import is_base_with, split_base_weights
+from inlay.adapters.convert.factors import Factors, read_factors, read_tensors
+from inlay.adapters.file import CONFIG, PICKLE, WEIGHTS, AdapterFile, read_adapter
 from inlay.adapters.hub.fetch import fetch
-from inlay.adapters.load import load_adapter
+from inlay.adapters.load import LoadedAdapter, load_adapter
 from inlay.adapters.patterns import check_patterns
 from inlay.adapters.save import save_adapter
 from inlay.adapters.weights import read_weights
@@ -74,11 +75,11 @@ def import_adapter(
     verified from then on; otherwise it is what plain peft would have saved.
 
     Args:
-        source: A folder or Hub id of peft with names of an older transformers; a file of loralib, or of the text
-            encoder of Stable Diffusion (diffusers, kohya, cloneofsimo).
+        source: A folder or Hub id of peft with names of an older transformers, or with adapter_model.bin of an older
+            peft; a file of loralib, or of the text encoder of Stable Diffusion (diffusers, kohya, cloneofsimo).
         out: A new folder.
         base: Name, folder or Hub id of the base, where the source does not name it.
-        alpha: Of loralib: ΔW = alpha / r · B·A.
+        alpha: Of loralib, and of a file of peft without its config: ΔW = alpha / r · B·A.
         fused: Of loralib's fused layers: which of q, k and v are adapted, such as ("q", "v").
 
     Raises:
@@ -88,16 +89,27 @@ def import_adapter(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out} exists; give a new folder.")
     place = Path(source).expanduser()
+    if place.is_file() and place.name in (WEIGHTS, PICKLE) and (place.parent / CONFIG).is_file():
+        place = place.parent  # the file of a peft adapter, whose config lies next to it
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "adapter"
         folder.mkdir()
         if place.is_file():
             made, name = _from_file(place, folder, base, alpha, fused)
         else:
-            made, name = _from_peft(read_adapter(fetch(source)), folder, base)
+            if fused is not None:
+                raise BadInput(f"{source} is an adapter of peft, which has no fused layers; leave fused out.")
+            unpickled = _read_pickle(place, Path(work) / "tensors")
+            file = read_adapter(unpickled or fetch(place if place.is_dir() else source))
+            if alpha not in (None, file.config.get("lora_alpha")):
+                raise BadInput(
+                    f"the config of {source} says lora_alpha = {file.config.get('lora_alpha')}, so alpha={alpha:g} "
+                    "would have no effect; leave it out."
+                )
+            made, name = _from_peft(file, folder, base)
         made.folder = out
-        if made.checked == "its base's structure" and (model := _loadable(name, folder)) is not None:
-            loaded = load_adapter(folder, model)
+        loaded = _load_on_base(name, folder) if made.checked == "its base's structure" else None
+        if loaded is not None:
             metrics = {"imported": {"form": made.form, "from": place.name, "left_out": made.left_out}}
             save_adapter(loaded.model, out, processor=loaded.processor, metrics=metrics)
             made.checked = "its base's weights"
@@ -106,6 +118,18 @@ def import_adapter(
                 for path in folder.iterdir():
                     (new / path.name).write_bytes(path.read_bytes())
     return made
+
+
+def _read_pickle(folder: Path, out: Path) -> Path | None:
+    """The adapter of an older peft with its tensors as safetensors; None where it has them, or is no such folder."""
+    if not (folder / PICKLE).is_file() or not (folder / CONFIG).is_file() or (folder / WEIGHTS).is_file():
+        return None
+    tensors, _ = read_tensors(folder / PICKLE)
+    out = out / (folder.resolve().name or "adapter")
+    out.mkdir(parents=True)
+    (out / CONFIG).write_bytes((folder / CONFIG).read_bytes())
+    save_file({key: value.contiguous() for key, value in tensors.items()}, out / WEIGHTS, {"format": "pt"})
+    return out
 
 
 def _from_peft(file: AdapterFile, folder: Path, base: str | None) -> tuple[Imported, str]:
@@ -154,6 +178,10 @@ def _from_file(
     path: Path, folder: Path, base: str | None, alpha: float | None, fused: Sequence[str] | None
 ) -> tuple[Imported, str]:
     found = read_factors(path)
+    if alpha is not None and found.alphas:
+        raise BadInput(f"{path} holds the alpha of each layer, so alpha={alpha:g} would have no effect; leave it out.")
+    if fused is not None and found.form != "loralib":
+        raise BadInput(f"{path} is a LoRA of {found.form}, which has no fused layers; leave fused out.")
     lacking = []
     if base is None:
         hint = " (openai/clip-vit-large-patch14 for Stable Diffusion 1)" if found.text_encoder else ""
@@ -312,14 +340,21 @@ def _check_shapes(
             raise WrongBase(f"{name} holds {key} {tuple(value.shape)}, which is not a tensor of its base's head.")
 
 
-def _loadable(name: str, folder: Path) -> Any:
-    """The base with a head of the adapter's size, if inlay loads such models; None if not."""
-    tensors = read_adapter(folder).shapes
+def _load_on_base(name: str, folder: Path) -> LoadedAdapter | None:
+    """The adapter on its base with a head of its size; None where inlay loads no such models.
+
+    None as well for an adapter that brings the embedding of an enlarged base: plain peft's form holds that.
+    """
+    file = read_adapter(folder)
     try:
         model = load_base(name)
     except InlayError:
         return None
-    heads = [shape[0] for key, shape in tensors.items() if key.removeprefix(START).startswith(_HEADS)]
-    if heads and heads[-1] != model.config.num_labels:
-        return load_base(name, labels=[f"LABEL_{i}" for i in range(heads[-1])])
-    return model
+    _, carried = split_base_weights(file, read_weights(file), model)
+    if carried and not is_base_with(model, carried):
+        load_adapter(folder, name)
+        return None
+    heads = [shape[0] for key, shape in file.shapes.items() if key.removeprefix(START).startswith(_HEADS)]
+    if heads and heads[-1] != getattr(model.config, "num_labels", None):
+        model = load_base(name, labels=[f"LABEL_{i}" for i in range(heads[-1])])
+    return load_adapter(folder, model)

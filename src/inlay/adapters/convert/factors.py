@@ -1,5 +1,6 @@
 """LoRA files of other programs, read as what they are: two factors for each layer, and a scale.
 
+peft           `base_model.model.<layer>.lora_A.weight`, without the config that says alpha and the base.
 loralib        `<layer>.lora_A`, `<layer>.lora_B` (Hu et al. 2021); alpha and the base are not in the file.
 diffusers      `text_encoder.<layer>.lora_A.weight`, or `.lora_linear_layer.down.weight`; the same for `unet`.
 kohya          `lora_te_<layer with _>.lora_down.weight`, with `.alpha`; `lora_unet_...`.
@@ -29,6 +30,7 @@ _DIFFUSERS = re.compile(
 _KOHYA = re.compile(
     r"lora_te_text_model_encoder_layers_(\d+)_(self_attn|mlp)_(\w+)\.(lora_down|lora_up|alpha)(?:\.weight)?"
 )
+_PEFT = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 _CLONEOFSIMO = re.compile(r"text_encoder:(\d+):(down|up)")
 _LEAVES = {"lora_A": "A", "lora_down": "A", "down": "A", "lora_B": "B", "lora_up": "B", "up": "B", "alpha": "alpha"}
 
@@ -60,11 +62,13 @@ def read_factors(path: Path) -> Factors:
     Raises:
         InlayError: No such file, no LoRA in it, or one that no model of transformers takes.
     """
-    tensors, metadata = _read(path)
+    tensors, metadata = read_tensors(path)
     for key, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise DamagedFile(f"the tensor {key!r} of {path} holds NaN or Inf; it cannot be used.")
-    if any(key.endswith(".lora_A") for key in tensors):
+    if any(_PEFT.fullmatch(key) for key in tensors):
+        found = _peft(tensors)
+    elif any(key.endswith(".lora_A") for key in tensors):
         found = _loralib(tensors)
     elif any(re.match(r"(lora_)?(unet|te\d?|text_encoder)[_.:]", key) for key in tensors):
         found = _stable_diffusion(path, tensors, metadata)
@@ -80,7 +84,7 @@ def read_factors(path: Path) -> Factors:
     return found
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file; of one that torch saved, through its reader of tensors only.
 
     `weights_only=True` calls nothing that a pickle names but what makes tensors and containers, so no code of the file
@@ -105,6 +109,17 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise DamagedFile(f"{path} holds no table of tensors; save a state_dict.")
     return {str(key): value for key, value in content.items()}, {}
+
+
+def _peft(tensors: Tensors) -> Factors:
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    whole = {}
+    for key, value in tensors.items():
+        if match := _PEFT.fullmatch(key):
+            layers.setdefault(match[1], {})[match[2]] = value
+        else:
+            whole[key.removeprefix("base_model.model.")] = value
+    return Factors("peft", layers, whole=whole)
 
 
 def _loralib(tensors: Tensors) -> Factors:
