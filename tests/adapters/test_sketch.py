@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -22,7 +23,7 @@ from inlay.adapters.save import save_adapter
 from inlay.adapters.sketch import TOLERANCE, _weights, distance, precision_of, sketch
 from inlay.adapters.sketch_distance import explain_difference
 from inlay.bases.processors import load_processor
-from inlay.bases.sites import head_modules
+from inlay.bases.sites import head_modules, lora_targets
 from inlay.errors import InlayError, WrongBase
 from inlay.tasks import TASKS
 from inlay.tasks.base import load_base
@@ -281,6 +282,61 @@ def test_a_changed_alpha_is_found_twice(zoo, rewrite):
     path.write_text(path.read_text().replace('"lora_alpha": 9', '"lora_alpha": 10'))
     with pytest.raises(InlayError, match="is not what was saved with the weights"):
         load_adapter(zoo, quantize="4bit")
+
+
+def round_to_tf32(x):
+    """Ten bits of mantissa, to the nearest even."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+def compute_in_tf32(model):
+    """The model with its convolutions as a GPU computes them by default; but depth-wise ones, which it does not."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.groups == 1:
+            module.forward = lambda x, m=module: m._conv_forward(round_to_tf32(x), round_to_tf32(m.weight), m.bias)
+    return model
+
+
+@pytest.mark.skipif(not MOBILENET.is_dir(), reason=f"no pre-trained MobileNets at {MOBILENET.parent}")
+@pytest.mark.parametrize("kind", ["mobilenet_v1_0.25_128", "mobilenet_v2_1.0_224"])
+@pytest.mark.parametrize("scale", [0.1, 0.3])
+def test_a_convolutional_adapter_of_a_gpu_loads_on_a_cpu(kind, scale, tmp_path):
+    base = str(MOBILENET.parent / kind)
+    model = load_base(base, labels=LABELS)
+    torch.manual_seed(1)
+    settings = LoraConfig(
+        r=4, target_modules=lora_targets(model), modules_to_save=head_modules(model), init_lora_weights=False
+    )
+    model = get_peft_model(model, settings).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(scale if "lora_" in name else 1)
+    folder = save_adapter(compute_in_tf32(model), tmp_path / "a", processor=load_processor(base))
+    assert 0.0005 < load_adapter(folder).deviation < 0.01
+
+
+def test_a_transformer_keeps_its_sharp_tolerance():
+    assert golden.allow_deviation(["float32"], 6) == golden.TOLERANCE["float32"]
+    assert golden.allow_deviation(["float32"], 52) == 0.02
+    assert golden.allow_deviation(["bfloat16", "float32"], 52) == golden.TOLERANCE["bfloat16"]
+
+
+@pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
+def test_the_golden_output_is_computed_in_full_float32(allowed, stored, name):
+    """Whatever a process allows: TF32 for convolutions is torch's default on a GPU."""
+    seen, conv = [], next(m for m in stored[0].modules() if isinstance(m, torch.nn.Conv2d))
+    switches = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.conv]
+    hook = conv.register_forward_hook(lambda *_: seen.extend(switch.fp32_precision for switch in switches))
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision(allowed)
+        golden.compute_output(stored[0], processor_of(name), TASKS["image-classification"])
+        assert seen == ["ieee"] * 3
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == (allowed, before[1])
+    finally:
+        hook.remove()
+        torch.set_float32_matmul_precision(before[0])
 
 
 def test_deviation_is_relative_and_never_trusts_nan():

@@ -217,8 +217,10 @@ def _check_golden(candidate: Candidate) -> Result:
             raise DamagedFile(f"adapter {file.name!r} loads, but gives NaN or Inf; download it again, or another base.")
         return "not recorded"
     off = candidate.deviation = golden.deviation(stored, found)
-    precisions = host.identify_base().precision, file.record["base"]["precision"]
-    limit = candidate.tolerance = max(golden.TOLERANCE[precision] for precision in precisions)
+    base = host.identify_base()
+    kernels = sum(len(shape) > 2 for shape in file.shapes.values())
+    precisions = (base.precision, file.record["base"]["precision"])
+    limit = candidate.tolerance = golden.allow_deviation(precisions, base.convolutions + kernels)
     if off > limit:
         raise DamagedFile(
             f"adapter {file.name!r} loads, but its output differs by {off:.2g} (relative) from the one stored with it, "

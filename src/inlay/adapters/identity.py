@@ -14,18 +14,20 @@ from inlay.errors import WrongBase
 
 @dataclass(frozen=True)
 class Identity:
-    """What an adapter must find in its base: structure, and weights by their sketch."""
+    """What an adapter must find in its base: structure, weights by their sketch, and the number of convolutions."""
 
     model_type: str
     blocks: int | None
     width: int | None
     precision: str
     sketch: dict[str, Any]
+    convolutions: int = 0
 
 
 def identify_base(base: nn.Module) -> Identity:
     """The identity of a base, which one with adapters in it has, too."""
-    return Identity(base.config.model_type, *size_of(base.config), precision_of(base), sketch(base))
+    convolutions = sum(isinstance(module, nn.modules.conv._ConvNd) for module in base.modules())
+    return Identity(base.config.model_type, *size_of(base.config), precision_of(base), sketch(base), convolutions)
 
 
 def check_base(file: AdapterFile, base: Identity) -> None:
