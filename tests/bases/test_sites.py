@@ -514,3 +514,68 @@ def test_where_there_is_no_stack_of_attention_blocks_that_is_said(model, childre
     ) as e:
         sites(model())
     assert children in str(e.value)
+
+
+_TEXT = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+_SIZE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+_ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+_MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+REACHED = {
+    "gemma3": {
+        "text_config": _TEXT,
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "image_size": 28, "patch_size": 14,
+        },
+        "mm_tokens_per_image": 4, "image_token_index": 63, "boi_token_index": 62, "eoi_token_index": 61,
+    },
+    "mamba": {"state_size": 4, **_SIZE},
+    "falcon_mamba": {"state_size": 4, **_SIZE},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8, **_SIZE},
+    "falcon_h1": {
+        "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8,
+        **_SIZE, **_ATTENTION,
+    },
+    "nemotron_h": {
+        "vocab_size": 64, "hidden_size": 32, "layers_block_type": ["mamba", "attention", "mlp"], "mamba_num_heads": 4,
+        "mamba_head_dim": 8, "ssm_state_size": 8, "chunk_size": 8, "n_groups": 1, **_ATTENTION,
+    },
+    "jamba": {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False,
+        "mamba_d_state": 4, "mamba_dt_rank": 4, **_SIZE, **_ATTENTION,
+    },
+    "bamba": {"attn_layer_indices": [1], **_MAMBA2, **_SIZE, **_ATTENTION},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 64,
+        **_MAMBA2, **_SIZE, **_ATTENTION,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"], **_SIZE, **_ATTENTION},
+    "recurrent_gemma": {
+        "lru_width": 32, "head_dim": 8, "attention_window_size": 8, "vocab_size": 64, "hidden_size": 32,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", REACHED)
+def test_lora_gets_a_gradient_wherever_it_is_put_by_default(kind):
+    torch.manual_seed(0)
+    base = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(kind, **REACHED[kind]))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=lora_targets(base), task_type="CAUSAL_LM"))
+    ids = torch.arange(3, 19)[None]
+    more = {"token_type_ids": torch.zeros_like(ids)} if kind == "gemma3" else {}
+    model.train()(input_ids=ids, labels=ids, **more).loss.backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and "lora_B" in name}
+    assert trained and all(p.grad is not None and p.grad.any() for p in trained.values())
+
+
+def test_the_sites_of_a_model_that_sees_are_those_of_its_text():
+    base = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model("gemma3", **REACHED["gemma3"]))
+    found = sites(base)
+    assert found.blocks == ("model.language_model.layers.0", "model.language_model.layers.1")
+    assert found.head == ("lm_head",)
+    assert all(name.startswith("model.language_model.") for name in lora_targets(base, "attention"))

@@ -39,6 +39,7 @@ def allow_deviation(precisions: Iterable[str], convolutions: int) -> float:
 def _full_float32() -> Iterator[None]:
     """Products and convolutions in all bits of float32, whatever the process allows: TF32, or bfloat16 on a CPU."""
     backends = torch.backends
+    switches: list[tuple[Any, str, Any]]
     if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch 2.9
         switches = [
             (backend, "fp32_precision", "ieee")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from inlay.errors import BadInput, Unsupported
 
@@ -44,6 +45,18 @@ _CROSS = ("cross", "encoder_attn", "EncDecAttention")
 
 # Norms between MLP and residual, and likewise after attention (Gemma 2, OLMo 2; GLM 4): they would change a branch.
 _NORMS_OF_OUTPUT = {"post_feedforward_layernorm", "post_mlp_layernorm"}
+
+
+# Linear layers of a state-space mixer whose weights its kernels read, so that an adapter around them computes nothing.
+# peft refuses out_proj in these models (tuners_utils._check_lora_target_modules_mamba); dt_proj gets no gradient.
+_READ_BY_KERNELS = {
+    "falcon_h1": {"out_proj"},
+    "falcon_mamba": {"out_proj", "dt_proj"},
+    "jamba": {"dt_proj"},
+    "mamba": {"out_proj", "dt_proj"},
+    "mamba2": {"out_proj"},
+    "nemotron_h": {"out_proj"},
+}
 
 
 @dataclass(frozen=True)
@@ -175,7 +188,8 @@ def sites(model: nn.Module) -> Sites:
         InlayError: There is neither a row nor such blocks, or they are those of an encoder and a decoder.
     """
     modules = dict(_unwrapped(model))
-    prefix = next((f"{name}." for name in (*_backbones(model), "vision_encoder") if name and name in modules), "")
+    backbones = (find_text_part(model), *_backbones(model), "vision_encoder")
+    prefix = next((f"{name}." for name in backbones if name and name in modules), "")
     inner = {name.removeprefix(prefix): module for name, module in modules.items() if name.startswith(prefix)}
     kind = getattr(getattr(model, "config", None), "model_type", "no model_type")
     label, children = f"{type(model).__name__} ({kind})", dict(model.named_children())
@@ -194,7 +208,7 @@ def sites(model: nn.Module) -> Sites:
             _said.add(label)
             logger.warning("%s by structure: %d blocks; the first of each: %s", label, len(full["blocks"]), first)
     beside = [name for name, child in children.items() if any(True for _ in child.parameters())] if prefix else []
-    head = [name for name in beside if f"{name}." != prefix and name not in OTHER_INPUTS]
+    head = [name for name in beside if not prefix.startswith(f"{name}.") and name not in OTHER_INPUTS]
     head += getattr(model, "new_poolers", []) if head else []
     return Sites(source=kind if listed else "structure", head=tuple(head), **full)
 
@@ -202,6 +216,24 @@ def sites(model: nn.Module) -> Sites:
 def _backbones(model: nn.Module) -> tuple[str, str]:
     """What the backbone inside a model with a head may be called; CLIP's and SigLIP's is not its base_model_prefix."""
     return getattr(model, "base_model_prefix", ""), "vision_model"
+
+
+def find_text_part(model: nn.Module) -> str:
+    """Name of the part of a language model that a text reaches: all but the towers of one that sees (Gemma 3).
+
+    Empty for a model that is all of text, or that is asked with something else.
+    """
+    config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", lambda: config)()
+    if text is config or getattr(model, "main_input_name", "") != "input_ids":
+        return ""
+    embedding = model.get_input_embeddings()
+    name = next((name for name, module in model.named_modules() if module is embedding), "")
+    while name:
+        name = name.rpartition(".")[0]
+        if isinstance(model.get_submodule(name), PreTrainedModel):
+            return name
+    return ""
 
 
 def _unwrapped(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -377,7 +409,8 @@ def lora_targets(model: nn.Module, sites: Literal["all", "attention"] = "all") -
     """Names of the modules that LoRA adapts by default.
 
     Args:
-        model: A transformers model; its head, if there is one, is left out.
+        model: A transformers model; its head, if there is one, is left out. So is what a text does not reach in a
+            language model that sees or hears, and what the kernels of a state-space model read as weights.
         sites: `all` takes every linear layer and every point-wise (1x1, ungrouped) convolution outside the head, as
             QLoRA does (Dettmers et al. 2023, arXiv:2305.14314); `attention` the query and value projections only (Hu
             et al. 2021, section 7.1), or all where there is no attention. Grouped convolutions are left out: LoRA on
@@ -388,7 +421,13 @@ def lora_targets(model: nn.Module, sites: Literal["all", "attention"] = "all") -
     """
     if sites not in ("all", "attention"):
         raise BadInput(f"sites must be all or attention, got {sites!r}.")
-    inner = dict(_outside(model, _heads(model)))
+    text = find_text_part(model)
+    unseen = _READ_BY_KERNELS.get(getattr(getattr(model, "config", None), "model_type", ""), set())
+    inner = {
+        name: module
+        for name, module in _outside(model, _heads(model))
+        if name.startswith(f"{text}." if text else "") and name.rpartition(".")[2] not in unseen
+    }
     for leaves in _QKV if sites == "attention" else ():
         query_value = (leaves[0], leaves[-1])
         found = [name for name, m in inner.items() if name.rpartition(".")[2] in query_value and is_linear(m)]
