@@ -47,7 +47,8 @@ def resolve_base(name: str | Path) -> str:
         refuse_ambiguous(name, "config.json")
         return str(path)
     if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
-        raise BadInput(f"no model folder at {name!r}; give a folder, a Hub id (user/name) or {builtin_names()[0]}.")
+        embedded = ", ".join(builtin_names())
+        raise BadInput(f"no model folder at {name!r}; give a folder, a Hub id (user/name) or one of {embedded}.")
     return name
 
 
@@ -172,6 +173,8 @@ def set_labels(config: Any, labels: Sequence[str]) -> None:
     config.num_labels = len(names)  # derived from id2label, but for PVT an attribute of its own
     config.id2label = dict(enumerate(names))
     config.label2id = {label: i for i, label in enumerate(names)}
+    if config.problem_type is not None:  # the base's own head may have named several classes at once, or numbers
+        config.problem_type = "single_label_classification"
 
 
 @contextmanager
@@ -262,7 +265,7 @@ def explain_load_error(name: str, error: Exception) -> InlayError:
         )
     if "offline" in text.lower() or "couldn't connect" in text.lower() or "connection" in text.lower():
         return Unreachable(
-            f"{name} is not in the cache and the Hub cannot be reached; check the network, or use {builtin_names()[0]}."
+            f"{name} is not in the cache and the Hub cannot be reached; check the network, or give a folder of it."
         )
     if "not a valid model identifier" in text or "404" in text or "is not a local folder" in text:
         return Unreachable(f"no model {name!r}: it is no folder here, and no model on the Hub that you may read.")
