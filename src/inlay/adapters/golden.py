@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from inlay.tasks.adapter import place_inputs
 from inlay.tasks.task import Task
 
 OUTPUTS = 64  # logits that are kept
@@ -73,16 +74,6 @@ def compute_output(model: torch.nn.Module, processor: Any, task: Task) -> list[f
         if autocast is not None:
             model.forward = autocast
     return [float(f"{value:.6g}") for value in task.golden_values(found, OUTPUTS).float().tolist()]
-
-
-def place_inputs(inputs: dict[str, Any], weight: torch.Tensor) -> dict[str, Any]:
-    """Inputs on the device of a weight; floats get its type."""
-    return {
-        key: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
-        if isinstance(value, torch.Tensor)
-        else value
-        for key, value in inputs.items()
-    }
 
 
 def deviation(stored: list[float], found: list[float]) -> float:

@@ -183,6 +183,8 @@ def set_labels(config: Any, labels: Sequence[str]) -> None:
     config.num_labels = len(names)  # derived from id2label, but for PVT an attribute of its own
     config.id2label = dict(enumerate(names))
     config.label2id = {label: i for i, label in enumerate(names)}
+    if config.problem_type is not None:  # the base's own head may have named several classes at once, or numbers
+        config.problem_type = "single_label_classification"
 
 
 @contextmanager
@@ -302,8 +304,7 @@ def explain_load_error(name: str, error: Exception) -> InlayError:
         )
     if "offline" in text.lower() or "couldn't connect" in text.lower() or "connection" in text.lower():
         return Unreachable(
-            f"{name} is not in the cache and the Hub cannot be reached; check the network, or use a base that comes "
-            f"with inlay ({', '.join(builtin_names())})."
+            f"{name} is not in the cache and the Hub cannot be reached; check the network, or give a folder of it."
         )
     if "not a valid model identifier" in text or "404" in text or "is not a local folder" in text:
         return Unreachable(f"no model {name!r}: it is no folder here, and no model on the Hub that you may read.")

@@ -18,27 +18,64 @@ _SIDES = ("size", "crop_size", "pad_size", "mask_size", "mask_pad_size")
 def load_processor(name: str | Path, revision: str | None = None) -> BaseImageProcessor:
     """The image processor of a base, in its Pillow version: the same pixels with and without torchvision.
 
-    A base without preprocessor_config.json gets its model type's standard processor, at the size its config names.
+    A base without preprocessor_config.json gets its model type's standard processor, at the size its config names. Of a
+    base that takes grey images or four channels, the processor has `num_channels`, by which tasks open images.
 
     Raises:
-        InlayError: Unknown name, settings that cannot be read or need code of their own, no network.
+        InlayError: Unknown name, settings that cannot be read or need code of their own, no network, a base that takes
+            neither grey nor RGB nor RGBA images.
     """
     name, where = str(name), resolve_base(name, revision)
     try:
-        return AutoImageProcessor.from_pretrained(where, revision=revision, backend="pil", trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(where, revision=revision, backend="pil", trust_remote_code=False)
     except Exception as error:  # settings are data from anywhere: they fail in any way
         if _has_processor(name, where, revision):
             raise DamagedFile(f"the {_PROCESSOR} of {name} cannot be used: {first_line(error)}") from error
+        processor = None
     config = read_config(name, where, revision)
+    if processor is None:
+        processor = _standard_processor(name, config)
+    _match_channels(processor, getattr(getattr(config, "vision_config", config), "num_channels", 3), name)
+    return processor
+
+
+def _standard_processor(name: str, config: Any) -> BaseImageProcessor:
+    """That of the model type, at the size that the config names."""
     kind = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type, {}).get("pil")
     if kind is None:
         raise BadInput(f"{name} has no {_PROCESSOR}, and {config.model_type} no standard one; add one to the folder.")
     processor = processor_from({"image_processor_type": kind.removesuffix("Pil")})
     body = getattr(config, "vision_config", config)
-    side, patch = getattr(body, "image_size", None), getattr(body, "patch_size", None)
-    if isinstance(side, int):
-        _resize(processor, side, side // patch if isinstance(patch, int) else side)
+    size: Any = getattr(body, "image_size", None)
+    patch: Any = getattr(body, "patch_size", None)
+    height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+    if hasattr(processor, "max_num_patches"):  # SigLIP 2 NaFlex: images keep their form, up to so many patches
+        processor.patch_size, processor.max_num_patches = patch, body.num_patches
+    elif isinstance(height, int) and height == width:
+        _resize(processor, height, height // patch if isinstance(patch, int) else height)
+    elif isinstance(height, int) and hasattr(processor, "crop_pct"):  # ConvNeXt and its kin take images of any form
+        _resize(processor, min(height, width), min(height, width))
+    elif isinstance(height, int):  # the model takes no other form: nothing is cropped
+        processor.size, processor.do_center_crop = {"height": height, "width": width}, False
     return processor
+
+
+def _match_channels(processor: BaseImageProcessor, channels: Any, name: str) -> None:
+    """Let a processor make images of as many channels as the base takes; it makes three by itself."""
+    if channels == 3 or not isinstance(channels, int):
+        return
+    if channels not in (1, 4):
+        raise Unsupported(
+            f"{name} takes images of {channels} channels; use a base for grey (1), RGB (3) or RGBA (4) images."
+        )
+    processor.num_channels = channels
+    if getattr(processor, "do_convert_rgb", None):
+        processor.do_convert_rgb = False
+    for key in ("image_mean", "image_std"):
+        values = getattr(processor, key, None)
+        if isinstance(values, list | tuple) and len(values) == 3:
+            average = sum(values) / 3
+            setattr(processor, key, [average] if channels == 1 else [*values, average])
 
 
 def processor_from(settings: dict[str, Any]) -> BaseImageProcessor:

@@ -2,6 +2,8 @@
 
 from typing import Any, Protocol
 
+import torch
+
 from inlay.errors import BadInput
 from inlay.tasks.task import Task
 
@@ -28,3 +30,13 @@ def check_task(adapter: Adapter, name: str) -> None:
         raise BadInput(
             f"adapter {adapter.name!r} is for {adapter.task.name}, not for {name}; use {adapter.task.function}."
         )
+
+
+def place_inputs(inputs: dict[str, Any], weight: torch.Tensor) -> dict[str, Any]:
+    """Inputs on the device of a weight; floats get its type."""
+    return {
+        key: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
+        if isinstance(value, torch.Tensor)
+        else value
+        for key, value in inputs.items()
+    }

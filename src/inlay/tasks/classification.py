@@ -1,14 +1,26 @@
 """What classifiers of images and of texts share when they are scored."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import datasets
 import numpy as np
+from torch import Tensor
 
 from inlay.bases.load import read_config, resolve_base
-from inlay.errors import InlayError
+from inlay.errors import BadInput, InlayError, Unsupported
 from inlay.tasks.adapter import Adapter
-from inlay.tasks.evaluation import Evaluation, Request, Score
+from inlay.tasks.evaluation import (
+    Evaluation,
+    Request,
+    Score,
+    Split,
+    Training,
+    choose_split,
+    is_cut,
+    split_note,
+)
+from inlay.tasks.sampling import hold_out_if_possible_by_content, normalise_label
 from inlay.tasks.statistics import (
     BINS,
     Indices,
@@ -19,6 +31,99 @@ from inlay.tasks.statistics import (
     matthews_correlation,
     score_with_intervals,
 )
+
+
+def choose_labelled_rows(
+    data: str,
+    own: Sequence[str],
+    load: Callable[[list[str]], tuple[datasets.Dataset, Sequence[Hashable] | None]],
+    labels: Sequence[str],
+    *,
+    wanted: Split | None,
+    scored: Split,
+    training: Training,
+    noun: str,
+) -> tuple[Split, datasets.Dataset, list[str]]:
+    """The labelled examples to score an adapter on: a split of the data's own, or what a recipe would hold out.
+
+    Args:
+        data: Its name.
+        own: Its splits that have labels: of train, validation and test, or its only one as train.
+        load: Reads some of these: rows with the column `label`, and their contents, where it knows which are equal.
+        labels: Class names, by the numbers in `label`.
+        wanted: The split that was asked for.
+        scored: The split to score where nothing was asked for and the data has several.
+        training: Of the adapter.
+        noun: What an example is called.
+
+    Returns:
+        The split, its rows, and notes.
+
+    Raises:
+        InlayError: No such split, or nothing that could be held out.
+    """
+    chosen = choose_split(data, wanted, own, scored, training)
+    cut = is_cut(chosen, own)
+    whole = "train" if "train" in own else own[0]
+    rows, contents = load(list(own) if chosen == "all" else [whole if cut else chosen])
+    if cut:
+        held = hold_out_if_possible_by_content(rows["label"][:], labels, 0.2, training.seed, noun, contents)
+        rows = rows.select(sorted(set(range(len(rows))) - set(held)) if chosen == "train" else held)
+    return chosen, rows, split_note(data, chosen, own, training)
+
+
+def number_labels(data: str, found: Sequence[str], adapter: Adapter) -> list[int]:
+    """The numbers that an adapter has for the labels of training data; é of one character or of two is one label.
+
+    Raises:
+        InlayError: Labels that the adapter does not have.
+    """
+    numbers = {normalise_label(label): i for i, label in enumerate(adapter.labels)}
+    strange = [label for label in map(normalise_label, found) if label not in numbers]
+    if strange:
+        raise BadInput(
+            f"the data {data!r} has labels that the adapter does not have ({', '.join(strange[:5])}); it has "
+            f"{', '.join(adapter.labels[:10])}."
+        )
+    return [numbers[normalise_label(label)] for label in found]
+
+
+def class_probabilities(logits: Tensor, config: Any) -> Tensor:
+    """Probabilities of classes: a softmax, or where classes do not exclude each other the sigmoid of each.
+
+    Args:
+        logits: Of a classifier, or some of its columns, (B, K).
+        config: Of the model: its `problem_type` says which, and a single class is answered by a sigmoid.
+
+    Raises:
+        InlayError: The model gives numbers and no classes.
+
+    Source: `transformers.ImageClassificationPipeline.postprocess`, as that of texts.
+    """
+    if config.problem_type == "regression":
+        raise Unsupported(
+            f"the base {config._name_or_path} gives numbers (problem_type regression), and no probabilities of classes."
+        )
+    return logits.softmax(-1) if _classes_exclude_each_other(config) else logits.sigmoid()
+
+
+def check_one_label_each(base: Any, data: str) -> None:
+    """Refuse to train a base whose classes do not exclude each other on data with one label for each example.
+
+    A base with a new head for the labels of the data passes: that head is for one label each.
+
+    Raises:
+        InlayError: The base has the labels of the data already, and is for several of them at once.
+    """
+    if not _classes_exclude_each_other(base.config):
+        raise Unsupported(
+            f"{base.name_or_path} names several of its classes at once (problem_type multi_label_classification), and "
+            f"{data!r} has one label for each example; rename the labels of the data to train a new head for one."
+        )
+
+
+def _classes_exclude_each_other(config: Any) -> bool:
+    return config.problem_type != "multi_label_classification" and config.num_labels > 1
 
 
 def evaluate_classifier(
@@ -48,14 +153,15 @@ def evaluate_classifier(
         notes: On the data.
         predict: Gives the probabilities (N, K) of the model as it is at the time.
     """
+    exclusive = _classes_exclude_each_other(adapter.model.config)
     probabilities = predict()
-    scores = score_probabilities(probabilities, true, request.resamples)
+    scores = score_probabilities(probabilities, true, request.resamples, exclusive)
     base, remark = None, ""
     if request.compare:
         remark = _explain_missing_base(adapter, labels)
         if not remark:
             with adapter.model.disable_adapter():
-                base = score_probabilities(predict(), true, request.resamples)
+                base = score_probabilities(predict(), true, request.resamples, exclusive)
     predicted = probabilities.argmax(1)
     rows = [
         {
@@ -69,6 +175,8 @@ def evaluate_classifier(
         for name, t, p, row in zip(names, true, predicted, probabilities, strict=True)
     ]
     told = f"Expected calibration error: {BINS} bins of equal width (Guo et al. 2017, arXiv:1706.04599)."
+    if not exclusive:
+        told = f"{told} The base names several classes at once: the loss is binary cross-entropy, a mean over classes."
     return Evaluation(
         data=data,
         task=adapter.task.name,
@@ -85,16 +193,23 @@ def evaluate_classifier(
     )
 
 
-def score_probabilities(probabilities: np.ndarray, true: np.ndarray, resamples: int) -> dict[str, Score]:
+def score_probabilities(
+    probabilities: np.ndarray, true: np.ndarray, resamples: int, exclusive: bool = True
+) -> dict[str, Score]:
     """Accuracy, macro F1, precision and recall, Matthews correlation, cross-entropy and calibration error.
 
     Args:
         probabilities: (N, K).
         true: (N,).
         resamples: Of the bootstrap; 0: no intervals.
+        exclusive: Whether one class is true at a time. If not, the cross-entropy is the mean of that of each class.
     """
     predicted, confidence = probabilities.argmax(1), probabilities.max(1)
-    surprise = -np.log(np.maximum(probabilities[np.arange(len(true)), true], 1e-300))
+    if exclusive:
+        surprise = -np.log(np.maximum(probabilities[np.arange(len(true)), true], 1e-300))
+    else:
+        is_true = np.arange(probabilities.shape[1]) == true[:, None]  # N K
+        surprise = -np.log(np.maximum(np.where(is_true, probabilities, 1 - probabilities), 1e-300)).mean(1)
     right, classes = predicted == true, probabilities.shape[1]
 
     def statistic(rows: Indices) -> dict[str, float]:

@@ -232,10 +232,10 @@ def choose_split(data: str, wanted: Split | None, own: Collection[str], scored: 
     Raises:
         InlayError: No such split.
     """
-    if wanted == "test" and "test" not in own:
+    if (wanted == "test" and "test" not in own) or (wanted == "train" and len(own) > 1 and "train" not in own):
         raise BadInput(
-            f"{data!r} has no split 'test' with labels (it has {', '.join(own)}); choose another, or pass the folder "
-            "of the test data itself."
+            f"{data!r} has no split {wanted!r} with labels (it has {', '.join(own)}); choose another, or pass the "
+            f"folder of the {wanted} data itself."
         )
     if wanted is not None:
         return wanted
@@ -244,16 +244,21 @@ def choose_split(data: str, wanted: Split | None, own: Collection[str], scored: 
     return "validation" if training.used(data) else "all"
 
 
+def is_cut(split: Split, own: Collection[str]) -> bool:
+    """Whether a split is only a part of one of the data's own: a recipe holds validation out of train where it must."""
+    return split in ("train", "validation") and "validation" not in own
+
+
 def split_note(data: str, split: Split, own: Collection[str], training: Training) -> list[str]:
-    """A sentence where the data has no split of its own."""
-    if len(own) > 1:
-        return []
-    if split == "all":
+    """A sentence where the split that was scored is none of the data's own."""
+    if split == "all" and len(own) == 1:
         seen = ", training examples among them" if training.used(data) else ""
         return [f"{data!r} has no split of its own and was scored whole{seen}."]
+    if not is_cut(split, own):
+        return []
+    lacks = "no split of its own" if len(own) == 1 else "no validation split of its own"
     part = "hold out of it" if split == "validation" else "train on"
-    scored = f"what was scored is the part that recipes {part} (seed {training.seed})"
-    return [f"{data!r} has no split of its own; {scored}."]
+    return [f"{data!r} has {lacks}; what was scored is the part that recipes {part} (seed {training.seed})."]
 
 
 def pick_evenly(count: int, limit: int | None) -> list[int]:

@@ -11,10 +11,12 @@ No import here is slow: a recipe reads its command line before it waits for torc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from inlay.errors import Unreachable
 from inlay.options import check_options, option
 
 if TYPE_CHECKING:
@@ -96,7 +98,9 @@ class TaskOptions:
         """The frozen base."""
         from inlay.tasks.base import load_base
 
-        return self._announced(load_base(self.model, quantize=self.quantize))
+        with self.offering_embedded_base():
+            base = load_base(self.model, quantize=self.quantize)
+        return self._announced(base)
 
     def fit(self, model: nn.Module, data: TaskData, train: TrainConfig, method: Any) -> FitResult:
         """Say what memory a step will take, then train; the best weights stay in the model.
@@ -123,6 +127,15 @@ class TaskOptions:
             loss=data.loss,
             settings={**asdict(self), **asdict(method)},
         )
+
+    @contextmanager
+    def offering_embedded_base(self) -> Iterator[None]:
+        """Name this task's embedded base in the error of one that cannot be reached."""
+        try:
+            yield
+        except Unreachable as error:
+            embedded = next(field.default for field in fields(self) if field.name == "model")
+            raise Unreachable(f"{str(error).removesuffix('.')}, or use --model {embedded}.") from error
 
     def _announced(self, base: Any) -> Any:
         """The base, after a word on what of it is held in few bits."""

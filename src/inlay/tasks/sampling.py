@@ -3,7 +3,8 @@
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Hashable, Iterable, Sequence
 
 from inlay.errors import BadInput
 from inlay.tasks.tables import list_first
@@ -30,6 +31,11 @@ def sort_labels(words: Sequence[str]) -> list[str]:
     return sorted(set(words), key=lambda word: (int(word) if numbers else 0, word))
 
 
+def normalise_label(word: str) -> str:
+    """A label in composed Unicode (NFC): é is one letter to every reader, and two as some systems write it."""
+    return unicodedata.normalize("NFC", word)
+
+
 def hold_out_by_class(ids: Sequence[int], labels: Sequence[str], share: float, seed: int, noun: str) -> list[int]:
     """Rows to hold out, by rank of a hash: no library's random stream has to stay as it is."""
     groups: dict[int, list[int]] = {}
@@ -45,3 +51,80 @@ def hold_out_by_class(ids: Sequence[int], labels: Sequence[str], share: float, s
     if single:
         logger.warning("classes with one %s, which stays in training: %s.", noun, list_first(single))
     return sorted(held)
+
+
+def hold_out_by_content(
+    ids: Sequence[int], labels: Sequence[str], share: float, seed: int, noun: str, contents: Sequence[Hashable]
+) -> list[int]:
+    """Rows to hold out: equal ones stay on one side, and those that stand with several labels stay in training.
+
+    Args:
+        ids: The class of each row, an index of `labels`.
+        labels: Names of the classes.
+        share: Of the different examples of each class to hold out, between 0 and 1.
+        seed: Chooses them.
+        noun: What an example is called.
+        contents: Equal for rows that are the same example.
+
+    Raises:
+        InlayError: No class has two different examples.
+    """
+    places = _group(contents)
+    clear = [rows for rows in places if len({ids[row] for row in rows}) == 1]
+    if len(clear) < len(places):
+        count = len(places) - len(clear)
+        stand = f"{noun} stands" if count == 1 else f"{noun}s stand"
+        logger.warning("%d %s with more than one label; check the labels.", count, stand)
+    if not clear:
+        raise BadInput(f"every {noun} stands with more than one label, so none can be held out; check the labels.")
+    held = hold_out_by_class([ids[rows[0]] for rows in clear], labels, share, seed, noun)
+    return sorted(row for one in held for row in clear[one])
+
+
+def hold_out_if_possible_by_content(
+    ids: Sequence[int],
+    labels: Sequence[str],
+    share: float,
+    seed: int,
+    noun: str,
+    contents: Sequence[Hashable] | None,
+) -> list[int]:
+    """As `hold_out_by_content`; row by row where contents are not known, or with a warning where all of them are equal.
+
+    Raises:
+        InlayError: No class has two rows.
+    """
+    if contents is not None:
+        try:
+            return hold_out_by_content(ids, labels, share, seed, noun, contents)
+        except BadInput as error:
+            held = hold_out_by_class(ids, labels, share, seed, noun)
+            logger.warning("%s For now training and validation share equal %ss.", error, noun)
+            return held
+    return hold_out_by_class(ids, labels, share, seed, noun)
+
+
+def hold_out_unlabelled(share: float, seed: int, contents: Sequence[Hashable]) -> list[int]:
+    """Rows to hold out at random, where equal ones stay on one side; none if all are equal."""
+    import numpy as np
+
+    places = _group(contents)
+    order = np.random.default_rng(seed).permutation(len(places)).tolist()
+    count = min(max(1, round(share * len(places))), len(places) - 1)
+    return sorted(row for one in order[:count] for row in places[one])
+
+
+def _group(contents: Sequence[Hashable]) -> list[list[int]]:
+    """Rows of equal content."""
+    places: dict[Hashable, list[int]] = {}
+    for row, content in enumerate(contents):
+        places.setdefault(content, []).append(row)
+    return list(places.values())
+
+
+def warn_of_overlap(train: Iterable[Hashable], held: Sequence[Hashable], split: str, noun: str) -> None:
+    """Say how many examples of another split are training examples too: scores on them are too good."""
+    known = set(train)
+    seen = sum(content in known for content in held)
+    if seen:
+        logger.warning("%d of %d %ss of %s are in training too.", seen, len(held), noun, split)

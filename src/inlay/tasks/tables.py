@@ -15,7 +15,7 @@ from typing import Any, Literal
 import datasets
 
 from inlay.errors import BadInput, DamagedFile, Unreachable
-from inlay.tasks.pictures import explain_unreadable
+from inlay.tasks.image_decoding import explain_unreadable
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 KINDS = (*SEPARATORS, ".jsonl", ".json", ".parquet", ".txt")
@@ -99,17 +99,28 @@ def read_table(path: Path) -> Table:
 
 
 def hub_splits(name: str, revision: str | None, wanted: str) -> dict[str, datasets.Dataset]:
-    """Every split of a Hub dataset.
+    """Every split of a Hub dataset. Of .csv files all values are text as it is written, but for classes it declares.
 
     Raises:
         InlayError: It cannot be had, or the name is that of a file; the message says what else was `wanted`.
     """
     _check_hub_id(name)
     try:
-        return dict(datasets.load_dataset(name, revision=revision))
+        found = dict(datasets.load_dataset(name, revision=revision))
+        first = next(iter(found.values()))
+        if first.info.builder_name == "csv":  # pandas has read 001 as 1, and None as nothing
+            text = {
+                column: feature if isinstance(feature, datasets.ClassLabel) else datasets.Value("string")
+                for column, feature in first.features.items()
+            }
+            options = {"features": datasets.Features(text), "keep_default_na": False, "na_values": [""]}
+            found = dict(datasets.load_dataset(name, revision=revision, **options))
+        return found
     except Exception as error:  # no network, no such dataset or revision, gated: each has its own type
-        got = f"{name!r} is nothing here and the Hub gave {type(error).__name__} ({explain_unreadable(error)})"
-        raise Unreachable(f"expected {wanted}, but {got}. Check the name and the network.") from error
+        raise Unreachable(
+            f"{name!r} is no file or folder here, and the Hub gave {type(error).__name__} "
+            f"({explain_unreadable(error)}); check the name and the network, or pass {wanted}."
+        ) from error
 
 
 def _check_hub_id(name: str) -> None:
@@ -165,9 +176,9 @@ def _separated(text: str, name: str, separator: str) -> Table:
                 places.append(line)
             line = reader.line_num + 1
     except csv.Error as error:
-        got = f"line {line} does not ({explain_unreadable(error)})"
         raise DamagedFile(
-            f"expected {name!r} to read as a table, but {got}. Mend its quotes, or use .jsonl."
+            f"line {line} of {name!r} cannot be read as a table row: {explain_unreadable(error)}. Fix its quotes, or "
+            "use .jsonl."
         ) from error
     header, rows, places = [column.strip() for column in rows[0]], rows[1:], places[1:]
     table = Table(name, header, lambda column: [row[header.index(column)] for row in rows], places, "line")
@@ -218,7 +229,7 @@ def _objects(rows: list[Any], name: str, places: Sequence[int], unit: Literal["l
     names = list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
     table = Table(name, names, lambda column: [row.get(column) for row in rows], places, unit)
     if wrong:
-        raise DamagedFile(f"{table.where(wrong)}: expected JSON objects with named values.")
+        raise DamagedFile(f"{table.where(wrong)} hold no JSON objects with named values; fix or remove them.")
     return table
 
 

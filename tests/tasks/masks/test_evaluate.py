@@ -97,7 +97,7 @@ def test_one_image_is_enough_and_none_is_named(folder, cells, tmp_path):
         (tmp_path / "one" / part / "scene2.png").write_bytes((cells / part / "scene2.png").read_bytes())
         (tmp_path / "none" / part).mkdir(parents=True)
     assert evaluate(folder, tmp_path / "one", resamples=5).count == 1
-    with pytest.raises(InlayError, match="there are none"):
+    with pytest.raises(InlayError, match="there are no files"):
         evaluate(folder, tmp_path / "none")
     with pytest.raises(InlayError, match="none can be held out"):
         evaluate(folder, tmp_path / "one", split="validation")

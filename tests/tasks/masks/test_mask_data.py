@@ -1,13 +1,27 @@
 """Scenes, maps of objects, and the prompts and masks that are drawn from them."""
 
+import unicodedata
+
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-from inlay import InlayError, MaskView, load_masks, load_processor
+from inlay import (
+    InlayError,
+    MaskView,
+    load_adapter,
+    load_base,
+    load_masks,
+    load_processor,
+    predict_masks,
+    save_adapter,
+)
 from inlay.builtin.scenes import MOST, generate_scenes
-from inlay.tasks.masks.data import Masked, read_map, split_classes
+from inlay.tasks.evaluation import SPLITS
+from inlay.tasks.masks.data import Masked, load_masks_to_score, read_map, split_classes
+from inlay.tasks.masks.processing import choose_intensity, load_mask_processor, mask_processor_settings
 from inlay.tasks.masks.prompts import boxes_around, draw_points
 from inlay.tasks.masks.view import collate_masks
 from places import SHARED
@@ -121,12 +135,12 @@ def spoil(folder, what):
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("alone", r"1 files stand alone: '?1\.png"),
-        ("size", r"1\.png \(59 x 40, but its picture has 60 x 40\)"),
+        ("alone", r"1 files have no counterpart: 1\.png"),
+        ("size", r"1\.png \(59 x 40, but its image has 60 x 40\)"),
         ("colours", r"1\.png \(RGB: a map has one channel"),
         ("empty", r"1\.png \(no object in it\)"),
         ("broken", r"1\.png \(.*truncated"),
-        ("twice", r"one file of a stem"),
+        ("twice", r"a second file of the stem of 1\."),
     ],
 )
 def test_what_is_wrong_is_said_with_the_files_name(folder, what, said):
@@ -140,7 +154,7 @@ def test_what_is_no_data_is_refused(tmp_path):
         load_masks("builtin:cats")
     with pytest.raises(InlayError, match="images/ and labels/"):
         load_masks(str(tmp_path / "nowhere"))
-    with pytest.raises(InlayError, match="there are none"):
+    with pytest.raises(InlayError, match="there are no files"):
         load_masks(str(tmp_path))
     with pytest.raises(InlayError, match=r"meaning instances or classes, .* got .*'things'"):
         load_masks("builtin:scenes", meaning="things")
@@ -261,3 +275,120 @@ def test_wrong_settings_of_a_view_are_refused(processor):
 def test_real_nuclei_are_read():
     data = load_masks(str(NUCLEI), limit=4)
     assert len(data.train) == 4 and all(read_map(item.objects).max() > 1 for item in data.train)
+
+
+# Images of 16 bits
+
+
+@pytest.fixture
+def camera(tmp_path):
+    """Bright discs on a dark ground, 12 bits of a camera in PNGs of 16 bits, and the same scaled to 8 bits by hand."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:64, :64]
+    for part in ("images", "labels"):
+        (tmp_path / part).mkdir()
+    for i in range(5):
+        objects = ((y - 20 - i) ** 2 + (x - 30) ** 2 < 100).astype(np.uint8)
+        values = (200 + 1500 * objects.astype(int) + rng.integers(0, 100, objects.shape)).astype(np.uint16)
+        Image.fromarray(values).save(tmp_path / f"images/{i}.png")
+        Image.fromarray(objects).save(tmp_path / f"labels/{i}.png")
+    return tmp_path
+
+
+def test_a_camera_of_12_bits_is_scaled_by_percentiles(camera, processor):
+    rows = load_masks(str(camera)).validation
+    values = np.asarray(Image.open(rows[0].image)).astype(float)
+    low, high = np.percentile(values, (1, 99))
+    eight = (np.clip((values - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)
+    expected = processor(images=Image.fromarray(eight).convert("RGB"), return_tensors="pt")["pixel_values"][0]
+    found = MaskView(rows, processor, "box", seed=0)[0]["pixel_values"]
+    assert torch.allclose(found, expected, atol=0.02)
+    whole = MaskView(rows, choose_intensity(load_processor("builtin:sam-tiny"), "range"), "box", seed=0)[0]
+    spread = [float(pixels.amax() - pixels.amin()) for pixels in (found, whole["pixel_values"])]
+    assert spread[0] > 10 * spread[1]
+
+
+def test_an_adapter_keeps_how_16_bits_are_scaled(camera, tmp_path):
+    rows = load_masks(str(camera)).validation
+    image, point = rows[0].image, [(30.0, 22.0)]
+    found = {}
+    for intensity in ("percentiles", "range"):
+        torch.manual_seed(0)
+        model = get_peft_model(
+            load_base("builtin:sam-tiny"), LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
+        )
+        processor = choose_intensity(load_processor("builtin:sam-tiny"), intensity)
+        folder = save_adapter(model, tmp_path / intensity, processor=processor)
+        adapter = load_adapter(folder)
+        assert adapter.processor.intensity == intensity
+        assert ("16 bits" in (folder / "README.md").read_text()) == (intensity == "percentiles")
+        found[intensity] = predict_masks(adapter, image, points=point).scores
+        with Image.open(image) as opened:
+            assert predict_masks(adapter, opened, points=point).scores == found[intensity]
+    assert abs(found["percentiles"][0] - found["range"][0]) > 1e-4
+    plain = get_peft_model(load_base("builtin:sam-tiny"), LoraConfig(r=2, target_modules=["qkv"]))
+    folder = save_adapter(plain, tmp_path / "plain", processor=load_processor("builtin:sam-tiny"))
+    assert load_adapter(folder).processor.intensity == "percentiles"
+
+
+def test_an_adapter_from_before_the_choice_scales_by_the_whole_range():
+    settings = mask_processor_settings(load_processor("builtin:sam-tiny"))
+    assert (
+        load_mask_processor("builtin:sam-tiny", dict(settings)).intensity == settings.pop("intensity") == "percentiles"
+    )
+    assert load_mask_processor("builtin:sam-tiny", settings).intensity == "range"
+    with pytest.raises(InlayError, match="unknown intensity 'maximum'; choose one of percentiles, range"):
+        choose_intensity(load_processor("builtin:sam-tiny"), "maximum")
+
+
+# Splits
+
+
+def write_pairs(folder, values):
+    for part in ("images", "labels"):
+        (folder / part).mkdir(parents=True)
+    for name, value in values.items():
+        Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(folder / "images" / f"{name}.png")
+        Image.fromarray(np.eye(8, dtype=np.uint8)).save(folder / "labels" / f"{name}.png")
+
+
+def test_equal_images_with_maps_stay_on_one_side(tmp_path, caplog):
+    write_pairs(tmp_path / "a", {f"{i}{copy}": i for i in range(10) for copy in "ab"})
+    data = load_masks(str(tmp_path / "a"))
+    sides = [{item.name[0] for item in split} for split in (data.train, data.validation)]
+    assert not sides[0] & sides[1] and len(data.validation) == 4
+    write_pairs(tmp_path / "b" / "train", {"x": 1, "y": 2})
+    write_pairs(tmp_path / "b" / "val", {"z": 1})
+    load_masks(str(tmp_path / "b"))
+    assert "1 of 1 images of validation are in training too" in caplog.text
+    write_pairs(tmp_path / "c", {f"{i}": 7 for i in range(5)})
+    assert len(load_masks(str(tmp_path / "c")).validation) == 1 and "all images" in caplog.text
+
+
+def test_test_images_never_choose_anything(tmp_path):
+    write_pairs(tmp_path / "train", {f"{i}": i for i in range(10)})
+    write_pairs(tmp_path / "test", {f"t{i}": 100 + i for i in range(3)})
+    data = load_masks(str(tmp_path))
+    assert not [item for item in (*data.train, *data.validation) if item.name.startswith("t")]
+    assert (len(data.train), len(data.validation)) == (8, 2)
+    found = {split: load_masks_to_score(str(tmp_path), split=split) for split in (None, *SPLITS)}
+    assert {split: (one[0], len(one[1])) for split, one in found.items()} == {
+        None: ("test", 3), "test": ("test", 3), "validation": ("validation", 2), "train": ("train", 8),
+        "all": ("all", 13),
+    }  # fmt: skip
+    assert found["validation"][1] == data.validation
+
+
+def test_stems_of_two_unicode_forms_are_one(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    write_pairs(tmp_path, {composed: 1, "tea": 2})
+    (tmp_path / "labels" / f"{composed}.png").rename(tmp_path / "labels" / f"{decomposed}.png")
+    data = load_masks(str(tmp_path))
+    assert len(data.train) + len(data.validation) == 2
+
+
+def test_a_folder_of_classes_is_sent_to_the_classifier(tmp_path):
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat" / "0.png")
+    with pytest.raises(InlayError, match=r"recipes/lora_vit\.py or load_images"):
+        load_masks(str(tmp_path))

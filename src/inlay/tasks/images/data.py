@@ -1,11 +1,10 @@
-"""Labelled pictures: from embedded data, folders, tables and the Hub to what a model takes."""
+"""Labelled images: from embedded data, folders, tables and the Hub to what a model takes."""
 
 import glob
 import logging
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,29 +13,32 @@ import datasets
 import numpy as np
 
 from inlay.errors import BadInput, DamagedFile
-from inlay.tasks.evaluation import Split, Training, check_labels, choose_split, split_note
-from inlay.tasks.pictures import decode_image, explain_unreadable
-from inlay.tasks.sampling import hold_out_by_class, sort_labels
-from inlay.tasks.tables import hub_splits, list_first
+from inlay.tasks.classification import choose_labelled_rows
+from inlay.tasks.evaluation import Split, Training, check_labels
+from inlay.tasks.image_decoding import explain_unreadable
+from inlay.tasks.images.checked import check_images
+from inlay.tasks.sampling import hold_out_if_possible_by_content, normalise_label, sort_labels, warn_of_overlap
+from inlay.tasks.tables import hub_splits, list_first, read_table
 
 logger = logging.getLogger(__name__)
 
-VALIDATION = ("validation", "val", "valid", "dev", "test")
+VALIDATION = ("validation", "val", "valid", "dev")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "category")
 SUFFIXES = tuple(f".{s}" for s in "jpg jpeg jfif png gif bmp webp avif tif tiff ppm pgm".split())  # noqa: SIM905
-CSV = {"keep_default_na": False, "na_values": [""]}  # NA, None and null are names of classes, not gaps
-TABLES: dict[str, tuple[str, dict[str, Any]]] = {
-    ".parquet": ("parquet", {}),
-    ".csv": ("csv", CSV),
-    ".tsv": ("csv", CSV | {"sep": "\t"}),
-    ".jsonl": ("json", {}),
+TABLES = (".parquet", ".csv", ".tsv", ".jsonl")
+IMAGE = datasets.Image(decode=False)
+# Folders that hold images next to maps or boxes, and no classes.
+IMAGE_FOLDERS = {"image", "images", "img", "imgs", "imagestr", "jpegimages"}
+TARGET_FOLDERS = {
+    *("label", "labels", "labelstr", "mask", "masks", "annotation", "annotations", "segmentation", "segmentations"),
+    *("gt", "ground_truth", "groundtruth", "instances", "segmentationclass", "segmentationobject"),
 }
-PICTURE = datasets.Image(decode=False)
+MAP_SUFFIXES, SCAN_SUFFIXES = (".png", ".tif", ".tiff", ".bmp"), (".nii", ".nii.gz")
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """Labelled pictures in two splits, undecoded: columns `image` ({"bytes", "path"}) and `label` (int)."""
+    """Labelled images in two splits, undecoded: columns `image` ({"bytes", "path"}) and `label` (int)."""
 
     name: str
     train: datasets.Dataset
@@ -54,48 +56,56 @@ def load_images(
     label_column: str | None = None,
     corrupt: Literal["refuse", "skip"] = "refuse",
 ) -> ImageData:
-    """Labelled pictures for training and validation; each is decoded once, to find those that cannot be.
+    """Labelled images for training and validation.
+
+    Each image is decoded once, to find those that cannot be and those that are equal; what was found is remembered for
+    the next start, until the file changes. Test data is never looked at: it is for `evaluate`.
 
     Args:
         name: `builtin:digits` or `builtin:shapes`; a folder of class folders, or of train/ and val/ that hold
-            them; a .parquet, .csv, .tsv or .jsonl file, or a folder of train.csv and val.csv, with pictures
-            or their paths relative to the file; a Hub dataset id.
+            them; a .parquet, .csv, .tsv or .jsonl file, or a folder of train.csv and val.csv, with images
+            or their paths relative to the file; a Hub dataset id. Class names are text as it is written.
         revision: Branch, tag or commit of a Hub dataset.
-        seed: Chooses the pictures to hold out where the data does not; alike on every machine.
-        validation: Share of each class to hold out, between 0 and 1. Data with its own split keeps it: the
-            first of validation, val, valid, dev and test that has labels.
-        image_column: Column of the pictures, where it cannot be told.
+        seed: Chooses the images to hold out where the data does not; alike on every machine.
+        validation: Share of each class to hold out, between 0 and 1; equal images stay on one side. Data with a
+            validation split keeps it: the first of validation, val, valid and dev that has labels.
+        image_column: Column of the images, where it cannot be told.
         label_column: Column of the labels, where it cannot be told.
-        corrupt: `skip` leaves out pictures that cannot be read, with a warning that names them.
+        corrupt: `skip` leaves out images that cannot be read, with a warning that names them.
 
     Raises:
-        InlayError: The data cannot be found or read, or its pictures, labels and splits make no task.
+        InlayError: The data cannot be found or read, or its images, labels and splits make no task.
     """
     if not 0 < validation < 1 or corrupt not in ("refuse", "skip"):
         raise BadInput(
             f"validation must be a share between 0 and 1, and corrupt refuse or skip, got {validation} and {corrupt!r}."
         )
     path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for an unknown user
-    splits = _splits(name, path, revision)
-    first = "train" if "train" in splits else next(iter(splits))
-    if not len(splits[first]) or (first != "train" and len(splits) > 1):
-        sizes = {split: len(rows) for split, rows in splits.items()}
+    sources = _splits(name, path, revision)
+    first = "train" if "train" in sources else next(iter(sources))
+    if not len(sources[first]) or (first != "train" and len(sources) > 1):
+        sizes = {split: len(rows) for split, rows in sources.items()}
         raise BadInput(f"{name!r} has no rows in a split 'train', but {sizes}; rename one.")
-    image, label = _columns(splits[first], name, image_column, label_column)
-    has_labels = (s for s in VALIDATION if s != first and s in splits and _has_labels(splits[s], label))
-    chosen = [first, *has_labels][:2]
-    words = {split: _words(splits[split], label, f"split {split!r} of {name!r}") for split in chosen}
+    image, label = _columns(sources[first], name, image_column, label_column)
+    splits = {"train": sources[first]}
+    held = next((s for s in VALIDATION if s != first and s in sources and _has_labels(sources[s], label)), None)
+    if held:
+        splits["validation"] = sources[held]
+    words = {split: _words(rows, label, f"split {split!r} of {name!r}") for split, rows in splits.items()}
     _check_classes(words, name)
-    feature = splits[first].features[label]
-    labels = feature.names if isinstance(feature, datasets.ClassLabel) else sort_labels(words[first])
-    base, ids = path if path.is_dir() else path.parent, {word: i for i, word in enumerate(labels)}
-    parts = {s: _rows(splits[s], image, [ids[word] for word in words[s]], base) for s in chosen}
-    good = list(parts.values()) if name.startswith("builtin:") else _readable(parts, name, labels, corrupt)
-    if len(good) == 1:
-        held = hold_out_by_class(good[0]["label"][:], labels, validation, seed, "image")
-        kept = sorted(set(range(len(good[0]))) - set(held))
-        good = [good[0].select(kept), good[0].select(held)]
-    return ImageData(name, good[0], good[1], tuple(labels))
+    feature = sources[first].features[label]
+    named = feature.names if isinstance(feature, datasets.ClassLabel) else sort_labels(words["train"])
+    labels = list(dict.fromkeys(map(normalise_label, named)))
+    parts = {split: _rows(rows, image, words[split], labels, path) for split, rows in splits.items()}
+    contents = _check_readable(parts, name, labels, corrupt)
+    if "validation" in parts:
+        if contents["train"] is not None and contents["validation"] is not None:
+            warn_of_overlap(contents["train"], contents["validation"], "validation", "image")
+        return ImageData(name, parts["train"], parts["validation"], tuple(labels))
+    whole = parts["train"]
+    out = hold_out_if_possible_by_content(whole["label"][:], labels, validation, seed, "image", contents["train"])
+    kept = sorted(set(range(len(whole))) - set(out))
+    return ImageData(name, whole.select(kept), whole.select(out), tuple(labels))
 
 
 def load_images_to_score(
@@ -105,9 +115,9 @@ def load_images_to_score(
 
     Args:
         name: As for `load_images`.
-        labels: Of the adapter, in the order of its logits. The data may have some of them alone, in any order.
+        labels: Of the adapter, in the order of its logits. The data may have some of them only, in any order.
         adapter: Its name, for errors.
-        split: Which part, as `choose_split` has it.
+        split: Which part, as `choose_split` has it; by itself validation, or test where there is only that.
         training: Of the adapter.
 
     Returns:
@@ -118,35 +128,37 @@ def load_images_to_score(
     """
     training = training or Training()
     path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for an unknown user
-    splits = {own: rows for own, rows in _splits(name, path, None).items() if len(rows)}
-    if not splits:
+    sources = {own: rows for own, rows in _splits(name, path, None).items() if len(rows)}
+    if not sources:
         raise BadInput(f"there are no images in {name!r}; pass data with some.")
-    first = "train" if "train" in splits else next(iter(splits))
-    image, label = _columns(splits[first], name, None, None)
-    splits = {own: rows for own, rows in splits.items() if own == first or _has_labels(rows, label)}
-    chosen = choose_split(name, split, list(splits), "validation", training)
-    held = next((own for own in VALIDATION if own in splits and own != first), None)
-    wanted = {"train": [first], "validation": [held or first], "test": ["test"], "all": list(splits)}[chosen]
-    words = {own: _words(splits[own], label, f"split {own!r} of {name!r}") for own in wanted}
-    check_labels(name, sort_labels([word for each in words.values() for word in each]), labels, adapter)
-    base, ids = path if path.is_dir() else path.parent, {word: i for i, word in enumerate(labels)}
-    parts = {own: _rows(splits[own], image, [ids[word] for word in words[own]], base) for own in wanted}
-    if not name.startswith("builtin:"):
+    first = "train" if "train" in sources else next(iter(sources))
+    image, label = _columns(sources[first], name, None, None)
+    splits: dict[str, datasets.Dataset] = {}
+    for own, rows in sources.items():
+        if own == first or _has_labels(rows, label):
+            splits.setdefault("validation" if own in VALIDATION else own, rows)
+    known = list(map(normalise_label, labels))
+
+    def load(wanted: list[str]) -> tuple[datasets.Dataset, list[str] | None]:
+        words = {own: _words(splits[own], label, f"split {own!r} of {name!r}") for own in wanted}
+        check_labels(name, sort_labels([word for each in words.values() for word in each]), known, adapter)
+        parts = {own: _rows(splits[own], image, words[own], known, path) for own in wanted}
         corrupt = "skip" if training.settings.get("corrupt") == "skip" else "refuse"
-        parts = dict(zip(parts, _readable(parts, name, labels, corrupt), strict=True))
-    rows = datasets.concatenate_datasets(list(parts.values()))
-    if held is None and chosen != "all":  # what `load_images` holds out
-        out = hold_out_by_class(rows["label"][:], labels, 0.2, training.seed, "image")
-        kept = sorted(set(range(len(rows))) - set(out)) if chosen == "train" else out
-        rows = rows.select(kept)
-    return chosen, rows, split_note(name, chosen, list(splits), training)
+        contents = _check_readable(parts, name, labels, corrupt)
+        rows = datasets.concatenate_datasets(list(parts.values()))
+        return rows, contents[wanted[0]] if len(wanted) == 1 else None
+
+    scored: Split = "test" if "test" in splits and "validation" not in splits else "validation"
+    return choose_labelled_rows(
+        name, list(splits), load, labels, wanted=split, scored=scored, training=training, noun="image"
+    )
 
 
 def _splits(name: str, path: Path, revision: str | None) -> dict[str, datasets.Dataset]:
     """Every split of a source, with columns of any name."""
     embedded = name.startswith("builtin:")
     if revision is not None and (embedded or path.exists()):
-        raise BadInput(f"expected revision with a Hub dataset, but {name!r} is local. Leave revision out.")
+        raise BadInput(f"revision is for a Hub dataset, but {name!r} is local; leave it out.")
     if embedded:
         return {"train": _builtin(name)}
     if name and path.exists():
@@ -155,21 +167,21 @@ def _splits(name: str, path: Path, revision: str | None) -> dict[str, datasets.D
 
 
 def _builtin(name: str) -> datasets.Dataset:
-    pictures: Any
+    images: Any
     if name == "builtin:digits":
         from sklearn.datasets import load_digits
 
         (grey, ids), labels = load_digits(return_X_y=True), list("0123456789")
-        pictures = (grey.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
+        images = (grey.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
     elif name == "builtin:shapes":
         from inlay.builtin.shapes import SHAPE_LABELS, generate_shapes
 
         # Not a seed that pre-training would use: the base has seen none of these.
-        (pictures, ids), labels = generate_shapes(4000, seed=20_000), list(SHAPE_LABELS)
+        (images, ids), labels = generate_shapes(4000, seed=20_000), list(SHAPE_LABELS)
     else:
         raise BadInput(f"unknown data {name!r}; the embedded images are builtin:digits and builtin:shapes.")
-    features = datasets.Features({"image": PICTURE, "label": datasets.ClassLabel(names=labels)})
-    return datasets.Dataset.from_dict({"image": list(pictures), "label": ids}, features=features)
+    features = datasets.Features({"image": IMAGE, "label": datasets.ClassLabel(names=labels)})
+    return datasets.Dataset.from_dict({"image": list(images), "label": ids}, features=features)
 
 
 def _folder(folder: Path) -> dict[str, datasets.Dataset]:
@@ -180,9 +192,9 @@ def _folder(folder: Path) -> dict[str, datasets.Dataset]:
     """
     folders, files = _visible(folder)
     by_name = {inner.name.lower(): inner for inner in folders}
-    # A folder `train` of pictures is a class: trains beside cars.
+    # A folder `train` of images is a class: trains next to cars.
     if "train" in by_name and _visible(by_name["train"])[0]:
-        return {s: _class_folders(by_name[s]) for s in ("train", *VALIDATION) if s in by_name}
+        return {s: _class_folders(by_name[s]) for s in ("train", *VALIDATION, "test") if s in by_name}
     tables = [file for file in files if file.suffix.lower() in TABLES]
     # A table called metadata is the Hub's own sign that folders are not classes.
     if tables and (not folders or any(file.stem == "metadata" for file in tables)):
@@ -198,50 +210,91 @@ def _visible(folder: Path) -> tuple[list[Path], list[Path]]:
 
 def _class_folders(folder: Path) -> datasets.Dataset:
     classes, loose = _visible(folder)
+    _refuse_targets(folder, classes)
     paths, names, wrong = [], [], [] if classes else ["there are none"]
     loose = [file for file in loose if file.suffix.lower() in SUFFIXES]
     for inner in classes:
         deeper, files = _visible(inner)
-        pictures = [str(file.absolute()) for file in files if file.suffix.lower() in SUFFIXES]
-        if deeper or not pictures:
-            wrong.append(f"{inner.name!r} holds {'folders' if deeper else 'no pictures'}")
+        images = [str(file.absolute()) for file in files if file.suffix.lower() in SUFFIXES]
+        if deeper or not images:
+            wrong.append(f"{inner.name!r} holds {'folders' if deeper else 'no images'}")
         loose += [file for file in files if file.suffix.lower() not in SUFFIXES]
-        paths += pictures
-        names += [inner.name] * len(pictures)
+        paths += images
+        names += [inner.name] * len(images)
     if wrong:
         raise BadInput(
-            f"expected pictures in class folders in {str(folder)!r}, but {list_first(wrong)}. Pass the folder "
-            f"of the class folders (or train/ and val/ with them), without empty ones, or pass a table."
+            f"{str(folder)!r} must hold class folders of images, but {list_first(wrong)}; pass the folder of the class "
+            "folders (or train/ and val/ with them), without empty ones, or pass a table."
         )
     if loose:
-        logger.warning("%d files are not used as pictures of a class: %s.", len(loose), list_first(loose))
-    features = datasets.Features({"image": PICTURE, "label": datasets.Value("string")})
+        logger.warning("%d files are not used as images of a class: %s.", len(loose), list_first(loose))
+    features = datasets.Features({"image": IMAGE, "label": datasets.Value("string")})
     return datasets.Dataset.from_dict({"image": paths, "label": names}, features=features)
 
 
+def _refuse_targets(folder: Path, classes: list[Path]) -> None:
+    """Refuse images/ next to labels/: a classifier would learn to tell an image from a map."""
+    by_name = {inner.name.lower(): inner for inner in classes}
+    images, targets = (sorted(names & by_name.keys()) for names in (IMAGE_FOLDERS, TARGET_FOLDERS))
+    if not images or not targets:
+        return
+    there = f"{by_name[images[0]].name}/ and {by_name[targets[0]].name}/"
+    inside = [file.name.lower() for file in by_name[targets[0]].rglob("*") if file.is_file()]
+    if any(name.endswith(SCAN_SUFFIXES) for name in inside):
+        rest = "scans with label maps: use recipes/spatial_sam.py or load_volumes"
+    elif any(name.endswith(MAP_SUFFIXES) for name in inside):
+        rest = "images with maps of the objects in them: use recipes/lora_sam.py or load_masks"
+    else:
+        rest = "images with boxes or the like, for which inlay has no task"
+    raise BadInput(
+        f"{str(folder)!r} holds {there}, which are not two classes but {rest}. If they are two classes, rename the "
+        "folders."
+    )
+
+
 def _tables(files: list[Path]) -> dict[str, datasets.Dataset]:
-    found = [re.match(rf"(train|{'|'.join(VALIDATION)})(?![a-z])", file.stem.lower()) for file in files]
-    splits: dict[str, list[str]] = {}
+    """Tables by the split that each is called after."""
+    found = [re.match(rf"(train|{'|'.join(VALIDATION)}|test)(?![a-z])", file.stem.lower()) for file in files]
+    splits: dict[str, list[Path]] = {}
     for file, match in zip(files, found, strict=True):
-        # Escaped, as the library takes [ and * in a path for a pattern.
-        split = match[1] if match and files[1:] else "train"
-        splits.setdefault(split, []).append(glob.escape(str(file)))
+        splits.setdefault(match[1] if match and files[1:] else "train", []).append(file)
     kinds = {file.suffix.lower() for file in files}
-    if not kinds <= TABLES.keys() or len(kinds) > 1 or (files[1:] and not all(found)):
+    if not kinds <= set(TABLES) or len(kinds) > 1 or (files[1:] and not all(found)):
         has = list_first([file.name for file in files])
         raise BadInput(
             f"image data is class folders, one table ({', '.join(TABLES)}), or several of a kind named after splits "
             f"(train.csv), but this folder has {has}; pass the one you mean."
         )
-    builder, options = TABLES[kinds.pop()]
+    if kinds == {".parquet"}:
+        return _parquet(splits)
+    return {split: datasets.concatenate_datasets(list(map(_text_table, parts))) for split, parts in splits.items()}
+
+
+def _text_table(file: Path) -> datasets.Dataset:
+    """A table of text, its values as they are written: datasets would read 001 as a number, and a date as a date."""
+    table = read_table(file)
+    columns = {name: table.column(name) for name in table.names}
+    return datasets.Dataset.from_dict({name: _one_type(values) for name, values in columns.items()})
+
+
+def _one_type(values: Sequence[Any]) -> list[Any]:
+    """Values of one type as they are, and else as text."""
+    kinds = {type(value) for value in values if value is not None}
+    return list(values) if len(kinds) <= 1 else [None if value is None else str(value) for value in values]
+
+
+def _parquet(splits: dict[str, list[Path]]) -> dict[str, datasets.Dataset]:
     hidden, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # it would log an error that it raises as well
     try:
-        return dict(datasets.load_dataset(builder, data_files=splits, **options))
+        # Escaped, as the library takes [ and * in a path for a pattern.
+        escaped = {split: [glob.escape(str(file)) for file in files] for split, files in splits.items()}
+        return dict(datasets.load_dataset("parquet", data_files=escaped))
     except Exception as error:  # what a reader raises for a bad file is not documented
-        got = f"{explain_unreadable(error.__cause__ or error)} in {list_first(files)}"
-        raise DamagedFile(f"expected a table that reads as {builder}, but {got}. Mend it.") from error
+        names = list_first([file for files in splits.values() for file in files])
+        got = explain_unreadable(error.__cause__ or error)
+        raise DamagedFile(f"{names} cannot be read as parquet: {got}.") from error
     finally:
         datasets.logging.set_verbosity(level)
         if not hidden:
@@ -249,7 +302,7 @@ def _tables(files: list[Path]) -> dict[str, datasets.Dataset]:
 
 
 def _columns(rows: datasets.Dataset, name: str, image: str | None, label: str | None) -> tuple[str, str]:
-    """The columns of pictures and of labels: as asked, by type, or by name."""
+    """The columns of images and of labels: as asked, by type, or by name."""
     kinds = {column: _dtype(feature) for column, feature in rows.features.items()}
     images = [image] if image else [c for c, kind in kinds.items() if kind == "Image"]
     images = images or [c for c, kind in kinds.items() if "binary" in kind or kind == "dict"]
@@ -261,9 +314,7 @@ def _columns(rows: datasets.Dataset, name: str, image: str | None, label: str | 
         if len(found) != 1 or found[0] not in kinds:
             raise BadInput(
                 f"{name!r} must have one {what} column, but has {list_first(found) or 'none'} among "
-                f"{list_first(list(kinds))}; "
-                "pass "
-                f"{what}_column."
+                f"{list_first(list(kinds))}; pass {what}_column."
             )
     return images[0], labels[0]
 
@@ -278,7 +329,7 @@ def _has_labels(rows: datasets.Dataset, label: str) -> bool:
 
 
 def _words(rows: datasets.Dataset, label: str, where: str) -> list[str]:
-    """The label of each row as a word."""
+    """The label of each row as a word, in one Unicode form."""
     feature, values = rows.features[label], rows[label][:]
     named = isinstance(feature, datasets.ClassLabel)
     gaps = [i for i, v in enumerate(values) if v is None or v != v or v == "" or (named and v < 0)]
@@ -290,7 +341,8 @@ def _words(rows: datasets.Dataset, label: str, where: str) -> list[str]:
             f"labels must be words or whole numbers, but column {label!r} of {where} holds {_dtype(feature)}; "
             "convert it."
         )
-    return [feature.names[value] if named else str(value) for value in values]
+    words = (feature.names[v] if named else str(v).lower() if isinstance(v, bool) else str(v) for v in values)
+    return [normalise_label(word) for word in words]
 
 
 def _check_classes(words: dict[str, list[str]], name: str) -> None:
@@ -305,48 +357,53 @@ def _check_classes(words: dict[str, list[str]], name: str) -> None:
         )
 
 
-def _rows(rows: datasets.Dataset, image: str, ids: list[int], base: Path) -> datasets.Dataset:
-    """The columns `image` and `label`."""
+def _rows(
+    rows: datasets.Dataset, image: str, words: Sequence[str], labels: Sequence[str], source: Path
+) -> datasets.Dataset:
+    """The columns `image` and `label`, a number in `labels`; paths are relative to the source."""
     if "string" in _dtype(rows.features[image]):
-        paths = [path and str((base / path).absolute()) for path in rows[image][:]]
-        rows = datasets.Dataset.from_dict({"image": paths}, features=datasets.Features({"image": PICTURE}))
+        folder = source if source.is_dir() else source.parent
+        paths = [path and str((folder / path).absolute()) for path in rows[image][:]]
+        rows = datasets.Dataset.from_dict({"image": paths}, features=datasets.Features({"image": IMAGE}))
     else:
-        rows = rows.select_columns([image]).rename_columns({image: "image"}).cast_column("image", PICTURE)
-    return rows.add_column("label", np.array(ids, np.int64))
+        rows = rows.select_columns([image]).rename_columns({image: "image"}).cast_column("image", IMAGE)
+    ids = {label: i for i, label in enumerate(labels)}
+    return rows.add_column("label", np.array([ids[word] for word in words], np.int64))
 
 
-def _readable(
+def _check_readable(
     parts: dict[str, datasets.Dataset], name: str, labels: Sequence[str], corrupt: str
-) -> list[datasets.Dataset]:
-    """The splits without the pictures that cannot be decoded, or an InlayError that names those."""
-    faults = {split: _faults(rows, split) for split, rows in parts.items()}
-    bad = [fault for found in faults.values() for fault in found.values()]
-    if bad and corrupt == "refuse":
-        got = f"{len(bad)} of {sum(map(len, parts.values()))} in {name!r} cannot: {list_first(bad)}"
-        raise DamagedFile(f"expected readable pictures, but {got}. Replace them, or pass corrupt='skip'.")
+) -> dict[str, list[str] | None]:
+    """Take images that cannot be decoded out of the splits, in place, or refuse them.
+
+    Gives what tells the images of each split from each other; None for embedded data, whose images all differ.
+
+    Raises:
+        InlayError: Names those images.
+    """
+    if name.startswith("builtin:"):
+        return dict.fromkeys(parts)
+    contents: dict[str, list[str] | None] = {}
+    bad: list[str] = []
+    lost: set[int] = set()
+    checked = check_images(name, parts)
+    for split, found in checked.items():
+        rows, faults = parts[split], [i for i, one in enumerate(found) if one.fault]
+        bad += [f"{rows[i]['image']['path'] or f'row {i} of {split}'} ({found[i].fault})" for i in faults]
+        contents[split] = [one.content for one in found if not one.fault]
+        if faults:
+            parts[split] = rows.select([i for i, one in enumerate(found) if not one.fault])
+            lost |= set(rows["label"][:]) - set(parts[split]["label"][:]) if split == "train" else set()
     if not bad:
-        return list(parts.values())
-    logger.warning("left out %d pictures that cannot be read: %s.", len(bad), ", ".join(bad))
-    good = [rows.select([i for i in range(len(rows)) if i not in faults[s]]) for s, rows in parts.items()]
-    lost = set(next(iter(parts.values()))["label"][:]) - set(good[0]["label"][:])
-    if lost or not all(map(len, good)):
-        got = f"none of {list_first([labels[i] for i in sorted(lost)]) or 'validation'} can be read"
-        raise DamagedFile(f"expected a few bad pictures to skip in {name!r}, but {got}. Replace them.")
-    return good
-
-
-def _faults(rows: datasets.Dataset, split: str, step: int = 32) -> dict[int, str]:
-    """By row, the name and the fault of each picture that cannot be decoded."""
-
-    def look(start: int) -> list[tuple[int, str]]:
-        found = []
-        for i, picture in enumerate(rows[start : start + step]["image"], start):
-            try:
-                decode_image(picture, draft=True)
-            except Exception as error:  # Pillow's readers raise what they please
-                name = (picture and picture["path"]) or f"row {i} of {split}"
-                found.append((i, f"{name} ({explain_unreadable(error)})"))
-        return found
-
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-        return dict(fault for found in pool.map(look, range(0, len(rows), step)) for fault in found)
+        return contents
+    if corrupt == "refuse":
+        count = sum(map(len, checked.values()))
+        raise DamagedFile(
+            f"{len(bad)} of {count} images in {name!r} cannot be read: {list_first(bad)}; replace them, or pass "
+            "corrupt='skip'."
+        )
+    logger.warning("left out %d images that cannot be read: %s.", len(bad), ", ".join(bad))
+    if lost or not all(map(len, parts.values())):
+        none = list_first([labels[i] for i in sorted(lost)]) or list_first([s for s in parts if not len(parts[s])])
+        raise DamagedFile(f"none of the images of {none} in {name!r} can be read; replace some.")
+    return contents

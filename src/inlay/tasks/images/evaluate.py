@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from inlay.tasks.adapter import Adapter, check_task
-from inlay.tasks.classification import evaluate_classifier
+from inlay.tasks.adapter import Adapter, check_task, place_inputs
+from inlay.tasks.classification import class_probabilities, evaluate_classifier
 from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, pick_evenly
 from inlay.tasks.images.data import load_images_to_score
 from inlay.tasks.images.view import ImageView
@@ -57,6 +57,7 @@ def _probabilities(model: Any, images: Any, logits: list[int]) -> np.ndarray:
     weight = next(p for p in model.parameters() if p.is_floating_point())
     found = []
     for batch in DataLoader(images, batch_size=AT_ONCE):
-        output = model(pixel_values=batch["pixel_values"].to(weight.device, weight.dtype)).logits  # B K
-        found.append(output[:, logits].double().softmax(-1).cpu())
+        inputs = place_inputs({key: value for key, value in batch.items() if key != "labels"}, weight)
+        output = model(**inputs).logits  # B K
+        found.append(class_probabilities(output[:, logits].double(), model.config).cpu())
     return torch.cat(found).numpy()

@@ -37,7 +37,9 @@ class ImageTask(TaskOptions):
         from inlay.tasks.metrics import Accuracy
 
         set_seed(seed)
-        data, processor = load_images(self.dataset, seed=seed, corrupt=self.corrupt), load_processor(self.model)
+        with self.offering_embedded_base():
+            processor = load_processor(self.model)
+        data = load_images(self.dataset, seed=seed, corrupt=self.corrupt)
         validation = ImageView(data.validation, processor)
         return TaskData(
             data,
@@ -47,14 +49,18 @@ class ImageTask(TaskOptions):
             metrics=[Accuracy()],
             collate=None,
             loss=SmoothedClasses(self.label_smoothing) if self.label_smoothing else None,
-            example=lambda: {"pixel_values": validation[0]["pixel_values"][None]},  # 1 C H W
+            example=lambda: {key: value[None] for key, value in validation[0].items() if key != "labels"},
         )
 
     def base(self, data: TaskData) -> Any:
         """The frozen base with a new head for the labels of the data."""
         from inlay.tasks.base import load_base
+        from inlay.tasks.classification import check_one_label_each
 
-        return self._announced(load_base(self.model, labels=data.source.labels, quantize=self.quantize))
+        with self.offering_embedded_base():
+            base = load_base(self.model, task="image-classification", labels=data.source.labels, quantize=self.quantize)
+        check_one_label_each(base, self.dataset)
+        return self._announced(base)
 
     def report(self, model: nn.Module, data: TaskData, result: FitResult) -> Report:
         """Accuracy, cost and settings."""

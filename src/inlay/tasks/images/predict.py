@@ -10,9 +10,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from inlay.errors import BadInput
-from inlay.tasks.adapter import Adapter, check_task
+from inlay.tasks.adapter import Adapter, check_task, place_inputs
+from inlay.tasks.classification import class_probabilities
+from inlay.tasks.image_decoding import open_for_processor, open_image
 from inlay.tasks.images.data import SUFFIXES
-from inlay.tasks.pictures import open_image
+from inlay.tasks.images.processing import process_images
 
 
 @dataclass(frozen=True)
@@ -60,19 +62,15 @@ def predict(
     predictions = []
     for begin in range(0, len(pictures), batch_size):
         batch = pictures[begin : begin + batch_size]
-        pixels = adapter.processor([as_rgb(p) for p in batch], return_tensors="pt")["pixel_values"]  # B C H W
+        opened = [open_for_processor(picture, adapter.processor) for picture in batch]
+        inputs = place_inputs(process_images(adapter.processor, opened), weight)
         with torch.inference_mode():
-            logits = adapter.model(pixel_values=pixels.to(weight.device, weight.dtype)).logits  # B K
-        probabilities, classes = logits[:, rows].float().softmax(-1).topk(top)
+            logits = adapter.model(**inputs).logits  # B K
+        probabilities, classes = class_probabilities(logits[:, rows].float(), adapter.model.config).topk(top)
         for i, (values, indices) in enumerate(zip(probabilities.tolist(), classes.tolist(), strict=True)):
             source = str(batch[i]) if isinstance(batch[i], str | os.PathLike) else f"picture {begin + i}"
             predictions.append(Prediction(source, [labels[k] for k in indices], values))
     return predictions
-
-
-def as_rgb(picture: Any) -> Image.Image:
-    """A PIL image in RGB from a path, bytes or an image."""
-    return picture.convert("RGB") if isinstance(picture, Image.Image) else open_image(picture)
 
 
 def find_pictures(paths: Iterable[str]) -> list[str]:
@@ -114,7 +112,7 @@ def draw_sheet(
     draw = ImageDraw.Draw(sheet)
     for i, (prediction, picture) in enumerate(zip(predictions, pictures, strict=True)):
         x, y = gap + i % columns * (side + gap), gap + i // columns * (side + text + gap)
-        image = as_rgb(picture)
+        image = open_image(picture)
         scale = side / max(image.size)
         image = image.resize(
             (max(1, round(image.width * scale)), max(1, round(image.height * scale))),

@@ -8,13 +8,14 @@ import torch
 from PIL import Image, ImageOps
 
 from inlay.errors import BadInput
-from inlay.tasks.pictures import open_image
+from inlay.tasks.image_decoding import open_for_processor
+from inlay.tasks.images.processing import process_images
 
 Augment = Literal["none", "crop", "crop-flip"]
 
 
 class ImageView(torch.utils.data.Dataset):
-    """One split as a model wants it: item i is {"pixel_values": float (C, H, W), "labels": int}.
+    """One split as a model wants it: item i is what `process_images` makes of its image, and `labels` (int).
 
     Decoding, augmentation and the processor run when an item is asked for, so in a DataLoader's workers. All
     chance comes from Python's `random`: seeded alike, an item is the same in any process.
@@ -35,13 +36,13 @@ class ImageView(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[int(index)]
-        image = open_image(row["image"])
+        image = open_for_processor(row["image"], self.processor)
         if self.augment != "none":
             image = random_crop(image)
         if self.augment == "crop-flip" and random.random() < 0.5:
             image = ImageOps.mirror(image)
-        pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
-        return {"pixel_values": pixels.float(), "labels": row["label"]}
+        inputs = process_images(self.processor, [image])
+        return {**{key: value[0] for key, value in inputs.items()}, "labels": row["label"]}
 
 
 def random_crop(image: Image.Image) -> Image.Image:

@@ -1,19 +1,26 @@
 """Pictures with maps of the objects in them, from embedded data and folders, checked before they are used."""
 
+import logging
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from inlay.errors import BadInput, DamagedFile, InlayError
-from inlay.tasks.evaluation import Split, Training, choose_split, split_note
+from inlay.tasks.evaluation import Split, Training, choose_split, is_cut, split_note
+from inlay.tasks.image_decoding import explain_unreadable
+from inlay.tasks.images.checked import Checked, check_images
 from inlay.tasks.images.data import SUFFIXES, VALIDATION
-from inlay.tasks.pictures import decode_image, explain_unreadable
+from inlay.tasks.sampling import hold_out_unlabelled, warn_of_overlap
 from inlay.tasks.tables import list_first
+
+logger = logging.getLogger(__name__)
 
 Meaning = Literal["instances", "classes"]
 Map = npt.NDArray[np.int64]
@@ -74,9 +81,12 @@ def load_masks(
             "validation must be between 0 and 1, meaning instances or classes, and limit at least 1, got "
             f"{validation}, {meaning!r} and {limit}. Change them."
         )
-    train, held = _own_splits(name)
-    if not held:
-        train, held = _hold_out(train, validation, seed, name)
+    splits, contents = _read_splits(name, ("train", "validation"))
+    train, held = splits["train"], splits.get("validation", [])
+    if held:
+        warn_of_overlap(contents["train"], contents["validation"], "validation", "image")
+    else:
+        train, held = _hold_out(train, contents["train"], validation, seed, name)
     if limit is not None:
         train, held = train[:limit], held[: max(1, limit // 4)]
     return MaskData(name, tuple(train), tuple(held), meaning)
@@ -99,65 +109,99 @@ def load_masks_to_score(
         InlayError: As `load_masks`; no such split.
     """
     training = training or Training()
-    train, held = _own_splits(name)
-    own = ("train", "validation") if held else ("train",)
-    chosen = choose_split(name, split, own, "validation", training)
-    if not held and chosen != "all":
-        train, held = _hold_out(train, 0.2, training.seed, name)
-    rows = {"train": train, "validation": held}.get(chosen, [*train, *held])
+    own = _own_splits(name)
+    scored: Split = "test" if "test" in own and "validation" not in own else "validation"
+    chosen = choose_split(name, split, own, scored, training)
+    cut = is_cut(chosen, own)
+    wanted = own if chosen == "all" else ("train",) if cut else (chosen,)
+    splits, contents = _read_splits(name, wanted)
+    if cut:
+        train, held = _hold_out(splits["train"], contents["train"], 0.2, training.seed, name)
+        rows = train if chosen == "train" else held
+    else:
+        rows = [row for part in wanted for row in splits[part]]
     return chosen, tuple(rows), split_note(name, chosen, own, training)
 
 
-def _own_splits(name: str) -> tuple[list[Masked], list[Masked]]:
-    """Training and validation of a source; no validation where it has no split."""
+def _own_splits(name: str) -> tuple[str, ...]:
+    """The splits that a source has of its own: train, and perhaps validation and test."""
     folder = Path(name).expanduser()
     if name.startswith("builtin:"):
-        return _scenes(name)
+        return ("train", "validation")
     if not folder.is_dir():
         raise BadInput(f"{name!r} is no folder; pass builtin:scenes, or a folder with images/ and labels/.")
-    if (folder / "train").is_dir():
-        second = next((folder / split for split in VALIDATION if (folder / split).is_dir()), None)
-        return _pairs(folder / "train"), _pairs(second) if second else []
-    return _pairs(folder), []
+    return tuple(_split_folders(folder))
 
 
-def _hold_out(train: list[Masked], share: float, seed: int, name: str) -> tuple[list[Masked], list[Masked]]:
-    order = np.random.default_rng(seed).permutation(len(train))
-    count = min(max(1, round(share * len(train))), len(train) - 1)
-    if not count:
+def _split_folders(folder: Path) -> dict[str, Path]:
+    """By split the folder that holds images/ and labels/."""
+    if not (folder / "train").is_dir():
+        return {"train": folder}
+    held = next((folder / split for split in VALIDATION if (folder / split).is_dir()), None)
+    found = {"train": folder / "train", "validation": held, "test": folder / "test"}
+    return {split: path for split, path in found.items() if path and path.is_dir()}
+
+
+def _read_splits(name: str, wanted: Sequence[str]) -> tuple[dict[str, list[Masked]], dict[str, list[str]]]:
+    """Those of the splits that there are, all images and maps checked, and what tells their images from each other."""
+    own = _own_splits(name)
+    if name.startswith("builtin:"):
+        splits = {split: rows for split, rows in _scenes(name).items() if split in wanted}
+        return splits, {split: [row.name for row in rows] for split, rows in splits.items()}
+    folders = _split_folders(Path(name).expanduser())
+    found = {split: _pairs(folders[split]) for split in own if split in wanted}
+    images = {split: [{"bytes": None, "path": str(row.image)} for row in rows] for split, rows in found.items()}
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    tables = {split: datasets.Dataset.from_dict({"image": paths}, features=features) for split, paths in images.items()}
+    checked = check_images(name, tables)
+    for split, rows in found.items():
+        faults = [fault for row, one in zip(rows, checked[split], strict=True) if (fault := _fault(row, one))]
+        if faults:
+            raise DamagedFile(
+                f"{len(faults)} of {len(rows)} images with maps in {str(folders[split])!r} are not right: "
+                f"{list_first(faults)}; replace them, or take them out."
+            )
+    return found, {split: [one.content for one in rows] for split, rows in checked.items()}
+
+
+def _hold_out(
+    train: list[Masked], contents: Sequence[str], share: float, seed: int, name: str
+) -> tuple[list[Masked], list[Masked]]:
+    """Images to train on and images held out; equal ones stay on one side."""
+    if len(train) == 1:
         raise BadInput(f"{name!r} has one image, so none can be held out; add some.")
-    return [train[i] for i in sorted(order[count:])], [train[i] for i in sorted(order[:count])]
+    held = set(hold_out_unlabelled(share, seed, contents))
+    if not held:
+        logger.warning("all images of %r are equal, so training and validation share them.", name)
+        held = set(hold_out_unlabelled(share, seed, range(len(train))))
+    rows: dict[bool, list[Masked]] = {True: [], False: []}
+    for i, row in enumerate(train):
+        rows[i in held].append(row)
+    return rows[False], rows[True]
 
 
-def _scenes(name: str) -> tuple[list[Masked], list[Masked]]:
+def _scenes(name: str) -> dict[str, list[Masked]]:
     if name != "builtin:scenes":
         raise BadInput(f"unknown data {name!r}; the embedded scenes are builtin:scenes.")
     from inlay.builtin.scenes import generate_scenes
 
-    made = generate_scenes(200, seed=20_000, kind="cells")  # pre-training draws `mixed` scenes alone
+    made = generate_scenes(200, seed=20_000, kind="cells")  # pre-training draws `mixed` scenes only
     pairs = zip(made.pictures, made.instances, strict=True)
     found = [Masked(f"scene {i}", picture, objects) for i, (picture, objects) in enumerate(pairs)]
-    return found[:160], found[160:]
+    return {"train": found[:160], "validation": found[160:]}
 
 
 def _pairs(folder: Path) -> list[Masked]:
-    """The pictures of a folder with their maps, all read once."""
+    """The images of a folder with their maps, by file stem."""
     images, labels = _files(folder / "images", SUFFIXES), _files(folder / "labels", _MAPS)
     odd = [images[stem].name for stem in images.keys() - labels.keys()]
     odd += [labels[stem].name for stem in labels.keys() - images.keys()]
     if odd:
         raise BadInput(
-            f"expected a map in labels/ for each picture in images/ of {str(folder)!r}, by file stem, but {len(odd)} "
-            f"files stand alone: {list_first(sorted(odd))}. Add the others, or take these out."
+            f"each image in images/ of {str(folder)!r} needs a map in labels/ of the same stem, but {len(odd)} files "
+            f"have no counterpart: {list_first(sorted(odd))}. Add the others, or take these out."
         )
-    found = [Masked(stem, images[stem], labels[stem]) for stem in sorted(images)]
-    faults = [fault for item in found if (fault := _fault(item))]
-    if faults:
-        raise DamagedFile(
-            f"expected pictures with maps of their objects in {str(folder)!r}, but {len(faults)} of {len(found)} are "
-            f"not right: {list_first(faults)}. Replace them, or take them out."
-        )
-    return found
+    return [Masked(stem, images[stem], labels[stem]) for stem in sorted(images)]
 
 
 def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
@@ -166,31 +210,27 @@ def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     files = [p for p in entries if p.suffix.lower() in suffixes and not p.name.startswith(".")]
     if not files:
         raise BadInput(
-            f"expected files ({', '.join(suffixes[:3])} ...) in {str(folder)!r}, but there are none. "
-            "Pass a folder with images/ and labels/."
+            f"there are no files ({', '.join(suffixes[:3])} ...) in {str(folder)!r}; pass a folder with images/ and "
+            "labels/ of maps. For a folder for each class use recipes/lora_vit.py or load_images."
         )
-    found = {path.stem: path for path in files}
+    found = {unicodedata.normalize("NFC", path.stem): path for path in files}
     if len(found) < len(files):
-        twice = [path.name for path in files if found[path.stem] != path]
-        raise BadInput(
-            f"expected one file of a stem in {str(folder)!r}, but {list_first(twice)} have a second. Rename them."
-        )
+        twice = [path.name for path in files if path not in found.values()]
+        raise BadInput(f"{str(folder)!r} holds a second file of the stem of {list_first(twice)}; rename one of them.")
     return found
 
 
-def _fault(item: Masked) -> str | None:
+def _fault(item: Masked, checked: Checked) -> str | None:
     """What is wrong with a pair, with the file's name."""
-    try:
-        size = decode_image(str(item.image)).size
-    except Exception as error:  # Pillow's readers raise what they please
-        return f"{Path(item.image).name} ({explain_unreadable(error)})"
+    if checked.fault:
+        return f"{Path(item.image).name} ({checked.fault})"
     try:
         objects = read_map(item.objects)
     except InlayError as error:
         return str(error)
-    if objects.shape != size[::-1]:
-        height, width = objects.shape
-        return f"{Path(item.objects).name} ({width} x {height}, but its picture has {size[0]} x {size[1]})"
+    height, width = objects.shape
+    if (width, height) != (checked.width, checked.height):
+        return f"{Path(item.objects).name} ({width} x {height}, but its image has {checked.width} x {checked.height})"
     return None if objects.any() else f"{Path(item.objects).name} (no object in it)"
 
 

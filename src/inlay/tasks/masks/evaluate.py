@@ -1,21 +1,20 @@
 """A promptable mask model scored on images with maps: IoU for each object and kind of prompt, with that of its base."""
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
 from inlay.tasks.adapter import Adapter, check_task
-from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, Score, Training, pick_evenly
-from inlay.tasks.masks.data import Masked, load_masks_to_score
+from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, Score, pick_evenly
+from inlay.tasks.masks.data import load_masks_to_score
 from inlay.tasks.masks.loss import MaskLoss
-from inlay.tasks.masks.view import MaskView
+from inlay.tasks.masks.view import SCORED_OBJECTS, MaskView, Prompts, scoring_view
 from inlay.tasks.statistics import Indices, score_with_intervals
 
-KINDS = ("point", "points", "box")
-OBJECTS = 16  # of an image, at most
+KINDS: tuple[Prompts, ...] = ("point", "points", "box")
 AT_ONCE = 4  # images in one forward pass
 
 
@@ -37,7 +36,10 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
     chosen, rows, notes = load_masks_to_score(data, split=request.split, training=request.training)
     picked, model = pick_evenly(len(rows), request.limit), adapter.model
     able = request.compare and hasattr(model, "disable_adapter")
-    views = {kind: _view(rows, adapter.processor, kind, request.training) for kind in KINDS}
+    noted = request.training.settings
+    crop = noted.get("crop") if type(noted.get("crop")) is int and noted["crop"] >= 16 else None
+    meaning: Literal["instances", "classes"] = "classes" if noted.get("meaning") == "classes" else "instances"
+    views = {kind: scoring_view(rows, adapter.processor, kind, crop=crop, meaning=meaning) for kind in KINDS}
     found: dict[bool, dict[str, list[dict[str, Any]]]] = {}
     for alone in (False, True) if able else (False,):
         with model.disable_adapter() if alone else nullcontext():
@@ -48,7 +50,9 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
             beside = {"base_iou": round(found[True][kind][k]["iou"], 6)} if able else {}
             rounded = {"iou": round(row["iou"], 6), "predicted_iou": round(row["predicted_iou"], 6)}
             table.append({**row, **rounded, "image": rows[row["image"]].name, **beside})
-    notes += [f"Up to {OBJECTS} objects of an image, which is the unit that was resampled: {_objects(found[False])}."]
+    notes += [
+        f"Up to {SCORED_OBJECTS} objects of an image, which is the unit that was resampled: {_objects(found[False])}."
+    ]
     if request.compare and not able:
         notes += ["The base alone was not scored: the adapter is merged into it."]
     return Evaluation(
@@ -61,20 +65,6 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
         base=_scores(found[True], picked, request.resamples) if able else None,
         rows=table,
         notes=notes,
-    )
-
-
-def _view(rows: tuple[Masked, ...], processor: Any, kind: Any, training: Training) -> MaskView:
-    """The view that recipes score on."""
-    crop, meaning = training.settings.get("crop"), training.settings.get("meaning")
-    return MaskView(
-        rows,
-        processor,
-        kind,
-        count=OBJECTS,
-        seed=0,
-        crop=crop if type(crop) is int and crop >= 16 else None,
-        meaning="classes" if meaning == "classes" else "instances",
     )
 
 

@@ -22,6 +22,9 @@ class MaskTask(TaskOptions):
     model: str = option("builtin:sam-tiny", "Embedded base, local folder or Hub id.")
     dataset: str = option("builtin:scenes", "Embedded, or folder of images/ and labels/.")
     meaning: Literal["instances", "classes"] = option("instances", "What a number in a map is: one object, or a class.")
+    intensity: Literal["percentiles", "range"] = option(
+        "percentiles", "Scale images of 16 bits by the 1st and 99th percentile of each, or by all of 0 to 65535."
+    )
     crop: int | None = option(None, "Take parts of so many pixels, for small objects in large images.", least=16)
 
     def load(self, seed: int) -> TaskData:
@@ -31,16 +34,19 @@ class MaskTask(TaskOptions):
         from inlay.bases.processors import load_processor
         from inlay.tasks.masks.data import load_masks
         from inlay.tasks.masks.loss import MaskLoss
+        from inlay.tasks.masks.processing import choose_intensity
         from inlay.tasks.masks.scores import MaskIoU
         from inlay.tasks.masks.view import MaskView, collate_masks
 
         set_seed(seed)
-        data, processor = load_masks(self.dataset, seed=seed, meaning=self.meaning), load_processor(self.model)
-        box = self._held_out(data, processor, "box")
+        with self.offering_embedded_base():
+            processor = choose_intensity(load_processor(self.model), self.intensity)
+        data = load_masks(self.dataset, seed=seed, meaning=self.meaning)
+        box = self._scoring_view(data, processor, "box")
         return TaskData(
             data,
             MaskView(data.train, processor, turn=True, crop=self.crop, meaning=self.meaning),
-            self._held_out(data, processor, "point"),
+            self._scoring_view(data, processor, "point"),
             processor,
             metrics=[MaskIoU()],
             collate=collate_masks,
@@ -51,7 +57,7 @@ class MaskTask(TaskOptions):
     def report(self, model: Any, data: TaskData, result: FitResult) -> Report:
         """Mean IoU for a point, three points and a box, with the adapter and of the base without it; cost, settings."""
         kinds: tuple[Prompts, ...] = ("point", "points", "box")
-        views = {kind: self._held_out(data.source, data.processor, kind) for kind in kinds}
+        views = {kind: self._scoring_view(data.source, data.processor, kind) for kind in kinds}
         after = {kind: _mean_iou(model, view, data.loss) for kind, view in views.items()}
         with model.disable_adapter():
             before = {kind: _mean_iou(model, view, data.loss) for kind, view in views.items()}
@@ -64,11 +70,10 @@ class MaskTask(TaskOptions):
         scores = ", ".join(f"{kind} {before[kind]:.3f} -> {after[kind]:.3f}" for kind in kinds)
         return Report(metrics, f"mean IoU without and with the adapter: {scores}")
 
-    def _held_out(self, data: Any, processor: Any, prompts: Prompts) -> MaskView:
-        """The validation split, asked with the same objects and prompts each time."""
-        from inlay.tasks.masks.view import MaskView
+    def _scoring_view(self, data: Any, processor: Any, prompts: Prompts) -> MaskView:
+        from inlay.tasks.masks.view import scoring_view
 
-        return MaskView(data.validation, processor, prompts, count=16, seed=0, crop=self.crop, meaning=self.meaning)
+        return scoring_view(data.validation, processor, prompts, crop=self.crop, meaning=self.meaning)
 
 
 def _mean_iou(model: nn.Module, view: MaskView, loss: Any) -> float:

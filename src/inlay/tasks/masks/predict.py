@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 from inlay.errors import BadInput
 from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.colours import colour
-from inlay.tasks.images.predict import as_rgb
+from inlay.tasks.image_decoding import open_image
+from inlay.tasks.masks.processing import open_for_masks
 
 Point = Sequence[float]  # x, y in pixels of the picture
 Box = Sequence[float]  # x0, y0, x1, y1, corners inclusive
@@ -64,7 +65,7 @@ def predict_masks(
             boxes without an inside, a picture that cannot be read.
     """
     check_task(adapter, "mask-generation")
-    image = as_rgb(picture)
+    image = open_for_masks(picture, adapter.processor)
     _check(points, negatives, boxes, image)
     made = adapter.processor(images=image, return_tensors="pt")
     height, width = (int(length) for length in made["reshaped_input_sizes"][0])
@@ -149,7 +150,7 @@ def draw_masks(
         boxes: Drawn as frames.
         side: Small pictures are enlarged to this longer edge at least, in whole steps.
     """
-    image = as_rgb(picture)
+    image = open_image(picture, intensity="percentiles")
     step = max(1, round(side / max(image.size)))
     pixels = np.asarray(image.resize((image.width * step, image.height * step), Image.Resampling.NEAREST), np.float32)
     for k, mask in enumerate(prediction.masks, 1):

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from inlay.errors import BadInput
-from inlay.tasks.golden import golden_picture
-from inlay.tasks.images.task import blank_pixels, image_processor_settings, load_image_processor, random_pixels
+from inlay.tasks.images.processing import blank_inputs, process_golden, random_inputs
+from inlay.tasks.masks.processing import load_mask_processor, mask_processor_settings
 from inlay.tasks.task import Answer, LabelledBatches, Option, Record, Task
 
 if TYPE_CHECKING:
@@ -52,16 +52,16 @@ class MaskGeneration(Task):
         return isinstance(processor, BaseImageProcessor)
 
     def load_processor(self, base_name: str, settings: Record | None) -> Any:
-        return load_image_processor(base_name, settings)
+        return load_mask_processor(base_name, settings)
 
     def processor_settings(self, processor: Any) -> Record:
-        return image_processor_settings(processor)
+        return mask_processor_settings(processor)
 
     def golden_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
         """The golden picture, asked for by a point and a box."""
         import torch
 
-        pixels = processor(golden_picture(), return_tensors="pt")["pixel_values"]  # 1 C H W
+        pixels = process_golden(processor)["pixel_values"]  # 1 C H W
         side = pixels.shape[-1]
         point, box = torch.tensor([0.4, 0.55]) * side, torch.tensor([0.2, 0.3, 0.7, 0.9]) * side  # x y, x0 y0 x1 y1
         return {"pixel_values": pixels, "input_points": point[None, None, None], "input_boxes": box[None, None]}
@@ -75,7 +75,7 @@ class MaskGeneration(Task):
     def random_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
         import torch
 
-        pixels = random_pixels(processor, 1)
+        pixels = random_inputs(processor, 1)["pixel_values"]
         side = pixels.shape[-1]
         return {
             "pixel_values": pixels,
@@ -103,7 +103,7 @@ class MaskGeneration(Task):
         from inlay.tasks.masks.loss import MaskLoss
         from inlay.tasks.masks.view import OBJECTS
 
-        pixels = blank_pixels(base.config, rows)
+        pixels = blank_inputs(base.config, rows)["pixel_values"]
         side = pixels.shape[-1]
         low = 4 * side // base.config.vision_config.patch_size
         boxes = torch.tensor([0.2, 0.3, 0.7, 0.9]).mul(side).expand(rows, OBJECTS, 4).contiguous()
@@ -143,7 +143,10 @@ class MaskGeneration(Task):
         return evaluate(adapter, data, request)
 
     def describe_inputs(self, record: Record) -> list[str]:
-        return [
+        said = [
             "Prompts",
             "Points `x, y`, inside or outside of what is meant, and boxes `x0, y0, x1, y1`, in pixels of the image.",
         ]
+        if record["preprocessing"].get("intensity") == "percentiles":
+            said.append("Images of 16 bits are scaled by their 1st and 99th percentile, each by its own.")
+        return said

@@ -11,11 +11,12 @@ from torch.utils.data import Dataset, default_collate
 
 from inlay.errors import BadInput
 from inlay.tasks.masks.data import Masked, read_map, split_classes
+from inlay.tasks.masks.processing import open_for_masks
 from inlay.tasks.masks.prompts import boxes_around, draw_points
-from inlay.tasks.pictures import open_image
 
 Prompts = Literal["any", "point", "points", "box"]
 OBJECTS = 8  # that are asked for in an image, where nothing else is said
+SCORED_OBJECTS = 16  # of an image, at most
 _KINDS = ("any", "point", "points", "box")
 
 
@@ -70,7 +71,8 @@ class MaskView(Dataset[dict[str, Any]]):
             return self._item(row)
 
     def _item(self, row: Masked) -> dict[str, Any]:
-        picture = Image.fromarray(row.image) if isinstance(row.image, np.ndarray) else open_image(row.image)
+        source = Image.fromarray(row.image) if isinstance(row.image, np.ndarray) else row.image
+        picture = open_for_masks(source, self.processor)
         objects = read_map(row.objects)
         if self.meaning == "classes":
             objects = split_classes(objects)
@@ -78,7 +80,7 @@ class MaskView(Dataset[dict[str, Any]]):
             picture, objects = _cropped(picture, objects, self.crop)
         if self.turn:
             picture, objects = _turned(picture, objects, int(torch.randint(8, ())))
-        made = self.processor(images=picture.convert("RGB"), return_tensors="pt")
+        made = self.processor(images=picture, return_tensors="pt")
         numbers = self._map(objects, tuple(made["reshaped_input_sizes"][0]))  # S S
         masks, asked = self._masks(numbers)  # P S S, P
         small = _shrunk(masks, self.small).to(torch.int8)
@@ -124,6 +126,18 @@ class MaskView(Dataset[dict[str, Any]]):
             labels = labels.masked_fill(unused, -1)
             return {"input_points": points, "input_labels": labels, "input_boxes": boxes, "kind": torch.randint(3, ())}
         return {"input_points": points, "input_labels": labels}
+
+
+def scoring_view(
+    rows: Sequence[Masked],
+    processor: Any,
+    prompts: Prompts,
+    *,
+    crop: int | None,
+    meaning: Literal["instances", "classes"],
+) -> MaskView:
+    """Up to 16 objects of each image by one kind of prompt, the same each time: recipes and `evaluate` use it."""
+    return MaskView(rows, processor, prompts, count=SCORED_OBJECTS, seed=0, crop=crop, meaning=meaning)
 
 
 def collate_masks(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -12,8 +11,9 @@ from typing import Any
 import datasets
 
 from inlay.errors import BadInput
-from inlay.tasks.evaluation import Split, Training, check_labels, choose_split, split_note
-from inlay.tasks.sampling import hold_out_by_class, sort_labels
+from inlay.tasks.classification import choose_labelled_rows
+from inlay.tasks.evaluation import Split, Training, check_labels
+from inlay.tasks.sampling import hold_out_by_content, normalise_label, sort_labels, warn_of_overlap
 from inlay.tasks.tables import Table, hub_splits, list_first, read_table
 from inlay.tasks.text.data import SPLITS, find_column, read_folder, warn_of_unused_columns
 
@@ -97,14 +97,15 @@ def load_sequences(
     if len(labels) < 2:
         raise BadInput(f"the training texts of {name!r} have one class only ({list_first(labels)}); add another.")
     parts = {split: _dataset(found, labels, name, split) for split, found in rows.items()}
+    contents = {split: [(text, pair) for text, pair, _ in found] for split, found in rows.items()}
     if "validation" not in parts:
         whole = parts["train"]
-        held = _hold_out(whole, labels, validation, seed)
+        held = hold_out_by_content(whole["label"][:], labels, validation, seed, "text", contents["train"])
         kept = sorted(set(range(len(whole))) - set(held))
         parts["train"], parts["validation"] = whole.select(kept), whole.select(held)
     for split in ("validation", "test"):
         if split in rows:
-            _warn_of_overlap(rows["train"], rows[split], split)
+            warn_of_overlap(contents["train"], contents[split], split, "text")
     return SequenceData(name, parts["train"], parts["validation"], tuple(labels), parts.get("test"))
 
 
@@ -130,23 +131,16 @@ def load_sequences_to_score(
     tables = _read_tables(name, None)
     columns = _find_columns(tables["train"][0], None, None, None)
     own = _labelled_splits(name, tables, columns)
-    chosen = choose_split(name, split, own, "test" if "test" in own else "validation", training)
-    held_out = "validation" not in own and chosen in ("train", "validation")  # of train, as `load_sequences` does
-    wanted = own if chosen == "all" else ["train"] if held_out else [chosen]
-    found = [row for part in wanted for table in tables[part] for row in _rows(table, columns)]
     known = [normalise_label(label) for label in labels]
-    check_labels(name, sort_labels([label for _, _, label in found]), known, adapter)
-    rows = _dataset(found, known, name, chosen)
-    notes = split_note(name, chosen, own, training)
-    if held_out:
-        out = _hold_out(rows, known, 0.2, training.seed)
-        rows = rows.select(sorted(set(range(len(rows))) - set(out)) if chosen == "train" else out)
-    return chosen, rows, notes
 
+    def load(parts: list[str]) -> tuple[datasets.Dataset, list[Any]]:
+        found = [row for part in parts for table in tables[part] for row in _rows(table, columns)]
+        check_labels(name, sort_labels([label for _, _, label in found]), known, adapter)
+        return _dataset(found, known, name, parts[0]), [(text, pair) for text, pair, _ in found]
 
-def normalise_label(word: str) -> str:
-    """A label in composed Unicode (NFC): é is one letter to every reader, and two as some systems write it."""
-    return unicodedata.normalize("NFC", word)
+    training = training or Training()
+    scored: Split = "test" if "test" in own else "validation"
+    return choose_labelled_rows(name, own, load, known, wanted=split, scored=scored, training=training, noun="text")
 
 
 def _labelled_splits(name: str, tables: dict[str, list[Table]], columns: tuple[str, str | None, str]) -> list[str]:
@@ -157,32 +151,6 @@ def _labelled_splits(name: str, tables: dict[str, list[Table]], columns: tuple[s
             logger.warning("split %s of %r has no labels and is left out.", split, name)
     warn_of_unused_columns(name, [table for split in own for table in tables[split]], list(filter(None, columns)))
     return own
-
-
-def _hold_out(rows: datasets.Dataset, labels: Sequence[str], share: float, seed: int) -> list[int]:
-    """Rows to hold out, by content: equal texts go together, and those with several labels stay in training."""
-    contents = [rows[column][:] for column in ("text", "pair") if column in rows.column_names]
-    places: dict[Any, list[int]] = {}
-    for row, content in enumerate(zip(*contents, strict=True)):
-        places.setdefault(content, []).append(row)
-    ids = rows["label"][:]
-    clear = [found for found in places.values() if len({ids[row] for row in found}) == 1]
-    if len(clear) < len(places):
-        count = len(places) - len(clear)
-        logger.warning(
-            "%d text%s with more than one label; check the labels.", count, " stands" if count == 1 else "s stand"
-        )
-    if not clear:
-        raise BadInput("every text stands with more than one label, so none can be held out; check the labels.")
-    held = hold_out_by_class([ids[found[0]] for found in clear], labels, share, seed, "text")
-    return sorted(row for one in held for row in clear[one])
-
-
-def _warn_of_overlap(train: list[Row], held: list[Row], split: str) -> None:
-    known = {(text, pair) for text, pair, _ in train}
-    seen = sum((text, pair) in known for text, pair, _ in held)
-    if seen:
-        logger.warning("%d of %d texts of %s are in training too.", seen, len(held), split)
 
 
 def _read_tables(name: str, revision: str | None) -> dict[str, list[Table]]:

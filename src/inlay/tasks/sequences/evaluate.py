@@ -8,7 +8,7 @@ import torch
 
 from inlay.methods.prompt import check_prompt
 from inlay.tasks.adapter import Adapter, check_task
-from inlay.tasks.classification import evaluate_classifier
+from inlay.tasks.classification import class_probabilities, evaluate_classifier
 from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, pick_evenly
 from inlay.tasks.sequences.data import load_sequences_to_score
 from inlay.tasks.sequences.view import SequenceView
@@ -57,5 +57,6 @@ def _probabilities(model: Any, view: SequenceView, logits: list[int]) -> np.ndar
     for begin in range(0, len(view), AT_ONCE):
         batch = view.collate([view[i] for i in range(begin, min(begin + AT_ONCE, len(view)))])
         inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-        found.append(model(**inputs).logits[:, logits].double().softmax(-1).cpu())  # B K
+        output = model(**inputs).logits  # B K
+        found.append(class_probabilities(output[:, logits].double(), model.config).cpu())
     return torch.cat(found).numpy()

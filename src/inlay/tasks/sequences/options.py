@@ -41,7 +41,9 @@ class SequenceTask(TaskOptions):
 
         set_seed(seed)
         data = load_sequences(self.dataset, seed=seed)
-        processor = SequenceProcessor(load_tokenizer(self.model), max_length=self.max_length)
+        with self.offering_embedded_base():
+            tokenizer = load_tokenizer(self.model)
+        processor = SequenceProcessor(tokenizer, max_length=self.max_length)
         train, validation = SequenceView(data.train, processor), SequenceView(data.validation, processor)
         PartialState().print(f"train: {train.report}\nvalidation: {validation.report}")
 
@@ -59,8 +61,12 @@ class SequenceTask(TaskOptions):
     def base(self, data: TaskData) -> Any:
         """The frozen base with a new head for the labels of the data; tokens that it does not know are refused."""
         from inlay.tasks.base import load_base
+        from inlay.tasks.classification import check_one_label_each
 
-        base = load_base(self.model, task="text-classification", labels=data.source.labels, quantize=self.quantize)
+        labels = data.source.labels
+        with self.offering_embedded_base():
+            base = load_base(self.model, task="text-classification", labels=labels, quantize=self.quantize)
+        check_one_label_each(base, self.dataset)
         for view in (data.train, data.validation):
             check_vocabulary(self.model, max(max(item["input_ids"]) for item in view.items), vocabulary_of(base))
         return self._announced(base)

@@ -8,6 +8,7 @@ import torch
 from inlay.errors import BadInput
 from inlay.methods.prompt import check_prompt
 from inlay.tasks.adapter import Adapter, check_task
+from inlay.tasks.classification import class_probabilities
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def classify_texts(
         inputs = {key: value.to(device) for key, value in adapter.processor.pad_rows(encoded).items()}
         with torch.inference_mode():
             output = adapter.model(**inputs).logits  # B K
-        values, classes = output[:, logits].float().softmax(-1).topk(top)
+        values, classes = class_probabilities(output[:, logits].float(), adapter.model.config).topk(top)
         for (text, pair), some, places in zip(batch, values.tolist(), classes.tolist(), strict=True):
             found.append(TextLabels(text, pair, [labels[k] for k in places], some))
     return found

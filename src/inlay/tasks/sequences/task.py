@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from inlay.errors import BadInput, InlayError
 from inlay.tasks.golden import golden_tokens
-from inlay.tasks.images.task import describe_labels
+from inlay.tasks.images.processing import describe_labels
 from inlay.tasks.printing import printable
 from inlay.tasks.task import Answer, LabelledBatches, Option, Record, Task
 from inlay.tasks.text.vocabulary import check_vocabulary, token_ids, vocabulary_of
@@ -117,22 +117,18 @@ class SequenceClassification(Task):
 
     def load_labelled(self, adapter: Adapter, data: str, count: int, seed: int) -> LabelledBatches:
         """The classes take turns; numbers of labels are those of the adapter."""
+        from inlay.tasks.classification import number_labels
         from inlay.tasks.sampling import by_turns
         from inlay.tasks.sequences.data import load_sequences
         from inlay.tasks.sequences.loss import SequenceLoss
         from inlay.tasks.sequences.view import SequenceView
 
         found = load_sequences(data, seed=seed)
-        strange = [label for label in found.labels if label not in adapter.labels]
-        if strange:
-            raise BadInput(
-                f"the data {data!r} has labels that the adapter does not have ({', '.join(strange[:5])}); it has "
-                f"{', '.join(adapter.labels[:10])}."
-            )
+        numbers = number_labels(data, found.labels, adapter)
         rows = found.train.select(by_turns(found.train["label"][:], seed)[:count])
         view = SequenceView(rows, adapter.processor)
         for item in view.items:
-            item["labels"] = adapter.labels.index(found.labels[item["labels"]])
+            item["labels"] = numbers[item["labels"]]
         return LabelledBatches(view, view.collate, SequenceLoss(), rows=8)
 
     def planned_batch(self, base: Any, rows: int, length: int, added: int) -> tuple[dict[str, Tensor], Loss | None]:

@@ -47,7 +47,9 @@ class TextTask(TaskOptions):
         from inlay.tasks.text.view import TextView
 
         set_seed(seed)
-        data, tokenizer = load_texts(self.dataset, seed=seed), load_tokenizer(self.model)
+        with self.offering_embedded_base():
+            tokenizer = load_tokenizer(self.model)
+        data = load_texts(self.dataset, seed=seed)
         if virtual_tokens > tokenizer.model_max_length // 2:
             got = f"a length of {virtual_tokens}"
             raise BadInput(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from inlay.errors import BadInput, Unsupported
 from inlay.tasks.golden import golden_scan
-from inlay.tasks.images.task import describe_labels
+from inlay.tasks.images.processing import describe_labels
 from inlay.tasks.printing import printable
 from inlay.tasks.task import Answer, LabelledBatches, Option, Record, Task
 

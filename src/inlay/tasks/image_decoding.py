@@ -1,0 +1,129 @@
+"""One way to decode an image, whatever it comes as: every task and every function of inlay goes through here."""
+
+import hashlib
+import io
+import os
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from inlay.errors import DamagedFile
+
+Source = str | os.PathLike[str] | bytes | dict[str, Any] | Image.Image
+Intensity = Literal["percentiles", "range"]
+INTENSITIES: tuple[Intensity, ...] = ("percentiles", "range")
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by the number of channels that a base takes
+
+
+def open_image(source: Source, *, channels: int = 3, intensity: Intensity = "range") -> Image.Image:
+    """An image of 8 bits, upright as its EXIF orientation says; of an animation the first frame.
+
+    Of a PIL image it makes what it makes of the file that the image was opened from.
+
+    Args:
+        source: A path, the bytes of a file, {"bytes", "path"} with one of them as in `ImageData`, or a PIL image.
+        channels: 1 for grey, 3 for RGB, 4 for RGBA. With 1 or 3 transparent pixels are laid on white.
+        intensity: How greys of 16 bits become 8 bits. `range`: 0 to 65535 is scaled to 0 to 255. `percentiles`: the 1st
+            and 99th percentile of the image become 0 and 255. Images of 8 bits stay as they are.
+
+    Raises:
+        InlayError: The file is missing, broken or no image, or its pixels have no known range.
+    """
+    try:
+        return decode_image(source, channels=channels, intensity=intensity)
+    except Exception as error:  # Pillow's readers raise what they please
+        raise DamagedFile(f"{_name(source)} cannot be read as an image: {explain_unreadable(error)}.") from error
+
+
+def open_for_processor(source: Source, processor: Any, intensity: Intensity = "range") -> Image.Image:
+    """`open_image` with as many channels as an image processor makes."""
+    return open_image(source, channels=count_channels(processor), intensity=intensity)
+
+
+def count_channels(processor: Any) -> int:
+    """How many channels the images of a processor have: `num_channels`, or as many as it has means."""
+    stated = getattr(processor, "num_channels", None)
+    if isinstance(stated, int):
+        return stated
+    means = getattr(processor, "image_mean", None)
+    return len(means) if getattr(processor, "do_normalize", False) and isinstance(means, list | tuple) else 3
+
+
+def decode_image(source: Any, *, channels: int = 3, intensity: Intensity = "range") -> Image.Image:
+    """As `open_image`, with the errors of Pillow."""
+    if isinstance(source, Image.Image):  # whoever opened it closes it
+        return _convert(_turn_upright(source), channels, intensity)
+    with _opened(source) as file:
+        return _convert(_turn_upright(file), channels, intensity)
+
+
+def digest_image(source: Any) -> tuple[str, int, int]:
+    """What tells an image from all others, however both are stored, and its width and height; errors as Pillow's.
+
+    Images have one digest if `open_image` makes equal pixels of them; those of 16 bits if all their bits are equal.
+    """
+    with _opened(source) as file:
+        image = _turn_upright(file)
+        width, height = image.size
+        seen = np.asarray(image).tobytes() if image.mode.startswith("I") else _convert(image, 3, "range").tobytes()
+    start = f"{width} x {height} {image.mode[:1] == 'I'} ".encode()
+    return hashlib.blake2b(start + seen, digest_size=16).hexdigest(), width, height
+
+
+def _opened(source: Any) -> Image.Image:
+    if isinstance(source, dict):
+        source = source["path"] if source.get("bytes") is None else source["bytes"]
+    if not source:
+        raise ValueError("no image in this row" if source is None else "an empty file")
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def _turn_upright(file: Image.Image) -> Image.Image:
+    """All of a file's pixels, upright, in a mode of 8 or 16 bits."""
+    file.load()
+    image = ImageOps.exif_transpose(file)
+    if image.mode == "F" or (image.mode == "I" and file.format != "PPM"):
+        raise ValueError("pixels of 32 bits have no known range: save it with 8 or 16 bits")
+    return image
+
+
+def _convert(image: Image.Image, channels: int, intensity: Intensity) -> Image.Image:
+    if image.mode.startswith("I"):
+        image = _scale_to_8_bits(image, intensity)
+    if image.has_transparency_data and channels != 4:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(MODES[channels])
+
+
+def _scale_to_8_bits(image: Image.Image, intensity: Intensity) -> Image.Image:
+    """Greys of 16 bits as 8 bits, and white where one of them is declared transparent."""
+    values = np.asarray(image).astype(np.uint32)  # H W
+    if intensity == "percentiles":
+        low, high = np.percentile(values, (1, 99))
+        if high <= low:  # nearly all pixels are alike
+            low, high = values.min(), max(values.max(), values.min() + 1)
+        grey = ((values - low) * (255 / (high - low))).clip(0, 255).round().astype(np.uint8)
+    else:
+        grey = ((values + 128) // 257).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey)
+
+
+def _name(source: Source) -> str:
+    if isinstance(source, Image.Image):
+        path: Any = getattr(source, "filename", None)
+        return repr(os.fspath(path)) if path else "the image given"
+    path = source.get("path") if isinstance(source, dict) else source
+    return "the bytes given" if not path or isinstance(path, bytes) else repr(os.fspath(path))
+
+
+def explain_unreadable(error: BaseException) -> str:
+    """What went wrong with a file, in a few words."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    kind = "not an image" if isinstance(error, UnidentifiedImageError) else str(error).strip()
+    return (kind or type(error).__name__).splitlines()[0].rstrip(".")
