@@ -278,7 +278,7 @@ def test_prompts_that_make_no_sense(prompts, says):
 def test_an_adapter_without_prompts_refuses_them_and_trains():
     model = adapted(prompts=False).train()
     model(pixel_values=volumes(), labels=labelled()).loss.backward()
-    with pytest.raises(InlayError, match="without prompts"):
+    with pytest.raises(InlayError, match="takes no points"):
         model(pixel_values=volumes(), input_points=torch.zeros(2, 1, 3))
 
 

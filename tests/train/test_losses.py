@@ -99,6 +99,40 @@ def test_pieces_of_a_batch_give_the_gradient_of_the_whole(tmp_path):
     assert (weights[1] - weights[4]).abs().max() < 2e-5
 
 
+class Unlabelled(Texts):
+    """Two of three texts are prompts to their end, as those whose completion was cut off."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        if index % 3:
+            item["labels"][:] = -100
+        return item
+
+
+def test_a_piece_in_which_nothing_is_learned_adds_nothing(tmp_path):
+    """Pieces of one row each, and a batch of two of them, against the model's own loss on the rows with labels."""
+    data, held_out, weights = Unlabelled(12), Unlabelled(5, seed=1), {}
+    for accumulate in (1, 2):
+        model = language_model()
+        config = TrainConfig(str(tmp_path / str(accumulate)), epochs=1, batch_size=2, accumulate=accumulate, workers=0)
+        result = fit(model, data, held_out, config, collate=data.collate, loss=NextToken())
+        weights[accumulate] = torch.cat([p.flatten() for p in model.parameters()])
+        with torch.no_grad():
+            own = model(**data.collate([held_out[0], held_out[3]])).loss.item()
+        assert result.metrics == {"loss": pytest.approx(own, abs=1e-6)}
+    assert (weights[1] - weights[2]).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_nothing_to_learn_is_a_loss_of_zero(length):
+    model = language_model()
+    ids = torch.ones(2, length, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": ids, "labels": torch.full_like(ids, -100)}
+    output = NextToken()(model, batch)
+    output.loss.backward()
+    assert output.loss.item() == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
 def test_the_validation_loss_is_the_mean_over_all_tokens(tmp_path):
     model, data, held_out = language_model(), Texts(16), Texts(11, seed=1)
     config = TrainConfig(str(tmp_path / "run"), epochs=1, batch_size=4, workers=0)

@@ -77,7 +77,7 @@ def find_unknown_settings(settings: dict[str, Any]) -> list[str]:
 def inject_empty_adapter(model: torch.nn.Module, config: PeftConfig) -> PeftModel:
     """Wrap `model` with the adapter of `config`, its weights on the meta device: nothing is allocated.
 
-    But for prompts and prefixes, which peft allocates at once: compare `virtual_tokens` with the file before.
+    Except for prompts and prefixes, which peft allocates at once: compare `count_virtual_tokens` with the file before.
     """
     config.inference_mode = True
     writes_text = config.task_type == "CAUSAL_LM" or config.is_prompt_learning
@@ -167,7 +167,7 @@ def register_method(name: str, config: type[PeftConfig], tuner: type[BaseTuner])
 
 
 def name_import_in_card(folder: str | Path, method: str) -> None:
-    """Say in the card that peft or transformers wrote beside an adapter, or in a new one, what loading it needs."""
+    """Say in the card that peft or transformers wrote next to an adapter, or in a new one, what loading it needs."""
     path = Path(folder) / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: peft\n---\n"
     if "import inlay" not in text:

@@ -9,7 +9,7 @@ which fills a decoder's cache, this works where there is no cache (ViT, BERT, SA
 checkpointing, and together with other methods.
 
 Li & Liang 2021, arXiv:2101.00190. Their re-parameterisation (`projection`) makes keys and values of a smaller table by
-an MLP while training; the file holds the keys and values alone.
+an MLP while training; the file holds only the keys and values.
 """
 
 import copy
@@ -119,7 +119,7 @@ class AttentionPrefixLayer(AdapterLayer):
                 table[name] = nn.Parameter(torch.empty(config.length, size).normal_(std=0.02))
         self.options[name] = config
 
-    def flatten(self, name: str) -> None:
+    def replace_projection(self, name: str) -> None:
         """Put keys and values in the place of the MLP that makes them."""
         if name in self.inlay_attention_prefix_projection:
             projection = self.inlay_attention_prefix_projection[name]
@@ -147,13 +147,13 @@ class AttentionPrefixLayer(AdapterLayer):
         finally:
             self.groups = []
 
-    def acting(self) -> Groups:
+    def active_groups(self) -> Groups:
         """Which adapters act in the forward that is under way."""
         return self.groups or self._groups(None, None)
 
-    def gathered(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+    def gather_prefixes(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
         """Keys and values of the forward under way, as `gather_prefix` gives them; None where there are none."""
-        groups = self.acting()
+        groups = self.active_groups()
         return gather_prefix(groups, self.prefix, rows) if groups else None
 
     @override
@@ -207,12 +207,12 @@ def prefixed_attention(
     inner = layer.own_config._attn_implementation or "eager"
     if inner not in _SUPPORTED:
         raise Unsupported(
-            f"a prefix needs the attention {' or '.join(_SUPPORTED)}, got {inner}; load the base with one."
+            f"a prefix does not work with the attention {inner!r}; load the base with {' or '.join(_SUPPORTED)}."
         )
     eager = vars(sys.modules[type(module).__module__]).get("eager_attention_forward")
     function = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
     batch, heads, tokens, size = key.shape
-    found = layer.gathered(batch)
+    found = layer.gather_prefixes(batch)
     if found is None:
         return function(module, query, key, value, attention_mask, **kwargs)
 
@@ -256,7 +256,10 @@ def _widen(
         # Token i sees keys 0 to i, as with is_causal of torch: a static cache has more keys, which are still empty.
         mask = (mask.tril() if causal and rows > 1 else mask)[None, None]
     if mask.ndim != 4:
-        raise Unsupported(f"a prefix needs an attention mask of four axes, got {tuple(mask.shape)}.")
+        raise Unsupported(
+            f"a prefix does not work with an attention mask of shape {tuple(mask.shape)}; give one of four axes, "
+            "(B, heads, L, S)."
+        )
     seen, unseen = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
     front = mask.new_full((*mask.shape[:3], length), seen)
     if counts is not None:
@@ -316,7 +319,7 @@ class AttentionPrefixModel(AdapterTuner):
     ) -> dict[str, Any]:
         for layer in model.modules():
             if isinstance(layer, AttentionPrefixLayer):
-                layer.flatten(adapter_name)
+                layer.replace_projection(adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 

@@ -40,7 +40,9 @@ class AdapterConfig(PeftConfig):
 
     target_modules: list[str] | str | None = field(
         default=None,
-        metadata={"help": "Modules to adapt: names, their endings, or a regular expression; default: by arch.sites."},
+        metadata={
+            "help": "Modules to adapt: names, their endings, or a regular expression; default: those of the method."
+        },
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Modules to leave out: names, their endings, or a regular expression."}
@@ -133,7 +135,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return [(acting, None)] if acting else []
         each = len(first) // len(adapter_names)  # SAM's windows, the beams of a search: several rows an example
         if each * len(adapter_names) != len(first):
-            raise BadInput(f"expected one adapter name for each of {len(first)} rows, got {len(adapter_names)}.")
+            raise BadInput(f"{len(adapter_names)} adapter names for {len(first)} rows; give one for each row.")
         rows = [name for name in adapter_names for _ in range(each)]
         groups: Groups = []
         for name in dict.fromkeys(rows):
@@ -357,9 +359,8 @@ class AdapterTuner(BaseTuner):
                 raise BadInput("adapter_names choose an adapter per row in eval mode only; call model.eval().")
             unknown = sorted(set(names) - {"__base__", *self.peft_config})
             if unknown:
-                raise BadInput(
-                    f"adapter_names: there is no adapter {', '.join(unknown)}; {list(self.peft_config)} are."
-                )
+                known = ", ".join(self.peft_config)
+                raise BadInput(f"unknown adapter {', '.join(unknown)} in adapter_names; choose among {known}.")
             if (beams := kwargs.get("num_beams") or 1) > 1:
                 names = [name for name in names for _ in range(beams)]
             for module in self.modules():
@@ -377,7 +378,7 @@ class AdapterTuner(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """A file's keys are the same whatever else is wrapped around the module."""
         parts = key.split(".")
-        for i, part in enumerate(parts[:-1]):  # parts of many layers: peft looks for the name near the end alone
+        for i, part in enumerate(parts[:-1]):  # parts of many layers: peft looks for the name only near the end
             if part.startswith("inlay_") and parts[i + 1] == adapter_name:
                 return name_in_base(".".join(parts[: i + 1] + parts[i + 2 :]))
         return name_in_base(super()._remove_adapter_name_from_key(key, adapter_name))

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small two-layer network beside, or behind, the sublayers of a frozen model.
+"""Bottleneck adapters: a small two-layer network next to, or behind, the sublayers of a frozen model.
 
 One adapter of width m at a site with the hidden state h of size d adds, in the notation of He et al. 2021 (table 1),
 
@@ -49,12 +49,12 @@ class BottleneckConfig(AdapterConfig):
         default=16.0, metadata={"help": "Hidden size / bottleneck size, where width is not given."}
     )
     sites: list[str] = field(
-        default_factory=lambda: ["attention", "mlp"], metadata={"help": "After or beside which sublayers."}
+        default_factory=lambda: ["attention", "mlp"], metadata={"help": "After or next to which sublayers."}
     )
     placement: Literal["serial", "parallel", "post"] = field(
         default="serial",
         metadata={
-            "help": "On the sublayer's output, beside the sublayer on its input, or (post, whatever the sites) on the "
+            "help": "On the sublayer's output, next to the sublayer on its input, or (post, whatever the sites) on the "
             "output of the whole block."
         },
     )
@@ -337,7 +337,7 @@ PFEIFFER = Method(
 SCALED_PARALLEL = Method(
     name="bottleneck-parallel",
     paper="He et al. 2021, arXiv:2110.04366",
-    attaches="beside the MLP",
+    attaches="next to the MLP",
     width="bottleneck size",
     merges=False,
     learning_rate=1e-2,

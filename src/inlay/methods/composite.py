@@ -131,7 +131,7 @@ def _without_number(paper: str) -> str:
 MIX_AND_MATCH = Method(
     name="mam",
     paper=f"{SCALED_PARALLEL.paper}, section 4.6",
-    attaches="attention, and beside the MLP",
+    attaches="attention, and next to the MLP",
     width="prefix length, bottleneck size",
     merges=False,
     learning_rate=1e-2,

@@ -1,4 +1,4 @@
-"""LoRA and its variants, as peft has them: an update B·A of rank r beside a weight.
+"""LoRA and its variants, as peft has them: an update B·A of rank r, added to a weight.
 
 Hu et al. 2021, arXiv:2106.09685. Here alpha is twice the rank.
 """
@@ -10,7 +10,7 @@ from inlay.bases.sites import is_linear, lora_targets
 from inlay.methods.method import EVERY_BASE, MakeConfig, Method
 from inlay.peft_types import PEFT_TYPES
 
-_FACTS = PEFT_TYPES["LORA"]
+_PEFT_LORA = PEFT_TYPES["LORA"]
 
 
 def lora_config(**settings: object) -> MakeConfig:
@@ -19,7 +19,7 @@ def lora_config(**settings: object) -> MakeConfig:
 
 
 def _linear_config(init: str | bool) -> MakeConfig:
-    """Of linear layers alone: peft takes no singular vectors of the 1x1 convolution in SAM's neck."""
+    """Only of linear layers: peft takes no singular vectors of the 1x1 convolution in SAM's neck."""
 
     def config(model: nn.Module, rank: int) -> LoraConfig:
         names = [name for name in lora_targets(model) if is_linear(model.get_submodule(name))]
@@ -30,7 +30,7 @@ def _linear_config(init: str | bool) -> MakeConfig:
 
 LORA = Method(
     name="lora",
-    paper=_FACTS.paper,
+    paper=_PEFT_LORA.paper,
     attaches="linear layers, 1x1 convolutions",
     width="rank r",
     merges=True,
@@ -40,7 +40,7 @@ LORA = Method(
 )
 RSLORA = Method(
     name="rslora",
-    paper=_FACTS.variants["use_rslora"].paper,
+    paper=_PEFT_LORA.variants["use_rslora"].paper,
     attaches="linear layers, 1x1 convolutions",
     width="rank r",
     merges=True,
@@ -50,7 +50,7 @@ RSLORA = Method(
 )
 DORA = Method(
     name="dora",
-    paper=_FACTS.variants["use_dora"].paper,
+    paper=_PEFT_LORA.variants["use_dora"].paper,
     attaches="linear layers",
     width="rank r",
     merges=True,

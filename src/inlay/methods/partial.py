@@ -8,12 +8,12 @@ so the trained weight is exactly the sum of what is in the base and in the file,
 merging it changes no output by a single bit. Such a delta is a task vector (Ilharco et al. 2023, arXiv:2212.04089).
 
     last=2              the last two blocks, and the norm after them
-    train="bias"        BitFit: biases alone (Ben Zaken et al. 2022, arXiv:2106.10199)
-    train="norm"        the norms alone (as in Basu et al. 2024, arXiv:2304.01466, and peft's LNTuningConfig)
+    train="bias"        BitFit: only the biases (Ben Zaken et al. 2022, arXiv:2106.10199)
+    train="norm"        only the norms (as in Basu et al. 2024, arXiv:2304.01466, and peft's LNTuningConfig)
     target_modules      these modules, with all that is in them
 
 What plain fine-tuning gives no gradient is left out where target_modules do not name it, as DDP waits for it in vain:
-cross-attention, the pooler of a bare backbone, the token of masked patches ... (`_idle`).
+cross-attention, the pooler of a bare backbone, the token of masked patches ... (`_is_unused`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -84,7 +84,7 @@ class PartialLayer(AdapterLayer):
     def add(self, name: str, config: PartialConfig, tuner: AdapterTuner, key: str) -> None:
         self.inlay_partial_delta[name] = nn.ParameterDict(
             {
-                leaf: nn.Parameter(torch.zeros_like(p, dtype=torch.float32) if config.init_weights else _noise(p))
+                leaf: nn.Parameter(torch.zeros_like(p, dtype=torch.float32) if config.init_weights else _draw_noise(p))
                 for leaf, p in parameters_to_train(self.get_base_layer(), config)
             }
         )
@@ -119,7 +119,7 @@ class PartialLayer(AdapterLayer):
         return None
 
 
-def _noise(parameter: torch.Tensor) -> torch.Tensor:
+def _draw_noise(parameter: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(parameter, dtype=torch.float32).normal_(std=0.02)
 
 
@@ -174,7 +174,7 @@ class PartialModel(AdapterTuner):
             names = [
                 n for n in names[first:] if f"{n}.".startswith(tuple(f"{b}." for b in found.blocks)) or n in found.norms
             ]
-        names = self._with_parameters(config, [n for n in names if not _idle(n, self.model, found)])
+        names = self._with_parameters(config, [n for n in names if not _is_unused(n, self.model, found)])
         if not names and config.train != "all":
             what = {"bias": "biases", "norm": "norms"}[config.train]
             raise Unsupported(
@@ -187,7 +187,7 @@ class PartialModel(AdapterTuner):
 
         So does the output projection of torch's MultiheadAttention, which reads its weight and never calls it.
         """
-        shared = _shared(self.model)
+        shared = _find_shared(self.model)
         names = [n for n in names if not isinstance(self.model.get_submodule(n.rpartition(".")[0]), MultiheadAttention)]
         found = []
         for name in names:
@@ -197,7 +197,7 @@ class PartialModel(AdapterTuner):
         return found
 
 
-def _idle(name: str, model: nn.Module, found: Sites) -> bool:
+def _is_unused(name: str, model: nn.Module, found: Sites) -> bool:
     """True for a module that the loss of plain fine-tuning does not depend on.
 
     That is attention to another model's states; SAM's prompt encoder, of which each kind of prompt uses another part;
@@ -215,7 +215,7 @@ def _idle(name: str, model: nn.Module, found: Sites) -> bool:
     return "head" in parts or (clip and parts[-1] == "post_layernorm")
 
 
-def _shared(model: nn.Module) -> set[int]:
+def _find_shared(model: nn.Module) -> set[int]:
     """Parameters that stand in two places, such as GPT-2's token embedding in its head."""
     seen: dict[int, int] = {}
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Visual prompt tuning: learned tokens beside those of the image.
+"""Visual prompt tuning: learned tokens next to those of the image.
 
     shallow     P tokens enter the first block, pass through all, and are dropped after the last
     deep        every block gets P tokens of its own, and drops them again at its end
@@ -6,7 +6,7 @@
     [x_i, _] = block_i([x_{i-1}, p_{i-1}])          x: class token and patches, p: P x D, trained
 
 The prompts stand behind the image's tokens, which attention does not notice: class token and positions stay where they
-are, for any size of picture. No later module, nor a caller that asks for hidden states or attentions, sees a prompt.
+are, for any size of image. No later module, nor a caller that asks for hidden states or attentions, sees a prompt.
 
 In SAM, whose blocks work on (B, H, W, C) and attend within windows, prompts are tokens at the entry of each attention,
 seen by every window, padded or not (deep only: there is no sequence in which they could travel).
@@ -50,7 +50,7 @@ class VisualPromptConfig(AdapterConfig):
     """Settings of visual prompts; `target_modules` are blocks (in SAM attention modules)."""
 
     length: int = field(default=10, metadata={"help": "Prompt length P, in every block that has prompts."})
-    deep: bool = field(default=True, metadata={"help": "New prompts in every block, rather than in the first alone."})
+    deep: bool = field(default=True, metadata={"help": "New prompts in every block, rather than only in the first."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the prompts."})
 
     def __post_init__(self) -> None:
@@ -63,7 +63,7 @@ class VisualPromptConfig(AdapterConfig):
 
 
 @dataclass(frozen=True)
-class _Place:
+class _PromptsOfBlock:
     """One adapter at one block: whether its prompts enter and are dropped there."""
 
     length: int
@@ -88,8 +88,8 @@ class VisualPromptLayer(AdapterLayer):
 
     @override
     def add(self, name: str, config: VisualPromptConfig, tuner: AdapterTuner, key: str) -> None:
-        order = tuner.order(config)
-        self.options[name] = _Place(
+        order = tuner.list_blocks(config)
+        self.options[name] = _PromptsOfBlock(
             config.length, config.dropout, config.deep or key == order[0], config.deep or key == order[-1]
         )
         if self.options[name].enter:
@@ -115,7 +115,9 @@ class VisualPromptLayer(AdapterLayer):
     def _prompted(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The block on (B, N, D), or (B, N + those that travel, D)."""
         if any(torch.is_tensor(a) for a in (*args, kwargs.get("attention_mask"))):
-            raise Unsupported("visual prompts need an encoder without an attention mask, but this block got one.")
+            raise Unsupported(
+                "visual prompts do not work where a block gets an attention mask; use an encoder that needs none."
+            )
         places = [self.options[name] for name in names]
         travelling = sum(place.length for place in places if not place.enter)
         tokens = x.shape[1] - travelling
@@ -199,18 +201,18 @@ class VisualPromptModel(AdapterTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
-        order = self.order(peft_config)
+        order = self.list_blocks(peft_config)
         if not peft_config.deep and order:
-            beside = [n for n, _ in self.model.named_modules() if n.rpartition(".")[0] == order[0].rpartition(".")[0]]
-            start = beside.index(order[0])
-            if beside[start : start + len(order)] != order:
+            siblings = [n for n, _ in self.model.named_modules() if n.rpartition(".")[0] == order[0].rpartition(".")[0]]
+            start = siblings.index(order[0])
+            if siblings[start : start + len(order)] != order:
                 raise BadInput(
                     "shallow prompts travel from block to block, so the blocks must follow one another, got "
                     f"{', '.join(order)}; name those between, or use deep=True."
                 )
         return peft_config
 
-    def order(self, config: VisualPromptConfig) -> list[str]:
+    def list_blocks(self, config: VisualPromptConfig) -> list[str]:
         """Names of the blocks that the adapter targets, in running order."""
         return [n for n, _ in self.model.named_modules() if self._check_target_module_exists(config, n)]
 

@@ -28,7 +28,7 @@ class PrefixBank(BankLayer, AttentionPrefixLayer):
     @override
     def make_stack_values(self, tensors: Tensors, settings: Any) -> dict[str, torch.Tensor]:
         if "inlay_visual_prompt_tokens" in tensors:
-            key, value = self.of_prompt(tensors["inlay_visual_prompt_tokens"].float(), settings)
+            key, value = self.project_prompt(tensors["inlay_visual_prompt_tokens"].float(), settings)
         else:
             key, value = (tensors[f"inlay_attention_prefix_{what}"].float() for what in ("key", "value"))
         return {"key": key, "value": value}
@@ -37,7 +37,7 @@ class PrefixBank(BankLayer, AttentionPrefixLayer):
     def size_of(self, values: Tensors) -> int:
         return len(values["key"]) if values else 0
 
-    def of_prompt(self, tokens: torch.Tensor, settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def project_prompt(self, tokens: torch.Tensor, settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """What the block makes of its prompts p (P, D) as keys and values, in its own k and v projections."""
         block, *projections = settings
         found: list[torch.Tensor] = []
@@ -55,11 +55,11 @@ class PrefixBank(BankLayer, AttentionPrefixLayer):
 
     @override
     def forward_rows(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base_layer(*args, **kwargs)  # its attention function asks for `gathered`
+        return self.base_layer(*args, **kwargs)  # its attention function asks for `gather_prefixes`
 
     @override
-    def gathered(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
-        lengths = self.lengths()
+    def gather_prefixes(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        lengths = self.prompt_lengths()
         longest = max(lengths, default=0)
         if not longest:
             return None
@@ -67,7 +67,7 @@ class PrefixBank(BankLayer, AttentionPrefixLayer):
             key, value = (self.stacks._buffers[what][self.rows.only, :longest][None] for what in ("key", "value"))
         else:
             key, value = (self.stacks.take_rows(what, rows)[:, :longest] for what in ("key", "value"))
-        return key, value, self.counts(lengths, rows)
+        return key, value, self.mask_prompts(lengths, rows)
 
 
 class WindowPrefixBank(PrefixBank):
@@ -78,7 +78,7 @@ class WindowPrefixBank(PrefixBank):
     undo_changes = WindowPrefixLayer.undo_changes
 
     @override
-    def of_prompt(self, tokens: torch.Tensor, settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def project_prompt(self, tokens: torch.Tensor, settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
             weight = self.get_base_layer().qkv(tokens.to(self.rows.device))
         _, key, value = weight.float().chunk(3, dim=-1)
@@ -87,5 +87,5 @@ class WindowPrefixBank(PrefixBank):
     @override
     def forward_rows(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        found = self.gathered(len(hidden))
+        found = self.gather_prefixes(len(hidden))
         return attend_with_prefix(self.base_layer, hidden, *found) if found else self.base_layer(*args, **kwargs)

@@ -83,7 +83,7 @@ class Bank:
         """
         if isinstance(base, nn.Module) and device is not None:
             raise BadInput("the base is a model already: move it with base.to(device) and leave device out.")
-        self._paths = _named(adapters)
+        self._paths = _name_adapters(adapters)
         if isinstance(base, nn.Module):
             self._lacks_head = False
         else:
@@ -131,7 +131,7 @@ class Bank:
 
     def labels(self, name: str) -> list[str]:
         """Class names of an adapter, in the order of its logits."""
-        return self.files[name].labels if name in self.files else read_adapter(fetch(self._known(name))).labels
+        return self.files[name].labels if name in self.files else read_adapter(fetch(self._find_path(name))).labels
 
     def add(self, path: str | Path, name: str | None = None) -> str:
         """Read an adapter and check it, in the place of one of that name if there is one; gives its name.
@@ -165,7 +165,7 @@ class Bank:
             InlayError: The bank does not know it, or an open block of `rows` has rows under it.
         """
         with self._lock:
-            self._known(name)
+            self._find_path(name)
             self._check_free(name)
             if name in self._slots:
                 del self._slots[name], self.files[name], self.checks[name]
@@ -216,7 +216,7 @@ class Bank:
         with self._lock:
             wanted = [name for name in dict.fromkeys(adapters) if name is not None]
             for name in wanted:
-                self._known(name)
+                self._find_path(name)
             for name in wanted:
                 if name in self._slots:
                     self._slots.move_to_end(name)
@@ -258,7 +258,7 @@ class Bank:
         Raises:
             InlayError: As `rows`, or another number of rows than of names.
         """
-        with self.rows(self._checked(inputs, adapters)) as model:
+        with self.rows(self._check_rows(inputs, adapters)) as model:
             prompted, length = self._prompts.prepend_prompts(model, inputs)
             output = model(**prompted, **more)
             if length:
@@ -274,7 +274,7 @@ class Bank:
             adapters: One name per row; None is the plain base.
             **settings: Of transformers' `generate`.
         """
-        with self.rows(self._checked(inputs, adapters)) as model:
+        with self.rows(self._check_rows(inputs, adapters)) as model:
             prompted, length = self._prompts.prepend_prompts(model, inputs)
             if not length:
                 return model.generate(**inputs, **settings)
@@ -283,17 +283,18 @@ class Bank:
             new = model.generate(**prompted, **settings)
             return torch.cat([ids.repeat_interleave(len(new) // len(ids), dim=0), new], dim=1)
 
-    def _checked(self, inputs: Mapping[str, Any], adapters: Sequence[str | None]) -> Sequence[str | None]:
+    def _check_rows(self, inputs: Mapping[str, Any], adapters: Sequence[str | None]) -> Sequence[str | None]:
         rows = next((len(value) for value in inputs.values() if torch.is_tensor(value)), 0)
         if isinstance(adapters, str) or rows != len(adapters):
-            got = repr(adapters) if isinstance(adapters, str) else len(adapters)
-            raise BadInput(f"expected a list of one adapter, or None, for each of {rows} rows, got {got}.")
+            given = repr(adapters) if isinstance(adapters, str) else f"{len(adapters)} adapters"
+            raise BadInput(f"{given} for {rows} rows; give a list with one adapter, or None, for each row.")
         return adapters
 
-    def _known(self, name: str) -> str | Path:
+    def _find_path(self, name: str) -> str | Path:
         if name not in self._paths:
-            some = ", ".join(list(self._paths)[:5]) or "none"
-            raise BadInput(f"the bank has no adapter {name!r}, it has {some}{' ...' * (len(self._paths) > 5)}.")
+            names = ", ".join(list(self._paths)[:5]) or "none"
+            more = " ..." if len(self._paths) > 5 else ""
+            raise BadInput(f"unknown adapter {name!r}; this bank has {names}{more}.")
         return self._paths[name]
 
     def _stacks(self) -> list[Stacks]:
@@ -302,7 +303,7 @@ class Bank:
     def _load(self, name: str, keep: set[str] | None = None) -> None:
         """Check an adapter, which fills a slot on the way; the bank is as it was if it does not fit."""
         newcomer = _Newcomer(self, name, keep or set())
-        candidate = Candidate(Reading(fetch(self._known(name))), newcomer)
+        candidate = Candidate(Reading(fetch(self._find_path(name))), newcomer)
         try:
             run_checks(candidate)
         except Exception:
@@ -310,7 +311,7 @@ class Bank:
             raise
         self.checks[name] = candidate.results
 
-    def _fill(self, slot: int, values: Mapping[Stacks, Values]) -> None:
+    def _fill_slot(self, slot: int, values: Mapping[Stacks, Values]) -> None:
         """Put the tensors of an adapter into a slot of all stacks."""
         for layer in self._layers.values():
             found = values.get(layer.stacks, layer.values_if_absent())
@@ -319,7 +320,7 @@ class Bank:
         self._prompts.fill_slot(slot, values.get(self._prompts, {}))
         self._prompts.sizes[slot] = len(values.get(self._prompts, {}).get("prompt", ()))
 
-    def _sites(self, file: AdapterFile, weights: Values) -> list[Site]:
+    def _find_sites(self, file: AdapterFile, weights: Values) -> list[Site]:
         """Where the adapter goes; one of a config and shapes that are known needs no injection to tell."""
         shapes = tuple(sorted((key, tuple(value.shape)) for key, value in weights.items()))
         key = (fingerprint(file.config), len(file.labels), shapes)
@@ -327,12 +328,12 @@ class Bank:
             self._known_sites[key] = find_sites(self.model, file, weights)
         return self._known_sites[key]
 
-    def _settings(self, site: Site) -> Any:
+    def _resolve_settings(self, site: Site) -> Any:
         """Those of a site; names of modules as modules."""
         named = isinstance(site.settings, tuple)
         return tuple(self.model.get_submodule(n) for n in site.settings) if named else site.settings
 
-    def _wrap(self, sites: Sequence[Site]) -> None:
+    def _wrap_modules(self, sites: Sequence[Site]) -> None:
         """Put layers around modules that have none yet."""
         fresh = [site for site in sites if (site.module, site.kind) not in self._layers]
         if not fresh:
@@ -346,7 +347,7 @@ class Bank:
         finally:
             put_layers_back(self.model, layers)
 
-    def _unwrap(self, kept: set[tuple[str, type[BankLayer]]]) -> None:
+    def _unwrap_modules(self, kept: set[tuple[str, type[BankLayer]]]) -> None:
         """Take the layers away that are not among those to be kept."""
         if kept == self._layers.keys():
             return
@@ -359,7 +360,7 @@ class Bank:
         finally:
             put_layers_back(self.model, layers)
 
-    def _slot(self, name: str, values: Mapping[Stacks, Values], keep: set[str]) -> int:
+    def _claim_slot(self, name: str, values: Mapping[Stacks, Values], keep: set[str]) -> int:
         """A slot for an adapter: its own, or a free one, for which others may have to give way."""
         others = [other for other in self._slots if other != name]
         if self.budget is not None:
@@ -430,24 +431,24 @@ class _Newcomer:
                 f"adapter {file.name!r} brings no head {lacking[0]!r}, and neither does the base of this bank; give it "
                 "a bank of its own."
             )
-        sites = bank._sites(file, weights)
+        sites = bank._find_sites(file, weights)
         cache = is_cached_prefix(file.config)
         if cache:
             weights = split_cached_prefix([site.module for site in sites], weights[TABLE])
-        bank._wrap(sites)
+        bank._wrap_modules(sites)
         values: dict[Stacks, Values] = {}
         for site in sites:
             layer = bank._layers[site.module, site.kind]
-            settings = bank._settings(site)
-            layer.check(settings)
+            settings = bank._resolve_settings(site)
+            layer.check_settings(settings)
             values[layer.stacks] = layer.make_stack_values(
                 {leaf: weights[key] for leaf, key in site.keys.items()}, settings
             )
         if TABLE in weights:
             values[bank._prompts] = {"prompt": weights[TABLE].float()}
-        slot = bank._slot(self._name, values, self._keep)
-        self._remember()
-        bank._fill(slot, values)
+        slot = bank._claim_slot(self._name, values, self._keep)
+        self._remember_adapter()
+        bank._fill_slot(slot, values)
         bank._slots[self._name] = slot
         bank._slots.move_to_end(self._name)
         bank._ahead[self._name] = file.config["num_virtual_tokens"] if cache else 0
@@ -483,9 +484,9 @@ class _Newcomer:
         """Leave the bank as it was, but for adapters that gave way: those are read again when they are asked for."""
         if self._before is not None:
             self._before()
-        self._bank._unwrap(self._layers)
+        self._bank._unwrap_modules(self._layers)
 
-    def _remember(self) -> None:
+    def _remember_adapter(self) -> None:
         """What has the name now, for `withdraw`."""
         bank, name = self._bank, self._name
         file, results, ahead = bank.files.get(name), bank.checks.get(name), bank._ahead.get(name, 0)
@@ -537,7 +538,7 @@ def _load_base_of(name: str | Path, adapters: Mapping[str, str | Path], device: 
     return load_base(name, task=task.name, labels=None if own_head else file.labels or None, device=device)
 
 
-def _named(adapters: Any) -> dict[str, str | Path]:
+def _name_adapters(adapters: Any) -> dict[str, str | Path]:
     """Paths of adapters by their names."""
     if isinstance(adapters, Mapping):
         return dict(adapters)
@@ -545,7 +546,7 @@ def _named(adapters: Any) -> dict[str, str | Path]:
         folder = Path(adapters).expanduser()
         found = [folder] if (folder / CONFIG).is_file() else sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
         if not found:
-            raise BadInput(f"expected a folder of adapters, but {adapters} holds none.")
+            raise BadInput(f"{adapters} holds no adapters; give a folder of adapter folders, or their paths.")
         adapters = found
     named: dict[str, str | Path] = {}
     for path in adapters:

@@ -48,7 +48,7 @@ class Rows:
         """Values of the batch's rows for a tensor of so many rows: SAM's windows, or a search's beams, are several."""
         each = rows // len(values)
         if each * len(values) != rows:
-            raise BadInput(f"expected one adapter for each of {rows} rows, got {len(values)}.")
+            raise BadInput(f"{len(values)} adapters for {rows} rows; give one for each row.")
         return values if each == 1 else values.repeat_interleave(each, dim=0)
 
 
@@ -140,7 +140,7 @@ class BankLayer(AdapterLayer):
         self.inlay_bank_stacks = Stacks(rows)
 
     @classmethod
-    def site(cls, base: nn.Module, name: str, layer: Any, keys: dict[str, str]) -> Site:
+    def make_site(cls, base: nn.Module, name: str, layer: Any, keys: dict[str, str]) -> Site:
         """Where in a bank goes what an adapter has at one module.
 
         Args:
@@ -155,7 +155,7 @@ class BankLayer(AdapterLayer):
         return Site(name, cls, keys)
 
     @classmethod
-    def why_alone(cls, layer: Any) -> str | None:
+    def reason_against_mixing(cls, layer: Any) -> str | None:
         """Why a bank can hold an adapter with such a layer only where it has no other method; None where it can."""
         return None
 
@@ -164,8 +164,8 @@ class BankLayer(AdapterLayer):
         """The tensors of all slots."""
         return self.inlay_bank_stacks
 
-    def check(self, settings: Any) -> None:
-        """Raise InlayError if an adapter of these settings cannot stand beside those that are here."""
+    def check_settings(self, settings: Any) -> None:
+        """Raise InlayError if an adapter of these settings cannot share the bank with those that are here."""
 
     def make_stack_values(self, tensors: Tensors, settings: Any) -> dict[str, torch.Tensor]:
         """An adapter's tensors as they go into the stacks."""
@@ -188,7 +188,7 @@ class BankLayer(AdapterLayer):
         plain = self.rows.only == 0 or not self.stacks._buffers
         return self.base_layer(*args, **kwargs) if plain else self.forward_rows(*args, **kwargs)
 
-    def product(self, x: torch.Tensor, key: str, onto: torch.Tensor | None = None) -> torch.Tensor:
+    def multiply_rows(self, x: torch.Tensor, key: str, onto: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, T, n) times the transpose of each row's matrix (m, n), added to `onto` (B or 1, T or 1, m)."""
         if self.rows.only is not None:
             product = x @ self.stacks._buffers[key][self.rows.only].mT
@@ -196,18 +196,18 @@ class BankLayer(AdapterLayer):
         matrix = self.stacks.take_rows(key, len(x)).mT
         return torch.bmm(x, matrix) if onto is None else torch.baddbmm(onto, x, matrix)
 
-    def lengths(self) -> list[int]:
+    def prompt_lengths(self) -> list[int]:
         """Prompt length of each row of the batch."""
         return [self.stacks.sizes.get(slot, 0) for slot in self.rows.slots]
 
-    def counts(self, lengths: list[int], rows: int) -> torch.Tensor | None:
+    def mask_prompts(self, lengths: list[int], rows: int) -> torch.Tensor | None:
         """Which of the longest prompt's tokens each row has, (rows, P); None where all have all."""
         if min(lengths) == max(lengths):
             return None
         limits = torch.tensor(lengths, device=self.rows.device)[:, None]
         return self.rows.expand(torch.arange(max(lengths), device=self.rows.device) < limits, rows)
 
-    def row(self, key: str, rows: int) -> torch.Tensor:
+    def take_vectors(self, key: str, rows: int) -> torch.Tensor:
         """Each row's vector (B or 1, 1, m)."""
         if self.rows.only is not None:
             return self.stacks._buffers[key][self.rows.only][None, None]

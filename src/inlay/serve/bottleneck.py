@@ -21,16 +21,16 @@ class BottleneckBank(BankLayer, BottleneckLayer):
 
     @classmethod
     @override
-    def site(cls, base: nn.Module, name: str, layer: Any, keys: dict[str, str]) -> Site:
+    def make_site(cls, base: nn.Module, name: str, layer: Any, keys: dict[str, str]) -> Site:
         return Site(name, cls, keys, layer.options["default"])
 
     @override
-    def check(self, settings: Any) -> None:
+    def check_settings(self, settings: Any) -> None:
         own = self.options.get("bank")
         for what in ("placement", "activation", "layer_norm"):
             if own is not None and getattr(own, what) != getattr(settings, what):
                 raise Unsupported(
-                    f"the bottlenecks of a bank are alike in {what}: here it is {getattr(own, what)}, got "
+                    f"the bottlenecks of a bank are alike in {what}: here it is {getattr(own, what)}, this adapter has "
                     f"{getattr(settings, what)}; give this adapter a bank of its own."
                 )
 
@@ -63,13 +63,13 @@ class BottleneckBank(BankLayer, BottleneckLayer):
         config, here = self.options["bank"], self.stacks._buffers
         h = x.reshape(len(x), -1, x.shape[-1]).to(torch.float32)
         h = self._norm(h) if config.layer_norm == "before" else h
-        h = self.product(h, "down", self.row("down_bias", len(x)) if "down_bias" in here else None)
+        h = self.multiply_rows(h, "down", self.take_vectors("down_bias", len(x)) if "down_bias" in here else None)
         h = h if config.activation is None else ACT2FN[config.activation](h)
-        h = self.product(h, "up", self.row("up_bias", len(x)) if "up_bias" in here else None)
+        h = self.multiply_rows(h, "up", self.take_vectors("up_bias", len(x)) if "up_bias" in here else None)
         h = self._norm(h) if config.layer_norm == "after" else h
         total = h.reshape(x.shape).to(x.dtype)
         return total.movedim(-1, 1) if self.channels_first else total
 
     def _norm(self, h: torch.Tensor) -> torch.Tensor:
         normed = F.layer_norm(h, h.shape[-1:])
-        return normed * self.row("norm_weight", len(h)) + self.row("norm_bias", len(h))
+        return normed * self.take_vectors("norm_weight", len(h)) + self.take_vectors("norm_bias", len(h))

@@ -20,7 +20,7 @@ class HeadBank(BankLayer):
 
     @classmethod
     @override
-    def site(cls, base: nn.Module, name: str, layer: Any, keys: dict[str, str]) -> Site:
+    def make_site(cls, base: nn.Module, name: str, layer: Any, keys: dict[str, str]) -> Site:
         """Around the one linear layer that a head consists of."""
         inside = [(leaf, module) for leaf, module in layer.original_module.named_modules() if module._parameters]
         if len(inside) != 1 or not isinstance(inside[0][1], nn.Linear):
@@ -31,10 +31,10 @@ class HeadBank(BankLayer):
 
     def __init__(self, base_layer: nn.Module, rows: Rows) -> None:
         super().__init__(base_layer, rows)
-        self.own = self.make_stack_values({k: p.detach() for k, p in base_layer.named_parameters()}, None)
+        self.base_values = self.make_stack_values({k: p.detach() for k, p in base_layer.named_parameters()}, None)
         for slot in range(rows.capacity):
             self.stacks.fill_slot(slot, self.values_if_absent())
-            self.stacks.sizes[slot] = self.size_of(self.own)
+            self.stacks.sizes[slot] = self.size_of(self.base_values)
 
     @override
     def make_stack_values(self, tensors: Tensors, settings: Any) -> dict[str, torch.Tensor]:
@@ -42,7 +42,7 @@ class HeadBank(BankLayer):
 
     @override
     def values_if_absent(self) -> dict[str, torch.Tensor]:
-        return self.own  # adapters without a head, and the plain base, have the base's
+        return self.base_values  # adapters without a head, and the plain base, have the base's
 
     @override
     def size_of(self, values: Tensors) -> int:
@@ -52,8 +52,8 @@ class HeadBank(BankLayer):
     def forward_rows(self, x: torch.Tensor) -> torch.Tensor:
         sizes = [self.stacks.sizes[slot] for slot in self.rows.slots]
         tokens = x.reshape(len(x), -1, x.shape[-1]).float()
-        bias = self.row("bias", len(x)) if "bias" in self.stacks._buffers else None
-        logits = self.product(tokens, "weight", bias)[..., : max(sizes)]
+        bias = self.take_vectors("bias", len(x)) if "bias" in self.stacks._buffers else None
+        logits = self.multiply_rows(tokens, "weight", bias)[..., : max(sizes)]
         if min(sizes) < max(sizes):
             limits = self.rows.expand(torch.tensor(sizes, device=x.device), len(x))[:, None, None]
             logits = logits.masked_fill(torch.arange(max(sizes), device=x.device) >= limits, -math.inf)

@@ -20,7 +20,7 @@ class FactorBank(BankLayer):
 
     @classmethod
     @override
-    def site(cls, base: nn.Module, name: str, layer: Any, keys: dict[str, str]) -> Site:
+    def make_site(cls, base: nn.Module, name: str, layer: Any, keys: dict[str, str]) -> Site:
         if not is_linear(layer.get_base_layer()):
             raise Unsupported(
                 f"a bank holds (IA)³ around linear layers, and {name} is a {type(layer.get_base_layer()).__name__}; "
@@ -35,10 +35,10 @@ class FactorBank(BankLayer):
     @override
     def forward_rows(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if "inputs" in self.stacks._buffers:
-            x = self._times(x, "inputs")
+            x = self._multiply(x, "inputs")
         result = self.base_layer(x, *args, **kwargs)
-        return self._times(result, "outputs") if "outputs" in self.stacks._buffers else result
+        return self._multiply(result, "outputs") if "outputs" in self.stacks._buffers else result
 
-    def _times(self, x: torch.Tensor, key: str) -> torch.Tensor:
-        factor = 1 + self.row(key, len(x))[:, 0]
+    def _multiply(self, x: torch.Tensor, key: str) -> torch.Tensor:
+        factor = 1 + self.take_vectors(key, len(x))[:, 0]
         return (x * factor.reshape(len(factor), *[1] * (x.ndim - 2), -1)).to(x.dtype)

@@ -27,7 +27,7 @@ class LoraBank(BankLayer):
 
     @classmethod
     @override
-    def site(cls, base: nn.Module, name: str, layer: Any, keys: dict[str, str]) -> Site:
+    def make_site(cls, base: nn.Module, name: str, layer: Any, keys: dict[str, str]) -> Site:
         inner, scale = layer.get_base_layer(), float(layer.scaling["default"])
         if not layer.lora_variant and set(keys) <= {"lora_A.weight", "lora_B.weight", "lora_B.bias"}:
             if is_linear(inner) or is_pointwise(inner):
@@ -62,12 +62,14 @@ class LoraBank(BankLayer):
         width = x.shape[-1]
         tokens = x.reshape(len(x), -1, width).to(torch.float32)
         if total.dtype == torch.float32:
-            total = self.product(self.product(tokens, "down"), "up", total.reshape(len(x), -1, total.shape[-1]))
+            total = self.multiply_rows(
+                self.multiply_rows(tokens, "down"), "up", total.reshape(len(x), -1, total.shape[-1])
+            )
         else:
-            added = self.product(self.product(tokens, "down"), "up")
+            added = self.multiply_rows(self.multiply_rows(tokens, "down"), "up")
             total = total.reshape(len(x), -1, total.shape[-1]) + added.to(total.dtype)
         if "bias" in self.stacks._buffers:
-            total = total + self.row("bias", len(x)).to(total.dtype)
+            total = total + self.take_vectors("bias", len(x)).to(total.dtype)
         if isinstance(inner, nn.Conv2d):
             return total.movedim(-1, 1).reshape(result.shape)
         return total.reshape(result.shape)
@@ -103,7 +105,7 @@ class LoraConvolutionBank(BankLayer):
         hidden = hidden.reshape(rows, up.shape[-3], up.shape[-1], -1)  # B G r HW
         added = (up @ hidden).reshape(result.shape)
         if "bias" in self.stacks._buffers:
-            added = added + self.row("bias", rows).mT.reshape(-1, added.shape[1], *[1] * (added.ndim - 2))
+            added = added + self.take_vectors("bias", rows).mT.reshape(-1, added.shape[1], *[1] * (added.ndim - 2))
         return result + added.to(result.dtype)
 
 
@@ -129,5 +131,5 @@ class LoraEmbeddingBank(BankLayer):
             each = ids.expand(max(len(ids), len(self.rows.slots)), *ids.shape[1:])  # positions are given once for all
             slots = self.rows.expand(self.rows.index, len(each))
             hidden = table[slots.reshape(-1, *[1] * (ids.ndim - 1)), each].flatten(1, -2)  # B T r
-        added = self.product(hidden, "up")
+        added = self.multiply_rows(hidden, "up")
         return result + added.reshape(-1, *ids.shape[1:], added.shape[-1]).to(result.dtype)

@@ -21,7 +21,7 @@ class VectorBank(BankLayer):
 
     @classmethod
     @override
-    def site(cls, base: nn.Module, name: str, layer: Any, keys: dict[str, str]) -> Site:
+    def make_site(cls, base: nn.Module, name: str, layer: Any, keys: dict[str, str]) -> Site:
         leaves = {key.rpartition(".")[2] for key in keys}
         if not _holds_vectors(layer.get_base_layer(), leaves):
             raise Unsupported(
@@ -44,7 +44,7 @@ class VectorBank(BankLayer):
 
     def _of(self, key: str, result: torch.Tensor) -> torch.Tensor:
         """Each row's vector in the shape of the output, whose features stand last, but for convolutions second."""
-        vector = self.row(key, len(result))[:, 0].to(result.dtype)  # B or 1, features
+        vector = self.take_vectors(key, len(result))[:, 0].to(result.dtype)  # B or 1, features
         axes = [1] * (result.ndim - 2)
         return (
             vector.reshape(len(vector), -1, *axes)

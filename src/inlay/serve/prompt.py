@@ -70,7 +70,7 @@ class PromptStacks(Stacks):
     def prepend_prompts(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
         """A batch with each row's prompt in front, padded on the left, and how long that is.
 
-        Positions count from a row's own first token, so that a row gets what it would get alone.
+        Positions count from a row's own first token, so that a row gets what it would get by itself.
         """
         lengths = [self.sizes.get(slot, 0) for slot in self.rows.slots]
         longest = max(lengths, default=0)

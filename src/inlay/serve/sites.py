@@ -97,11 +97,11 @@ def _sites_of(adapted: PeftModel, keys: list[str]) -> list[Site]:
             )
         own[name][inside[len(name) + 1 :]] = key
     kinds = [_bank_layer_of(layer) for _, layer in found]
-    reasons = [kind and kind.why_alone(layer) for kind, (_, layer) in zip(kinds, found, strict=True)]
+    reasons = [kind and kind.reason_against_mixing(layer) for kind, (_, layer) in zip(kinds, found, strict=True)]
     reason = next(filter(None, reasons), None)
     if reason and not all(why or kind is HeadBank for why, kind in zip(reasons, kinds, strict=True)):
         raise Unsupported(
-            f"{reason}, so it holds none that have another method beside them; load this adapter with load_adapter."
+            f"{reason}, so it holds none that are combined with another method; load this adapter with load_adapter."
         )
     made = []
     for kind, (name, layer) in zip(kinds, found, strict=True):
@@ -110,7 +110,7 @@ def _sites_of(adapted: PeftModel, keys: list[str]) -> list[Site]:
                 f"a bank holds LoRA, (IA)³, bottlenecks, prefixes, prompts, biases, norms and heads, not what "
                 f"{type(layer).__name__} adds at {name}; load this adapter with load_adapter."
             )
-        made.append(kind.site(base, name, layer, own[name]))
+        made.append(kind.make_site(base, name, layer, own[name]))
     return made
 
 

@@ -24,7 +24,7 @@ class TravelBank(BankLayer):
 
     @classmethod
     @override
-    def site(cls, base: nn.Module, name: str, layer: Any, keys: dict[str, str]) -> Site:
+    def make_site(cls, base: nn.Module, name: str, layer: Any, keys: dict[str, str]) -> Site:
         """Of deep prompts at the attention of their block, which is where they have their effect: as a prefix."""
         if isinstance(layer, WindowPromptLayer):
             return Site(name, WindowPrefixBank, keys)
@@ -37,13 +37,13 @@ class TravelBank(BankLayer):
 
     @classmethod
     @override
-    def why_alone(cls, layer: Any) -> str | None:
+    def reason_against_mixing(cls, layer: Any) -> str | None:
         if not (layer.options["default"].enter and layer.options["default"].drop):
             return None
         return "a bank keeps deep prompts as the keys and values that the base makes of them"
 
     @override
-    def check(self, settings: Any) -> None:
+    def check_settings(self, settings: Any) -> None:
         place = (settings.enter, settings.drop)
         if self.options.setdefault("bank", place) != place:
             raise Unsupported(
@@ -64,7 +64,7 @@ class TravelBank(BankLayer):
 
     @override
     def forward_rows(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        lengths = self.lengths()
+        lengths = self.prompt_lengths()
         longest = max(lengths)
         if not longest:
             return self.base_layer(x, *args, **kwargs)
@@ -73,7 +73,7 @@ class TravelBank(BankLayer):
             here = self.stacks.take_rows("tokens", len(x))[:, :longest].to(x.dtype)
             x = torch.cat([x, here], dim=1)
         tokens = x.shape[1] - longest
-        if (counts := self.counts(lengths, len(x))) is not None:
+        if (counts := self.mask_prompts(lengths, len(x))) is not None:
             unseen = torch.zeros_like(counts, dtype=x.dtype).masked_fill(~counts, torch.finfo(x.dtype).min)
             mask = F.pad(unseen, (tokens, 0))[:, None, None]  # B 1 1 N+P
             args, kwargs = (mask, *args[1:]) if args else (), kwargs if args else {**kwargs, "attention_mask": mask}

@@ -289,7 +289,8 @@ class _Trainer:
         pieces = list(split_batch(batch, accumulate))
         for i, piece in enumerate(pieces):
             with nullcontext() if i == len(pieces) - 1 else self.accelerator.no_sync(self.model):
-                loss = self.loss(self.model, piece).loss * (self.loss.weight(piece) / weight)
+                share = self.loss.weight(piece) / weight if weight else 0.0  # no row has anything to learn
+                loss = self.loss(self.model, piece).loss * share
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total

@@ -1,4 +1,4 @@
-"""The 3D spatial adapter: SAM, pre-trained on pictures, as a segmenter of volumes.
+"""The 3D spatial adapter: SAM, pre-trained on images, as a segmenter of volumes.
 
     get_peft_model(SamModel.from_pretrained(...), SpatialAdapterConfig(classes=["tumour"]))
 
@@ -6,9 +6,9 @@ In each block of SAM's frozen encoder one adapter of width m adds to the tokens 
 
     x <- x + W_up · f(K ∗ (W_down · x) + b) + b_up              W_down: (m, C); K: depth-wise 3x3x3; W_up: (C, m)
 
-so that a slice sees its neighbours; attention runs in 3D windows with relative positions over depth too. Trained beside
-that are a depth-wise filter and positions over depth behind SAM's patches, its norms, necks, and a decoder for
-volumes (volume_decoder.py). Pictures pass as if there were no adapter.
+so that a slice sees its neighbours; attention runs in 3D windows with relative positions over depth too. Trained with
+it are a depth-wise filter and positions over depth behind SAM's patches, its norms, necks, and a decoder for
+volumes (decoder.py). Images pass as if there were no adapter.
 
 Source: Gong et al. 2023 (3DSAM-adapter), arXiv:2306.13465. `reference=True` is the encoder of the published code; the
 default starts from zero, has one activation, and hears clicks with their labels and places.
@@ -33,7 +33,7 @@ from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
 from inlay.methods.method import Method
 from inlay.methods.spatial.decoder import Encoded, PromptTensors, VolumeDecoder
 from inlay.methods.spatial.encoder import EncoderParts
-from inlay.methods.spatial.sam import ALONE, VolumeSamModel
+from inlay.methods.spatial.sam import NEEDS_ADAPTER, VolumeSamModel
 from inlay.peft_types import PEFT_TYPES
 
 
@@ -137,9 +137,9 @@ class SpatialLayer(AdapterLayer):
 
     @override
     def why_not_merged(self, names: Sequence[str]) -> str | None:
-        return "a 3D spatial adapter does not fold into SAM's weights: it takes volumes where SAM takes pictures."
+        return "a 3D spatial adapter does not fold into SAM's weights: it takes volumes where SAM takes images."
 
-    def one(self, names: Sequence[str]) -> str:
+    def only_adapter(self, names: Sequence[str]) -> str:
         """The adapter that acts."""
         if len(names) != 1:
             raise BadInput(
@@ -182,7 +182,7 @@ class SpatialEncoderLayer(SpatialLayer):
         pixel_values = args[0] if args else kwargs["pixel_values"]
         if pixel_values.ndim == 5:
             if self.disable_adapters:
-                raise Unsupported(ALONE)
+                raise Unsupported(NEEDS_ADAPTER)
             return super().forward(pixel_values)
         kwargs.pop("adapter_names", None)
         return self.base_layer(*args, **kwargs)
@@ -194,7 +194,7 @@ class SpatialEncoderLayer(SpatialLayer):
 
     def _levels(self, names: list[str], volume: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Levels (B, E, D', H', W') of volumes (B, 1, D, H, W), their last planes repeated to fill the last tokens."""
-        name, encoder = self.one(names), self.get_base_layer()
+        name, encoder = self.only_adapter(names), self.get_base_layer()
         for block in encoder.layers:
             if isinstance(block, BaseTunerLayer) or isinstance(block.attn, BaseTunerLayer):
                 raise Unsupported("visual prompts and attention prefixes do not work on volumes; leave them out.")
@@ -204,7 +204,7 @@ class SpatialEncoderLayer(SpatialLayer):
 
 
 class SpatialDecoderLayer(SpatialLayer):
-    """Wraps a SamMaskDecoder, and holds the decoders for volumes beside it.
+    """Wraps a SamMaskDecoder, and holds the decoders for volumes.
 
     Attributes:
         inlay_spatial3d_decoder: By adapter.
@@ -240,10 +240,12 @@ class SpatialDecoderLayer(SpatialLayer):
     def _encode(
         self, names: list[str], volume: torch.Tensor, *levels: torch.Tensor, stride: tuple[int, int, int]
     ) -> Encoded:
-        return self.inlay_spatial3d_decoder[self.one(names)].encode(levels, volume, stride)
+        return self.inlay_spatial3d_decoder[self.only_adapter(names)].encode(levels, volume, stride)
 
     def _decode(self, names: list[str], *encoded: torch.Tensor, stride: tuple[int, int, int], **prompts: Any) -> Any:
-        return self.inlay_spatial3d_decoder[self.one(names)](Encoded(*encoded), PromptTensors(**prompts), stride)
+        return self.inlay_spatial3d_decoder[self.only_adapter(names)](
+            Encoded(*encoded), PromptTensors(**prompts), stride
+        )
 
 
 class SpatialModel(AdapterTuner):

@@ -1,8 +1,8 @@
 """From the levels of an encoded volume, and prompts, to a score of every class in every voxel.
 
     tokens      each level through a 3x3x3 convolution; the last one first exchanges with the prompts by attention
-    half size   their sum, enlarged to two voxels a token, beside features of the scan, clicks, boxes, the previous mask
-    full size   enlarged once more, beside features of the scan's own voxels; one more convolution gives the scores
+    half size   their sum, enlarged to two voxels a token, with features of the scan, clicks, boxes, the previous mask
+    full size   enlarged once more, with features of the scan's own voxels; one more convolution gives the scores
 
 What does not depend on prompts is computed once for a volume and handed on, so that a further click costs little.
 
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-SPREAD = 2.0  # standard deviation of a click where the decoder sees it as a picture, in voxels
+SPREAD = 2.0  # standard deviation of a click where the decoder sees it as a volume, in voxels
 
 
 class Encoded(NamedTuple):
@@ -190,7 +190,7 @@ class VolumeDecoder(nn.Module):
     def _guides(
         self, prompts: PromptTensors, previous: torch.Tensor | None, volume: torch.Tensor, sizes: Sequence[int]
     ) -> list[torch.Tensor]:
-        """Clicks, boxes and the previous answer as pictures of some `sizes`; `volume` has those of the voxels."""
+        """Clicks, boxes and the previous answer as volumes of `sizes`; `volume` has those of the voxels."""
         batch, k = len(volume), self.classes
         clicks, boxes = volume.new_zeros(batch, k + 1, *sizes), volume.new_zeros(batch, k, *sizes)
         scale = [n / m for n, m in zip(volume.shape[2:], sizes, strict=True)]  # voxels

@@ -28,7 +28,7 @@ def clicks_in_objects(labels: torch.Tensor, count: int, classes: int) -> tuple[t
         where = (labels == label).flatten(1).float()
         found = where.sum(1) > 0
         at = torch.multinomial(where + (~found)[:, None], count, replacement=True)
-        points.append(_places(at, labels))
+        points.append(_unravel(at, labels))
         said.append(torch.where(found[:, None], label, -1).expand(-1, count))
     return torch.cat(points, dim=1), torch.cat(said, dim=1)
 
@@ -53,7 +53,7 @@ def clicks_on_errors(logits: torch.Tensor, labels: torch.Tensor, count: int) -> 
         jitter = 1 + 0.1 * torch.rand_like(dense)  # equal regions: any of them
         value, at = (dense * jitter).flatten(1).max(1, keepdim=True)
         label = labels.flatten(1).gather(1, at)
-        points.append(_places(at, labels))
+        points.append(_unravel(at, labels))
         said.append(torch.where(value > 0, label, -1))
         near = [(_axis(labels, i) - points[-1][..., i]).abs() <= REACH for i in range(3)]  # B n
         wrong = wrong * ~(near[0][:, :, None, None] & near[1][:, None, :, None] & near[2][:, None, None, :])
@@ -81,7 +81,7 @@ def boxes_around(labels: torch.Tensor, classes: int, jitter: float = 0.1) -> tup
     return torch.stack(boxes, dim=1), torch.stack(said, dim=1)
 
 
-def _places(at: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _unravel(at: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Indices into a flat volume (B, N) as places (B, N, 3)."""
     _, height, width = labels.shape[1:]
     return torch.stack([at // (height * width), at // width % height, at % width], dim=-1).float()

@@ -18,7 +18,7 @@ from inlay.methods.base import AdapterLayer
 from inlay.methods.spatial.decoder import Encoded, PromptTensors
 from inlay.methods.spatial.prompts import boxes_around, clicks_in_objects, clicks_on_errors
 
-ALONE = "SAM alone takes pictures; a volume needs an active 3D spatial adapter."
+NEEDS_ADAPTER = "SAM by itself takes images; a volume needs an active 3D spatial adapter."
 
 
 @dataclass
@@ -52,7 +52,7 @@ class VolumeSamModel(SamModel):
         input_box_labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Segment volumes; pictures (B, C, H, W) go to SamModel.
+        """Segment volumes; images (B, C, H, W) go to SamModel.
 
         Args:
             pixel_values: (B, 1, D, H, W), normalised, of any size.
@@ -63,44 +63,44 @@ class VolumeSamModel(SamModel):
             image_embeddings: Of an earlier output, in place of pixel_values.
             labels: (B, D, H, W), -1 to be ignored. In train mode clicks are simulated, unless prompts are given.
             input_box_labels: (B, M): the class in each box, -1 for no box; default: 1.
-            kwargs: What SamModel takes for pictures.
+            kwargs: What SamModel takes for images.
         """
         if isinstance(image_embeddings, Encoded | tuple):
             encoded = Encoded(*image_embeddings)
         elif pixel_values is not None and pixel_values.ndim == 5:
-            encoded = self._encoded(pixel_values)
+            encoded = self._encode(pixel_values)
         else:
             return super().forward(
                 pixel_values, input_points, input_labels, input_boxes, input_masks, image_embeddings, **kwargs
             )
-        prompts = self._prompts(input_points, input_labels, input_boxes, input_box_labels, input_masks)
+        prompts = self._check_prompts(input_points, input_labels, input_boxes, input_box_labels, input_masks)
         if labels is not None and self.training and not any(value is not None for value in prompts):
-            return self._taught(encoded, labels)
-        logits = self._decoded(encoded, prompts)
+            return self._train_by_clicks(encoded, labels)
+        logits = self._decode(encoded, prompts)
         loss = None if labels is None else dice_cross_entropy(logits, labels)
         return VolumeOutput(loss=loss, logits=logits, image_embeddings=encoded)
 
-    def _encoded(self, volume: torch.Tensor) -> Encoded:
+    def _encode(self, volume: torch.Tensor) -> Encoded:
         encoder: Any = self.vision_encoder
-        stride = encoder.stride(self._acting())
+        stride = encoder.stride(self._active_adapter())
         if volume.shape[1] != 1:
-            raise BadInput(f"expected volumes of one channel (B, 1, D, H, W), got {tuple(volume.shape)}.")
+            raise BadInput(f"a volume has one channel, (B, 1, D, H, W); this one is {tuple(volume.shape)}.")
         levels = encoder(volume).hidden_states
         return Encoded(*self.mask_decoder(volume, *levels, volumetric="encode", stride=stride))
 
-    def _decoded(self, encoded: Encoded, prompts: PromptTensors) -> torch.Tensor:
+    def _decode(self, encoded: Encoded, prompts: PromptTensors) -> torch.Tensor:
         encoder: Any = self.vision_encoder
-        stride = encoder.stride(self._acting())
+        stride = encoder.stride(self._active_adapter())
         return self.mask_decoder(*encoded, volumetric="decode", stride=stride, **prompts._asdict())
 
-    def _acting(self) -> str:
+    def _active_adapter(self) -> str:
         """The adapter whose settings count; an error where none acts."""
         encoder: Any = self.vision_encoder
         if not isinstance(encoder, AdapterLayer) or encoder.disable_adapters:
-            raise Unsupported(ALONE)
-        return encoder.one([name for name in encoder.active_adapters if name in encoder.options])
+            raise Unsupported(NEEDS_ADAPTER)
+        return encoder.only_adapter([name for name in encoder.active_adapters if name in encoder.options])
 
-    def _prompts(
+    def _check_prompts(
         self,
         points: torch.Tensor | None,
         labels: torch.Tensor | None,
@@ -109,7 +109,7 @@ class VolumeSamModel(SamModel):
         previous: torch.Tensor | None,
     ) -> PromptTensors:
         encoder: Any = self.vision_encoder
-        config = encoder.options[self._acting()]
+        config = encoder.options[self._active_adapter()]
         given = {"points": (points, labels, 3, 0), "boxes": (boxes, box_labels, 6, 1)}
         said: dict[str, torch.Tensor | None] = {}
         for what, (where, names, size, least) in given.items():
@@ -117,30 +117,30 @@ class VolumeSamModel(SamModel):
                 said[what] = None
                 continue
             if not config.prompts:
-                raise BadInput(f"this adapter was made without prompts, but got {what}; train one with prompts=True.")
+                raise BadInput(f"this adapter takes no {what}; train one with prompts=True.")
             if where.ndim != 3 or where.shape[-1] != size:
-                raise BadInput(f"expected {what} of shape (B, N, {size}), got {tuple(where.shape)}.")
+                raise BadInput(f"{what} have the shape (B, N, {size}); these are {tuple(where.shape)}.")
             names = torch.ones_like(where[..., 0], dtype=torch.long) if names is None else names.long()
             wrong = (names >= 0) & ((names < least) | (names > len(config.classes)))
             if names.shape != where.shape[:2] or bool(wrong.any()):
                 raise BadInput(
-                    f"expected a label of -1 or {least} to {len(config.classes)} for each of the {what}, got "
-                    f"{names.flatten().tolist()[:8]} for {tuple(where.shape[:2])}."
+                    f"labels of {what} are -1 or {least} to {len(config.classes)} and have the shape "
+                    f"{tuple(where.shape[:2])}; these are {names.flatten().tolist()[:8]}, {tuple(names.shape)}."
                 )
             said[what] = where
             said["labels" if what == "points" else "box_labels"] = names
         return PromptTensors(**said, previous=previous)
 
-    def _taught(self, encoded: Encoded, labels: torch.Tensor) -> VolumeOutput:
+    def _train_by_clicks(self, encoded: Encoded, labels: torch.Tensor) -> VolumeOutput:
         """An answer without prompts, then `rounds` more, each after further clicks; the loss is their mean.
 
         Of the first clicks one in four steps is a box; the later ones go where the answer before was wrong. The first
         answer is handed on with the first prompts in half of the steps, as a click may begin or mend.
         """
         encoder: Any = self.vision_encoder
-        config = encoder.options[self._acting()]
+        config = encoder.options[self._active_adapter()]
         classes = len(config.classes)
-        first = logits = self._decoded(encoded, PromptTensors())
+        first = logits = self._decode(encoded, PromptTensors())
         losses, prompts = [dice_cross_entropy(logits, labels)], PromptTensors()
         for i in range(config.rounds if config.prompts else 0):
             previous = logits.detach()
@@ -156,7 +156,7 @@ class VolumeSamModel(SamModel):
                     points, said = torch.cat([prompts.points, points], 1), torch.cat([prompts.labels, said], 1)
                 prompts = prompts._replace(points=points, labels=said)
             prompts = prompts._replace(previous=previous if i or torch.rand(()) < 0.5 else None)
-            logits = self._decoded(encoded, prompts)
+            logits = self._decode(encoded, prompts)
             losses.append(dice_cross_entropy(logits, labels))
         return VolumeOutput(loss=torch.stack(losses).mean(), logits=first, image_embeddings=encoded)
 

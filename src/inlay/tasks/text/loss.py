@@ -16,7 +16,8 @@ class NextToken:
     """Cross-entropy of the next token, the mean over labels other than -100: every token of the step counts alike.
 
     Logits are computed from the first column on that has a label in any row; the prompts before it cost no product
-    with the vocabulary. Batches are padded on the right, so positions are those of the texts alone.
+    with the vocabulary. Batches are padded on the right, so positions are those of the texts alone. A batch, or a piece
+    of one, in which no token is learned has a loss and gradients of 0.
 
     Args:
         smoothing: Label smoothing in training, 0 to 1 (0.1 in the E2E set-up of Hu et al. 2021, arXiv:2106.09685);
@@ -34,16 +35,20 @@ class NextToken:
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> CausalLMOutput:
         """`loss`, and `logits` (B, T - first, V) for the columns first + 1 to T."""
         labels = batch["labels"][:, 1:]  # B T-1: the logits of a column predict the next one
-        first = int((labels != IGNORED).any(0).nonzero()[0])
+        learned = (labels != IGNORED).any(0).nonzero()
+        first = int(learned[0]) if len(learned) else max(labels.shape[1] - 1, 0)
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         keep = {"logits_to_keep": labels.shape[1] - first + 1} if _keeps(model) else {}
         logits = model(**inputs, **keep, use_cache=False).logits[:, -(labels.shape[1] - first + 1) : -1]
-        loss = cross_entropy(
-            logits.flatten(0, 1).float(),
-            labels[:, first:].flatten(),
-            ignore_index=IGNORED,
-            label_smoothing=self.smoothing if model.training else 0.0,
-        )
+        if len(learned):
+            loss = cross_entropy(
+                logits.flatten(0, 1).float(),
+                labels[:, first:].flatten(),
+                ignore_index=IGNORED,
+                label_smoothing=self.smoothing if model.training else 0.0,
+            )
+        else:  # a mean over no token is NaN; other processes wait for a gradient of this piece, too
+            loss = 0.0 * logits.float().sum()
         return CausalLMOutput(loss=loss, logits=logits)
 
     def weight(self, batch: dict[str, Any]) -> int:
