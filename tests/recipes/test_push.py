@@ -38,7 +38,7 @@ def test_a_recipe_trains_and_pushes_and_goes_on_after_a_broken_push(hub, monkeyp
     assert load_adapter(out / "adapter").verified
     hub.faults.clear()
     run(monkeypatch, "lora_vit.py", *options, "--push_to", "ann/digits", "--private")  # a finished run is kept
-    assert "finished run: kept" in (said := capsys.readouterr().out) and hub.repos["ann/digits"].head in said
+    assert "finished run, which is kept" in (said := capsys.readouterr().out) and hub.repos["ann/digits"].head in said
     assert hub.repos["ann/digits"].private and "training.png" in said
     assert load_adapter("ann/digits").verified
 

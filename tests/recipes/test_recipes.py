@@ -72,7 +72,7 @@ def test_a_composite_of_unknown_methods_is_one_sentence(monkeypatch, capsys, tmp
 def test_lora_vit_keeps_a_finished_run(trained, monkeypatch, capsys):
     before = (trained / "adapter" / "adapter_model.safetensors").read_bytes()
     run(monkeypatch, "lora_vit.py", "--output_dir", trained, "--epochs", 0.2, "--workers", 0)
-    assert "finished run: kept" in capsys.readouterr().out
+    assert "finished run, which is kept" in capsys.readouterr().out
     assert (trained / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 

@@ -107,7 +107,7 @@ def test_settings_count():
         ("builtin:gpt2-tiny", "lora", {"quantize": "2bit"}, r"quantize must be '8bit' or '4bit', got '2bit'"),
         ("builtin:gpt2-tiny", "lora", {"optimizer": "sgd"}, r"optimizer must be one of adamw, adamw8bit, got 'sgd'"),
         ("builtin:gpt2-tiny", "lora", {"precision": "fp8"}, r"precision must be one of no, bf16, fp16, got 'fp8'"),
-        ("builtin:gpt2-tiny", "prefix", {"gradient_checkpointing": True}, r"take the attention prefix, or no checkp"),
+        ("builtin:gpt2-tiny", "prefix", {"gradient_checkpointing": True}, r"use the attention prefix, or no checkp"),
         ("builtin:vit-tiny", "lora", {"labels": 1}, r"labels must be at least 2, got 1"),
     ],
 )
