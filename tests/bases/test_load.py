@@ -445,4 +445,4 @@ def test_a_form_that_is_not_bitsandbytes_is_named():
 @pytest.mark.parametrize("load", [load_base, load_processor, load_skeleton])
 def test_a_revision_of_what_is_no_hub_id(load, small):
     refused("revision 'v2' is of a Hub id, and builtin:vit-tiny has none", "builtin:vit-tiny", load, revision="v2")
-    refused("revision 'v2' is of a Hub id, but .* is a folder here", small, load, revision="v2")
+    refused("revision 'v2' needs a Hub id, but .* is a folder here", small, load, revision="v2")
