@@ -81,6 +81,7 @@ def test_doctor_tries_what_it_reports(capsys, monkeypatch):
     assert status == 0
     assert findings["torch"]["works"] and "builtin:vit-tiny" in findings["embedded bases"]["remark"]
     assert isinstance(findings["bf16"]["works"], bool) and isinstance(findings["8-bit base"]["works"], bool)
+    assert "bfloat16, " in findings["golden output"]["remark"] and "0.02" in findings["golden output"]["remark"]
 
 
 def test_help_imports_nothing_heavy():

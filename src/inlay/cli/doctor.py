@@ -41,6 +41,7 @@ def examine() -> list[Finding]:
     """Try versions, devices, precisions, quantisation, image libraries and Hub settings."""
     import torch
 
+    from inlay.bases.device import choose_device
     from inlay.bases.load import builtin_names
 
     findings = [Finding("python", None, f"{platform.python_version()} on {platform.platform(terse=True)}")]
@@ -51,6 +52,8 @@ def examine() -> list[Finding]:
     findings.append(_find_fp16())
     findings.append(_try_feature("8-bit base", lambda: _try_quantised_layer(8)))
     findings.append(_try_feature("4-bit base", lambda: _try_quantised_layer(4)))
+    findings.append(Finding("default device", None, f"{choose_device()}; --device or device= choose another"))
+    findings.append(Finding("golden output", None, _describe_tolerance()))
     findings.append(_find_torchvision())
     offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
     findings.append(Finding("Hub", None, "offline by HF_HUB_OFFLINE" if offline else "online (not tried)"))
@@ -124,6 +127,17 @@ def _try_quantised_layer(bits: int) -> str:
     if x.grad is None or not torch.isfinite(x.grad).all():
         raise RuntimeError("the gradient is not finite")
     return f"bitsandbytes on {device}"
+
+
+def _describe_tolerance() -> str:
+    """How far the output of a loaded adapter may be from the one stored with it, on whatever device."""
+    from inlay.adapters.golden import CONVOLUTIONAL_TOLERANCE, TOLERANCE
+
+    limits = ", ".join(f"{limit:g} in {precision}" for precision, limit in TOLERANCE.items())
+    return (
+        f"computed in full float32 (no TF32), so that GPUs and CPUs agree; allowed relative difference: {limits}, "
+        f"{CONVOLUTIONAL_TOLERANCE:g} for networks of convolutions"
+    )
 
 
 def _find_torchvision() -> Finding:
