@@ -130,7 +130,7 @@ def test_prompts_of_peft_are_united(method, tmp_path):
     tables = [load_file(f / "adapter_model.safetensors")["prompt_embeddings"] for f in (a, b, tmp_path / "out")]
     assert torch.equal(tables[2], torch.cat(tables[:2])) and made.widths == {f"{method.upper()}_TUNING": 7}
     assert load("gpt2", tmp_path / "out")(**batch("gpt2")).logits.isfinite().all()
-    with pytest.raises(InlayError, match="no multiple: expected the weight 1 or 0 for 'b'"):
+    with pytest.raises(InlayError, match="no multiple: the weight of 'b' must be 1 or 0"):
         combine({a: 1, b: 0.5}, out=tmp_path / "half")
     assert not (tmp_path / "half").exists()
 
@@ -260,7 +260,7 @@ def test_nan_is_refused_and_the_old_result_stays(tmp_path):
         combine({a: 1.0, b: 1.0}, out=tmp_path / "out")
     assert (tmp_path / "out/adapter_model.safetensors").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "out"]
-    with pytest.raises(InlayError, match="finite number, got nan"):
+    with pytest.raises(InlayError, match="finite number, not nan"):
         combine({a: float("nan")}, out=tmp_path / "out")
     with pytest.raises(InlayError, match="one of the adapters"):
         combine({a: 1.0}, out=a)
@@ -296,14 +296,14 @@ def test_the_sum_of_differences_is_checked_against_the_parts_and_not_against_its
     from inlay.combine import partial as sums
 
     a, b = (save(tmp_path / n, "vit", partial(), s) for n, s in (("a", 3), ("b", 4)))
-    seen, calls = sums._seen, []
+    seen, calls = sums._sum_entries, []
 
     def once_off(delta):
         """As it is for both parts; of their sum as if an entry had got lost."""
         calls.append(delta)
         return seen(delta) * (1.5 if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(sums, "_seen", once_off)
+    monkeypatch.setattr(sums, "_sum_entries", once_off)
     with pytest.raises(InlayError, match="does not pass its check"):
         combine({a: 1.0, b: 1.0}, out=tmp_path / "out")
     assert len(calls) == 3 and not (tmp_path / "out").exists()

@@ -303,11 +303,11 @@ def test_an_adapter_without_an_effect(tmp_path):
 def test_mistakes_in_the_arguments(lora, tmp_path):
     (tmp_path / "note").mkdir()
     (tmp_path / "note/text").write_text("mine")
-    with pytest.raises(InlayError, match="is no model that inlay merged"):
+    with pytest.raises(InlayError, match="is not a model that inlay merged"):
         merge(lora[VIT], tmp_path / "note")
-    with pytest.raises(InlayError, match="dtype must be"):
+    with pytest.raises(InlayError, match="unknown dtype 'int4'"):
         merge(lora[VIT], tmp_path / "a", dtype="int4")
-    with pytest.raises(InlayError, match="quantize must be"):
+    with pytest.raises(InlayError, match="unknown quantize '2bit'"):
         merge(lora[VIT], tmp_path / "a", quantize="2bit")
     with pytest.raises(InlayError, match="limit must be"):
         merge(lora[VIT], tmp_path / "a", limit=float("nan"))

@@ -141,8 +141,8 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert status == 0 and "a and b:" in out and "interference" in out
     for wrong, sentence in [
         (("a=x", "-o", "out"), "'a=x' must be ADAPTER=WEIGHT"),
-        ((a, f"{a}=2", "-o", "out"), "expected different adapters"),
-        ((a, "--width", "wide", "-o", tmp_path / "none"), "width of at least 1 or 'auto'"),
+        ((a, f"{a}=2", "-o", "out"), "named twice"),
+        ((a, "--width", "wide", "-o", tmp_path / "none"), "width must be a whole number of at least 1 or 'auto'"),
         ((tmp_path / "nothing", "-o", "out"), "does not exist"),
     ]:
         status, out, err = run(capsys, monkeypatch, *wrong)
