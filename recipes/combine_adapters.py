@@ -62,14 +62,14 @@ def main(combination: Combination, train: TrainConfig) -> Path:
         width, density = combination.width, combination.density
         made = combine(weights, combination.rule, out=out / "sum", width=width, density=density)
         print(f"{overlaps}\n{made.rule}: {made.heads}, widths {made.widths}, relative error {made.error:.2g}; ", end="")
-        print(f"saved {made.folder}\n{'task':<20}{'alone':>8}{'combined':>10}{'all labels':>12}")
+        print(f"saved {made.folder}\n{'task':<20}{'before':>8}{'combined':>10}{'all labels':>12}")
 
         # 5. each task before and after: among its own labels, and among those of both
         together = load_adapter(made.folder)
         for name, source in loaded.items():
             own = folders[name].name if folders[name].name in together.groups else None
-            alone = accuracy(load_adapter(folders[name]), source)
-            print(f"{name:<20}{alone:>8.4f}{accuracy(together, source, own, own):>10.4f}", end="")
+            before = accuracy(load_adapter(folders[name]), source)
+            print(f"{name:<20}{before:>8.4f}{accuracy(together, source, own, own):>10.4f}", end="")
             print(f"{accuracy(together, source, None, own):>12.4f}")
     return out / "sum"
 

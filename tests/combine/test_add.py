@@ -130,7 +130,7 @@ def test_prompts_of_peft_are_united(method, tmp_path):
     tables = [load_file(f / "adapter_model.safetensors")["prompt_embeddings"] for f in (a, b, tmp_path / "out")]
     assert torch.equal(tables[2], torch.cat(tables[:2])) and made.widths == {f"{method.upper()}_TUNING": 7}
     assert load("gpt2", tmp_path / "out")(**batch("gpt2")).logits.isfinite().all()
-    with pytest.raises(InlayError, match="no multiple: expected the weight 1 or 0 for 'b'"):
+    with pytest.raises(InlayError, match="no multiple: the weight of 'b' must be 1 or 0"):
         combine({a: 1, b: 0.5}, out=tmp_path / "half")
     assert not (tmp_path / "half").exists()
 
@@ -260,7 +260,7 @@ def test_nan_is_refused_and_the_old_result_stays(tmp_path):
         combine({a: 1.0, b: 1.0}, out=tmp_path / "out")
     assert (tmp_path / "out/adapter_model.safetensors").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "out"]
-    with pytest.raises(InlayError, match="finite number, got nan"):
+    with pytest.raises(InlayError, match="finite number, not nan"):
         combine({a: float("nan")}, out=tmp_path / "out")
     with pytest.raises(InlayError, match="one of the adapters"):
         combine({a: 1.0}, out=a)
@@ -296,14 +296,14 @@ def test_the_sum_of_differences_is_checked_against_the_parts_and_not_against_its
     from inlay.combine import partial as sums
 
     a, b = (save(tmp_path / n, "vit", partial(), s) for n, s in (("a", 3), ("b", 4)))
-    seen, calls = sums._seen, []
+    seen, calls = sums._sum_entries, []
 
     def once_off(delta):
         """As it is for both parts; of their sum as if an entry had got lost."""
         calls.append(delta)
         return seen(delta) * (1.5 if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(sums, "_seen", once_off)
+    monkeypatch.setattr(sums, "_sum_entries", once_off)
     with pytest.raises(InlayError, match="does not pass its check"):
         combine({a: 1.0, b: 1.0}, out=tmp_path / "out")
     assert len(calls) == 3 and not (tmp_path / "out").exists()
@@ -483,3 +483,47 @@ def test_adapters_of_tied_embeddings_add_each_to_its_own_module(case, weights, t
     plain = load_base("builtin:gpt2-tiny").double()(input_ids=ids).logits
     assert (found - wanted).norm() < 1e-5 * (wanted - plain).norm()
     assert (merged - wanted).norm() < 1e-4 * (wanted - plain).norm()
+
+
+def tied_lora(folder, rank, tied):
+    """LoRA on GPT-2's head and, with `ensure_weight_tying`, the same on its token embedding."""
+    torch.manual_seed(rank)
+    config = LoraConfig(r=rank, lora_alpha=8, target_modules=["lm_head"], ensure_weight_tying=tied)
+    model = get_peft_model(load_base("builtin:gpt2-tiny"), config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(0.1 * torch.randn_like(parameter))  # in place: the two share their memory
+    return save_adapter(model, folder, processor=TextProcessor(load_tokenizer("builtin:gpt2-tiny")))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Model has `tie_word",
+    "ignore:Model with `tie_word",
+    "ignore:fan_in_fan_out is set to",  # of peft
+)
+@pytest.mark.parametrize("width", [None, 5])
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, -2.0)])
+def test_adapters_that_adapt_tied_modules_as_one_add_as_such(weights, width, tmp_path):
+    folders = [tied_lora(tmp_path / name, rank, True) for name, rank in (("a", 2), ("b", 3))]
+    ids = torch.arange(5, 17)[None]
+    base = load_base("builtin:gpt2-tiny")
+    plain = base(input_ids=ids).logits
+    base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
+    for folder, weight, rank in zip(folders, weights, (2, 3), strict=True):
+        file = load_file(folder / "adapter_model.safetensors")
+        down, up = (file[f"base_model.model.transformer.wte.lora_embedding_{side}"] for side in "AB")
+        base.transformer.wte.weight.data += weight * 8 / rank * (up @ down).T
+        base.lm_head.weight.data += weight * 8 / rank * (up @ down).T
+    combine(dict(zip(folders, weights, strict=True)), out=tmp_path / "out", width=width)
+    merge(tmp_path / "out", tmp_path / "merged")
+    with torch.no_grad():
+        wanted = base(input_ids=ids).logits
+        for model in (load_adapter(tmp_path / "out").model, load_base(tmp_path / "merged")):
+            assert (model(input_ids=ids).logits - wanted).norm() < 1e-5 * (wanted - plain).norm()
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word", "ignore:fan_in_fan_out is set to")
+def test_one_that_adapts_tied_modules_as_one_does_not_add_to_one_that_does_not(tmp_path):
+    a, b = tied_lora(tmp_path / "a", 2, True), tied_lora(tmp_path / "b", 3, False)
+    with pytest.raises(InlayError, match="ensure_weight_tying is True in a, False in b; one adapts two tied modules"):
+        combine({a: 1.0, b: 1.0}, out=tmp_path / "out")

@@ -254,13 +254,16 @@ def test_a_model_that_is_stored_in_eight_bits_again(lora, name, tmp_path):
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 @pytest.mark.parametrize("name", [GPT2, VIT])
 def test_the_figure_is_that_of_the_written_model(name, bits, lora, tmp_path):
-    """As transformers loads it, activations of 8 bits included, against the adapter on the base in these bits."""
+    """Loaded as it is, activations of 8 bits included, against the adapter on the base in these bits.
+
+    By load_base, as some CPUs compute 4-bit layers in bfloat16 where transformers loads them.
+    """
     report = merge(lora[name], tmp_path / "merged", quantize=bits, limit=10.0, inputs=INPUTS[name])
     used = load_adapter(lora[name], quantize=bits)
     unmerged = compute_outputs(used.model, INPUTS[name])
     with layers_disabled(used.model):
         plain = compute_outputs(used.model, INPUTS[name])
-    written = compute_outputs(AUTO[name].from_pretrained(tmp_path / "merged"), INPUTS[name])
+    written = compute_outputs(load_base(tmp_path / "merged"), INPUTS[name])
     change = (unmerged - plain).norm()
     assert report.error == pytest.approx(float((written - unmerged).norm() / change), rel=0.01)
     assert report.effect == pytest.approx(float(change / plain.norm()), rel=1e-3)
@@ -303,11 +306,11 @@ def test_an_adapter_without_an_effect(tmp_path):
 def test_mistakes_in_the_arguments(lora, tmp_path):
     (tmp_path / "note").mkdir()
     (tmp_path / "note/text").write_text("mine")
-    with pytest.raises(InlayError, match="is no model that inlay merged"):
+    with pytest.raises(InlayError, match="is not a model that inlay merged"):
         merge(lora[VIT], tmp_path / "note")
-    with pytest.raises(InlayError, match="dtype must be"):
+    with pytest.raises(InlayError, match="unknown dtype 'int4'"):
         merge(lora[VIT], tmp_path / "a", dtype="int4")
-    with pytest.raises(InlayError, match="quantize must be"):
+    with pytest.raises(InlayError, match="unknown quantize '2bit'"):
         merge(lora[VIT], tmp_path / "a", quantize="2bit")
     with pytest.raises(InlayError, match="limit must be"):
         merge(lora[VIT], tmp_path / "a", limit=float("nan"))

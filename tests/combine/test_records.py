@@ -127,7 +127,7 @@ def test_adapters_of_other_bases_are_refused(made, tmp_path):
         (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
     with pytest.raises(InlayError, match="'p' was trained on one/base, 'q' on other/base"):
         combine(dict.fromkeys(plain, 1.0), out=tmp_path / "out")
-    with pytest.raises(InlayError, match="one twice"):
+    with pytest.raises(InlayError, match="named twice"):
         combine({plain[0]: 1.0, str(plain[0]): 1.0}, out=tmp_path / "out")
 
 

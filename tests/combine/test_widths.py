@@ -320,10 +320,10 @@ def test_rules_work_on_differences_and_refuse_what_has_none(tmp_path):
         ({c: 1.0}, "ties", {}, "updates of weights, which a bottleneck does not have; use add"),
         ({a: 1.0}, "knots", {}, "factors of low-rank updates"),
         ({a: 1.0}, "add", {"width": 4}, "partial fine-tuning has no width; leave width out"),
-        ({a: 1.0}, "best", {}, f"no rule 'best'; {', '.join(RULES)} are"),
+        ({a: 1.0}, "best", {}, f"unknown rule 'best'; choose one of {', '.join(RULES)}"),
         ({a: 1.0}, "ties", {"density": 0}, "density must be above 0"),
-        ({a: 1.0}, "add", {"width": 0}, "width of at least 1"),
-        ({}, "add", {}, "expected adapters and their weights"),
+        ({a: 1.0}, "add", {"width": 0}, "width must be a whole number of at least 1"),
+        ({}, "add", {}, "no adapters to combine"),
     ]:
         with pytest.raises(InlayError, match=reason):
             combine(given, rule, out=tmp_path / "refused", **more)

@@ -96,19 +96,19 @@ def test_settings_count():
 @pytest.mark.parametrize(
     ("name", "method", "settings", "sentence"),
     [
-        ("builtin:gpt2-tiny", "nothing", {}, r"no method 'nothing'; METHODS has probe, lora"),
+        ("builtin:gpt2-tiny", "nothing", {}, r"unknown method 'nothing'; choose one of probe, lora"),
         ("builtin:none", "lora", {}, r"unknown embedded model 'builtin:none'"),
         ("builtin:gpt2-tiny", "lora", {"length": 257}, r"reads 256 tokens at most, but length is 257; lower it"),
         ("builtin:gpt2-tiny", "prompt", {"length": 249}, r"but length is 249, and the prompt takes 8; lower it"),
-        ("builtin:gpt2-tiny", "lora", {"length": 0}, r"length must be at least 2, got 0"),
-        ("builtin:gpt2-tiny", "lora", {"batch_size": 0}, r"batch_size must be at least 1, got 0"),
-        ("builtin:gpt2-tiny", "lora", {"width": -1}, r"width must be at least 1, got -1"),
-        ("builtin:vit-tiny", "lora", {"accumulate": 0}, r"accumulate must be at least 1, got 0"),
+        ("builtin:gpt2-tiny", "lora", {"length": 0}, r"length must be at least 2, not 0"),
+        ("builtin:gpt2-tiny", "lora", {"batch_size": 0}, r"batch_size must be at least 1, not 0"),
+        ("builtin:gpt2-tiny", "lora", {"width": -1}, r"width must be at least 1, not -1"),
+        ("builtin:vit-tiny", "lora", {"accumulate": 0}, r"accumulate must be at least 1, not 0"),
         ("builtin:gpt2-tiny", "lora", {"quantize": "2bit"}, r"quantize must be '8bit' or '4bit', got '2bit'"),
-        ("builtin:gpt2-tiny", "lora", {"optimizer": "sgd"}, r"optimizer must be one of adamw, adamw8bit, got 'sgd'"),
-        ("builtin:gpt2-tiny", "lora", {"precision": "fp8"}, r"precision must be one of no, bf16, fp16, got 'fp8'"),
+        ("builtin:gpt2-tiny", "lora", {"optimizer": "sgd"}, r"unknown optimizer 'sgd'; choose one of adamw, adamw8bit"),
+        ("builtin:gpt2-tiny", "lora", {"precision": "fp8"}, r"unknown precision 'fp8'; choose one of no, bf16, fp16"),
         ("builtin:gpt2-tiny", "prefix", {"gradient_checkpointing": True}, r"use the attention prefix, or no checkp"),
-        ("builtin:vit-tiny", "lora", {"labels": 1}, r"labels must be at least 2, got 1"),
+        ("builtin:vit-tiny", "lora", {"labels": 1}, r"labels must be at least 2, not 1"),
     ],
 )
 def test_a_mistake_is_one_sentence(name, method, settings, sentence):
@@ -141,7 +141,7 @@ def test_the_command_says_it_as_text_and_as_json(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["builtin:gpt2-tiny", "--method", "nothing"], "there is no method 'nothing'"),
+        (["builtin:gpt2-tiny", "--method", "nothing"], "unknown method 'nothing'"),
         (["builtin:gpt2-tiny", "--length", 1000], "this base reads 256 tokens at most"),
         (["builtin:gpt2-tiny", "--dtype", "int3"], "dtype"),
     ],

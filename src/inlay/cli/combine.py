@@ -21,15 +21,17 @@ def merge(
     quantize: Annotated[
         str | None, typer.Option(help="8bit or 4bit: into what such a base stands for; stored so too without --dtype.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Save even where few bits lose much of the adapter.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Save even if the stored model loses more than 5 % of the adapter.")
+    ] = False,
 ) -> None:
-    """Fold an adapter into its base, as a model that loads with transformers alone, and say what that costs."""
+    """Fold an adapter into its base, as a model that loads with only transformers, and say what that costs."""
     import math
 
-    from inlay.combine.merge import merge as fold
+    from inlay.combine.merge import merge as merge_adapter
 
     limits = {"limit": math.inf} if force else {}
-    print(fold(adapter, out, base=base, dtype=dtype, quantize=quantize, **limits))  # type: ignore[arg-type]
+    print(merge_adapter(adapter, out, base=base, dtype=dtype, quantize=quantize, **limits))  # type: ignore[arg-type]
 
 
 def combine(
@@ -37,7 +39,8 @@ def combine(
         list[str], typer.Argument(metavar="ADAPTER=WEIGHT...", help="Folders or Hub ids; weight 1 where none is given.")
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="The result; without it: the report alone.")
+        Path | None,
+        typer.Option("--out", "-o", metavar="FOLDER", help="The result; without it only the report is printed."),
     ] = None,
     rule: Annotated[str, typer.Option(help="add, average, task_arithmetic, ties, dare, magnitude or knots.")] = "add",
     width: Annotated[str | None, typer.Option(help="Largest rank or other width of the result, or auto.")] = None,
@@ -47,30 +50,33 @@ def combine(
     heads: Annotated[
         str, typer.Option(help="auto, stack, average, or the name of the adapter whose head is kept.")
     ] = "auto",
-    report: Annotated[Path | None, typer.Option(help="Where they meet, as .png, .json or .txt.")] = None,
-    fit: Annotated[str | None, typer.Option(metavar="DATA", help="Fit the weights on some of these examples.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write how the adapters agree, as .png, .json or .txt.")] = None,
+    fit: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Labelled data, on which the weights are fitted.")
+    ] = None,
     examples: Annotated[int, typer.Option(help="How many, for --fit.")] = 32,
     dense: Annotated[
-        bool, typer.Option("--dense", help="A difference of the base's weights, for DoRA and such.")
+        bool,
+        typer.Option("--dense", help="Sum as a difference of the base's weights, for DoRA and others that do not add."),
     ] = False,
     base: BaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make one adapter of several, such as `combine a=1.0 b=-0.5 -o out`; say how they agree, and the error."""
-    from inlay.combine import combine as join
+    from inlay.combine import combine as combine_adapters
     from inlay.combine.heatmap import write_report
     from inlay.combine.report import overlap
 
-    weights = dict(_weighted(text) for text in adapters)
+    weights = dict(_parse_weight(text) for text in adapters)
     if len(weights) < len(adapters):
-        raise BadInput(f"expected different adapters, got {', '.join(adapters)}.")
+        raise BadInput(f"one adapter is named twice among {', '.join(adapters)}; give it once, with its whole weight.")
     if out is None:
         found = overlap(weights)
         if report is not None:
             write_report(found, report)
         print(found.to_json() if as_json else found)
         return
-    made = join(
+    made = combine_adapters(
         weights, rule, out=out, width=int(width) if width and width.isdecimal() else width,  # type: ignore[arg-type]
         error=error, density=density, seed=seed, heads=heads, report=report, fit=fit, examples=examples, dense=dense,
         base=base,
@@ -82,7 +88,7 @@ def combine(
     show(facts, as_json)
 
 
-def _weighted(text: str) -> tuple[str, float]:
+def _parse_weight(text: str) -> tuple[str, float]:
     """A folder and its weight."""
     path, found, number = text.rpartition("=")
     try:

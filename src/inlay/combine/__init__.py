@@ -1,4 +1,4 @@
-"""Combine adapters: one adapter of several, from their files alone, with its error said.
+"""Combine adapters: one adapter of several, from their files only, with the error that it makes.
 
 `inlay.combine` is this package and, called, its function.
 """
@@ -18,7 +18,7 @@ from inlay.combine.parts import PREFIX, Array, Part, Source
 from inlay.combine.read import open_adapters, wait_for_digests
 from inlay.combine.rules import RULES, Settings, find_rule, weights_under_rule
 from inlay.combine.sums import SUM_BY_PEFT_TYPE
-from inlay.combine.write import Stream, make_metadata, make_record, read_back, versions, write_settings
+from inlay.combine.write import Stream, list_versions, make_metadata, make_record, read_back, write_settings
 from inlay.errors import BadInput, DamagedFile, InlayError, Unsupported
 from inlay.files.atomic import writing
 
@@ -74,7 +74,7 @@ def combine(
     dense: bool = False,
     base: str | None = None,
 ) -> Combined:
-    """Make one adapter of several, from their files alone: no base is loaded, and one module at a time is in memory.
+    """Make one adapter of several, from their files only: no base is loaded, and one module at a time is in memory.
 
     `add` and `average` are exact: the result computes what the adapters compute together (see DESIGN, the algebra). A
     folder that plain peft saved is as good as ours; the result is one that peft loads. Nothing is written unless it
@@ -89,8 +89,8 @@ def combine(
             what they add to `activations`, or else an estimate that takes their units for independent.
         density: Share of the entries that ties, dare, magnitude and knots keep.
         seed: Of dare.
-        heads: What classifier heads become: auto (disjoint labels are stacked, equal ones averaged), stack, average, or
-            the name of the adapter whose head, labels and preprocessing are kept.
+        heads: What classifier heads become: auto (disjoint labels are stacked, equal ones averaged by the weights),
+            stack, average, or the name of the adapter whose head, labels and preprocessing are kept.
         activations: Hidden states (N, d) that reach the bottleneck of a module, by the module's name: a smaller width
             is then fitted to them.
         report: A .png, .json or .txt file, written first: where the adapters meet, and how they agree there.
@@ -109,16 +109,16 @@ def combine(
     row = find_rule(rule, settings)
     _check_width(width, error)
     with open_adapters(adapters) as sources:
-        folder = _checked_folder(out, sources)
+        folder = _check_folder(out, sources)
         weights = weights_under_rule(row, [source.weight for source in sources])
-        sources = [source.weighted(weight) for source, weight in zip(sources, weights, strict=True)]
+        sources = [source.with_weight(weight) for source, weight in zip(sources, weights, strict=True)]
         head = join_heads(sources, heads, exact=row.merge is None and (fit is None or row.normal))
         keep = heads if heads not in WAYS else None
         options = SumOptions(row, settings, width, error, keep, dict(activations or {}))
-        fitted = _fitted(sources, head, options, fit, examples, seed) if fit is not None else None
+        fitted = _fit_weights(sources, head, options, fit, examples, seed) if fit is not None else None
         if fitted is not None:
-            sources = [source.weighted(fitted.weights[source.name]) for source in sources]
-            head = head.reweighted(fitted.weights)
+            sources = [source.with_weight(fitted.weights[source.name]) for source in sources]
+            head = head.with_weights(fitted.weights)
         if report is not None:
             from inlay.combine.heatmap import write_report
             from inlay.combine.report import compare_sources
@@ -126,8 +126,8 @@ def combine(
             wait_for_digests(sources)
             write_report(compare_sources(sources), report)
         if dense:
-            return _dense(sources, head, options, rule, base, folder)
-        made = _write(sources, make_sums(sources, options), head, rule, keep, folder)
+            return _combine_dense(sources, head, options, rule, base, folder)
+        made = _write_combination(sources, make_sums(sources, options), head, rule, keep, folder)
         return made if fitted is None else replace(made, fitted=fitted)
 
 
@@ -135,11 +135,12 @@ def _check_width(width: Any, error: float) -> None:
     whole = isinstance(width, int) and not isinstance(width, bool) and width >= 1
     if not (width is None or width == "auto" or whole) or not 0 <= error < 1:
         raise BadInput(
-            f"expected a width of at least 1 or 'auto', and an error from 0 to below 1, got {width!r}, {error}."
+            f"width must be a whole number of at least 1 or 'auto', and error from 0 to below 1; they are {width!r} "
+            f"and {error}."
         )
 
 
-def _checked_folder(out: str | Path, sources: Sequence[Source]) -> Path:
+def _check_folder(out: str | Path, sources: Sequence[Source]) -> Path:
     folder = Path(out).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / CONFIG).is_file():
         raise BadInput(f"{folder} exists and is not an adapter; give another folder.")
@@ -148,41 +149,46 @@ def _checked_folder(out: str | Path, sources: Sequence[Source]) -> Path:
     return folder
 
 
-def _fitted(sources: list[Source], heads: Heads, options: SumOptions, data: str, examples: int, seed: int) -> "Fitted":
+def _fit_weights(
+    sources: list[Source], heads: Heads, options: SumOptions, data: str, examples: int, seed: int
+) -> "Fitted":
     """Through the model, so with all of torch; only here."""
     from inlay.combine.fit import fit_weights
 
     def write(at: list[Source], made: Mapping[str, Sum], folder: Path) -> Combined:
-        return _write(at, made, heads, "add", options.keep, folder)
+        return _write_combination(at, made, heads, "add", options.keep, folder)
 
     return fit_weights(sources, make_sums, write, heads, options, data, examples=examples, seed=seed)
 
 
-def _dense(
+def _combine_dense(
     sources: Sequence[Source], heads: Heads, options: SumOptions, rule: str, base: str | None, folder: Path
 ) -> Combined:
     from inlay.combine.dense import write_dense
 
     if options.width is not None:
         raise Unsupported("a difference of weights has no width; leave width or dense out.")
-    metrics = {"combined": {**_said(sources, heads, rule), "error": 0.0}, "dataset": _datasets(sources)}
+    metrics = {
+        "combined": {**_describe_combination(sources, heads, rule), "error": 0.0},
+        "dataset": _name_datasets(sources),
+    }
     write_dense(sources, heads, options, base, folder, metrics)
     weights = {source.name: source.weight for source in sources}
-    return Combined(folder, rule, weights, {}, heads.said, heads.labels, list(heads.groups), 0.0)
+    return Combined(folder, rule, weights, {}, heads.summary, heads.labels, list(heads.groups), 0.0)
 
 
-def _said(sources: Sequence[Source], heads: Heads, rule: str) -> dict[str, Any]:
+def _describe_combination(sources: Sequence[Source], heads: Heads, rule: str) -> dict[str, Any]:
     """What goes into the record, the metrics and the card of a combination."""
     of = [{"name": source.name, "weight": source.weight} for source in sources]
-    return {"rule": rule, "paper": RULES[rule].paper, "of": of, "heads": heads.said}
+    return {"rule": rule, "paper": RULES[rule].paper, "of": of, "heads": heads.summary}
 
 
-def _datasets(sources: Sequence[Source]) -> str:
+def _name_datasets(sources: Sequence[Source]) -> str:
     return " + ".join(dict.fromkeys(str(source.file.metrics.get("dataset") or source.name) for source in sources))
 
 
 def make_sums(sources: Sequence[Source], options: SumOptions) -> dict[str, Sum]:
-    """The sum of each method that one of the adapters has; methods stand beside one another in a composite.
+    """The sum of each method that one of the adapters has; several methods become a composite.
 
     Raises:
         InlayError: A method that does not add.
@@ -210,7 +216,8 @@ def make_sums(sources: Sequence[Source], options: SumOptions) -> dict[str, Sum]:
         except Exception as error:  # a config is data from anywhere: it makes this fail in any way
             names = ", ".join(part.name for part in parts)
             raise DamagedFile(
-                f"the configs of {names} do not fit their tensors ({type(error).__name__}: {error}); get them again."
+                f"the configs of {names} do not fit their tensors ({type(error).__name__}: {error}); download them "
+                "again."
             ) from error
     return found
 
@@ -235,41 +242,41 @@ def make_config(sources: Sequence[Source], made: Mapping[str, Sum], heads: Heads
     return config
 
 
-def shapes_of(made: Iterable[Sum], heads: Heads) -> dict[str, tuple[int, ...]]:
+def list_shapes(made: Iterable[Sum], heads: Heads) -> dict[str, tuple[int, ...]]:
     """Key and shape of every tensor of the result, in the order in which they are written."""
     shapes = dict(heads.shapes)
     for each in made:
         for site, leaves in each.shapes.items():
-            shapes |= {_key(site, leaf): shape for leaf, shape in leaves.items()}
+            shapes |= {_tensor_key(site, leaf): shape for leaf, shape in leaves.items()}
     return shapes
 
 
-def _key(site: str, leaf: str) -> str:
+def _tensor_key(site: str, leaf: str) -> str:
     return f"{PREFIX}{site}.{leaf}" if site else leaf
 
 
-def _write(
+def _write_combination(
     sources: Sequence[Source], made: Mapping[str, Sum], heads: Heads, rule: str, keep: str | None, folder: Path
 ) -> Combined:
     """All tensors into a folder that takes its place at the end, read back and compared before that."""
-    config, shapes = make_config(sources, made, heads), shapes_of(made.values(), heads)
-    said = _said(sources, heads, rule)
+    config, shapes = make_config(sources, made, heads), list_shapes(made.values(), heads)
+    said = _describe_combination(sources, heads, rule)
     record = make_record(sources, heads, keep, dict(said))
     with writing(folder) as new:
-        _stream(Stream(new / WEIGHTS, shapes, make_metadata(config, record)), made, heads)
+        _write_tensors(Stream(new / WEIGHTS, shapes, make_metadata(config, record)), made, heads)
         errors = {site: value for each in made.values() for site, value in each.errors.items()}
         norms = {site: each.norms.get(site, 0.0) for each in made.values() for site in each.errors}
         off = total_error(errors, norms)
-        metrics = {"combined": {**said, "error": off}, "dataset": _datasets(sources), "versions": versions()}
+        metrics = {"combined": {**said, "error": off}, "dataset": _name_datasets(sources), "versions": list_versions()}
         write_settings(new, config, record, metrics)
         read_back(new, shapes)
         wait_for_digests(sources)
     weights = {source.name: source.weight for source in sources}
     widths = {kind: each.width for kind, each in made.items() if each.width}
-    return Combined(folder, rule, weights, widths, heads.said, heads.labels, list(heads.groups), off, errors)
+    return Combined(folder, rule, weights, widths, heads.summary, heads.labels, list(heads.groups), off, errors)
 
 
-def _stream(stream: Stream, made: Mapping[str, Sum], heads: Heads) -> None:
+def _write_tensors(stream: Stream, made: Mapping[str, Sum], heads: Heads) -> None:
     """Each tensor as soon as it is there."""
     try:
         for key in heads.shapes:
@@ -278,7 +285,7 @@ def _stream(stream: Stream, made: Mapping[str, Sum], heads: Heads) -> None:
             for site, leaves in each.shapes.items():
                 tensors = each.make(site)
                 for leaf in leaves:
-                    stream.write(_key(site, leaf), tensors.pop(leaf))
+                    stream.write(_tensor_key(site, leaf), tensors.pop(leaf))
         stream.close()
     finally:
         stream.abandon()

@@ -16,5 +16,5 @@ class AttentionPrefixSum(ConcatenationSum):
     title = "an attention prefix"
 
     @override
-    def settings(self, length: int) -> dict[str, Any]:
+    def make_settings(self, length: int) -> dict[str, Any]:
         return make_common_config(self.parts, self.names, length=length, projection=None)

@@ -1,6 +1,6 @@
 """Sums of bottlenecks: units side by side, weights and scales in the way out.
 
-Units that stand beside one another do not see each other, so that the sum is exact for any non-linearity that all
+Units side by side do not see each other, so that the sum is exact for any non-linearity that all
 parts share. A layer norm before W_down is part of it (W_down takes up its weight and bias); one after W_up is not.
 """
 
@@ -42,23 +42,23 @@ def read_bottleneck(part: Part, site: str) -> tuple[Array, Array | None, Array, 
                 "take it up; these cannot be added."
             )
         down = down * weight
-    scale = _scale(part, site)
+    scale = _read_scale(part, site)
     return down, down_bias, up_t.T * scale[:, None], None if up_bias is None else up_bias * scale
 
 
-def _scale(part: Part, site: str) -> Array:
+def _read_scale(part: Part, site: str) -> Array:
     """What the output is multiplied with: (1,), or (d,) where each channel has its own."""
     if _SCALE in part.sites[site]:
         return part.read(site, _SCALE)
     return np.array([part.config.get("scale", 1.0)], np.float32)
 
 
-def _width(part: Part, site: str) -> int:
+def _count_units(part: Part, site: str) -> int:
     return part.shape(site, _WEIGHT)[1]
 
 
 class BottleneckSum(Sum):
-    """Several bottlenecks as one; as a config has one width, sites with fewer units get some of zeros."""
+    """Several bottlenecks as one; as a config has one width, sites with fewer units are filled up with zeros."""
 
     peft_type = "INLAY_BOTTLENECK"
     key_prefix = "inlay_bottleneck_"
@@ -89,12 +89,12 @@ class BottleneckSum(Sum):
                     "it do not add; train them with another one."
                 )
         self.linear = self.config.get("activation") is None
-        widths = {site: sum(_width(part, site) for part in self.acting_parts(site)) for site in self.names}
+        widths = {site: sum(_count_units(part, site) for part in self.acting_parts(site)) for site in self.names}
         if self.options.width is not None and self.config.get("layer_norm") == "after":
             raise Unsupported("a layer norm after W_up mixes all units, so that none can go; leave width out.")
         self.units = max(widths.values())
         if self.options.width == "auto":
-            self.units = min(self.units, self._narrowest())
+            self.units = min(self.units, self._find_narrowest_width())
         elif self.options.width is not None:
             self.units = min(self.units, self.options.width)
         sites = list(dict.fromkeys(name for part in self.parts for name in part.config.get("sites") or []))
@@ -113,12 +113,12 @@ class BottleneckSum(Sum):
     def width(self) -> int:
         return self.units
 
-    def _narrowest(self) -> int:
+    def _find_narrowest_width(self) -> int:
         """The smallest width, one for all sites, that keeps to the error."""
         errors, norms = {}, {}
         for site in self.names:
-            down, down_bias, up, _ = self._joined(site)
-            norms[site] = self._norm(down, up)
+            down, down_bias, up, _ = self._join_units(site)
+            norms[site] = self._measure_update(down, up)
             if self.linear:
                 values = decompose_factors(up, down).values
                 errors[site] = np.array([norm(values[i:]) for i in range(len(values) + 1)]) / max(norm(values), 1e-30)
@@ -130,7 +130,7 @@ class BottleneckSum(Sum):
     @override
     def shapes_at(self, site: str) -> Leaves:
         here = self.acting_parts(site)
-        sizes = {_size(part, site) for part in here}
+        sizes = {_count_features(part, site) for part in here}
         biased = {_BIAS in part.sites[site] for part in here}
         if len(sizes) > 1 or len(biased) > 1:
             raise WrongBase(f"{site} has {sizes} features; only adapters of one base can be combined.")
@@ -148,11 +148,11 @@ class BottleneckSum(Sum):
         here, shapes = self.acting_parts(site), self.shapes[site]
         size = shapes[_WEIGHT][2]
         if self.config.get("layer_norm") == "after":
-            return self._after(site, here[0])
-        down, down_bias, up, up_bias = self._joined(site)
-        self.errors[site], self.norms[site] = 0.0, self._norm(down, up)
+            return self._make_with_norm_after(site, here[0])
+        down, down_bias, up, up_bias = self._join_units(site)
+        self.errors[site], self.norms[site] = 0.0, self._measure_update(down, up)
         if len(down) > self.units:
-            down, down_bias, up, up_bias = self._smaller(site, down, down_bias, up, up_bias)
+            down, down_bias, up, up_bias = self._reduce_units(site, down, down_bias, up, up_bias)
         weight = np.zeros(shapes[_WEIGHT], np.float32)
         weight[0, : len(down)], weight[1, : len(down)] = down, up.T
         made = {_WEIGHT: weight}
@@ -163,7 +163,7 @@ class BottleneckSum(Sum):
         made |= {leaf: here[0].read(site, leaf) for leaf in shapes if leaf.startswith(f"{_NAME}_act")}
         return made
 
-    def _joined(self, site: str) -> tuple[Array, Array, Array, Array]:
+    def _join_units(self, site: str) -> tuple[Array, Array, Array, Array]:
         """W_down, b_down, W_up and b_up of the exact sum, checked; biases of zeros where there are none."""
         here = self.acting_parts(site)
         read = [read_bottleneck(part, site) for part in here]
@@ -175,17 +175,17 @@ class BottleneckSum(Sum):
         for part, (_, _, _, bias) in zip(here, read, strict=True):
             if bias is not None:
                 up_bias += np.float32(part.weight) * bias
-        self._check(site, here, read, (down, down_bias, up, up_bias))
+        self._check_sum(site, here, read, (down, down_bias, up, up_bias))
         return down, down_bias, up, up_bias
 
-    def _norm(self, down: Array, up: Array) -> float:
-        """How much a site does, beside others: of a linear one ‖W_up W_down‖, else of its units by themselves."""
+    def _measure_update(self, down: Array, up: Array) -> float:
+        """How much a site changes, to compare sites: of a linear one ‖W_up W_down‖, else of its units one by one."""
         if self.linear:
             return float(np.sqrt(max(((up.T @ up) * (down @ down.T)).sum(dtype=np.float64), 0)))
         return norm(np.linalg.norm(up, axis=0) * np.linalg.norm(down, axis=1))
 
-    def _after(self, site: str, part: Part) -> dict[str, Array]:
-        """One adapter alone, with a norm after W_up that takes up scale and weight."""
+    def _make_with_norm_after(self, site: str, part: Part) -> dict[str, Array]:
+        """The only adapter at a site, with a norm after W_up that takes up scale and weight."""
         own = part.read(site, _WEIGHT)  # 2 m d
         units = own.shape[1]
         weight = np.zeros(self.shapes[site][_WEIGHT], np.float32)
@@ -194,12 +194,12 @@ class BottleneckSum(Sum):
         if _BIAS in part.sites[site]:
             down_bias, up_bias = np.split(part.read(site, _BIAS), [units])
             made[_BIAS] = np.concatenate([np.pad(down_bias, (0, self.units - units)), up_bias])
-        scale = _scale(part, site) * np.float32(part.weight)
+        scale = _read_scale(part, site) * np.float32(part.weight)
         made |= {leaf: part.read(site, leaf) * scale for leaf in _NORM}
         self.errors[site] = 0.0
         return made | {leaf: part.read(site, leaf) for leaf in self.shapes[site] if leaf.startswith(f"{_NAME}_act")}
 
-    def _smaller(self, site: str, down: Array, down_bias: Array, up: Array, up_bias: Array) -> tuple[Array, ...]:
+    def _reduce_units(self, site: str, down: Array, down_bias: Array, up: Array, up_bias: Array) -> tuple[Array, ...]:
         """As many units as the width allows: of a linear one the best, of others the most important."""
         inputs = self.options.activations.get(site)
         if self.linear:
@@ -217,7 +217,7 @@ class BottleneckSum(Sum):
             )
         return down[kept], down_bias[kept], fitted[:, :-1], up_bias + fitted[:, -1]
 
-    def _check(self, site: str, here: Sequence[Part], read: Any, made: tuple[Array, ...]) -> None:
+    def _check_sum(self, site: str, here: Sequence[Part], read: Any, made: tuple[Array, ...]) -> None:
         """Any non-linearity by itself on each unit would do: here |x|."""
         x = np.random.default_rng(1).standard_normal((made[0].shape[1],))
         wanted = np.zeros(len(x))
@@ -229,5 +229,5 @@ class BottleneckSum(Sum):
         self.check(site, up @ hidden + up_bias, wanted, norm(up) * norm(hidden) + norm(up_bias))
 
 
-def _size(part: Part, site: str) -> int:
+def _count_features(part: Part, site: str) -> int:
     return part.shape(site, _WEIGHT)[2]

@@ -33,7 +33,7 @@ class ConcatenationSum(Sum):
                 "different ones; combine adapters of the same modules."
             )
         self.length = lengths.pop()
-        return self.settings(self.length)
+        return self.make_settings(self.length)
 
     @property
     @override
@@ -43,7 +43,7 @@ class ConcatenationSum(Sum):
     def check_alike(self) -> None:
         """Raise InlayError where settings differ that must be one for a concatenation to mean anything."""
 
-    def settings(self, length: int) -> dict[str, Any]:
+    def make_settings(self, length: int) -> dict[str, Any]:
         """The config of a result of so many tokens, or keys and values."""
         return make_common_config(self.parts, self.names, length=length)
 
@@ -64,7 +64,7 @@ class ConcatenationSum(Sum):
             at = 0
             for part in here:
                 rows = part.shape(site, leaf)[0]
-                part.tensors.into(part.sites[site][leaf], made[leaf][at : at + rows])
+                part.tensors.read_into(part.sites[site][leaf], made[leaf][at : at + rows])
                 at += rows
         self.errors[site] = 0.0
         return made

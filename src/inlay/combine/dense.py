@@ -46,9 +46,9 @@ def write_dense(
         loaded = load_adapter(source.file.folder, name, device="cpu")
         if processor is None or task is None or source.name == options.keep:
             processor, task = loaded.processor, loaded.task
-        deltas.append(_update(loaded, name, source))
+        deltas.append(_find_update(loaded, name, source))
     assert task is not None
-    merged = _merged(deltas, [source.weight for source in sources], options)
+    merged = _merge_deltas(deltas, [source.weight for source in sources], options)
     modules = sorted({key.rpartition(".")[0] for key in merged})
     if not modules:
         raise BadInput("these adapters change no weight of the base; there is nothing to combine.")
@@ -66,7 +66,7 @@ def write_dense(
     save_adapter(model, folder, processor=processor, metrics=metrics, groups=heads.groups)
 
 
-def _update(loaded: Any, name: str, source: Source) -> dict[str, Array]:
+def _find_update(loaded: Any, name: str, source: Source) -> dict[str, Array]:
     """What folding an adapter into the base changes, by parameter, without its head."""
     labels = loaded.labels if loaded.task.classifies else None
     plain = load_base(name, task=loaded.task.name, labels=labels).double()
@@ -92,7 +92,7 @@ def _update(loaded: Any, name: str, source: Source) -> dict[str, Array]:
     return found
 
 
-def _merged(deltas: list[dict[str, Array]], weights: list[float], options: SumOptions) -> dict[str, Array]:
+def _merge_deltas(deltas: list[dict[str, Array]], weights: list[float], options: SumOptions) -> dict[str, Array]:
     merge, found = options.rule.merge, {}
     for key in dict.fromkeys(key for own in deltas for key in own):
         here = [(own[key], weight) for own, weight in zip(deltas, weights, strict=True) if key in own]

@@ -44,14 +44,14 @@ def load_examples(loaded: LoadedAdapter, data: str, count: int, seed: int) -> Ex
     Args:
         loaded: Says which task, and makes inputs.
         data: Name of labelled data, as the loader of that task takes it.
-        count: How many pictures, texts or crops of scans.
+        count: How many images, texts or crops of scans.
         seed: Of all that is drawn.
 
     Raises:
         InlayError: Data of other labels, or none of that task.
     """
     labelled = loaded.task.load_labelled(loaded, data, count, seed)
-    with _seeded(seed):
+    with _seed_draws(seed):
         items = [labelled.view[i] for i in range(min(count, len(labelled.view)))]
     weight = next(p for p in loaded.model.parameters() if p.is_floating_point())
     batches = [labelled.collate(items[i : i + labelled.rows]) for i in range(0, len(items), labelled.rows)]
@@ -60,7 +60,7 @@ def load_examples(loaded: LoadedAdapter, data: str, count: int, seed: int) -> Ex
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _seed_draws(seed: int) -> Iterator[None]:
     state = random.getstate()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -81,20 +81,20 @@ def fit_weights(
     if options.rule.merge is not None:
         raise Unsupported("weights are fitted for add, average and task_arithmetic; the other rules have no gradient.")
     if examples < 1 or steps < 1:
-        raise BadInput(f"expected examples and steps of at least 1, got {examples} and {steps}.")
+        raise BadInput(f"examples and steps must be at least 1; they are {examples} and {steps}.")
     start = [source.weight for source in sources]
     fixed = replace(options, width=None, zeros=True)
 
-    def at(weights: list[float]) -> list[Source]:
-        return [source.weighted(weight) for source, weight in zip(sources, weights, strict=True)]
+    def weight_sources(weights: list[float]) -> list[Source]:
+        return [source.with_weight(weight) for source, weight in zip(sources, weights, strict=True)]
 
-    ones = at([1.0] * len(sources))
+    ones = weight_sources([1.0] * len(sources))
     with tempfile.TemporaryDirectory() as folder:
         write(ones, sums(ones, fixed), Path(folder) / "sum")
         loaded = load_adapter(Path(folder) / "sum", device="cpu")
-    few = load_examples(loaded, data, examples, seed)
-    corners = [at([float(i == k) for i in range(len(sources))]) for k in range(-1, len(sources))]
-    base, *slopes = _tensors([sums(corner, fixed) for corner in corners])
+    labelled = load_examples(loaded, data, examples, seed)
+    corners = [weight_sources([float(i == k) for i in range(len(sources))]) for k in range(-1, len(sources))]
+    base, *slopes = _find_slopes([sums(corner, fixed) for corner in corners])
     names = adapter_parameters(loaded.model)
     means = _HeadMeans(heads, [source.name for source in sources])
 
@@ -110,7 +110,7 @@ def fit_weights(
         return {names[key]: value for key, value in (values | means.values_at(used)).items()}
 
     def loss(weights: torch.Tensor, backward: bool) -> float:
-        return few.mean(_At(loaded.model, lambda: values_at(weights)), backward=backward).item()
+        return labelled.mean(_ModelAtWeights(loaded.model, lambda: values_at(weights)), backward=backward).item()
 
     weights = torch.tensor(start, requires_grad=True)
     with torch.no_grad():
@@ -125,7 +125,7 @@ def fit_weights(
             best = (now, as_used(weights).tolist())
         optimizer.step()
     fitted = dict(zip((s.name for s in sources), (round(w, 6) for w in best[1]), strict=True))
-    return Fitted(fitted, before, best[0], few.count)
+    return Fitted(fitted, before, best[0], labelled.count)
 
 
 class _HeadMeans:
@@ -170,7 +170,7 @@ class _HeadMeans:
         return total, (self.counts[key] > 1) & (any_weight > 0)
 
 
-class _At(nn.Module):
+class _ModelAtWeights(nn.Module):
     """A model with other values in the place of its adapter's; for a loss it looks as if it were wrapped by DDP."""
 
     def __init__(self, module: nn.Module, values: Callable[[], dict[str, torch.Tensor]]) -> None:
@@ -183,7 +183,7 @@ class _At(nn.Module):
         return functional_call(self.module, self.values(), kwargs=inputs)
 
 
-def _tensors(corners: list[Mapping[str, Sum]]) -> list[dict[str, torch.Tensor]]:
+def _find_slopes(corners: list[Mapping[str, Sum]]) -> list[dict[str, torch.Tensor]]:
     """T_0, and T_i - T_0 for each adapter, of the tensors that depend on the weights."""
     found: list[dict[str, torch.Tensor]] = [{} for _ in corners]
     for kind, first in corners[0].items():

@@ -61,7 +61,7 @@ class Heads:
     """What the result has in place of the heads.
 
     Attributes:
-        said: What was done, in a word or two.
+        summary: What was done, in a word or two.
         modules: Names for modules_to_save.
         labels: Class names in the order of the logits.
         groups: By group, its class names with their logits; none where all adapters have the same ones.
@@ -70,7 +70,7 @@ class Heads:
         weights: Of the adapters, by name: a row that several have is their mean by these.
     """
 
-    said: str = "none"
+    summary: str = "none"
     modules: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     groups: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -88,11 +88,11 @@ class Heads:
         if len(parts) == 1 and len(parts[0].rows) == _count_rows(self.shapes[key]):
             return parts[0].tensors.read(parts[0].key)
         made = np.zeros(self.shapes[key] or (1,), np.float32)
-        for part, share in zip(parts, self.shares(key), strict=True):
+        for part, share in zip(parts, self.divide_weights(key), strict=True):
             made[part.places] += share.reshape(-1, *[1] * (made.ndim - 1)).astype(np.float32) * part.read()
         return made.reshape(self.shapes[key])
 
-    def shares(self, key: str) -> list[npt.NDArray[np.float64]]:
+    def divide_weights(self, key: str) -> list[npt.NDArray[np.float64]]:
         """What each of an adapter's rows of a tensor counts: w / Σ w of those that have the row; alone it counts 1.
 
         Where all weights of a row are 0, they count alike.
@@ -114,7 +114,7 @@ class Heads:
         total = np.where(shared, total, 1)
         return [np.where(shared, self.weights[part.adapter] / total, alike)[part.places] for part in parts]
 
-    def reweighted(self, weights: Mapping[str, float]) -> "Heads":
+    def with_weights(self, weights: Mapping[str, float]) -> "Heads":
         """The same with other weights."""
         return replace(self, weights={name: weights[name] for name in self.weights})
 
@@ -140,13 +140,13 @@ def join_heads(sources: Sequence[Source], how: str, exact: bool = True) -> Heads
     if not having:
         return Heads(labels=labels)
     if how in names:
-        return _keep(having[0], labels)
+        return _keep_head(having[0], labels)
     strange = [source for source in having if not _is_classifier(source)]
     if strange and (len(having) > 1 or len(strange) == len(having)):
         return _sum_copies(having, labels, how, exact, strange[0])
     if len(having) == 1:
-        return _keep(having[0], labels)
-    labels_of = {source.name: _labels(source, how) for source in having}
+        return _keep_head(having[0], labels)
+    labels_of = {source.name: _name_rows(source, how) for source in having}
     unnamed = [source.name for source in having if not source.file.labels]
     if how == "average" and 0 < len(unnamed) < len(having):
         raise BadInput(
@@ -168,15 +168,15 @@ def _is_classifier(source: Source) -> bool:
     return plain and matrices and source.file.config.get("task_type") in _CLASSIFIES
 
 
-def _keep(source: Source, labels: list[str]) -> Heads:
-    rows = {PREFIX + plain: [_all_rows(source, key)] for plain, key in source.head.items()}
+def _keep_head(source: Source, labels: list[str]) -> Heads:
+    rows = {PREFIX + plain: [_take_all_rows(source, key)] for plain, key in source.head.items()}
     shapes = {PREFIX + plain: source.tensors.shape(key) for plain, key in source.head.items()}
     modules = list(source.file.config["modules_to_save"])
     weights = {source.name: source.weight}
     return Heads(f"that of {source.name}", modules, labels, source.file.groups, shapes, rows, weights)
 
 
-def _all_rows(source: Source, key: str) -> Rows:
+def _take_all_rows(source: Source, key: str) -> Rows:
     every = np.arange(_count_rows(source.tensors.shape(key)))
     return Rows(source.name, source.tensors, key, every, every)
 
@@ -206,20 +206,20 @@ def _sum_copies(sources: Sequence[Source], labels: list[str], how: str, exact: b
                 f"{total:g}; use rule='average', heads='average' for the mean by the weights, or {keep}."
             )
         shapes[PREFIX + plain] = sizes.pop()
-        rows[PREFIX + plain] = [_all_rows(source, source.head[plain]) for source in having]
+        rows[PREFIX + plain] = [_take_all_rows(source, source.head[plain]) for source in having]
     weights = {source.name: source.weight for source in sources}
     said = f"averaged copies of {', '.join(modules)}" if len(sources) > 1 else f"that of {names[0]}"
-    return _checked(Heads(said, modules, labels, {}, shapes, rows, weights))
+    return _check_means(Heads(said, modules, labels, {}, shapes, rows, weights))
 
 
-def _checked(heads: Heads) -> Heads:
+def _check_means(heads: Heads) -> Heads:
     """Raise InlayError where the weights make no mean."""
     for key in heads.shapes:
-        heads.shares(key)
+        heads.divide_weights(key)
     return heads
 
 
-def _labels(source: Source, how: str) -> list[str]:
+def _name_rows(source: Source, how: str) -> list[str]:
     """Names from the record; numbers where plain peft has stored none, which are one adapter's own if heads stack."""
     if source.file.labels:
         return source.file.labels
@@ -238,7 +238,7 @@ def _choose_way(labels: dict[str, list[str]]) -> str:
         return "average"
     shared = sorted(set.intersection(*sets)) or sorted(a for a in sets[0] if any(a in other for other in sets[1:]))
     raise BadInput(
-        f"the heads have some labels in common ({', '.join(shared[:3])}), but not all; say what they shall become: "
+        f"the heads have some labels in common ({', '.join(shared[:3])}), but not all; say what becomes of them: "
         "heads='stack' (side by side, those labels with their adapter's name), 'average' (one row for each label), or "
         "the name of the adapter whose head is kept."
     )
@@ -284,25 +284,27 @@ def _join_rows(sources: Sequence[Source], labels_of: dict[str, list[str]], way: 
         shape = sources[0].tensors.shape(first)
         if plain in class_layer:
             shapes[PREFIX + plain] = (len(labels), *shape[1:])
-            rows[PREFIX + plain] = [_rows_of(source, source.head[plain], list(made_of.values())) for source in sources]
+            rows[PREFIX + plain] = [
+                _take_rows(source, source.head[plain], list(made_of.values())) for source in sources
+            ]
         else:
             shapes[PREFIX + plain] = shape
-            rows[PREFIX + plain] = [_all_rows(source, source.head[plain]) for source in sources]
+            rows[PREFIX + plain] = [_take_all_rows(source, source.head[plain]) for source in sources]
     modules = list(dict.fromkeys(name for source in sources for name in source.file.config["modules_to_save"]))
     said = {"stack": "stacked", "average": "averaged"}[way]
-    groups = _groups(sources, labels_of, list(made_of.values()))
+    groups = _group_labels(sources, labels_of, list(made_of.values()))
     weights = {source.name: source.weight for source in sources}
-    return _checked(Heads(f"{said} {len(labels)} labels", modules, labels, groups, shapes, rows, weights))
+    return _check_means(Heads(f"{said} {len(labels)} labels", modules, labels, groups, shapes, rows, weights))
 
 
-def _rows_of(source: Source, key: str, made_of: Sequence[Sequence[tuple[Source, int]]]) -> Rows:
+def _take_rows(source: Source, key: str, made_of: Sequence[Sequence[tuple[Source, int]]]) -> Rows:
     """Where the rows of one adapter stand among those of the result."""
     pairs = [(i, place) for place, own in enumerate(made_of) for one, i in own if one is source]
     rows, places = np.array(pairs, np.intp).T
     return Rows(source.name, source.tensors, key, rows, places)
 
 
-def _groups(
+def _group_labels(
     sources: Sequence[Source], labels_of: dict[str, list[str]], rows: Sequence[Sequence[tuple[Source, int]]]
 ) -> dict[str, dict[str, int]]:
     """The classes of each adapter with their logits, from what each row is made of; of a combination, of each group."""

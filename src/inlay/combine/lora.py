@@ -1,7 +1,7 @@
 """Sums of LoRA: exact by concatenation, smaller by an SVD of the factors, other rules on ΔW module by module.
 
 The scale (alpha / r, or alpha / √r with rsLoRA) and the weight go into B, so that the result is a plain LoRA with
-alpha = r. Modules may have different ranks, and some may be in one adapter alone.
+alpha = r. Modules may have different ranks, and one adapter may have modules that others lack.
 """
 
 import math
@@ -37,7 +37,7 @@ _UNDERSTOOD = frozenset(
 
 def scale_at(part: Part, site: str) -> float:
     """What B·A of a module is multiplied with in peft."""
-    rank = part.shape(site, _leaves(part, site)[0])[0]
+    rank = part.shape(site, _name_leaves(part, site)[0])[0]
     alpha = part.config.get("lora_alpha", 8)
     for pattern, value in (part.config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", site):
@@ -48,22 +48,22 @@ def scale_at(part: Part, site: str) -> float:
 
 def read_factors(part: Part, site: str) -> tuple[Array, Array]:
     """B (d_out, r), with the scale but without the weight in it, and A (r, d_in); kernels of convolutions are flat."""
-    down, up = (part.read(site, leaf) for leaf in _leaves(part, site))
+    down, up = (part.read(site, leaf) for leaf in _name_leaves(part, site))
     return up.reshape(len(up), -1) * np.float32(scale_at(part, site)), down.reshape(len(down), -1)
 
 
-def groups_of(part: Part, site: str) -> int:
-    """Groups of a convolution, each with units of its own: peft's B sees those of its group alone."""
-    down, up = (part.shape(site, leaf) for leaf in _leaves(part, site))
+def count_groups(part: Part, site: str) -> int:
+    """Groups of a convolution, each with units of its own: peft's B sees only those of its group."""
+    down, up = (part.shape(site, leaf) for leaf in _name_leaves(part, site))
     return down[0] // up[1] if len(up) > 2 else 1
 
 
-def _by_group(pair: tuple[Array, Array], groups: int) -> list[tuple[Array, Array]]:
+def _split_by_group(pair: tuple[Array, Array], groups: int) -> list[tuple[Array, Array]]:
     """B (d_out / G, r / G) and A (r / G, d_in) of each group; of anything but such a convolution there is one."""
     return list(zip(np.split(pair[0], groups), np.split(pair[1], groups), strict=True))
 
 
-def _leaves(part: Part, site: str) -> tuple[str, str]:
+def _name_leaves(part: Part, site: str) -> tuple[str, str]:
     return _EMBEDDING if _EMBEDDING[0] in part.sites[site] else _LINEAR
 
 
@@ -78,9 +78,11 @@ class LoraSum(Sum):
     @override
     def decide_config(self) -> dict[str, Any]:
         for part in self.parts:
-            _check(part)
+            _check_part(part)
         if any(
-            _leaves(part, site) == _EMBEDDING or site.endswith("lm_head") for part in self.parts for site in part.sites
+            _name_leaves(part, site) == _EMBEDDING or site.endswith("lm_head")
+            for part in self.parts
+            for site in part.sites
         ):
             require_equal_settings(
                 "LoRA",
@@ -89,9 +91,9 @@ class LoraSum(Sum):
                 "one adapts two tied modules as one, the other each by itself",
             )
         self.biased = any(part.config.get("lora_bias") for part in self.parts)
-        self.ranks = self._ranks()
+        self.ranks = self._decide_ranks()
         usual = Counter(self.ranks.values()).most_common(1)[0][0]
-        others = {self._pattern(site): rank for site, rank in self.ranks.items() if rank != usual}
+        others = {self._make_pattern(site): rank for site, rank in self.ranks.items() if rank != usual}
         return make_common_config(
             self.parts,
             self.names,
@@ -105,7 +107,7 @@ class LoraSum(Sum):
             init_lora_weights=True,
         )
 
-    def _pattern(self, site: str) -> str:
+    def _make_pattern(self, site: str) -> str:
         """A site in rank_pattern, which peft also matches with the ends of names."""
         return ("^" if is_ending(site, self.names) else "") + re.escape(site)
 
@@ -121,15 +123,16 @@ class LoraSum(Sum):
     def width(self) -> int:
         return max(self.ranks.values())
 
-    def _ranks(self) -> dict[str, int]:
+    def _decide_ranks(self) -> dict[str, int]:
         width = self.options.width
         full = {
-            site: sum(p.shape(site, _leaves(p, site)[0])[0] for p in self.acting_parts(site)) for site in self.names
+            site: sum(p.shape(site, _name_leaves(p, site)[0])[0] for p in self.acting_parts(site))
+            for site in self.names
         }
         if width is None:
             return full
-        groups = {site: self._groups(site) for site in self.names}
-        most = {site: min(full[site] // n, *self._sizes(site)) for site, n in groups.items()}  # of a group
+        groups = {site: self._count_groups(site) for site in self.names}
+        most = {site: min(full[site] // n, *self._count_features(site)) for site, n in groups.items()}  # of a group
         if width != "auto":
             if width < max(groups.values()):
                 site = max(groups, key=lambda name: groups[name])
@@ -140,30 +143,30 @@ class LoraSum(Sum):
             return {site: n * min(width // n, most[site]) for site, n in groups.items()}
         if self.options.rule.merge is not None:
             raise BadInput('width="auto" is for add and average; give a number with the other rules.')
-        values = {site: [found.values[: most[site]] for found in self._spectra(site)] for site in self.names}
+        values = {site: [found.values[: most[site]] for found in self._decompose_sum(site)] for site in self.names}
         return choose_ranks(values, self.options.error)
 
-    def _sizes(self, site: str) -> tuple[int, int]:
+    def _count_features(self, site: str) -> tuple[int, int]:
         """d_out and d_in, of a group."""
         part = self.acting_parts(site)[0]
-        down, up = (part.shape(site, leaf) for leaf in _leaves(part, site))
-        return up[0] // self._groups(site), math.prod(down[1:])
+        down, up = (part.shape(site, leaf) for leaf in _name_leaves(part, site))
+        return up[0] // self._count_groups(site), math.prod(down[1:])
 
-    def _groups(self, site: str) -> int:
-        return groups_of(self.acting_parts(site)[0], site)
+    def _count_groups(self, site: str) -> int:
+        return count_groups(self.acting_parts(site)[0], site)
 
     @override
     def shapes_at(self, site: str) -> Leaves:
         here = self.acting_parts(site)
-        if len({_leaves(part, site) for part in here}) > 1:
+        if len({_name_leaves(part, site) for part in here}) > 1:
             raise WrongBase(f"{site} is an embedding in one adapter and none in another; combine those of one base.")
-        (a, b), rank = _leaves(here[0], site), self.ranks[site]
+        (a, b), rank = _name_leaves(here[0], site), self.ranks[site]
         downs, ups = ({p.name: (p.shape(site, leaf)) for p in here} for leaf in (a, b))
         sizes = {(down[1:], up[:1], up[2:]) for down, up in zip(downs.values(), ups.values(), strict=True)}
         if len(sizes) > 1:
             raise WrongBase(f"{site}.{a} is {downs}, {b} {ups}; only adapters of one base can be combined.")
         down, up = downs[here[0].name], ups[here[0].name]
-        shapes = {a: (rank, *down[1:]), b: (up[0], rank // self._groups(site), *up[2:])}
+        shapes = {a: (rank, *down[1:]), b: (up[0], rank // self._count_groups(site), *up[2:])}
         if self.biased and a == _LINEAR[0]:
             shapes[_BIAS] = up[:1]
         return shapes
@@ -171,32 +174,32 @@ class LoraSum(Sum):
     @override
     def make(self, site: str) -> dict[str, Array]:
         here, shapes = self.acting_parts(site), self.shapes[site]
-        a, b = _leaves(here[0], site)
+        a, b = _name_leaves(here[0], site)
         if self.options.rule.merge is not None:
-            up, down = self._merged(site)
+            up, down = self._merge_updates(site)
         elif self.options.width is not None:
-            up, down = self._cut(site, self._spectra(site))
+            up, down = self._cut_update(site, self._decompose_sum(site))
         else:
-            up, down = self._joined(site)
+            up, down = self._join_units(site)
             self.errors[site] = 0.0
         made = {a: down.reshape(shapes[a]), b: up.reshape(shapes[b])}
         if _BIAS in shapes:
-            made[_BIAS] = self._bias(site)
+            made[_BIAS] = self._sum_biases(site)
         return made
 
-    def _joined(self, site: str) -> tuple[Array, Array]:
+    def _join_units(self, site: str) -> tuple[Array, Array]:
         """B and A with the units of all; those of a convolution in groups stand group by group."""
-        (a, b), groups = _leaves(self.acting_parts(site)[0], site), self._groups(site)
+        (a, b), groups = _name_leaves(self.acting_parts(site)[0], site), self._count_groups(site)
         shapes = self.shapes[site]
         down, up = np.empty(shapes[a], np.float32), np.empty(shapes[b], np.float32)
         rows = down.reshape(groups, -1, *shapes[a][1:])
-        probe = _probe(self._sizes(site)[1])
+        probe = _draw_input(self._count_features(site)[1])
         wanted, at = np.zeros((groups, len(up) // groups)), 0
         for part in self.acting_parts(site):
             width = part.shape(site, a)[0] // groups
             piece, factor = rows[:, at : at + width], part.weight * scale_at(part, site)
             if groups == 1:
-                part.tensors.into(part.sites[site][a], piece[0])
+                part.tensors.read_into(part.sites[site][a], piece[0])
             else:
                 piece[...] = part.read(site, a).reshape(piece.shape)
             own = part.read(site, b)
@@ -211,11 +214,12 @@ class LoraSum(Sum):
         self.check(site, found, wanted, max(norm(wanted), size))
         return up, down
 
-    def _spectra(self, site: str) -> list[Spectrum]:
+    def _decompose_sum(self, site: str) -> list[Spectrum]:
         """Of the exact sum, with the weights in B, group by group; kernels of convolutions are flat."""
-        groups = self._groups(site)
+        groups = self._count_groups(site)
         parts = [
-            (_by_group(read_factors(part, site), groups), np.float32(part.weight)) for part in self.acting_parts(site)
+            (_split_by_group(read_factors(part, site), groups), np.float32(part.weight))
+            for part in self.acting_parts(site)
         ]
         found = []
         for k in range(groups):
@@ -223,40 +227,42 @@ class LoraSum(Sum):
             found.append(decompose_factors(up, np.concatenate([own[k][1] for own, _ in parts])))
         return found
 
-    def _cut(self, site: str, spectra: Sequence[Spectrum]) -> tuple[Array, Array]:
+    def _cut_update(self, site: str, spectra: Sequence[Spectrum]) -> tuple[Array, Array]:
         """B and A of the best update of the width, with its error; what is cut off is orthogonal to what stays."""
         rank = self.ranks[site] // len(spectra)
         made = [found.cut(rank) for found in spectra]
-        probe = _probe(spectra[0].down.shape[1])
+        probe = _draw_input(spectra[0].down.shape[1])
         for whole, (up, down) in zip(spectra, made, strict=True):
             wanted, found = whole.up @ (whole.down @ probe), up @ (down @ probe)
             self.check(site, up.T @ found, up.T @ wanted, norm(up) * max(norm(wanted), norm(found)))
-        self._lose(site, [norm(s.values[rank:]) for s in spectra], [norm(s.values) for s in spectra])
+        self._record_loss(site, [norm(s.values[rank:]) for s in spectra], [norm(s.values) for s in spectra])
         return np.concatenate([up for up, _ in made]), np.concatenate([down for _, down in made])
 
-    def _lose(self, site: str, lost: Sequence[float], sizes: Sequence[float]) -> None:
+    def _record_loss(self, site: str, lost: Sequence[float], sizes: Sequence[float]) -> None:
         """Keep the error and the size of the update, from those of its groups."""
         self.norms[site] = math.hypot(*sizes)
         self.errors[site] = math.hypot(*lost) / self.norms[site] if self.norms[site] else 0.0
 
-    def _merged(self, site: str) -> tuple[Array, Array]:
+    def _merge_updates(self, site: str) -> tuple[Array, Array]:
         """A rule on the true updates, and the best update of the width for what it gives."""
         merge = self.options.rule.merge
         assert merge is not None
-        here, groups = self.acting_parts(site), self._groups(site)
-        pairs = [_by_group(read_factors(part, site), groups) for part in here]
+        here, groups = self.acting_parts(site), self._count_groups(site)
+        pairs = [_split_by_group(read_factors(part, site), groups) for part in here]
         if self.options.rule.needs_factors:
-            return self._cut(site, [decompose_factors(*self._knots(site, own)) for own in zip(*pairs, strict=True)])
+            return self._cut_update(
+                site, [decompose_factors(*self._merge_in_shared_basis(site, own)) for own in zip(*pairs, strict=True)]
+            )
         deltas = [np.concatenate([up @ down for up, down in own]) for own in pairs]
         whole = np.split(merge(deltas, [part.weight for part in here], self.options.settings, site), groups)
         made = [fit_factors(dense, self.ranks[site] // groups) for dense in whole]
         sizes = [norm(dense) for dense in whole]
-        self._lose(site, [error * size for (_, _, error), size in zip(made, sizes, strict=True)], sizes)
+        self._record_loss(site, [error * size for (_, _, error), size in zip(made, sizes, strict=True)], sizes)
         for dense, (up, down, _), size in zip(whole, made, sizes, strict=True):
             self.check(site, up.T @ (up @ down), up.T @ dense, norm(up) * size)
         return np.concatenate([up for up, _, _ in made]), np.concatenate([down for _, down, _ in made])
 
-    def _knots(self, site: str, pairs: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    def _merge_in_shared_basis(self, site: str, pairs: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
         """[ΔW_1, ..., ΔW_n] = U S [V_1, ..., V_n]ᵀ; the rule on the V_i, between U S and nothing: no ΔW is formed."""
         merge = self.options.rule.merge
         assert merge is not None
@@ -270,7 +276,7 @@ class LoraSum(Sum):
         merged = merge(own, [part.weight for part in self.acting_parts(site)], self.options.settings, site)
         return (basis @ u * s).astype(np.float32), merged
 
-    def _bias(self, site: str) -> Array:
+    def _sum_biases(self, site: str) -> Array:
         """Of B: it is scaled as B·A is."""
         here = [part for part in self.acting_parts(site) if _BIAS in part.sites[site]]
         total = np.zeros(self.shapes[site][_BIAS], np.float32)
@@ -283,12 +289,12 @@ class LoraSum(Sum):
 
 
 @cache
-def _probe(size: int) -> Array:
+def _draw_input(size: int) -> Array:
     """A random input, the same one each time."""
     return np.random.default_rng(size).standard_normal(size, np.float32)
 
 
-def _check(part: Part) -> None:
+def _check_part(part: Part) -> None:
     """That a sum of these is the sum of their effects."""
     config, name = part.config, part.name
     if config.get("use_dora"):
@@ -313,15 +319,15 @@ def _check(part: Part) -> None:
             "use dense=True, which takes the base and gives the sum as a partial delta."
         )
     for site in part.sites:
-        missing = [leaf for leaf in _leaves(part, site) if leaf not in part.sites[site]]
+        missing = [leaf for leaf in _name_leaves(part, site) if leaf not in part.sites[site]]
         if missing:
-            raise DamagedFile(f"adapter {name!r} lacks {site}.{missing[0]}; get it again.")
-        down, up = (part.shape(site, leaf) for leaf in _leaves(part, site))
+            raise DamagedFile(f"adapter {name!r} lacks {site}.{missing[0]}; download it again.")
+        down, up = (part.shape(site, leaf) for leaf in _name_leaves(part, site))
         if len(down) < 2 or len(down) != len(up) or 0 in (*down, *up) or down[0] % up[1]:
             raise DamagedFile(
-                f"adapter {name!r} has A {down} and B {up} at {site}, which have no product; get it again."
+                f"adapter {name!r} has A {down} and B {up} at {site}, which have no product; download it again."
             )
         if not math.isfinite(scale_at(part, site)):
-            raise DamagedFile(f"adapter {name!r} has no finite scale at {site}; get it again.")
+            raise DamagedFile(f"adapter {name!r} has no finite scale at {site}; download it again.")
     if not part.sites:
-        raise DamagedFile(f"adapter {name!r} holds no LoRA tensor; get it again.")
+        raise DamagedFile(f"adapter {name!r} holds no LoRA tensor; download it again.")

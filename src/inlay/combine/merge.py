@@ -52,7 +52,7 @@ class Merged:
         base: Name of its base.
         stored: How the weights are stored: float32, float16, bfloat16, 8bit or 4bit.
         effect: What the adapter changes, ‖unmerged - base‖ / ‖base‖ over the outputs, both with the adapter's head.
-        error: What merging changes beside it, ‖merged - unmerged‖ / ‖unmerged - base‖.
+        error: What merging changes compared with that, ‖merged - unmerged‖ / ‖unmerged - base‖.
         inputs: On what both were measured: random or given inputs.
         bytes: Of the folder.
     """
@@ -92,10 +92,10 @@ def merge(
         adapter: A folder or a Hub id; `load_adapter` checks it.
         out: The folder to write.
         base: Of the adapter; default: the one that it names.
-        dtype: Of the stored weights; default: float32, or few bits again with `quantize`.
+        dtype: Of the stored weights; default: float32, or the bits of `quantize`.
         quantize: Merge into the weights that an 8-bit or 4-bit base stands for, as an adapter trained on such a base
             needs; without a dtype they are quantised again.
-        limit: Largest error allowed, beside the adapter's own effect.
+        limit: Largest error allowed, compared with the adapter's own effect.
         inputs: Tensors that the model takes, on which effect and error are measured; default: random ones.
 
     Raises:
@@ -125,7 +125,7 @@ def merge(
     unmerged = compute_outputs(used, batch)
     merged, _ = merge_keeping_weights(model)
     with writing(out) as new:
-        _write(merged, new, stored, loaded)
+        _write_model(merged, new, stored, loaded)
         written = load_base(new, task=loaded.task.name)  # checks that transformers finds all weights
         off = float((compute_outputs(written, batch) - unmerged).norm())
         change = float((unmerged - plain).norm())
@@ -144,8 +144,8 @@ def merge(
             bytes=size,
         )
         if not error <= limit:
-            raise ComputationFailed(_refusal(report, limit))
-        _describe(report, new, loaded)
+            raise ComputationFailed(_explain_refusal(report, limit))
+        _write_report_and_card(report, new, loaded)
     return report
 
 
@@ -171,13 +171,13 @@ def dequantize(model: nn.Module, into: nn.Module) -> None:
 
 def _check_arguments(out: Path, dtype: str | None, quantize: str | None, limit: float) -> None:
     if dtype not in (None, "float32", "float16", "bfloat16"):
-        raise BadInput(f"dtype must be float32, float16 or bfloat16, got {dtype!r}.")
+        raise BadInput(f"unknown dtype {dtype!r}; choose one of float32, float16, bfloat16.")
     if quantize not in (None, "8bit", "4bit"):
-        raise BadInput(f"quantize must be 8bit or 4bit, got {quantize!r}.")
+        raise BadInput(f"unknown quantize {quantize!r}; choose one of 8bit, 4bit.")
     if not limit >= 0:
-        raise BadInput(f"limit must be at least 0, got {limit}.")
+        raise BadInput(f"limit must be at least 0, not {limit}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / REPORT).is_file():
-        raise BadInput(f"{out} exists and is no model that inlay merged; give another folder.")
+        raise BadInput(f"{out} exists and is not a model that inlay merged; give another folder.")
 
 
 def _check_merges(loaded: LoadedAdapter) -> None:
@@ -187,29 +187,29 @@ def _check_merges(loaded: LoadedAdapter) -> None:
     if model.active_peft_config.is_prompt_learning:
         raise Unsupported("prompts and prefixes are tokens, which no weight can stand for; use the adapter unmerged.")
     if precision_of(model) in ("int8", "nf4"):
-        raise BadInput("this base is stored in few bits: give the one that it was quantised from, and quantize.")
+        raise BadInput("this base is stored in 8 or 4 bits; give the one that it was quantised from, and quantize.")
     if hasattr(model.base_model, "check_merge"):
         model.base_model.check_merge()
 
 
-def _write(merged: PreTrainedModel, new: Path, stored: str, loaded: LoadedAdapter) -> None:
+def _write_model(merged: PreTrainedModel, new: Path, stored: str, loaded: LoadedAdapter) -> None:
     """The model as it is to be stored, and what makes its inputs."""
     if stored in ("8bit", "4bit"):
         with tempfile.TemporaryDirectory() as whole:
-            _save(merged, Path(whole))
+            _save_quietly(merged, Path(whole))
             few = load_base(whole, task=loaded.task.name, quantize=stored)  # type: ignore[arg-type]
             few.config._name_or_path = ""
-            _save(few, new)
+            _save_quietly(few, new)
     else:
         kind = getattr(torch, stored)
         values = {key: v.to(kind) if v.is_floating_point() else v for key, v in merged.state_dict().items()}
-        _save(merged, new, values)
+        _save_quietly(merged, new, values)
         config = json.loads((new / "config.json").read_text(encoding="utf-8"))
         write_json(new / "config.json", {**config, "dtype": stored})
     loaded.task.save_processor(loaded.processor, new)
 
 
-def _save(model: PreTrainedModel, folder: Path, values: dict[str, torch.Tensor] | None = None) -> None:
+def _save_quietly(model: PreTrainedModel, folder: Path, values: dict[str, torch.Tensor] | None = None) -> None:
     """`save_pretrained` without its progress bar, which flashes by."""
     bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -220,13 +220,13 @@ def _save(model: PreTrainedModel, folder: Path, values: dict[str, torch.Tensor] 
             transformers_logging.enable_progress_bar()
 
 
-def _refusal(report: Merged, limit: float) -> str:
+def _explain_refusal(report: Merged, limit: float) -> str:
     if math.isinf(report.error):
         return (
-            f"adapter {report.adapter!r} changes nothing on these inputs, beside which merging could be measured; give "
-            "other inputs, or another adapter."
+            f"adapter {report.adapter!r} changes nothing on these inputs, so the error of merging cannot be measured; "
+            "give other inputs, or another adapter."
         )
-    ways = {"float32": "use the adapter unmerged", "8bit": "give a dtype too, to store what few bits stand for"}
+    ways = {"float32": "use the adapter unmerged", "8bit": "give a dtype too, to store what these bits stand for"}
     ways |= {"float16": "store float32", "4bit": ways["8bit"]}
     return (
         f"merging {report.adapter!r} and storing {report.stored} would change the outputs by {report.error:.1%} of "
@@ -234,7 +234,7 @@ def _refusal(report: Merged, limit: float) -> str:
     )
 
 
-def _describe(report: Merged, new: Path, loaded: LoadedAdapter) -> None:
+def _write_report_and_card(report: Merged, new: Path, loaded: LoadedAdapter) -> None:
     """merge.json and the model card."""
     record = loaded.file.record
     facts = {**asdict(report), "folder": report.folder.name, "labels": loaded.labels}
@@ -266,7 +266,7 @@ def _describe(report: Merged, new: Path, loaded: LoadedAdapter) -> None:
 
 
 def read_report(folder: str | Path) -> dict[str, Any]:
-    """What `merge` wrote of a model beside it.
+    """The report that `merge` wrote into the folder of a model.
 
     Raises:
         InlayError: A folder without merge.json.

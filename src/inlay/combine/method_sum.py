@@ -19,7 +19,7 @@ Leaves = dict[str, tuple[int, ...]]
 Update = tuple[Array, Array | None]  # B and A of ΔW = B A, or ΔW itself and None
 
 TOLERANCE = 1e-4  # of what is written against the sum of the parts, relative, on random inputs in float32
-# Of a config, where parts differ and it is for training alone.
+# Of a config, where parts differ and it is for training only.
 _TRAINING = {"lora_dropout", "dropout", "init_weights", "init_lora_weights", "projection"}
 
 _LIMITS = ("exclude_modules", "layers_to_transform", "layers_pattern")  # of what target_modules stands for
@@ -55,13 +55,13 @@ class Sum(ABC):
         peft_type: Which one.
         key_prefix: Beginning of the part of a tensor's key that belongs to the method, not to the base.
         title: What one such adapter is called in messages, with its article.
-        has_multiples: False where an adapter takes the weights 1 and 0 alone.
+        has_multiples: False where an adapter takes only the weights 1 and 0.
         has_updates: True where an adapter is updates ΔW of weights, on which every rule works.
         wraps_modules: False where the method has one tensor for the whole model, whose key is `key_prefix`.
         config: Settings of the result.
         shapes: Of its tensors, by site and leaf.
         errors: Relative error of each site that `make` has made; 0 where it is exact.
-        norms: How large the update of that site is beside the others; none where all is exact.
+        norms: How large the update of that site is, compared with the others; none where all is exact.
     """
 
     peft_type: ClassVar[str]
@@ -81,8 +81,8 @@ class Sum(ABC):
         wrong = [part for part in parts if not self.has_multiples and part.weight not in (0, 1)]
         if wrong:
             raise Unsupported(
-                f"{self.title} adds keys, values or tokens to attend to, which have no multiple: expected the "
-                f"weight 1 or 0 for {wrong[0].name!r}, got {wrong[0].weight:g}; the exact sum is their union."
+                f"{self.title} adds keys, values or tokens to attend to, which have no multiple: the "
+                f"weight of {wrong[0].name!r} must be 1 or 0, not {wrong[0].weight:g}; the exact sum is their union."
             )
         self.config = self.decide_config()
         self.shapes = {site: self.shapes_at(site) for site in self.names}

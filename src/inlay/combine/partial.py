@@ -31,7 +31,7 @@ class PartialSum(Sum):
                 leaves = {leaf for part in self.parts if site in part.sites for leaf in part.sites[site]}
                 if leaves == {"inlay_partial_delta.bias"}:
                     raise Unsupported(
-                        f"{site} has its bias trained alone, other modules all of their weights, which one config "
+                        f"{site} has only its bias trained, other modules all of their weights, which one config "
                         "cannot say; combine adapters with the same train=."
                     )
         return make_common_config(self.parts, self.names, train=train, last=None)
@@ -57,9 +57,9 @@ class PartialSum(Sum):
 
     @override
     def make(self, site: str) -> dict[str, Array]:
-        return {leaf: self._added(site, leaf) for leaf in self.shapes[site]}
+        return {leaf: self._add_deltas(site, leaf) for leaf in self.shapes[site]}
 
-    def _added(self, site: str, leaf: str) -> Array:
+    def _add_deltas(self, site: str, leaf: str) -> Array:
         here = [part for part in self.acting_parts(site) if leaf in part.sites[site]]
         self.errors[site] = 0.0
         if self.options.rule.merge is not None and here:
@@ -75,17 +75,17 @@ class PartialSum(Sum):
                 continue
             delta = part.read(site, leaf)
             delta -= np.float32(self.start)
-            wanted += part.weight * _seen(delta)
+            wanted += part.weight * _sum_entries(delta)
             size += abs(part.weight) * norm(delta)
             delta *= np.float32(part.weight)
             total += delta
             del delta  # before the next one is there
-        self.check(site, np.array(_seen(total)), np.array(wanted), size)
+        self.check(site, np.array(_sum_entries(total)), np.array(wanted), size)
         total += np.float32(self.start)
         return total
 
 
-def _seen(delta: Array) -> float:
+def _sum_entries(delta: Array) -> float:
     """One number that all entries go into, in float64 by pieces."""
     flat = delta.ravel()
     return float(sum(flat[i : i + 16384].sum(dtype=np.float64) for i in range(0, len(flat), 16384)))

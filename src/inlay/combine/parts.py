@@ -48,19 +48,19 @@ class Tensors:
         if kind not in _FLOATS:
             raise Unsupported(f"the tensor {key!r} of {self.path} is of {kind}; only floating-point ones add.")
         found = np.empty(self.shape(key), _FLOATS[kind])
-        self._fill(key, found)
+        self._read_bytes(key, found)
         if kind == "BF16":
             return (found.astype(np.uint32) << 16).view(np.float32)
         return found.astype(np.float32, copy=False)
 
-    def into(self, key: str, place: Array) -> None:
+    def read_into(self, key: str, place: Array) -> None:
         """One tensor into a contiguous piece of another: a file in float32 is read right there."""
         if self._entries[key]["dtype"] == "F32" and place.flags.c_contiguous:
-            self._fill(key, place)
+            self._read_bytes(key, place)
         else:
             place[...] = self.read(key)
 
-    def _fill(self, key: str, place: npt.NDArray[Any]) -> None:
+    def _read_bytes(self, key: str, place: npt.NDArray[Any]) -> None:
         if not place.size:
             return
         view, at = memoryview(place.reshape(-1).view(np.uint8)), 0  # type: ignore[arg-type]
@@ -68,7 +68,7 @@ class Tensors:
         while at < len(view):  # one call reads 2 GB at most
             count = self._file.readinto(view[at:])
             if not count:
-                raise DamagedFile(f"{self.path} was cut short while it was read; get it again.")
+                raise DamagedFile(f"{self.path} was cut short while it was read; download it again.")
             at += count
 
     def close(self) -> None:
@@ -125,7 +125,7 @@ class Source:
     intact: Future[None]
     head: dict[str, str] = field(default_factory=dict)
 
-    def weighted(self, weight: float) -> "Source":
+    def with_weight(self, weight: float) -> "Source":
         """The same adapter with another weight."""
         parts = {kind: replace(part, weight=weight) for kind, part in self.parts.items()}
         return replace(self, weight=weight, parts=parts)

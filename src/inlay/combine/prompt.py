@@ -29,11 +29,11 @@ class PromptSum(ConcatenationSum):
             rows, said = part.shape("", self.key_prefix)[0], part.config.get("num_virtual_tokens")
             if rows != said:
                 raise DamagedFile(
-                    f"adapter {part.name!r} holds {rows} tokens, but its config says {said}; get it again."
+                    f"adapter {part.name!r} holds {rows} tokens, but its config says {said}; download it again."
                 )
 
     @override
-    def settings(self, length: int) -> dict[str, Any]:
+    def make_settings(self, length: int) -> dict[str, Any]:
         config = {**self.parts[0].config, "num_virtual_tokens": length}
         return {**config, "prefix_projection": False} if "prefix_projection" in config else config
 

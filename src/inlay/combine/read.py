@@ -21,18 +21,18 @@ from inlay.errors import BadInput, DamagedFile, Unsupported, WrongBase
 def open_adapters(adapters: Mapping[Any, float]) -> Iterator[list[Source]]:
     """Adapters by folder or Hub id, with their weights, checked to be of one base.
 
-    Digests are taken meanwhile, beside the work of the block: `wait_for_digests` waits for them, as does the end of the
-    block. Where a block fails on a damaged file, it is the damage that is said.
+    Digests are taken while the block works: `wait_for_digests` waits for them, as does the end of the
+    block. A block that fails on a damaged file fails with the error of the damage.
 
     Raises:
         InlayError: Whatever `read_adapter` finds; no adapter; a weight that is no finite number; other bases; tensors
             that belong neither to a method nor to a head.
     """
     if not adapters:
-        raise BadInput("expected adapters and their weights, such as {'a': 1.0, 'b': 0.5}, got none.")
+        raise BadInput("there are no adapters to combine; give them with their weights, such as {'a': 1.0, 'b': 0.5}.")
     for path, weight in adapters.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not np.isfinite(weight):
-            raise BadInput(f"the weight of {path} must be a finite number, got {weight!r}.")
+            raise BadInput(f"the weight of {path} must be a finite number, not {weight!r}.")
     files = [read_adapter(fetch(path), digest=False) for path in adapters]
     sources: list[Source] = []
     with ThreadPoolExecutor(min(len(adapters), 4)) as pool, ExitStack() as held:
@@ -43,7 +43,7 @@ def open_adapters(adapters: Mapping[Any, float]) -> Iterator[list[Source]]:
             for name, weight, file, future in zip(names, adapters.values(), files, whole, strict=True):
                 tensors = Tensors(file.folder / WEIGHTS)
                 held.callback(tensors.close)
-                sources.append(_source(name, float(weight), file, tensors, future))
+                sources.append(_sort_tensors(name, float(weight), file, tensors, future))
             yield sources
         finally:
             for future in whole:
@@ -67,7 +67,9 @@ def shorten_names(folders: list[Path]) -> list[str]:
         names = ["/".join(p[-count:]) for p in parts]
         if len(set(names)) == len(names):
             return names
-    raise BadInput(f"expected different adapters, got one twice among {', '.join(map(str, folders))}.")
+    raise BadInput(
+        f"one adapter is named twice among {', '.join(map(str, folders))}; give it once, with its whole weight."
+    )
 
 
 def _check_bases(files: Mapping[str, AdapterFile]) -> None:
@@ -90,19 +92,21 @@ def _check_bases(files: Mapping[str, AdapterFile]) -> None:
             )
 
 
-def _source(name: str, weight: float, file: AdapterFile, tensors: Tensors, intact: Future[None]) -> Source:
+def _sort_tensors(name: str, weight: float, file: AdapterFile, tensors: Tensors, intact: Future[None]) -> Source:
     config = file.config
     inner, whole = config.get("parts") or [], config.get("modules_to_save") or []
     named = isinstance(whole, list) and all(isinstance(module, str) for module in whole)
     if not named or not all(isinstance(part, dict) and isinstance(part.get("peft_type"), str) for part in inner):
-        raise DamagedFile(f"the config of adapter {name!r} has parts or modules_to_save of a wrong kind; get it again.")
+        raise DamagedFile(
+            f"the config of adapter {name!r} has parts or modules_to_save of a wrong kind; download it again."
+        )
     configs = {part["peft_type"]: part for part in inner} or {config["peft_type"]: config}
     sites: dict[str, dict[str, dict[str, str]]] = {kind: {} for kind in configs}
     head: dict[str, str] = {}
     known = configs.keys() <= SUM_BY_PEFT_TYPE.keys()  # others are refused, with the reason, by `make_sums`
     for key in tensors:
         plain = key.removeprefix(PREFIX)
-        kind, site, leaf = _place(plain, config["peft_type"])
+        kind, site, leaf = _parse_key(plain, config["peft_type"])
         if not kind and any(f".{module}." in f".{plain}" for module in whole):
             head[plain] = key
         elif not known or kind in sites:
@@ -122,7 +126,7 @@ def _source(name: str, weight: float, file: AdapterFile, tensors: Tensors, intac
     return Source(name, weight, file, tensors, parts, intact, head)
 
 
-def _place(key: str, own: str) -> tuple[str, str, str]:
+def _parse_key(key: str, own: str) -> tuple[str, str, str]:
     """Method, site and leaf of a key in an adapter of the peft_type `own`; no method for a tensor of the base."""
     sum_class = SUM_BY_PEFT_TYPE.get(own)
     if sum_class is not None and not sum_class.wraps_modules and key == sum_class.key_prefix:

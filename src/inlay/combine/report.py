@@ -51,7 +51,7 @@ class Overlap:
 
     Attributes:
         adapters: Names and weights.
-        alone: Modules that one adapter alone changes, by its name.
+        alone: Modules that only one adapter changes, by its name.
         meetings: Modules that two of them change.
     """
 
@@ -71,16 +71,19 @@ class Overlap:
 
     def __str__(self) -> str:
         """A line for each pair of adapters, and the modules where it may hurt most."""
-        lines = [f"{name} x {weight:g}: alone in {len(self.alone[name])}" for name, weight in self.adapters.items()]
+        lines = [
+            f"{name} x {weight:g}: the only one in {len(self.alone[name])} modules"
+            for name, weight in self.adapters.items()
+        ]
         for first, second in combinations(self.adapters, 2):
             met = [m for m in self.meetings if (m.first, m.second) == (first, second)]
             if not met:
                 lines.append(f"{first} and {second}: no module in common")
                 continue
-            said = [f"{m} {_text(self.mean(m, first, second))}" for m in MEASURES]
+            said = [f"{m} {_format_value(self.mean(m, first, second))}" for m in MEASURES]
             lines.append(f"{first} and {second}: {len(met)} modules in common; on average {', '.join(said)}")
             worst = sorted((m for m in met if m.interference is not None), key=lambda m: -(m.interference or 0))
-            lines += [f"  most interference: {m.module} {_text(m.interference)}" for m in worst[:3]]
+            lines += [f"  most interference: {m.module} {_format_value(m.interference)}" for m in worst[:3]]
         return "\n".join(lines)
 
 
@@ -109,11 +112,11 @@ def compare_sources(sources: Sequence[Source]) -> Overlap:
         for kind in a.parts:
             if kind in b.parts:
                 own, other = a.parts[kind], b.parts[kind]
-                meetings += [_meet(kind, site, own, other) for site in own.sites if site in other.sites]
+                meetings += [_compare_at(kind, site, own, other) for site in own.sites if site in other.sites]
     return Overlap({source.name: source.weight for source in sources}, alone, meetings)
 
 
-def _meet(kind: str, site: str, a: Part, b: Part) -> Meeting:
+def _compare_at(kind: str, site: str, a: Part, b: Part) -> Meeting:
     sum_class = SUM_BY_PEFT_TYPE.get(kind)
     pair = [None if sum_class is None else sum_class.update_at(part, site) for part in (a, b)]
     if pair[0] is None or pair[1] is None or pair[0][0].shape[:1] != pair[1][0].shape[:1]:
@@ -124,44 +127,44 @@ def _meet(kind: str, site: str, a: Part, b: Part) -> Meeting:
 def measures(a: Update, b: Update) -> dict[str, float | None]:
     """The five of two updates, each as (B, A), or as (ΔW, None)."""
     if a[1] is None or b[1] is None:
-        return _dense(a[0], b[0])
-    (up_a, down_a), (up_b, down_b) = (_double(*a), _double(*b))
+        return _measure_dense(a[0], b[0])
+    (up_a, down_a), (up_b, down_b) = (_convert_to_float64(*a), _convert_to_float64(*b))
     inner = float(((up_a.T @ up_b) * (down_a @ down_b.T)).sum())
     size_a, size_b = (
         float(np.sqrt(max(((u.T @ u) * (d @ d.T)).sum(), 0))) for u, d in ((up_a, down_a), (up_b, down_b))
     )
     if size_a == 0 or size_b == 0:
         return dict.fromkeys(MEASURES)
-    reads = [_basis(down.T) for down in (down_a, down_b)]
-    writes = [_basis(up) for up in (up_a, up_b)]
+    reads = [_find_basis(down.T) for down in (down_a, down_b)]
+    writes = [_find_basis(up) for up in (up_a, up_b)]
     on_a = norm(up_b @ (down_b @ reads[0])) / size_a
     on_b = norm(up_a @ (down_a @ reads[1])) / size_b
     return {
         "cosine": inner / (size_a * size_b),
-        "read": _shared(*reads),
-        "written": _shared(*writes),
-        "conflict": _conflict(up_a, down_a, up_b, down_b),
+        "read": _measure_shared_space(*reads),
+        "written": _measure_shared_space(*writes),
+        "conflict": _measure_conflict(up_a, down_a, up_b, down_b),
         "interference": max(on_a, on_b),
     }
 
 
-def _double(up: Array, down: Array | None) -> tuple[Any, Any]:
+def _convert_to_float64(up: Array, down: Array | None) -> tuple[Any, Any]:
     assert down is not None
     return up.astype(np.float64), down.astype(np.float64)
 
 
-def _basis(columns: Any) -> Any:
+def _find_basis(columns: Any) -> Any:
     """Orthonormal columns that span these; directions of nothing are left out."""
     u, s, _ = np.linalg.svd(columns, full_matrices=False)
     return u[:, s > 1e-6 * max(s[0], 1e-300)]
 
 
-def _shared(a: Any, b: Any) -> float | None:
+def _measure_shared_space(a: Any, b: Any) -> float | None:
     smaller = min(a.shape[1], b.shape[1])
     return float(((a.T @ b) ** 2).sum() / smaller) if smaller else None
 
 
-def _conflict(up_a: Any, down_a: Any, up_b: Any, down_b: Any) -> float | None:
+def _measure_conflict(up_a: Any, down_a: Any, up_b: Any, down_b: Any) -> float | None:
     """By strips of rows, so that ΔW is never there as a whole."""
     rows, against, both = max(1, _STRIP // down_a.shape[1]), 0, 0
     down_a, down_b = down_a.astype(np.float32), down_b.astype(np.float32)
@@ -171,7 +174,7 @@ def _conflict(up_a: Any, down_a: Any, up_b: Any, down_b: Any) -> float | None:
     return against / both if both else None
 
 
-def _dense(a: Array, b: Array) -> dict[str, float | None]:
+def _measure_dense(a: Array, b: Array) -> dict[str, float | None]:
     """Differences of weights read all inputs, so that there is no smaller space to share."""
     if a.shape != b.shape:
         raise WrongBase(f"updates of one module have the shapes {a.shape} and {b.shape}; combine those of one base.")
@@ -191,5 +194,5 @@ def _dense(a: Array, b: Array) -> dict[str, float | None]:
     }
 
 
-def _text(value: float | None) -> str:
+def _format_value(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"

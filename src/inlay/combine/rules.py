@@ -53,7 +53,7 @@ class Rule:
     needs_factors: bool = False
 
 
-def _peft(name: str, deltas: list[Array], weights: Sequence[float], **settings: Any) -> Array:
+def _call_peft(name: str, deltas: list[Array], weights: Sequence[float], **settings: Any) -> Array:
     """One of peft's functions on stacked updates; it needs torch, which the linear rules do not."""
     import torch
 
@@ -64,14 +64,14 @@ def _peft(name: str, deltas: list[Array], weights: Sequence[float], **settings: 
     return found
 
 
-def _sum(deltas: list[Array], weights: Sequence[float]) -> Array:
+def _sum_updates(deltas: list[Array], weights: Sequence[float]) -> Array:
     total = np.zeros_like(deltas[0])
     for delta, weight in zip(deltas, weights, strict=True):
         total += np.float32(weight) * delta
     return total
 
 
-def _kept(settings: Settings, size: int) -> float:
+def _find_density(settings: Settings, size: int) -> float:
     """The density, of which peft rounds down: one entry at least stays."""
     return max(settings.density, 1.0 / max(size, 1) * (1 + 1e-9))
 
@@ -83,7 +83,7 @@ def ties(deltas: list[Array], weights: Sequence[float], settings: Settings, site
     `ties` elects by the updates without their weights, which gives another sign where weights differ. An entry whose
     vectors cancel has no sign and becomes 0.
     """
-    scaled = [np.float32(w) * _trim(delta, settings) for delta, w in zip(deltas, weights, strict=True)]
+    scaled = [np.float32(w) * _keep_largest(delta, settings) for delta, w in zip(deltas, weights, strict=True)]
     elected = np.sign(np.sum(scaled, axis=0, dtype=np.float64))
     total: Array = np.zeros_like(deltas[0])
     count: Array = np.zeros(total.shape, np.float32)
@@ -95,25 +95,25 @@ def ties(deltas: list[Array], weights: Sequence[float], settings: Settings, site
     return total
 
 
-def _trim(delta: Array, settings: Settings) -> Array:
-    density = _kept(settings, delta.size)
-    return delta if density >= 1 else _peft("magnitude_prune", [delta], [1.0], density=density)
+def _keep_largest(delta: Array, settings: Settings) -> Array:
+    density = _find_density(settings, delta.size)
+    return delta if density >= 1 else _call_peft("magnitude_prune", [delta], [1.0], density=density)
 
 
 def magnitude(deltas: list[Array], weights: Sequence[float], settings: Settings, site: str) -> Array:
     """Keep the largest entries of each update, and add."""
-    return _sum([_trim(delta, settings) for delta in deltas], weights)
+    return _sum_updates([_keep_largest(delta, settings) for delta in deltas], weights)
 
 
 def dare(deltas: list[Array], weights: Sequence[float], settings: Settings, site: str) -> Array:
     """Drop entries at random, scale the rest up to keep the expectation, and add; a site draws the same each time."""
     if settings.density >= 1:
-        return _sum(deltas, weights)
+        return _sum_updates(deltas, weights)
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed * 1_000_003 + zlib.crc32(site.encode()))
-        return _peft("dare_linear", deltas, weights, density=settings.density)
+        return _call_peft("dare_linear", deltas, weights, density=settings.density)
 
 
 _RULES = (
@@ -150,9 +150,9 @@ def find_rule(name: str, settings: Settings) -> Rule:
         InlayError: There is none of that name; a density that is no share.
     """
     if name not in RULES:
-        raise BadInput(f"there is no rule {name!r}; {', '.join(RULES)} are.")
+        raise BadInput(f"unknown rule {name!r}; choose one of {', '.join(RULES)}.")
     if not 0 < settings.density <= 1:
-        raise BadInput(f"density must be above 0 and at most 1, got {settings.density}.")
+        raise BadInput(f"density must be above 0 and at most 1, not {settings.density}.")
     return RULES[name]
 
 
@@ -160,7 +160,7 @@ def weights_under_rule(rule: Rule, weights: Sequence[float]) -> list[float]:
     """The weights as the rule takes them.
 
     Raises:
-        InlayError: They shall add up to 1, but add up to 0.
+        InlayError: An average of weights that add up to 0.
     """
     total = float(sum(weights))
     if rule.normal and abs(total) < 1e-12:

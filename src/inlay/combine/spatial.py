@@ -44,11 +44,11 @@ class SpatialSum(Sum):
                 + "."
             )
         self.kept = keep[0]
-        widths = [self._units(part) for part in self.parts if part.weight != 0 or self.options.zeros]
-        self.full = sum(widths) or self._units(self.parts[0])
+        widths = [self._count_units(part) for part in self.parts if part.weight != 0 or self.options.zeros]
+        self.full = sum(widths) or self._count_units(self.parts[0])
         self.units = self.full
         if self.options.width == "auto":
-            self.units = min(self.full, self._narrowest())
+            self.units = min(self.full, self._find_narrowest_width())
         elif self.options.width is not None:
             self.units = min(self.full, self.options.width)
         own = {
@@ -61,12 +61,12 @@ class SpatialSum(Sum):
     def width(self) -> int:
         return self.units
 
-    def _units(self, part: Part) -> int:
+    def _count_units(self, part: Part) -> int:
         for site in part.sites:
             for leaf in part.sites[site]:
                 if leaf.endswith(".adapter.down.weight"):
                     return part.shape(site, leaf)[0]
-        raise DamagedFile(f"adapter {part.name!r} holds no spatial bottleneck; get it again.")
+        raise DamagedFile(f"adapter {part.name!r} holds no spatial bottleneck; download it again.")
 
     @override
     def shapes_at(self, site: str) -> Leaves:
@@ -91,24 +91,24 @@ class SpatialSum(Sum):
             if _is_head(leaf):
                 made[leaf] = self.kept.read(site, leaf)
             elif ".adapter." not in leaf:
-                made[leaf] = self._added(site, leaf)
+                made[leaf] = self._add_deltas(site, leaf)
             elif leaf.endswith("down.weight"):
-                made |= self._block(site, leaf.removesuffix("down.weight"))
+                made |= self._make_block(site, leaf.removesuffix("down.weight"))
                 self.norms[site] = 1.0
         self.errors.setdefault(site, 0.0)
         return made
 
-    def _added(self, site: str, leaf: str) -> Array:
+    def _add_deltas(self, site: str, leaf: str) -> Array:
         total = np.zeros(self.shapes[site][leaf], np.float32)
         for part in self.acting_parts(site):
             total += np.float32(part.weight) * part.read(site, leaf)
         return total
 
-    def _block(self, site: str, start: str) -> dict[str, Array]:
+    def _make_block(self, site: str, start: str) -> dict[str, Array]:
         """The bottleneck of one block; where it has to be smaller, the units with the largest product of norms stay."""
-        made = self._beside(site, start)
+        made = self._join_units(site, start)
         if self.units < self.full:
-            weight = _importance(made, start)
+            weight = _measure_importance(made, start)
             order = np.argsort(-weight, kind="stable")
             kept = np.sort(order[: self.units])
             for leaf in made:
@@ -118,7 +118,7 @@ class SpatialSum(Sum):
             self.errors[site] = max(self.errors.get(site, 0.0), lost)
         return made
 
-    def _beside(self, site: str, start: str) -> dict[str, Array]:
+    def _join_units(self, site: str, start: str) -> dict[str, Array]:
         """The units of all adapters in one block."""
         here = self.acting_parts(site)
         made: dict[str, Array] = {}
@@ -132,19 +132,19 @@ class SpatialSum(Sum):
                 made[leaf] = np.concatenate(read, axis=1 if leaf.endswith("up.weight") else 0)
         return made
 
-    def _narrowest(self) -> int:
+    def _find_narrowest_width(self) -> int:
         """The smallest width that leaves out no more than the error of what the units of any block weigh."""
         width = 1
         for site in self.names:
             for leaf in (leaf for leaf in self.kept.sites[site] if leaf.endswith(".adapter.down.weight")):
                 start = leaf.removesuffix("down.weight")
-                weight = np.sort(_importance(self._beside(site, start), start))[::-1]
+                weight = np.sort(_measure_importance(self._join_units(site, start), start))[::-1]
                 left = [norm(weight[i:]) for i in range(len(weight) + 1)]
                 width = max(width, next(i for i, lost in enumerate(left) if lost <= self.options.error * left[0]))
         return width
 
 
-def _importance(block: dict[str, Array], start: str) -> Array:
+def _measure_importance(block: dict[str, Array], start: str) -> Array:
     """Of each unit of a block: the product of the norms of its way in, its kernel and its way out."""
     up, down = block[f"{start}up.weight"], block[f"{start}down.weight"]
     weight: Array = np.linalg.norm(up, axis=0) * np.linalg.norm(down, axis=1)

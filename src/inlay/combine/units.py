@@ -33,7 +33,7 @@ def keep_units(
         Numbers of the units (width,), their W_up with its bias as the last column (d, width + 1), and the relative
         error of what is added: on the inputs, or without any an estimate that takes the units for independent.
     """
-    order, spread, hidden = _by_importance(down, bias, up, act, inputs)
+    order, spread, hidden = _order_units(down, bias, up, act, inputs)
     kept = np.sort(order[:width])
     if hidden is None:
         out = np.column_stack([up[:, kept], np.zeros(len(up), np.float32)])
@@ -51,26 +51,26 @@ def unit_errors(
 
     On inputs by one QR of the units in the order of their importance: each takes its share of what is added.
     """
-    order, spread, hidden = _by_importance(down, bias, up, act, inputs)
+    order, spread, hidden = _order_units(down, bias, up, act, inputs)
     if hidden is None:
         shares = spread[order] ** 2
-        return np.sqrt(_left(shares, shares.sum()))
+        return np.sqrt(_list_remaining(shares, shares.sum()))
     wanted = hidden @ up.T
     basis, size = np.linalg.qr(np.column_stack([np.ones(len(hidden)), hidden[:, order]]))
     shares = ((basis.T @ wanted) ** 2).sum(1)
     shares[np.abs(np.diag(size)) < 1e-9 * np.abs(size).max()] = 0  # units that those before them make up for
     shares = np.pad(shares, (0, len(order) + 1 - len(shares)))
-    return np.sqrt(_left(shares, norm(wanted) ** 2)[1:])
+    return np.sqrt(_list_remaining(shares, norm(wanted) ** 2)[1:])
 
 
-def _left(shares: npt.NDArray[np.floating], whole: float) -> npt.NDArray[np.float64]:
+def _list_remaining(shares: npt.NDArray[np.floating], whole: float) -> npt.NDArray[np.float64]:
     """What is left of a whole, relative to it, after none, one, ... all of the shares."""
     gone = np.concatenate([[0.0], np.cumsum(shares, dtype=np.float64)])
     left: npt.NDArray[np.float64] = np.maximum(1 - gone / whole, 0) if whole > 0 else np.zeros(len(gone))
     return left
 
 
-def _by_importance(
+def _order_units(
     down: Array, bias: Array, up: Array, act: "Activation", inputs: Array | None
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.floating], npt.NDArray[np.float64] | None]:
     """Units from the most important one on, how important each is (m,), and what they hold on the inputs (N, m)."""
@@ -79,7 +79,7 @@ def _by_importance(
         spread = size * np.sqrt((down**2).sum(1) + bias**2)
         return np.argsort(-spread, kind="stable"), spread, None
     if inputs.ndim != 2 or inputs.shape[1] != down.shape[1]:
-        raise BadInput(f"expected activations of shape (N, {down.shape[1]}), got {tuple(inputs.shape)}.")
+        raise BadInput(f"activations must have the shape (N, {down.shape[1]}), not {tuple(inputs.shape)}.")
     hidden = act(inputs.astype(np.float64) @ down.T + bias)
     spread = hidden.std(0) * size
     return np.argsort(-spread, kind="stable"), spread, hidden

@@ -9,7 +9,7 @@ from inlay.combine.method_sum import make_common_config, require_equal_settings
 
 
 class VisualPromptSum(ConcatenationSum):
-    """Tokens beside those of the picture; of shallow ones the first block has them all."""
+    """Tokens next to those of the image; of shallow ones the first block has them all."""
 
     peft_type = "INLAY_VISUAL_PROMPT"
     key_prefix = "inlay_visual_prompt_"
@@ -27,5 +27,5 @@ class VisualPromptSum(ConcatenationSum):
             self.blocks = self.names
 
     @override
-    def settings(self, length: int) -> dict[str, Any]:
+    def make_settings(self, length: int) -> dict[str, Any]:
         return make_common_config(self.parts, self.blocks, length=length)

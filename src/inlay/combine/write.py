@@ -39,22 +39,22 @@ class Stream:
             at = end
         self._header, self._back = header, np.empty(_PIECE, "<i4")
         self._file = path.open("w+b", buffering=0)
-        self._put(self._text())
+        self._write_bytes(self._encode_header())
         self._written: SimpleQueue[int] = SimpleQueue()
         self._pool = ThreadPoolExecutor(1)
-        self._digest = self._pool.submit(self._follow, self._file.tell())
+        self._digest = self._pool.submit(self._digest_what_is_written, self._file.tell())
 
-    def _text(self) -> bytes:
+    def _encode_header(self) -> bytes:
         text = json.dumps(self._header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    def _put(self, data: Any) -> None:
+    def _write_bytes(self, data: Any) -> None:
         view, at = memoryview(data), 0
         while at < len(view):
             at += self._file.write(view[at : at + (1 << 30)])
 
-    def _follow(self, start: int) -> str:
+    def _digest_what_is_written(self, start: int) -> str:
         """The digest of the file, as far as it is written, until a size of 0 tells its end."""
         seen, piece = start_digest(self._header), memoryview(bytearray(4 * _PIECE))
         with self.path.open("rb", buffering=0) as file:
@@ -80,7 +80,7 @@ class Stream:
         for i in range(0, len(flat), _PIECE):  # in pieces that stay in the processor's cache
             if not np.isfinite(flat[i : i + _PIECE]).all():
                 raise ComputationFailed(f"the combined tensor {key!r} holds NaN or Inf; nothing was written.")
-        self._put(flat.view(np.uint8))
+        self._write_bytes(flat.view(np.uint8))
         if flat.nbytes:
             self._written.put(flat.nbytes)
         self._file.seek(-flat.nbytes, os.SEEK_CUR)
@@ -100,7 +100,7 @@ class Stream:
         self._written.put(0)
         self._header["__metadata__"][DIGEST] = self._digest.result()
         self._file.seek(0)
-        self._put(self._text())
+        self._write_bytes(self._encode_header())
         self.abandon()
 
     def abandon(self) -> None:
@@ -127,7 +127,9 @@ def make_record(sources: Sequence[Source], heads: Heads, keep: str | None, made:
         for what in ("task", "preprocessing"):
             if source.file.record.get(what) != first.get(what):
                 differs = [
-                    k for k, v in _flat(first.get(what)).items() if _flat(source.file.record.get(what)).get(k) != v
+                    k
+                    for k, v in _flatten(first.get(what)).items()
+                    if _flatten(source.file.record.get(what)).get(k) != v
                 ]
                 raise BadInput(
                     f"adapters {having[0].name!r} and {source.name!r} were trained with another {what} "
@@ -148,7 +150,7 @@ def make_record(sources: Sequence[Source], heads: Heads, keep: str | None, made:
     }
 
 
-def _flat(value: Any) -> dict[str, Any]:
+def _flatten(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {"": value}
 
 
@@ -176,7 +178,7 @@ def write_settings(folder: Path, config: dict[str, Any], record: dict[str, Any],
 
 
 def make_metadata(config: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
-    """What stands in the safetensors header beside the tensors."""
+    """The metadata of the safetensors header."""
     if not record:
         return {"format": "pt"}
     said = json.dumps({**record, "config": fingerprint(config)}, separators=(",", ":"), ensure_ascii=False)
@@ -194,6 +196,6 @@ def read_back(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 @cache
-def versions() -> dict[str, str]:
+def list_versions() -> dict[str, str]:
     """What a combination depends on."""
     return {name: version(name) for name in ("inlay", "numpy")}

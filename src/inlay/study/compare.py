@@ -1,4 +1,4 @@
-"""Several methods on one task, over several seeds: quality with its spread, beside what each costs."""
+"""Several methods on one task, over several seeds: quality with its spread, and what each costs."""
 
 import json
 import math
@@ -45,7 +45,7 @@ class Compared:
             BLEU and ROUGE-L from 0 to 100 on the test data, perplexity on the validation data.
         steps_per_second: Median over the seeds.
         file_bytes: What is stored, head included: the adapter's weights, or all that was trained.
-        peak_bytes: Largest sum of all tensors in a training step, of texts alone.
+        peak_bytes: Largest sum of all tensors in a training step; only of texts.
     """
 
     method: str
@@ -58,12 +58,12 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _SeedRun:
     """The data of one seed, and how a run on it is scored."""
 
     data: TaskData
     scores: Callable[[nn.Module, FitResult], dict[str, float]]
-    scored_by: dict[str, Any] = field(default_factory=dict)  # what the scores depend on beside the run
+    scored_by: dict[str, Any] = field(default_factory=dict)  # what the scores depend on besides the run
     peak: Callable[[nn.Module], int] | None = None
 
 
@@ -81,20 +81,20 @@ def compare_images(
     `learning_rates` are given in the order of `methods`; without them METHODS has one for each. The method `all` is
     every method that suits a vision transformer.
 
-    The folder `train.output_dir` holds one run per method and seed, so a comparison that is broken off goes on where it
+    The folder `train.output_dir` holds one run per method and seed: a comparison that is interrupted goes on where it
     was. Seeds change the split (where the data has none), the order, the augmentation and the new weights.
 
     Raises:
         InlayError: An unknown method, no seed, weights in 8 or 4 bits that a method trains, or what load_base,
             load_images and fit raise.
     """
-    methods = _check(task, methods, learning_rates, seeds, "vision")
+    methods = _choose_methods(task, methods, learning_rates, seeds, "vision")
 
-    def job(seed: int) -> _Job:
+    def job(seed: int) -> _SeedRun:
         data = task.load(seed)
-        return _Job(data, lambda adapted, result: {"accuracy": result.metrics["accuracy"]})
+        return _SeedRun(data, lambda adapted, result: {"accuracy": result.metrics["accuracy"]})
 
-    return _compare(task, job, train, methods, learning_rates, seeds, width)
+    return _train_and_score(task, job, train, methods, learning_rates, seeds, width)
 
 
 def compare_texts(
@@ -113,15 +113,15 @@ def compare_texts(
         InlayError: What `compare_images` says; a text for which the base has no room; a method that does not suit these
             settings.
     """
-    methods = _check(task, methods, learning_rates, seeds, "text")
-    some = load_texts(task.dataset, seed=seeds[0])
+    methods = _choose_methods(task, methods, learning_rates, seeds, "text")
+    texts = load_texts(task.dataset, seed=seeds[0])
     for name in methods:  # what would stop the last of them is found before the first one is trained
         skeleton = METHODS[name].adapt(load_skeleton(task.model), width)
-        (decoding or Decoding()).check(skeleton, some)
+        (decoding or Decoding()).check(skeleton, texts)
         if train.gradient_checkpointing:
             enable_checkpointing(skeleton)
 
-    def job(seed: int) -> _Job:
+    def job(seed: int) -> _SeedRun:
         data = task.load(seed)
         examples = data.train
 
@@ -133,12 +133,12 @@ def compare_texts(
             longest = sorted(range(len(examples)), key=lambda i: -examples.lengths[i])[: train.batch_size]
             return measure_peak(adapted, examples.collate([examples[i] for i in longest]), loss=data.loss)
 
-        return _Job(data, scores, scored_by=asdict(decoding or Decoding()), peak=peak)
+        return _SeedRun(data, scores, scored_by=asdict(decoding or Decoding()), peak=peak)
 
-    return _compare(task, job, train, methods, learning_rates, seeds, width)
+    return _train_and_score(task, job, train, methods, learning_rates, seeds, width)
 
 
-def _check(
+def _choose_methods(
     task: TaskOptions, methods: Sequence[str], learning_rates: Sequence[float], seeds: Sequence[int], base: str
 ) -> Sequence[str]:
     """The methods to compare, those of `all` by name; pissa is left out of these, as it changes the base.
@@ -150,9 +150,14 @@ def _check(
         methods = [name for name, method in METHODS.items() if base in method.bases and not method.starts_from_weights]
     unknown = [name for name in methods if name not in METHODS]
     if unknown or not methods or not seeds:
-        raise BadInput(f"expected methods among {', '.join(METHODS)} and one seed or more, got {methods} and {seeds}.")
+        raise BadInput(
+            f"cannot compare the methods {list(methods)} over the seeds {list(seeds)}; give one seed or more, and "
+            f"methods among {', '.join(METHODS)}."
+        )
     if learning_rates and len(learning_rates) != len(methods):
-        raise BadInput(f"expected one learning rate for each of {len(methods)} methods, got {len(learning_rates)}.")
+        raise BadInput(
+            f"there are {len(learning_rates)} learning rates for {len(methods)} methods; give one for each, or none."
+        )
     whole = [name for name in methods if name in ("full", "partial")]
     if task.quantize and whole:
         raise Unsupported(f"{' and '.join(whole)} cannot train weights in 8 or 4 bits; leave quantize or them out.")
@@ -161,15 +166,15 @@ def _check(
 
 @dataclass(frozen=True)
 class _Choice:
-    """What a run of the comparison depends on beside the task and the training."""
+    """What a run of the comparison depends on besides the task and the training."""
 
     method: str
     width: int
 
 
-def _compare(
+def _train_and_score(
     task: TaskOptions,
-    job: Callable[[int], _Job],
+    job: Callable[[int], _SeedRun],
     train: TrainConfig,
     methods: Sequence[str],
     learning_rates: Sequence[float],
@@ -191,7 +196,7 @@ def _compare(
             folder = Path(train.output_dir) / f"{name}-{seed}"
             config = replace(train, output_dir=str(folder), seed=seed, learning_rate=rate)
             result = task.fit(adapted, one.data, config, _Choice(name, width))
-            for key, value in _scored(folder / "scores.json", one, adapted, result).items():
+            for key, value in _read_or_compute_scores(folder / "scores.json", one, adapted, result).items():
                 scores.setdefault(key, []).append(value)
             rates.append(result.steps_per_second)
             weights = folder / "best" / TRAINED
@@ -203,7 +208,7 @@ def _compare(
     return rows
 
 
-def _scored(path: Path, job: _Job, adapted: nn.Module, result: FitResult) -> dict[str, float]:
+def _read_or_compute_scores(path: Path, job: _SeedRun, adapted: nn.Module, result: FitResult) -> dict[str, float]:
     """The scores of a finished run, read back where they were computed before in the same way."""
     how = json.loads(json.dumps(job.scored_by))
     if path.is_file():
@@ -237,7 +242,7 @@ def table(rows: Sequence[Compared]) -> str:
             row.method,
             f"{row.trainable:,}",
             f"{row.learning_rate:g}",
-            *(_spread(row.scores[name], _DIGITS.get(name, 1)) for name in names),
+            *(_format_spread(row.scores[name], _DIGITS.get(name, 1)) for name in names),
             f"{1000 / row.steps_per_second:.0f}",
             *[f"{(row.peak_bytes or 0) / 1e6:,.1f}"] * memory,
             f"{row.file_bytes / 1000:,.0f}",
@@ -246,6 +251,6 @@ def table(rows: Sequence[Compared]) -> str:
     return "\n".join(lines)
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
+def _format_spread(values: Sequence[float], digits: int) -> str:
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean

@@ -42,7 +42,7 @@ def plan_base(
         method: Name in METHODS.
         width: Of the adapter.
         batch_size: Rows of a step.
-        length: Tokens of a text; of an image classifier the config names the size of a picture.
+        length: Tokens of a text; of an image classifier the config names the size of an image.
         labels: Classes of an image classifier.
         dtype: Of the weights.
         quantize: As in `load_base`.
@@ -57,15 +57,15 @@ def plan_base(
         InlayError: An unknown method or base, one that they do not fit, a size that is no number over 0.
     """
     if method not in METHODS:
-        raise BadInput(f"there is no method {method!r}; METHODS has {', '.join(METHODS)}.")
+        raise BadInput(f"unknown method {method!r}; choose one of {', '.join(METHODS)}.")
     sizes = {"width": width, "batch_size": batch_size, "accumulate": accumulate}
     for what, size, least in (*((*item, 1) for item in sizes.items()), ("length", length, 2), ("labels", labels, 2)):
         if size < least:
-            raise BadInput(f"{what} must be at least {least}, got {size}.")
+            raise BadInput(f"{what} must be at least {least}, not {size}.")
     choices = (("dtype", dtype, Dtype), ("optimizer", optimizer, Optimizer), ("precision", precision, Precision))
     for what, value, allowed in choices:
         if value not in get_args(allowed):
-            raise BadInput(f"{what} must be one of {', '.join(get_args(allowed))}, got {value!r}.")
+            raise BadInput(f"unknown {what} {value!r}; choose one of {', '.join(get_args(allowed))}.")
     task = _task_for(name, method)
     names = [str(i) for i in range(labels)] if task.classifies else None
 
