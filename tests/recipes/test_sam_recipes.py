@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
     """Six pictures to learn from and two that are held out."""
     where = tmp_path_factory.mktemp("cells")
     made = generate_scenes(8, seed=30_000, kind="cells")
-    for i, (picture, objects) in enumerate(zip(made.pictures, made.instances, strict=True)):
+    for i, (picture, objects) in enumerate(zip(made.images, made.instances, strict=True)):
         split = where / ("train" if i < 6 else "val")
         for part, array in (("images", picture), ("labels", objects.astype(np.uint16))):
             (split / part).mkdir(parents=True, exist_ok=True)
