@@ -134,4 +134,4 @@ def test_the_other_methods_train_save_and_load(monkeypatch, folder, tmp_path, me
 def test_a_folder_of_something_else_is_one_sentence(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, "lora", tmp_path, "--output_dir", tmp_path / "run")
-    assert "Pass a folder with images/ and labels/" in capsys.readouterr().err
+    assert "pass a folder with images/ and labels/" in capsys.readouterr().err

@@ -62,7 +62,7 @@ def test_a_disc_is_found(adapter, picture, asked):
 
 def test_several_boxes_give_a_mask_each(adapter, picture):
     found = predict_masks(adapter, Image.open(picture[0]), boxes=[(35, 45, 85, 95), (120, 20, 180, 100)])
-    assert found.masks.shape == (2, 120, 200) and found.source == "picture" and len(found.scores) == 2
+    assert found.masks.shape == (2, 120, 200) and found.source == "image" and len(found.scores) == 2
     assert iou(found.masks[0], picture[1]) > 0.6 > iou(found.masks[1], picture[1])
 
 
