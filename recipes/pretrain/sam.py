@@ -75,7 +75,7 @@ def new_optimizers(model: Any, recipe: Pretraining) -> list[Any]:
 def drawn(count: int, seed: int, kind: Any = "mixed") -> tuple[Any, Any]:
     """Pixels (B 3 H W) and objects (B P H W) of scenes."""
     made = generate_scenes(count, seed=seed, size=SIDE, kind=kind)
-    return new_processor()(list(made.pictures), return_tensors="pt")["pixel_values"], draw_objects(made, PROMPTS)
+    return new_processor()(list(made.images), return_tensors="pt")["pixel_values"], draw_objects(made, PROMPTS)
 
 
 CARD = """\

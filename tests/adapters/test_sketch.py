@@ -27,7 +27,7 @@ from inlay.bases.sites import head_modules, lora_targets
 from inlay.errors import InlayError, WrongBase
 from inlay.tasks import TASKS
 from inlay.tasks.base import load_base
-from inlay.tasks.golden import golden_picture
+from inlay.tasks.golden import golden_image
 from places import SHARED
 
 MOBILENET = SHARED / "mobilenet_imagenet/hf/mobilenet_v2_1.0_224"
@@ -345,8 +345,8 @@ def test_deviation_is_relative_and_never_trusts_nan():
     assert golden.deviation([1.0], [float("nan")]) == golden.deviation([float("nan")], [1.0]) == float("inf")
 
 
-def test_the_golden_picture_has_structure():
-    picture = golden_picture()
+def test_the_golden_image_has_structure():
+    picture = golden_image()
     assert picture.size == (64, 64) and picture.mode == "RGB"
     assert all(low == 0 and high == 255 for low, high in picture.getextrema())
 

@@ -16,7 +16,7 @@ from inlay.bases.processors import load_processor
 from inlay.bases.sites import SITES, Sites, head_modules, lora_targets, sites
 from inlay.errors import InlayError
 from inlay.tasks.base import load_base
-from inlay.tasks.golden import golden_picture as picture
+from inlay.tasks.golden import golden_image as picture
 
 BLOCKS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 VIT = {**BLOCKS, "intermediate_size": 64}

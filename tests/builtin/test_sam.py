@@ -29,7 +29,7 @@ def mean_ious(model, kind, count=16):
     """On scenes of a seed that no training used: 1 point, 3 points (two in errors) and a box."""
     torch.manual_seed(0)
     made = generate_scenes(count, seed=4711, kind=kind)
-    pixels = load_processor("builtin:sam-tiny")(images=list(made.pictures), return_tensors="pt")["pixel_values"]
+    pixels = load_processor("builtin:sam-tiny")(images=list(made.images), return_tensors="pt")["pixel_values"]
     return [float(found.mean()) for found in score_clicks(model, pixels, draw_objects(made, 8)).values()]
 
 

@@ -49,7 +49,7 @@ def test_predict_prints_json_lines_and_a_sheet(capsys, monkeypatch, digits_adapt
     [
         (["info", "{tmp}"], "is not an adapter"),
         (["info", "{tmp}/none"], "does not exist"),
-        (["predict", "{adapter}", "none.png"], "no picture or folder at 'none.png'"),
+        (["predict", "{adapter}", "none.png"], "no image or folder at 'none.png'"),
         (["predict", "{adapter}", "{pictures}", "--base", "builtin:none"], "unknown embedded model 'builtin:none'"),
         (["index", "{tmp}"], "holds none"),
     ],

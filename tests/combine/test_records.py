@@ -96,7 +96,7 @@ def test_a_group_of_a_combination_is_chosen_among_its_own_classes(made, tmp_path
 
 
 def _picture(folder):
-    from inlay.tasks.golden import golden_picture as picture
+    from inlay.tasks.golden import golden_image as picture
 
     picture().save(folder / "picture.png")
     return str(folder / "picture.png")

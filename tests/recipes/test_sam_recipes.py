@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
     """Six pictures to learn from and two that are held out."""
     where = tmp_path_factory.mktemp("cells")
     made = generate_scenes(8, seed=30_000, kind="cells")
-    for i, (picture, objects) in enumerate(zip(made.pictures, made.instances, strict=True)):
+    for i, (picture, objects) in enumerate(zip(made.images, made.instances, strict=True)):
         split = where / ("train" if i < 6 else "val")
         for part, array in (("images", picture), ("labels", objects.astype(np.uint16))):
             (split / part).mkdir(parents=True, exist_ok=True)
@@ -134,4 +134,4 @@ def test_the_other_methods_train_save_and_load(monkeypatch, folder, tmp_path, me
 def test_a_folder_of_something_else_is_one_sentence(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, "lora", tmp_path, "--output_dir", tmp_path / "run")
-    assert "Pass a folder with images/ and labels/" in capsys.readouterr().err
+    assert "pass a folder with images/ and labels/" in capsys.readouterr().err

@@ -118,7 +118,7 @@ def test_the_matrix_is_dark_where_a_row_is(classes, tmp_path):
 def test_what_is_no_classifier_has_no_matrix(tmp_path):
     with pytest.raises(InlayError, match="an adapter for text-generation has no confusion matrix"):
         Evaluation("d", "text-generation", "all", 1, "prompt", {}).draw_confusion(tmp_path / "m.png")
-    with pytest.raises(InlayError, match=r"expected the name of an image, such as matrix\.png"):
+    with pytest.raises(InlayError, match=r"must be the name of an image, such as matrix\.png"):
         Evaluation("d", "t", "all", 1, "image", {}, labels=["a"], confusion=[[1]]).draw_confusion(tmp_path / "m.doc")
 
 

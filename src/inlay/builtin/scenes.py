@@ -18,15 +18,15 @@ _LEAST = 20  # pixels: what shows less than that is no object
 
 @dataclass(frozen=True)
 class Scenes:
-    """Pictures and what is in them.
+    """Images and what is in them.
 
     Attributes:
-        pictures: (N, H, W, 3) uint8, RGB; a grey picture has three equal channels.
+        images: (N, H, W, 3) uint8, RGB; a grey image has three equal channels.
         instances: (N, H, W) uint8: 0 = background, k = the k-th object where it shows.
         parents: (N, MOST + 1) uint8: the object that holds object k inside its outline (a cell its nucleus), or 0.
     """
 
-    pictures: npt.NDArray[np.uint8]
+    images: npt.NDArray[np.uint8]
     instances: npt.NDArray[np.uint8]
     parents: npt.NDArray[np.uint8]
 
@@ -35,8 +35,8 @@ def generate_scenes(count: int, *, seed: int, size: int = 128, kind: Kind = "mix
     """Scenes that are the same for the same seed; scene i does not depend on `count`.
 
     A `mixed` scene holds blobs, boxes, polygons, tubes and crescents in any number, size and contrast, inside, over and
-    beside each other, or many that are alike; half the scenes are grey. `cells` are crowded, drawn by their walls and
-    nuclei alone: what they have inside looks as the ground does.
+    next to each other, or many that are alike; half the scenes are grey. `cells` are crowded, drawn by their walls and
+    nuclei only: what they have inside looks as the ground does.
 
     Args:
         count: Number of scenes, at least 0.
@@ -50,9 +50,9 @@ def generate_scenes(count: int, *, seed: int, size: int = 128, kind: Kind = "mix
     if count < 0 or size < 32 or kind not in ("mixed", "cells"):
         raise ValueError(f"expected count >= 0, size >= 32, kind mixed or cells; got {count}, {size}, {kind!r}")
     drawn = [_Scene(np.random.default_rng((seed, i)), size).draw(kind) for i in range(count)]
-    pictures, instances, parents = zip(*drawn, strict=True) if drawn else ((), (), ())
+    images, instances, parents = zip(*drawn, strict=True) if drawn else ((), (), ())
     return Scenes(
-        np.array(pictures, np.uint8).reshape(count, size, size, 3),
+        np.array(images, np.uint8).reshape(count, size, size, 3),
         np.array(instances, np.uint8).reshape(count, size, size),
         np.array(parents, np.uint8).reshape(count, MOST + 1),
     )
@@ -94,15 +94,15 @@ class _Scene:
         self.canvas = self._ground()
 
     def draw(self, kind: Kind) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-        """Picture (H, W, 3), instances (H, W) and parents (MOST + 1)."""
+        """Image (H, W, 3), instances (H, W) and parents (MOST + 1)."""
         if kind == "cells":
             self._cells()
         elif self.rng.random() < 0.4:
             self._population()
         else:
             self._gathering()
-        picture = self._camera()
-        return picture, *self._visible()
+        image = self._camera()
+        return image, *self._visible()
 
     def _ground(self) -> Floats:
         """A colour, a slope of it and a slow unevenness; in half the scenes a finer texture; (C, H, W)."""
@@ -147,7 +147,7 @@ class _Scene:
         )
 
     def _place(self, low: float, high: float) -> _Place:
-        """Anywhere, with a reach of low to high pixels in a picture of 128."""
+        """Anywhere, with a reach of low to high pixels in an image of 128."""
         reach = float(np.exp(self.rng.uniform(np.log(low), np.log(high)))) * self.size / 128
         x, y = self.rng.uniform(0.02, 0.98, 2) * self.size
         return _Place(float(x), float(y), reach)
@@ -308,8 +308,8 @@ class _Scene:
         if rng.random() < 0.3:  # little of the range is used
             low, span = rng.uniform(0, 0.5), rng.uniform(0.3, 0.6)
             canvas = np.float32(low) + canvas * np.float32(span)
-        picture = (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
-        image = Image.fromarray(picture[0] if self.channels == 1 else np.ascontiguousarray(picture.transpose(1, 2, 0)))
+        pixels = (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)  # C H W
+        image = Image.fromarray(pixels[0] if self.channels == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
         if rng.random() < 0.5:
             image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.4)))
         return np.asarray(image.convert("RGB"))

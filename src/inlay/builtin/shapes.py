@@ -1,4 +1,4 @@
-"""Procedural pictures: filled shapes in five textures, and drawn strokes, over cluttered backgrounds."""
+"""Procedural images: filled shapes in five textures, and drawn strokes, over cluttered backgrounds."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ FILLED = ("disc", "square", "triangle", "star", "cross", "crescent")
 STROKES = ("arc", "spiral", "wave", "hook", "angle", "zigzag", "tee")
 SHAPE_LABELS: tuple[str, ...] = (*(f"{texture} {name}" for name in FILLED for texture in TEXTURES), *STROKES)
 
-_CHUNK = 512  # pictures drawn at a time: the arrays of one shape then stay in the cache
-_DRAWS = 96  # uniform numbers per picture, of which 90 are used
+_CHUNK = 512  # images drawn at a time: the arrays of one shape then stay in the cache
+_DRAWS = 96  # uniform numbers per image, of which 90 are used
 
 
 def generate_shapes(count: int, *, seed: int, size: int = 32) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Labelled pictures, the same for the same seed; picture i does not depend on `count`.
+    """Labelled images, the same for the same seed; image i does not depend on `count`.
 
-    Every picture holds one figure at a random place, size, angle and mirror image, in random colours (a third
+    Every image holds one figure at a random place, size, angle and mirror image, in random colours (a third
     are grey), over a gradient with waves, thin lines, specks and pixel noise.
 
     Args:
-        count: Number of pictures, at least 0.
-        seed: Chooses the pictures; other seeds give independent ones.
+        count: Number of images, at least 0.
+        seed: Chooses the images; other seeds give independent ones.
         size: Height and width in pixels, at least 16.
 
     Returns:
-        Pictures of shape (N, H, W, 3), RGB from 0 to 255, and labels of shape (N,) into `SHAPE_LABELS`.
+        Images of shape (N, H, W, 3), RGB from 0 to 255, and labels of shape (N,) into `SHAPE_LABELS`.
 
     Raises:
         ValueError: count is negative, or size is under 16.
@@ -36,7 +36,7 @@ def generate_shapes(count: int, *, seed: int, size: int = 32) -> tuple[npt.NDArr
     if count < 0 or size < 16:
         raise ValueError(f"expected count >= 0 and size >= 16, but got count={count} and size={size}")
     uniform, normal = np.random.default_rng(seed).spawn(2)
-    pictures = np.empty((count, size, size, 3), np.uint8)
+    images = np.empty((count, size, size, 3), np.uint8)
     labels = np.empty(count, np.int64)
     for start in range(0, count, _CHUNK):
         chunk = slice(start, min(start + _CHUNK, count))
@@ -45,12 +45,12 @@ def generate_shapes(count: int, *, seed: int, size: int = 32) -> tuple[npt.NDArr
         draws = _Draws(uniform.random((n, _DRAWS), np.float32))
         noise = normal.standard_normal((n, 3, size * size), np.float32)
         labels[chunk], canvas = _draw(draws, noise, size)
-        pictures[chunk] = canvas.reshape(n, 3, size, size).transpose(0, 2, 3, 1)
-    return pictures, labels
+        images[chunk] = canvas.reshape(n, 3, size, size).transpose(0, 2, 3, 1)
+    return images, labels
 
 
 class _Draws:
-    """Uniform random numbers, one row per picture, handed out column by column."""
+    """Uniform random numbers, one row per image, handed out column by column."""
 
     def __init__(self, values: Floats) -> None:
         self.values, self.used = values, 0
@@ -63,7 +63,7 @@ class _Draws:
 
 
 def _draw(draws: _Draws, noise: Floats, size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
-    """Labels (N,) and pictures (N, 3, H·W); lengths are in pixels of a 32 x 32 picture (`scale` converts)."""
+    """Labels (N,) and images (N, 3, H·W); lengths are in pixels of a 32 x 32 image (`scale` converts)."""
     labels = np.minimum(draws.take(0, len(SHAPE_LABELS)), len(SHAPE_LABELS) - 1).astype(np.int64)[:, 0]
     scale = size / 32
     axis = ((np.arange(size, dtype=np.float32) + 0.5) / scale - 16).astype(np.float32)

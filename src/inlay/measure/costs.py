@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 
 from torch import Tensor, nn
 
-from inlay.errors import InlayError
+from inlay.errors import InlayError, Unsupported
 from inlay.measure.energy import measure_energy
 from inlay.measure.footprint import footprint, true_size
 from inlay.measure.macs import count_macs
@@ -34,10 +34,10 @@ def cost(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int | float |
 
     Returns:
         parameters and trainable_parameters (counts); weights_mb and trainable_mb (10^6 bytes in memory); mmacs (10^6
-        multiply-accumulates); latency_ms (median of single passes); latency_spread_ms (largest difference between the
-        turns of a state, if there was more than one); energy_j if it is known; energy_source (how it was measured, or
-        why not); the device and threads of the measurement. If the base without the adapter cannot compute these
-        inputs, such as a volume, base_mmacs, base_latency_ms and base_energy_j are missing.
+        multiply-accumulates, if they can be counted); latency_ms (median of single passes); latency_spread_ms (largest
+        difference between the turns of a state, if there was more than one); energy_j if it is known; energy_source
+        (how it was measured, or why not); the device and threads of the measurement. If the base without the adapter
+        cannot compute these inputs, such as a volume, base_mmacs, base_latency_ms and base_energy_j are missing.
     """
     size = footprint(model)
     rows: dict[str, int | float | str] = {
@@ -47,8 +47,10 @@ def cost(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int | float |
         "trainable_mb": round(size.bytes_trainable / 1e6, 4),
     }
     states: dict[str, State] = {"": nullcontext}
-    macs = {"": count_macs(model, inputs)}
-    if isinstance(model, PeftModel) and acts_as_saved(model):
+    macs: dict[str, int] = {}
+    with suppress(Unsupported):  # control flow that depends on values, such as the sizes that SigLIP 2 NaFlex takes
+        macs[""] = count_macs(model, inputs)
+    if macs and isinstance(model, PeftModel) and acts_as_saved(model):
         own = _find_adapter_parameters(model)
         rows["base_parameters"] = size.parameters - sum(map(true_size, own))
         rows["base_weights_mb"] = round((size.bytes_total - sum(parameter.nbytes for parameter in own)) / 1e6, 4)
@@ -61,7 +63,8 @@ def cost(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int | float |
     times = _time_states(model, inputs, states)
     medians = {name: [time.median_ms for time in turns] for name, turns in times.items()}
     for name, state in states.items():
-        rows[f"{name}mmacs"] = round(macs[name] / 1e6, 3)
+        if name in macs:
+            rows[f"{name}mmacs"] = round(macs[name] / 1e6, 3)
         rows[f"{name}latency_ms"] = round(statistics.median(medians[name]), 3)
         with state():
             energy = measure_energy(model, inputs, warmup=0)

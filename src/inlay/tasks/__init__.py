@@ -39,7 +39,7 @@ def task_of_base(name: str, config: Any, peft_task_type: str | None = None) -> T
     Args:
         name: For the message.
         config: Of a transformers model.
-        peft_task_type: What plain peft has written beside an adapter of it, where it has: a base that can be loaded
+        peft_task_type: What plain peft has written next to an adapter of it, where it has: a base that can be loaded
             for several tasks is for that one.
 
     Raises:

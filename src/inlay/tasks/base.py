@@ -90,7 +90,7 @@ def load_skeleton(
 
 
 def read_task(name: str | Path, revision: str | None = None) -> Task:
-    """What a base is for, by its config alone."""
+    """What a base is for, by its config only."""
     name = str(name)
     return task_of_base(name, read_config(name, resolve_base(name, revision), revision))
 

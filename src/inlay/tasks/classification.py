@@ -226,7 +226,7 @@ def score_probabilities(
 
 
 def _explain_missing_base(adapter: Adapter, labels: list[str]) -> str:
-    """Why the base alone has no score; nothing where its labels are the adapter's."""
+    """Why the base without the adapter has no score; nothing where its labels are the adapter's."""
     if not hasattr(adapter.model, "disable_adapter"):
         return "The base alone was not scored: the adapter is merged into it."
     name = adapter.model.get_base_model().name_or_path

@@ -1,4 +1,4 @@
-"""Colours of classes and masks in pictures."""
+"""Colours of classes and masks in images."""
 
 import colorsys
 

@@ -27,7 +27,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]], labels: Sequence[str], pa
     """
     path, counts = Path(path), np.asarray(confusion)
     if path.suffix.lower() not in Image.registered_extensions() or not path.parent.is_dir():
-        raise BadInput(f"expected the name of an image, such as matrix.png, in a folder that exists, got '{path}'.")
+        raise BadInput(f"'{path}' must be the name of an image, such as matrix.png, in a folder that exists.")
     classes = len(counts)
     side = next(size for most, size in ((8, 64), (20, 44), (NAMED, 26), (10**9, 4)) if classes <= most)
     named = classes <= NAMED

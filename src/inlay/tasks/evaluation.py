@@ -1,4 +1,4 @@
-"""An adapter scored on labelled data: scores with their intervals, the base's beside them, and the rows below them."""
+"""An adapter scored on labelled data: scores with their intervals, those of the base, and a row for each example."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Score:
-    """A score and its 95 % interval; no interval where there is one unit alone to resample."""
+    """A score and its 95 % interval; no interval where there is only one unit to resample."""
 
     value: float
     low: float | None = None
@@ -85,8 +85,8 @@ class Evaluation:
 
     def summary(self) -> dict[str, Any]:
         """What goes into metrics.json: all but the rows, the data's name and a confusion matrix of many classes."""
-        kept = {"split": self.split, "count": self.count, "unit": self.unit, "scores": _plain(self.scores)}
-        kept |= {} if self.base is None else {"base": _plain(self.base)}
+        kept = {"split": self.split, "count": self.count, "unit": self.unit, "scores": _scores_to_json(self.scores)}
+        kept |= {} if self.base is None else {"base": _scores_to_json(self.base)}
         kept |= {"per_class": self.per_class} if self.per_class else {}
         kept |= self._matrix() if len(self.labels) <= SMALL else {}
         return kept | {"notes": self.notes}
@@ -122,15 +122,15 @@ class Evaluation:
     def __str__(self) -> str:
         count = f"{self.count:,} {self.unit}{'' if self.count == 1 else 's'}"
         header = ("", "with the adapter", *(() if self.base is None else ("base alone",)))
-        lines = [(title(name), str(score), *self._beside(name)) for name, score in self.scores.items()]
-        parts = [f"{self.data} ({self.split}): {count}", *_columns([header, *lines])]
+        lines = [(title(name), str(score), *self._format_base(name)) for name, score in self.scores.items()]
+        parts = [f"{self.data} ({self.split}): {count}", *_align_columns([header, *lines])]
         if self.per_class:
             names = list(self.per_class[0])
-            cells = [tuple(_cell(row.get(name)) for name in names) for row in self.per_class]
-            parts += ["", *_columns([tuple(class_title(name) for name in names), *cells])]
+            cells = [tuple(_format_cell(row.get(name)) for name in names) for row in self.per_class]
+            parts += ["", *_align_columns([tuple(class_title(name) for name in names), *cells])]
         return "\n".join([*parts, *([""] if self.notes else []), *self.notes])
 
-    def _beside(self, name: str) -> tuple[str, ...]:
+    def _format_base(self, name: str) -> tuple[str, ...]:
         if self.base is None:
             return ()
         return (str(self.base[name]) if name in self.base else "",)
@@ -296,17 +296,17 @@ def class_title(name: str) -> str:
     return words[0].upper() + words[1:]
 
 
-def _plain(scores: Mapping[str, Score]) -> dict[str, dict[str, float | None]]:
+def _scores_to_json(scores: Mapping[str, Score]) -> dict[str, dict[str, float | None]]:
     return {name: {"value": score.value, "low": score.low, "high": score.high} for name, score in scores.items()}
 
 
-def _cell(value: Any) -> str:
+def _format_cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def _columns(lines: Sequence[tuple[str, ...]]) -> list[str]:
+def _align_columns(lines: Sequence[tuple[str, ...]]) -> list[str]:
     """Cells under each other: the first to the left, numbers too, as they end with their intervals."""
     lines = [tuple("".join(c if c.isprintable() else "�" for c in cell) for cell in line) for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -1,4 +1,4 @@
-"""The parts of golden inputs that tasks share: a picture and a text by fixed integer formulas."""
+"""The parts of golden inputs that tasks share: an image and a text by fixed integer formulas."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def golden_picture() -> Image.Image:
+def golden_image() -> Image.Image:
     """64 x 64 pixels in RGB, with structure at several scales."""
     import numpy as np
     from PIL import Image

@@ -33,7 +33,7 @@ def open_image(source: Source, *, channels: int = 3, intensity: Intensity = "ran
     try:
         return decode_image(source, channels=channels, intensity=intensity)
     except Exception as error:  # Pillow's readers raise what they please
-        raise DamagedFile(f"{_name(source)} cannot be read as an image: {explain_unreadable(error)}.") from error
+        raise DamagedFile(f"{_name_source(source)} cannot be read as an image: {explain_unreadable(error)}.") from error
 
 
 def open_for_processor(source: Source, processor: Any, intensity: Intensity = "range") -> Image.Image:
@@ -53,9 +53,9 @@ def count_channels(processor: Any) -> int:
 def decode_image(source: Any, *, channels: int = 3, intensity: Intensity = "range") -> Image.Image:
     """As `open_image`, with the errors of Pillow."""
     if isinstance(source, Image.Image):  # whoever opened it closes it
-        return _convert(_turn_upright(source), channels, intensity)
-    with _opened(source) as file:
-        return _convert(_turn_upright(file), channels, intensity)
+        return _convert_mode(_turn_upright(source), channels, intensity)
+    with _open_file(source) as file:
+        return _convert_mode(_turn_upright(file), channels, intensity)
 
 
 def digest_image(source: Any) -> tuple[str, int, int]:
@@ -63,15 +63,15 @@ def digest_image(source: Any) -> tuple[str, int, int]:
 
     Images have one digest if `open_image` makes equal pixels of them; those of 16 bits if all their bits are equal.
     """
-    with _opened(source) as file:
+    with _open_file(source) as file:
         image = _turn_upright(file)
         width, height = image.size
-        seen = np.asarray(image).tobytes() if image.mode.startswith("I") else _convert(image, 3, "range").tobytes()
+        seen = np.asarray(image).tobytes() if image.mode.startswith("I") else _convert_mode(image, 3, "range").tobytes()
     start = f"{width} x {height} {image.mode[:1] == 'I'} ".encode()
     return hashlib.blake2b(start + seen, digest_size=16).hexdigest(), width, height
 
 
-def _opened(source: Any) -> Image.Image:
+def _open_file(source: Any) -> Image.Image:
     if isinstance(source, dict):
         source = source["path"] if source.get("bytes") is None else source["bytes"]
     if not source:
@@ -88,7 +88,7 @@ def _turn_upright(file: Image.Image) -> Image.Image:
     return image
 
 
-def _convert(image: Image.Image, channels: int, intensity: Intensity) -> Image.Image:
+def _convert_mode(image: Image.Image, channels: int, intensity: Intensity) -> Image.Image:
     if image.mode.startswith("I"):
         image = _scale_to_8_bits(image, intensity)
     if image.has_transparency_data and channels != 4:
@@ -113,7 +113,7 @@ def _scale_to_8_bits(image: Image.Image, intensity: Intensity) -> Image.Image:
     return Image.fromarray(grey)
 
 
-def _name(source: Source) -> str:
+def _name_source(source: Source) -> str:
     if isinstance(source, Image.Image):
         path: Any = getattr(source, "filename", None)
         return repr(os.fspath(path)) if path else "the image given"

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskData:
-    """What a task has loaded, and what `fit` takes beside it.
+    """What a task has loaded, and what `fit` takes with it.
 
     Attributes:
         source: The data itself: ImageData, TextData, MaskData or VolumeData.

@@ -69,7 +69,7 @@ def hold_out_by_content(
     Raises:
         InlayError: No class has two different examples.
     """
-    places = _group(contents)
+    places = _group_equal(contents)
     clear = [rows for rows in places if len({ids[row] for row in rows}) == 1]
     if len(clear) < len(places):
         count = len(places) - len(clear)
@@ -108,13 +108,13 @@ def hold_out_unlabelled(share: float, seed: int, contents: Sequence[Hashable]) -
     """Rows to hold out at random, where equal ones stay on one side; none if all are equal."""
     import numpy as np
 
-    places = _group(contents)
+    places = _group_equal(contents)
     order = np.random.default_rng(seed).permutation(len(places)).tolist()
     count = min(max(1, round(share * len(places))), len(places) - 1)
     return sorted(row for one in order[:count] for row in places[one])
 
 
-def _group(contents: Sequence[Hashable]) -> list[list[int]]:
+def _group_equal(contents: Sequence[Hashable]) -> list[list[int]]:
     """Rows of equal content."""
     places: dict[Hashable, list[int]] = {}
     for row, content in enumerate(contents):

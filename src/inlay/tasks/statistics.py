@@ -32,7 +32,7 @@ def score_with_intervals(
     Source: Efron & Tibshirani 1993, chapter 13; `numpy.percentile` at 2.5 and 97.5.
     """
     if units < 1 or resamples < 1:
-        raise BadInput(f"expected something to score and 1 resample or more, got {units} units and {resamples}.")
+        raise BadInput(f"there must be something to score and at least 1 resample, got {units} units and {resamples}.")
     values = dict(statistic(np.arange(units)))
     if units == 1:
         return {name: Score(float(value)) for name, value in values.items()}

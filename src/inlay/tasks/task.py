@@ -109,7 +109,7 @@ class Task(ABC):
         return self.takes_base(config)
 
     def complete_base(self, base: Any) -> None:
-        """Give a model, in place, what it needs for this task beside its weights and labels; most need nothing."""
+        """Give a model, in place, what it needs for this task besides its weights and labels; most need nothing."""
         return
 
     def check_method(self, model: nn.Module) -> None:
@@ -131,7 +131,7 @@ class Task(ABC):
         return dict(processor.to_dict())
 
     def save_processor(self, processor: Any, folder: Any) -> None:
-        """Write it beside a merged model, as transformers reads it."""
+        """Write it next to a merged model, as transformers reads it."""
         processor.save_pretrained(folder)
 
     # The record of an adapter.

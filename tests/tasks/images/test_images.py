@@ -717,3 +717,38 @@ def test_log_is_quiet_when_all_is_well(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         load_images(str(class_folders(tmp_path, a=2, b=2)))
     assert not caplog.records
+
+
+def test_a_recipe_trains_what_takes_patches_and_their_sizes(tmp_path):
+    """SigLIP 2 NaFlex: its sizes are values, so its operations cannot be counted; all else is as for any base."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Siglip2Config, Siglip2ForImageClassification, Siglip2ImageProcessor
+
+    from inlay import Bank, ImageTask, TrainConfig, head_modules, load_adapter, lora_targets, predict, save_adapter
+    from inlay.tasks.images.processing import process_golden
+
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Siglip2Config(
+        vision_config={"num_patches": 16, "patch_size": 8, **size},
+        text_config={"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, **size},
+    )
+    Siglip2ForImageClassification(config).save_pretrained(tmp_path / "base")
+    Siglip2ImageProcessor(max_num_patches=16, patch_size=8).save_pretrained(tmp_path / "base")
+    task = ImageTask(model=str(tmp_path / "base"))
+    data = task.load(0)
+    model = task.base(data)
+    lora = LoraConfig(r=2, target_modules=lora_targets(model), modules_to_save=head_modules(model))
+    model = get_peft_model(model, lora)
+    train = TrainConfig(output_dir=str(tmp_path / "run"), epochs=1, batch_size=512, workers=0, precision="no")
+    report = task.report(model, data, task.fit(model, data, train, train))
+    assert "mmacs" not in report.metrics["cost"] and report.metrics["cost"]["latency_ms"] > 0
+    folder = save_adapter(model, tmp_path / "adapter", processor=data.processor, metrics=report.metrics)
+    adapter = load_adapter(folder)
+    wide, tall = (predict(adapter, [Image.new("RGB", size, RED)])[0] for size in ((40, 20), (20, 40)))
+    assert wide.probabilities != tall.probabilities
+    inputs = process_golden(adapter.processor)
+    bank = Bank(str(tmp_path / "base"))
+    bank.add(folder, name="a")
+    with torch.no_grad():
+        expected = adapter.model(**inputs).logits
+    assert torch.allclose(bank(inputs, ["a"]).logits, expected, atol=1e-4)

@@ -32,7 +32,7 @@ def test_paths_bytes_and_images_are_the_same_picture(adapter, pictures):
     by_path, by_bytes, by_image = predict(adapter, [path, path.read_bytes(), Image.open(path)], top=1)
     assert by_path.probabilities == pytest.approx(by_bytes.probabilities)
     assert by_path.probabilities == pytest.approx(by_image.probabilities)
-    assert (by_path.source, by_bytes.source, by_image.source) == (str(path), "picture 1", "picture 2")
+    assert (by_path.source, by_bytes.source, by_image.source) == (str(path), "image 1", "image 2")
 
 
 def test_merged_adapter_gives_the_same_probabilities(digits_adapter, pictures):
@@ -51,7 +51,7 @@ def test_mistakes_are_named(adapter, tmp_path):
     with pytest.raises(InlayError, match="nowhere"):
         find_pictures(["nowhere.jpg"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InlayError, match="holds no pictures"):
+    with pytest.raises(InlayError, match="holds no images"):
         find_pictures([str(tmp_path / "empty")])
     assert predict(adapter, []) == []
 

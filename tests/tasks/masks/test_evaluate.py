@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 def cells(tmp_path_factory):
     data = tmp_path_factory.mktemp("data") / "cells"
     made = generate_scenes(6, seed=5, kind="cells")
-    for part, arrays in (("images", made.pictures), ("labels", made.instances.astype(np.uint8))):
+    for part, arrays in (("images", made.images), ("labels", made.instances.astype(np.uint8))):
         (data / part).mkdir(parents=True)
         for i, array in enumerate(arrays):
             Image.fromarray(array).save(data / part / f"scene{i}.png")

@@ -115,7 +115,7 @@ def test_a_simulated_user_clicks_where_the_answer_is_wrong():
 def test_clicks_in_errors_help_the_embedded_sam():
     torch.manual_seed(0)
     made = generate_scenes(8, seed=4712)
-    pixels = torch.from_numpy(made.pictures).permute(0, 3, 1, 2).float() / 57 - 2.1  # about what the processor makes
+    pixels = torch.from_numpy(made.images).permute(0, 3, 1, 2).float() / 57 - 2.1  # about what the processor makes
     found = score_clicks(load_base("builtin:sam-tiny"), pixels, draw_objects(made, 8))
     means = {key: float(value.mean()) for key, value in found.items()}
     assert all(value.shape == (64,) for value in found.values())

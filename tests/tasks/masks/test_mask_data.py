@@ -51,10 +51,10 @@ def folder(tmp_path):
 
 def test_scenes_are_fixed_by_seed_and_place():
     few, many = generate_scenes(3, seed=4), generate_scenes(5, seed=4)
-    assert np.array_equal(few.pictures, many.pictures[:3]) and np.array_equal(few.instances, many.instances[:3])
-    assert not np.array_equal(few.pictures, generate_scenes(3, seed=5).pictures)
-    assert few.pictures.shape == (3, 128, 128, 3) and few.parents.shape == (3, MOST + 1)
-    assert generate_scenes(0, seed=0).pictures.shape == (0, 128, 128, 3)
+    assert np.array_equal(few.images, many.images[:3]) and np.array_equal(few.instances, many.instances[:3])
+    assert not np.array_equal(few.images, generate_scenes(3, seed=5).images)
+    assert few.images.shape == (3, 128, 128, 3) and few.parents.shape == (3, MOST + 1)
+    assert generate_scenes(0, seed=0).images.shape == (0, 128, 128, 3)
     assert generate_scenes(2, seed=0, size=64, kind="cells").instances.shape == (2, 64, 64)
     with pytest.raises(ValueError, match="kind mixed or cells"):
         generate_scenes(1, seed=0, kind="cats")
@@ -66,7 +66,7 @@ def test_scenes_hold_whole_numbered_objects_of_a_visible_size(kind):
     counts = [np.bincount(one.ravel()) for one in made.instances]
     assert all((count[1:] >= 20).all() for count in counts)
     assert np.mean([len(count) - 1 for count in counts]) > 5
-    grey = (made.pictures == made.pictures[..., :1]).all((1, 2, 3)).mean()
+    grey = (made.images == made.images[..., :1]).all((1, 2, 3)).mean()
     assert 0.3 < grey < 0.7
     for one, parents in zip(made.instances, made.parents, strict=True):
         assert parents.max() <= one.max() and not parents[one.max() + 1 :].any()
@@ -168,7 +168,7 @@ def test_parts_of_a_class_become_objects():
 def test_embedded_scenes_are_cells_that_pretraining_has_not_seen():
     data = load_masks("builtin:scenes", limit=8)
     assert len(data.train) == 8 and len(data.validation) == 2
-    assert np.array_equal(data.train[0].image, generate_scenes(1, seed=20_000, kind="cells").pictures[0])
+    assert np.array_equal(data.train[0].image, generate_scenes(1, seed=20_000, kind="cells").images[0])
 
 
 def test_an_item_is_prompts_in_the_frame_of_the_model(folder, processor):
@@ -267,7 +267,7 @@ def test_a_crop_is_one_part_of_picture_and_map_around_an_object(processor, place
 
 
 def test_wrong_settings_of_a_view_are_refused(processor):
-    with pytest.raises(InlayError, match="expected prompts any, point, points, box"):
+    with pytest.raises(InlayError, match="prompts must be one of any, point, points, box"):
         MaskView((), processor, "line")
 
 

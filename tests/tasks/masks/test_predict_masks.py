@@ -12,7 +12,7 @@ from PIL import Image
 from inlay import InlayError, load_adapter, load_base, load_processor, predict, predict_masks, save_adapter
 from inlay.bases.sites import decoder_targets
 from inlay.cli import app as cli
-from inlay.tasks.masks.predict import MaskPrediction, draw_masks, parse_places
+from inlay.tasks.masks.predict import MaskPrediction, draw_masks, parse_coordinates
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_a_disc_is_found(adapter, picture, asked):
 
 def test_several_boxes_give_a_mask_each(adapter, picture):
     found = predict_masks(adapter, Image.open(picture[0]), boxes=[(35, 45, 85, 95), (120, 20, 180, 100)])
-    assert found.masks.shape == (2, 120, 200) and found.source == "picture" and len(found.scores) == 2
+    assert found.masks.shape == (2, 120, 200) and found.source == "image" and len(found.scores) == 2
     assert iou(found.masks[0], picture[1]) > 0.6 > iou(found.masks[1], picture[1])
 
 
@@ -71,9 +71,9 @@ def test_several_boxes_give_a_mask_each(adapter, picture):
     [
         ({}, "nothing is asked for"),
         ({"negatives": [(1, 1)]}, "nothing is asked for"),
-        ({"points": [(200, 5)]}, r"expected a point as x, y within 200 x 120 pixels, got \(200, 5\)"),
-        ({"points": [(5, 5, 1)]}, "expected a point"),
-        ({"boxes": [(10, 10, 20)]}, "expected a box as x0, y0, x1, y1"),
+        ({"points": [(200, 5)]}, r"\(200, 5\) is no point x, y within 200 x 120 pixels"),
+        ({"points": [(5, 5, 1)]}, "is no point x, y"),
+        ({"boxes": [(10, 10, 20)]}, "is no box x0, y0, x1, y1"),
         ({"boxes": [(20, 10, 10, 30)]}, "x0 < x1"),
         ({"points": [(5, 5)], "boxes": [(1, 1, 9, 9), (2, 2, 8, 8)]}, "points belong to one object"),
     ],
@@ -89,10 +89,10 @@ def test_kinds_of_adapters_are_told_apart(adapter, picture):
 
 
 def test_typed_places_are_read():
-    assert parse_places(["1,2.5", "3,4"], 2) == [(1.0, 2.5), (3.0, 4.0)] and parse_places(None, 4) == []
+    assert parse_coordinates(["1,2.5", "3,4"], 2) == [(1.0, 2.5), (3.0, 4.0)] and parse_coordinates(None, 4) == []
     for wrong in (["1;2"], ["1,2,3"], ["a,b"]):
-        with pytest.raises(InlayError, match="expected 2 numbers with commas"):
-            parse_places(wrong, 2)
+        with pytest.raises(InlayError, match="must be 2 numbers with commas"):
+            parse_coordinates(wrong, 2)
 
 
 def test_the_drawing_shows_masks_and_prompts(tmp_path):
@@ -119,4 +119,4 @@ def test_the_command_finds_masks(folder, picture, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(sys, "argv", ["inlay", *map(str, arguments[:-1]), "1,2,3"])
     with pytest.raises(SystemExit) as end:
         cli.main()
-    assert end.value.code == 2 and "expected 4 numbers" in capsys.readouterr().err
+    assert end.value.code == 2 and "must be 4 numbers" in capsys.readouterr().err

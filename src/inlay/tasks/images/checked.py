@@ -47,7 +47,7 @@ def check_images(name: str, parts: Mapping[str, datasets.Dataset]) -> dict[str, 
     """
     stored = {split: _find_stored(rows) for split, rows in parts.items()}
     fresh: dict[tuple[str, int], Checked] = {}
-    with _remembered(name) as found:
+    with _open_memory(name) as found:
         missing = [
             (split, i)
             for split, each in stored.items()
@@ -55,7 +55,7 @@ def check_images(name: str, parts: Mapping[str, datasets.Dataset]) -> dict[str, 
             if one is None or one.place not in found or found[one.place][0] != one.date
         ]
         if missing:
-            for (split, i), checked in _decode(parts, missing):
+            for (split, i), checked in _decode_missing(parts, missing):
                 fresh[split, i] = checked
                 if (one := stored[split][i]) is not None:
                     found[one.place] = one.date, checked
@@ -78,13 +78,13 @@ def _find_stored(rows: datasets.Dataset) -> list[Stored | None]:
     """None for an image that is nowhere, or in memory only."""
     if rows.cache_files:
         files = [file["filename"] for file in rows.cache_files]
-        together = " ".join(filter(None, map(_date, files)))
+        together = " ".join(filter(None, map(_read_date, files)))
         return [Stored(f"{files[0]} row {i}", together) if together else None for i in range(len(rows))]
     paths = [image["path"] if image["bytes"] is None else None for image in rows["image"][:]]
-    return [Stored(path, date) if path and (date := _date(path)) else None for path in paths]
+    return [Stored(path, date) if path and (date := _read_date(path)) else None for path in paths]
 
 
-def _date(path: str) -> str | None:
+def _read_date(path: str) -> str | None:
     try:
         status = os.stat(path)  # noqa: PTH116 - a million Paths take seconds
     except OSError:
@@ -92,11 +92,11 @@ def _date(path: str) -> str | None:
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
-def _decode(
+def _decode_missing(
     parts: Mapping[str, datasets.Dataset], chosen: Sequence[tuple[str, int]]
 ) -> Iterator[tuple[tuple[str, int], Checked]]:
     def look(start: int) -> list[tuple[tuple[str, int], Checked]]:
-        return [((split, i), _look(parts[split][i]["image"])) for split, i in chosen[start : start + AT_ONCE]]
+        return [((split, i), _check_image(parts[split][i]["image"])) for split, i in chosen[start : start + AT_ONCE]]
 
     bar = tqdm(total=len(chosen), desc="check images", unit="image", delay=2, disable=None, leave=False)
     pool = ThreadPoolExecutor(min(32, os.cpu_count() or 1))
@@ -109,7 +109,7 @@ def _decode(
         bar.close()
 
 
-def _look(image: Any) -> Checked:
+def _check_image(image: Any) -> Checked:
     try:
         return Checked(*digest_image(image), "")
     except Exception as error:  # Pillow's readers raise what they please
@@ -120,7 +120,7 @@ Known = dict[str, tuple[str, Checked]]  # by place the date, and what was found 
 
 
 @contextmanager
-def _remembered(name: str) -> Iterator[Known]:
+def _open_memory(name: str) -> Iterator[Known]:
     """What is known of a data set; what the block adds is kept. No other process is in such a block at the time."""
     path = Path(datasets.config.HF_DATASETS_CACHE) / "inlay_images"
     whole = str(Path(name).expanduser().resolve()) if Path(name).expanduser().exists() else name
@@ -131,20 +131,20 @@ def _remembered(name: str) -> Iterator[Known]:
     except OSError:
         writable = False
     if not writable:  # all that is not known is decoded at each start
-        yield _read(path)
+        yield _read_memory(path)
         return
     with lock_folder(path):
-        found = _read(path)
+        found = _read_memory(path)
         before = dict(found)
         try:
             yield found
         finally:
             if found != before:
                 with suppress(OSError):  # a full disk costs the next start some time, and nothing else
-                    _write(path, found)
+                    _write_memory(path, found)
 
 
-def _read(path: Path) -> Known:
+def _read_memory(path: Path) -> Known:
     from pyarrow import ArrowException  # type: ignore[import-untyped]
     from pyarrow.parquet import read_table  # type: ignore[import-untyped]
 
@@ -156,7 +156,7 @@ def _read(path: Path) -> Known:
     return dict(zip(places, zip(dates, map(Checked._make, zip(*rest, strict=True)), strict=True), strict=True))
 
 
-def _write(path: Path, found: Known) -> None:
+def _write_memory(path: Path, found: Known) -> None:
     from pyarrow import table
     from pyarrow.parquet import write_table
 

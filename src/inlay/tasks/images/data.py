@@ -81,22 +81,22 @@ def load_images(
             f"validation must be a share between 0 and 1, and corrupt refuse or skip, got {validation} and {corrupt!r}."
         )
     path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for an unknown user
-    sources = _splits(name, path, revision)
+    sources = _read_splits(name, path, revision)
     first = "train" if "train" in sources else next(iter(sources))
     if not len(sources[first]) or (first != "train" and len(sources) > 1):
         sizes = {split: len(rows) for split, rows in sources.items()}
         raise BadInput(f"{name!r} has no rows in a split 'train', but {sizes}; rename one.")
-    image, label = _columns(sources[first], name, image_column, label_column)
+    image, label = _find_columns(sources[first], name, image_column, label_column)
     splits = {"train": sources[first]}
     held = next((s for s in VALIDATION if s != first and s in sources and _has_labels(sources[s], label)), None)
     if held:
         splits["validation"] = sources[held]
-    words = {split: _words(rows, label, f"split {split!r} of {name!r}") for split, rows in splits.items()}
+    words = {split: _read_words(rows, label, f"split {split!r} of {name!r}") for split, rows in splits.items()}
     _check_classes(words, name)
     feature = sources[first].features[label]
     named = feature.names if isinstance(feature, datasets.ClassLabel) else sort_labels(words["train"])
     labels = list(dict.fromkeys(map(normalise_label, named)))
-    parts = {split: _rows(rows, image, words[split], labels, path) for split, rows in splits.items()}
+    parts = {split: _make_rows(rows, image, words[split], labels, path) for split, rows in splits.items()}
     contents = _check_readable(parts, name, labels, corrupt)
     if "validation" in parts:
         if contents["train"] is not None and contents["validation"] is not None:
@@ -128,11 +128,11 @@ def load_images_to_score(
     """
     training = training or Training()
     path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for an unknown user
-    sources = {own: rows for own, rows in _splits(name, path, None).items() if len(rows)}
+    sources = {own: rows for own, rows in _read_splits(name, path, None).items() if len(rows)}
     if not sources:
         raise BadInput(f"there are no images in {name!r}; pass data with some.")
     first = "train" if "train" in sources else next(iter(sources))
-    image, label = _columns(sources[first], name, None, None)
+    image, label = _find_columns(sources[first], name, None, None)
     splits: dict[str, datasets.Dataset] = {}
     for own, rows in sources.items():
         if own == first or _has_labels(rows, label):
@@ -140,9 +140,9 @@ def load_images_to_score(
     known = list(map(normalise_label, labels))
 
     def load(wanted: list[str]) -> tuple[datasets.Dataset, list[str] | None]:
-        words = {own: _words(splits[own], label, f"split {own!r} of {name!r}") for own in wanted}
+        words = {own: _read_words(splits[own], label, f"split {own!r} of {name!r}") for own in wanted}
         check_labels(name, sort_labels([word for each in words.values() for word in each]), known, adapter)
-        parts = {own: _rows(splits[own], image, words[own], known, path) for own in wanted}
+        parts = {own: _make_rows(splits[own], image, words[own], known, path) for own in wanted}
         corrupt = "skip" if training.settings.get("corrupt") == "skip" else "refuse"
         contents = _check_readable(parts, name, labels, corrupt)
         rows = datasets.concatenate_datasets(list(parts.values()))
@@ -154,19 +154,19 @@ def load_images_to_score(
     )
 
 
-def _splits(name: str, path: Path, revision: str | None) -> dict[str, datasets.Dataset]:
+def _read_splits(name: str, path: Path, revision: str | None) -> dict[str, datasets.Dataset]:
     """Every split of a source, with columns of any name."""
     embedded = name.startswith("builtin:")
     if revision is not None and (embedded or path.exists()):
         raise BadInput(f"revision is for a Hub dataset, but {name!r} is local; leave it out.")
     if embedded:
-        return {"train": _builtin(name)}
+        return {"train": _read_builtin(name)}
     if name and path.exists():
-        return _tables([path]) if path.is_file() else _folder(path)
+        return _read_tables([path]) if path.is_file() else _read_folder(path)
     return hub_splits(name, revision, "builtin:digits, builtin:shapes, a folder, a table or a Hub dataset")
 
 
-def _builtin(name: str) -> datasets.Dataset:
+def _read_builtin(name: str) -> datasets.Dataset:
     images: Any
     if name == "builtin:digits":
         from sklearn.datasets import load_digits
@@ -184,37 +184,37 @@ def _builtin(name: str) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": list(images), "label": ids}, features=features)
 
 
-def _folder(folder: Path) -> dict[str, datasets.Dataset]:
+def _read_folder(folder: Path) -> dict[str, datasets.Dataset]:
     """Splits of a folder: of class folders, or of tables.
 
     Walked here, as the imagefolder builder of datasets takes a class called `test` for a split and then drops
     all labels, and caches what a folder held.
     """
-    folders, files = _visible(folder)
+    folders, files = _list_visible(folder)
     by_name = {inner.name.lower(): inner for inner in folders}
     # A folder `train` of images is a class: trains next to cars.
-    if "train" in by_name and _visible(by_name["train"])[0]:
-        return {s: _class_folders(by_name[s]) for s in ("train", *VALIDATION, "test") if s in by_name}
+    if "train" in by_name and _list_visible(by_name["train"])[0]:
+        return {s: _read_class_folders(by_name[s]) for s in ("train", *VALIDATION, "test") if s in by_name}
     tables = [file for file in files if file.suffix.lower() in TABLES]
     # A table called metadata is the Hub's own sign that folders are not classes.
     if tables and (not folders or any(file.stem == "metadata" for file in tables)):
-        return _tables(tables)
-    return {"train": _class_folders(folder)}
+        return _read_tables(tables)
+    return {"train": _read_class_folders(folder)}
 
 
-def _visible(folder: Path) -> tuple[list[Path], list[Path]]:
+def _list_visible(folder: Path) -> tuple[list[Path], list[Path]]:
     """Folders and files in a folder by name, without those that systems hide there."""
     entries = sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX", "Thumbs.db")))
     return [p for p in entries if p.is_dir()], [p for p in entries if p.is_file()]
 
 
-def _class_folders(folder: Path) -> datasets.Dataset:
-    classes, loose = _visible(folder)
+def _read_class_folders(folder: Path) -> datasets.Dataset:
+    classes, loose = _list_visible(folder)
     _refuse_targets(folder, classes)
     paths, names, wrong = [], [], [] if classes else ["there are none"]
     loose = [file for file in loose if file.suffix.lower() in SUFFIXES]
     for inner in classes:
-        deeper, files = _visible(inner)
+        deeper, files = _list_visible(inner)
         images = [str(file.absolute()) for file in files if file.suffix.lower() in SUFFIXES]
         if deeper or not images:
             wrong.append(f"{inner.name!r} holds {'folders' if deeper else 'no images'}")
@@ -252,7 +252,7 @@ def _refuse_targets(folder: Path, classes: list[Path]) -> None:
     )
 
 
-def _tables(files: list[Path]) -> dict[str, datasets.Dataset]:
+def _read_tables(files: list[Path]) -> dict[str, datasets.Dataset]:
     """Tables by the split that each is called after."""
     found = [re.match(rf"(train|{'|'.join(VALIDATION)}|test)(?![a-z])", file.stem.lower()) for file in files]
     splits: dict[str, list[Path]] = {}
@@ -266,24 +266,24 @@ def _tables(files: list[Path]) -> dict[str, datasets.Dataset]:
             f"(train.csv), but this folder has {has}; pass the one you mean."
         )
     if kinds == {".parquet"}:
-        return _parquet(splits)
-    return {split: datasets.concatenate_datasets(list(map(_text_table, parts))) for split, parts in splits.items()}
+        return _read_parquet(splits)
+    return {split: datasets.concatenate_datasets(list(map(_read_text_table, parts))) for split, parts in splits.items()}
 
 
-def _text_table(file: Path) -> datasets.Dataset:
+def _read_text_table(file: Path) -> datasets.Dataset:
     """A table of text, its values as they are written: datasets would read 001 as a number, and a date as a date."""
     table = read_table(file)
     columns = {name: table.column(name) for name in table.names}
-    return datasets.Dataset.from_dict({name: _one_type(values) for name, values in columns.items()})
+    return datasets.Dataset.from_dict({name: _unify_types(values) for name, values in columns.items()})
 
 
-def _one_type(values: Sequence[Any]) -> list[Any]:
+def _unify_types(values: Sequence[Any]) -> list[Any]:
     """Values of one type as they are, and else as text."""
     kinds = {type(value) for value in values if value is not None}
     return list(values) if len(kinds) <= 1 else [None if value is None else str(value) for value in values]
 
 
-def _parquet(splits: dict[str, list[Path]]) -> dict[str, datasets.Dataset]:
+def _read_parquet(splits: dict[str, list[Path]]) -> dict[str, datasets.Dataset]:
     hidden, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # it would log an error that it raises as well
@@ -301,9 +301,9 @@ def _parquet(splits: dict[str, list[Path]]) -> dict[str, datasets.Dataset]:
             datasets.enable_progress_bars()
 
 
-def _columns(rows: datasets.Dataset, name: str, image: str | None, label: str | None) -> tuple[str, str]:
+def _find_columns(rows: datasets.Dataset, name: str, image: str | None, label: str | None) -> tuple[str, str]:
     """The columns of images and of labels: as asked, by type, or by name."""
-    kinds = {column: _dtype(feature) for column, feature in rows.features.items()}
+    kinds = {column: _name_type(feature) for column, feature in rows.features.items()}
     images = [image] if image else [c for c, kind in kinds.items() if kind == "Image"]
     images = images or [c for c, kind in kinds.items() if "binary" in kind or kind == "dict"]
     images = images or [c for c in kinds if str(rows[0][c]).lower().endswith(SUFFIXES)]
@@ -319,7 +319,7 @@ def _columns(rows: datasets.Dataset, name: str, image: str | None, label: str | 
     return images[0], labels[0]
 
 
-def _dtype(feature: Any) -> str:
+def _name_type(feature: Any) -> str:
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
 
 
@@ -328,7 +328,7 @@ def _has_labels(rows: datasets.Dataset, label: str) -> bool:
     return label in rows.column_names and any(value not in (None, -1) for value in rows[label][:])
 
 
-def _words(rows: datasets.Dataset, label: str, where: str) -> list[str]:
+def _read_words(rows: datasets.Dataset, label: str, where: str) -> list[str]:
     """The label of each row as a word, in one Unicode form."""
     feature, values = rows.features[label], rows[label][:]
     named = isinstance(feature, datasets.ClassLabel)
@@ -336,9 +336,9 @@ def _words(rows: datasets.Dataset, label: str, where: str) -> list[str]:
     if gaps:
         got = f"{len(gaps)} rows have none (from 0: {list_first(gaps)})"
         raise BadInput(f"every row of {where} needs a label, but {got}; fill or remove them.")
-    if not named and not re.fullmatch(r"(large_)?string|u?int\d+|bool", _dtype(feature)):
+    if not named and not re.fullmatch(r"(large_)?string|u?int\d+|bool", _name_type(feature)):
         raise BadInput(
-            f"labels must be words or whole numbers, but column {label!r} of {where} holds {_dtype(feature)}; "
+            f"labels must be words or whole numbers, but column {label!r} of {where} holds {_name_type(feature)}; "
             "convert it."
         )
     words = (feature.names[v] if named else str(v).lower() if isinstance(v, bool) else str(v) for v in values)
@@ -357,11 +357,11 @@ def _check_classes(words: dict[str, list[str]], name: str) -> None:
         )
 
 
-def _rows(
+def _make_rows(
     rows: datasets.Dataset, image: str, words: Sequence[str], labels: Sequence[str], source: Path
 ) -> datasets.Dataset:
     """The columns `image` and `label`, a number in `labels`; paths are relative to the source."""
-    if "string" in _dtype(rows.features[image]):
+    if "string" in _name_type(rows.features[image]):
         folder = source if source.is_dir() else source.parent
         paths = [path and str((folder / path).absolute()) for path in rows[image][:]]
         rows = datasets.Dataset.from_dict({"image": paths}, features=datasets.Features({"image": IMAGE}))

@@ -47,12 +47,12 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
         true=np.array(rows["label"][:], np.int64)[picked],
         names=names,
         notes=notes,
-        predict=partial(_probabilities, adapter.model, images, logits),
+        predict=partial(_compute_probabilities, adapter.model, images, logits),
     )
 
 
 @torch.inference_mode()
-def _probabilities(model: Any, images: Any, logits: list[int]) -> np.ndarray:
+def _compute_probabilities(model: Any, images: Any, logits: list[int]) -> np.ndarray:
     """Of the classes that these logits stand for, (N, K)."""
     weight = next(p for p in model.parameters() if p.is_floating_point())
     found = []

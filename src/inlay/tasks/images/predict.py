@@ -1,4 +1,4 @@
-"""Labels with probabilities for pictures, and a sheet that shows them."""
+"""Labels with probabilities for images, and a sheet that shows them."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -19,10 +19,10 @@ from inlay.tasks.images.processing import process_images
 
 @dataclass(frozen=True)
 class Prediction:
-    """What an adapter says of one picture.
+    """What an adapter says of one image.
 
     Attributes:
-        source: The file's path, or `picture 3` for what has none.
+        source: The file's path, or `image 3` for what has none.
         labels: The most probable class names, best first.
         probabilities: Theirs, 0 to 1.
     """
@@ -38,19 +38,19 @@ class Prediction:
 
 
 def predict(
-    adapter: Adapter, pictures: Sequence[Any], *, group: str | None = None, top: int = 5, batch_size: int = 32
+    adapter: Adapter, images: Sequence[Any], *, group: str | None = None, top: int = 5, batch_size: int = 32
 ) -> list[Prediction]:
-    """Classify pictures, in their order.
+    """Classify images, in their order.
 
     Args:
         adapter: From `load_adapter`.
-        pictures: Paths, file contents as bytes, or PIL images of any size and mode.
+        images: Paths, file contents as bytes, or PIL images of any size and mode.
         group: Of labels, in a combination of classifiers (`adapter.groups`): choose among its classes only.
         top: How many classes to name, at least 1; all if there are fewer.
-        batch_size: Pictures in one forward pass.
+        batch_size: Images in one forward pass.
 
     Raises:
-        InlayError: A picture that cannot be read (named), a group that the adapter does not have, or top or batch_size
+        InlayError: An image that cannot be read (named), a group that the adapter does not have, or top or batch_size
             under 1.
     """
     if top < 1 or batch_size < 1:
@@ -60,59 +60,59 @@ def predict(
     top = min(top, len(labels))
     weight = next(p for p in adapter.model.parameters() if p.is_floating_point())
     predictions = []
-    for begin in range(0, len(pictures), batch_size):
-        batch = pictures[begin : begin + batch_size]
-        opened = [open_for_processor(picture, adapter.processor) for picture in batch]
+    for begin in range(0, len(images), batch_size):
+        batch = images[begin : begin + batch_size]
+        opened = [open_for_processor(source, adapter.processor) for source in batch]
         inputs = place_inputs(process_images(adapter.processor, opened), weight)
         with torch.inference_mode():
             logits = adapter.model(**inputs).logits  # B K
         probabilities, classes = class_probabilities(logits[:, rows].float(), adapter.model.config).topk(top)
         for i, (values, indices) in enumerate(zip(probabilities.tolist(), classes.tolist(), strict=True)):
-            source = str(batch[i]) if isinstance(batch[i], str | os.PathLike) else f"picture {begin + i}"
+            source = str(batch[i]) if isinstance(batch[i], str | os.PathLike) else f"image {begin + i}"
             predictions.append(Prediction(source, [labels[k] for k in indices], values))
     return predictions
 
 
 def find_pictures(paths: Iterable[str]) -> list[str]:
-    """Files as they are given; the pictures in a folder and below it, sorted.
+    """Files as they are given; the images in a folder and below it, sorted.
 
     Raises:
-        InlayError: A path that does not exist, or a folder without pictures.
+        InlayError: A path that does not exist, or a folder without images.
     """
     found: list[str] = []
     for path in paths:
         if Path(path).is_dir():
             inside = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in SUFFIXES)
             if not inside:
-                raise BadInput(f"{path} holds no pictures ({', '.join(SUFFIXES[:4])} ...).")
+                raise BadInput(f"{path} holds no images ({', '.join(SUFFIXES[:4])} ...).")
             found += inside
         elif Path(path).is_file():
             found.append(path)
         else:
-            raise BadInput(f"there is no picture or folder at {path!r}.")
+            raise BadInput(f"there is no image or folder at {path!r}.")
     return found
 
 
 def draw_sheet(
-    predictions: Sequence[Prediction], pictures: Sequence[Any], path: str | Path, *, columns: int = 4, side: int = 160
+    predictions: Sequence[Prediction], images: Sequence[Any], path: str | Path, *, columns: int = 4, side: int = 160
 ) -> Path:
-    """Save the pictures as a grid, each over its label, probability and a bar of that length.
+    """Save the images as a grid, each over its label, probability and a bar of that length.
 
     Args:
-        predictions: From `predict`, one for each picture.
-        pictures: As given to `predict`.
+        predictions: From `predict`, one for each image.
+        images: As given to `predict`.
         path: Of the sheet; its suffix chooses the format.
-        columns: Pictures in a row.
-        side: Size of a picture in the sheet, in pixels; small ones are enlarged without smoothing.
+        columns: Images in a row.
+        side: Size of an image in the sheet, in pixels; small ones are enlarged without smoothing.
     """
     columns = min(columns, len(predictions))
     rows, gap, text = -(-len(predictions) // columns), 12, 40
     size = (columns * (side + gap) + gap, rows * (side + text + gap) + gap)
     sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(15)
     draw = ImageDraw.Draw(sheet)
-    for i, (prediction, picture) in enumerate(zip(predictions, pictures, strict=True)):
+    for i, (prediction, source) in enumerate(zip(predictions, images, strict=True)):
         x, y = gap + i % columns * (side + gap), gap + i // columns * (side + text + gap)
-        image = open_image(picture)
+        image = open_image(source)
         scale = side / max(image.size)
         image = image.resize(
             (max(1, round(image.width * scale)), max(1, round(image.height * scale))),

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from inlay.tasks.golden import golden_picture
+from inlay.tasks.golden import golden_image
 from inlay.tasks.task import Record
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def process_golden(processor: Any) -> dict[str, Tensor]:
     """The golden image as a model takes it, a batch of one."""
     from inlay.tasks.image_decoding import open_for_processor
 
-    return process_images(processor, [open_for_processor(golden_picture(), processor)])
+    return process_images(processor, [open_for_processor(golden_image(), processor)])
 
 
 def random_inputs(processor: Any, rows: int) -> dict[str, Tensor]:

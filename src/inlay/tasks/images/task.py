@@ -37,12 +37,12 @@ class ImageClassification(Task):
     classifies = True
     function = "predict"
     limits = (
-        "It names one of its labels for any picture, also for one that shows something else; its probabilities have "
+        "It names one of its labels for any image, also for one that shows something else; its probabilities have "
         "not been calibrated."
     )
     usage = (
         'from inlay import load_adapter, predict\n\nadapter = load_adapter("FOLDER")\n'
-        'print(predict(adapter, ["picture.png"]))'
+        'print(predict(adapter, ["image.png"]))'
     )
     inputs = "images or folders of them, to classify"
     options: ClassVar[Mapping[str, Option]] = {

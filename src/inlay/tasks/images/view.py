@@ -1,4 +1,4 @@
-"""A split of labelled pictures as a model wants it."""
+"""A split of labelled images as a model wants it."""
 
 import math
 import random
@@ -46,7 +46,7 @@ class ImageView(torch.utils.data.Dataset):
 
 
 def random_crop(image: Image.Image) -> Image.Image:
-    """Random part of a picture, drawn as torchvision's RandomResizedCrop draws it; the processor resizes."""
+    """Random part of an image, drawn as torchvision's RandomResizedCrop draws it; the processor resizes."""
     width, height = image.size
     for _ in range(10):
         area = width * height * random.uniform(0.7, 1.0)

@@ -14,7 +14,7 @@ from inlay.tasks.masks.prompts import boxes_around, draw_points
 def answer_clicks(
     model: Any, embeddings: Tensor, objects: Tensor, clicks: Sequence[int], boxes: bool = False
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Ask for P objects in each of B pictures in rounds; R = B P prompts are answered at a time.
+    """Ask for P objects in each of B images in rounds; R = B P prompts are answered at a time.
 
     In the first round, which asks for three masks, each object gets `clicks[0]` points inside or a box that is not
     quite right; in each further one, which asks for a single mask, `clicks[i]` points where the answer before was
@@ -23,7 +23,7 @@ def answer_clicks(
     Args:
         model: A SamModel.
         embeddings: Of its vision encoder, (B, E, t, t).
-        objects: Boolean, (B, P, H, W), of the size of the pictures.
+        objects: Boolean, (B, P, H, W), of the size of the images.
         clicks: Points of each round.
         boxes: Begin with boxes.
 

@@ -1,4 +1,4 @@
-"""Pictures with maps of the objects in them, from embedded data and folders, checked before they are used."""
+"""Images with maps of the objects in them, from embedded data and folders, checked before they are used."""
 
 import logging
 import unicodedata
@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 Meaning = Literal["instances", "classes"]
 Map = npt.NDArray[np.int64]
-_MAPS = (".png", ".tif", ".tiff")
+_MAP_SUFFIXES = (".png", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
 class Masked:
-    """A picture and the map of what is in it.
+    """An image and the map of what is in it.
 
     Attributes:
         name: The file's stem, or `scene 3`.
@@ -44,7 +44,7 @@ class Masked:
 
 @dataclass(frozen=True)
 class MaskData:
-    """Pictures with maps in two splits.
+    """Images with maps in two splits.
 
     Attributes:
         name: As given to `load_masks`.
@@ -62,24 +62,24 @@ class MaskData:
 def load_masks(
     name: str, *, seed: int = 0, validation: float = 0.2, meaning: Meaning = "instances", limit: int | None = None
 ) -> MaskData:
-    """Pictures with maps of their objects, for training and validation; each is read once, to find what is wrong.
+    """Images with maps of their objects, for training and validation; each is read once, to find what is wrong.
 
     Args:
         name: `builtin:scenes` (generated cells), or a folder with images/ and labels/ of equal stems, or of train/ and
             val/ that hold them. Labels are PNG or TIFF maps of 8 or 16 bits, one channel: 0 = background.
-        seed: Chooses the pictures to hold out where the data does not.
+        seed: Chooses the images to hold out where the data does not.
         validation: Share to hold out, between 0 and 1.
         meaning: What a number in a map is.
-        limit: Take so many pictures for training at most, and a quarter of that for validation.
+        limit: Take so many images for training at most, and a quarter of that for validation.
 
     Raises:
-        InlayError: The data cannot be found; pictures without a map or the reverse, files that cannot be read, maps of
+        InlayError: The data cannot be found; images without a map or the reverse, files that cannot be read, maps of
             another size, with colours or without any object (all named).
     """
     if not 0 < validation < 1 or meaning not in ("instances", "classes") or (limit is not None and limit < 1):
         raise BadInput(
             "validation must be between 0 and 1, meaning instances or classes, and limit at least 1, got "
-            f"{validation}, {meaning!r} and {limit}. Change them."
+            f"{validation}, {meaning!r} and {limit}."
         )
     splits, contents = _read_splits(name, ("train", "validation"))
     train, held = splits["train"], splits.get("validation", [])
@@ -99,7 +99,7 @@ def load_masks_to_score(
 
     Args:
         name: As for `load_masks`.
-        split: Which part, as `choose_split` has it.
+        split: Which part, as `choose_split` has it; by itself validation, or test where there is only that.
         training: Of the adapter.
 
     Returns:
@@ -146,16 +146,16 @@ def _read_splits(name: str, wanted: Sequence[str]) -> tuple[dict[str, list[Maske
     """Those of the splits that there are, all images and maps checked, and what tells their images from each other."""
     own = _own_splits(name)
     if name.startswith("builtin:"):
-        splits = {split: rows for split, rows in _scenes(name).items() if split in wanted}
+        splits = {split: rows for split, rows in _generate_scenes(name).items() if split in wanted}
         return splits, {split: [row.name for row in rows] for split, rows in splits.items()}
     folders = _split_folders(Path(name).expanduser())
-    found = {split: _pairs(folders[split]) for split in own if split in wanted}
+    found = {split: _pair_files(folders[split]) for split in own if split in wanted}
     images = {split: [{"bytes": None, "path": str(row.image)} for row in rows] for split, rows in found.items()}
     features = datasets.Features({"image": datasets.Image(decode=False)})
     tables = {split: datasets.Dataset.from_dict({"image": paths}, features=features) for split, paths in images.items()}
     checked = check_images(name, tables)
     for split, rows in found.items():
-        faults = [fault for row, one in zip(rows, checked[split], strict=True) if (fault := _fault(row, one))]
+        faults = [fault for row, one in zip(rows, checked[split], strict=True) if (fault := _find_fault(row, one))]
         if faults:
             raise DamagedFile(
                 f"{len(faults)} of {len(rows)} images with maps in {str(folders[split])!r} are not right: "
@@ -180,20 +180,20 @@ def _hold_out(
     return rows[False], rows[True]
 
 
-def _scenes(name: str) -> dict[str, list[Masked]]:
+def _generate_scenes(name: str) -> dict[str, list[Masked]]:
     if name != "builtin:scenes":
         raise BadInput(f"unknown data {name!r}; the embedded scenes are builtin:scenes.")
     from inlay.builtin.scenes import generate_scenes
 
     made = generate_scenes(200, seed=20_000, kind="cells")  # pre-training draws `mixed` scenes only
-    pairs = zip(made.pictures, made.instances, strict=True)
-    found = [Masked(f"scene {i}", picture, objects) for i, (picture, objects) in enumerate(pairs)]
+    pairs = zip(made.images, made.instances, strict=True)
+    found = [Masked(f"scene {i}", image, objects) for i, (image, objects) in enumerate(pairs)]
     return {"train": found[:160], "validation": found[160:]}
 
 
-def _pairs(folder: Path) -> list[Masked]:
+def _pair_files(folder: Path) -> list[Masked]:
     """The images of a folder with their maps, by file stem."""
-    images, labels = _files(folder / "images", SUFFIXES), _files(folder / "labels", _MAPS)
+    images, labels = _list_files(folder / "images", SUFFIXES), _list_files(folder / "labels", _MAP_SUFFIXES)
     odd = [images[stem].name for stem in images.keys() - labels.keys()]
     odd += [labels[stem].name for stem in labels.keys() - images.keys()]
     if odd:
@@ -204,7 +204,7 @@ def _pairs(folder: Path) -> list[Masked]:
     return [Masked(stem, images[stem], labels[stem]) for stem in sorted(images)]
 
 
-def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+def _list_files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     """Files by stem."""
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     files = [p for p in entries if p.suffix.lower() in suffixes and not p.name.startswith(".")]
@@ -220,7 +220,7 @@ def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def _fault(item: Masked, checked: Checked) -> str | None:
+def _find_fault(item: Masked, checked: Checked) -> str | None:
     """What is wrong with a pair, with the file's name."""
     if checked.fault:
         return f"{Path(item.image).name} ({checked.fault})"

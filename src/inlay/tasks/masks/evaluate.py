@@ -41,18 +41,17 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
     meaning: Literal["instances", "classes"] = "classes" if noted.get("meaning") == "classes" else "instances"
     views = {kind: scoring_view(rows, adapter.processor, kind, crop=crop, meaning=meaning) for kind in KINDS}
     found: dict[bool, dict[str, list[dict[str, Any]]]] = {}
-    for alone in (False, True) if able else (False,):
-        with model.disable_adapter() if alone else nullcontext():
-            found[alone] = {kind: _answers(model, view, picked) for kind, view in views.items()}
+    for without in (False, True) if able else (False,):
+        with model.disable_adapter() if without else nullcontext():
+            found[without] = {kind: _answer_prompts(model, view, picked) for kind, view in views.items()}
     table = []
     for kind in KINDS:
         for k, row in enumerate(found[False][kind]):
-            beside = {"base_iou": round(found[True][kind][k]["iou"], 6)} if able else {}
+            of_base = {"base_iou": round(found[True][kind][k]["iou"], 6)} if able else {}
             rounded = {"iou": round(row["iou"], 6), "predicted_iou": round(row["predicted_iou"], 6)}
-            table.append({**row, **rounded, "image": rows[row["image"]].name, **beside})
-    notes += [
-        f"Up to {SCORED_OBJECTS} objects of an image, which is the unit that was resampled: {_objects(found[False])}."
-    ]
+            table.append({**row, **rounded, "image": rows[row["image"]].name, **of_base})
+    counted = _count_objects(found[False])
+    notes += [f"Up to {SCORED_OBJECTS} objects of an image, which is the unit that was resampled: {counted}."]
     if request.compare and not able:
         notes += ["The base alone was not scored: the adapter is merged into it."]
     return Evaluation(
@@ -61,15 +60,15 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
         split=chosen,
         count=len(picked),
         unit="image",
-        scores=_scores(found[False], picked, request.resamples),
-        base=_scores(found[True], picked, request.resamples) if able else None,
+        scores=_score_kinds(found[False], picked, request.resamples),
+        base=_score_kinds(found[True], picked, request.resamples) if able else None,
         rows=table,
         notes=notes,
     )
 
 
 @torch.inference_mode()
-def _answers(model: Any, view: MaskView, picked: list[int]) -> list[dict[str, Any]]:
+def _answer_prompts(model: Any, view: MaskView, picked: list[int]) -> list[dict[str, Any]]:
     """A row for each object that was asked for: the image's place in the view, IoU, and the IoU that was predicted."""
     loss, weight, rows = MaskLoss(), next(p for p in model.parameters() if p.is_floating_point()), []
     for begin, batch in enumerate(DataLoader(Subset(view, picked), batch_size=AT_ONCE)):
@@ -95,7 +94,7 @@ def _answers(model: Any, view: MaskView, picked: list[int]) -> list[dict[str, An
     return rows
 
 
-def _scores(found: dict[str, list[dict[str, Any]]], picked: list[int], resamples: int) -> dict[str, Score]:
+def _score_kinds(found: dict[str, list[dict[str, Any]]], picked: list[int], resamples: int) -> dict[str, Score]:
     """Mean IoU over objects for each kind of prompt; images are resampled, each with all its objects."""
     place = {image: i for i, image in enumerate(picked)}
     sums, counts = {}, {}
@@ -110,6 +109,6 @@ def _scores(found: dict[str, list[dict[str, Any]]], picked: list[int], resamples
     return score_with_intervals(statistic, len(picked), resamples=resamples)
 
 
-def _objects(found: dict[str, list[dict[str, Any]]]) -> str:
+def _count_objects(found: dict[str, list[dict[str, Any]]]) -> str:
     count = len(found[KINDS[0]])
     return f"{count:,} object{'' if count == 1 else 's'} by each kind of prompt"

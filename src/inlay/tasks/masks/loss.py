@@ -10,7 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 @dataclass
 class MaskOutput:
-    """What SAM answered to P prompts for each of B pictures, with M masks a prompt.
+    """What SAM answered to P prompts for each of B images, with M masks a prompt.
 
     Attributes:
         loss: Mean over the masks that were asked for.

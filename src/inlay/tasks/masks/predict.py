@@ -1,4 +1,4 @@
-"""Masks of what points and boxes in a picture mean, and a picture that shows them."""
+"""Masks of what points and boxes in an image mean, and a drawing of them."""
 
 import os
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from inlay.tasks.colours import colour
 from inlay.tasks.image_decoding import open_image
 from inlay.tasks.masks.processing import open_for_masks
 
-Point = Sequence[float]  # x, y in pixels of the picture
+Point = Sequence[float]  # x, y in pixels of the image
 Box = Sequence[float]  # x0, y0, x1, y1, corners inclusive
 
 
 @dataclass(frozen=True)
 class MaskPrediction:
-    """What an adapter says of prompts in one picture.
+    """What an adapter says of prompts in one image.
 
     Attributes:
-        source: The file's path, or `picture` for what has none.
-        masks: Boolean (P, H, W) at the picture's own size, one for each prompt.
+        source: The file's path, or `image` for what has none.
+        masks: Boolean (P, H, W) at the image's own size, one for each prompt.
         scores: The IoU that the model itself predicts for each, about 0 to 1.
     """
 
@@ -42,7 +42,7 @@ class MaskPrediction:
 
 def predict_masks(
     adapter: Adapter,
-    picture: Any,
+    image: Any,
     *,
     points: Sequence[Point] = (),
     negatives: Sequence[Point] = (),
@@ -54,22 +54,22 @@ def predict_masks(
     points. A pixel's centre is at whole numbers.
 
     Args:
-        adapter: From `load_adapter`, of a SAM on pictures.
-        picture: A path, file content as bytes, or a PIL image.
+        adapter: From `load_adapter`, of a SAM on images.
+        image: A path, file content as bytes, or a PIL image.
         points: Inside of the object.
         negatives: Outside of it.
         boxes: Around an object each.
 
     Raises:
-        InlayError: Another kind of adapter, no prompt, points beside several boxes, places outside of the picture,
-            boxes without an inside, a picture that cannot be read.
+        InlayError: Another kind of adapter, no prompt, points with several boxes, places outside of the image,
+            boxes without an inside, an image that cannot be read.
     """
     check_task(adapter, "mask-generation")
-    image = open_for_masks(picture, adapter.processor)
-    _check(points, negatives, boxes, image)
-    made = adapter.processor(images=image, return_tensors="pt")
+    opened = open_for_masks(image, adapter.processor)
+    _check_prompts(points, negatives, boxes, opened)
+    made = adapter.processor(images=opened, return_tensors="pt")
     height, width = (int(length) for length in made["reshaped_input_sizes"][0])
-    scale = torch.tensor([width / image.width, height / image.height])
+    scale = torch.tensor([width / opened.width, height / opened.height])
 
     def placed(values: Any) -> torch.Tensor:  # centres of pixels stay centres: x y, or x0 y0 x1 y1
         tensor = torch.tensor(values, dtype=torch.float32)
@@ -86,35 +86,38 @@ def predict_masks(
         output = adapter.model(**inputs)
     scores, best = output.iou_scores[0].float().cpu().max(-1)  # P
     logits = output.pred_masks[0].float().cpu()[torch.arange(len(best)), best]  # P h w
-    sizes = [(image.height, image.width)], [(height, width)]
+    sizes = [(opened.height, opened.width)], [(height, width)]
     masks = adapter.processor.post_process_masks([logits[None]], *sizes)[0][0]  # P H W
-    source = str(picture) if isinstance(picture, str | os.PathLike) else "picture"
+    source = str(image) if isinstance(image, str | os.PathLike) else "image"
     return MaskPrediction(source, masks.numpy(), [float(score) for score in scores])
 
 
-def _check(points: Sequence[Point], negatives: Sequence[Point], boxes: Sequence[Box], image: Image.Image) -> None:
+def _check_prompts(
+    points: Sequence[Point], negatives: Sequence[Point], boxes: Sequence[Box], image: Image.Image
+) -> None:
     if not (points or boxes):
         raise BadInput("nothing is asked for: give points inside of an object, or boxes around objects.")
     if len(boxes) > 1 and (points or negatives):
         raise BadInput(
-            f"points belong to one object, but there are {len(boxes)} boxes; give one box with points, or boxes alone."
+            f"points belong to one object, but there are {len(boxes)} boxes; give one box with points, or boxes "
+            "without points."
         )
-    for what, size, parse_places in (("point", 2, [*points, *negatives]), ("box", 4, boxes)):
-        for place in parse_places:
+    for what, size, prompts in (("point", 2, [*points, *negatives]), ("box", 4, boxes)):
+        for place in prompts:
             inside = len(place) == size and all(
                 -0.5 <= value <= (image.width, image.height)[i % 2] - 0.5 for i, value in enumerate(place)
             )
             if not inside:
                 numbers = "x, y" if size == 2 else "x0, y0, x1, y1"
                 raise BadInput(
-                    f"expected a {what} as {numbers} within {image.width} x {image.height} pixels, got {tuple(place)}."
+                    f"{tuple(place)} is no {what} {numbers} within {image.width} x {image.height} pixels; correct it."
                 )
     for x0, y0, x1, y1 in boxes:
         if x1 <= x0 or y1 <= y0:
-            raise BadInput(f"expected a box as x0 < x1 and y0 < y1, got {x0, y0, x1, y1}.")
+            raise BadInput(f"the box {x0, y0, x1, y1} holds nothing; give x0 < x1 and y0 < y1.")
 
 
-def parse_places(texts: Sequence[str] | None, size: int) -> list[tuple[float, ...]]:
+def parse_coordinates(texts: Sequence[str] | None, size: int) -> list[tuple[float, ...]]:
     """Points `x,y` (size 2) or boxes `x0,y0,x1,y1` (size 4), as they are typed.
 
     Raises:
@@ -125,13 +128,13 @@ def parse_places(texts: Sequence[str] | None, size: int) -> list[tuple[float, ..
     except ValueError:
         found = [()]
     if any(len(place) != size for place in found):
-        raise BadInput(f"expected {size} numbers with commas between them, got {', '.join(texts or [])}.")
+        raise BadInput(f"{', '.join(texts or [])} must be {size} numbers with commas between them.")
     return found
 
 
 def draw_masks(
     prediction: MaskPrediction,
-    picture: Any,
+    image: Any,
     path: str | Path,
     *,
     points: Sequence[Point] = (),
@@ -139,20 +142,22 @@ def draw_masks(
     boxes: Sequence[Box] = (),
     side: int = 512,
 ) -> Path:
-    """Save the picture with its masks tinted and outlined, and the prompts over them.
+    """Save the image with its masks tinted and outlined, and the prompts over them.
 
     Args:
         prediction: From `predict_masks`.
-        picture: As given to it.
+        image: As given to it.
         path: Of the drawing; its suffix chooses the format.
         points: Drawn as filled discs.
         negatives: Drawn as crosses.
         boxes: Drawn as frames.
-        side: Small pictures are enlarged to this longer edge at least, in whole steps.
+        side: Small images are enlarged to this longer edge at least, in whole steps.
     """
-    image = open_image(picture, intensity="percentiles")
-    step = max(1, round(side / max(image.size)))
-    pixels = np.asarray(image.resize((image.width * step, image.height * step), Image.Resampling.NEAREST), np.float32)
+    opened = open_image(image, intensity="percentiles")
+    step = max(1, round(side / max(opened.size)))
+    pixels = np.asarray(
+        opened.resize((opened.width * step, opened.height * step), Image.Resampling.NEAREST), np.float32
+    )
     for k, mask in enumerate(prediction.masks, 1):
         large = np.kron(mask, np.ones((step, step), bool))
         tint = np.array(colour(k), np.float32)

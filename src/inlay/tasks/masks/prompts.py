@@ -30,11 +30,11 @@ def draw_points(regions: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def boxes_around(masks: Tensor, jitter: float = 0.0) -> Tensor:
-    """Smallest boxes around masks, corners inclusive; (..., 4), float32. That of an empty mask is the whole picture.
+    """Smallest boxes around masks, corners inclusive; (..., 4), float32. That of an empty mask is the whole image.
 
     Args:
         masks: Boolean, of shape (..., H, W).
-        jitter: Deviation by which each side is moved, as a share of the box's width or height; it stays in the picture.
+        jitter: Deviation by which each side is moved, as a share of the box's width or height; it stays in the image.
     """
     height, width = masks.shape[-2:]
     columns, rows = masks.any(-2), masks.any(-1)  # ... W, ... H

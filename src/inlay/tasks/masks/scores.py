@@ -14,7 +14,7 @@ from inlay.tasks.metrics import ClassMetric
 class MaskIoU(ClassMetric):
     """Mean intersection over union of the masks that were asked for, 0 to 1.
 
-    Predictions are pixels (N, P, 2) in the intersection and in the union of each picture's P masks, both 0 for a mask
+    Predictions are pixels (N, P, 2) in the intersection and in the union of each image's P masks, both 0 for a mask
     that was not asked for; references are not read.
     """
 

@@ -31,7 +31,7 @@ class MaskGeneration(Task):
     limits = "Its masks answer a point or a box; objects unlike those of the training data may be missed."
     usage = (
         'from inlay import load_adapter, predict_masks\n\nadapter = load_adapter("FOLDER")\n'
-        'print(predict_masks(adapter, "picture.png", points=[(40, 60)]).masks.shape)'
+        'print(predict_masks(adapter, "image.png", points=[(40, 60)]).masks.shape)'
     )
     inputs = "an image, to find masks in"
     options: ClassVar[Mapping[str, Option]] = {
@@ -58,7 +58,7 @@ class MaskGeneration(Task):
         return mask_processor_settings(processor)
 
     def golden_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
-        """The golden picture, asked for by a point and a box."""
+        """The golden image, asked for by a point and a box."""
         import torch
 
         pixels = process_golden(processor)["pixel_values"]  # 1 C H W
@@ -111,15 +111,15 @@ class MaskGeneration(Task):
         return {"pixel_values": pixels, "input_boxes": boxes, "labels": labels}, MaskLoss()
 
     def prepare(self, inputs: Sequence[str], options: Mapping[str, Any]) -> Callable[[Adapter], Answer]:
-        from inlay.tasks.masks.predict import draw_masks, parse_places, predict_masks
+        from inlay.tasks.masks.predict import draw_masks, parse_coordinates, predict_masks
 
         asked: dict[str, Any] = {
-            "points": parse_places(options["point"], 2),
-            "negatives": parse_places(options["negative"], 2),
-            "boxes": parse_places(options["box"], 4),
+            "points": parse_coordinates(options["point"], 2),
+            "negatives": parse_coordinates(options["negative"], 2),
+            "boxes": parse_coordinates(options["box"], 4),
         }
         if len(inputs) != 1:
-            raise BadInput(f"points and boxes belong to one picture, got {len(inputs)}; give one at a time.")
+            raise BadInput(f"points and boxes belong to one image, got {len(inputs)}; give one at a time.")
 
         def answer(adapter: Adapter) -> Answer:
             found = predict_masks(adapter, inputs[0], **asked)

@@ -1,4 +1,4 @@
-"""Pictures with maps as a promptable model wants them: pixels, prompts, and the masks that answer them."""
+"""Images with maps as a promptable model wants them: pixels, prompts, and the masks that answer them."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -21,7 +21,7 @@ _KINDS = ("any", "point", "points", "box")
 
 
 class MaskView(Dataset[dict[str, Any]]):
-    """One split, each picture with P prompts; points and boxes are in pixels of what the processor makes.
+    """One split, each image with P prompts; points and boxes are in pixels of what the processor makes.
 
     An item has `pixel_values` (3, S, S), `labels` (P, s, s) int8 of the size of SAM's logits (1 in the mask, 0 outside;
     -1 everywhere where there is no further object), and, as `prompts` says, `input_points` (P, N, 2), `input_labels`
@@ -33,10 +33,10 @@ class MaskView(Dataset[dict[str, Any]]):
         processor: The base's SamImageProcessor.
         prompts: `point`: one inside; `points`: two inside, one outside; `box`; `any`: for each batch points, boxes or
             both, with 1 to 3 points inside and up to 2 outside.
-        count: P, prompts of a picture; objects are drawn anew for each item, with repetition where there are fewer.
+        count: P, prompts of an image; objects are drawn anew for each item, with repetition where there are fewer.
         seed: For validation: objects and prompts of each item are fixed by this and none is repeated.
-        turn: Turn and mirror at random; for pictures without an up and down.
-        crop: Take parts of so many pixels, each with an object near its middle; for small objects in large pictures.
+        turn: Turn and mirror at random; for images without an up and down.
+        crop: Take parts of so many pixels, each with an object near its middle; for small objects in large images.
         meaning: As in `MaskData`.
     """
 
@@ -53,8 +53,10 @@ class MaskView(Dataset[dict[str, Any]]):
         meaning: Literal["instances", "classes"] = "instances",
     ) -> None:
         if prompts not in _KINDS or count < 1 or (crop is not None and crop < 16):
-            wanted = f"prompts {', '.join(_KINDS)}, a count of 1 or more and no crop under 16 pixels"
-            raise BadInput(f"expected {wanted}, got {prompts!r}, {count} and {crop}.")
+            raise BadInput(
+                f"prompts must be one of {', '.join(_KINDS)}, count at least 1 and crop at least 16 pixels, got "
+                f"{prompts!r}, {count} and {crop}."
+            )
         self.rows, self.processor, self.prompts = rows, processor, prompts
         self.count, self.seed, self.turn, self.crop, self.meaning = count, seed, turn, crop, meaning
         self.side, self.small = processor.pad_size["height"], processor.mask_pad_size["height"]
@@ -65,30 +67,30 @@ class MaskView(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[int(index)]
         if self.seed is None:
-            return self._item(row)
+            return self._make_item(row)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed * 1_000_003 + int(index))
-            return self._item(row)
+            return self._make_item(row)
 
-    def _item(self, row: Masked) -> dict[str, Any]:
+    def _make_item(self, row: Masked) -> dict[str, Any]:
         source = Image.fromarray(row.image) if isinstance(row.image, np.ndarray) else row.image
-        picture = open_for_masks(source, self.processor)
+        image = open_for_masks(source, self.processor)
         objects = read_map(row.objects)
         if self.meaning == "classes":
             objects = split_classes(objects)
         if self.crop is not None:
-            picture, objects = _cropped(picture, objects, self.crop)
+            image, objects = _crop_pair(image, objects, self.crop)
         if self.turn:
-            picture, objects = _turned(picture, objects, int(torch.randint(8, ())))
-        made = self.processor(images=picture, return_tensors="pt")
-        numbers = self._map(objects, tuple(made["reshaped_input_sizes"][0]))  # S S
-        masks, asked = self._masks(numbers)  # P S S, P
-        small = _shrunk(masks, self.small).to(torch.int8)
+            image, objects = _turn_pair(image, objects, int(torch.randint(8, ())))
+        made = self.processor(images=image, return_tensors="pt")
+        numbers = self._resize_map(objects, tuple(made["reshaped_input_sizes"][0]))  # S S
+        masks, asked = self._choose_masks(numbers)  # P S S, P
+        small = _shrink_masks(masks, self.small).to(torch.int8)
         small[~asked] = -1
-        return {"pixel_values": made["pixel_values"][0].float(), "labels": small, **self._prompts(masks)}
+        return {"pixel_values": made["pixel_values"][0].float(), "labels": small, **self._draw_prompts(masks)}
 
-    def _map(self, objects: np.ndarray, size: tuple[int, int]) -> Tensor:
-        """The map at the size of the resized picture (h, w), padded with background to (S, S)."""
+    def _resize_map(self, objects: np.ndarray, size: tuple[int, int]) -> Tensor:
+        """The map at the size of the resized image (h, w), padded with background to (S, S)."""
         height, width = (int(length) for length in size)
         rows = ((np.arange(height) + 0.5) * objects.shape[0] / height).astype(int)
         columns = ((np.arange(width) + 0.5) * objects.shape[1] / width).astype(int)
@@ -96,7 +98,7 @@ class MaskView(Dataset[dict[str, Any]]):
         padded[:height, :width] = objects[rows[:, None], columns]
         return torch.from_numpy(padded)
 
-    def _masks(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose_masks(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """P masks (P, S, S) of objects of the map, and which of them are asked for (P,)."""
         found = numbers[numbers > 0].unique()
         if self.seed is None and len(found):
@@ -110,7 +112,7 @@ class MaskView(Dataset[dict[str, Any]]):
         chosen = torch.cat([chosen, chosen.new_full((missing,), -1)])
         return numbers == chosen[:, None, None], asked
 
-    def _prompts(self, masks: Tensor) -> dict[str, Tensor]:
+    def _draw_prompts(self, masks: Tensor) -> dict[str, Tensor]:
         boxes = boxes_around(masks, jitter=0.05)  # P 4
         if self.prompts == "box":
             return {"input_boxes": boxes}
@@ -118,7 +120,7 @@ class MaskView(Dataset[dict[str, Any]]):
         points, there = draw_points(masks, inside)
         labels = there.long() * 2 - 1
         if outside:
-            others, around = draw_points(_around(masks, boxes), outside)
+            others, around = draw_points(_find_surroundings(masks, boxes), outside)
             points, labels = torch.cat([points, others], 1), torch.cat([labels, around.long() - 1], 1)
         if self.prompts == "any":
             kept = torch.tensor([torch.randint(1, 4, ()), torch.randint(3, ())])  # so many of either count
@@ -151,7 +153,7 @@ def collate_masks(items: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def _shrunk(masks: Tensor, side: int) -> Tensor:
+def _shrink_masks(masks: Tensor, side: int) -> Tensor:
     """Masks (P, S, S) at side x side: what is half covered, or if nothing is so, all that is touched."""
     step = masks.shape[-1] // side
     cover = masks.float().unflatten(-1, (side, step)).unflatten(-3, (side, step)).mean((-1, -3))  # P s s
@@ -159,7 +161,7 @@ def _shrunk(masks: Tensor, side: int) -> Tensor:
     return torch.where(small.flatten(1).any(1)[:, None, None], small, cover > 0)
 
 
-def _around(masks: Tensor, boxes: Tensor) -> Tensor:
+def _find_surroundings(masks: Tensor, boxes: Tensor) -> Tensor:
     """What surrounds each object: its box, larger by a quarter to each side, without it; (P, S, S)."""
     axis = torch.arange(masks.shape[-1])
     size = (boxes[:, 2:] - boxes[:, :2] + 8) / 4
@@ -169,19 +171,19 @@ def _around(masks: Tensor, boxes: Tensor) -> Tensor:
     return x[:, None] & y[:, :, None] & ~masks
 
 
-def _cropped(picture: Image.Image, objects: np.ndarray, side: int) -> tuple[Image.Image, np.ndarray]:
+def _crop_pair(image: Image.Image, objects: np.ndarray, side: int) -> tuple[Image.Image, np.ndarray]:
     """A part of side x side pixels, or less where there are no more, with some object within its middle half."""
     (point,), _ = draw_points(torch.from_numpy(objects > 0), 1)
     shift = (torch.rand(2) - 0.5) * side / 2 - side / 2
     x, y = (point + shift).round().int().tolist()
-    x, y = max(0, min(x, picture.width - side)), max(0, min(y, picture.height - side))
-    box = (x, y, min(picture.width, x + side), min(picture.height, y + side))
-    return picture.crop(box), objects[box[1] : box[3], box[0] : box[2]]
+    x, y = max(0, min(x, image.width - side)), max(0, min(y, image.height - side))
+    box = (x, y, min(image.width, x + side), min(image.height, y + side))
+    return image.crop(box), objects[box[1] : box[3], box[0] : box[2]]
 
 
-def _turned(picture: Image.Image, objects: np.ndarray, way: int) -> tuple[Image.Image, np.ndarray]:
+def _turn_pair(image: Image.Image, objects: np.ndarray, way: int) -> tuple[Image.Image, np.ndarray]:
     """One of the eight turned and mirrored forms."""
-    pixels = np.rot90(np.asarray(picture), way % 4)
+    pixels = np.rot90(np.asarray(image), way % 4)
     objects = np.rot90(objects, way % 4)
     if way >= 4:
         pixels, objects = pixels[:, ::-1], objects[:, ::-1]
