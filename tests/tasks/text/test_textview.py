@@ -22,8 +22,10 @@ from tokenizers import (
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from inlay.errors import InlayError
+from inlay.tasks.golden import golden_tokens
 from inlay.tasks.text.data import load_texts
 from inlay.tasks.text.processor import TextProcessor
+from inlay.tasks.text.task import check_vocabulary
 from inlay.tasks.text.view import TextView
 from places import SHARED
 
@@ -161,6 +163,32 @@ def test_blocks_are_full_and_hold_all_text():
         "these rows have prompts",
         call=lambda: TextView(rows(("a", "b")), using, block=True),
     )
+
+
+def test_padding_needs_no_embedding():
+    """Many fine-tuned Llamas have a [PAD] that was added to the tokenizer only; masked, any token pads as well."""
+    using = processor()
+    using.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert using.tokenizer.pad_token_id == len(using.tokenizer) - 1
+    view = TextView(rows(("a", "b"), ("a", "bcd")), TextProcessor(using.tokenizer))
+    batch = view.collate(list(view))
+    assert batch["input_ids"].max() < len(using.tokenizer) - 1
+    assert batch["input_ids"][0, -2:].tolist() == [using.tokenizer.eos_token_id] * 2
+    assert batch["attention_mask"][0, -2:].tolist() == [0, 0] and batch["labels"][0, -2:].tolist() == [-100] * 2
+
+
+def test_tokens_without_an_embedding_are_named():
+    with pytest.raises(InlayError, match="makes the token 400, but the base has embeddings for 400 tokens only"):
+        check_vocabulary("base", 400, 400)
+    check_vocabulary("base", 399, 400)
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(512, 512), (401, 400), (460, 400), (40, 64)])
+def test_golden_tokens_have_an_embedding(tokens, rows):
+    """Those of a tokenizer as it is, unless the base has no rows for them: files of before are checked as before."""
+    before = [i**3 * 7919 % tokens for i in range(1, 17)]
+    found = golden_tokens(tokens, rows)[0].tolist()
+    assert max(found) < rows and (found == before or max(before) >= rows)
 
 
 # Long texts
