@@ -327,6 +327,8 @@ def test_a_prompt_of_plain_peft_on_a_decoder_is_refused(config, tmp_path):
         load_base("builtin:gpt2-tiny", task="text-classification", labels=["a", "b"]),
         PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2),
     )
+    rows = {**processor.pad_rows(rows), "labels": torch.tensor([0])}
+    assert SequenceLoss()(prefix.get_base_model(), rows).loss > 0  # a head that is trained without a method
     check_prompt(prefix)  # keys and values, behind which the tokens are read
 
 

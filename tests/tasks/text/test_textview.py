@@ -25,8 +25,8 @@ from inlay.errors import InlayError
 from inlay.tasks.golden import golden_tokens
 from inlay.tasks.text.data import load_texts
 from inlay.tasks.text.processor import TextProcessor
-from inlay.tasks.text.task import check_vocabulary
 from inlay.tasks.text.view import TextView
+from inlay.tasks.text.vocabulary import check_vocabulary
 from places import SHARED
 
 DATA = SHARED
@@ -134,7 +134,9 @@ def test_dropped_and_refused():
     view = TextView(pairs, using, over_long="drop")
     assert [shown(view, using, i)[0] for i in range(len(view))] == ["a|b<e>", "c|d<e>"]
     assert view.report == "2 examples, 4 to 4 tokens (8 in all, 4 trained on); 2 longer than 8 were dropped"
-    refused("8 tokens", "2 of 4", "the first is row 2", call=lambda: TextView(pairs, using, over_long="refuse"))
+    refused(
+        "8 tokens", "2 of 4 examples", "the first is row 2", call=lambda: TextView(pairs, using, over_long="refuse")
+    )
     assert len(TextView(pairs.select([0, 2]), using, over_long="refuse")) == 2
     refused("no examples are left; 1 longer than 8", call=lambda: TextView(pairs.select([1]), using, over_long="drop"))
     refused(
@@ -266,9 +268,9 @@ def test_a_long_text_in_windows_has_the_tokens_of_the_whole(kind, monkeypatch):
 def test_what_a_tokenizer_reads_at_a_time_does_not_grow(monkeypatch):
     """150 bytes a character are taken while it does: 30 GB for a text of 200 MB in one call."""
     using = processor(max_length=256)
-    calls, call = [], using._call
+    calls, call = [], using._call_tokenizer
     monkeypatch.setattr(
-        using, "_call", lambda texts, *a, **k: calls.append(sum(map(len, texts))) or call(texts, *a, **k)
+        using, "_call_tokenizer", lambda texts, *a, **k: calls.append(sum(map(len, texts))) or call(texts, *a, **k)
     )
     long, short = "line of words\n" * 100_000, "short\n" * 5000
     view = TextView(rows(("", long), *[("", short)] * 50), using, block=True)
