@@ -1,6 +1,6 @@
 """Descriptions of restaurants, and whether each says that families are welcome: a generated task of reading.
 
-`descriptions` writes the texts. Whether children are welcome is said in a dozen ways, some of them negative, among
+`restaurants` writes the texts. Whether children are welcome is said in a dozen ways, some of them negative, among
 phrases on price, rating, food and place, and a third of the texts does not say it.
 """
 
@@ -32,6 +32,9 @@ def families(count: int, *, seed: int) -> list[tuple[str, str]]:
 
 
 def split_families(seed: int = 0) -> dict[str, list[tuple[str, str]]]:
-    """1,500 texts for training and 300 for validation; no two say the same of a place."""
-    every = families(1800, seed=seed)
-    return {"train": every[:1500], "validation": every[1500:]}
+    """420 texts for training and 300 for validation; no two say the same of a place.
+
+    So few that methods differ: with 1,500 every one of them learns all ways to say it.
+    """
+    every = families(720, seed=seed)
+    return {"train": every[:420], "validation": every[420:]}

@@ -60,9 +60,8 @@ def generate_descriptions(topic: str, count: int, *, seed: int, references: int 
     """
     if topic not in TOPICS or count < 0 or not 1 <= references <= 8:
         raise BadInput(
-            f"topic must be one of {', '.join(TOPICS)}, count at least 0 and references 1 to 8, got {topic!r}, "
-            f"{count} and "
-            f"{references}."
+            f"topic must be one of {', '.join(TOPICS)}, count at least 0 and references 1 to 8, got {topic!r}, {count} "
+            f"and {references}."
         )
     sizes = [len(TOPICS[topic].nouns), *map(len, TOPICS[topic].slots.values())]
     most = prod(size + 1 for size in sizes) // 2  # each slot has a value or is absent; near to all, drawing gets slow

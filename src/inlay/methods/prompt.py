@@ -21,24 +21,26 @@ def _task_type(model: nn.Module) -> str:
 
 
 def check_prompt(model: nn.Module) -> None:
-    """Refuse a learned prompt on a model that finds the end of a text by its tokens: peft hands it embeddings.
+    """Refuse a PeftModel with a learned prompt, however it was built, on a base that `refuse_prompt` refuses.
 
-    Args:
-        model: A base that is to get a prompt, or a PeftModel, however it was built; other methods pass.
+    Raises:
+        InlayError: As there. Other methods, and models without one, pass.
+    """
+    if isinstance(model, PeftModel) and model.active_peft_config.peft_type in EMBEDDED_PROMPTS:
+        refuse_prompt(model.get_base_model())
+
+
+def refuse_prompt(base: nn.Module) -> None:
+    """Refuse a base that finds the end of a text by its tokens: behind a learned prompt peft hands it embeddings.
 
     Raises:
         InlayError: A decoder such as GPT-2, or an encoder-decoder such as BART, with a head over whole texts.
     """
-    base: nn.Module = model
-    if isinstance(model, PeftModel):
-        if model.active_peft_config.peft_type not in EMBEDDED_PROMPTS:
-            return
-        base = model.get_base_model()
     config = getattr(base, "config", None)
-    decodes = type(config) in AutoModelForCausalLM._model_mapping and (
-        type(config) not in AutoModelForMaskedLM._model_mapping or getattr(config, "is_encoder_decoder", False)
-    )
-    if (decodes or getattr(config, "is_encoder_decoder", False)) and not writes_text(base):
+    both = getattr(config, "is_encoder_decoder", False)
+    encodes = type(config) in AutoModelForMaskedLM._model_mapping and not both
+    decodes = both or (type(config) in AutoModelForCausalLM._model_mapping and not encodes)
+    if decodes and not writes_text(base):
         raise Unsupported(
             f"{type(base).__name__} classifies by the last token of a text, which it does not find behind a learned "
             "prompt in a padded batch: peft hands it embeddings. Use another method, or an encoder such as BERT."
@@ -46,7 +48,7 @@ def check_prompt(model: nn.Module) -> None:
 
 
 def _prompt_config(model: nn.Module, length: int) -> PromptTuningConfig:
-    check_prompt(model)
+    refuse_prompt(model)
     return PromptTuningConfig(task_type=_task_type(model), num_virtual_tokens=length)
 
 

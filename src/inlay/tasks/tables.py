@@ -79,17 +79,17 @@ def read_table(path: Path) -> Table:
     if kind not in KINDS:
         raise BadInput(f"{name!r} is neither a table nor text ({', '.join(KINDS)}); convert it.")
     if kind == ".parquet":
-        table = _parquet(path)
+        table = _read_parquet(path)
     else:
-        text = _text(path)
+        text = _read_text(path)
         if kind == ".txt":
             table = Table(name, ["text"], {"text": [text]}.__getitem__, [1], "line")
         elif kind in SEPARATORS:
-            table = _separated(text, name, SEPARATORS[kind])
+            table = _parse_separated(text, name, SEPARATORS[kind])
         elif kind == ".json" and text.lstrip().startswith("["):
-            table = _array(text, name)
+            table = _parse_json_array(text, name)
         else:
-            table = _json_lines(text, name)
+            table = _parse_json_lines(text, name)
     twice = [column for column in dict.fromkeys(table.names) if table.names.count(column) > 1]
     if not len(table) or twice:
         raise BadInput(
@@ -143,7 +143,7 @@ def list_first(names: Sequence[object]) -> str:
     return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
         if content.startswith(b"\x1f\x8b"):  # gzip, whatever the file is called
@@ -163,7 +163,7 @@ def _text(path: Path) -> str:
     return text
 
 
-def _separated(text: str, name: str, separator: str) -> Table:
+def _parse_separated(text: str, name: str, separator: str) -> Table:
     """Rows of .csv and .tsv; a quoted value may go over several lines, and empty lines count but are no rows."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows: list[list[str]] = []
@@ -202,29 +202,29 @@ def _check_separator(text: str, name: str, separator: str) -> None:
         raise BadInput(f"the columns of {name!r} are separated by {words[used]}, not {words[separator]}; {remedy}.")
 
 
-def _json_lines(text: str, name: str) -> Table:
+def _parse_json_lines(text: str, name: str) -> Table:
     rows, places = [], []
     # Not splitlines: a JSON string may hold other ends of lines, such as U+2028.
     for place, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            rows.append(_json(line, f"line {place} of {name!r}"))
+            rows.append(_parse_json(line, f"line {place} of {name!r}"))
             places.append(place)
-    return _objects(rows, name, places, "line")
+    return _table_of_objects(rows, name, places, "line")
 
 
-def _array(text: str, name: str) -> Table:
-    rows = _json(text, repr(name))
-    return _objects(rows, name, range(1, len(rows) + 1), "row")
+def _parse_json_array(text: str, name: str) -> Table:
+    rows = _parse_json(text, repr(name))
+    return _table_of_objects(rows, name, range(1, len(rows) + 1), "row")
 
 
-def _json(text: str, where: str) -> Any:
+def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text, parse_float=Decimal)  # 1.10 stays 1.10: a label is text as it is written
     except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{where} is not JSON: {explain_unreadable(error)}.") from error
 
 
-def _objects(rows: list[Any], name: str, places: Sequence[int], unit: Literal["line", "row"]) -> Table:
+def _table_of_objects(rows: list[Any], name: str, places: Sequence[int], unit: Literal["line", "row"]) -> Table:
     wrong = [i for i, row in enumerate(rows) if not isinstance(row, dict)]
     names = list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
     table = Table(name, names, lambda column: [row.get(column) for row in rows], places, unit)
@@ -233,7 +233,7 @@ def _objects(rows: list[Any], name: str, places: Sequence[int], unit: Literal["l
     return table
 
 
-def _parquet(path: Path) -> Table:
+def _read_parquet(path: Path) -> Table:
     import pyarrow  # type: ignore[import-untyped]
     from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
 

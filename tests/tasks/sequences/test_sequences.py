@@ -295,7 +295,7 @@ def test_batches_and_the_generated_texts():
     assert found == families(30, seed=3) and len({text for text, _ in found}) == 30
     assert all(sum(label == own for _, label in found) == 10 for own in {label for _, label in found})
     data = load_sequences("builtin:families")
-    assert (len(data.train), len(data.validation)) == (1500, 300)
+    assert (len(data.train), len(data.validation)) == (420, 300)
     view = SequenceView(data.validation, SequenceProcessor(load_tokenizer("builtin:gpt2-tiny")))
     batch = view.collate([view[0], view[1]])
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, max(view.lengths[:2]))
@@ -327,6 +327,8 @@ def test_a_prompt_of_plain_peft_on_a_decoder_is_refused(config, tmp_path):
         load_base("builtin:gpt2-tiny", task="text-classification", labels=["a", "b"]),
         PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2),
     )
+    rows = {**processor.pad_rows(rows), "labels": torch.tensor([0])}
+    assert SequenceLoss()(prefix.get_base_model(), rows).loss > 0  # a head that is trained without a method
     check_prompt(prefix)  # keys and values, behind which the tokens are read
 
 

@@ -26,7 +26,7 @@ from inlay import (
 from inlay.bases.sites import lora_targets
 from inlay.methods import METHODS
 from inlay.tasks.evaluation import Request
-from inlay.tasks.text.evaluate import _corpora
+from inlay.tasks.text.evaluate import _corpus_statistics
 from inlay.tasks.text.evaluate import evaluate as evaluate_text
 from places import ROOT, SHARED
 from tasks.recipe_scores import recipe_scores
@@ -127,7 +127,7 @@ def test_resampled_corpora_are_sacrebleus():
         ["the elm is by the river"],
         ["yes", "no"],
     ]
-    corpora = _corpora(texts, wanted)
+    corpora = _corpus_statistics(texts, wanted)
     for rows in (generator.integers(0, 4, 4) for _ in range(5)):
         drawn = [wanted[i] for i in rows]
         streams = [[refs[k] if k < len(refs) else None for refs in drawn] for k in range(2)]

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreT
 from inlay import load_base, load_tokenizer
 from inlay.errors import InlayError
 from inlay.methods import METHODS
-from inlay.tasks.text.generate import Decoding, _Draws, _ends, generate
+from inlay.tasks.text.generate import Decoding, _DrawnTokens, _find_end_tokens, generate
 from inlay.tasks.text.processor import TextProcessor
 from inlay.train.config import TrainConfig
 from methods.bases import adapted, build
@@ -118,10 +118,10 @@ def test_sampling_follows_its_seed_and_the_prompts_place():
 
 def test_draws_are_as_frequent_as_probable():
     scores = torch.tensor([0.5, 0.0, 0.25, 0.25, 0.0]).log().expand(1000, 5)
-    draw = _Draws(torch.linspace(0, 1, 1001)[1:, None])  # over 0, with 1
+    draw = _DrawnTokens(torch.linspace(0, 1, 1001)[1:, None])  # over 0, with 1
     counts = draw(None, scores).argmax(-1).bincount(minlength=5).tolist()
     assert counts == pytest.approx([500, 0, 250, 250, 0], abs=1) and counts[1] == counts[4] == 0
-    assert int(_Draws(torch.tensor([[1e-38]]))(None, scores[:1].flip(-1)).argmax()) == 1
+    assert int(_DrawnTokens(torch.tensor([[1e-38]]))(None, scores[:1].flip(-1)).argmax()) == 1
 
 
 def test_a_text_ends_at_the_tokenizers_end_or_the_models():
@@ -210,11 +210,13 @@ def test_a_chat_ends_where_its_template_ends_an_answer():
         "{% if add_generation_prompt %}<{% endif %}"
     )
     chat = [{"role": "user", "content": "any pub"}]
-    assert _ends(model, processor, [chat]) == [1, 2] and _ends(model, processor, ["any pub"]) == [2]
+    assert _find_end_tokens(model, processor, [chat]) == [1, 2] and _find_end_tokens(model, processor, ["any pub"]) == [
+        2
+    ]
     texts = generate(model, processor, ["x", chat], Decoding(max_new_tokens=8))
     assert texts == [by_hand(model, processor, prompt, 8) for prompt in ("x", chat)]
     processor.tokenizer.chat_template = "{{ messages | length }}"  # writes all anew for an answer
-    assert _ends(model, processor, [chat]) == [2]
+    assert _find_end_tokens(model, processor, [chat]) == [2]
 
 
 def test_mistakes_are_named():

@@ -9,7 +9,7 @@ import pytest
 from pyarrow.parquet import write_table
 
 from inlay.errors import InlayError
-from inlay.tasks.text.data import by_prompt, load_texts
+from inlay.tasks.text.data import group_by_prompt, load_texts
 from places import SHARED
 
 DATA = SHARED
@@ -210,12 +210,12 @@ def test_answers_of_squad(tmp_path, caplog):
     found = everything(jsonl(tmp_path / "a.jsonl", *rows))
     assert found == [("c\no", "one"), ("c\no", "two"), ("c\nq", "one"), ("c\nq", "two")]
     assert "1 row of" in caplog.text and "(line 2) have no answer" in caplog.text
-    refused("lists of texts", "(line 1)", name=jsonl(tmp_path / "b.jsonl", {"question": "q", "answers": [1]}))
+    refused("no list of texts", "(line 1)", name=jsonl(tmp_path / "b.jsonl", {"question": "q", "answers": [1]}))
 
 
 def test_history_that_is_none(tmp_path):
     rows = [{"prompt": "a", "completion": "b", "history": turns} for turns in (TURNS, [["q"]])]
-    refused("pairs of prompt and answer", "(line 2)", name=jsonl(tmp_path / "a.jsonl", *rows))
+    refused("no list of pairs of prompt and answer", "(line 2)", name=jsonl(tmp_path / "a.jsonl", *rows))
 
 
 # Errors with their lines
@@ -224,7 +224,7 @@ def test_history_that_is_none(tmp_path):
 def test_empty_completions_are_named_by_line(tmp_path):
     lines = ['"two\nlines",ok', "b,", "", "c,  ", "d,ok"]
     name = write(tmp_path / "a.csv", "mr,ref", *lines)
-    refused("a completion in every row", "2 rows of", "a.csv", "(lines 4, 6)", name=name)
+    refused("the completion is empty", "2 rows of", "a.csv", "(lines 4, 6)", name=name)
     refused("1 row of", "(line 2)", name=write(tmp_path / "b.csv", "mr,ref", "a,", "b,c"))
     many = write(tmp_path / "c.csv", "mr,ref", *(f"{i}," for i in range(9)))
     refused("9 rows of", "(lines 2, 3, 4, 5, 6, ...)", name=many)
@@ -239,12 +239,12 @@ def test_empty_completions_are_named_by_line(tmp_path):
 def test_values_that_are_no_text(tmp_path, column, value):
     good = {"prompt": "a", "completion": "b"}
     name = jsonl(tmp_path / "a.jsonl", good, good | {column: value}, good)
-    refused(f"text in column {column!r}", "1 row of", "(line 2)", name=name)
+    refused(f"column {column!r} holds no text", "1 row of", "(line 2)", name=name)
 
 
 def test_half_characters_are_refused(tmp_path):
     name = write(tmp_path / "a.jsonl", '{"prompt": "a", "completion": "b"}', '{"prompt": "\\ud800", "completion": "b"}')
-    refused("text in column 'prompt'", "(line 2)", name=name)
+    refused("column 'prompt' holds no text", "(line 2)", name=name)
 
 
 def test_files_that_do_not_read(tmp_path):
@@ -254,11 +254,11 @@ def test_files_that_do_not_read(tmp_path):
     refused("b.csv' is empty", name=tmp_path / "b.csv")
     refused("c.csv' has no rows", name=write(tmp_path / "c.csv", "mr,ref"))
     refused("the header names 2 columns", "(lines 3, 4)", name=write(tmp_path / "d.csv", "mr,ref", "a,b", "c", "d,e,f"))
-    refused("line 3 does not", name=write(tmp_path / "e.csv", "mr,ref", "a,b", 'a,"b', "c,d"))
-    refused("line 2 does not", name=write(tmp_path / "f.tsv", "mr\tref", 'a\t"b" c'))
+    refused("line 3 of", name=write(tmp_path / "e.csv", "mr,ref", "a,b", 'a,"b', "c,d"))
+    refused("line 2 of", name=write(tmp_path / "f.tsv", "mr\tref", 'a\t"b" c'))
     refused("g.csv' has two columns ref", name=write(tmp_path / "g.csv", "mr,ref,ref", "a,b,c"))
     refused("line 2 of", "is not JSON", name=write(tmp_path / "a.jsonl", '{"prompt": "a", "completion": "b"}', "{"))
-    refused("JSON objects", "(line 1)", name=write(tmp_path / "b.jsonl", "[1]"))
+    refused("must be a JSON object", "(line 1)", name=write(tmp_path / "b.jsonl", "[1]"))
     refused("line 1 of", "c.jsonl' is not JSON", name=write(tmp_path / "c.jsonl", "[" * 100_000))
     refused("d.json' is not JSON", name=write(tmp_path / "d.json", "[{]"))
     refused("e.json' has no rows", name=write(tmp_path / "e.json", "[]"))
@@ -361,13 +361,13 @@ def test_chats_that_do_not_serve(tmp_path):
     def bad(chat, *words):
         refused(*words, "(line 2)", name=jsonl(tmp_path / "a.jsonl", {"messages": [ASK, SAY]}, {"messages": chat}))
 
-    bad([ASK, SAY, ASK], "assistant's message at the end")
-    bad([SAY], "before the last")
-    bad([ASK, SAY | {"content": " "}], "a completion in every row")
+    bad([ASK, SAY, ASK], "last message is not the assistant's")
+    bad([SAY], "no message before the answer")
+    bad([ASK, SAY | {"content": " "}], "the answer is empty")
     for chat in ([], None, "hi", [1, SAY], [{"role": "user"}, SAY], [ASK | {"content": None}, SAY]):
-        bad(chat, "lists of messages")
+        bad(chat, "no list of messages")
     name = jsonl(tmp_path / "b.jsonl", {"messages": "hi"})
-    refused("lists of messages", "(line 1)", name=name)
+    refused("no list of messages", "(line 1)", name=name)
 
 
 def test_chat_and_text_do_not_mix(tmp_path):
@@ -442,7 +442,7 @@ def test_prompts_are_held_out_whole(tmp_path):
     lines = [f"prompt {i % 20},text {i}" for i in range(100)]
     name = write(tmp_path / "a.csv", "prompt,completion", *lines)
     data = load_texts(name, validation=0.25)
-    train, held = by_prompt(data.train), by_prompt(data.validation)
+    train, held = group_by_prompt(data.train), group_by_prompt(data.validation)
     assert (len(train), len(held), set(train) & set(held)) == (15, 5, set())
     assert pairs(data.train, data.validation) == sorted((f"prompt {i % 20}", f"text {i}") for i in range(100))
     assert all(len(texts) == 5 for texts in held.values())
@@ -475,7 +475,7 @@ def test_own_splits_are_kept(tmp_path, caplog):
     data = load_texts(str(tmp_path))
     assert pairs(data.train) == [("a", "1"), ("b", "2")]
     assert pairs(data.validation) == [("b", "3"), ("c", "4")]
-    assert by_prompt(data.test) == {"d": ["5", "6"]}
+    assert group_by_prompt(data.test) == {"d": ["5", "6"]}
     assert "1 of 2 prompts of validation are in training" in caplog.text
     assert "testset.csv has no column ref" in caplog.text
     assert "not used: more.csv" in caplog.text
@@ -536,21 +536,21 @@ def test_no_network():
 def test_restaurants():
     data = load_texts("builtin:restaurants")
     assert not data.plain
-    found = [by_prompt(rows) for rows in (data.train, data.validation, data.test)]
+    found = [group_by_prompt(rows) for rows in (data.train, data.validation, data.test)]
     assert [len(prompts) for prompts in found] == [1200, 150, 150]
     assert len(set().union(*found)) == 1500
     assert all(len(texts) > 1 and all(texts) for prompts in found for texts in prompts.values())
     assert pairs(load_texts("builtin:restaurants", seed=5).validation) == pairs(data.validation)
 
 
-# by_prompt
+# group_by_prompt
 
 
-def test_by_prompt_keeps_order_and_takes_chats():
+def test_group_by_prompt_keeps_order_and_takes_chats():
     rows = [{"prompt": p, "completion": c} for p, c in (("b", "1"), ("a", "2"), ("b", "3"), ("b", "1"))]
-    assert list(by_prompt(rows).items()) == [("b", ["1", "3", "1"]), ("a", ["2"])]
+    assert list(group_by_prompt(rows).items()) == [("b", ["1", "3", "1"]), ("a", ["2"])]
     key = (("role", "user"), ("content", "hi"))
-    assert by_prompt([{"prompt": [dict(ASK)], "completion": "x"} for _ in range(2)]) == {(key,): ["x", "x"]}
+    assert group_by_prompt([{"prompt": [dict(ASK)], "completion": "x"} for _ in range(2)]) == {(key,): ["x", "x"]}
 
 
 # Real data
@@ -561,7 +561,7 @@ def test_e2e():
     if not file.is_file():
         pytest.skip("E2E is not beside the checkout (shared/data/e2e_nlg)")
     data = load_texts(str(file))
-    train, held = by_prompt(data.train), by_prompt(data.validation)
+    train, held = group_by_prompt(data.train), group_by_prompt(data.validation)
     assert (len(data.train) + len(data.validation), len(train) + len(held)) == (4672, 547)
     assert not set(train) & set(held) and len(held) == 55
 

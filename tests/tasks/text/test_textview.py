@@ -22,9 +22,11 @@ from tokenizers import (
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from inlay.errors import InlayError
+from inlay.tasks.golden import golden_tokens
 from inlay.tasks.text.data import load_texts
 from inlay.tasks.text.processor import TextProcessor
 from inlay.tasks.text.view import TextView
+from inlay.tasks.text.vocabulary import check_vocabulary
 from places import SHARED
 
 DATA = SHARED
@@ -132,7 +134,9 @@ def test_dropped_and_refused():
     view = TextView(pairs, using, over_long="drop")
     assert [shown(view, using, i)[0] for i in range(len(view))] == ["a|b<e>", "c|d<e>"]
     assert view.report == "2 examples, 4 to 4 tokens (8 in all, 4 trained on); 2 longer than 8 were dropped"
-    refused("8 tokens", "2 of 4", "the first is row 2", call=lambda: TextView(pairs, using, over_long="refuse"))
+    refused(
+        "8 tokens", "2 of 4 examples", "the first is row 2", call=lambda: TextView(pairs, using, over_long="refuse")
+    )
     assert len(TextView(pairs.select([0, 2]), using, over_long="refuse")) == 2
     refused("no examples are left; 1 longer than 8", call=lambda: TextView(pairs.select([1]), using, over_long="drop"))
     refused(
@@ -161,6 +165,32 @@ def test_blocks_are_full_and_hold_all_text():
         "these rows have prompts",
         call=lambda: TextView(rows(("a", "b")), using, block=True),
     )
+
+
+def test_padding_needs_no_embedding():
+    """Many fine-tuned Llamas have a [PAD] that was added to the tokenizer only; masked, any token pads as well."""
+    using = processor()
+    using.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert using.tokenizer.pad_token_id == len(using.tokenizer) - 1
+    view = TextView(rows(("a", "b"), ("a", "bcd")), TextProcessor(using.tokenizer))
+    batch = view.collate(list(view))
+    assert batch["input_ids"].max() < len(using.tokenizer) - 1
+    assert batch["input_ids"][0, -2:].tolist() == [using.tokenizer.eos_token_id] * 2
+    assert batch["attention_mask"][0, -2:].tolist() == [0, 0] and batch["labels"][0, -2:].tolist() == [-100] * 2
+
+
+def test_tokens_without_an_embedding_are_named():
+    with pytest.raises(InlayError, match="makes the token 400, but the base has embeddings for 400 tokens only"):
+        check_vocabulary("base", 400, 400)
+    check_vocabulary("base", 399, 400)
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(512, 512), (401, 400), (460, 400), (40, 64)])
+def test_golden_tokens_have_an_embedding(tokens, rows):
+    """Those of a tokenizer as it is, unless the base has no rows for them: files of before are checked as before."""
+    before = [i**3 * 7919 % tokens for i in range(1, 17)]
+    found = golden_tokens(tokens, rows)[0].tolist()
+    assert max(found) < rows and (found == before or max(before) >= rows)
 
 
 # Long texts
@@ -238,9 +268,9 @@ def test_a_long_text_in_windows_has_the_tokens_of_the_whole(kind, monkeypatch):
 def test_what_a_tokenizer_reads_at_a_time_does_not_grow(monkeypatch):
     """150 bytes a character are taken while it does: 30 GB for a text of 200 MB in one call."""
     using = processor(max_length=256)
-    calls, call = [], using._call
+    calls, call = [], using._call_tokenizer
     monkeypatch.setattr(
-        using, "_call", lambda texts, *a, **k: calls.append(sum(map(len, texts))) or call(texts, *a, **k)
+        using, "_call_tokenizer", lambda texts, *a, **k: calls.append(sum(map(len, texts))) or call(texts, *a, **k)
     )
     long, short = "line of words\n" * 100_000, "short\n" * 5000
     view = TextView(rows(("", long), *[("", short)] * 50), using, block=True)

@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from inlay.errors import InlayError
-from inlay.tasks.text.data import by_prompt
+from inlay.tasks.text.data import group_by_prompt
 from inlay.tasks.text.processor import TextProcessor
 from places import SHARED
 
@@ -146,7 +146,7 @@ def test_chat_goes_through_the_template():
         tok, "<|user|>", "hi", "<|end|>", "<|assistant|>", "yo", "<|end|>", "<|user|>", "?", "<|end|>", "<|assistant|>"
     )
     rows = [{"prompt": TALK, "completion": "a"}, {"prompt": "hi", "completion": "c"}]
-    key, plain = by_prompt([*rows, {"prompt": list(TALK), "completion": "b"}])
+    key, plain = group_by_prompt([*rows, {"prompt": list(TALK), "completion": "b"}])
     assert processor.encode_prompts([key, plain]) == [prompt, ids(tok, "hi\n")]
     assert processor.encode_completion("yo", key) == ids(tok, "yo", "<|end|>")
 
@@ -219,7 +219,7 @@ def test_another_tokenizer_is_refused(other):
     saved = TextProcessor(tokenizer()).to_dict()
     refused(
         "trained with the tokenizer",
-        "load the base it was made for",
+        "load the base that it was made for",
         call=lambda: TextProcessor.from_dict(saved, tokenizer(**other)),
     )
 
@@ -230,13 +230,15 @@ def test_same_tokens_split_differently_are_refused():
     tok.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
     assert tok.get_vocab() == tokenizer().get_vocab()
     refused(
-        "trained with the tokenizer", "load the base it was made for", call=lambda: TextProcessor.from_dict(saved, tok)
+        "trained with the tokenizer",
+        "load the base that it was made for",
+        call=lambda: TextProcessor.from_dict(saved, tok),
     )
     ending = tokenizer()
     ending.eos_token = "<|end|>"
     refused(
         "trained with the tokenizer",
-        "load the base it was made for",
+        "load the base that it was made for",
         call=lambda: TextProcessor.from_dict(saved, ending),
     )
 
@@ -278,7 +280,7 @@ def test_a_tokenizer_in_python():
     fewer = ByT5Tokenizer(extra_ids=10)
     refused(
         "trained with the tokenizer",
-        "load the base it was made for",
+        "load the base that it was made for",
         call=lambda: TextProcessor.from_dict(processor.to_dict(), fewer),
     )
 

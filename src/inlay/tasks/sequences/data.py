@@ -78,7 +78,7 @@ def load_sequences(
         validation: Share of each class to hold out, between 0 and 1. Equal texts stay on one side, and what stands with
             several labels stays in training.
         text_column: Column of the texts, where it cannot be told.
-        pair_column: Column of the second texts; with text_column alone there are none.
+        pair_column: Column of the second texts; without it, but with text_column, there are none.
         label_column: Column of the labels, where it cannot be told.
 
     Raises:
@@ -92,11 +92,11 @@ def load_sequences(
     tables = _read_tables(name, revision)
     columns = _find_columns(tables["train"][0], text_column, pair_column, label_column)
     own = _labelled_splits(name, tables, columns)
-    rows = {split: [row for table in tables[split] for row in _rows(table, columns)] for split in own}
+    rows = {split: [row for table in tables[split] for row in _read_rows(table, columns)] for split in own}
     labels = sort_labels([label for _, _, label in rows["train"]])
     if len(labels) < 2:
         raise BadInput(f"the training texts of {name!r} have one class only ({list_first(labels)}); add another.")
-    parts = {split: _dataset(found, labels, name, split) for split, found in rows.items()}
+    parts = {split: _make_dataset(found, labels, name, split) for split, found in rows.items()}
     contents = {split: [(text, pair) for text, pair, _ in found] for split, found in rows.items()}
     if "validation" not in parts:
         whole = parts["train"]
@@ -134,9 +134,9 @@ def load_sequences_to_score(
     known = [normalise_label(label) for label in labels]
 
     def load(parts: list[str]) -> tuple[datasets.Dataset, list[Any]]:
-        found = [row for part in parts for table in tables[part] for row in _rows(table, columns)]
+        found = [row for part in parts for table in tables[part] for row in _read_rows(table, columns)]
         check_labels(name, sort_labels([label for _, _, label in found]), known, adapter)
-        return _dataset(found, known, name, parts[0]), [(text, pair) for text, pair, _ in found]
+        return _make_dataset(found, known, name, parts[0]), [(text, pair) for text, pair, _ in found]
 
     training = training or Training()
     scored: Split = "test" if "test" in own else "validation"
@@ -210,9 +210,8 @@ def _find_columns(table: Table, text: str | None, pair: str | None, label: str |
         what = "text" if len(chosen) != 1 else "label"
         known = list_first(TEXTS) + ", or sentence1 and sentence2" if what == "text" else list_first(LABELS)
         raise BadInput(
-            f"{table.name!r} has no one column of {what}s ({known}) among {list_first(table.names)}; rename it, or "
-            "give "
-            f"load_sequences {what}_column."
+            f"{table.name!r} must have one column of {what}s ({known}), but has {list_first(table.names)}; rename one, "
+            f"or give load_sequences {what}_column."
         )
     return (*chosen[0], labels[0])
 
@@ -225,11 +224,11 @@ def _has_labels(tables: list[Table], label: str) -> bool:
     )
 
 
-def _rows(table: Table, columns: tuple[str, str | None, str]) -> list[Row]:
+def _read_rows(table: Table, columns: tuple[str, str | None, str]) -> list[Row]:
     """Texts and labels of every row, checked."""
     text, pair, label = columns
-    texts, words = _column(table, text), _column(table, label)
-    pairs: Sequence[Any] = _column(table, pair) if pair else [None] * len(texts)
+    texts, words = _read_column(table, text), _read_column(table, label)
+    pairs: Sequence[Any] = _read_column(table, pair) if pair else [None] * len(texts)
     for column, values in ((text, texts), *(((pair, pairs),) if pair else ())):
         wrong = [i for i, value in enumerate(values) if not isinstance(value, str) or not value.strip()]
         if wrong:
@@ -237,22 +236,22 @@ def _rows(table: Table, columns: tuple[str, str | None, str]) -> list[Row]:
     wrong = [i for i, word in enumerate(words) if not isinstance(word, str | int | Decimal) or not str(word).strip()]
     if wrong:
         raise BadInput(f"there is no label (a word or a number) in {table.where(wrong)}; fill or remove them.")
-    return list(zip(texts, pairs, map(_label, words), strict=True))
+    return list(zip(texts, pairs, map(_write_label, words), strict=True))
 
 
-def _label(word: str | int | Decimal) -> str:
+def _write_label(word: str | int | Decimal) -> str:
     """A label as text: true and false as JSON writes them, everything else as it stands."""
     return str(word).lower() if isinstance(word, bool) else normalise_label(str(word))
 
 
-def _column(table: Table, column: str) -> Sequence[Any]:
+def _read_column(table: Table, column: str) -> Sequence[Any]:
     found = find_column(table, column)
     if found is None:
         raise BadInput(f"{table.name!r} has no column {column!r}, only {list_first(table.names)}; add or rename it.")
     return table.column(found)
 
 
-def _dataset(rows: list[Row], labels: Sequence[str], name: str, split: str) -> datasets.Dataset:
+def _make_dataset(rows: list[Row], labels: Sequence[str], name: str, split: str) -> datasets.Dataset:
     places = {label: i for i, label in enumerate(labels)}
     unknown = sort_labels([label for _, _, label in rows if label not in places])
     if unknown:

@@ -147,17 +147,17 @@ def load_texts(
         raise BadInput(f"validation must be a share between 0 and 1, got {validation}.")
     if prompt_column and not completion_column:
         raise BadInput("prompt_column needs completion_column; pass both.")
-    splits, plain = _own_splits(name, revision, prompt_column, completion_column)
+    splits, plain = _read_splits(name, revision, prompt_column, completion_column)
     for split in ("validation", "test"):
         if split in splits:
             _warn_of_overlap(splits["train"], splits[split], split)
     if "validation" not in splits:
         splits["train"], splits["validation"] = (
-            _last_part(splits["train"], validation, name)
+            _hold_out_end(splits["train"], validation, name)
             if plain
-            else _held_out(splits["train"], validation, seed, name)
+            else _hold_out_prompts(splits["train"], validation, seed, name)
         )
-    made = {split: _dataset(rows) for split, rows in splits.items() if rows}
+    made = {split: _make_dataset(rows) for split, rows in splits.items() if rows}
     return TextData(name, made["train"], made["validation"], made.get("test"), plain)
 
 
@@ -178,19 +178,21 @@ def load_texts_to_score(
         InlayError: As `load_texts`; no such split.
     """
     training = training or Training()
-    splits, plain = _own_splits(name)
+    splits, plain = _read_splits(name)
     own = [each for each in ("train", "validation", "test") if each in splits]
     chosen = choose_split(name, split, own, "test" if "test" in splits else "validation", training)
     if "validation" not in splits and chosen in ("train", "validation"):
         parts = (
-            _last_part(splits["train"], 0.1, name) if plain else _held_out(splits["train"], 0.1, training.seed, name)
+            _hold_out_end(splits["train"], 0.1, name)
+            if plain
+            else _hold_out_prompts(splits["train"], 0.1, training.seed, name)
         )
         splits["train"], splits["validation"] = parts
     rows = [row for each in splits.values() for row in each] if chosen == "all" else splits[chosen]
-    return chosen, _dataset(rows), plain, split_note(name, chosen, own, training)
+    return chosen, _make_dataset(rows), plain, split_note(name, chosen, own, training)
 
 
-def by_prompt(rows: Iterable[Mapping[str, Any]]) -> dict[Any, list[str]]:
+def group_by_prompt(rows: Iterable[Mapping[str, Any]]) -> dict[Any, list[str]]:
     """Distinct prompts in their order, each with all its completions: what a generated text is compared with.
 
     A chat is, as a key, a tuple of its messages, each (("role", ...), ("content", ...)): `TextProcessor` takes it
@@ -198,24 +200,24 @@ def by_prompt(rows: Iterable[Mapping[str, Any]]) -> dict[Any, list[str]]:
     """
     found: dict[Any, list[str]] = {}
     for row in rows:
-        found.setdefault(_key(row["prompt"]), []).append(row["completion"])
+        found.setdefault(_hashable(row["prompt"]), []).append(row["completion"])
     return found
 
 
-def _key(prompt: Any) -> Any:
+def _hashable(prompt: Any) -> Any:
     return prompt if isinstance(prompt, str) else tuple(tuple((key, m[key]) for key in MESSAGE) for m in prompt)
 
 
-def _own_splits(
+def _read_splits(
     name: str, revision: str | None = None, prompt_column: str | None = None, completion_column: str | None = None
 ) -> tuple[dict[str, list[Row]], bool]:
     """The rows of each split that a source has of its own, and whether they are running text without prompts."""
-    tables = _tables(name, Path(os.path.expanduser(name)), revision)  # noqa: PTH111 - Path's own raises for an unknown user
-    columns = _columns(tables["train"][0], prompt_column, completion_column)
+    tables = _read_tables(name, Path(os.path.expanduser(name)), revision)  # noqa: PTH111 - Path's own raises for an unknown user
+    columns = _find_columns(tables["train"][0], prompt_column, completion_column)
     if "test" in tables:
         tables["test"] = [table for table in tables["test"] if _has_completions(table, columns)]
     warn_of_unused_columns(name, [table for found in tables.values() for table in found], columns.used)
-    splits = {split: [row for table in found for row in _rows(table, columns)] for split, found in tables.items()}
+    splits = {split: [row for table in found for row in _read_rows(table, columns)] for split, found in tables.items()}
     if len({type(prompt) for rows in splits.values() for prompt, _ in rows}) > 1:
         raise BadInput(f"{name!r} mixes chat messages and plain text; split it into two data sets.")
     empty = [split for split, rows in splits.items() if not rows and tables[split]]
@@ -225,13 +227,13 @@ def _own_splits(
     return splits, plain
 
 
-def _tables(name: str, path: Path, revision: str | None) -> dict[str, list[Table]]:
+def _read_tables(name: str, path: Path, revision: str | None) -> dict[str, list[Table]]:
     """By split (train, validation, test) the tables of a source, with columns of any name."""
     embedded = name.startswith("builtin:")
     if revision is not None and (embedded or path.exists()):
-        raise BadInput(f"expected revision with a Hub dataset, but {name!r} is local. Leave revision out.")
+        raise BadInput(f"revision is for a Hub dataset, but {name!r} is local; leave it out.")
     if embedded:
-        return _builtin(name)
+        return _read_builtin(name)
     if name and path.exists():
         return {"train": [read_table(path)]} if path.is_file() else read_folder(path)
     found = hub_splits(name, revision, WANTED)
@@ -240,15 +242,15 @@ def _tables(name: str, path: Path, revision: str | None) -> dict[str, list[Table
         named = {"train": next(iter(found))}
     if "train" not in named or not len(found[named["train"]]):
         raise BadInput(f"{name!r} has no rows in a split 'train'; it has {list_first(list(found))}.")
-    return {split: [_table(found[own], own, name)] for split, own in named.items() if len(found[own])}
+    return {split: [_hub_table(found[own], own, name)] for split, own in named.items() if len(found[own])}
 
 
-def _table(rows: datasets.Dataset, split: str, name: str) -> Table:
+def _hub_table(rows: datasets.Dataset, split: str, name: str) -> Table:
     where = f"split {split} of {name}"
     return Table(where, rows.column_names, lambda column: rows[column][:], range(1, len(rows) + 1))
 
 
-def _builtin(name: str) -> dict[str, list[Table]]:
+def _read_builtin(name: str) -> dict[str, list[Table]]:
     if name != "builtin:restaurants":
         raise BadInput(f"unknown data {name!r}; the embedded texts are builtin:restaurants.")
     from inlay.builtin.restaurants import split_restaurants
@@ -273,9 +275,8 @@ def read_folder(folder: Path) -> dict[str, list[Table]]:
     if "train" not in named.values() or len(kinds) > 1:
         has = list_first([file.name for file in files]) or "no such file"
         raise BadInput(
-            f"{str(folder)!r} must hold files of one kind ({', '.join(KINDS)}) named after splits (train.csv), but "
-            f"has {has}; "
-            "pass the one you mean."
+            f"{str(folder)!r} must hold files of one kind ({', '.join(KINDS)}) named after splits (train.csv), but has "
+            f"{has}; pass the one you mean."
         )
     if unused:
         logger.warning("%d files are not called after a split and not used: %s.", len(unused), list_first(unused))
@@ -303,7 +304,7 @@ def warn_of_unused_columns(name: str, tables: Sequence[Table], used: Sequence[st
         logger.warning("columns of %r that are not used: %s.", name, ", ".join(unused))
 
 
-def _columns(table: Table, prompt: str | None, completion: str | None) -> Columns:
+def _find_columns(table: Table, prompt: str | None, completion: str | None) -> Columns:
     """The columns to read: as asked, or by name."""
     if completion:
         given = [column for column in (prompt, completion) if column]
@@ -312,7 +313,7 @@ def _columns(table: Table, prompt: str | None, completion: str | None) -> Column
                 f"{table.name!r} has no columns {list_first(given)}, only {list_first(table.names)}; pass the names of "
                 "columns that it has."
             )
-        return _with_surroundings(table, prompt, completion)
+        return _add_surroundings(table, prompt, completion)
     names = {
         name for name in {*CHATS, "chosen", "text", *(c for pair in PAIRS for c in pair)} if find_column(table, name)
     }
@@ -334,25 +335,25 @@ def _columns(table: Table, prompt: str | None, completion: str | None) -> Column
             f"{table.name!r} has {several}; rename those that are not meant, or give load_texts prompt_column and "
             "completion_column (completion_column only for chats and running text)."
         )
-    return _with_surroundings(table, *choices[0])
+    return _add_surroundings(table, *choices[0])
 
 
-def _with_surroundings(table: Table, prompt: str | None, completion: str) -> Columns:
+def _add_surroundings(table: Table, prompt: str | None, completion: str) -> Columns:
     """These columns with those of the table that belong to them."""
-    if prompt is None and not _holds(table, completion, list):
+    if prompt is None and not _column_holds(table, completion, list):
         return Columns(None, completion)
     asked = (prompt or "").lower()
     return Columns(
         prompt,
         completion,
-        system=next((column for column in SYSTEM if _holds(table, column, str)), None),
-        history="history" if _holds(table, "history", str | list) else None,
-        before=tuple(column for column in BEFORE.get(asked, ()) if _holds(table, column, str)),
-        behind=tuple(column for column in BEHIND.get(asked, ()) if _holds(table, column, str)),
+        system=next((column for column in SYSTEM if _column_holds(table, column, str)), None),
+        history="history" if _column_holds(table, "history", str | list) else None,
+        before=tuple(column for column in BEFORE.get(asked, ()) if _column_holds(table, column, str)),
+        behind=tuple(column for column in BEHIND.get(asked, ()) if _column_holds(table, column, str)),
     )
 
 
-def _holds(table: Table, column: str, kind: Any) -> bool:
+def _column_holds(table: Table, column: str, kind: Any) -> bool:
     """Whether a table has such a column, and the first value in it is of this kind."""
     found = find_column(table, column)
     values = [] if found is None else table.column(found)
@@ -360,72 +361,74 @@ def _holds(table: Table, column: str, kind: Any) -> bool:
 
 
 def _has_completions(table: Table, columns: Columns) -> bool:
-    """False for a competition's test file, which has prompts alone."""
+    """False for a competition's test file, which has prompts only."""
     whole = find_column(table, columns.completion) is not None
     if not whole:
         logger.warning("%s has no column %s and is left out.", table.name, columns.completion)
     return whole
 
 
-def _rows(table: Table, columns: Columns) -> list[Row]:
+def _read_rows(table: Table, columns: Columns) -> list[Row]:
     """Prompt and completion of every row, checked."""
     if not len(table):
         raise BadInput(f"{table.name!r} has no rows; fill it or leave it out.")
-    completions = _values(table, columns.completion)
+    completions = _read_column(table, columns.completion)
     if columns.prompt is None:
         if columns.completion in CHATS or isinstance(completions[0], list):
-            return _chats(table, columns, completions)
+            return _read_chats(table, columns, completions)
         _check_text(table, columns.completion, completions)
         return [("", text) for text in completions if text.strip()]  # lines of a book: some are empty
-    prompts = _values(table, columns.prompt)
+    prompts = _read_column(table, columns.prompt)
     if isinstance(prompts[0], list) or (isinstance(completions[0], list) and columns.completion != "answers"):
-        return _chats(table, columns, [_join_chat(*row) for row in zip(prompts, completions, strict=True)])
+        return _read_chats(table, columns, [_join_chat(*row) for row in zip(prompts, completions, strict=True)])
     _check_text(table, columns.prompt, prompts)
-    prompts = _surrounded(table, columns, prompts)
+    prompts = _surround_prompts(table, columns, prompts)
     if columns.completion == "answers" and not isinstance(completions[0], str):
-        return _answered(table, prompts, completions)
+        return _expand_answers(table, prompts, completions)
     _check_text(table, columns.completion, completions)
     empty = [i for i, text in enumerate(completions) if not text.strip()]
-    _refuse(table, empty, "a completion in every row", "none")
+    _refuse_rows(table, empty, "the completion is empty")
     return list(zip(prompts, completions, strict=True))
 
 
-def _surrounded(table: Table, columns: Columns, prompts: Sequence[str]) -> list[str]:
+def _surround_prompts(table: Table, columns: Columns, prompts: Sequence[str]) -> list[str]:
     """Prompts of text, each among the lines that belong to it."""
-    above: list[Sequence[str]] = [_lines(table, column) for column in (columns.system,) if column]
-    above += [["\n".join(_contents(turns)) for turns in _histories(table, columns.history)]] if columns.history else []
-    above += [_lines(table, column) for column in columns.before]
-    below = [_lines(table, column) for column in columns.behind]
+    above: list[Sequence[str]] = [_read_texts(table, column) for column in (columns.system,) if column]
+    above += (
+        [["\n".join(_contents(turns)) for turns in _read_histories(table, columns.history)]] if columns.history else []
+    )
+    above += [_read_texts(table, column) for column in columns.before]
+    below = [_read_texts(table, column) for column in columns.behind]
     return ["\n".join(filter(None, parts)) for parts in zip(*above, prompts, *below, strict=True)]
 
 
-def _lines(table: Table, column: str) -> list[str]:
+def _read_texts(table: Table, column: str) -> list[str]:
     """The texts of a column that not every table of the data has, nor every row."""
     if find_column(table, column) is None:
         return [""] * len(table)
-    values = [value or "" for value in _values(table, column)]
+    values = [value or "" for value in _read_column(table, column)]
     _check_text(table, column, values)
     return values
 
 
-def _histories(table: Table, column: str) -> list[list[Message]]:
+def _read_histories(table: Table, column: str) -> list[list[Message]]:
     """Earlier turns of each row as messages: from pairs of a prompt and its answer, from messages or from text."""
     if find_column(table, column) is None:
         return [[] for _ in range(len(table))]
-    found = [_turns(value) for value in _values(table, column)]
+    found = [_read_turns(value) for value in _read_column(table, column)]
     wrong = [i for i, turns in enumerate(found) if turns is None]
-    _refuse(table, wrong, f"a list of pairs of prompt and answer in column {column!r}", "other values")
+    _refuse_rows(table, wrong, f"column {column!r} holds no list of pairs of prompt and answer")
     return [turns or [] for turns in found]
 
 
-def _turns(history: Any) -> list[Message] | None:
+def _read_turns(history: Any) -> list[Message] | None:
     """The messages of a history; None of what is none."""
     if not history:
         return []
     if isinstance(history, str):
         return [{"role": "user", "content": history}] if _is_text(history) else None
     if _is_chat(history):
-        return [_message(message) for message in history]
+        return [_read_message(message) for message in history]
     if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
         return None
     if not all(_is_text(text) for pair in history for text in pair):
@@ -433,11 +436,11 @@ def _turns(history: Any) -> list[Message] | None:
     return [{"role": role, "content": text} for pair in history for role, text in zip(SPEAKERS, pair, strict=True)]
 
 
-def _answered(table: Table, prompts: Sequence[str], answers: Sequence[Any]) -> list[Row]:
+def _expand_answers(table: Table, prompts: Sequence[str], answers: Sequence[Any]) -> list[Row]:
     """A row for each different answer, of SQuAD's {"text": [...], "answer_start": [...]} or lists of texts."""
     found: list[Any] = [value.get("text") if isinstance(value, dict) else value for value in answers]
     wrong = [i for i, each in enumerate(found) if not isinstance(each, list) or not all(map(_is_text, each))]
-    _refuse(table, wrong, "lists of texts in column 'answers', or SQuAD's {'text': [...]}", "other values")
+    _refuse_rows(table, wrong, "column 'answers' holds no list of texts, nor SQuAD's {'text': [...]}")
     bare = [i for i, each in enumerate(found) if not any(text.strip() for text in each)]
     if bare:
         logger.warning("%s have no answer (SQuAD 2 has such questions) and are left out.", table.where(bare))
@@ -451,10 +454,10 @@ def _answered(table: Table, prompts: Sequence[str], answers: Sequence[Any]) -> l
 
 def _check_text(table: Table, column: str, values: Sequence[Any]) -> None:
     wrong = [i for i, value in enumerate(values) if not _is_text(value)]
-    _refuse(table, wrong, f"text in column {column!r}", "other values")
+    _refuse_rows(table, wrong, f"column {column!r} holds no text")
 
 
-def _values(table: Table, column: str) -> Sequence[Any]:
+def _read_column(table: Table, column: str) -> Sequence[Any]:
     found = find_column(table, column)
     if found is None:
         raise BadInput(f"{table.name!r} has no column {column!r}, it has {list_first(table.names)}; add it.")
@@ -469,9 +472,10 @@ def _is_text(value: Any) -> bool:
         return False
 
 
-def _refuse(table: Table, rows: Sequence[int], wanted: str, got: str) -> None:
+def _refuse_rows(table: Table, rows: Sequence[int], problem: str) -> None:
+    """Name the rows, if there are any, with their problem."""
     if rows:
-        raise BadInput(f"{table.where(rows)}: expected {wanted}, got {got}. Fix or remove them.")
+        raise BadInput(f"{table.where(rows)}: {problem}; fix or remove {'it' if len(rows) == 1 else 'them'}.")
 
 
 def _join_chat(prompt: Any, completion: Any) -> Any:
@@ -483,22 +487,23 @@ def _join_chat(prompt: Any, completion: Any) -> Any:
     answered = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
     if not _is_chat(asked) or not _is_chat(answered):
         return None
-    asked, answered = ([_message(message) for message in part] for part in (asked, answered))
+    asked, answered = ([_read_message(message) for message in part] for part in (asked, answered))
     contained = {message["content"] for message in asked} <= {message["content"] for message in answered}
     return answered if contained and answered[0]["role"] != "assistant" else [*asked, *answered]
 
 
-def _chats(table: Table, columns: Columns, chats: Sequence[Any]) -> list[Row]:
+def _read_chats(table: Table, columns: Columns, chats: Sequence[Any]) -> list[Row]:
     """The last message as the completion of those before it."""
     wrong = [i for i, chat in enumerate(chats) if not _is_chat(chat)]
-    shape = "lists of messages {'role', 'content'} or {'from', 'value'}, both text,"
-    _refuse(table, wrong, f"{shape} in {columns.completion!r}", "others")
-    read = [[_message(message) for message in chat] for chat in chats]
+    shape = "list of messages {'role', 'content'} or {'from', 'value'} of text"
+    _refuse_rows(table, wrong, f"{columns.completion!r} holds no {shape}")
+    read = [[_read_message(message) for message in chat] for chat in chats]
     wrong = [i for i, chat in enumerate(read) if chat[-1]["role"] != "assistant"]
-    _refuse(table, wrong, "an assistant's message at the end", "another role")
-    _refuse(table, [i for i, chat in enumerate(read) if len(chat) < 2], "a message before the last", "none")
+    _refuse_rows(table, wrong, "the last message is not the assistant's")
+    short = [i for i, chat in enumerate(read) if len(chat) < 2]
+    _refuse_rows(table, short, "there is no message before the answer")
     wrong = [i for i, chat in enumerate(read) if not chat[-1]["content"].strip()]
-    _refuse(table, wrong, "a completion in every row", "none")
+    _refuse_rows(table, wrong, "the answer is empty")
     read_keys = {*MESSAGE, "from", "value"}
     others = {key for chat in chats for message in chat for key, value in message.items() if value} - read_keys
     if others:
@@ -506,17 +511,18 @@ def _chats(table: Table, columns: Columns, chats: Sequence[Any]) -> list[Row]:
             "of messages in %s only role and content are used, not %s.", table.name, ", ".join(sorted(others))
         )
     if columns.history:
-        turns = _histories(table, columns.history)
-        read = [_opened(chat, earlier) for chat, earlier in zip(read, turns, strict=True)]
+        turns = _read_histories(table, columns.history)
+        read = [_put_in_front(chat, earlier) for chat, earlier in zip(read, turns, strict=True)]
     if columns.system:
-        told = _lines(table, columns.system)
+        told = _read_texts(table, columns.system)
         read = [
-            _opened(chat, [{"role": "system", "content": t}]) if t else chat for chat, t in zip(read, told, strict=True)
+            _put_in_front(chat, [{"role": "system", "content": t}]) if t else chat
+            for chat, t in zip(read, told, strict=True)
         ]
     return [(chat[:-1], chat[-1]["content"]) for chat in read]
 
 
-def _opened(chat: list[Message], first: list[Message]) -> list[Message]:
+def _put_in_front(chat: list[Message], first: list[Message]) -> list[Message]:
     """A conversation with these messages in front: two of the system become one, which templates take."""
     if not first:
         return chat
@@ -529,10 +535,10 @@ def _is_chat(chat: Any) -> bool:
     """True for a list of messages whose role and content are text, by these names or by those of ShareGPT."""
     if not isinstance(chat, list) or not chat or not all(isinstance(message, dict) for message in chat):
         return False
-    return all(_is_text(value) for message in chat for value in _message(message).values())
+    return all(_is_text(value) for message in chat for value in _read_message(message).values())
 
 
-def _message(message: dict[str, Any]) -> Message:
+def _read_message(message: dict[str, Any]) -> Message:
     """Role and content of a message; None where it has none."""
     role = message["from"] if message.get("role") is None and "from" in message else message.get("role")
     content = message["value"] if message.get("content") is None and "value" in message else message.get("content")
@@ -543,9 +549,9 @@ def _contents(messages: Sequence[Message]) -> list[str]:
     return [message["content"] for message in messages]
 
 
-def _held_out(rows: list[Row], share: float, seed: int, name: str) -> tuple[list[Row], list[Row]]:
+def _hold_out_prompts(rows: list[Row], share: float, seed: int, name: str) -> tuple[list[Row], list[Row]]:
     """Training and validation without a prompt in both; by rank of a hash, alike on every machine."""
-    keys = [_key(prompt) for prompt, _ in rows]
+    keys = [_hashable(prompt) for prompt, _ in rows]
     prompts = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
     if len(prompts) < 2:
         raise BadInput(
@@ -558,7 +564,7 @@ def _held_out(rows: list[Row], share: float, seed: int, name: str) -> tuple[list
     return parts
 
 
-def _last_part(rows: list[Row], share: float, name: str) -> tuple[list[Row], list[Row]]:
+def _hold_out_end(rows: list[Row], share: float, name: str) -> tuple[list[Row], list[Row]]:
     """Running text before and after a point, moved on to the next paragraph, line or word if one is near.
 
     A document that stands on both sides of it, or is cut there and stands elsewhere too, is trained on only.
@@ -589,13 +595,13 @@ def _last_part(rows: list[Row], share: float, name: str) -> tuple[list[Row], lis
 
 def _warn_of_overlap(train: list[Row], held: list[Row], split: str) -> None:
     """Count the prompts, or the documents without prompts, of a split that are in training too."""
-    known, found = ({_key(prompt) or text for prompt, text in rows} for rows in (train, held))
+    known, found = ({_hashable(prompt) or text for prompt, text in rows} for rows in (train, held))
     if found & known:
         noun = "prompts" if any(prompt for prompt, _ in held) else "documents"
         logger.warning("%d of %d %s of %s are in training too.", len(found & known), len(found), noun, split)
 
 
-def _dataset(rows: list[Row]) -> datasets.Dataset:
+def _make_dataset(rows: list[Row]) -> datasets.Dataset:
     prompts, completions = zip(*rows, strict=True)
     prompt = datasets.Value("string") if isinstance(prompts[0], str) else datasets.List(MESSAGE)
     features = datasets.Features({"prompt": prompt, "completion": datasets.Value("string")})

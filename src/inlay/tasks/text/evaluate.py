@@ -13,7 +13,7 @@ from inlay.errors import InlayError
 from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, Score, pick_evenly
 from inlay.tasks.statistics import Indices, score_with_intervals
-from inlay.tasks.text.data import by_prompt, load_texts_to_score
+from inlay.tasks.text.data import group_by_prompt, load_texts_to_score
 from inlay.tasks.text.generate import Decoding, generate
 from inlay.tasks.text.loss import IGNORED, NextToken
 from inlay.tasks.text.scores import TextScores, score_texts
@@ -30,7 +30,7 @@ def evaluate(
     """Score a language model: what it makes of the references, and how close what it writes comes to them.
 
     Perplexity is exp of the mean loss over all tokens of all completions, as in training. Running text, which has no
-    prompts, has perplexity alone, and its units are blocks of the processor's max_length.
+    prompts, has perplexity only, and its units are blocks of the processor's max_length.
 
     Args:
         adapter: From `load_adapter`.
@@ -44,33 +44,33 @@ def evaluate(
     check_task(adapter, "text-generation")
     chosen, rows, plain, notes = load_texts_to_score(data, split=request.split, training=request.training)
     view = TextView(rows, adapter.processor, block=plain)
-    references = {} if plain else by_prompt(rows)
+    references = {} if plain else group_by_prompt(rows)
     units = len(view) if plain else len(references)
     place = {prompt: i for i, prompt in enumerate(references)}
     # The unit of each item of the view: its prompt, or itself.
-    owner = np.arange(units) if plain else np.array([place[key] for key in _keys(rows)])
+    owner = np.arange(units) if plain else np.array([place[key] for key in _prompt_keys(rows)])
     picked = pick_evenly(units, request.limit)
-    decoding = decoding or _decoding(request.training.decoding)
+    decoding = decoding or _read_decoding(request.training.decoding)
     prompts = [] if plain else [list(references)[i] for i in picked]
     wanted = [references[prompt] for prompt in prompts]
 
-    def measure(model: Any) -> _Measured:
-        losses, tokens = _losses(model, view, np.isin(owner, picked))
+    def measure(model: Any) -> _Measurement:
+        losses, tokens = _sum_losses(model, view, np.isin(owner, picked))
         losses, tokens = (np.bincount(owner, each, minlength=units)[picked] for each in (losses, tokens))
         texts = generate(model, adapter.processor, prompts, decoding) if prompts else []
-        scores, written = _scores(losses, tokens, texts, wanted, request.resamples)
-        return _Measured(losses, tokens, scores, written)
+        scores, written = _score_units(losses, tokens, texts, wanted, request.resamples)
+        return _Measurement(losses, tokens, scores, written)
 
     own, base = measure(adapter.model), None
     if request.compare and hasattr(adapter.model, "disable_adapter"):
         with adapter.model.disable_adapter():
             base = measure(adapter.model.get_base_model())
     elif request.compare:
-        notes += ["The base alone was not scored: the adapter is merged into it."]
+        notes += ["The base was not scored: the adapter is merged into it."]
     if own.written is not None:
         said = ", ".join(f"{f.name} {getattr(decoding, f.name)}" for f in fields(decoding) if f.name != "decode_batch")
         notes += [f"Texts were written with {said}.", f"Scored by {own.written.signature}."]
-    names: list[dict[str, Any]] = [{"prompt": _readable(prompt)} for prompt in prompts] or [
+    names: list[dict[str, Any]] = [{"prompt": _format_prompt(prompt)} for prompt in prompts] or [
         {"block": i} for i in picked
     ]
     return Evaluation(
@@ -87,7 +87,7 @@ def evaluate(
 
 
 @dataclass(frozen=True)
-class _Measured:
+class _Measurement:
     """What one model did: by unit the sum of the losses of its tokens and their number, (N,); scores; its texts'."""
 
     losses: np.ndarray
@@ -102,14 +102,14 @@ class _Measured:
         return {prefix + key: round(v, 4) if isinstance(v, float) else v for key, v in found.items()}
 
 
-def _keys(rows: Any) -> Iterator[Any]:
-    """The key in `by_prompt` of each row."""
+def _prompt_keys(rows: Any) -> Iterator[Any]:
+    """The key in `group_by_prompt` of each row."""
     for row in rows:
-        yield next(iter(by_prompt([row])))
+        yield next(iter(group_by_prompt([row])))
 
 
 @torch.inference_mode()
-def _losses(model: Any, view: TextView, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _sum_losses(model: Any, view: TextView, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of each item of the view that is wanted the sum of the losses of its tokens and their number, (N,); else 0."""
     loss, device = NextToken(), next(model.parameters()).device
     sums, counts = np.zeros(len(view)), np.zeros(len(view))
@@ -125,12 +125,12 @@ def _losses(model: Any, view: TextView, wanted: np.ndarray) -> tuple[np.ndarray,
     return sums, counts
 
 
-def _scores(
+def _score_units(
     losses: np.ndarray, tokens: np.ndarray, texts: Sequence[str], references: Sequence[Sequence[str]], resamples: int
 ) -> tuple[dict[str, Score], TextScores | None]:
     """Scores over all units, and those of each text."""
     written = score_texts(texts, references) if texts else None
-    corpora = _corpora(texts, references) if texts else {}
+    corpora = _corpus_statistics(texts, references) if texts else {}
     rouge = np.array([row["rouge_l"] for row in written.by_prompt]) if written else np.empty(0)
 
     def statistic(rows: Indices) -> dict[str, float]:
@@ -142,7 +142,7 @@ def _scores(
     return score_with_intervals(statistic, len(losses), resamples=resamples), written
 
 
-def _corpora(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, tuple[Any, np.ndarray]]:
+def _corpus_statistics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, tuple[Any, np.ndarray]]:
     """BLEU and chrF of sacrebleu, each with the counts of every text, (N, ...), whose sum gives the corpus's score.
 
     sacrebleu's own resampling is over the same counts, but does not give its percentiles.
@@ -159,7 +159,7 @@ def _corpora(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[
     }
 
 
-def _decoding(noted: Mapping[str, Any]) -> Decoding:
+def _read_decoding(noted: Mapping[str, Any]) -> Decoding:
     """As a recipe noted it; the default where nothing, or nothing usable, was noted."""
     names = {field.name for field in fields(Decoding)}
     try:
@@ -169,7 +169,7 @@ def _decoding(noted: Mapping[str, Any]) -> Decoding:
         return Decoding()
 
 
-def _readable(prompt: Any) -> str:
+def _format_prompt(prompt: Any) -> str:
     """A prompt in one cell: a chat's messages below each other."""
     if isinstance(prompt, str):
         return prompt

@@ -73,7 +73,7 @@ class Decoding:
     def check(self, model: nn.Module, data: TextData) -> None:
         """Raise before a training what `judge` would raise after it: an InlayError if no room is left for a prompt."""
         if not data.plain:
-            _room(model, _base_of(model), self)
+            _count_room(model, _language_model_of(model), self)
 
 
 def generate(
@@ -81,7 +81,7 @@ def generate(
 ) -> list[str]:
     """Continue each prompt, in their order, until the end token or `max_new_tokens`.
 
-    A prompt gets the same text whatever the others beside it, but for rounding: batches are padded on the left and
+    A prompt gets the same text whatever others are in its batch, but for rounding: batches are padded on the left and
     positions count from each prompt's own first token, in peft's prompt tuning too, which counts the padding. Sampled
     texts depend on `sample_seed` and the prompt's place in the list, and on no global generator. Of the model's own
     generation settings only the end tokens are used: a text ends there, at the tokenizer's eos, or where the chat
@@ -102,22 +102,22 @@ def generate(
     from tqdm.auto import tqdm
 
     decoding = decoding or Decoding()
-    base = _base_of(model)
+    base = _language_model_of(model)
     if isinstance(prompts, str):
         raise BadInput("prompts must be a list, got a string; wrap it in a list.")
     prompts = [processor.conversation(prompt) for prompt in prompts]
-    settings = _settings(processor, decoding, _ends(base, processor, prompts))
-    ids = _fit(processor.encode_prompts(prompts), _room(model, base, decoding), processor.start)
+    settings = _generation_config(processor, decoding, _find_end_tokens(base, processor, prompts))
+    ids = _cut_prompts(processor.encode_prompts(prompts), _count_room(model, base, decoding), processor.start)
     check_vocabulary(base.name_or_path, max((max(row) for row in ids), default=0), vocabulary_of(base))
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # alike in length, and memory runs out first if it does
     batches = [order[begin : begin + decoding.decode_batch] for begin in range(0, len(order), decoding.decode_batch)]
     texts = [""] * len(ids)
     # disable=None: no bar where the output is no terminal
     bar = tqdm(batches, desc="generate", disable=None if batches[1:] else True)
-    with _ready(model, base, settings), torch.inference_mode():
+    with _prepare_model(model, base, settings), torch.inference_mode():
         for rows in bar:
-            tokens, mask = _pad([ids[i] for i in rows], settings.pad_token_id, base.device)
-            draws = _draws(decoding, rows, base.device)
+            tokens, mask = _pad_left([ids[i] for i in rows], settings.pad_token_id, base.device)
+            draws = _sampling_processors(decoding, rows, base.device)
             output = model.generate(
                 input_ids=tokens, attention_mask=mask, generation_config=settings, logits_processor=draws
             )
@@ -134,18 +134,18 @@ def judge(
 
     None for running text, which has no prompts. Arguments and errors are those of `generate`.
     """
-    from inlay.tasks.text.data import by_prompt
+    from inlay.tasks.text.data import group_by_prompt
     from inlay.tasks.text.scores import score_texts
 
     if data.plain:
         return None
-    references = by_prompt(data.test or data.validation)
+    references = group_by_prompt(data.test or data.validation)
     written = generate(model, processor, list(references), decoding)
     asked = [prompt if isinstance(prompt, str) else [dict(message) for message in prompt] for prompt in references]
     return score_texts(written, list(references.values()), asked)
 
 
-def _base_of(model: nn.Module) -> PreTrainedModel:
+def _language_model_of(model: nn.Module) -> PreTrainedModel:
     """The language model under an adapter, if there is one."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(base, "generate") or base.config.is_encoder_decoder:
@@ -153,14 +153,14 @@ def _base_of(model: nn.Module) -> PreTrainedModel:
     return base
 
 
-def _settings(processor: TextProcessor, decoding: Decoding, ends: list[int]) -> GenerationConfig:
+def _generation_config(processor: TextProcessor, decoding: Decoding, ends: list[int]) -> GenerationConfig:
     """All settings of transformers' `generate`."""
     from transformers import GenerationConfig
 
     settings = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         num_beams=decoding.beams,
-        do_sample=False,  # sampling is _Draws'
+        do_sample=False,  # sampling is _DrawnTokens'
         use_cache=True,
         eos_token_id=ends,
         pad_token_id=processor.pad,
@@ -172,7 +172,7 @@ def _settings(processor: TextProcessor, decoding: Decoding, ends: list[int]) -> 
     return settings
 
 
-def _ends(base: PreTrainedModel, processor: TextProcessor, prompts: Sequence[Any]) -> list[int]:
+def _find_end_tokens(base: PreTrainedModel, processor: TextProcessor, prompts: Sequence[Any]) -> list[int]:
     """Tokens that end a text: the tokenizer's, the model's and those with which the template ends an answer."""
     own = base.generation_config.eos_token_id
     ends = {processor.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
@@ -183,7 +183,7 @@ def _ends(base: PreTrainedModel, processor: TextProcessor, prompts: Sequence[Any
     return sorted(ends)
 
 
-def _room(model: nn.Module, base: PreTrainedModel, decoding: Decoding) -> int | None:
+def _count_room(model: nn.Module, base: PreTrainedModel, decoding: Decoding) -> int | None:
     """Tokens that a prompt may have; None for a base without a limit."""
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     if positions is None:
@@ -205,7 +205,7 @@ def _learns_prompt(model: nn.Module) -> bool:
     return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
 
 
-def _fit(ids: Sequence[list[int]], room: int | None, start: list[int]) -> list[list[int]]:
+def _cut_prompts(ids: Sequence[list[int]], room: int | None, start: list[int]) -> list[list[int]]:
     """Prompts of at most `room` tokens; what is cut stands behind the tokenizer's start tokens."""
     over = [i for i, prompt in enumerate(ids) if room is not None and len(prompt) > room]
     if room is None or not over:
@@ -219,7 +219,7 @@ def _fit(ids: Sequence[list[int]], room: int | None, start: list[int]) -> list[l
     return fitted
 
 
-def _pad(ids: Sequence[list[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
+def _pad_left(ids: Sequence[list[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
     """Tokens and attention mask, B N, padded on the left."""
     import torch
 
@@ -230,8 +230,8 @@ def _pad(ids: Sequence[list[int]], pad: int, device: Any) -> tuple[Tensor, Tenso
 
 
 @contextmanager
-def _ready(model: nn.Module, base: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """In eval mode, with these settings alone, and with positions where peft has none; all is put back.
+def _prepare_model(model: nn.Module, base: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """In eval mode, with these settings only, and with positions where peft has none; all is put back.
 
     transformers leaves out a mask of ones, and then takes a prompt that begins with eos for a padded one, and says so.
     """
@@ -239,9 +239,9 @@ def _ready(model: nn.Module, base: PreTrainedModel, settings: GenerationConfig) 
     # transformers fills what a GenerationConfig leaves open from the model's own, peft sets that too.
     kept, base.generation_config = base.generation_config, settings
     drops = _learns_prompt(model) and "position_ids" in inspect.signature(base.forward).parameters
-    hook = base.register_forward_pre_hook(_positions, with_kwargs=True) if drops else None
+    hook = base.register_forward_pre_hook(_add_positions, with_kwargs=True) if drops else None
     speaker = logging.getLogger("transformers.modeling_utils")
-    speaker.addFilter(_says_more)
+    speaker.addFilter(_hides_mask_warning)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Position ids are not supported")
@@ -249,18 +249,18 @@ def _ready(model: nn.Module, base: PreTrainedModel, settings: GenerationConfig) 
             yield
     finally:
         base.generation_config = kept
-        speaker.removeFilter(_says_more)
+        speaker.removeFilter(_hides_mask_warning)
         if hook:
             hook.remove()
         for module, training in modes:
             module.training = training
 
 
-def _says_more(record: logging.LogRecord) -> bool:
+def _hides_mask_warning(record: logging.LogRecord) -> bool:
     return "passing in an `attention_mask`" not in str(record.msg)
 
 
-def _positions(
+def _add_positions(
     base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Count positions from the mask where peft drops them, as transformers does: padding stands behind a prompt's
@@ -272,7 +272,7 @@ def _positions(
     return args, kwargs
 
 
-class _Draws:
+class _DrawnTokens:
     """Leaves each row the one token that its random number falls on, at each step.
 
     In place of transformers' sampling, whose one generator makes a text depend on the others in its batch.
@@ -290,7 +290,7 @@ class _Draws:
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
 
-def _draws(decoding: Decoding, rows: Sequence[int], device: Any) -> LogitsProcessorList:
+def _sampling_processors(decoding: Decoding, rows: Sequence[int], device: Any) -> LogitsProcessorList:
     """What sampling does to the logits of these prompts; nothing without a temperature."""
     import numpy as np
     import torch
@@ -301,4 +301,4 @@ def _draws(decoding: Decoding, rows: Sequence[int], device: Any) -> LogitsProces
     numbers = [np.random.default_rng((decoding.sample_seed, i)).random(decoding.max_new_tokens) for i in rows]
     uniform = torch.from_numpy(1 - np.stack(numbers)).to(device, torch.float32)
     nucleus = [TopPLogitsWarper(decoding.top_p)] if decoding.top_p < 1 else []
-    return LogitsProcessorList([TemperatureLogitsWarper(float(decoding.temperature)), *nucleus, _Draws(uniform)])
+    return LogitsProcessorList([TemperatureLogitsWarper(float(decoding.temperature)), *nucleus, _DrawnTokens(uniform)])

@@ -16,7 +16,7 @@ class NextToken:
     """Cross-entropy of the next token, the mean over labels other than -100: every token of the step counts alike.
 
     Logits are computed from the first column on that has a label in any row; the prompts before it cost no product
-    with the vocabulary. Batches are padded on the right, so positions are those of the texts alone. A batch, or a piece
+    with the vocabulary. Batches are padded on the right, so positions are those of the texts. A batch, or a piece
     of one, in which no token is learned has a loss and gradients of 0.
 
     Args:
@@ -38,7 +38,7 @@ class NextToken:
         learned = (labels != IGNORED).any(0).nonzero()
         first = int(learned[0]) if len(learned) else max(labels.shape[1] - 1, 0)
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        keep = {"logits_to_keep": labels.shape[1] - first + 1} if _keeps(model) else {}
+        keep = {"logits_to_keep": labels.shape[1] - first + 1} if _takes_logits_to_keep(model) else {}
         logits = model(**inputs, **keep, use_cache=False).logits[:, -(labels.shape[1] - first + 1) : -1]
         if len(learned):
             loss = cross_entropy(
@@ -56,8 +56,8 @@ class NextToken:
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
-def _keeps(model: nn.Module) -> bool:
-    """True if the model under its wrappers can compute the logits of the last columns alone."""
+def _takes_logits_to_keep(model: nn.Module) -> bool:
+    """True if the model under its wrappers can compute the logits of the last columns only."""
     inner: Any = getattr(model, "module", model)  # DistributedDataParallel
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     return "logits_to_keep" in inspect.signature(type(inner).forward).parameters

@@ -51,9 +51,9 @@ class TextTask(TaskOptions):
             tokenizer = load_tokenizer(self.model)
         data = load_texts(self.dataset, seed=seed)
         if virtual_tokens > tokenizer.model_max_length // 2:
-            got = f"a length of {virtual_tokens}"
             raise BadInput(
-                f"expected at most half of the base's {tokenizer.model_max_length} positions, but got {got}; lower it."
+                f"a prompt may take half of the base's {tokenizer.model_max_length} positions, got a length of "
+                f"{virtual_tokens}; lower it."
             )
         tokenizer.model_max_length -= virtual_tokens
         processor = TextProcessor(tokenizer, separator=data.separator, chat=data.chat, max_length=self.max_length)

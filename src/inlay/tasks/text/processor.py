@@ -56,11 +56,11 @@ class TextProcessor:
         # Padding is masked and never learned. A [PAD] that was added to a tokenizer may lack an embedding; eos has one.
         self.pad = tokenizer.eos_token_id
         self.tokenizer, self.separator, self.chat = tokenizer, separator, chat
-        self.start = self._start()
+        self.start = self._find_start()
         self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special |= set(tokenizer.all_special_ids)
         names = sorted(map(re.escape, tokenizer.convert_ids_to_tokens(sorted(self.special))), key=len, reverse=True)
-        self._named = re.compile("|".join(names))
+        self._special_names = re.compile("|".join(names))
         self.max_length = min(tokenizer.model_max_length, LONGEST) if max_length is None else max_length
         if self.max_length > tokenizer.model_max_length:
             raise BadInput(
@@ -85,7 +85,7 @@ class TextProcessor:
         """Tokens of prompts with the tokenizer's special tokens at the start (Llama's bos) and none at the end.
 
         An empty prompt is the start of a text: bos, or eos where there is none. A list of messages {"role",
-        "content"}, or such a key of `by_prompt`, goes through the tokenizer's chat template, up to where the
+        "content"}, or such a key of `group_by_prompt`, goes through the tokenizer's chat template, up to where the
         assistant is to speak.
 
         Raises:
@@ -97,9 +97,11 @@ class TextProcessor:
             (prompt and prompt + self.separator) if isinstance(prompt, str) else self._render(prompt)
             for prompt in prompts
         ]
-        none = self.start or [self._bos()]
+        none = self.start or [self._start_of_text()]
         encoded = []
-        for prompt, ids in zip(prompts, self._each(texts, [not isinstance(p, str) for p in prompts]), strict=True):
+        for prompt, ids in zip(
+            prompts, self._tokenize_each(texts, [not isinstance(p, str) for p in prompts]), strict=True
+        ):
             front = (self.start if prompt else none) if isinstance(prompt, str) else []
             encoded.append([*front, *ids])
         return encoded
@@ -120,8 +122,10 @@ class TextProcessor:
         pairs = [(c.removesuffix(self.tokenizer.eos_token), p) for c, p in zip(completions, prompts, strict=True)]
         texts = [completion if isinstance(prompt, str) else "" for completion, prompt in pairs]
         encoded = []
-        for (completion, prompt), plain in zip(pairs, self._each(texts, [not p for p in prompts]), strict=True):
-            ids = plain if isinstance(prompt, str) else self._answer(completion, prompt)
+        for (completion, prompt), plain in zip(
+            pairs, self._tokenize_each(texts, [not p for p in prompts]), strict=True
+        ):
+            ids = plain if isinstance(prompt, str) else self._tokenize_answer(completion, prompt)
             ended = not isinstance(prompt, str) and not self.special.isdisjoint(ids)
             encoded.append(ids if ended else [*ids, eos])
         return encoded
@@ -137,7 +141,7 @@ class TextProcessor:
             text: Of any length.
             progress: Called with the number of characters of each part.
         """
-        for tokens, characters in self._parts(text.removesuffix(self.tokenizer.eos_token), special=True):
+        for tokens, characters in self._tokenize_windows(text.removesuffix(self.tokenizer.eos_token), special=True):
             yield tokens
             progress(characters)
         yield np.array([self.tokenizer.eos_token_id], np.int32)
@@ -176,9 +180,7 @@ class TextProcessor:
         ]
         if wrong:
             raise DamagedFile(
-                f"the settings of the text processor are wrong for {', '.join(wrong)}; they are {', '.join(kinds)}. "
-                "Save the "
-                "adapter again."
+                f"the settings of the text processor are wrong for {', '.join(wrong)}; save the adapter again."
             )
         options = {key: settings[key] for key in ("separator", "chat", "max_length")}
         processor = cls(tokenizer, **options)
@@ -189,8 +191,8 @@ class TextProcessor:
             )
             got = f"{found['tokenizer']!r} with {found['size']:,} ({found['vocabulary']!r})"
             raise WrongBase(
-                f"the adapter was trained with the tokenizer {wanted}, but this base has {got}; load the base it "
-                "was made for."
+                f"the adapter was trained with the tokenizer {wanted}, but this base has {got}; load the base that "
+                "it was made for."
             )
         if found["chat_template"] != settings.get("chat_template"):
             logger.warning(
@@ -198,53 +200,53 @@ class TextProcessor:
             )
         return processor
 
-    def _start(self) -> list[int]:
+    def _find_start(self) -> list[int]:
         """The special tokens that the tokenizer puts in front of a text."""
-        whole, bare = self.tokenizer("a")["input_ids"], self._tokens(["a"])[0]
+        whole, bare = self.tokenizer("a")["input_ids"], self._tokenize(["a"])[0]
         return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
 
-    def _bos(self) -> int:
+    def _start_of_text(self) -> int:
         tokenizer = self.tokenizer
         return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
-    def _each(self, texts: Sequence[str], special: Sequence[bool]) -> list[list[int]]:
+    def _tokenize_each(self, texts: Sequence[str], special: Sequence[bool]) -> list[list[int]]:
         """Tokens of each text, special ones among them or as the text that they are."""
         found: list[list[int]] = [[]] * len(texts)
         for kind in set(special):
             rows = [i for i, own in enumerate(special) if own is kind]
-            for row, ids in zip(rows, self._tokens([texts[i] for i in rows], kind), strict=True):
+            for row, ids in zip(rows, self._tokenize([texts[i] for i in rows], kind), strict=True):
                 found[row] = ids
         return found
 
-    def _tokens(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+    def _tokenize(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         found: list[list[int]] = [[]] * len(texts)
         short = [i for i, text in enumerate(texts) if len(text) <= WINDOW]
         if short:
-            encoded = self._call([texts[i] for i in short], special)["input_ids"]
+            encoded = self._call_tokenizer([texts[i] for i in short], special)["input_ids"]
             for i, ids in zip(short, encoded, strict=True):
                 found[i] = ids
         for i in set(range(len(texts))) - set(short):
-            found[i] = [token for tokens, _ in self._parts(texts[i], special) for token in tokens.tolist()]
+            found[i] = [token for tokens, _ in self._tokenize_windows(texts[i], special) for token in tokens.tolist()]
         return found
 
-    def _call(self, texts: Sequence[str], special: bool, **options: Any) -> Any:
+    def _call_tokenizer(self, texts: Sequence[str], special: bool, **options: Any) -> Any:
         # Not verbose: length is looked at later, and the tokenizer would warn of it.
         options |= {"return_attention_mask": False, "verbose": False, "split_special_tokens": not special}
         return self.tokenizer(list(texts), add_special_tokens=False, **options)
 
-    def _parts(self, text: str, special: bool) -> Iterator[tuple[np.ndarray, int]]:
+    def _tokenize_windows(self, text: str, special: bool) -> Iterator[tuple[np.ndarray, int]]:
         """Tokens (N,) of each window of a text, and how many characters that has.
 
         A window is read with what stands around it, and the tokens that begin in it are taken.
         """
         if not self.tokenizer.is_fast:
-            yield np.array(self._call([text], special)["input_ids"][0], np.int32), len(text)
+            yield np.array(self._call_tokenizer([text], special)["input_ids"][0], np.int32), len(text)
             return
         windows = list(_windows(text))
         for i in range(0, len(windows), WINDOWS):
             some = windows[i : i + WINDOWS]
             read = [text[max(0, begin - MARGIN) : end + MARGIN] for begin, end in some]
-            encoded = self._call(read, special, return_offsets_mapping=True)
+            encoded = self._call_tokenizer(read, special, return_offsets_mapping=True)
             rows = zip(some, encoded["input_ids"], encoded["offset_mapping"], strict=True)
             for (begin, end), ids, offsets in rows:
                 starts = np.fromiter((start for start, _ in offsets), np.int64, len(ids)) + max(0, begin - MARGIN)
@@ -252,16 +254,16 @@ class TextProcessor:
                 own = (starts >= begin) & ((starts < end) | (end == len(text)))
                 yield np.array(ids, np.int32)[own], end - begin
 
-    def _answer(self, completion: str, prompt: Prompt) -> list[int]:
+    def _tokenize_answer(self, completion: str, prompt: Prompt) -> list[int]:
         """What the chat template adds to a conversation when it is answered."""
         asked = self._render(prompt)
         whole = self._render([*prompt, {"role": "assistant", "content": completion}], asked=False)
         if not whole.startswith(asked) or len(whole) == len(asked):
             raise Unsupported(
-                f"expected a chat template that only adds the answer to what comes before it, but that of "
-                f"{type(self.tokenizer).__name__} rewrites it. Use another template, or prompts as plain text."
+                f"the chat template of {type(self.tokenizer).__name__} rewrites a conversation when it adds the "
+                "answer; use a template that only adds it, or prompts of plain text."
             )
-        before, ids, added = self._tokens([asked, whole, whole[len(asked) :]], special=True)
+        before, ids, added = self._tokenize([asked, whole, whole[len(asked) :]], special=True)
         # Characters on both sides of the border may have made one token.
         return ids[len(before) :] if ids[: len(before)] == before else added
 
@@ -272,18 +274,19 @@ class TextProcessor:
                 f"{type(self.tokenizer).__name__} has no chat template; use a chat model's tokenizer, or plain prompts."
             )
         messages = [dict(message) for message in chat]
-        found = next(filter(None, (self._named.search(str(message.get("content"))) for message in messages)), None)
+        found = next(
+            filter(None, (self._special_names.search(str(message.get("content"))) for message in messages)), None
+        )
         if found:
             raise BadInput(
                 f"a message holds {found[0]!r}, a special token of {type(self.tokenizer).__name__}; remove it, or "
-                "write it "
-                "with spaces."
+                "write it with spaces."
             )
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked)
         except Exception as error:  # a template is a program in the tokenizer's files, and refuses what it likes
             got = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            raise BadInput(f"the chat template refuses this conversation: {got}. Change the messages.") from error
+            raise BadInput(f"the chat template refuses this conversation ({got}); change the messages.") from error
 
     def _vocabulary(self) -> str:
         """A hash that differs where a text would get other tokens, or another start or end."""

@@ -125,8 +125,8 @@ class TextGeneration(Task):
         if settings.get("chat"):
             return [
                 "Prompts",
-                "Prompts are conversations, written with the base's chat template; a text alone is what a user says "
-                f"first, and what the adapter adds is the assistant's answer. {read}",
+                "Prompts are conversations, written with the base's chat template; a single text is what a user "
+                f"says first, and what the adapter adds is the assistant's answer. {read}",
             ]
         separator = json.dumps(settings["separator"])
         return ["Prompts", f"A prompt is followed by `{separator}` in front of its completion. {read}"]

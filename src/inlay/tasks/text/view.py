@@ -58,7 +58,7 @@ class TextView(torch.utils.data.Dataset):
             raise BadInput("this split has no rows; pass another.")
         self.pad = processor.pad
         self.tokens, self.ends, self.prompts, changes = (
-            _blocks(rows, processor) if block else _examples(rows, processor, over_long)
+            _make_blocks(rows, processor) if block else _make_examples(rows, processor, over_long)
         )
         self.lengths = np.diff(self.ends, prepend=0).tolist()
         if not self.lengths:
@@ -85,7 +85,8 @@ class TextView(torch.utils.data.Dataset):
     def collate(self, items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """A batch of input_ids, attention_mask and labels, each (B, T), padded on the right to its longest item.
 
-        So every text is read as if it were alone: on the left, padding would move the positions that GPT-2 learned.
+        So every text is read as it would be without the others: on the left, padding would move the positions that
+        GPT-2 learned.
         """
         shape = len(items), max(len(item["input_ids"]) for item in items)
         batch = {
@@ -104,23 +105,23 @@ class TextView(torch.utils.data.Dataset):
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, str]
 
 
-def _examples(rows: Any, processor: TextProcessor, over_long: str) -> Arrays:
+def _make_examples(rows: Any, processor: TextProcessor, over_long: str) -> Arrays:
     """All tokens in a row, where each example ends, how long its prompt is, and what was changed, in words."""
     limit, kept, lengths, prompts = processor.max_length, [], [], []
     long: list[int] = []
-    for row, (prompt, completion) in enumerate(_encoded(rows, processor)):
+    for row, (prompt, completion) in enumerate(_encode_rows(rows, processor)):
         if len(prompt) + len(completion) > limit:
             long.append(row)
             if over_long != "cut":
                 continue
-            prompt, completion = _cut(prompt, completion, processor)
+            prompt, completion = _cut_example(prompt, completion, processor)
         kept.append(np.array(prompt + completion, np.int32))
         lengths.append(len(prompt) + len(completion))
         prompts.append(len(prompt))
     if long and over_long == "refuse":
-        got = f"{len(long):,} of {len(rows):,} have more (the first is row {long[0] + 1})"
         raise BadInput(
-            f"expected examples of {limit:,} tokens at most, but {got}. Raise max_length, or cut or drop them."
+            f"{len(long):,} of {len(rows):,} examples have more than {limit:,} tokens (the first is row {long[0] + 1}); "
+            "raise max_length, or cut or drop them."
         )
     done = "was" if len(long) == 1 else "were"
     done += " cut" if over_long == "cut" else " dropped"
@@ -129,7 +130,7 @@ def _examples(rows: Any, processor: TextProcessor, over_long: str) -> Arrays:
     return tokens, np.cumsum(lengths, dtype=np.int64), np.array(prompts, np.int32), changes
 
 
-def _encoded(rows: Any, processor: TextProcessor) -> Iterator[tuple[list[int], list[int]]]:
+def _encode_rows(rows: Any, processor: TextProcessor) -> Iterator[tuple[list[int], list[int]]]:
     with _progress(len(rows), "example") as bar:
         for part in read_rows(rows, ("prompt", "completion")):
             prompts = processor.encode_prompts(part["prompt"])
@@ -157,23 +158,23 @@ def _progress(total: int, unit: str) -> tqdm:
     return tqdm(total=total, desc="tokenize", unit=unit, unit_scale=True, delay=1, disable=True if hidden else None)
 
 
-def _cut(prompt: list[int], completion: list[int], processor: TextProcessor) -> tuple[list[int], list[int]]:
+def _cut_example(prompt: list[int], completion: list[int], processor: TextProcessor) -> tuple[list[int], list[int]]:
     """Both within max_length, with one token of each at least."""
     limit, start = processor.max_length, processor.start
     left = max(limit // 4, len(start), 1, limit - len(completion))
     if len(prompt) > left:
-        first = _common(prompt, start or [processor.tokenizer.bos_token_id])
+        first = _count_start_tokens(prompt, start or [processor.tokenizer.bos_token_id])
         prompt = prompt[:first] + prompt[len(prompt) - left + first :]
     return prompt, completion[: limit - len(prompt)]
 
 
-def _common(ids: list[int], start: list[int]) -> int:
+def _count_start_tokens(ids: list[int], start: list[int]) -> int:
     """How many special tokens of `start` these ids begin with; a chat template may write them, or others."""
     return len(start) if ids[: len(start)] == start else 0
 
 
-def _blocks(rows: Any, processor: TextProcessor) -> Arrays:
-    """As `_examples`, of running text."""
+def _make_blocks(rows: Any, processor: TextProcessor) -> Arrays:
+    """As `_make_examples`, of running text."""
     if any(prompt != "" for prompt in rows["prompt"]):
         raise BadInput("only running text can be cut into blocks, and these rows have prompts; pass block=False.")
     found = list[np.ndarray]()
