@@ -9,6 +9,7 @@ import typer
 
 from inlay.cli.show import AdapterArgument, BaseOption, JsonOption, show
 from inlay.errors import BadInput
+from inlay.files.outputs import check_output_file
 
 
 def merge(
@@ -61,6 +62,8 @@ def combine(
     from inlay.combine.heatmap import write_report
     from inlay.combine.report import overlap
 
+    if report is not None:
+        check_output_file(report)
     weights = dict(_weighted(text) for text in adapters)
     if len(weights) < len(adapters):
         raise BadInput(f"expected different adapters, got {', '.join(adapters)}.")
