@@ -14,6 +14,7 @@ from inlay.adapters.task import task_of_file
 from inlay.tasks.volumes.nifti import write_volume
 from methods.bases import randomise
 from methods.volumes import build, settings, volumes
+from places import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,29 @@ def test_it_comes_back_with_classes_and_preprocessing(saved):
         assert torch.allclose(loaded.model(pixel_values=volumes()).logits, expected, atol=1e-4)
     bytes_ = sum(torch.tensor(shape).prod().item() * 4 for shape in read_adapter(folder).shapes.values())
     assert loaded.file.bytes_weights < bytes_ + 200 * len(loaded.file.shapes) + 8000
+
+
+def test_what_training_knew_of_its_data_comes_back(base, tmp_path):
+    """The axes it mirrored, and the classes' numbers in the label maps; on the card too."""
+    model = get_peft_model(load_base(base), settings()).eval()
+    processor = VolumeProcessor(None, (16, 32, 32), flip=(2, 1), values=(1000, 4))
+    folder = save_adapter(model, tmp_path / "a", processor=processor)
+    loaded = load_adapter(folder).processor
+    assert loaded.flip == (1, 2) and loaded.values == (1000, 4)
+    assert "0 = background, 1000 = organ, 4 = lesion" in (folder / "README.md").read_text()
+    plain = save_adapter(model, tmp_path / "b", processor=VolumeProcessor(None, (16, 32, 32), values=(1, 2)))
+    assert set(read_adapter(plain).record["preprocessing"]) == {"spacing_mm", "crop", "intensity", "low", "high"}
+
+
+def test_classes_keep_the_order_of_the_outputs_however_often_they_are_saved(saved, tmp_path):
+    """Names in another order than the alphabet's: organ before lesion. Earlier files hold them sorted in the config."""
+    first = load_adapter(saved[0])
+    again = load_adapter(save_adapter(first.model, tmp_path / "again", processor=first.processor))
+    assert first.labels == again.labels == ["organ", "lesion"] == again.model.active_peft_config.classes
+    shipped = load_adapter(ROOT / "adapters_hub" / "lesions-spatial-sam-tiny")
+    assert shipped.file.config["classes"] == ["lesion", "organ"]
+    copy = save_adapter(shipped.model, tmp_path / "copy", processor=shipped.processor)
+    assert read_adapter(copy).labels == shipped.labels == ["organ", "lesion"]
 
 
 def test_in_float16_the_file_is_half_as_large(base, tmp_path):

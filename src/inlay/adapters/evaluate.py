@@ -12,6 +12,7 @@ from inlay.adapters.tables import table
 from inlay.bases.device import Device
 from inlay.errors import BadInput
 from inlay.files.atomic import write_json, writing
+from inlay.files.outputs import check_output_folder
 from inlay.tasks.evaluation import Evaluation, Request, Split, Training, class_title, interval_note, title
 
 KEY = "evaluations"  # in metrics.json: by the name of the data
@@ -101,6 +102,7 @@ def _check_writable(file: AdapterFile | None) -> None:
     if file is None or (file.origin and not (file.folder / ORIGIN).is_file()):
         name = "it" if file is None else repr(file.name)
         raise BadInput(f"scores are written into a folder of your own, and {name} is on the Hub; `inlay pull` first.")
+    check_output_folder(file.folder)
 
 
 def _with_section(card: str, evaluation: Evaluation) -> str:

@@ -221,6 +221,7 @@ class OwnBase:
         weights, carried = split_base_weights(file, weights, self.base)
         put_base_weights(file, self.base, carried, self.shared)
         self.model = attach_adapter(file, self.base, weights)
+        self.task.restore_labels(self.model.active_peft_config, file.labels)
 
     def load_processor(self, file: AdapterFile) -> Any:
         """The one that the adapter was trained with; for one that plain peft saved what its base has."""

@@ -83,7 +83,7 @@ def save_adapter(
             weights = {key: value.half() if value.dtype == torch.float32 else value for key, value in weights.items()}
             set_adapter_values(model, weights)
         _check_weights(model, weights)
-        config = _complete_config(new / CONFIG, find_tied_modules(model.active_peft_config))
+        config = _complete_config(new / CONFIG, model.active_peft_config)
         record = {
             **_record(model, processor, task),
             "config": fingerprint(config),
@@ -165,17 +165,18 @@ def _record(model: PeftModel, processor: Any, task: Task) -> dict[str, Any]:
     }
 
 
-def _complete_config(path: Path, tied: dict[str, set[str]]) -> dict[str, Any]:
+def _complete_config(path: Path, method: Any) -> dict[str, Any]:
     """peft's config with the names of the modules that are tied to the embedding, by the setting they belong to.
 
-    Sets become lists in a random order in it: they are sorted, so that equal adapters are equal files.
+    Sets become lists in a random order in it: they are sorted, so that equal adapters are equal files. Lists stay as
+    they are: the order of classes tells which output is whose.
     """
     config = json.loads(path.read_text(encoding="utf-8"))
-    for setting, names in tied.items():
+    for setting, names in find_tied_modules(method).items():
         if isinstance(config[setting], list):  # a pattern matches them already
             config[setting] = sorted({*config[setting], *names})
     for key, value in config.items():
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        if isinstance(value, list) and isinstance(getattr(method, key, None), set):
             config[key] = sorted(value)
     write_json(path, config)
     return config

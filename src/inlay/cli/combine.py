@@ -9,6 +9,7 @@ import typer
 
 from inlay.cli.show import AdapterArgument, BaseOption, JsonOption, show
 from inlay.errors import BadInput
+from inlay.files.outputs import check_output_file
 
 
 def merge(
@@ -67,6 +68,8 @@ def combine(
     from inlay.combine.heatmap import write_report
     from inlay.combine.report import overlap
 
+    if report is not None:
+        check_output_file(report)
     weights = dict(_parse_weight(text) for text in adapters)
     if len(weights) < len(adapters):
         raise BadInput(f"one adapter is named twice among {', '.join(adapters)}; give it once, with its whole weight.")

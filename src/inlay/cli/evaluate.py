@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from inlay.cli.show import AdapterArgument, BaseOption, DeviceOption, JsonOption, printable
-from inlay.errors import BadInput, Unsupported
+from inlay.errors import Unsupported
+from inlay.files.outputs import check_output_file
 
 
 def evaluate(
@@ -42,8 +43,8 @@ def evaluate(
 ) -> None:
     """Score an adapter and its base on labelled data: all scores of the task, with 95 % intervals."""
     for path in (csv, matrix):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise BadInput(f"there is no folder {str(path.parent)!r} for {path.name!r}; create it first.")
+        if path is not None:
+            check_output_file(path)
     from inlay.adapters.evaluate import evaluate as score
 
     if matrix is not None:

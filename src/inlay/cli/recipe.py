@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 
 from inlay.cli.command_line import parse
 from inlay.errors import InlayError, Unreachable, Unsupported
+from inlay.files.outputs import check_output_folder
 
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # the variables that accelerate reads
 
@@ -33,6 +34,7 @@ def run_recipe(main: Callable[..., Path | None], *defaults: Any) -> None:
     """
     try:
         settings = parse(defaults, sys.argv[1:])
+        _check_output(settings)
         _join_processes()
         repo, private = _check_destination(main, settings)
         folder = main(*settings)
@@ -43,6 +45,14 @@ def run_recipe(main: Callable[..., Path | None], *defaults: Any) -> None:
             time.sleep(_WAIT_FOR_FIRST_S)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def _check_output(settings: Sequence[Any]) -> None:
+    """Raise InlayError, before torch is imported, where the folder of the run cannot be written."""
+    for each in settings:
+        folder = getattr(each, "output_dir", None)
+        if folder is not None and _is_first_process():
+            check_output_folder(folder)
 
 
 def _check_destination(main: Callable[..., Any], settings: Sequence[Any]) -> tuple[str | None, bool]:

@@ -17,7 +17,8 @@ def segment(
     scan: Annotated[Path, typer.Argument(metavar="SCAN", help="A .nii.gz, .nii or .npz file.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="MASK", help="The mask: a .nii.gz or .nii file.")],
     point: Annotated[
-        list[str] | None, typer.Option(metavar="X,Y,Z[,LABEL]", help="A voxel of a class (default 1). Repeatable.")
+        list[str] | None,
+        typer.Option(metavar="X,Y,Z[,LABEL]", help="A voxel of a class (default: the first). Repeatable."),
     ] = None,
     negative: Annotated[list[str] | None, typer.Option(metavar="X,Y,Z", help="A voxel of none. Repeatable.")] = None,
     box: Annotated[
@@ -28,25 +29,28 @@ def segment(
     device: DeviceOption = None,
     overlap: Annotated[float, typer.Option(help="Share of a window that the next one covers too.")] = 0.5,
     batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 1,
-    flips: Annotated[bool, typer.Option("--flips", help="Average over mirrored windows: 8 times the work.")] = False,
-    largest: Annotated[bool, typer.Option("--largest", help="Keep each class's largest component alone.")] = False,
+    flips: Annotated[
+        bool, typer.Option("--flips", help="Average over windows mirrored as in training: 2 to 8 times the work.")
+    ] = False,
+    largest: Annotated[bool, typer.Option("--largest", help="Keep only each class's largest component.")] = False,
     montage: Annotated[Path | None, typer.Option(help="Also draw three planes and slices: a .png file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also make a page to look through: an .html file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find an adapter's classes in a scan, and save them as a mask on its grid.
 
-    Voxels are counted from 0 along the file's own axes, as nibabel indexes them; a label is a class's number or name.
+    Voxels are counted from 0 along the file's own axes, as nibabel indexes them. A label is a class's number in the
+    mask, or its name.
     """
     from inlay.adapters.load import load_adapter
     from inlay.tasks.volumes.montage import PICTURES, draw_montage
-    from inlay.tasks.volumes.segment import MASKS, output_name
+    from inlay.tasks.volumes.segment import MASKS, check_output
     from inlay.tasks.volumes.segment import segment as find
     from inlay.tasks.volumes.viewer import PAGES, write_viewer
 
     for path, suffixes in ((out, MASKS), (montage, PICTURES), (html, PAGES)):
         if path is not None:
-            output_name(path, suffixes)  # before all the work
+            check_output(path, suffixes, scan)  # before all the work
     points = [_place(text, 3) for text in point or []] + [[*_place(text, 3)[:3], 0] for text in negative or []]
     boxes = [_place(text, 6) for text in box or []]
     found = find(

@@ -27,6 +27,7 @@ from inlay.bases.load import Dtype
 from inlay.bases.quantize import Quantize
 from inlay.errors import BadInput, ComputationFailed, Unsupported
 from inlay.files.atomic import write_json, writing
+from inlay.files.outputs import check_output_folder
 from inlay.methods._peft import (
     base_modules,
     dequantize_weight,
@@ -178,6 +179,7 @@ def _check_arguments(out: Path, dtype: str | None, quantize: str | None, limit: 
         raise BadInput(f"limit must be at least 0, not {limit}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / REPORT).is_file():
         raise BadInput(f"{out} exists and is not a model that inlay merged; give another folder.")
+    check_output_folder(out)
 
 
 def _check_merges(loaded: LoadedAdapter) -> None:

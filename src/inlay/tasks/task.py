@@ -140,6 +140,10 @@ class Task(ABC):
         """Class names, in the order of the outputs, of a model with `method` (peft's config) on it; most have none."""
         return []
 
+    def restore_labels(self, method: Any, labels: Sequence[str]) -> None:
+        """Give the class names of a record, in their order, to a loaded config that holds them too; most hold none."""
+        return
+
     # The golden input.
 
     @abstractmethod

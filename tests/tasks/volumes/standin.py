@@ -53,11 +53,11 @@ class Segmenter(nn.Module):
         return SimpleNamespace(logits=logits, image_embeddings=image_embeddings)
 
 
-def adapter(crop=(16, 16, 16), spacing_mm=None):
+def adapter(crop=(16, 16, 16), spacing_mm=None, flip=(0, 1, 2), values=None):
     """What `load_adapter` would give."""
     return SimpleNamespace(
         model=Segmenter().eval(),
-        processor=VolumeProcessor(spacing_mm, crop),
+        processor=VolumeProcessor(spacing_mm, crop, flip=flip, values=values),
         labels=list(LABELS),
         task=TASKS["volume-segmentation"],
         name="stand-in",

@@ -13,6 +13,7 @@ from inlay.errors import InlayError
 from inlay.tasks.volumes.audit import audit
 from inlay.tasks.volumes.data import load_volumes
 from inlay.tasks.volumes.nifti import read_volume, write_volume
+from inlay.tasks.volumes.scan import VolumeProcessor
 from places import SHARED
 
 HIPPOCAMPUS = SHARED / "hippocampus_msd04/dev"
@@ -107,6 +108,84 @@ def test_every_fault_is_found_with_its_file(folder):
     assert len(report.errors) == 10
     with pytest.raises(InlayError, match="no label map"):  # training stops at these
         load_volumes(str(folder))
+
+
+def write_cases(folder, maps, labels=None):
+    """Cases with these label maps; None stands for an image of one value, and a float map for a broken one."""
+    for part in ("images", "labels"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for i, values in enumerate(maps):
+        image = np.random.default_rng(i).random((6, 7, 8), np.float32)
+        array = np.resize(np.array(values), image.shape)
+        write_volume(folder / "images" / f"{i}.nii.gz", image, np.eye(4))
+        write_volume(folder / "labels" / f"{i}.nii.gz", array, np.eye(4))
+    if labels is not None:
+        (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("maps", "labels", "fine"),
+    [
+        ([[0, 1, 2]] * 3, None, True),
+        ([[0, 1000, 2000]] * 3, None, True),
+        ([[0, 1], [0, 70000], [0, 3]], None, True),
+        ([[0, 1]] * 2 + [[0]], None, True),
+        ([[0]] * 3, None, False),
+        ([[0, 1]], None, False),
+        ([[0, -1, 1]] * 3, None, False),
+        ([np.arange(300)] * 3, None, False),
+        ([[0, 1, 0.4]] * 3, None, False),
+        ([[0, 1.0001]] * 3, None, True),
+        ([[0, 5]] * 3, {"background": 0, "a": 5}, True),
+        ([[0, 5, 9]] * 3, {"background": 0, "a": 5, "ignore": 9}, True),
+        ([[0, 5, 6]] * 3, {"background": 0, "a": 5}, False),
+        ([[0, 1000]] * 3, {"background": 0, "a": 1000}, True),
+        ([[0, 1]] * 3, {"background": 0}, False),
+        ([[0, 1]] * 3, {"background": 0, "ignore": 1}, False),
+        ([[0, 1]], {"a": 1}, False),
+    ],
+)
+def test_audit_and_training_judge_alike(tmp_path, maps, labels, fine):
+    folder = write_cases(tmp_path / "data", maps, labels)
+    try:
+        data = load_volumes(folder)
+        processor = VolumeProcessor.fitted(data, (4, 4, 4))
+        for case in (*data.train, *data.validation):
+            processor.read(case)
+        takes = True
+    except InlayError:
+        takes = False
+    errors = audit(folder).errors
+    assert (takes, not errors) == (fine, fine), errors
+
+
+def test_files_that_training_will_not_see_are_warned_of(folder):
+    """Of the twelve cases one is in capitals, which is read, and three in other formats."""
+    images, labels = files(folder, "imagesTr"), files(folder, "labelsTr")
+    for file in (images[0], labels[0]):
+        file.rename(file.with_name(file.name.replace(".nii.gz", ".NII.GZ")))
+    for i, suffix in enumerate((".nrrd", ".mgz", ".mha"), 1):
+        for file in (images[i], labels[i]):
+            file.rename(file.with_name(file.name.replace(".nii.gz", suffix)))
+    report = audit(str(folder))
+    assert report.cases == 9 and not report.errors and len(report.findings) == 6
+    assert all("not read" in finding.what for finding in report.findings)
+    assert {Path(finding.file).suffix for finding in report.findings} == {".nrrd", ".mgz", ".mha"}
+
+
+def test_two_orientations_are_warned_of(folder, caplog):
+    import nibabel
+
+    file = files(folder, "imagesTr")[3]
+    image = nibabel.load(file)
+    image.set_sform(image.affine, 1)
+    image.set_qform(image.affine @ np.diag([-1, 1, 1, 1]), 1)
+    nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj), None, image.header), file)
+    (finding,) = audit(str(folder)).findings
+    assert finding.file == str(file) and finding.level == "warning" and "sform and its qform" in finding.what
+    load_volumes(str(folder))
+    assert "two orientations" in caplog.text and "other programs may take the qform" in caplog.text
 
 
 def test_what_only_all_cases_tell(folder):

@@ -1,6 +1,7 @@
 """Segmenters of scans scored on label maps: as recipes and `segment` have it, by scan and class, by name of a class."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from inlay import InlayError, VolumeView, evaluate, load_adapter, load_volumes, segment
 from inlay.builtin.bodies import generate_bodies
 from inlay.tasks.volumes.loss import WholeVolume
-from inlay.tasks.volumes.nifti import write_volume
+from inlay.tasks.volumes.nifti import read_volume, write_volume
 from inlay.tasks.volumes.scores import VolumeDice
 from inlay.tasks.volumes.view import collate_volumes
 from places import ROOT, SHARED
@@ -95,6 +96,45 @@ def test_classes_are_matched_by_name(adapter, found, tmp_path):
     some = evaluate(adapter, write_scans(tmp_path / "c", ["lesion"], (2,), count=1), resamples=5, compare=False)
     assert [row["class"] for row in some.rows] == ["lesion"] and "dice_model_grid" not in some.scores
     assert some.rows[0] == rows[some.rows[0]["case"], "lesion"]
+
+
+def test_other_numbers_of_the_same_classes_score_alike(adapter, scans, found, tmp_path):
+    """The adapter's classes under 1000 and 4 in the data; the rows tell the adapter's own numbers."""
+    folder = tmp_path / "d"
+    shutil.copytree(scans, folder)
+    for file in (folder / "labelsTr").iterdir():
+        array, affine = read_volume(file, "label")
+        write_volume(file, np.array([0, 1000, 4])[array], affine)
+    (folder / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "organ": 1000, "lesion": 4}}))
+    other = evaluate(adapter, folder, resamples=5)
+    rows = {(row["case"], row["class"]): row for row in found.rows}
+    assert len(other.rows) == 4 and all(row == rows[row["case"], row["class"]] for row in other.rows)
+    assert {row["class"]: row["value"] for row in other.rows} == {"organ": 1, "lesion": 2}
+    assert {row["class"]: row["value"] for row in other.per_class} == {"organ": 1, "lesion": 2}
+
+
+def test_voxels_to_be_ignored_are_not_scored(adapter, scans, tmp_path):
+    """Counted by hand: of the mask that `segment` gives, without the voxels that the data calls "ignore"."""
+    folder = tmp_path / "e"
+    shutil.copytree(scans, folder)
+    for file in (folder / "labelsTr").iterdir():
+        array, affine = read_volume(file, "label")
+        array[: array.shape[0] // 2] = 3
+        write_volume(file, array, affine)
+    (folder / "dataset.json").write_text(
+        json.dumps({"labels": {"background": 0, "organ": 1, "lesion": 2, "ignore": 3}})
+    )
+    scored = evaluate(adapter, folder, resamples=5)
+    assert {row["class"] for row in scored.rows} == {"organ", "lesion"}
+    for file in sorted((folder / "imagesTr").iterdir()):
+        mask = segment(adapter, file, progress=False).mask
+        truth, _ = read_volume(folder / "labelsTr" / file.name, "label")
+        for k, label in enumerate(adapter.labels, 1):
+            a, b = (mask == k) & (truth != 3), truth == k
+            wanted = 2 * (a & b).sum() / (a.sum() + b.sum()) if a.any() or b.any() else 1
+            name = file.name.removesuffix(".nii.gz")
+            row = next(row for row in scored.rows if (row["case"], row["class"]) == (name, label))
+            assert row["dice"] == pytest.approx(wanted, abs=1e-6)
 
 
 def test_unknown_classes_and_empty_folders_are_named(adapter, tmp_path):

@@ -151,6 +151,121 @@ def test_flips_are_averaged(scan):
     assert np.abs(np.mean(every, 0) - mean)[inner].max() < 2e-3
 
 
+@pytest.mark.parametrize("flip", [(0,), (2,), (0, 1)])
+def test_only_axes_that_training_mirrored_are_averaged(spatial, scan, flip):
+    """2, 4 or 8 versions, each by torch's flip; and none at all for an adapter that was trained without."""
+    spatial.processor = VolumeProcessor(None, (16, 20, 24), flip=flip)
+    read = spatial.processor.read(scan)
+    every = [[]]
+    for axis in flip:
+        every += [[*axes, axis + 2] for axes in every]
+    assert len(every) == 2 ** len(flip)
+
+    def predictor(pixels):
+        return sum(spatial.model(pixel_values=pixels.flip(a)).logits.softmax(1).flip(a) for a in every) / len(every)
+
+    with torch.no_grad():
+        wanted = sliding_window_inference(read.image[None], (16, 20, 24), 1, predictor, 0.5, mode="gaussian")[0]
+    found = segment(spatial, read, flips=True, keep_probabilities=True).probabilities
+    assert np.abs(found - spatial.processor.back(wanted, read, "linear")).max() < 1e-3
+
+
+def test_flips_of_an_adapter_that_was_trained_without_are_refused(scan, tmp_path, capsys, monkeypatch):
+    given = adapter(flip=())
+    with pytest.raises(InlayError, match=r"was not trained on mirrored scans, .* leave flips out"):
+        segment(given, tmp_path / "is not even read.nii.gz", flips=True)
+    assert not given.model.encoded
+    monkeypatch.setattr("inlay.adapters.load.load_adapter", lambda *_, **__: adapter(flip=()))
+    monkeypatch.setattr(sys, "argv", ["inlay", "segment", "any", str(scan), "-o", str(tmp_path / "m.nii"), "--flips"])
+    with pytest.raises(SystemExit) as status:
+        cli.main()
+    assert status.value.code == 2 and "leave flips out" in capsys.readouterr().err
+    assert not (tmp_path / "m.nii").exists()
+
+
+@pytest.mark.parametrize("values", [(1000, 2000), (1, 4), (2, 1), (300, 7), (70000, 2**31 - 1)])
+def test_a_mask_has_the_numbers_of_the_label_maps(tmp_path, scan, values):
+    """Voxel by voxel what an adapter of classes 1 and 2 gives, under other numbers; in file, volumes and session."""
+    plain = segment(adapter(), scan, points=[(4, 25, 33, "dark")])
+    found = segment(adapter(values=values), scan, points=[(4, 25, 33, values[1])], largest=False)
+    wanted = np.array([0, *values])[plain.mask]
+    assert np.array_equal(found.mask, wanted) and found.volumes_ml == pytest.approx(plain.volumes_ml)
+    assert found.names == dict(zip(values, LABELS, strict=True)) and np.array_equal(found.class_mask, plain.mask)
+    image = nib.load(found.save(tmp_path / "mask.nii.gz"))
+    assert np.array_equal(np.asarray(image.dataobj), wanted) and image.get_data_dtype() == found.mask.dtype
+    assert found.mask.dtype == (np.uint8 if max(values) < 256 else np.int16 if max(values) < 2**15 else np.int32)
+    (told,) = (extension.get_content() for extension in image.header.extensions)
+    told = told.decode() if isinstance(told, bytes) else told
+    assert json.loads(told) == {"labels": {"0": "background", **{str(v): n for v, n in found.names.items()}}}
+    session = VolumeSession(adapter(values=values), scan)
+    first = session.click((4, 25, 33))
+    assert first[4, 25, 33] == values[0] and np.array_equal(first, session.segmentation.mask)
+    assert session.click((15, 6, 9), label=values[1])[15, 6, 9] == values[1]
+    assert session.box((14, 20, 30), (18, 28, 36), label="dark")[16, 24, 33] == values[1]
+    assert set(np.unique(session.mask)) <= {0, *values} and session.segmentation.names == found.names
+    kept = segment(adapter(values=values), scan, points=[(4, 25, 33, "dark")], largest=True)
+    both = segment(adapter(), scan, points=[(4, 25, 33, "dark")], largest=True)
+    assert np.array_equal(kept.class_mask, both.mask)
+
+
+def test_a_prompt_names_a_class_by_its_number_in_the_mask(scan):
+    for label in (1, "1", 3, 2001):
+        with pytest.raises(InlayError, match="the adapter has 0 background, 1000 bright, 2000 dark"):
+            segment(adapter(values=(1000, 2000)), scan, points=[(4, 25, 33, label)])
+    for label in (2000, "2000", "dark"):
+        found = segment(adapter(values=(1000, 2000)), scan, points=[(4, 25, 33, label)])
+        assert found.mask[4, 25, 33] == 2000
+
+
+@pytest.mark.parametrize(("unit", "mm"), [("meter", 1000.0), ("micron", 0.001), ("unknown", 1.0)])
+def test_volumes_are_in_ml_and_the_mask_in_the_scans_own_unit(tmp_path, unit, mm):
+    path = save(tmp_path / "scan.nii.gz", blobs((22, 30, 41)), units=unit)
+    plain = segment(adapter(), save(tmp_path / "mm.nii.gz", blobs((22, 30, 41))))
+    found = segment(adapter(), path)
+    assert np.array_equal(found.mask, plain.mask) and np.allclose(found.affine[:3], plain.affine[:3] * mm)
+    assert found.volumes_ml == pytest.approx({name: v * mm**3 for name, v in plain.volumes_ml.items()})
+    own, image = nib.load(path), nib.load(found.save(tmp_path / "mask.nii.gz"))
+    assert np.array_equal(own.affine, image.affine) and own.header.get_xyzt_units() == image.header.get_xyzt_units()
+
+
+@pytest.mark.parametrize("how", ["same", "other spelling", "symbolic link", "hard link", "link to its folder"])
+@pytest.mark.parametrize("by", ["segment", "predict", "save"])
+def test_the_scan_is_never_overwritten(tmp_path, scan, how, by, capsys, monkeypatch):
+    before = scan.read_bytes()
+    out = {
+        "same": scan,
+        "other spelling": tmp_path / "x" / ".." / scan.name,
+        "symbolic link": tmp_path / "link.nii.gz",
+        "hard link": tmp_path / "hard.nii.gz",
+        "link to its folder": tmp_path / "folder" / scan.name,
+    }[how]
+    (tmp_path / "x").mkdir()
+    (tmp_path / "link.nii.gz").symlink_to(scan)
+    (tmp_path / "hard.nii.gz").hardlink_to(scan)
+    (tmp_path / "folder").symlink_to(tmp_path)
+    if by == "save":
+        with pytest.raises(InlayError, match="is the scan itself"):
+            segment(adapter(), scan).save(out)
+    elif by == "predict":
+        with pytest.raises(InlayError, match="is the scan itself"):
+            adapter().task.prepare([str(scan)], {"out": out})
+    else:
+        status, _, err = run(capsys, monkeypatch, "any", scan, "-o", out)
+        assert status == 2 and "is the scan itself" in err
+    assert scan.read_bytes() == before
+    found = segment(adapter(), scan).save(tmp_path / "other.nii.gz")
+    assert found.is_file() and segment(adapter(), scan).save(found) == found, "a mask may be written anew"
+
+
+def test_two_orientations_get_a_word(tmp_path, scan, caplog):
+    image = nib.load(scan)
+    image.set_sform(image.affine, 1)
+    image.set_qform(image.affine @ np.diag([-1, 1, 1, 1]), 1)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), scan)
+    segment(adapter(), scan)
+    assert caplog.text.count("its sform and its qform") == 1 and str(scan) in caplog.text
+
+
 def test_only_the_largest_component_stays(tmp_path):
     image = np.zeros((24, 24, 24), np.int16)
     image[2:10, 2:10, 2:10] = 100
@@ -375,7 +490,7 @@ def test_an_adapted_sam_encodes_once_and_hears_every_click(spatial, scan):
 def run(capsys, monkeypatch, *arguments):
     """The command in this process: exit status, standard output, standard error."""
     monkeypatch.setattr(sys, "argv", ["inlay", "segment", *map(str, arguments)])
-    monkeypatch.setattr("inlay.adapters.load.load_adapter", lambda path, base: adapter())
+    monkeypatch.setattr("inlay.adapters.load.load_adapter", lambda *_, **__: adapter())
     with pytest.raises(SystemExit) as status:
         cli.main()
     return int(status.value.code or 0), *capsys.readouterr()

@@ -1,13 +1,18 @@
 """Training on crops and scoring whole scans: the loss, its windows, and a run that is killed."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from monai.inferers import sliding_window_inference
 from peft import get_peft_model
 
 from inlay import InlayError, TrainConfig, VolumeProcessor, VolumeView, fit
+from inlay.methods.spatial.prompts import clicks_on_errors
+from inlay.methods.spatial.sam import dice_cross_entropy
 from inlay.tasks.volumes.data import Case
-from inlay.tasks.volumes.loss import WholeVolume
+from inlay.tasks.volumes.loss import LossSums, WholeVolume
 from inlay.tasks.volumes.scores import VolumeDice, overlap
 from inlay.tasks.volumes.view import collate_volumes
 from methods.volumes import build, settings, volumes
@@ -33,10 +38,101 @@ def test_whole_scans_are_put_together_from_windows():
     loss = WholeVolume((16, 16, 16))
     output = loss(model, {"pixel_values": volume, "labels": labels})
     assert all(shape[2:] == (16, 16, 16) for shape in model.seen) and len(model.seen) > 1
-    assert torch.equal(output.logits.argmax(1)[:, :, :36], (volume[:, 0] > 0).long()[:, :, :36])
+    assert torch.equal(output.classes[:, :, :36].long(), (volume[:, 0] > 0).long()[:, :, :36])
     counts, zeros = loss.answers(output, {"labels": labels})
     assert counts.tolist() == [[[int((labels == 1).sum())] * 3]] and not zeros.any()
     assert loss.weight({"pixel_values": volume}) == 1
+
+
+class Scores(torch.nn.Module):
+    """Scores of three classes that depend on the place in a window, so that blending matters."""
+
+    def forward(self, pixel_values):
+        """Logits of background and two classes."""
+        ramp = torch.linspace(-1, 1, pixel_values.shape[-1]).expand_as(pixel_values)
+        return SimpleNamespace(logits=torch.cat([ramp, 2 * pixel_values, -pixel_values], dim=1))
+
+
+@pytest.mark.parametrize("window", [(8, 8, 8), (5, 16, 7), (32, 8, 24)])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_loss_of_whole_scans_is_that_of_monais_windows_at_once(window, rows):
+    """Added up plane by plane, it equals `dice_cross_entropy` of all probabilities; with voxels to be ignored."""
+    generator = torch.Generator().manual_seed(0)
+    volumes_ = torch.randn(rows, 1, 21, 12, 17, generator=generator)
+    labels = torch.randint(-1, 3, (rows, 21, 12, 17), generator=generator)
+    labels[0, 18:] = -1  # the end of a scan that is to be ignored is part of it all the same
+    batch = {"pixel_values": volumes_, "labels": labels}
+    if rows == 2:
+        volumes_[1, :, :, 10:], labels[1, :, 10:] = 0, -1  # what pads a batch
+    found = WholeVolume(window)(Scores().eval(), batch)
+    logits = torch.full((rows, 3, 21, 12, 17), 0.0)
+    for row in range(rows):
+        h = 12 if row == 0 else 10
+
+        def shares(part):
+            return Scores()(part).logits.softmax(1)
+
+        blended = sliding_window_inference(volumes_[row : row + 1, :, :, :h], window, 4, shares, 0.25, mode="gaussian")
+        logits[row : row + 1, :, :, :h] = blended.clamp(min=1e-7).log()
+    assert float(found.loss) == pytest.approx(float(dice_cross_entropy(logits, labels)), abs=1e-5)
+    inside = labels >= 0
+    assert torch.equal(found.classes.long()[inside], logits.argmax(1)[inside])
+    counts, _ = WholeVolume(window).answers(found, batch)
+    assert torch.equal(counts, overlap(logits.argmax(1), labels, 2))
+
+
+def test_a_scan_without_a_scored_voxel_has_a_loss():
+    batch = {"pixel_values": torch.randn(1, 1, 9, 9, 9), "labels": torch.full((1, 9, 9, 9), -1)}
+    found = WholeVolume((8, 8, 8))(Scores().eval(), batch)
+    assert torch.isfinite(found.loss) and not WholeVolume((8, 8, 8)).answers(found, batch)[0].any()
+
+
+def test_scoring_holds_no_scores_of_a_whole_scan(monkeypatch):
+    """What is alive at a time does not grow with the scan's depth: the largest tensor is one window's planes."""
+    largest = []
+    original = LossSums.add
+    monkeypatch.setattr(LossSums, "add", lambda self, shares, labels: (
+        largest.append(shares.untyped_storage().nbytes()), original(self, shares, labels))[1])  # fmt: skip
+    for depth in (24, 96):
+        volume = torch.randn(1, 1, depth, 12, 12)
+        WholeVolume((8, 8, 8))(Scores().eval(), {"pixel_values": volume, "labels": (volume[:, 0] > 0).long()})
+        assert max(largest) == 3 * 9 * 12 * 12 * 4
+        largest.clear()
+
+
+@pytest.mark.parametrize("crop", [(1, 16, 16), (4, 16, 16), (16, 3, 16), (2, 5, 7), (3, 3, 3)])
+def test_crops_of_few_voxels_train_and_answer(crop):
+    """Two to four thick slices, or fewer voxels than the reach of a simulated click."""
+    model = get_peft_model(build(), settings(classes=["ball"], rounds=2))
+    processor = VolumeProcessor(None, crop)
+    view = VolumeView(cases(2), processor, training=True)
+    torch.manual_seed(0)
+    model.train()
+    for _ in range(2):
+        loss = model(**collate_volumes([view[0], view[1]])).loss
+        loss.backward()
+        assert torch.isfinite(loss)
+    small = Case("a", cases(1)[0].image[:6, :7, :5], cases(1)[0].label[:6, :7, :5], np.eye(4), (1,))
+    with torch.no_grad():
+        whole = collate_volumes([VolumeView([small], processor)[0]])
+        assert torch.isfinite(WholeVolume(crop)(model.eval(), whole).loss)
+
+
+def test_clicks_on_errors_of_small_volumes_are_those_of_padded_ones():
+    """avg_pool3d itself, where it takes the volume; in a smaller one the only wrong voxel."""
+    labels = torch.zeros(1, 6, 7, 8, dtype=torch.long)
+    labels[0, 1:5, 2:6, 1:4] = 1
+    wrong = (labels > 0).float()
+    dense = torch.nn.functional.avg_pool3d(wrong[:, None], 5, stride=1, padding=2)[:, 0] * wrong
+    torch.manual_seed(0)
+    points, said = clicks_on_errors(torch.stack([torch.ones(6, 7, 8), torch.zeros(6, 7, 8)])[None], labels, 1)
+    at = tuple(points[0, 0].long().tolist())
+    assert said.tolist() == [[1]] and dense[0][at] >= 0.9 * dense.max()
+    for shape in ((1, 4, 4), (2, 2, 2), (1, 1, 1), (4, 9, 9)):
+        labels = torch.zeros(1, *shape, dtype=torch.long)
+        labels[0, -1, -1, -1] = 1
+        points, said = clicks_on_errors(torch.tensor([1.0, 0]).view(1, 2, 1, 1, 1).expand(1, 2, *shape), labels, 2)
+        assert points[0, 0].tolist() == [n - 1 for n in shape] and said.tolist() == [[1, -1]]
 
 
 def test_settings_that_make_no_sense():
@@ -81,7 +177,7 @@ def test_fit_keeps_the_weights_of_the_best_dice(tmp_path):
     for i in range(2):
         batch = collate_volumes([view[i]])
         with torch.no_grad():
-            said = WholeVolume((16, 16, 16))(model, batch).logits.argmax(1)
+            said = WholeVolume((16, 16, 16))(model, batch).classes
         counts.append(overlap(said, batch["labels"], 1)[0])
     metric = VolumeDice(["ball"])
     metric.add_batch(predictions=torch.stack(counts), references=torch.zeros(2, dtype=torch.long))

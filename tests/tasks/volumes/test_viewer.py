@@ -64,6 +64,20 @@ def test_each_class_has_its_colour(tmp_path, scan, mask):
     assert len({colour(k) for k in range(1, 100)}) == 99 and colour(1) == (255, 90, 54) and COLOURS[0] == "#ff5a36"
 
 
+def test_other_numbers_of_the_classes_change_neither_colours_nor_places(tmp_path, scan, mask):
+    mask[12:16, 30:50, 10:18] = 2
+    plain = Segmentation(mask, AFFINE, ["a", "b"])
+    other = Segmentation(np.array([0, 2000, 4])[mask], AFFINE, ["a", "b"], values=(2000, 4))
+    one, two = (pixels(draw_montage(scan, found, tmp_path / "m.png")) for found in (plain, other))
+    assert np.array_equal(one, two)
+    (_, first, _, label), (_, second, _, again) = (
+        content(write_viewer(scan, found, tmp_path / "v.html")) for found in (plain, other)
+    )
+    assert np.array_equal(np.asarray(label.dataobj), np.asarray(again.dataobj))
+    assert [[c["value"] for c in data["classes"]] for data in (first, second)] == [[1, 2], [2000, 4]]
+    assert [c["volume"] for c in first["classes"]] == [c["volume"] for c in second["classes"]]
+
+
 def test_empty_ring_and_tiny_masks_are_drawn(tmp_path, scan, mask):
     for change in (lambda m: m * 0, lambda m: np.pad(np.zeros((18, 58, 22), np.uint8), 1, constant_values=1)):
         draw_montage(scan, Segmentation(change(mask), AFFINE, ["a"]), tmp_path / "m.png")

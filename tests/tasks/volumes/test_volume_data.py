@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from inlay.errors import InlayError
-from inlay.tasks.volumes.data import Case, load_volumes
+from inlay.tasks.volumes.data import Case, find_cases, load_volumes, load_volumes_to_score
 from inlay.tasks.volumes.nifti import read_volume, write_volume
-from inlay.tasks.volumes.scan import VolumeProcessor
+from inlay.tasks.volumes.scan import VolumeProcessor, median_spacing
 from inlay.tasks.volumes.view import VolumeView, collate_volumes, cut_crop, random_affine, rotate_crop
 from inlay.train.sampler import SeededDataset, seed_cpu
 from places import SHARED
@@ -171,6 +171,148 @@ def test_descriptions_that_cannot_be_used(tmp_path):
     )
 
 
+def test_values_names_and_ignored_voxels_of_every_description(tmp_path):
+    """BraTS 1, 2, 4; FreeSurfer's thousands; nnU-Net's "ignore" wherever it stands: classes are 1..K inside."""
+    for number, (labels, values, ignored) in enumerate(
+        (
+            ({"1": "necrosis", "2": "oedema", "4": "enhancing"}, (1, 2, 4), None),
+            ({"background": 0, "left": 1000, "right": 2000}, (1000, 2000), None),
+            ({"background": 0, "tumour": 1, "ignore": 2}, (1,), 2),
+            ({"0": "background", "1": "Ignore", "3": "b", "7": "c"}, (3, 7), 1),
+            (None, (1000, 2000), None),
+            (None, (2**31 - 1, 300), None),
+        )
+    ):
+        folder = tmp_path / str(number)
+        for name in "xy":
+            save(folder / "images" / f"{name}.nii.gz")
+            present = np.array([0, *values, *([] if ignored is None else [ignored])], np.int32)
+            save(folder / "labels" / f"{name}.nii.gz", np.resize(present, (4, 5, 6)))
+        if labels is not None:
+            describe(folder, labels=labels)
+        data = load_volumes(str(folder))
+        wanted = sorted(values)
+        assert data.train[0].values == tuple(wanted) and data.train[0].ignored == ignored
+        names = {value: name for name, value in labels.items()} if number in (1, 2) else labels
+        names = {v: f"class {v}" for v in wanted} if names is None else {int(v): n for v, n in names.items()}
+        assert data.labels == tuple(names[v] for v in wanted)
+        processor = VolumeProcessor.fitted(data, (4, 4, 4))
+        assert (processor.values or tuple(range(1, len(wanted) + 1))) == tuple(wanted)
+        scan = processor.read(data.train[0])
+        own = np.resize(present, (4, 5, 6))
+        expected = np.zeros(own.shape, int)
+        for k, value in enumerate(wanted, 1):
+            expected[own == value] = k
+        if ignored is not None:
+            expected[own == ignored] = -1
+        assert np.array_equal(processor.back(scan.labels, scan), expected)
+
+
+def test_ignored_voxels_keep_their_image_in_crops_and_padding_does_not(tmp_path):
+    one = case((6, 5, 4), values=(1,))
+    one.label[:, :, 2:] = 9
+    one = Case("a", one.image, one.label, None, (1,), 9)
+    processor = VolumeProcessor(None, (8, 5, 6))
+    whole = processor.read(one)
+    for augment in (False, True):
+        view = VolumeView([one], processor, training=True, augment=augment, foreground=0)
+        seed_cpu(0)
+        for _ in range(10):
+            item = view[0]
+            assert set(item["labels"].unique().tolist()) <= {-1, 0, 1}
+            if not augment:
+                assert torch.equal(item["pixel_values"][0, 2:6], whole.image[0])
+                assert (item["labels"][4:6] == -1).all() and (item["labels"][:2] == -1).all()
+                assert not item["pixel_values"][0, :2].any() and not item["pixel_values"][0, 6:].any()
+    seed_cpu(0)
+    image, labels = rotate_crop(whole, (-2, 0, 0), (8, 5, 6))
+    assert (labels == -1).any() and (labels == -2).any()
+    assert image[0][labels == -2].abs().mean() > 0.1 and not image[0][labels == -1].any()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "cases", "faults"),
+    [
+        (["case_0000", "case_0001", "case_0002"], ["case_0000", "case_0001", "case_0002"], 3, 0),
+        (["case_0000_0000", "case_0001_0000"], ["case_0000", "case_0001"], 2, 0),
+        (["a_0000", "b_0000"], ["a", "b"], 2, 0),
+        (["a_0000", "a_0001", "b_0000", "b_0001"], ["a", "b"], 2, 2),
+        (["a", "b"], ["a_0000", "b_0000"], 2, 0),
+        (["a_0001", "b"], ["a_0001", "b"], 2, 0),
+        (["2019_0000", "2019_0001"], ["2019_0000", "2019_0001"], 2, 0),
+        (["a_0000", "a"], ["a"], 1, 1),
+        (["a_0000", "a_0001"], ["b"], 0, 3),
+    ],
+)
+@pytest.mark.parametrize("listed", [False, True])
+def test_numbers_are_channels_only_where_the_label_map_says_so(tmp_path, images, labels, cases, faults, listed):
+    for name in images:
+        save(tmp_path / "images" / f"{name}.nii.gz")
+    for name in labels:
+        save(tmp_path / "labels" / f"{name}.nii.gz", label(1))
+    if listed:
+        if faults or images[0] == "a":
+            return
+        describe(
+            tmp_path, labels={"1": "x"},
+            training=[{"image": f"images/{i}.nii.gz", "label": f"labels/{n}.nii.gz"}
+                      for i, n in zip(images, labels, strict=True)],
+        )  # fmt: skip
+    found = find_cases(str(tmp_path))
+    assert (len(found.train), len(found.faults)) == (cases, faults)
+    assert all(one.name in labels or one.name in images for one in found.train)
+
+
+@pytest.mark.parametrize("layout", ["train and test", "nnunet", "train, val and test"])
+def test_test_data_choose_nothing(tmp_path, layout):
+    if layout == "nnunet":
+        pairs(tmp_path, *(f"train{i}" for i in range(5)), folders=("imagesTr", "labelsTr"))
+        pairs(tmp_path, "test0", "test1", folders=("imagesTs", "labelsTs"))
+    else:
+        pairs(tmp_path / "train", *(f"train{i}" for i in range(5)))
+        pairs(tmp_path / "test", "test0", "test1")
+        if "val" in layout:
+            pairs(tmp_path / "val", "val0")
+    data = load_volumes(str(tmp_path))
+    wanted = ["val0"] if "val" in layout else [n for n in names(data.validation) if n.startswith("train")]
+    assert names(data.validation) == wanted and len(wanted) == 1
+    assert not any("test" in name for name in names(data.train))
+    chosen, cases, labels, _ = load_volumes_to_score(str(tmp_path), split="test")
+    assert (chosen, names(cases), labels) == ("test", ["test0", "test1"], ("class 1", "class 2"))
+    for split in (None, "all", "validation", "train"):
+        assert not any("test" in name for name in names(load_volumes_to_score(str(tmp_path), split=split)[1]))
+
+
+def test_what_is_wrong_with_test_data_does_not_stop_a_training(tmp_path):
+    pairs(tmp_path / "train", "a", "b"), pairs(tmp_path / "test", "c")
+    save(tmp_path / "test" / "images" / "d.nii.gz")
+    assert len(load_volumes(str(tmp_path)).train) == 1
+    with pytest.raises(InlayError, match="no label map"):
+        load_volumes_to_score(str(tmp_path), split="test")
+
+
+def test_files_that_are_not_read_are_named(tmp_path, caplog):
+    pairs(tmp_path, "a", "b")
+    (tmp_path / "images" / "b.nii.gz").rename(tmp_path / "images" / "b.NII.GZ")
+    for name in ("c.nrrd", "d.mha", "e.mgz", "f.nii.bz2", "README.md", "a.json", ".DS_Store"):
+        (tmp_path / "images" / name).touch()
+    (tmp_path / "labels" / "dicom").mkdir()
+    found = find_cases(str(tmp_path))
+    assert names(found.train) == ["a", "b"] and not found.faults
+    assert [file.rpartition("/")[2] for file in found.unread] == ["c.nrrd", "d.mha", "e.mgz", "f.nii.bz2", "dicom"]
+    load_volumes(str(tmp_path))
+    assert "5 files" in caplog.text and "c.nrrd" in caplog.text
+
+
+def test_spacings_far_from_a_millimetre(tmp_path):
+    """A microscope's 0.4 micron and a map of 20 m: the median is not rounded away."""
+    for spacing in (0.0004, 0.123456, 3000.0):
+        cases = [case((6, 5, 4), affine=np.diag([spacing, spacing, spacing, 1.0])) for _ in range(2)]
+        found = median_spacing(cases)
+        assert found == pytest.approx((spacing,) * 3, rel=5e-4)
+        assert VolumeProcessor(found, (4, 4, 4)).read(cases[0]).spacing_mm == pytest.approx(found, rel=1e-3)
+
+
 # Views
 
 
@@ -256,6 +398,22 @@ def test_flips_are_asked_for():
         turned = plain.flip(axis + 1)
         assert all(torch.equal(x, plain) or torch.equal(x, turned) for x in found)
         assert any(torch.equal(x, turned) for x in found) and any(torch.equal(x, plain) for x in found)
+
+
+def test_the_processor_says_which_axes_training_mirrors():
+    """So that what an adapter says of its training is what the view did."""
+    processor = VolumeProcessor(None, (4, 5, 6), flip=(2,))
+    assert VolumeProcessor.from_dict(json.loads(json.dumps(processor.to_dict()))).flip == (2,)
+    plain = VolumeView([case((6, 5, 4))], processor, training=True, augment=False, flip=())[0]["pixel_values"]
+    view = VolumeView([case((6, 5, 4))], processor, training=True, augment=False)
+    found = [view[0]["pixel_values"] for _ in range(20)]
+    assert all(torch.equal(x, plain) or torch.equal(x, plain.flip(3)) for x in found)
+    assert any(torch.equal(x, plain.flip(3)) for x in found)
+    old = {k: v for k, v in processor.to_dict().items() if k != "flip"}
+    assert VolumeProcessor.from_dict(old).flip == () and "flip" not in VolumeProcessor.from_dict(old).to_dict()
+    for wrong in ({"flip": (3,)}, {"flip": "DH"}, {"values": (0, 1)}, {"values": (1, 1)}, {"values": (2**31,)}):
+        with pytest.raises(InlayError, match=r"flip|values"):
+            VolumeProcessor(None, (4, 5, 6), **wrong)
 
 
 def test_turned_crops_keep_image_and_labels_together(monkeypatch):

@@ -33,6 +33,7 @@ from inlay.bases.load import explain_load_error, read_config, resolve_base
 from inlay.bases.sites import is_linear, linear_shape
 from inlay.errors import BadInput, DamagedFile, InlayError, Unsupported, WrongBase
 from inlay.files.atomic import write_json, writing
+from inlay.files.outputs import check_output_folder
 from inlay.tasks.base import load_base
 
 START = "base_model.model."
@@ -88,6 +89,7 @@ def import_adapter(
     out = Path(out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out} exists; give a new folder.")
+    check_output_folder(out)
     place = Path(source).expanduser()
     if place.is_file() and place.name in (WEIGHTS, PICKLE) and (place.parent / CONFIG).is_file():
         place = place.parent  # the file of a peft adapter, whose config lies next to it

@@ -11,6 +11,7 @@ from inlay.adapters.summary import summary
 from inlay.adapters.tables import table_row
 from inlay.errors import BadInput, DamagedFile, InlayError
 from inlay.files.atomic import replacing
+from inlay.files.outputs import check_output_file
 
 INDEX = "index.json"
 _SIGNS = {INDEX: '[\n  {\n    "name": ', CARD: "Written by `inlay index`.", PAGE: "const ROWS = ["}
@@ -58,6 +59,8 @@ def write_index(folder: str | Path) -> list[dict[str, Any]]:
     """
     folder = Path(folder)
     check_index(folder)
+    if folder.is_dir():
+        check_output_file(folder / INDEX)
     texts = index_texts(folder)
     for name, text in texts.items():
         with replacing(folder / name) as new:

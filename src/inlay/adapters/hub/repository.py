@@ -19,6 +19,7 @@ from inlay.adapters.hub.exchange import TOKEN, check_name, retry_exchange
 from inlay.adapters.hub.index import INDEX, adapters_in, check_index, index_texts, write_index
 from inlay.errors import BadInput, DamagedFile, Unreachable
 from inlay.files.atomic import write_json, writing
+from inlay.files.outputs import check_output_folder
 
 FILES = (CONFIG, WEIGHTS, METRICS, CARD, "*.png")  # of an adapter; nothing else is sent or fetched, so never a pickle
 _COLLECTION = "---\nlibrary_name: peft\ntags:\n- inlay\n---\n\n"
@@ -136,7 +137,7 @@ def pull_adapter(repo: str, folder: str | Path | None = None, *, revision: str |
         InlayError: As `download` and `read_adapter`; a folder that holds something else.
     """
     check_name(repo)
-    folder = expand_path(folder or repo.rpartition("/")[2])
+    folder = check_output_folder(expand_path(folder or repo.rpartition("/")[2]))
     snapshot = download(repo, revision)
     single = (snapshot / CONFIG).is_file()
     if not single:

@@ -49,7 +49,9 @@ def clicks_on_errors(logits: torch.Tensor, labels: torch.Tensor, count: int) -> 
     wrong = ((logits.argmax(1) != labels) & (labels >= 0)).float()
     points, said = [], []
     for _ in range(count):
-        dense = F.avg_pool3d(wrong[:, None], REACH, stride=1, padding=REACH // 2)[:, 0] * wrong
+        # Padded first: avg_pool3d refuses volumes that are smaller than its kernel, whatever its own padding.
+        framed = F.pad(wrong[:, None], [REACH // 2] * 6)
+        dense = F.avg_pool3d(framed, REACH, stride=1)[:, 0] * wrong
         jitter = 1 + 0.1 * torch.rand_like(dense)  # equal regions: any of them
         value, at = (dense * jitter).flatten(1).max(1, keepdim=True)
         label = labels.flatten(1).gather(1, at)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from inlay.files.outputs import check_output_file
 from inlay.tasks.images.processing import (
     blank_inputs,
     describe_labels,
@@ -110,6 +111,8 @@ class ImageClassification(Task):
         from inlay.tasks.images.predict import draw_sheet, find_pictures, predict
 
         files = find_pictures(inputs)
+        if options["grid"] is not None:
+            check_output_file(options["grid"])
 
         def answer(adapter: Adapter) -> Answer:
             found = predict(adapter, files, group=options["group"], top=options["top"])

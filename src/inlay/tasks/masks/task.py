@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from inlay.errors import BadInput
+from inlay.files.outputs import check_output_file
 from inlay.tasks.images.processing import blank_inputs, process_golden, random_inputs
 from inlay.tasks.masks.processing import load_mask_processor, mask_processor_settings
 from inlay.tasks.task import Answer, LabelledBatches, Option, Record, Task
@@ -120,6 +121,9 @@ class MaskGeneration(Task):
         }
         if len(inputs) != 1:
             raise BadInput(f"points and boxes belong to one image, got {len(inputs)}; give one at a time.")
+
+        if options["overlay"] is not None:
+            check_output_file(options["overlay"])
 
         def answer(adapter: Adapter) -> Answer:
             found = predict_masks(adapter, inputs[0], **asked)

@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from inlay.errors import InlayError
 from inlay.tasks.tables import list_first
-from inlay.tasks.volumes.data import Case, find_cases, read_labels
+from inlay.tasks.volumes.data import SUFFIXES, Case, find_cases, name_classes, read_labels, split_cases
 from inlay.tasks.volumes.grid import Triple, reorient_to_ras, spacing_of
-from inlay.tasks.volumes.nifti import explain_unreadable
+from inlay.tasks.volumes.nifti import explain_unreadable, find_affine_conflict
 from inlay.tasks.volumes.scan import find_strange_values, is_misplaced, read_image
 
 UNEVEN = 2.0  # ratio of spacings along an axis that is worth a warning
-RARE = 10  # cases from which a value in one of them alone looks like a slip
+RARE = 10  # cases from which a value in only one of them looks like a slip
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Audit:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What one case says: with an error of the image, that alone."""
+    """What one case says: with an error of the image, only that."""
 
     findings: list[Finding]
     shape: tuple[int, ...] = ()
@@ -83,10 +83,13 @@ class _Seen:
 def audit(name: str) -> Audit:
     """Read all files of a folder as training would, and list what is wrong or odd, with the name of the file.
 
-    Errors: images or label maps without a partner, files that cannot be read (missing, truncated, of another kind, with
-    more than three axes, with NaN), pairs on different grids, labels that dataset.json does not name or that are not
-    whole. Warnings: empty label maps, images of one value, two cases with the same image, spacings that differ by a
-    factor of 2, classes that no case has, and values in one case of ten or more alone.
+    Errors are what `load_volumes` and the reading of cases refuse: images or label maps without a partner, files that
+    cannot be read (missing, truncated, damaged, of another kind, with more than three axes, with NaN), pairs on
+    different grids, labels that dataset.json does not name or that are not whole, no class at all, one case only.
+
+    Warnings: files that inlay does not read, empty label maps, images of one value, an sform and a qform that disagree,
+    two cases with the same image, spacings that differ by a factor of 2, classes that no case has, and values in only
+    one case of ten or more.
 
     Args:
         name: As for `load_volumes`.
@@ -98,9 +101,11 @@ def audit(name: str) -> Audit:
     cases = [*found.train, *found.validation]
     report = Audit(name, found.modality or "other", len(cases))
     report.findings = [Finding("error", file, fault) for file, fault in found.faults]
+    not_read = f"not read: inlay reads {', '.join(SUFFIXES)}; convert it"
+    report.findings += [Finding("warning", file, not_read) for file in found.unread]
     values = tuple(found.labels) if found.labels else None
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        looked = pool.map(lambda case: _look(case, values), cases)
+        looked = pool.map(lambda case: _look(case, values, found.ignored), cases)
         seen = list(tqdm(looked, total=len(cases), disable=None, leave=False, unit="case"))
     for one in seen:
         report.findings += one.findings
@@ -109,14 +114,24 @@ def audit(name: str) -> Audit:
         shapes, spacings = (np.array([getattr(one, key) for _, one in whole]) for key in ("shape", "spacing"))
         report.shapes = [tuple(shapes.min(0).tolist()), tuple(shapes.max(0).tolist())]
         report.spacings_mm = [tuple(spacing(spacings, 0).tolist()) for spacing in (np.min, np.median, np.max)]
-    names = found.labels or {v: f"class {v}" for v in sorted({v for one in seen for v in one.values if v > 0})}
+    names: dict[int, str] = {}
+    try:
+        if any(one.values for one in seen):
+            names = name_classes(found, {value for one in seen for value in one.values}, name)
+    except InlayError as error:
+        report.findings.append(Finding("error", name, str(error)))
+    try:
+        if cases:
+            split_cases(found, 0.5, 0, name)
+    except InlayError as error:
+        report.findings.append(Finding("error", name, str(error)))
     report.classes = {label: sum(v in one.values for one in seen) for v, label in names.items()}
     report.findings += _together(name, whole, report, list(names))
     return report
 
 
-def _look(case: Case, values: tuple[int, ...] | None) -> _Seen:
-    """One case by itself."""
+def _look(case: Case, values: tuple[int, ...] | None, ignored: int | None) -> _Seen:
+    """One case by itself; `values` are those that dataset.json names."""
     files = [
         case.name if part is None or isinstance(part, np.ndarray) else str(part) for part in (case.image, case.label)
     ]
@@ -126,6 +141,7 @@ def _look(case: Case, values: tuple[int, ...] | None) -> _Seen:
     except InlayError as error:
         return _Seen([Finding("error", files[0], _short(error, files[0]))])
     image, grid = reorient_to_ras(array, affine)
+    found += _find_affine_conflict(case.image)
     if image.min() == image.max():
         found.append(Finding("warning", files[0], f"all voxels are {image.min():g}"))
     seen: dict[str, Any] = {"shape": image.shape, "spacing": spacing_of(grid)}
@@ -134,16 +150,23 @@ def _look(case: Case, values: tuple[int, ...] | None) -> _Seen:
         labels, own = read_labels(case)
     except InlayError as error:
         return _Seen([*found, Finding("error", files[1], _short(error, files[1]))], **seen)
+    found += _find_affine_conflict(case.label)
     view, own = reorient_to_ras(labels, own)
-    apart, strange = is_misplaced(view.shape, own, image.shape, grid), find_strange_values(view, values)
+    apart = is_misplaced(view.shape, own, image.shape, grid)
+    strange = find_strange_values(view, values, ignored) if values else []
     if apart:
         found.append(Finding("error", files[1], f"{apart}, unlike its image"))
     if strange:
-        why_not = "dataset.json does not name" if values else "are no class"
-        found.append(Finding("error", files[1], f"labels {list_first(strange)} that {why_not}"))
+        found.append(Finding("error", files[1], f"labels {list_first(strange)} that dataset.json does not name"))
     if not view.any():
         found.append(Finding("warning", files[1], "no voxel has a label"))
     return _Seen(found, values=tuple(np.unique(view).tolist()), **seen)
+
+
+def _find_affine_conflict(file: Path | np.ndarray | None) -> list[Finding]:
+    """A warning where a file that can be read has two orientations."""
+    conflict = find_affine_conflict(file) if isinstance(file, Path) else None
+    return [Finding("warning", str(file), conflict)] if conflict else []
 
 
 def _together(name: str, whole: list[tuple[Case, _Seen]], report: Audit, values: list[int]) -> list[Finding]:

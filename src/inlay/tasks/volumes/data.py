@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,13 +16,21 @@ import numpy as np
 from inlay.errors import BadInput, DamagedFile
 from inlay.tasks.evaluation import Split, Training, choose_split, split_note
 from inlay.tasks.tables import list_first
-from inlay.tasks.volumes.nifti import SUFFIXES, case_name, read_volume
+from inlay.tasks.volumes.nifti import SUFFIXES, case_name, find_affine_conflict, has_suffix, read_volume
+
+logger = logging.getLogger(__name__)
 
 Modality = Literal["mr", "ct", "other"]
 PAIRS = (("imagesTr", "labelsTr"), ("images", "labels"))
 HELD_OUT = (("imagesVal", "labelsVal"), ("imagesVa", "labelsVa"))
-VALIDATION = ("validation", "val", "valid", "dev", "test")
+VALIDATION = ("validation", "val", "valid", "dev")
+TEST = ("test", "testing")  # scored when asked for, and never chooses anything
+TEST_PAIRS = (("imagesTs", "labelsTs"),)
 CLASSES = 255  # a file with more values is no label map
+LARGEST = 2**31 - 1  # what a label map of 32 bits holds
+ROUNDING = 1e-3  # what stored labels may be off from whole numbers by
+IGNORE = "ignore"  # nnU-Net's name of the label without a loss
+BESIDE = (".json", ".txt", ".csv", ".tsv", ".md", ".bval", ".bvec", ".yaml", ".yml", ".xml", ".log", ".db")  # no scans
 WANTED = "builtin:volumes, or a folder with images/ and labels/, imagesTr/ and labelsTr/, dataset.json or .npz files"
 
 
@@ -35,6 +44,7 @@ class Case:
         label: The same of the label map; None: there is none.
         affine: Voxel index to mm, (4, 4), of voxels in memory; None: what the file says, or 1 mm.
         values: The numbers in the label map of the classes 1..K, in their order; None: 1, 2, ... themselves.
+        ignored: The number of voxels that are neither trained on nor scored (nnU-Net's "ignore"); None: there is none.
     """
 
     name: str
@@ -42,6 +52,7 @@ class Case:
     label: Path | np.ndarray | None = None
     affine: np.ndarray | None = None
     values: tuple[int, ...] | None = None
+    ignored: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,13 +68,29 @@ class VolumeData:
 
 @dataclass
 class Found:
-    """What a folder holds, with what is wrong in it, by the name of the file: for `load_volumes` and the audit."""
+    """What a folder holds, with what is wrong in it: for `load_volumes` and the audit.
+
+    Attributes:
+        train: Cases to train on, and to hold some out of where there are none for validation.
+        validation: Cases that choose the best step.
+        test: Cases that are only scored, when asked for.
+        labels: Names of the classes by their values in the label maps; None: dataset.json does not say.
+        ignored: The value without a loss.
+        modality: As dataset.json says.
+        faults: File and what is wrong with it.
+        test_faults: The same of the test cases, which training does not need.
+        unread: Files and folders among the scans that inlay does not read.
+    """
 
     train: list[Case] = field(default_factory=list)
     validation: list[Case] = field(default_factory=list)
+    test: list[Case] = field(default_factory=list)
     labels: dict[int, str] | None = None
+    ignored: int | None = None
     modality: Modality | None = None
     faults: list[tuple[str, str]] = field(default_factory=list)
+    test_faults: list[tuple[str, str]] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
 
 def load_volumes(
@@ -94,15 +121,20 @@ def load_volumes(
         raise BadInput(
             f"validation must be between 0 and 1, and modality mr, ct or other, got {validation} and {modality!r}."
         )
-    found = _whole_cases(name)
-    train, held = found.train, found.validation
-    if not held:
-        train, held = _split(train, validation, seed, name)
-    named = _classes(found, name)
+    found = find_cases(name)
+    _refuse_faults(name, found.faults)
+    train, held = split_cases(found, validation, seed, name)
+    named = _name_present_classes(found, [*train, *held], name)
     names = tuple(named.values() if labels is None else labels)
     if len(names) != len(named) or not all(names) or len(set(names)) < len(names) or isinstance(labels, str):
         raise BadInput(f"labels must be {len(named)} different class names, got {labels!r}.")
-    train, held = ([replace(case, values=tuple(named)) for case in cases] for cases in (train, held))
+    if found.unread:
+        logger.warning(
+            "%d files of %s are not read, as they are no %s: %s.",
+            len(found.unread), name, " or ".join(SUFFIXES), list_first([Path(file).name for file in found.unread]),
+        )  # fmt: skip
+    _warn_of_affines([*train, *held])
+    train, held = (_with_values(cases, named, found.ignored) for cases in (train, held))
     return VolumeData(name, tuple(train), tuple(held), names, modality or found.modality or "other")
 
 
@@ -123,34 +155,90 @@ def load_volumes_to_score(
         InlayError: As `load_volumes`; no such split.
     """
     training = training or Training()
-    found = _whole_cases(name)
-    train, held, named = found.train, found.validation, _classes(found, name)
-    own = ("train", "validation") if held else ("train",)
+    found = find_cases(name)
+    parts = {"train": found.train, "validation": found.validation, "test": found.test if split == "test" else []}
+    own = [part for part, cases in parts.items() if cases]  # test cases are scored only when asked for
     chosen = choose_split(name, split, own, "validation", training)
-    if not held and chosen != "all":
-        train, held = _split(train, 0.2, training.seed, name)
-    cases = {"train": train, "validation": held}.get(chosen, [*train, *held])
-    cases = [replace(case, values=tuple(named)) for case in cases]
+    _refuse_faults(name, found.test_faults if chosen == "test" else found.faults)
+    if not found.validation and chosen in ("train", "validation"):
+        parts["train"], parts["validation"] = split_cases(found, 0.2, training.seed, name)
+    everything = [*found.train, *found.validation]
+    scored = parts.get(chosen, everything)
+    named = _name_present_classes(found, scored if chosen == "test" else everything, name)
+    cases = _with_values(scored, named, found.ignored)
+    _warn_of_affines(cases)
     return chosen, tuple(cases), tuple(named.values()), split_note(name, chosen, own, training)
 
 
-def _whole_cases(name: str) -> Found:
-    """The cases of a source, all with image and label map."""
-    found = find_cases(name)
-    if found.faults:
-        got = list_first([f"{file} ({fault})" for file, fault in found.faults])
+def _refuse_faults(name: str, faults: Sequence[tuple[str, str]]) -> None:
+    """Raise InlayError where a case lacks its image or its label map."""
+    if faults:
+        got = list_first([f"{file} ({fault})" for file, fault in faults])
         raise DamagedFile(
             f"{name!r} needs an image and a label map for every case: {got}. Fix them; `inlay audit` lists all."
         )
-    return found
 
 
-def _classes(found: Found, name: str) -> dict[int, str]:
-    """Values in the label maps and the names of their classes."""
-    named = found.labels or {value: f"class {value}" for value in _values([*found.train, *found.validation])}
-    if not named:
-        raise BadInput(f"all label maps of {name!r} are empty.")
-    return named
+def _with_values(cases: Sequence[Case], named: dict[int, str], ignored: int | None) -> list[Case]:
+    """Cases that know which numbers in their label maps are classes."""
+    return [replace(case, values=tuple(named), ignored=ignored) for case in cases]
+
+
+def _name_present_classes(found: Found, cases: Sequence[Case], name: str) -> dict[int, str]:
+    """`name_classes`; label maps are read only where nothing else tells their values."""
+    return name_classes(found, [] if found.labels else _read_values(cases), name)
+
+
+def name_classes(found: Found, present: Iterable[int], name: str) -> dict[int, str]:
+    """Values in the label maps and the names of their classes: the judgement of training and of the audit.
+
+    Args:
+        found: From `find_cases`.
+        present: All values in the label maps.
+        name: Of the data.
+
+    Raises:
+        InlayError: No class, more than `CLASSES`, or values that are none.
+    """
+    if found.labels:
+        return found.labels
+    values = sorted({*present} - {0})
+    if not values:
+        raise BadInput(f"all label maps of {name!r} are empty; there is no class to learn.")
+    if len(values) > CLASSES or values[0] < 0 or values[-1] > LARGEST:
+        raise BadInput(
+            f"the label maps of {name!r} hold {len(values)} values from {values[0]} to {values[-1]}; classes are 1 to "
+            f"{CLASSES} whole numbers above 0."
+        )
+    return {value: f"class {value}" for value in values}
+
+
+def split_cases(found: Found, share: float, seed: int, name: str) -> tuple[list[Case], list[Case]]:
+    """Training and validation cases; where the data does not say, a share of the training cases is held out.
+
+    These are chosen by rank of a hash of their names: a new case moves few others. Test cases are left alone.
+
+    Raises:
+        InlayError: There is one case only, so that none can be held out.
+    """
+    cases = found.train
+    if found.validation:
+        return cases, found.validation
+    if len(cases) < 2:
+        raise BadInput(f"{name!r} needs at least two cases, to hold one out, got {len(cases)}; add some.")
+    ranked = sorted(cases, key=lambda case: hashlib.sha256(f"{seed}:{case.name}".encode()).digest())
+    held = {case.name for case in ranked[: min(max(1, round(len(cases) * share)), len(cases) - 1)]}
+    return [case for case in cases if case.name not in held], [case for case in cases if case.name in held]
+
+
+def _warn_of_affines(cases: Sequence[Case]) -> None:
+    """Say which scans have two orientations that disagree."""
+    odd = {case.name: find_affine_conflict(case.image) for case in cases if isinstance(case.image, Path)}
+    odd = {name: conflict for name, conflict in odd.items() if conflict}
+    if odd:
+        logger.warning(
+            "%d scans have two orientations: %s: %s.", len(odd), list_first([*odd]), next(iter(odd.values()))
+        )
 
 
 def find_cases(name: str) -> Found:
@@ -178,10 +266,11 @@ def find_cases(name: str) -> Found:
         found.train = _listed(content["training"], folder, found)
         found.validation = _listed(_labelled(content.get("validation")), folder, found)
     else:
-        found.train, found.validation = _folders(folder, found)
+        _find_in_folders(folder, found)
     if not found.train and not found.faults:
         inside = list_first(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise BadInput(f"expected {WANTED}, but {name!r} holds {inside}. Pass the folder above or below.")
+        strange = f" None of {list_first([Path(file).name for file in found.unread])} is read." if found.unread else ""
+        raise BadInput(f"expected {WANTED}, but {name!r} holds {inside}.{strange} Pass the folder above or below.")
     names = [case.name for case in (*found.train, *found.validation)]
     found.faults += [
         (twice, "two cases of this name") for twice in dict.fromkeys(n for n in names if names.count(n) > 1)
@@ -189,44 +278,80 @@ def find_cases(name: str) -> Found:
     return found
 
 
-def _folders(folder: Path, found: Found) -> tuple[list[Case], list[Case]]:
-    """Training and validation cases of a folder's layout; no validation cases where it has no split."""
+def _find_in_folders(folder: Path, found: Found) -> None:
+    """Put the cases of a folder's layout into `found`; none for validation where it has no split."""
     inner = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}
-    if "train" in inner and (train := _pairs(inner["train"], PAIRS, found)):
-        held = (_pairs(inner[split], PAIRS, found) for split in VALIDATION if split in inner)
-        return train, next((cases for cases in held if cases), [])
-    return _pairs(folder, PAIRS, found), _pairs(folder, HELD_OUT, found)
+    if "train" in inner and (train := _pair_files(inner["train"], PAIRS, found)):
+        held = (_pair_files(inner[split], PAIRS, found) for split in VALIDATION if split in inner)
+        found.train, found.validation = train, next((cases for cases in held if cases), [])
+    else:
+        found.train, found.validation = _pair_files(folder, PAIRS, found), _pair_files(folder, HELD_OUT, found)
+    apart = Found()  # what is wrong with test cases does not stop a training
+    tests = [_pair_files(inner[split], PAIRS, apart) for split in TEST if split in inner]
+    tests.append(_pair_files(folder, TEST_PAIRS, apart))
+    found.test, found.test_faults = next((cases for cases in tests if cases), []), apart.faults
 
 
-def _pairs(folder: Path, names: Sequence[tuple[str, str]], found: Found) -> list[Case]:
+def _pair_files(folder: Path, names: Sequence[tuple[str, str]], found: Found) -> list[Case]:
     """Cases of two folders of files with equal names, or else of the .npz files in `folder`."""
     for images, labels in names:
         if (folder / images).is_dir() and (folder / labels).is_dir():
-            scans, maps = (_files(folder / part, found) for part in (images, labels))
-            found.faults += [(str(scans[name]), "no label map") for name in scans if name not in maps]
-            found.faults += [(str(maps[name]), "no image") for name in maps if name not in scans]
-            return [Case(name, scans[name], maps[name]) for name in scans if name in maps]
+            scans, maps = (_list_scans(folder / part, found) for part in (images, labels))
+            return _match(scans, maps, found)
     if names is not PAIRS:
         return []
-    return [Case(name, path, path) for name, path in _files(folder, found, (".npz",)).items()]
+    apart = Found()
+    files = [path for path in _list_scans(folder, apart) if has_suffix(path, (".npz",))]
+    if files:  # else it is no folder of scans
+        found.unread += [file for file in apart.unread if not Path(file).is_dir()]
+    return [Case(case_name(path), path, path) for path in files]
 
 
-def _files(folder: Path, found: Found, suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, Path]:
-    """Scans of a folder by the name of their case."""
-    files: dict[str, Path] = {}
+def _list_scans(folder: Path, found: Found) -> list[Path]:
+    """Scans in a folder; what else could be one is noted in `found`."""
+    scans = []
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.name.endswith(suffixes):
+        if path.name.startswith("."):
             continue
+        if has_suffix(path, SUFFIXES) and not path.is_dir():
+            scans.append(path)
+        elif path.is_dir() or not has_suffix(path, BESIDE):
+            found.unread.append(str(path))
+    return scans
+
+
+def _match(scans: Sequence[Path], maps: Sequence[Path], found: Found) -> list[Case]:
+    """Cases of images and label maps with equal names, and a fault for each file without a partner.
+
+    nnU-Net numbers the channels of an image as case_0000, case_0001 ... and not those of its label map. So an image is
+    a channel where there is a label map without that number, and none with it.
+    """
+    named = {case_name(path) for path in maps}
+    images: dict[str, Path] = {}
+    for path in scans:
         name = case_name(path)
-        channel = re.search(r"_(\d{4})$", name)  # nnU-Net's number of the channel
-        if channel and channel[1] != "0000" and (folder / path.name.replace(channel[0], "_0000")).exists():
-            found.faults.append((str(path), "a further channel: inlay reads one"))
-            continue
-        name = name.removesuffix("_0000")
-        if name in files:
-            found.faults.append((str(path), f"a second file of the case beside {files[name].name}"))
-        files.setdefault(name, path)
-    return files
+        channel = re.fullmatch(r"(.+)_(\d{4})", name)
+        if channel and name not in named and channel[1] in named:
+            if channel[2] != "0000":
+                found.faults.append((str(path), "a further channel: inlay reads one"))
+                continue
+            name = channel[1]
+        _add_file(images, name, path, found)
+    labels: dict[str, Path] = {}
+    for path in maps:
+        name = case_name(path)
+        if name not in images and name.removesuffix("_0000") in images:
+            name = name.removesuffix("_0000")
+        _add_file(labels, name, path, found)
+    found.faults += [(str(images[name]), "no label map") for name in images if name not in labels]
+    found.faults += [(str(labels[name]), "no image") for name in labels if name not in images]
+    return [Case(name, images[name], labels[name]) for name in images if name in labels]
+
+
+def _add_file(files: dict[str, Path], name: str, path: Path, found: Found) -> None:
+    if name in files:
+        found.faults.append((str(path), f"a second file of the case beside {files[name].name}"))
+    files.setdefault(name, path)
 
 
 def _describe(path: Path, found: Found) -> dict[str, Any]:
@@ -242,9 +367,13 @@ def _describe(path: Path, found: Found) -> dict[str, Any]:
         got = f"'{path}' ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         raise DamagedFile(f'{got}: labels in dataset.json must be {{"1": "name"}}, each one number.') from error
     values.pop(0, None)
+    found.ignored = next((value for value, label in values.items() if label.strip().lower() == IGNORE), None)
+    if found.ignored is not None:
+        values.pop(found.ignored)
     if len(channels) > 1 and not isinstance(channels, str):
         found.faults.append((str(path), f"{len(channels)} channels: inlay reads one"))
-    if not values or min(values) < 0 or len(set(values.values())) < len(pairs) - (0 in dict(pairs)):
+    named = len(pairs) - (0 in dict(pairs)) - (found.ignored is not None)
+    if not values or not 0 < min(values) <= max(values) <= LARGEST or len(set(values.values())) < named:
         found.faults.append((str(path), "classes without names and values of their own"))
     found.labels = values
     if channel:
@@ -273,32 +402,21 @@ def _listed(entries: Any, folder: Path, found: Found) -> list[Case]:
         missing = [path for path in paths if not path.is_file()]
         found.faults += [(str(path), "listed in dataset.json, but not there") for path in missing]
         if not missing:
-            cases.append(Case(case_name(paths[0]).removesuffix("_0000"), paths[0], paths[1]))
+            name, label = case_name(paths[0]), case_name(paths[1])
+            cases.append(Case(label if name == f"{label}_0000" else name, paths[0], paths[1]))
     return cases
 
 
-def _split(cases: list[Case], share: float, seed: int, name: str) -> tuple[list[Case], list[Case]]:
-    """Training and validation cases, by rank of a hash of their names: a new case moves few others."""
-    if len(cases) < 2:
-        raise BadInput(f"{name!r} needs at least two cases, to hold one out, got {len(cases)}; add some.")
-    ranked = sorted(cases, key=lambda case: hashlib.sha256(f"{seed}:{case.name}".encode()).digest())
-    held = {case.name for case in ranked[: min(max(1, round(len(cases) * share)), len(cases) - 1)]}
-    return [case for case in cases if case.name not in held], [case for case in cases if case.name in held]
-
-
-def _values(cases: Sequence[Case]) -> list[int]:
-    """All values but 0 in the label maps of cases."""
+def _read_values(cases: Sequence[Case]) -> set[int]:
+    """All values in the label maps of cases."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = set().union(*pool.map(lambda case: np.unique(read_labels(case)[0]).tolist(), cases))
-    values = sorted(found - {0})
-    if len(values) > CLASSES or (values and values[0] < 0):
-        got = f"{len(values)} values from {values[0]} to {values[-1]}"
-        raise BadInput(f"label maps have 1 to {CLASSES} classes above 0, but these hold {got}.")
-    return values
+        return set().union(*pool.map(lambda case: np.unique(read_labels(case)[0]).tolist(), cases))
 
 
 def read_labels(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """The label map of a case on its own grid, in whole numbers of any type, (X, Y, Z), and its affine (4, 4).
+
+    Numbers that rounding has moved by up to `ROUNDING` are taken for whole.
 
     Raises:
         InlayError: There is none, it cannot be read, or has numbers that are not whole.
@@ -310,8 +428,8 @@ def read_labels(case: Case) -> tuple[np.ndarray, np.ndarray]:
     else:
         where, (array, affine) = str(case.label), read_volume(case.label, "label")
     if array.dtype.kind not in "bui":
-        whole = np.round(array)
-        if not np.array_equal(whole, array) or np.abs(array).max() >= 2**31:
+        whole = np.rint(array)
+        if not (np.abs(whole - array) <= ROUNDING).all() or np.abs(array).max(initial=0) > LARGEST:
             raise DamagedFile(f"{where!r} holds numbers that are not whole, so it is no label map.")
         array = whole.astype(np.int32)
     if array.ndim != 3:

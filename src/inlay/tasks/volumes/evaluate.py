@@ -22,7 +22,8 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
     """Score the masks that `segment` gives, without prompts, on the scans' own grids.
 
     `dice_model_grid` is what recipes write: Dice on the model's grid, of windows that overlap by a quarter. A class
-    that the adapter knows and the data lacks is not scored; where it is predicted, it is no other class.
+    that the adapter knows and the data lacks is not scored; where it is predicted, it is no other class. Voxels with
+    nnU-Net's label "ignore" are not scored. `value` is the class's number in the adapter's masks.
 
     Args:
         adapter: From `load_adapter`.
@@ -55,6 +56,7 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
     per_class = [
         {
             "class": label,
+            "value": rows[k]["value"],
             **{name: float(values[name][:, k].mean()) for name in SCORES},
             "predicted_ml": float(np.mean([row["predicted_ml"] for row in rows[k :: len(labels)]])),
             "reference_ml": float(np.mean([row["reference_ml"] for row in rows[k :: len(labels)]])),
@@ -74,7 +76,7 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
             *notes,
             f"Masks are those of `inlay segment` without prompts, on the scans' own grids; surface Dice within "
             f"{TOLERANCE_MM:g} mm.",
-            "The base alone has no score: it names no classes of scans.",
+            "The base without the adapter has no score: it names no classes of scans.",
         ],
     )
 
@@ -85,8 +87,10 @@ def _on_own_grid(adapter: Adapter, case: Case, labels: tuple[str, ...], numbers:
     image, grid = reorient_to_ras(array, affine)
     truth = aligned_labels(case, image.shape, grid)  # D H W
     found = segment(adapter, adapter.processor.read(case), progress=False)
-    mask = numbers[reorient_to_ras(found.mask, affine)[0]]
-    return score_case(mask, truth, labels, spacing_of(grid), case=case.name, tolerance_mm=TOLERANCE_MM)
+    mask = numbers[reorient_to_ras(found.class_mask, affine)[0]]
+    rows = score_case(mask, truth, labels, spacing_of(grid), case=case.name, tolerance_mm=TOLERANCE_MM)
+    values = {label: value for value, label in found.names.items()}
+    return [{"case": row["case"], "class": row["class"], "value": values[row["class"]], **row} for row in rows]
 
 
 @torch.inference_mode()
@@ -99,5 +103,5 @@ def _on_model_grid(adapter: Adapter, case: Case, numbers: np.ndarray, classes: i
         "pixel_values": scan.image[None].to(weight.device, weight.dtype),
         "labels": scan.labels[None].to(weight.device),
     }
-    answer = WholeVolume(adapter.processor.crop)(adapter.model, batch).logits.argmax(1).cpu()
+    answer = WholeVolume(adapter.processor.crop)(adapter.model, batch).classes.long()
     return dice_of(overlap(torch.from_numpy(numbers)[answer], scan.labels[None], classes).numpy())[0]

@@ -51,11 +51,6 @@ def transform_points(affine: np.ndarray, points: npt.ArrayLike) -> np.ndarray:
     return np.asarray(points, np.float64) @ affine[:3, :3].T + affine[:3, 3]
 
 
-def corners(shape: Sequence[int]) -> np.ndarray:
-    """Indices (8, 3) of the corner voxels of a grid."""
-    return np.array(np.meshgrid(*([0, n - 1] for n in shape))).reshape(3, -1).T
-
-
 def resize(values: np.ndarray, shape: Shape, mode: Literal["nearest", "linear"]) -> np.ndarray:
     """Values (..., D, H, W) in another number of voxels between the same edges.
 

@@ -9,7 +9,7 @@ from inlay.errors import BadInput
 from inlay.files.atomic import replacing
 from inlay.tasks.colours import colour
 from inlay.tasks.volumes.grid import reorient_to_ras, spacing_of, transform_points
-from inlay.tasks.volumes.segment import Segmentation, output_name
+from inlay.tasks.volumes.segment import Segmentation, check_output
 
 PICTURES = (".png",)
 GAP, TEXT = 12, 22  # pixels
@@ -34,12 +34,12 @@ def draw_montage(image: np.ndarray, segmentation: Segmentation, path: str | Path
     Raises:
         InlayError: Image and mask differ in shape, another suffix, or no such folder.
     """
-    path = output_name(path, PICTURES)
+    path = check_output(path, PICTURES)
     if image.shape != segmentation.mask.shape:
         got = f"{image.shape} and {segmentation.mask.shape}"
         raise BadInput(f"image and mask have the shapes {got}; pass the scan that was segmented.")
     scan, affine = reorient_to_ras(image, segmentation.affine)
-    mask, _ = reorient_to_ras(segmentation.mask, segmentation.affine)
+    mask, _ = reorient_to_ras(segmentation.class_mask, segmentation.affine)
     spacing, greys = spacing_of(affine), grey_range(scan)
     centre, inside = find_extent(mask)
     shares = np.linspace(0, 1, SLICES + 2)[1:-1]

@@ -1,8 +1,12 @@
 """Files of scans, NIfTI and .npz: read whole, checked, with errors that name the file; masks written as NIfTI."""
 
+import gzip
 import os
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -10,26 +14,35 @@ from inlay.errors import BadInput, DamagedFile, InlayError, Unsupported
 from inlay.files.atomic import replacing
 
 SUFFIXES = (".nii.gz", ".nii", ".npz")
+GZIP = b"\x1f\x8b"  # how a gzip file begins, whatever it is called
+NIFTI2 = (540).to_bytes(4, "little"), (540).to_bytes(4, "big")  # how a NIfTI-2 header begins
+MM = {"meter": 1000.0, "micron": 0.001}  # length of a unit in mm; mm itself and an unknown unit count as mm
+APART = 0.1  # of a voxel: what qform and sform, or image and label map, may differ by
 
 
 def read_volume(path: str | os.PathLike[str], key: str = "image") -> tuple[np.ndarray, np.ndarray]:
     """All voxels of a scan or of a label map, as its file orders them.
 
+    A NIfTI file may be compressed or not, whatever its name says. A compressed one is read to its end, so that its
+    checksum is compared.
+
     Args:
         path: A .nii or .nii.gz file; or .npz with arrays `image`, `label` and, if there are any, `affine` (4 x 4, voxel
             index to mm) or `spacing` (x, y, z in mm; 1 where there is neither). Further axes of length 1 are dropped.
-        key: `image` reads float32, `label` the numbers as they are.
+        key: `image` reads float32, `label` the numbers as they are, but for whole ones that the file's scaling has
+            rounded (nibabel stores 1.0 as 1.0000153 when it scales to 16 bits).
 
     Returns:
-        Voxels (X, Y, Z), and the affine (4, 4) that takes a voxel's index to mm (right, anterior, superior).
+        Voxels (X, Y, Z), and the affine (4, 4) that takes a voxel's index to mm (right, anterior, superior), whatever
+        unit the file is in.
 
     Raises:
-        InlayError: No such file, truncated or of another kind, not three axes, an affine that maps no space, voxels
-            that are no real numbers, NaN or infinite ones in an image.
+        InlayError: No such file, truncated, damaged or of another kind, not three axes, an affine that maps no space,
+            voxels that are no real numbers, NaN or infinite ones in an image.
     """
     path = Path(path)
     try:
-        array, affine = _npz(path, key) if path.suffix == ".npz" else _nifti(path, key)
+        array, affine = _read_npz(path, key) if path.suffix.lower() == ".npz" else _read_nifti(path, key)
         array = array.reshape(_three_axes(array.shape))
         if array.dtype.kind not in "buif":
             raise ValueError(f"voxels of type {array.dtype}")
@@ -53,45 +66,99 @@ def read_header(path: str | os.PathLike[str]) -> tuple[tuple[int, ...], np.ndarr
         InlayError: As for `read_volume`, but for what only the voxels tell.
     """
     path = Path(path)
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         array, affine = read_volume(path)
         return array.shape, affine
     try:
-        image = _open(path)
-        shape = _three_axes(image.shape)
-        check_affine(image.affine)
+        with open_nifti(path) as (image, _):
+            shape, affine = _three_axes(image.shape), affine_mm(image)
+            check_affine(affine)
     except InlayError:
         raise
     except Exception as error:
         raise _unreadable(path, error) from error
-    return shape, np.asarray(image.affine, np.float64)
+    return shape, affine
+
+
+def find_affine_conflict(path: Path) -> str | None:
+    """What to say of a NIfTI file whose qform and sform both hold and place a corner elsewhere; None for all others.
+
+    nibabel, and so inlay, then takes the sform; other programs may take the qform, and show left and right swapped.
+
+    Raises:
+        InlayError: As `read_header`.
+    """
+    if path.suffix.lower() == ".npz":
+        return None
+    try:
+        with open_nifti(path) as (image, _):
+            header, shape = image.header, _three_axes(image.shape)
+            if not (header["qform_code"] and header["sform_code"]):  # a code of 0: it does not hold
+                return None
+            scale, sform = unit_mm(header), header.get_sform()
+    except InlayError:
+        raise
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    try:
+        apart = corner_distance(header.get_qform(), sform, shape)
+    except ValueError:  # nibabel's, of four numbers that are no quaternion
+        return "its qform is no rotation; inlay takes the sform, other programs may fail"
+    if apart <= APART * np.linalg.norm(sform[:3, :3], axis=0).min():
+        return None
+    return (
+        f"its sform and its qform place a corner {apart * scale:.3g} mm apart; inlay takes the sform, other programs "
+        "may take the qform"
+    )
+
+
+def corner_distance(first: np.ndarray, second: np.ndarray, shape: Sequence[int]) -> float:
+    """The farthest that two affines (4, 4) place a corner voxel of a grid apart, in their unit."""
+    ends = np.array(np.meshgrid(*([0, n - 1] for n in shape))).reshape(3, -1)
+    difference = np.asarray(first, np.float64) - second
+    return float(np.linalg.norm(difference[:3, :3] @ ends + difference[:3, 3:], axis=0).max())
 
 
 def write_volume(path: str | os.PathLike[str], array: np.ndarray, affine: np.ndarray) -> None:
-    """Save voxels (X, Y, Z) as .nii.gz or .nii, under a temporary name first; booleans become uint8, int64 int16.
+    """Save voxels (X, Y, Z) as .nii.gz or .nii, under a temporary name first; whole numbers in 8, 16 or 32 bits.
 
     Raises:
-        InlayError: Another suffix, a folder that does not exist, labels that do not fit 16 bits.
+        InlayError: Another suffix, a folder that does not exist, labels that do not fit 32 bits.
     """
     path = Path(path)
-    suffix = next((s for s in SUFFIXES[:2] if path.name.endswith(s)), None)
-    if suffix is None or not path.parent.is_dir():
+    if not has_suffix(path, SUFFIXES[:2]) or not path.parent.is_dir():
         raise BadInput(f"'{path}' must end with .nii.gz or .nii, in a folder that exists.")
     array = np.asarray(array)
-    if array.dtype.kind in "bui" and array.dtype not in (np.uint8, np.int16):
-        small = np.uint8 if array.dtype == bool or (array.size and 0 <= array.min() <= array.max() < 256) else np.int16
-        if array.size and (array.min() < -(2**15) or array.max() >= 2**15):
-            raise BadInput(f"labels go up to {array.max()}, and a mask holds 16 bits; number them from 1.")
-        array = array.astype(small)
+    if array.dtype.kind in "bui" and array.dtype not in (np.uint8, np.int16, np.int32):
+        low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+        array = array.astype(label_dtype(low, high))
     image = import_nibabel().Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
     with replacing(path) as temporary:
         image.to_filename(temporary)
 
 
+def label_dtype(low: int, high: int) -> type[np.integer[Any]]:
+    """The smallest of uint8, int16 and int32 that holds the labels `low` to `high`: all programs read these.
+
+    Raises:
+        InlayError: Labels that need more than 32 bits.
+    """
+    for dtype in (np.uint8, np.int16, np.int32):
+        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+            return dtype
+    raise BadInput(f"labels go from {low} to {high}, and a mask holds 32 bits; number them from 1.")
+
+
+def has_suffix(path: Path, suffixes: Sequence[str]) -> bool:
+    """Whether a file's name ends with one of these, in letters of any size (SCAN.NII.GZ)."""
+    return path.name.lower().endswith(tuple(suffixes))
+
+
 def case_name(path: Path) -> str:
     """Name of a scan's file without its suffix."""
-    return path.name.removesuffix(next((s for s in SUFFIXES if path.name.endswith(s)), ""))
+    suffix = next((s for s in SUFFIXES if has_suffix(path, (s,))), "")
+    return path.name[: len(path.name) - len(suffix)]
 
 
 def import_nibabel() -> Any:
@@ -100,27 +167,72 @@ def import_nibabel() -> Any:
         import nibabel
     except ImportError:
         raise Unsupported(
-            "expected nibabel, which reads scans, but it is not installed. Run: pip install 'inlay[volumes]'"
+            "reading scans takes nibabel, which is not installed; run: pip install 'inlay[volumes]'"
         ) from None
     return nibabel
 
 
-def _open(path: Path) -> Any:
-    if not path.name.endswith(SUFFIXES[:2]):
+@contextmanager
+def open_nifti(path: Path) -> Iterator[tuple[Any, BinaryIO]]:
+    """A NIfTI file as nibabel's image, and the open stream that its voxels are read from.
+
+    Whether it is compressed, and whether NIfTI-1 or 2, is read from its first bytes and not from its name.
+
+    Raises:
+        InlayError: A name that is no NIfTI file's.
+    """
+    if not has_suffix(path, SUFFIXES[:2]):
         raise BadInput(f"'{path}' is no scan in {', '.join(SUFFIXES)}; convert it.")
-    return import_nibabel().load(path)
+    nibabel = import_nibabel()
+    with path.open("rb") as file:
+        packed = file.read(len(GZIP)) == GZIP
+        file.seek(0)
+        stream: Any = gzip.GzipFile(fileobj=file) if packed else file
+        kind = nibabel.Nifti2Image if stream.read(4) in NIFTI2 else nibabel.Nifti1Image
+        stream.seek(0)
+        yield kind.from_stream(stream), stream
 
 
-def _nifti(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
-    image = _open(path)
-    if image.get_data_dtype().kind not in "buif":
-        raise ValueError(f"voxels of type {image.get_data_dtype()}")
-    _three_axes(image.shape)  # before all of a long series is read
-    voxels = image.get_fdata(caching="unchanged", dtype=np.float32) if key == "image" else np.asarray(image.dataobj)
-    return voxels, np.asarray(image.affine, np.float64)
+def unit_mm(header: Any) -> float:
+    """Length in mm of the unit that a NIfTI header says its affines are in."""
+    return MM.get(header.get_xyzt_units()[0], 1.0)
 
 
-def _npz(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
+def affine_mm(image: Any) -> np.ndarray:
+    """The affine (4, 4) of nibabel's image, from a voxel's index to mm; nibabel leaves it in the file's unit."""
+    affine = np.array(image.affine, np.float64)
+    affine[:3] *= unit_mm(image.header)
+    return affine
+
+
+def _read_nifti(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
+    with open_nifti(path) as (image, stream):
+        if image.get_data_dtype().kind not in "buif":
+            raise ValueError(f"voxels of type {image.get_data_dtype()}")
+        _three_axes(image.shape)  # before all of a long series is read
+        if key == "image":
+            voxels = image.get_fdata(caching="unchanged", dtype=np.float32)
+        else:
+            voxels = _round_scaled(np.asarray(image.dataobj), image.dataobj.slope)
+        if isinstance(stream, gzip.GzipFile):
+            while stream.read(2**20):  # the checksum is behind the last byte
+                pass
+        return voxels, affine_mm(image)
+
+
+def _round_scaled(labels: np.ndarray, slope: float) -> np.ndarray:
+    """Labels that were stored as integers times `slope`, rounded, if all are whole but for half a step of that.
+
+    Whole numbers are never less than 1 apart: where half a step is a quarter or more, nothing is rounded.
+    """
+    step = abs(float(slope)) / 2
+    if labels.dtype.kind != "f" or step >= 0.25:
+        return labels
+    whole = np.rint(labels)
+    return whole if np.abs(labels - whole).max(initial=0) <= step * 1.001 else labels
+
+
+def _read_npz(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
     with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:  # numpy leaves a cut file open
         if key not in file:
             raise ValueError(f"an .npz with {', '.join(file) or 'nothing'}, but no array {key!r}")
@@ -156,10 +268,14 @@ def explain_unreadable(path: Path, error: BaseException) -> str:
     """What is wrong with a file that raised this error when it was read, in a few words."""
     if not path.exists():
         return "no such file"
-    if path.is_file() and path.stat().st_size == 0:
+    if path.is_dir():
+        return "a folder, not a file"
+    if path.stat().st_size == 0:
         return "an empty file"
     if isinstance(error, EOFError) or "Expected" in str(error):
         return "truncated"
+    if isinstance(error, gzip.BadGzipFile | zlib.error) or "CRC" in str(error):
+        return "damaged, its compressed data does not match its checksum"
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".").replace(str(path), "the file")
 
 

@@ -28,7 +28,7 @@ class VolumeTask(TaskOptions):
         None, "Resample scans to this spacing D, H, W; default: the median of the data.", above=0
     )
     flip: list[int] = option(
-        [], "Axes along which crops are mirrored: 0 D, 1 H, 2 W (left and right).", least=0, most=2
+        [], "Axes along which crops are mirrored: 0 D, 1 H, 2 W (left and right); kept for `--flips`.", least=0, most=2
     )
 
     def __post_init__(self) -> None:
@@ -50,11 +50,11 @@ class VolumeTask(TaskOptions):
         set_seed(seed)
         data = load_volumes(self.dataset, seed=seed)
         spacing = tuple(self.spacing_mm) if self.spacing_mm else "median"
-        processor = VolumeProcessor.fitted(data, tuple(self.crop), spacing)  # type: ignore[arg-type]
-        crops = VolumeView(data.validation, processor, training=True, augment=False)
+        processor = VolumeProcessor.fitted(data, tuple(self.crop), spacing, self.flip)  # type: ignore[arg-type]
+        crops = VolumeView(data.validation, processor, training=True, augment=False, flip=())
         return TaskData(
             data,
-            VolumeView(data.train, processor, training=True, flip=self.flip),
+            VolumeView(data.train, processor, training=True),
             VolumeView(data.validation, processor),
             processor,
             metrics=[VolumeDice(data.labels)],

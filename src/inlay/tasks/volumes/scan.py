@@ -13,11 +13,10 @@ import torch
 
 from inlay.errors import BadInput, DamagedFile
 from inlay.tasks.tables import list_first
-from inlay.tasks.volumes.data import CLASSES, Case, VolumeData, read_labels
+from inlay.tasks.volumes.data import CLASSES, LARGEST, Case, VolumeData, read_labels
 from inlay.tasks.volumes.grid import (
     Shape,
     Triple,
-    corners,
     orientation,
     reorient_from_ras,
     reorient_to_ras,
@@ -25,10 +24,10 @@ from inlay.tasks.volumes.grid import (
     spacing_of,
     transform_points,
 )
-from inlay.tasks.volumes.nifti import case_name, check_affine, read_header, read_volume
+from inlay.tasks.volumes.nifti import APART, case_name, check_affine, corner_distance, read_header, read_volume
 
 Intensity = Literal["percentile", "ct"]
-IGNORED = -1  # a label without a loss: padding
+IGNORED = -1  # a label without a loss: padding, and what nnU-Net calls "ignore"
 PADDING = 0.0  # the image there: the mean of a scan, and what a convolution pads with
 PERCENTILES = (0.5, 99.5)
 WINDOW = (-1000.0, 1000.0)  # HU
@@ -42,7 +41,7 @@ class Scan:
     Attributes:
         name: The case's.
         image: Float (1, D, H, W), normalised.
-        labels: Integers (D, H, W), 0 background, 1..K the classes; None: no label map.
+        labels: Integers (D, H, W), 0 background, 1..K the classes, -1 to be ignored; None: no label map.
         spacing_mm: Between voxels of `image`, in D, H, W.
         affine: Of the own grid, voxel index to mm, (4, 4).
         own_shape: Of the own grid, (X, Y, Z).
@@ -92,9 +91,12 @@ class VolumeProcessor:
             `ct` clips to the window low..high in HU, the same for all, and maps it to -1..1.
         low: Lower end of the window.
         high: Upper end of the window.
+        flip: Axes along which training mirrors half of the crops: 0 D, 1 H, 2 W (left and right). A model has no right
+            answer for a scan that is mirrored along another.
+        values: The numbers of the classes 1..K in the label maps that were trained on, and so in the masks; None: 1..K.
 
     Raises:
-        InlayError: A spacing, crop or window that is none.
+        InlayError: A spacing, crop, window, axis or value that is none.
     """
 
     def __init__(
@@ -104,8 +106,10 @@ class VolumeProcessor:
         intensity: Intensity = "percentile",
         low: float = WINDOW[0],
         high: float = WINDOW[1],
+        flip: Sequence[int] = (),
+        values: Sequence[int] | None = None,
     ) -> None:
-        if spacing_mm is not None and not _three(spacing_mm, lambda s: 1e-3 <= s <= 1e3):
+        if spacing_mm is not None and not _three(spacing_mm, lambda s: 1e-5 <= s <= 1e4):
             raise BadInput(f"spacing_mm must be three lengths D, H, W in mm, or None, got {spacing_mm}.")
         if not _three(crop, lambda n: isinstance(n, int) and 0 < n < 2**13):
             raise BadInput(f"crop must be three whole numbers of voxels, got {crop}.")
@@ -113,6 +117,14 @@ class VolumeProcessor:
             raise BadInput(
                 f"intensity must be percentile or ct, and low below high, got {intensity!r} from {low} to {high}."
             )
+        if not isinstance(flip, list | tuple) or not set(flip) <= {0, 1, 2}:
+            raise BadInput(f"flip must name axes 0, 1 or 2, got {flip!r}.")
+        if values is not None and not _are_class_values(values):
+            raise BadInput(f"values must be different whole numbers from 1 to {LARGEST}, got {values!r}.")
+        self.flip = tuple(sorted(set(flip)))
+        self.values: tuple[int, ...] | None = None  # 1..K is not written down: it is what an adapter without has
+        if values is not None and tuple(values) != tuple(range(1, len(values) + 1)):
+            self.values = tuple(map(int, values))
         self.spacing_mm: Triple | None = None
         if spacing_mm is not None:
             self.spacing_mm = float(spacing_mm[0]), float(spacing_mm[1]), float(spacing_mm[2])
@@ -121,12 +133,17 @@ class VolumeProcessor:
 
     @classmethod
     def fitted(
-        cls, data: VolumeData, crop: Shape, spacing_mm: Triple | Literal["median"] | None = "median"
+        cls,
+        data: VolumeData,
+        crop: Shape,
+        spacing_mm: Triple | Literal["median"] | None = "median",
+        flip: Sequence[int] = (),
     ) -> "VolumeProcessor":
-        """A processor for a data set: its modality's intensities, and the median spacing of its training scans."""
+        """A processor for a data set: with its modality's intensities, its labels' values and its median spacing."""
         if spacing_mm == "median":
             spacing_mm = median_spacing(data.train)
-        return cls(spacing_mm, crop, "ct" if data.modality == "ct" else "percentile")
+        intensity: Intensity = "ct" if data.modality == "ct" else "percentile"
+        return cls(spacing_mm, crop, intensity, flip=flip, values=data.train[0].values)
 
     def read(self, source: Case | str | os.PathLike[str]) -> Scan:
         """A case with its label map, or a scan's file.
@@ -198,6 +215,8 @@ class VolumeProcessor:
             "intensity": self.intensity,
             "low": self.low,
             "high": self.high,
+            **({"flip": list(self.flip)} if self.flip else {}),
+            **({"values": list(self.values)} if self.values else {}),
         }
 
     @classmethod
@@ -208,11 +227,11 @@ class VolumeProcessor:
             InlayError: The settings are none.
         """
         names = ("spacing_mm", "crop", "intensity", "low", "high")
-        if not isinstance(settings, dict) or set(settings) != set(names):
+        more = ("flip", "values")
+        if not isinstance(settings, dict) or not set(names) <= set(settings) <= {*names, *more}:
             got = sorted(map(str, settings)) if isinstance(settings, dict) else type(settings).__name__
             raise DamagedFile(f"a volume processor has the settings {', '.join(names)}, got {got}.")
-        spacing, crop = settings["spacing_mm"], settings["crop"]
-        return cls(spacing, crop, settings["intensity"], settings["low"], settings["high"])
+        return cls(**settings)
 
     def _grid(self, shape: Sequence[int], affine: np.ndarray) -> tuple[Shape, Triple]:
         """Shape (D, H, W) to resample to, and the spacing that this gives."""
@@ -243,8 +262,8 @@ def read_image(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def median_spacing(cases: Sequence[Case]) -> Triple:
-    """Median of the spacings of cases in D, H, W, each axis by itself, to 0.001 mm; of files only headers are read."""
-    d, h, w = np.median([_spacing(case) for case in cases], axis=0).round(3).tolist()
+    """Median of the spacings of cases in D, H, W, each axis by itself, to four digits; only headers are read."""
+    d, h, w = (float(f"{s:.4g}") for s in np.median([_spacing(case) for case in cases], axis=0))
     return d, h, w
 
 
@@ -259,7 +278,7 @@ def _spacing(case: Case) -> Triple:
 
 
 def aligned_labels(case: Case, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
-    """The label map of a case as a view (D, H, W) in RAS, with the classes as 0..K.
+    """The label map of a case as a view (D, H, W) in RAS, with the classes as 0..K, and -1 for voxels to be ignored.
 
     Args:
         case: With a label map.
@@ -276,31 +295,38 @@ def aligned_labels(case: Case, shape: tuple[int, ...], affine: np.ndarray) -> np
     apart = is_misplaced(labels.shape, grid, shape, affine)
     if apart:
         raise DamagedFile(f"expected a label map on the grid of its image, but {where!r} has {apart}. Mend the file.")
-    strange = find_strange_values(labels, case.values)
+    strange = find_strange_values(labels, case.values, case.ignored)
     if strange:
         wanted = list_first([0, *case.values]) if case.values else f"0 to {CLASSES}"
-        raise DamagedFile(f"{where!r} holds the labels {list_first(strange)}; expected {wanted}.")
-    if case.values is None or case.values == tuple(range(1, len(case.values) + 1)):
+        raise DamagedFile(f"{where!r} holds the labels {list_first(strange)}; it may hold {wanted}.")
+    plain = case.values is None or case.values == tuple(range(1, len(case.values) + 1))
+    if case.values is None or (plain and case.ignored is None):
         return labels.astype(np.int16)
-    known = np.array([0, *case.values])
+    ignored = [] if case.ignored is None else [case.ignored]
+    known, classes = np.array([0, *case.values, *ignored]), [*range(len(case.values) + 1), *(IGNORED for _ in ignored)]
     order = np.argsort(known)
-    return order[np.searchsorted(known[order], labels)].astype(np.int16)
+    return np.array(classes, np.int16)[order][np.searchsorted(known[order], labels)]
 
 
 def is_misplaced(
-    labels: tuple[int, ...], grid: np.ndarray, shape: tuple[int, ...], affine: np.ndarray, most: float = 0.1
+    labels: tuple[int, ...], grid: np.ndarray, shape: tuple[int, ...], affine: np.ndarray, most: float = APART
 ) -> str | None:
     """How a label map's shape (D, H, W) and affine in RAS differ from its image's, by more than `most` of a voxel."""
     if labels != shape:
         return f"shape {'x'.join(map(str, labels))} and not {'x'.join(map(str, shape))} (D, H, W)"
-    ends = corners(shape[::-1])
-    apart = np.linalg.norm(transform_points(grid, ends) - transform_points(affine, ends), axis=1).max()
+    apart = corner_distance(grid, affine, shape[::-1])
     return None if apart <= most * min(spacing_of(affine)) else f"an affine that moves a corner by {apart:.3g} mm"
 
 
-def find_strange_values(labels: np.ndarray, values: tuple[int, ...] | None) -> list[int]:
+def find_strange_values(labels: np.ndarray, values: tuple[int, ...] | None, ignored: int | None = None) -> list[int]:
     """The values of a label map that are no class: not 0 nor in `values`, or without these not in 0..`CLASSES`."""
-    return np.setdiff1d(labels, [0, *values] if values else np.arange(CLASSES + 1)).tolist()
+    known = np.arange(CLASSES + 1) if values is None else [0, *values, *([] if ignored is None else [ignored])]
+    return np.setdiff1d(labels, known).tolist()
+
+
+def _are_class_values(values: Any) -> bool:
+    whole = isinstance(values, list | tuple) and len(values) and all(isinstance(v, int | np.integer) for v in values)
+    return bool(whole) and 0 < min(values) <= max(values) <= LARGEST and len(set(values)) == len(values)
 
 
 def _three(values: Any, fine: Any) -> bool:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from inlay.errors import BadInput
+from inlay.errors import BadInput, Unsupported
 from inlay.files.atomic import replacing
+from inlay.files.outputs import check_output_file
 from inlay.tasks.adapter import Adapter, check_task
+from inlay.tasks.volumes.nifti import find_affine_conflict, has_suffix, import_nibabel, label_dtype, open_nifti, unit_mm
 from inlay.tasks.volumes.scan import Scan
 from inlay.tasks.volumes.windows import Grid, Place, probabilities, slide
+
+logger = logging.getLogger(__name__)
 
 MASKS = (".nii.gz", ".nii")
 
@@ -26,11 +32,13 @@ class Segmentation:
     """A mask on a scan's own grid.
 
     Attributes:
-        mask: (X, Y, Z) uint8, or int16 from 256 classes on; 0 is background, k the class `labels[k - 1]`.
+        mask: (X, Y, Z) in the smallest of uint8, int16 and int32 that holds it; 0 is background, `values[k - 1]` the
+            class `labels[k - 1]`.
         affine: (4, 4), from a voxel's index to mm.
         labels: Names of the K classes.
         probabilities: (K+1, X, Y, Z) float16, background first; None if they were not asked for.
         source: The scan's file, whose header `save` carries over; None: the scan came from memory.
+        values: The numbers of the K classes in the mask: those of the label maps that were trained on. None: 1..K.
     """
 
     mask: np.ndarray
@@ -38,37 +46,78 @@ class Segmentation:
     labels: list[str]
     probabilities: np.ndarray | None = None
     source: Path | None = None
+    values: tuple[int, ...] | None = None
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Names of the classes by their numbers in the mask."""
+        return dict(zip(class_values(self.labels, self.values), self.labels, strict=True))
+
+    @cached_property
+    def class_mask(self) -> np.ndarray:
+        """The mask with k for the class `labels[k - 1]`, whatever its number: the mask itself where these are 1..K."""
+        if self.values is None:
+            return self.mask
+        order = np.argsort(self.values)
+        known = np.array([0, *(self.values[i] for i in order)])
+        classes = np.array([0, *(order + 1)], label_dtype(0, len(self.labels)))
+        return classes[np.searchsorted(known, self.mask)]
 
     @property
     def volumes_ml(self) -> dict[str, float]:
         """Volume of each class."""
         voxel_ml = abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000
-        voxels = np.bincount(self.mask.reshape(-1), minlength=len(self.labels) + 1)
-        return {name: int(n) * voxel_ml for name, n in zip(self.labels, voxels[1:], strict=True)}
+        found = np.unique(self.mask, return_counts=True)
+        counts = dict(zip(*(each.tolist() for each in found), strict=True))
+        return {name: counts.get(value, 0) * voxel_ml for value, name in self.names.items()}
 
     def save(self, path: str | Path) -> Path:
         """Write the mask as NIfTI, with affine, orientation codes and units of the scan's file; whole or not at all.
 
-        Raises:
-            InlayError: A name that does not end with .nii.gz or .nii, or a folder that does not exist.
-        """
-        import nibabel
+        A header extension (code 6, a comment) names the classes, as JSON {"labels": {"number": "name"}}.
 
-        path = output_name(path, MASKS)
-        kind, header = nibabel.Nifti1Image, None
-        if self.source is not None and self.source.name.endswith(MASKS):
-            scan = nibabel.load(self.source)
-            kind, header = type(scan), scan.header.copy()  # NIfTI-1 or -2
+        Raises:
+            InlayError: A name that does not end with .nii.gz or .nii, a folder that cannot be written, or the scan's
+                own file.
+        """
+        nibabel = import_nibabel()
+        path = check_output(path, MASKS, self.source)
+        kind, header, affine = nibabel.Nifti1Image, None, self.affine
+        if self.source is not None and has_suffix(self.source, MASKS):
+            with open_nifti(self.source) as (scan, _):
+                kind, header = type(scan), scan.header.copy()  # NIfTI-1 or -2
+            affine = np.vstack([self.affine[:3] / unit_mm(header), self.affine[3:]])
             header.set_slope_inter(1, 0)
             header.set_intent("none")
             header["cal_min"], header["cal_max"] = 0, 0
             header["descrip"] = b"mask by inlay"
-        image = kind(self.mask, self.affine, header, dtype=self.mask.dtype)
+            header.extensions.clear()  # they tell of the scan
+        image = kind(self.mask, affine, header, dtype=self.mask.dtype)
         if header is None:
             image.header.set_xyzt_units("mm")
+        named = json.dumps({"labels": {"0": "background", **self.names}}, ensure_ascii=False)
+        image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", named.encode()))
         with replacing(path) as new:
             image.to_filename(new)
         return path
+
+
+def class_values(labels: Sequence[str], values: Sequence[int] | None) -> Sequence[int]:
+    """The numbers of the classes in masks: `values`, or 1..K where there are none of their own.
+
+    Raises:
+        InlayError: Not a number for each class.
+    """
+    if values is not None and len(values) != len(labels):
+        raise BadInput(f"{len(labels)} classes need as many values, got {list(values)}.")
+    return range(1, len(labels) + 1) if values is None else values
+
+
+def put_values(class_mask: np.ndarray, values: Sequence[int] | None) -> np.ndarray:
+    """A mask with k for class k, with the classes' own numbers instead."""
+    if values is None:
+        return class_mask
+    return np.array([0, *values], label_dtype(0, max(values)))[class_mask]
 
 
 def segment(
@@ -88,16 +137,17 @@ def segment(
 
     Windows that hold a prompt are answered with it, all others without one. Probabilities are averaged where windows
     overlap, with Gaussian weights, and interpolated at the scan's own voxels; a voxel gets its most probable class.
-    Beside the scan and the mask only the planes of one window's depth are held, so memory does not grow with length.
+    Besides scan and mask only the planes of one window's depth are held, so memory does not grow with length.
 
     Args:
         adapter: From `load_adapter`, trained on volumes.
         scan: A .nii, .nii.gz or .npz file, or what `adapter.processor.read` made of one.
         points: Each (x, y, z) or (x, y, z, label) in the scan's own voxels, from 0 as nibabel indexes them. The
-            label is 0 for background, 1..K or a class name; default 1.
+            label is 0 for background, a class's number in the mask, or its name; default: the first class.
         boxes: Each (x0, y0, z0, x1, y1, z1), or with a label behind: two opposite corners, included.
         overlap: Share of a window that the next one covers too, 0 to below 1.
-        flips: Average over the eight mirrored versions of each window: eight times the work.
+        flips: Average over the versions of each window that are mirrored along the axes that training mirrored
+            (`processor.flip`): 2, 4 or 8 times the work for 1, 2 or 3 axes.
         largest: Keep only the largest connected component of each class (26 neighbours).
         batch_size: Windows in one forward pass.
         keep_probabilities: Also return them.
@@ -105,18 +155,25 @@ def segment(
 
     Raises:
         InlayError: An adapter for something else, a file that is no scan, a prompt outside of the scan or of no class,
-            overlap or batch_size out of range.
+            overlap or batch_size out of range, flips of an adapter that was trained without.
     """
     if not 0 <= overlap < 1 or batch_size < 1:
         raise BadInput(f"overlap must be from 0 to below 1 and batch_size at least 1, got {overlap} and {batch_size}.")
     from tqdm.auto import tqdm
 
+    check_task(adapter, "volume-segmentation")
+    numbers, mirrored = adapter.processor.values, adapter.processor.flip if flips else ()
+    if flips and not mirrored:
+        raise Unsupported(
+            f"adapter {adapter.name!r} was not trained on mirrored scans, or does not say so, and would answer wrongly "
+            "on them; leave flips out, or train with --flip."
+        )
     source, scan = open_scan(adapter, scan)
     grid = Grid(scan, adapter.processor.crop)
-    prompts = grid.prompts(points, boxes, adapter.labels)
+    prompts = grid.prompts(points, boxes, adapter.labels, numbers)
     mask = empty_mask(grid, adapter.labels)
     kept = np.zeros((len(adapter.labels) + 1, *scan.own_shape), np.float16) if keep_probabilities else None
-    predict, size = partial(probabilities, adapter.model, flips=flips), tuple(adapter.processor.crop)
+    predict, size = partial(probabilities, adapter.model, flips=mirrored), tuple(adapter.processor.crop)
     # disable=None: no bar where the output is no terminal
     bar = tqdm(desc="segment", unit="window", disable=None if progress else True)
     with bar, torch.inference_mode():
@@ -130,7 +187,8 @@ def segment(
             )
     if largest:
         keep_largest(mask, len(adapter.labels))
-    return Segmentation(mask, np.asarray(scan.affine, np.float64), list(adapter.labels), kept, source)
+    affine = np.asarray(scan.affine, np.float64)
+    return Segmentation(put_values(mask, numbers), affine, list(adapter.labels), kept, source, numbers)
 
 
 def open_scan(adapter: Adapter, scan: Any) -> tuple[Path | None, Scan]:
@@ -142,24 +200,32 @@ def open_scan(adapter: Adapter, scan: Any) -> tuple[Path | None, Scan]:
     check_task(adapter, "volume-segmentation")
     if isinstance(scan, Scan):
         return None, scan
-    return Path(scan), adapter.processor.read(Path(scan))
+    path = Path(scan)
+    read = adapter.processor.read(path)
+    if conflict := find_affine_conflict(path):
+        logger.warning("%s: %s.", path, conflict)
+    return path, read
 
 
-def output_name(path: str | Path, suffixes: Sequence[str]) -> Path:
-    """The path, if something can be written there under such a name.
+def check_output(path: str | Path, suffixes: Sequence[str], scan: str | Path | None = None) -> Path:
+    """The path, if something can be written there under such a name, and it is not the scan itself.
 
     Raises:
-        InlayError: Another suffix, or no such folder.
+        InlayError: Another suffix, a folder that does not exist or cannot be written, or the scan's own file, also
+            through a link.
     """
     path = Path(path)
-    if not path.name.endswith(tuple(suffixes)) or not path.parent.is_dir():
-        raise BadInput(f"'{path}' must be a name ending with {' or '.join(suffixes)}, in a folder that exists.")
+    if not has_suffix(path, suffixes):
+        raise BadInput(f"'{path}' must be a name ending with {' or '.join(suffixes)}.")
+    check_output_file(path)
+    if scan is not None and path.exists() and Path(scan).exists() and path.samefile(scan):
+        raise BadInput(f"'{path}' is the scan itself, which would be overwritten; give another name.")
     return path
 
 
 def empty_mask(grid: Grid, labels: Sequence[str]) -> np.ndarray:
-    """Background on the own grid."""
-    return np.zeros(grid.own_shape, np.uint8 if len(labels) < 256 else np.int16)
+    """Background on the own grid, in a type that holds the numbers 0..K."""
+    return np.zeros(grid.own_shape, label_dtype(0, len(labels)))
 
 
 def paint_mask(
@@ -172,7 +238,7 @@ def paint_mask(
         values: Probabilities (K+1, d, h, w) of the part.
         start: Where it begins in the tensor.
         rows: The own voxels to write.
-        mask: (X, Y, Z).
+        mask: (X, Y, Z), which gets k for class k.
         kept: (K+1, X, Y, Z).
     """
     own = mask.transpose(grid.axes)  # a view in the order D H W

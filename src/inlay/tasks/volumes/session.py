@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from inlay.tasks.volumes.scan import Scan
-from inlay.tasks.volumes.segment import Segmentation, empty_mask, open_scan, paint_mask
+from inlay.tasks.volumes.segment import Segmentation, empty_mask, open_scan, paint_mask, put_values
 from inlay.tasks.volumes.windows import Grid, Place, ScanPrompts, batch, gaussian
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class VolumeSession:
     """Clicks and boxes on one scan, and the mask that follows from all of them.
 
     The first click lays a window of `processor.crop` around itself, and the encoder runs on it. A click within windows
-    that are there runs prompt encoder and decoder alone, with all prompts so far and the logits of the answer before; a
+    that are there runs only prompt encoder and decoder, with all prompts so far and the logits of the answer before; a
     click elsewhere lays another window. Outside of all windows the mask is background; where windows overlap, their
     probabilities are averaged with Gaussian weights.
 
@@ -59,41 +59,43 @@ class VolumeSession:
         self._weights: torch.Tensor | None = None
         self._prompts: list[ScanPrompts] = []
         self._windows: list[Window] = []
-        self._mask = empty_mask(self._grid, adapter.labels)
+        self._mask = empty_mask(self._grid, adapter.labels)  # k for class k
+        self._values: tuple[int, ...] | None = adapter.processor.values
 
     @property
     def mask(self) -> np.ndarray:
-        """(X, Y, Z) on the scan's own grid: 0 background, k the class labels[k - 1]. A copy."""
-        return self._mask.copy()
+        """(X, Y, Z) on the scan's own grid: 0 background, else the class's number in `segmentation.names`. A copy."""
+        return put_values(self._mask, self._values).copy()
 
     @property
     def segmentation(self) -> Segmentation:
         """The mask with its affine and labels, to save or to draw."""
-        return Segmentation(self.mask, self._affine, list(self._adapter.labels), None, self._source)
+        return Segmentation(self.mask, self._affine, list(self._adapter.labels), None, self._source, self._values)
 
-    def click(self, point: Sequence[float], positive: bool = True, label: int | str = 1) -> np.ndarray:
+    def click(self, point: Sequence[float], positive: bool = True, label: int | str | None = None) -> np.ndarray:
         """Say that a voxel belongs to a class, or to none, and get the new mask.
 
         Args:
             point: x, y, z of the voxel in the scan's own grid, from 0 as nibabel indexes it.
             positive: False: the voxel is background, whatever the label.
-            label: The class, 1..K or its name.
+            label: The class, its number in the mask or its name; None: the first one.
 
         Raises:
             InlayError: A point outside of the scan, or no such class.
         """
-        prompts = self._grid.prompts([(*point, label if positive else 0)], [], self._adapter.labels)
+        said = (*point, *_as_given(label)) if positive else (*point, 0)
+        prompts = self._grid.prompts([said], [], self._adapter.labels, self._values)
         return self._add(prompts, prompts.points[0])
 
-    def box(self, first: Sequence[float], last: Sequence[float], label: int | str = 1) -> np.ndarray:
+    def box(self, first: Sequence[float], last: Sequence[float], label: int | str | None = None) -> np.ndarray:
         """Say that an object lies between two corners x, y, z, both included, and get the new mask.
 
-        A box that is larger than a window is cut to the windows that it reaches into.
+        A box that is larger than a window is cut to the windows that it reaches into. The label is as for `click`.
 
         Raises:
             InlayError: A corner outside of the scan, or no such class.
         """
-        prompts = self._grid.prompts([], [(*first, *last, label)], self._adapter.labels)
+        prompts = self._grid.prompts([], [(*first, *last, *_as_given(label))], self._adapter.labels, self._values)
         return self._add(prompts, prompts.boxes[0].view(2, 3).mean(0))
 
     def undo(self) -> np.ndarray:
@@ -176,6 +178,11 @@ class VolumeSession:
             total[(slice(None), *here)] += values * self._weights[there]
             count[here] += self._weights[there]
         return total / count
+
+
+def _as_given(label: int | str | None) -> tuple[int | str, ...]:
+    """What stands behind a point or a box: nothing means the first class."""
+    return () if label is None else (label,)
 
 
 def join_prompts(prompts: Sequence[ScanPrompts]) -> ScanPrompts:

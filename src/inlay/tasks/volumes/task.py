@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from inlay.errors import BadInput, Unsupported
 from inlay.tasks.golden import golden_scan
-from inlay.tasks.images.processing import describe_labels
 from inlay.tasks.printing import printable
 from inlay.tasks.task import Answer, LabelledBatches, Option, Record, Task
 
@@ -68,6 +67,12 @@ class VolumeSegmentation(Task):
         configs = (method, *getattr(method, "parts", []))
         return next((list(config.classes) for config in configs if hasattr(config, "classes")), [])
 
+    def restore_labels(self, method: Any, labels: Sequence[str]) -> None:
+        """Earlier files hold `classes` in alphabetical order; the record has that of the outputs."""
+        for config in (method, *getattr(method, "parts", [])):
+            if sorted(getattr(config, "classes", [])) == sorted(labels):
+                config.classes = list(labels)
+
     def golden_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
         import torch
 
@@ -101,7 +106,7 @@ class VolumeSegmentation(Task):
             )
         order = np.random.default_rng(seed).permutation(len(volumes.train))[:count]
         cases = [volumes.train[i] for i in order.tolist()]
-        view = VolumeView(cases, adapter.processor, training=True, augment=False)
+        view = VolumeView(cases, adapter.processor, training=True, augment=False, flip=())
         return LabelledBatches(view, collate_volumes, ModelLoss(), rows=1)
 
     def planned_batch(self, base: Any, rows: int, length: int, added: int) -> tuple[dict[str, Tensor], Loss | None]:
@@ -112,13 +117,13 @@ class VolumeSegmentation(Task):
         return {"pixel_values": pixels, "labels": torch.zeros_like(pixels[:, 0], dtype=torch.long)}, None
 
     def prepare(self, inputs: Sequence[str], options: Mapping[str, Any]) -> Callable[[Adapter], Answer]:
-        from inlay.tasks.volumes.segment import MASKS, output_name, segment
+        from inlay.tasks.volumes.segment import MASKS, check_output, segment
 
         if len(inputs) != 1:
-            raise BadInput(f"expected one scan, got {len(inputs)}; give one at a time.")
+            raise BadInput(f"give one scan at a time, got {len(inputs)}.")
         out = options["out"]
         if out is not None:
-            output_name(out, MASKS)
+            check_output(out, MASKS, inputs[0])
 
         def answer(adapter: Adapter) -> Answer:
             found = segment(adapter, inputs[0])
@@ -141,4 +146,7 @@ class VolumeSegmentation(Task):
         spacing = settings["spacing_mm"] and " x ".join(f"{s:g}" for s in settings["spacing_mm"])
         crop = " x ".join(map(str, settings["crop"]))
         said = f"Scans are turned to RAS, at {spacing or 'their own'} mm (D, H, W), and seen {crop} voxels at a time."
-        return ["Labels", *describe_labels(["background", *record["labels"]]), said]
+        values = settings.get("values") or range(1, len(record["labels"]) + 1)
+        names = {0: "background", **dict(zip(values, record["labels"], strict=False))}
+        listed = ", ".join(f"{value} = {label}" for value, label in list(names.items())[:50])
+        return ["Labels", listed + (" ..." if len(names) > 50 else ""), said]

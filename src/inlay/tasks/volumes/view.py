@@ -16,6 +16,7 @@ from inlay.tasks.volumes.scan import IGNORED, PADDING, Scan, VolumeProcessor
 
 FOREGROUND = 2 / 3  # share of crops that hold a voxel of a class, each class of the scan alike
 KEPT = 10_000  # voxels of a class that crops are placed at
+UNSCORED = -2  # within a crop: a voxel of the scan that is to be ignored, where IGNORED is beyond the scan
 ANISOTROPIC = 2.0  # times the spacing within slices from which a scan is turned within them alone
 
 
@@ -33,7 +34,7 @@ class VolumeView(torch.utils.data.Dataset):
         augment: Of crops: half are turned by up to 15 degrees and scaled by 0.85 to 1.18; some change in gamma,
             contrast and brightness, and get noise.
         flip: Axes along which half of the crops are mirrored: 0 D, 1 H, 2 W. Left and right (2) may be told apart by
-            the classes, so none by default.
+            the classes. Default: those that the processor names, and so the adapter.
         foreground: Share of crops that are placed at a voxel of a class.
         cache_gb: Memory for scans as they were read, in each process; beyond it, the one that was used longest ago
             goes, and is read again.
@@ -49,13 +50,14 @@ class VolumeView(torch.utils.data.Dataset):
         *,
         training: bool = False,
         augment: bool = True,
-        flip: Sequence[int] = (),
+        flip: Sequence[int] | None = None,
         foreground: float = FOREGROUND,
         cache_gb: float = 4.0,
     ) -> None:
         bare = [case.name for case in cases if case.label is None]
         if not len(cases) or bare:
             raise BadInput(f"case {bare[0]!r} has no label map." if bare else "there are no cases.")
+        flip = processor.flip if flip is None else flip
         if not set(flip) <= {0, 1, 2} or not 0 <= foreground <= 1 or not cache_gb >= 0:
             raise BadInput(
                 "flip must name axes 0, 1 or 2, foreground be from 0 to 1 and cache_gb at least 0, got "
@@ -83,7 +85,7 @@ class VolumeView(torch.utils.data.Dataset):
         image, labels = image.flip([axis + 1 for axis in axes]), labels.flip(axes)
         if self.augment:
             image = vary_intensity(image, labels != IGNORED)
-        return {"pixel_values": image.contiguous(), "labels": labels.contiguous()}
+        return {"pixel_values": image.contiguous(), "labels": labels.clamp(min=IGNORED).contiguous()}
 
     def scan(self, index: int) -> Scan:
         """The scan of an item, with what brings predictions back to its own grid."""
@@ -106,7 +108,7 @@ class VolumeView(torch.utils.data.Dataset):
         return found
 
     def _crop(self, scan: Scan, places: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A random crop, image (1, d, h, w) and labels (d, h, w)."""
+        """A random crop, image (1, d, h, w) and labels (d, h, w), as `cut_crop` gives them."""
         size, shape = self.processor.crop, scan.image.shape[1:]
         at = None
         if places and random.random() < self.foreground:
@@ -136,7 +138,10 @@ def collate_volumes(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch
 
 
 def cut_crop(scan: Scan, start: Sequence[int], size: Shape) -> tuple[torch.Tensor, torch.Tensor]:
-    """The voxels of a scan from `start` on, image (1, *size) and labels `size`; `start` may lie outside."""
+    """The voxels of a scan from `start` on, image (1, *size) and labels `size`; `start` may lie outside.
+
+    Labels beyond the scan are `IGNORED`, and those to be ignored in it `UNSCORED`: the image is there.
+    """
     assert scan.labels is not None
     image, labels = torch.full((1, *size), PADDING), torch.full(size, IGNORED)
     inside, outside = [], []
@@ -145,7 +150,8 @@ def cut_crop(scan: Scan, start: Sequence[int], size: Shape) -> tuple[torch.Tenso
         inside.append(slice(low, high))
         outside.append(slice(low - begin, high - begin))
     image[:, *outside] = scan.image[:, *inside]
-    labels[*outside] = scan.labels[*inside].long()
+    within = scan.labels[*inside].long()
+    labels[*outside] = within.masked_fill(within == IGNORED, UNSCORED)
     return image, labels
 
 
@@ -161,7 +167,8 @@ def rotate_crop(scan: Scan, start: Shape, size: Shape) -> tuple[torch.Tensor, to
         min(n, math.ceil(c + r) + 1) for c, r, n in zip(centre.tolist(), reach.tolist(), scan.labels.shape, strict=True)
     ]
     box = [slice(begin, end) for begin, end in zip(low, high, strict=True)]
-    image, labels = scan.image[:, *box], scan.labels[*box]
+    image, labels = scan.image[:, *box], scan.labels[*box].long()
+    labels = labels.masked_fill(labels == IGNORED, UNSCORED)
     # affine_grid wants x, y, z within -1..1, outer edges of the outer voxels.
     lengths = torch.tensor(labels.shape, dtype=torch.float64)
     shift = (2 * (centre - torch.tensor(low)) + 1) / lengths - 1

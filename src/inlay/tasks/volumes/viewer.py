@@ -14,7 +14,7 @@ from inlay.errors import BadInput
 from inlay.files.atomic import replacing
 from inlay.tasks.colours import colour
 from inlay.tasks.volumes.montage import find_extent, grey_range
-from inlay.tasks.volumes.segment import Segmentation, output_name
+from inlay.tasks.volumes.segment import Segmentation, check_output, class_values
 
 PAGES = (".html",)
 VOXELS = 2**25  # larger scans are thinned out for the page
@@ -39,7 +39,7 @@ def write_viewer(image: np.ndarray, segmentation: Segmentation, path: str | Path
 
     Source: NiiVue 0.69.0 (BSD-2-Clause), https://github.com/niivue/niivue.
     """
-    path, mask, affine = output_name(path, PAGES), segmentation.mask, segmentation.affine
+    path, mask, affine = check_output(path, PAGES), segmentation.class_mask, segmentation.affine
     if image.shape != mask.shape:
         got = f"{image.shape} and {mask.shape}"
         raise BadInput(f"image and mask have the shapes {got}; pass the scan that was segmented.")
@@ -47,11 +47,14 @@ def write_viewer(image: np.ndarray, segmentation: Segmentation, path: str | Path
     steps = _steps(image.shape, np.linalg.norm(affine[:3, :3], axis=0))
     thin, grid = tuple(slice(None, None, step) for step in steps), affine @ np.diag([*steps, 1])
     note = "" if max(steps) == 1 else f"Thinned out: every {steps[0]}, {steps[1]}, {steps[2]} voxels along x, y, z."
-    volumes = segmentation.volumes_ml.items()
+    volumes, values = segmentation.volumes_ml, class_values(segmentation.labels, segmentation.values)
     data = {
         "name": name,
         "note": note,
-        "classes": [{"name": k, "volume": f"{v:.3g} ml", "colour": colour(i)} for i, (k, v) in enumerate(volumes, 1)],
+        "classes": [
+            {"name": name, "value": value, "volume": f"{volume:.3g} ml", "colour": colour(k)}
+            for k, (value, (name, volume)) in enumerate(zip(values, volumes.items(), strict=True), 1)
+        ],
         "greys": grey_range(image),
         "centre": (affine @ [*find_extent(mask)[0], 1])[:3].tolist(),
         "inverse": np.linalg.inv(affine)[:3].tolist(),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import combinations, groupby, islice
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,12 @@ class ScanPrompts:
     labels: torch.Tensor
     boxes: torch.Tensor
     box_labels: torch.Tensor
+
+    @classmethod
+    def none(cls) -> "ScanPrompts":
+        """No point and no box."""
+        nothing = torch.zeros(0, dtype=torch.long)
+        return cls(torch.zeros(0, 3), nothing, torch.zeros(0, 6), nothing)
 
     @property
     def count(self) -> tuple[int, int]:
@@ -67,12 +73,8 @@ class Grid:
     """
 
     def __init__(self, scan: Scan, window: Sequence[int]) -> None:
-        lacking = [max(0, side - n) for side, n in zip(window, scan.image.shape[1:], strict=True)]
-        self.before = np.array([n // 2 for n in lacking], np.float64)
-        self.image = scan.image
-        if any(lacking):
-            sides = [(n // 2, n - n // 2) for n in reversed(lacking)]
-            self.image = F.pad(scan.image, [n for side in sides for n in side], value=PADDING)
+        self.image, before = pad_to_window(scan.image, window)
+        self.before = np.array(before, np.float64)
         self.shape: Place = tuple(self.image.shape[1:])
         self.scan, self.own_shape = scan, scan.own_shape
         zero = np.asarray(scan.to_grid((0, 0, 0)), np.float64)
@@ -99,13 +101,21 @@ class Grid:
             raise BadInput(f"{what} ({got}) lies outside the scan of {size} voxels; x, y, z count from 0.")
         return self.before + np.asarray(self.scan.to_grid(tuple(xyz)), np.float64)
 
-    def prompts(self, points: Sequence[Any], boxes: Sequence[Any], labels: Sequence[str]) -> ScanPrompts:
+    def prompts(
+        self,
+        points: Sequence[Any],
+        boxes: Sequence[Any],
+        labels: Sequence[str],
+        values: Sequence[int] | None = None,
+    ) -> ScanPrompts:
         """Prompts in the tensor from those in own voxel indices.
 
         Args:
-            points: Each (x, y, z) or (x, y, z, label); the label is 0 for background, 1..K or a class name, default 1.
-            boxes: Each (x0, y0, z0, x1, y1, z1) or with a label, 1..K or a class name, behind: two opposite corners.
+            points: Each (x, y, z) or (x, y, z, label). A label is 0 for background, a class's number in the mask or its
+                name; the first class where there is none.
+            boxes: Each (x0, y0, z0, x1, y1, z1) or with a label of a class behind: two opposite corners.
             labels: Names of the K classes.
+            values: Their numbers in the mask; None: 1..K.
 
         Raises:
             InlayError: Too few or too many numbers, no such class, or outside of the scan.
@@ -117,7 +127,8 @@ class Grid:
         where = [self.place(point[:3], "a point") for point in points]
         corners = [[self.place(box[:3], "a box"), self.place(box[3:6], "a box")] for box in boxes]
         classes, inside = (
-            [class_index((*one[n:], 1)[0], labels) for one in given] for n, given in ((3, points), (6, boxes))
+            [class_index(one[n], labels, values) if len(one) > n else 1 for one in given]
+            for n, given in ((3, points), (6, boxes))
         )
         if 0 in inside:
             raise BadInput("a box needs a class, and 0 is the background; click on the background instead.")
@@ -157,22 +168,36 @@ class Grid:
             yield (planes, *rows[1:]), part
 
 
-def class_index(label: Any, labels: Sequence[str]) -> int:
-    """0 for background, 1 .. K for a class, from such a number or a class name.
+def pad_to_window(image: torch.Tensor, window: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+    """An image (1, D, H, W) with 0 on both sides of axes that are shorter than a window, and how much before each.
+
+    An image that is large enough is not copied. Source: MONAI's sliding_window_inference pads alike.
+    """
+    lacking = [max(0, side - n) for side, n in zip(window, image.shape[1:], strict=True)]
+    if any(lacking):
+        sides = [(n // 2, n - n // 2) for n in reversed(lacking)]
+        image = F.pad(image, [n for side in sides for n in side], value=PADDING)
+    return image, [n // 2 for n in lacking]
+
+
+def class_index(label: Any, labels: Sequence[str], values: Sequence[int] | None = None) -> int:
+    """0 for background, k = 1..K for the class labels[k - 1], from its name or its number in the mask.
+
+    Args:
+        label: A name, 0, or a number in the mask.
+        labels: Names of the K classes.
+        values: Their numbers in the mask; None: 1..K.
 
     Raises:
         InlayError: No such class.
     """
+    numbers = [0, *(values or range(1, len(labels) + 1))]
     if label in labels:
         return list(labels).index(label) + 1
-    try:
-        index = int(label)
-    except (TypeError, ValueError):
-        index = -1
-    if not 0 <= index <= len(labels) or str(label) != str(index):
-        known = ", ".join(f"{k} {name}" for k, name in enumerate(("background", *labels)))
+    if str(label) not in map(str, numbers):
+        known = ", ".join(f"{number} {name}" for number, name in zip(numbers, ("background", *labels), strict=True))
         raise BadInput(f"unknown label {label!r}; the adapter has {known}.")
-    return index
+    return numbers.index(int(label))
 
 
 def _interpolate(values: torch.Tensor, axis: int, where: np.ndarray) -> torch.Tensor:
@@ -190,28 +215,31 @@ def _interpolate(values: torch.Tensor, axis: int, where: np.ndarray) -> torch.Te
 Predict = Callable[[torch.Tensor, list[ScanPrompts]], torch.Tensor]
 
 
-def probabilities(model: nn.Module, pixels: torch.Tensor, prompts: Sequence[ScanPrompts], flips: bool) -> torch.Tensor:
-    """Softmax over background and classes, on the CPU; with flips the mean over the eight mirrored windows.
+def probabilities(
+    model: nn.Module, pixels: torch.Tensor, prompts: Sequence[ScanPrompts], *, flips: Sequence[int] = ()
+) -> torch.Tensor:
+    """Softmax over background and classes, on the CPU; the mean over the windows that are mirrored along `flips`.
 
     Args:
         model: The adapted model, in eval mode.
         pixels: B 1 d h w.
         prompts: Those of each window, as many in each.
-        flips: Whether to average.
+        flips: Axes 0 D, 1 H, 2 W; n of them make 2ⁿ versions.
 
     Returns:
         B K+1 d h w float32.
     """
-    weight = next(p for p in model.parameters() if p.is_floating_point())
+    weight = next((p for p in model.parameters() if p.is_floating_point()), pixels)
     pixels, size = pixels.to(weight.device, weight.dtype), pixels.shape[2:]
-    every = [[a for a in range(3) if i >> a & 1] for i in range(8 if flips else 1)]
-    total: Any = 0
-    for axes in every:
+    total: torch.Tensor | None = None
+    for axes in (axes for count in range(len(flips) + 1) for axes in combinations(flips, count)):
         dims = [axis + 2 for axis in axes]
-        arguments = batch([one.flipped(axes, size) for one in prompts], weight.device)
-        logits = model(pixel_values=pixels.flip(dims), **arguments).logits  # B K+1 d h w
-        total = total + logits.float().softmax(1).flip(dims)
-    return (total / len(every)).cpu()
+        arguments = batch([one.flipped(axes, size) for one in prompts] if axes else prompts, weight.device)
+        logits = model(pixel_values=pixels.flip(dims) if axes else pixels, **arguments).logits  # B K+1 d h w
+        shares = logits.float().softmax(1)
+        total = shares if total is None else total.add_(shares.flip(dims))
+    assert total is not None  # the first version is the window as it is
+    return total.div_(2 ** len(flips)).cpu()
 
 
 def batch(prompts: Sequence[ScanPrompts], device: torch.device) -> dict[str, torch.Tensor]:
@@ -238,7 +266,7 @@ def slide(
     *,
     overlap: float,
     batch_size: int,
-    bar: Any,
+    bar: Any = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Predict in overlapping windows, blended by a Gaussian, and give the planes that are finished from D = 0 upwards.
 
@@ -251,7 +279,7 @@ def slide(
         prompts: In the tensor; each window gets those that fall into it.
         overlap: Share of a window that the next one covers too, 0 to below 1.
         batch_size: Windows in one call of predict, which all have equally many prompts.
-        bar: Its `update(n)` is called for every n windows that are done; `reset(total)` before.
+        bar: Its `update(n)` is called for every n windows that are done; `reset(total)` before. None: no bar.
 
     Yields:
         The first plane and (C, d, H, W) values. From the second time on it begins with the last plane of the time
@@ -265,7 +293,8 @@ def slide(
     weights = gaussian(size)
     count = torch.zeros(min(size[0] + 1, shape[0]), *shape[1:])
     total, base = torch.empty(0), 0
-    bar.reset(len(windows))
+    if bar is not None:
+        bar.reset(len(windows))
     for d, row in groupby(windows, key=lambda window: window[0]):
         if d > base + 1:
             done = d - base
@@ -280,7 +309,8 @@ def slide(
                 box = _box((start[0] - base, *start[1:]), size)
                 total[(slice(None), *box)].addcmul_(values, weights)
                 count[box] += weights
-            bar.update(len(starts))
+            if bar is not None:
+                bar.update(len(starts))
     yield base, _finish(total, count, shape[0] - base)
 
 
@@ -298,8 +328,9 @@ def monai_data() -> Any:
     try:
         from monai.data import utils
     except ImportError:
-        wanted = "expected MONAI, which slides windows over scans, but it is not installed."
-        raise Unsupported(f"{wanted} Run: pip install 'inlay[volumes]'") from None
+        raise Unsupported(
+            "sliding windows over scans takes MONAI, which is not installed; run: pip install 'inlay[volumes]'"
+        ) from None
     return utils
 
 
