@@ -120,8 +120,8 @@ def _make_examples(rows: Any, processor: TextProcessor, over_long: str) -> Array
         prompts.append(len(prompt))
     if long and over_long == "refuse":
         raise BadInput(
-            f"{len(long):,} of {len(rows):,} examples have more than {limit:,} tokens (the first is row {long[0] + 1}); "
-            "raise max_length, or cut or drop them."
+            f"{len(long):,} of {len(rows):,} examples have more than {limit:,} tokens (the first is row "
+            f"{long[0] + 1}); raise max_length, or cut or drop them."
         )
     done = "was" if len(long) == 1 else "were"
     done += " cut" if over_long == "cut" else " dropped"
