@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from inlay.adapters.file import CARD
 from inlay.adapters.load import LoadedAdapter, attach_adapter, load_adapter, load_own_base
+from inlay.adapters.sketch import find_precision
 from inlay.adapters.summary import describe_method
 from inlay.adapters.weights import read_weights
 from inlay.bases.load import Dtype
