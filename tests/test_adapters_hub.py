@@ -6,7 +6,7 @@ import pytest
 
 from inlay import load_adapter, load_images, predict
 from inlay.adapters.hub.index import write_index
-from inlay.adapters.summary import summary
+from inlay.adapters.summary import summarise_adapter
 from places import ROOT
 
 HUB = ROOT / "adapters_hub"
@@ -28,7 +28,9 @@ def test_digits_are_read_as_well_as_the_card_says():
     answers = [adapter.labels[label] for label in rows["label"]]
     found = predict(adapter, [image["bytes"] for image in rows["image"]], top=1)
     right = sum(p.label == answer for p, answer in zip(found, answers, strict=True)) / len(answers)
-    assert right == pytest.approx(summary(adapter.file.folder)["validation"]["accuracy"], abs=2 / len(answers))
+    assert right == pytest.approx(
+        summarise_adapter(adapter.file.folder)["validation"]["accuracy"], abs=2 / len(answers)
+    )
     assert right > 0.95
 
 

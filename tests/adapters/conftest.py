@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save
 
-from inlay.adapters.file import CONFIG, WEIGHTS, fingerprint
+from inlay.adapters.file import CONFIG, WEIGHTS, hash_config
 from inlay.adapters.save import save_adapter
 from inlay.bases.processors import load_processor
 from inlay.bases.sites import head_modules, lora_targets
@@ -84,7 +84,7 @@ def rewrite():
         if config is not None:
             config(settings)
             (folder / CONFIG).write_text(json.dumps(settings))
-            stored["config"] = fingerprint(settings)
+            stored["config"] = hash_config(settings)
         if record is not None:
             record(stored)
         tensors = load_file(folder / WEIGHTS)

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save
 
 from inlay.adapters import golden
-from inlay.adapters.file import CONFIG, METRICS, WEIGHTS, fingerprint
+from inlay.adapters.file import CONFIG, METRICS, WEIGHTS, hash_config
 from inlay.adapters.load import load_adapter
-from inlay.adapters.summary import summary
+from inlay.adapters.summary import summarise_adapter
 from inlay.errors import InlayError
 from inlay.files.tensor_header import sign
 
@@ -70,7 +70,7 @@ def judge(folder: Path, expected: torch.Tensor, outputs: Callable[[Any], torch.T
 
 def _judge(folder: Path, expected: torch.Tensor, outputs: Callable[[Any], torch.Tensor], base: Any, how: str) -> str:
     try:
-        summary(folder)
+        summarise_adapter(folder)
         loaded = load_adapter(folder, base() if how == "plain" else None)
     except InlayError as error:
         assert "\n" not in str(error) and len(str(error)) < 1500, str(error)
@@ -107,7 +107,7 @@ def _resign(folder: Path) -> None:
     header, body = _parts(folder)
     record = json.loads(header["__metadata__"]["inlay"])
     if isinstance(record, dict):
-        record["config"] = fingerprint(json.loads((folder / CONFIG).read_text()))
+        record["config"] = hash_config(json.loads((folder / CONFIG).read_text()))
         header["__metadata__"]["inlay"] = json.dumps(record)
     _put(folder, header, body)
     (folder / WEIGHTS).write_bytes(sign((folder / WEIGHTS).read_bytes()))

@@ -10,7 +10,7 @@ from inlay import TextProcessor, load_adapter, load_base, load_processor, load_t
 from inlay.bases.load import resolve_base
 from inlay.errors import BadInput, InlayError, Unsupported
 from inlay.tasks.sequences.processor import SequenceProcessor
-from inlay.train.evaluation import train_mode
+from inlay.train.evaluation import set_train_mode
 
 TEXT, VIEW = resolve_base("builtin:gpt2-tiny"), resolve_base("builtin:vit-tiny")
 HEADS = {
@@ -88,7 +88,7 @@ def test_statistics_that_moved_are_refused(base, resnet, tmp_path):
     with pytest.raises(BadInput, match=r"statistics of \d+ BatchNorm layers moved .*merge_and_unload"):
         save_adapter(moved, tmp_path / "a", processor=load_processor(resnet))
     assert not (tmp_path / "a").exists()
-    still = take_steps(get_peft_model(load(resnet), settings), train_mode)
+    still = take_steps(get_peft_model(load(resnet), settings), set_train_mode)
     assert load_adapter(save_adapter(still, tmp_path / "a", processor=load_processor(resnet))).deviation < 1e-4
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from inlay import InlayError
-from inlay.adapters.card import card, for_repository
+from inlay.adapters.card import address_card, make_card
 from inlay.adapters.file import read_adapter
 
 MEASURED = {
@@ -31,7 +31,7 @@ def costs_of(original):
     file = read_adapter(original[1])
 
     def costs_of(cost):
-        text = card(file.record, file.config, {"cost": cost})
+        text = make_card(file.record, file.config, {"cost": cost})
         return text.split("## Cost\n")[1].split("\n## ")[0].strip()
 
     return costs_of
@@ -69,27 +69,27 @@ def test_costs_of_an_earlier_inlay_and_none(costs_of):
 
 def test_settings_of_any_kind_keep_the_table_a_table(original):
     file = read_adapter(original[1])
-    text = card(file.record, file.config, {"training": {"dataset": "a|b", "separator": "x\ny"}})
+    text = make_card(file.record, file.config, {"training": {"dataset": "a|b", "separator": "x\ny"}})
     assert "| dataset | `a\\|b` |" in text and "| separator | `x y` |" in text
 
 
 @pytest.mark.parametrize("header", ["---\nfoo: [\n---\n", "---\n- a\n- b\n---\n"])
 def test_a_header_that_the_hub_cannot_read_is_one_sentence(header):
     with pytest.raises(InlayError, match=r"the header of the card is not as the Hub reads it: .* Correct it"):
-        for_repository(header + "# Text", "ann/zoo")
+        address_card(header + "# Text", "ann/zoo")
 
 
 def test_a_licence_is_a_name_that_the_hub_could_know():
     for text in ("# Text", "", "---\ntags:\n- a\n---\n# Text"):
-        assert "license: cc-by-4.0" in for_repository(text, "ann/zoo", licence="cc-by-4.0")
+        assert "license: cc-by-4.0" in address_card(text, "ann/zoo", licence="cc-by-4.0")
     for wrong in ("Apache 2.0", "mit\nx: y", "\udcff"):
-        with pytest.raises(InlayError, match=r"expected a licence as the Hub names it, such as apache-2\.0"):
-            for_repository("# Text", "ann/zoo", licence=wrong)
+        with pytest.raises(InlayError, match=r"unknown form of a licence: .* such as apache-2\.0"):
+            address_card("# Text", "ann/zoo", licence=wrong)
 
 
 def test_a_card_names_who_trained_it(zoo):
     file = read_adapter(zoo)
-    assert "Trained by" not in card(file.record, file.config, file.metrics)
-    assert "Trained by A. Author. Versions: python" in card(
+    assert "Trained by" not in make_card(file.record, file.config, file.metrics)
+    assert "Trained by A. Author. Versions: python" in make_card(
         file.record, file.config, {**file.metrics, "trained_by": "A. Author"}
     )

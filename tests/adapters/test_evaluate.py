@@ -102,7 +102,7 @@ def test_the_hubs_cache_is_left_alone(zoo, evaluation, tmp_path):
 
 def test_mistakes_are_one_sentence(zoo):
     loaded = load_adapter(zoo)
-    with pytest.raises(InlayError, match="loaded already; leave base out"):
+    with pytest.raises(InlayError, match="loaded already; leave base and device out"):
         evaluate(loaded, "builtin:digits", base="builtin:vit-tiny")
     with pytest.raises(InlayError, match="has no group of labels 'letters'"):
         evaluate(loaded, "builtin:digits", group="letters")

@@ -134,6 +134,6 @@ def test_search_finds_by_task_base_and_word(zoos, query, names):
 
 def test_a_folder_without_adapters_is_one_sentence(tmp_path):
     for use in (list_adapters, write_index):
-        with pytest.raises(InlayError, match=r"expected an adapter or a folder of adapters, but .* holds none"):
+        with pytest.raises(InlayError, match="holds no adapter; give an adapter, or a folder of adapters"):
             use(tmp_path)
     assert search("digits", tmp_path / "none", online=False) == []

@@ -58,7 +58,7 @@ def test_a_base_that_carries_an_adapter_is_refused_and_stays_as_it_was(original,
         with pytest.raises(InlayError, match="this base carries an adapter already; give another copy"):
             load_adapter(original[1], base=given)
     torch.testing.assert_close(outputs(first.model), before, rtol=0, atol=0)
-    with pytest.raises(InlayError, match="expected the base as a name or a transformers model, got PeftModel"):
+    with pytest.raises(InlayError, match="base must be a name or a model of transformers, got PeftModel"):
         load_adapter(original[1], base=first.model)
 
 

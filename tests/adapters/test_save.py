@@ -215,9 +215,9 @@ def test_a_folder_of_plain_peft_can_be_saved_over_and_read_by_transformers(origi
 
 
 def test_who_trained_it_is_recorded_where_it_is_said(monkeypatch):
-    from inlay.adapters.save import author
+    from inlay.adapters.save import read_author
 
     monkeypatch.delenv("INLAY_AUTHOR", raising=False)
-    assert author() == {}
+    assert read_author() == {}
     monkeypatch.setenv("INLAY_AUTHOR", " A. Author ")
-    assert author() == {"trained_by": "A. Author"}
+    assert read_author() == {"trained_by": "A. Author"}

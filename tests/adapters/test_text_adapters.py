@@ -22,7 +22,7 @@ from inlay import (
     save_adapter,
 )
 from inlay import predict as classify
-from inlay.adapters.card import card
+from inlay.adapters.card import make_card
 from inlay.adapters.file import CONFIG, WEIGHTS
 from inlay.cli.app import main
 from inlay.methods import METHODS
@@ -211,7 +211,7 @@ def test_predict_on_the_command_line(lora, monkeypatch, capsys):
 def test_the_card_of_a_chat_tells_of_the_template_and_not_of_a_separator(lora):
     file = read_adapter(lora[0])
     chat = {**file.record, "preprocessing": {**file.record["preprocessing"], "chat": True}}
-    text, plain = card(chat, file.config, file.metrics), card(file.record, file.config, file.metrics)
+    text, plain = make_card(chat, file.config, file.metrics), make_card(file.record, file.config, file.metrics)
     assert "chat template" in text and 'followed by `"\\n"`' not in text
     assert "chat template" not in plain and 'followed by `"\\n"`' in plain
     assert "at most 64 tokens" in text and "at most 64 tokens" in plain

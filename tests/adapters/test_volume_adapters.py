@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from transformers import SamModel
 
 from inlay import InlayError, VolumeProcessor, load_adapter, load_base, read_adapter, save_adapter
-from inlay.adapters.task import task_of_file
+from inlay.adapters.task import find_task_of_file
 from inlay.tasks.volumes.nifti import write_volume
 from methods.bases import randomise
 from methods.volumes import build, settings, volumes
@@ -37,7 +37,7 @@ def saved(base, tmp_path_factory):
 
 def test_it_comes_back_with_classes_and_preprocessing(saved):
     folder, expected = saved
-    assert task_of_file(read_adapter(folder)).name == "volume-segmentation"
+    assert find_task_of_file(read_adapter(folder)).name == "volume-segmentation"
     loaded = load_adapter(folder)
     assert loaded.labels == ["organ", "lesion"] and loaded.verified and loaded.deviation < 1e-5
     assert loaded.processor.to_dict() == VolumeProcessor((2.0, 1.0, 1.0), (16, 32, 32)).to_dict()

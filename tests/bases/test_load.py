@@ -25,9 +25,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from inlay.bases.load import builtin_names, resolve_base
+from inlay.bases.load import list_builtin_bases, resolve_base
 from inlay.bases.processors import load_processor
-from inlay.bases.quantize import stored_bits
+from inlay.bases.quantize import find_stored_form
 from inlay.errors import InlayError
 from inlay.measure.footprint import describe_quantized
 from inlay.tasks.base import load_base, load_skeleton, read_task
@@ -68,7 +68,7 @@ def refused(message, name, load=load_base, **options):
 
 def test_an_embedded_base_is_frozen_and_in_eval_mode():
     base = load_base("builtin:vit-tiny")
-    assert "builtin:vit-tiny" in builtin_names() and base.config.model_type == "vit"
+    assert "builtin:vit-tiny" in list_builtin_bases() and base.config.model_type == "vit"
     assert not base.training and not any(module.training for module in base.modules())
     assert not any(value.requires_grad for value in base.parameters())
     assert base.name_or_path == base.config._name_or_path == "builtin:vit-tiny"
@@ -113,7 +113,7 @@ def test_other_labels_give_a_new_head(labels, small):
 
 @pytest.mark.parametrize("labels", ["cats", [], ["one"], ["a", "a"]])
 def test_labels_that_are_none(labels, small):
-    refused(r"expected labels as a list of two or more different names, got", small, labels=labels)
+    refused(r"labels must be a list of two or more different names, got", small, labels=labels)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -194,7 +194,7 @@ def test_a_name_that_leads_nowhere(name, message):
 
 
 def test_a_folder_without_a_model(tmp_path):
-    refused(r"expected a model folder with config.json, but .* has none", tmp_path)
+    refused(r"has no config.json, so it is no model", tmp_path)
     assert resolve_base("someone/something") == "someone/something"
 
 
@@ -437,12 +437,12 @@ def test_weights_that_are_stored_in_other_bits_than_asked_for(stored, tmp_path):
 
 def test_a_form_that_is_not_bitsandbytes_is_named():
     config = transformers.LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4})
-    assert stored_bits("x", config, None) == "gptq"
+    assert find_stored_form("x", config, None) == "gptq"
     with pytest.raises(InlayError, match="stored in gptq already"):
-        stored_bits("x", config, "4bit")
+        find_stored_form("x", config, "4bit")
 
 
 @pytest.mark.parametrize("load", [load_base, load_processor, load_skeleton])
 def test_a_revision_of_what_is_no_hub_id(load, small):
-    refused("revision 'v2' is of a Hub id, and builtin:vit-tiny has none", "builtin:vit-tiny", load, revision="v2")
+    refused("revision 'v2' needs a Hub id, and builtin:vit-tiny is none", "builtin:vit-tiny", load, revision="v2")
     refused("revision 'v2' needs a Hub id, but .* is a folder here", small, load, revision="v2")

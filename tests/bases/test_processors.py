@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import ViTConfig
 
 from inlay import ImageView, load_base, load_images
-from inlay.bases.processors import load_processor, processor_from
+from inlay.bases.processors import build_processor, load_processor
 from inlay.errors import InlayError
 from inlay.tasks import TASKS
 from inlay.tasks.images.processing import image_processor_settings
@@ -75,7 +75,7 @@ def test_a_processor_comes_back_from_json(suffix, folder):
     processor = load_processor(folder)
     settings = json.loads(processor.to_json_string())
     settings["image_processor_type"] = "ViTImageProcessor" + suffix
-    again = processor_from(json.loads(json.dumps(settings)))
+    again = build_processor(json.loads(json.dumps(settings)))
     picture = random_picture()
     first, second = (p(picture, return_tensors="pt")["pixel_values"] for p in (processor, again))
     assert torch.equal(first, second) and again.to_dict() == processor.to_dict()
@@ -84,9 +84,9 @@ def test_a_processor_comes_back_from_json(suffix, folder):
 @pytest.mark.parametrize("kind", ["Evil", "os.system", "", "ViTForImageClassification", "PreTrainedModel"])
 def test_an_unknown_processor(kind):
     with pytest.raises(InlayError, match=f"unknown image processor '{kind}'; transformers has none of that name"):
-        processor_from({"image_processor_type": kind})
+        build_processor({"image_processor_type": kind})
     with pytest.raises(InlayError, match="unknown image processor ''"):
-        processor_from({})
+        build_processor({})
 
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8}
@@ -124,7 +124,7 @@ def test_what_a_base_without_settings_takes_is_what_it_gets(tmp_path, kind, sett
     config = small(kind, **{"image_size": 32, **settings})
     transformers.AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path)
     model, own = load_base(tmp_path, labels=list("0123456789")), load_processor(tmp_path)
-    again = processor_from(image_processor_settings(own))
+    again = build_processor(image_processor_settings(own))
     task = TASKS["image-classification"]
     rows = load_images("builtin:digits").train.select(range(2))
     item = ImageView(rows, own, "crop")[0]

@@ -139,9 +139,9 @@ def test_grouped_and_wide_convolutions_and_the_head_are_left_alone():
 
 
 def test_what_cannot_be_told_is_said():
-    with pytest.raises(InlayError, match=r"expected a backbone and a task head in Linear, found the children none"):
+    with pytest.raises(InlayError, match=r"Linear has no backbone and task head to tell apart; its children are none"):
         head_modules(nn.Linear(2, 2))
-    with pytest.raises(InlayError, match=r"found the children 0, 1; name the head by modules_to_save yourself"):
+    with pytest.raises(InlayError, match=r"its children are 0, 1. Name the head by modules_to_save yourself"):
         head_modules(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
     with pytest.raises(InlayError, match=r"no linear layer or 1x1 convolution in Net; give target_modules"):
         lora_targets(Net(nn.Conv2d(3, 3, 3), head=nn.Linear(3, 2)))
@@ -501,16 +501,16 @@ def test_a_hand_written_module_with_an_mlp_as_wide_as_its_input():
 @pytest.mark.parametrize(
     "model, children",
     [
-        (lambda: nn.Sequential(nn.Linear(2, 2)), "in Sequential (no model_type), found the children 0;"),
-        (lambda: nn.Linear(2, 2), "in Linear (no model_type), found the children none;"),
-        (lambda: Encoder(Block(), Block(nn.Identity)), "found the children patch_embed, side, blocks, norm;"),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), "Sequential (no model_type) has no single stack"),
+        (lambda: nn.Linear(2, 2), "its children are none. "),
+        (lambda: Encoder(Block(), Block(nn.Identity)), "its children are patch_embed, side, blocks, norm. "),
         (lambda: build("ConvNextModel", {"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2}), "(convnext)"),
-        (lambda: build("T5Model", T5), "(t5), found the children shared, encoder, decoder;"),
+        (lambda: build("T5Model", T5), "its children are shared, encoder, decoder. "),
     ],
 )
 def test_where_there_is_no_stack_of_attention_blocks_that_is_said(model, children):
     with pytest.raises(
-        InlayError, match=r"^expected one stack of equal blocks with query.*; give target_modules by"
+        InlayError, match=r"has no single stack of equal blocks with query.* Give target_modules by"
     ) as e:
         sites(model())
     assert children in str(e.value)

@@ -51,7 +51,7 @@ def test_predict_prints_json_lines_and_a_sheet(capsys, monkeypatch, digits_adapt
         (["info", "{tmp}/none"], "does not exist"),
         (["predict", "{adapter}", "none.png"], "no image or folder at 'none.png'"),
         (["predict", "{adapter}", "{pictures}", "--base", "builtin:none"], "unknown embedded model 'builtin:none'"),
-        (["index", "{tmp}"], "holds none"),
+        (["index", "{tmp}"], "holds no adapter"),
     ],
 )
 def test_a_mistake_is_one_sentence(capsys, monkeypatch, tmp_path, digits_adapter, pictures, arguments, sentence):

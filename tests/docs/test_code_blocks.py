@@ -21,7 +21,7 @@ import inlay
 from docs.blocks import PAGES, added_options, make_targets, read_blocks, read_commands
 from inlay import InlayError
 from inlay.adapters.file import read_adapter
-from inlay.adapters.task import task_of_file
+from inlay.adapters.task import find_task_of_file
 from inlay.cli import app as cli
 from inlay.cli import predict as predict_verb
 from inlay.cli import recipe as recipe_cli
@@ -90,7 +90,7 @@ def task_of(arguments):
     """What the adapter of a command is for: in the pages its folder has the name of the recipe that makes it."""
     adapter = predict_verb._find_adapter(arguments)
     if (ROOT / adapter / "adapter_config.json").is_file():
-        return task_of_file(read_adapter(ROOT / adapter))
+        return find_task_of_file(read_adapter(ROOT / adapter))
     family = re.search(r"runs/\w+_([a-z0-9]+)/", adapter)
     return find_task(FAMILIES[family[1] if family else "vit"])
 

@@ -63,7 +63,7 @@ def no_work(monkeypatch):
     for name in (
         "inlay.adapters.load.load_adapter", "inlay.combine.merge.load_adapter", "inlay.combine.make_sums",
         "inlay.adapters.convert.convert.read_adapter", "inlay.adapters.hub.repository.download",
-        "inlay.adapters.hub.index.index_texts", "inlay.adapters.evaluate.load_adapter",
+        "inlay.adapters.hub.index.render_index", "inlay.adapters.evaluate.load_adapter",
     ):  # fmt: skip
         monkeypatch.setattr(name, refuse)
 

@@ -46,9 +46,9 @@ def test_a_recipe_trains_and_pushes_and_goes_on_after_a_broken_push(hub, monkeyp
 @pytest.mark.parametrize(
     ("recipe", "repo", "sentence"),
     [
-        ("lora_vit.py", "digits", "expected user/name on the Hub, got 'digits'"),
-        ("lora_vit.py", "", "expected user/name on the Hub, got ''"),
-        ("lora_vit.py", "ann/digits/a b", "expected user/name on the Hub, got 'ann/digits/a b'"),
+        ("lora_vit.py", "digits", "'digits' names no user or organisation; give user/name"),
+        ("lora_vit.py", "", "'' is no name on the Hub"),
+        ("lora_vit.py", "ann/digits/a b", "'ann/digits/a b' is no name on the Hub"),
         ("lora_vit.py", "ann/digits", "set HF_TOKEN"),
         ("compare_vit.py", "ann/digits", "this recipe saves no adapter, so there is nothing to push"),
     ],

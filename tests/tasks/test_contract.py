@@ -34,7 +34,7 @@ from inlay import (
     save_adapter,
 )
 from inlay.adapters import golden
-from inlay.adapters.task import task_of_file
+from inlay.adapters.task import find_task_of_file
 from inlay.tasks import TASKS, find_task
 from inlay.tasks.base import load_skeleton
 
@@ -150,7 +150,7 @@ def test_the_golden_output_finds_another_head_or_adapter(name, tmp_path_factory)
             if "default" in key:
                 parameter.add_(0.5)
     found = answer(name, model, trained.data.processor)
-    assert golden.deviation(trained.output.tolist(), found.tolist()) > golden.TOLERANCE["float32"]
+    assert golden.measure_deviation(trained.output.tolist(), found.tolist()) > golden.TOLERANCE["float32"]
 
 
 @EVERY
@@ -293,4 +293,4 @@ def test_what_plain_peft_saved_is_for_what_it_says(tmp_path):
         model = get_peft_model(model, LoraConfig(r=1, target_modules=targets, task_type=kind))
         model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
         model.peft_config["default"].base_model_name_or_path = base
-        assert task_of_file(read_adapter(tmp_path / "adapter")).name == wanted
+        assert find_task_of_file(read_adapter(tmp_path / "adapter")).name == wanted

@@ -5,7 +5,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from inlay.bases.load import head_of, read_config, resolve_base
+from inlay.bases.load import find_head, read_config, resolve_base
 from inlay.errors import BadInput, InlayError, Unsupported
 from inlay.methods._peft import PeftModel, adapter_parameters, base_modules
 from inlay.tasks.base import load_base
@@ -81,7 +81,7 @@ def _check_head(model: PeftModel, task: Task) -> None:
     """A head that transformers drew for a base without one, and that is no part of the adapter."""
     base = model.get_base_model()
     loaded_here = hasattr(base, "new_head")  # `load_base` says whether it drew the head
-    heads = head_of(base) if task.classifies and not loaded_here else []
+    heads = find_head(base) if task.classifies and not loaded_here else []
     own = [name for name, _ in base_modules(model) if name in heads]  # without what the adapter holds whole
     if not own:
         return

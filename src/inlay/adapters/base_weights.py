@@ -22,13 +22,16 @@ def split_base_weights(file: AdapterFile, weights: Tensors, base: PreTrainedMode
     embeddings = _name_embeddings(base)
     if file.record or not embeddings:
         return weights, {}
+    trained = {name for name in embeddings if _trains_whole(file, name)}
+    if trained and file.config.get("ensure_weight_tying"):
+        trained = set(embeddings)  # the config names one end, and peft trains both as one
     adapter, carried = {}, {}
     for key, value in weights.items():
         parts = key.removeprefix(START).split(".")
         module = ".".join(part for part in parts[:-1] if part not in (*_WRAPPED, "modules_to_save"))
         if module not in embeddings:
             adapter[key] = value
-        elif not set(_WRAPPED).isdisjoint(parts) or not _trains_whole(file, module):
+        elif not set(_WRAPPED).isdisjoint(parts) or module not in trained:
             if parts[-1] in embeddings[module]._parameters:
                 carried[f"{module}.{parts[-1]}"] = value
             else:

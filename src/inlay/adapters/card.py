@@ -7,9 +7,9 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from inlay.adapters.curve import CURVE, drawable
-from inlay.adapters.method_names import citation, method_name, places
-from inlay.adapters.tables import cost_section, table
+from inlay.adapters.curve import CURVE, is_drawable
+from inlay.adapters.method_names import cite_method, describe_sites, name_method
+from inlay.adapters.tables import describe_cost, make_table
 from inlay.errors import BadInput, DamagedFile
 from inlay.tasks import TASKS
 
@@ -32,7 +32,7 @@ _DATA = {
 }
 
 
-def card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]) -> str:
+def make_card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]) -> str:
     """Markdown with the Hub's YAML header: base, method, data, quality, cost, limits, and how to load it.
 
     Args:
@@ -42,7 +42,7 @@ def card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]
     """
     base, task = record["base"], record["task"]
     dataset = metrics.get("dataset") or "unknown data"
-    method = method_name(config)
+    method = name_method(config)
     title = f"{method} of {_short(base['name'])} on {_short(dataset)}"
     scores = _scores(metrics)
     sections = [
@@ -50,11 +50,11 @@ def card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]
         f"{method} adapter of {_linked(base['name'])}{_revision(base)} for {task}, trained on "
         f"{_linked(dataset, 'datasets/')}.",
         "## Results",
-        table(("metric", "value"), [(_metric(split, key), f"{value:.4f}") for split, key, value in scores])
+        make_table(("metric", "value"), [(_metric(split, key), f"{value:.4f}") for split, key, value in scores])
         or "Not measured.",
-        *([f"![Loss and scores by step]({CURVE})"] if drawable(metrics.get("history")) else []),
+        *([f"![Loss and scores by step]({CURVE})"] if is_drawable(metrics.get("history")) else []),
         "## Cost",
-        *cost_section(metrics.get("cost", {})),
+        *describe_cost(metrics.get("cost", {})),
         "## Load",
         "Checked against the base it was trained on:",
         f"```python\n{TASKS[task].usage}\n```",
@@ -62,11 +62,11 @@ def card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]
         _peft_snippet(record, config["peft_type"]),
         *_inputs(record),
         "## Method",
-        places(record, config),
+        describe_sites(record, config),
         "## Data",
         _licence(dataset),
         "## Training",
-        table(
+        make_table(
             ("setting", "value"),
             [(k, f"`{_told(v)}`") for k, v in metrics.get("training", {}).items() if v is not None],
         )
@@ -76,12 +76,12 @@ def card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]
         "## Limits",
         _limits(record, metrics),
         "## Citation",
-        citation(config),
+        cite_method(config),
     ]
     return f"---\n{_header(record, config, metrics, title).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def for_repository(text: str, repo: str, inside: str = "", licence: str | None = None) -> str:
+def address_card(text: str, repo: str, inside: str = "", licence: str | None = None) -> str:
     """A card as it stands in a repository: with its name where FOLDER was, and with the licence that was given.
 
     Args:
@@ -94,7 +94,9 @@ def for_repository(text: str, repo: str, inside: str = "", licence: str | None =
         InlayError: Its header is no YAML table; the licence is no name that the Hub could know.
     """
     if licence and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
-        raise BadInput(f"expected a licence as the Hub names it, such as apache-2.0 or mit, got {licence!r}.")
+        raise BadInput(
+            f"unknown form of a licence: {licence!r}; give it as the Hub names it, such as apache-2.0 or mit."
+        )
     if inside:
         text = text.replace('(base, "FOLDER")', f'(base, "{repo}", subfolder="{inside}")')
     text = text.replace('"FOLDER"', f'"{repo}/{inside}"'.replace('/"', '"'))

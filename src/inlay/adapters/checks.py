@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from inlay.adapters import golden
-from inlay.adapters.config import changes_base, refuse_biases
+from inlay.adapters.config import find_base_changing_init, refuse_biases
 from inlay.adapters.file import WEIGHTS, AdapterFile, Reading, run_step
 from inlay.adapters.identity import Identity, check_base
 from inlay.adapters.method import check_method
@@ -160,7 +160,7 @@ def _remark_record(candidate: Candidate) -> str:
 def _check_method(candidate: Candidate) -> Result:
     file = candidate.file
     check_method(file)
-    if init := changes_base(file.config):
+    if init := find_base_changing_init(file.config):
         raise Unsupported(
             f"adapter {file.name!r} was initialised by {init!r}, which changes the base at each load; make it a plain "
             "one with peft's save_pretrained(path_initial_model_for_weight_conversion=...)."
@@ -216,7 +216,7 @@ def _check_golden(candidate: Candidate) -> Result:
         if not np.isfinite(found).all():
             raise DamagedFile(f"adapter {file.name!r} loads, but gives NaN or Inf; download it again, or another base.")
         return "not recorded"
-    off = candidate.deviation = golden.deviation(stored, found)
+    off = candidate.deviation = golden.measure_deviation(stored, found)
     base = host.identify_base()
     kernels = sum(len(shape) > 2 for shape in file.shapes.values())
     precisions = (base.precision, file.record["base"]["precision"])

@@ -86,7 +86,7 @@ def _check_settings(config: dict[str, Any], where: Path) -> None:
         if config.get(name):
             raise Unsupported(f"{where} sets {name}, which {harm}: inlay does not load such an adapter.")
     init = config.get("init_lora_weights", True)
-    if not isinstance(init, bool | str | None) or (init not in _INITS and not changes_base(config)):
+    if not isinstance(init, bool | str | None) or (init not in _INITS and not find_base_changing_init(config)):
         raise Unsupported(f"{where} names the unknown initialisation {init!r}; set init_lora_weights to true.")
 
 
@@ -106,7 +106,7 @@ def refuse_biases(config: dict[str, Any], adapter: str) -> None:
         )
 
 
-def changes_base(config: dict[str, Any]) -> str | None:
+def find_base_changing_init(config: dict[str, Any]) -> str | None:
     """The initialisation of a config, or of one of its parts, if it is one that changes the base's weights."""
     inits = [base_changing_init(part) for part in (config, *(config.get("parts") or []))]
     return next((init for init in inits if init is not None), None)

@@ -12,7 +12,7 @@ _INK, _GRID, _COLOURS = (40, 40, 40), (225, 225, 225), ((60, 90, 170), (200, 90,
 _OTHERS = 4  # scores next to the losses that a panel shows at most
 
 
-def drawable(history: Any) -> bool:
+def is_drawable(history: Any) -> bool:
     """True for two evaluations or more, of which a loss is known: rows of numbers by name, with `step`."""
     if not isinstance(history, list) or len(history) < 2:
         return False

@@ -8,7 +8,7 @@ from typing import Any
 
 from inlay.adapters.file import CARD, METRICS, ORIGIN, AdapterFile, expand_path, read_adapter
 from inlay.adapters.load import LoadedAdapter, load_adapter
-from inlay.adapters.tables import table
+from inlay.adapters.tables import make_table
 from inlay.bases.device import Device
 from inlay.errors import BadInput
 from inlay.files.atomic import write_json, writing
@@ -134,8 +134,8 @@ def _section(name: str, evaluation: Evaluation) -> str:
     parts = [
         f"## Evaluation on {name}",
         f"{count} ({evaluation.split}), with 95 % bootstrap intervals over them.",
-        table(header, rows),
-        table(tuple(class_title(key) for key in names), cells),
+        make_table(header, rows),
+        make_table(tuple(class_title(key) for key in names), cells),
         *(_told_note(note, evaluation.data, name) for note in evaluation.notes),
     ]
     return "\n\n".join(filter(None, parts))

@@ -202,7 +202,7 @@ def _read_record_and_metrics(reading: Reading) -> None:
     folder = reading.folder
     reading.metrics = _json(folder / METRICS) if (folder / METRICS).is_file() else {}
     record = _record(folder, reading.metadata)
-    if record and record["config"] != fingerprint(reading.config):
+    if record and record["config"] != hash_config(reading.config):
         raise DamagedFile(
             f"{folder / CONFIG} is not what was saved with the weights; download it again, or save the adapter again."
         )
@@ -241,7 +241,7 @@ def _target(link: Path) -> Path:
         return Path()
 
 
-def fingerprint(config: dict[str, Any]) -> str:
+def hash_config(config: dict[str, Any]) -> str:
     """Digest of what an adapter_config.json says of the computation: names and versions do not count."""
     counted = {key: value for key, value in config.items() if key not in _INCIDENTAL}
     return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:16]

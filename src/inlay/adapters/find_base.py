@@ -6,8 +6,8 @@ from typing import Any
 
 from inlay.adapters.file import AdapterFile
 from inlay.adapters.identity import check_base, identify_base
-from inlay.adapters.task import task_of_file
-from inlay.bases.load import read_config, size_of
+from inlay.adapters.task import find_task_of_file
+from inlay.bases.load import find_size, read_config
 from inlay.errors import BadInput, InlayError
 from inlay.tasks.base import load_base
 
@@ -73,11 +73,11 @@ def _has_structure(file: AdapterFile, folder: Path) -> bool:
         if not (folder / "config.json").is_file():
             return False
         config: Any = read_config(str(folder), str(folder), None)
-        task_of_file(file, config)
+        find_task_of_file(file, config)
     except (InlayError, OSError, ValueError):  # a name from anywhere may be no path at all
         return False
     stored = file.record.get("base")
     if stored is None:
         return True
-    found = (config.model_type, *size_of(config))
+    found = (config.model_type, *find_size(config))
     return found == (stored["model_type"], stored.get("blocks"), stored.get("width"))

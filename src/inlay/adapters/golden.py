@@ -76,7 +76,7 @@ def compute_output(model: torch.nn.Module, processor: Any, task: Task) -> list[f
     return [float(f"{value:.6g}") for value in task.golden_values(found, OUTPUTS).float().tolist()]
 
 
-def deviation(stored: list[float], found: list[float]) -> float:
+def measure_deviation(stored: list[float], found: list[float]) -> float:
     """Largest difference relative to the largest stored logit; infinite for another size or for NaN."""
     a, b = np.asarray(stored), np.asarray(found)
     if a.shape != b.shape or not np.isfinite([a, b]).all():

@@ -6,9 +6,9 @@ from typing import Any
 from torch import nn
 
 from inlay.adapters.file import AdapterFile
-from inlay.adapters.sketch import precision_of, sketch
+from inlay.adapters.sketch import find_precision, sketch
 from inlay.adapters.sketch_distance import explain_difference
-from inlay.bases.load import size_of
+from inlay.bases.load import find_size
 from inlay.errors import WrongBase
 
 
@@ -27,7 +27,7 @@ class Identity:
 def identify_base(base: nn.Module) -> Identity:
     """The identity of a base, which one with adapters in it has, too."""
     convolutions = sum(isinstance(module, nn.modules.conv._ConvNd) for module in base.modules())
-    return Identity(base.config.model_type, *size_of(base.config), precision_of(base), sketch(base), convolutions)
+    return Identity(base.config.model_type, *find_size(base.config), find_precision(base), sketch(base), convolutions)
 
 
 def check_base(file: AdapterFile, base: Identity) -> None:

@@ -17,10 +17,10 @@ from inlay.adapters.file import CONFIG, AdapterFile, Reading
 from inlay.adapters.find_base import choose_base_in, find_base_next_to, holds_models
 from inlay.adapters.hub.fetch import fetch
 from inlay.adapters.identity import Identity, identify_base
-from inlay.adapters.sketch import precision_of
-from inlay.adapters.task import task_of_file
+from inlay.adapters.sketch import find_precision
+from inlay.adapters.task import find_task_of_file
 from inlay.bases.device import Device, choose_device
-from inlay.bases.load import Dtype, head_of, read_config, resolve_base
+from inlay.bases.load import Dtype, find_head, read_config, resolve_base
 from inlay.bases.quantize import Quantize
 from inlay.errors import BadInput, DamagedFile, InlayError, Unsupported, WrongBase
 from inlay.methods._peft import (
@@ -99,7 +99,7 @@ class LoadedAdapter:
             raise BadInput("this adapter is merged already.")
         if self.model.active_peft_config.is_prompt_learning:
             raise Unsupported("prompts and prefixes are tokens, which no weight can stand for; use it unmerged.")
-        kind = precision_of(self.model)
+        kind = find_precision(self.model)
         if kind != "float32":
             raise Unsupported(
                 f"merging into {kind} weights would round the adapter away; load the base in float32 first."
@@ -213,7 +213,7 @@ class OwnBase:
         """Put the adapter into the base, with a head of its size."""
         if getattr(self.base, "new_head", False) and not self.shared:
             _check_head(file, self.base)
-        self.task = task_of_file(file, self.base.config)
+        self.task = find_task_of_file(file, self.base.config)
         self.task.complete_base(self.base)
         self.restore = _undo(self.base)
         if file.labels and self.task.classifies:
@@ -235,18 +235,18 @@ class OwnBase:
 
 def _check_head(file: AdapterFile, model: PreTrainedModel) -> None:
     """A head that was drawn for the adapter's labels is to be replaced by the file's."""
-    lacking = [name for name in head_of(model) if not any(f".{name}." in key for key in file.shapes)]
+    lacking = [name for name in find_head(model) if not any(f".{name}." in key for key in file.shapes)]
     if lacking:
         raise DamagedFile(
-            f"adapter {file.name!r} has labels that are not its base's, but lacks a head ({lacking[0]!r}); get it "
-            "again."
+            f"adapter {file.name!r} has labels that are not its base's, but lacks a head ({lacking[0]!r}); download "
+            "it again."
         )
 
 
 def check_given_base(base: nn.Module) -> PreTrainedModel:
     """A model as a base: of transformers, and without an adapter in it."""
     if not isinstance(base, PreTrainedModel):
-        raise BadInput(f"expected the base as a name or a transformers model, got {type(base).__name__}.")
+        raise BadInput(f"base must be a name or a model of transformers, got {type(base).__name__}.")
     if carries_adapter(base):
         raise BadInput("this base carries an adapter already; give another copy of it, or unload that one first.")
     base.config.architectures = [type(base).__name__]  # that of the file it came from may have had another head
@@ -272,7 +272,7 @@ def load_own_base(
     config, revision = (
         _read_config_of_base(file, where) if name is None else (read_config(where, resolve_base(where), None), None)
     )
-    task = task_of_file(file, config)
+    task = find_task_of_file(file, config)
     if not task.could_take_base(config):  # the comparison of bases says it better
         return load_base(where, dtype=dtype, quantize=quantize, device=device)
     labels = file.labels if file.labels and task.classifies else None
@@ -306,7 +306,7 @@ def set_head(base: PreTrainedModel, file: AdapterFile) -> None:
         if not last:
             raise WrongBase(
                 f"this base was loaded with {config.num_labels} labels, adapter {file.name!r} has {len(labels)}: "
-                f"load it with load_base(name, task={task_of_file(file, config).name!r}, labels=...)."
+                f"load it with load_base(name, task={find_task_of_file(file, config).name!r}, labels=...)."
             )
         for name in last:
             old = heads[name]
@@ -316,7 +316,7 @@ def set_head(base: PreTrainedModel, file: AdapterFile) -> None:
 
 
 def _head_layers(base: PreTrainedModel) -> dict[str, nn.Linear]:
-    heads = head_of(base)
+    heads = find_head(base)
     return {n: m for n, m in base.named_modules() if n.split(".")[0] in heads and isinstance(m, nn.Linear)}
 
 
@@ -358,7 +358,7 @@ def inject_checked(file: AdapterFile, base: PreTrainedModel, weights: dict[str, 
         config = PeftConfig.from_pretrained(str(file.folder))
         _check_tokens(file, config, weights)
         name_tied_modules(config, base, weights)
-        if getattr(config, "use_dora", False) and precision_of(base) == "int8":
+        if getattr(config, "use_dora", False) and find_precision(base) == "int8":
             raise Unsupported(
                 f"adapter {file.name!r} is a DoRA, for which peft loses the scales of an 8-bit base; load it in 4 "
                 "bits or whole."
@@ -382,7 +382,7 @@ def inject_checked(file: AdapterFile, base: PreTrainedModel, weights: dict[str, 
         raise WrongBase(f"adapter {file.name!r} does not fit its config on this base: it {' and '.join(parts)}.")
     for key in sorted(expected):
         if expected[key] != tuple(weights[key].shape):
-            head = any(f".{name}." in key for name in head_of(base))
+            head = any(f".{name}." in key for name in find_head(base))
             hint = " Give base=load_base(name, labels=...) with the adapter's labels." if head else ""
             raise WrongBase(
                 f"adapter {file.name!r} does not fit its config on this base: {key} should be {expected[key]}, "

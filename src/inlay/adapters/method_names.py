@@ -5,15 +5,15 @@ from typing import Any
 from inlay.peft_types import PEFT_TYPES
 
 
-def method_name(config: dict[str, Any]) -> str:
+def name_method(config: dict[str, Any]) -> str:
     """What the method of an adapter_config.json is called; of a composite with its parts."""
     kind = str(config["peft_type"])
     name = PEFT_TYPES[kind].name if kind in PEFT_TYPES else kind
-    parts = [method_name(part) for part in config.get("parts", [])]
+    parts = [name_method(part) for part in config.get("parts", [])]
     return f"{name} of {' and '.join(parts)}" if parts else name
 
 
-def places(record: dict[str, Any], config: dict[str, Any]) -> str:
+def describe_sites(record: dict[str, Any], config: dict[str, Any]) -> str:
     """The method, its width, and the modules that it attaches to."""
     wide = {"r": "rank", "lora_alpha": "alpha", "width": "width", "length": "length", "num_virtual_tokens": "tokens"}
     lines = []
@@ -22,7 +22,7 @@ def places(record: dict[str, Any], config: dict[str, Any]) -> str:
         targets = part.get("target_modules") or []
         leaves = [targets] if isinstance(targets, str) else sorted({name.rpartition(".")[2] for name in targets})
         at = f"attached to {', '.join(f'`{leaf}`' for leaf in leaves)}" if leaves else ""
-        lines.append("- " + "; ".join(filter(None, (method_name(part), ", ".join(sizes), at))) + ".")
+        lines.append("- " + "; ".join(filter(None, (name_method(part), ", ".join(sizes), at))) + ".")
     if record["head"]:
         lines.append(f"- The head, {', '.join(f'`{head}`' for head in record['head'])}, is part of the adapter.")
     base = record["base"]
@@ -31,7 +31,7 @@ def places(record: dict[str, Any], config: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def citation(config: dict[str, Any]) -> str:
+def cite_method(config: dict[str, Any]) -> str:
     """The papers of a method, with links, by which the Hub finds it too."""
     parts = config.get("parts") or [config]
     known = [(PEFT_TYPES[str(part["peft_type"])], part) for part in parts if str(part["peft_type"]) in PEFT_TYPES]

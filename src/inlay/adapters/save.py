@@ -15,12 +15,12 @@ from safetensors.torch import save as to_bytes
 
 from inlay.adapters import golden
 from inlay.adapters.base_as_loaded import check_base_as_loaded
-from inlay.adapters.card import card
-from inlay.adapters.config import changes_base
-from inlay.adapters.curve import CURVE, draw_curve, drawable
-from inlay.adapters.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, fingerprint, read_adapter
-from inlay.adapters.sketch import precision_of, sketch
-from inlay.bases.load import head_of, size_of
+from inlay.adapters.card import make_card
+from inlay.adapters.config import find_base_changing_init
+from inlay.adapters.curve import CURVE, draw_curve, is_drawable
+from inlay.adapters.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, hash_config, read_adapter
+from inlay.adapters.sketch import find_precision, sketch
+from inlay.bases.load import find_head, find_size
 from inlay.errors import BadInput, ComputationFailed, Unsupported
 from inlay.files.atomic import write_json, writing
 from inlay.files.tensor_header import sign
@@ -66,12 +66,14 @@ def save_adapter(
     task = task_of_model(model.get_base_model(), processor)
     check_base_as_loaded(model, task)
     if dtype not in ("float32", "float16") or (dtype == "float16" and model.active_peft_config.is_prompt_learning):
-        raise BadInput(f"expected dtype float32, or float16 but for peft's prompts and prefixes, got {dtype!r}.")
+        raise BadInput(
+            f"dtype must be float32, or float16 where the adapter is no prompt or prefix of peft; got {dtype!r}."
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / CONFIG).is_file():
         raise BadInput(f"{folder} exists and is not an adapter; give another folder.")
     if not PartialState().is_main_process:
         return folder
-    metrics = {**author(), **(metrics or {}), "versions": versions()}
+    metrics = {**read_author(), **(metrics or {}), "versions": read_versions()}
     with writing(folder) as new:
         model.save_pretrained(str(new), selected_adapters=[model.active_adapter], save_embedding_layers=False)
         if model.active_adapter != "default":  # peft puts any other name in a folder of its own
@@ -86,7 +88,7 @@ def save_adapter(
         config = _complete_config(new / CONFIG, model.active_peft_config)
         record = {
             **_record(model, processor, task),
-            "config": fingerprint(config),
+            "config": hash_config(config),
             **({"tasks": groups} if groups else {}),
         }
         if not np.isfinite(record["golden"]).all():
@@ -96,9 +98,9 @@ def save_adapter(
         )
         (new / WEIGHTS).write_bytes(sign(data))
         write_json(new / METRICS, metrics)
-        if drawable(metrics.get("history")):
+        if is_drawable(metrics.get("history")):
             draw_curve(metrics["history"], new / CURVE)
-        (new / CARD).write_text(card(record, config, metrics), encoding="utf-8")
+        (new / CARD).write_text(make_card(record, config, metrics), encoding="utf-8")
         read_adapter(new)
     return folder
 
@@ -110,7 +112,7 @@ def _check_model(model: Any) -> None:
         raise BadInput(
             "save_adapter takes a model with one active adapter, neither merged nor disabled: undo that first."
         )
-    if init := changes_base(model.active_peft_config.to_dict()):
+    if init := find_base_changing_init(model.active_peft_config.to_dict()):
         raise Unsupported(
             f"the initialisation {init!r} changes the base, so the adapter would be wrong on the base as it was; "
             "train with another init_lora_weights, such as True."
@@ -122,20 +124,20 @@ def _check_weights(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
         if not torch.isfinite(value).all():
             raise ComputationFailed(f"the weight {key!r} holds NaN or Inf; nothing was saved.")
     base = model.get_base_model()
-    heads = head_of(base)
+    heads = find_head(base)
     if getattr(base, "new_head", False) and not all(any(f".{head}." in key for key in weights) for head in heads):
         raise BadInput(
             f"the head is new, but no part of this adapter, so it would be lost; train it: modules_to_save={heads}."
         )
 
 
-def author() -> dict[str, str]:
+def read_author() -> dict[str, str]:
     """Who trains, where INLAY_AUTHOR says so: nobody is named unasked, neither the login nor the Hub's user."""
     name = os.environ.get("INLAY_AUTHOR", "").strip()
     return {"trained_by": name} if name else {}
 
 
-def versions() -> dict[str, str]:
+def read_versions() -> dict[str, str]:
     """The versions that decide what an adapter computes."""
     names = ("inlay", "torch", "transformers", "peft", "accelerate")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
@@ -145,7 +147,7 @@ def _record(model: PeftModel, processor: Any, task: Task) -> dict[str, Any]:
     base = model.get_base_model()
     config = base.config
     task.check_method(model)
-    blocks, width = size_of(config)
+    blocks, width = find_size(config)
     return {
         "format": FORMAT,
         "task": task.name,
@@ -155,11 +157,11 @@ def _record(model: PeftModel, processor: Any, task: Task) -> dict[str, Any]:
             "model_type": config.model_type,
             "blocks": blocks,
             "width": width,
-            "precision": precision_of(model),
+            "precision": find_precision(model),
             "sketch": sketch(model),
         },
         "labels": task.labels(base, model.active_peft_config),
-        "head": head_of(base) if task.classifies else [],
+        "head": find_head(base) if task.classifies else [],
         "preprocessing": task.processor_settings(processor),
         "golden": golden.compute_output(model, processor, task),
     }

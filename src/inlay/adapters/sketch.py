@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from inlay.adapters.sketch_distance import ENTRY, FLOOR, PROJECTIONS, TOLERANCE, distance
-from inlay.bases.load import head_of
+from inlay.adapters.sketch_distance import ENTRY, FLOOR, PROJECTIONS, TOLERANCE
+from inlay.bases.load import find_head
 from inlay.errors import Unsupported
 from inlay.methods._peft import PeftModel, adapter_parameters, base_modules, dequantize_weight
 
-__all__ = ["TOLERANCE", "distance", "precision_of", "sketch"]
+__all__ = ["find_precision", "sketch"]
 
 TENSORS = 64  # as many weights are sketched, evenly spaced over the depth
 SIDE = 4096  # and no more than so many rows and columns of each
@@ -46,11 +46,13 @@ def sketch(model: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def precision_of(model: torch.nn.Module) -> str:
+def find_precision(model: torch.nn.Module) -> str:
     """The coarsest form in which a weight of the base is held: float32, float16, bfloat16, int8 or nf4."""
     kinds = {_kind(module) for _, module in _weights(model)}
     if not kinds <= TOLERANCE.keys():
-        raise Unsupported(f"expected weights in {', '.join(TOLERANCE)}, got {', '.join(kinds - TOLERANCE.keys())}.")
+        raise Unsupported(
+            f"the base is held in {', '.join(kinds - TOLERANCE.keys())}; load it in one of {', '.join(TOLERANCE)}."
+        )
     return max(kinds, key=list(TOLERANCE).index)
 
 
@@ -85,7 +87,7 @@ _FEW_BITS = {"Linear8bitLt": "int8", "Linear4bit": "nf4"}
 
 def _weights(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     modules = list(base_modules(model, originals=True))
-    heads = tuple(f"{head}." for head in head_of(modules[0][1]))
+    heads = tuple(f"{head}." for head in find_head(modules[0][1]))
     for name, module in modules:
         weight = module._parameters.get("weight")
         if not f"{name}.".startswith(heads) and weight is not None and weight.ndim >= 2:

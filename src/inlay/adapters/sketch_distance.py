@@ -29,7 +29,7 @@ def explain_difference(stored: dict[str, Any], found: dict[str, Any]) -> str:
         stored: `precision` and `sketch` of a base.
         found: The same of another.
     """
-    off = distance(stored["sketch"], found["sketch"])
+    off = measure_distance(stored["sketch"], found["sketch"])
     limit = max(TOLERANCE[stored["precision"]], TOLERANCE[found["precision"]])
     if off > limit:
         return f"sketches {off:.3f} apart, {limit} allowed"
@@ -50,7 +50,7 @@ def _compare_rest(stored: str, found: str) -> tuple[int, int]:
     return int((off > limits).sum()), len(at)
 
 
-def distance(stored: dict[str, Any], found: dict[str, Any]) -> float:
+def measure_distance(stored: dict[str, Any], found: dict[str, Any]) -> float:
     """Root-mean-square distance per weight matrix of two sketches; about 1.4 for unrelated weights of equal size."""
     a, b = (np.frombuffer(base64.b64decode(s["values"]), dtype="<f4").astype(np.float64) for s in (stored, found))
     return float(np.sqrt(2 * np.mean((a - b) ** 2))) if a.shape == b.shape and a.size else float("inf")

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from inlay.adapters.file import AdapterFile, read_adapter
-from inlay.adapters.method_names import method_name
+from inlay.adapters.method_names import name_method
 
 
-def summary(folder: str | Path) -> dict[str, Any]:
+def summarise_adapter(folder: str | Path) -> dict[str, Any]:
     """Facts about one adapter folder, read and checked without loading a base.
 
     Raises:
@@ -19,7 +19,7 @@ def summary(folder: str | Path) -> dict[str, Any]:
     return {
         "name": file.name,
         "folder": str(file.folder.resolve()),
-        "method": method(file),
+        "method": describe_method(file),
         "base": file.base_name or "unknown",
         "revision": base.get("revision"),
         "task": file.record.get("task"),
@@ -41,12 +41,12 @@ def summary(folder: str | Path) -> dict[str, Any]:
     }
 
 
-def method(file: AdapterFile) -> str:
+def describe_method(file: AdapterFile) -> str:
     """Method and width, such as `LoRA r=8, alpha=16`."""
     width = {"r": "r", "lora_alpha": "alpha", "width": "width", "length": "length", "last": "last", "train": "train"}
     config = file.config
     said = [f"{short}={config[key]}" for key, short in width.items() if config.get(key) is not None]
-    return f"{method_name(config)} {', '.join(said)}".strip()
+    return f"{name_method(config)} {', '.join(said)}".strip()
 
 
 def _measured(file: AdapterFile, what: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from inlay.tasks import find_task, task_of_base
 from inlay.tasks.task import Task
 
 
-def task_of_file(file: AdapterFile, config: Any = None) -> Task:
+def find_task_of_file(file: AdapterFile, config: Any = None) -> Task:
     """The task in an adapter's record; of one that plain peft has saved, what its base is for.
 
     Args:

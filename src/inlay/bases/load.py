@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForMaskGeneration, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from inlay.bases.device import Device, choose_device
-from inlay.bases.quantize import Quantize, compute_plainly, flatten_inputs, quantization, stored_bits
+from inlay.bases.quantize import Quantize, compute_plainly, find_stored_form, flatten_inputs, make_quantization_config
 from inlay.bases.sites import head_modules
 from inlay.errors import BadInput, DamagedFile, InlayError, Unreachable, Unsupported
 from inlay.files.folder_or_hub import refuse_ambiguous
@@ -24,7 +24,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 BUILTIN = Path(__file__).parents[1] / "builtin"
 
 
-def builtin_names() -> list[str]:
+def list_builtin_bases() -> list[str]:
     """The embedded bases, as `builtin:` names."""
     return sorted(f"builtin:{path.parent.name}" for path in BUILTIN.glob("*/config.json"))
 
@@ -39,20 +39,21 @@ def resolve_base(name: str | Path, revision: str | None = None) -> str:
     name = str(name)
     if name.startswith("builtin:"):
         if revision is not None:
-            raise BadInput(f"revision {revision!r} is of a Hub id, and {name} has none; leave it out.")
-        if name not in builtin_names():
-            raise BadInput(f"unknown embedded model {name!r}; choose one of {', '.join(builtin_names())}.")
+            raise BadInput(f"revision {revision!r} needs a Hub id, and {name} is none; leave it out.")
+        if name not in list_builtin_bases():
+            raise BadInput(f"unknown embedded model {name!r}; choose one of {', '.join(list_builtin_bases())}.")
         return str(BUILTIN / name.removeprefix("builtin:"))
     path = Path(name).expanduser()
     if path.is_dir() and name:
         if not (path / "config.json").is_file():
-            raise BadInput(f"expected a model folder with config.json, but {name} has none.")
+            raise BadInput(f"{name} has no config.json, so it is no model; give the folder that save_pretrained wrote.")
         refuse_ambiguous(name, "config.json", revision)
         return str(path)
     of_windows = "\\" in name or re.match(r"[A-Za-z]:", name)
     if path.is_file() or of_windows or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         raise BadInput(
-            f"no model folder at {name!r}; give a folder, a Hub id (user/name) or one of {', '.join(builtin_names())}."
+            f"no model folder at {name!r}; give a folder, a Hub id (user/name) or one of "
+            f"{', '.join(list_builtin_bases())}."
         )
     return name
 
@@ -96,7 +97,7 @@ def load_pretrained(
     if labels is not None and new_head:
         set_labels(config, labels)
     loader = getattr(transformers, auto_class)
-    stored = stored_bits(name, config, quantize)
+    stored = find_stored_form(name, config, quantize)
     try:
         with _quiet(local=Path(where).is_dir()):
             model, report = loader.from_pretrained(
@@ -108,7 +109,7 @@ def load_pretrained(
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                quantization_config=None if stored else quantization(quantize, name, config, loader, dtype),
+                quantization_config=None if stored else make_quantization_config(quantize, name, config, loader, dtype),
                 # packed on the device itself
                 device_map=None if placed is None or not (quantize or stored) else {"": placed},
             )
@@ -140,8 +141,8 @@ def load_structure(
 ) -> PreTrainedModel:
     """A base without its weights, on torch's meta device. Arguments as in `load_pretrained`."""
     loader = getattr(transformers, auto_class)
-    stored_bits(name, config, quantize)
-    settings = quantization(quantize, name, config, loader, dtype)
+    find_stored_form(name, config, quantize)
+    settings = make_quantization_config(quantize, name, config, loader, dtype)
     try:
         with torch.device("meta"):
             model = loader.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
@@ -155,19 +156,19 @@ def load_structure(
     return model.requires_grad_(False).eval()
 
 
-def makes_masks(config: Any) -> bool:
+def is_mask_generator(config: Any) -> bool:
     """True for the config of a SAM: it answers points and boxes with masks, and has neither head nor labels."""
     return type(config) in AutoModelForMaskGeneration._model_mapping
 
 
-def head_of(model: Any) -> list[str]:
+def find_head(model: Any) -> list[str]:
     """Names of the task head, which new labels replace (`head_modules`); SAM has none."""
-    return [] if makes_masks(getattr(model, "config", None)) else head_modules(model)
+    return [] if is_mask_generator(getattr(model, "config", None)) else head_modules(model)
 
 
-def size_of(config: Any) -> tuple[int | None, int | None]:
+def find_size(config: Any) -> tuple[int | None, int | None]:
     """Blocks and width of a model, by its config; of SAM those of its image encoder."""
-    body = config.vision_config if makes_masks(config) else config
+    body = config.vision_config if is_mask_generator(config) else config
     return getattr(body, "num_hidden_layers", None), getattr(body, "hidden_size", None)
 
 
@@ -179,7 +180,7 @@ def set_labels(config: Any, labels: Sequence[str]) -> None:
     """
     names = list(labels)
     if isinstance(labels, str) or len(names) < 2 or len(set(names)) < len(names):
-        raise BadInput(f"expected labels as a list of two or more different names, got {str(labels)[:80]!r}.")
+        raise BadInput(f"labels must be a list of two or more different names, got {str(labels)[:80]!r}.")
     config.num_labels = len(names)  # derived from id2label, but for PVT an attribute of its own
     config.id2label = dict(enumerate(names))
     config.label2id = {label: i for i, label in enumerate(names)}
@@ -224,7 +225,7 @@ def read_config(name: str, where: str, revision: str | None) -> Any:
 
 def _check_report(name: str, model: PreTrainedModel, report: dict[str, Any], new_head: bool) -> None:
     """transformers re-initialises what does not fit, with no more than a warning: allow that for a new head only."""
-    heads = head_of(model)
+    heads = find_head(model)
     odd = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     fresh = tuple(f"{head}." for head in heads)
     odd = sorted(key for key in odd if not (new_head and key.startswith(fresh)))
@@ -276,7 +277,7 @@ def _missing_poolers(model: PreTrainedModel, missing: Iterable[str]) -> list[str
 
 def _lacks_heads(model: PreTrainedModel, missing: Iterable[str]) -> bool:
     """Whether the weights have nothing at all of the task head."""
-    heads = tuple(f"{head}." for head in head_of(model))
+    heads = tuple(f"{head}." for head in find_head(model))
     inside = {name for name, _ in model.named_parameters() if name.startswith(heads)}
     return bool(inside) and inside <= set(missing)
 
@@ -300,7 +301,7 @@ def explain_load_error(name: str, error: Exception) -> InlayError:
     text = str(error)
     if isinstance(error, SafetensorError):
         return DamagedFile(
-            f"the weights of {name} are not a whole safetensors file ({first_line(error)}); download it again."
+            f"the weights of {name} are not a whole safetensors file ({take_first_line(error)}); download it again."
         )
     if "offline" in text.lower() or "couldn't connect" in text.lower() or "connection" in text.lower():
         return Unreachable(
@@ -314,9 +315,9 @@ def explain_load_error(name: str, error: Exception) -> InlayError:
         return Unsupported(
             f"{name} needs code from its repository, which inlay never runs; use a model of transformers."
         )
-    return DamagedFile(f"{name} could not be loaded: {first_line(error)}")
+    return DamagedFile(f"{name} could not be loaded: {take_first_line(error)}")
 
 
-def first_line(error: Exception) -> str:
+def take_first_line(error: Exception) -> str:
     """Of what an error says, at most 200 characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

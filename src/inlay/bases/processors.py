@@ -7,7 +7,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerB
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
-from inlay.bases.load import explain_load_error, first_line, read_config, resolve_base
+from inlay.bases.load import explain_load_error, read_config, resolve_base, take_first_line
 from inlay.errors import BadInput, DamagedFile, Unsupported
 
 _PROCESSOR = "preprocessor_config.json"
@@ -30,7 +30,7 @@ def load_processor(name: str | Path, revision: str | None = None) -> BaseImagePr
         processor = AutoImageProcessor.from_pretrained(where, revision=revision, backend="pil", trust_remote_code=False)
     except Exception as error:  # settings are data from anywhere: they fail in any way
         if _has_processor(name, where, revision):
-            raise DamagedFile(f"the {_PROCESSOR} of {name} cannot be used: {first_line(error)}") from error
+            raise DamagedFile(f"the {_PROCESSOR} of {name} cannot be used: {take_first_line(error)}") from error
         processor = None
     config = read_config(name, where, revision)
     if processor is None:
@@ -44,7 +44,7 @@ def _standard_processor(name: str, config: Any) -> BaseImageProcessor:
     kind = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type, {}).get("pil")
     if kind is None:
         raise BadInput(f"{name} has no {_PROCESSOR}, and {config.model_type} no standard one; add one to the folder.")
-    processor = processor_from({"image_processor_type": kind.removesuffix("Pil")})
+    processor = build_processor({"image_processor_type": kind.removesuffix("Pil")})
     body = getattr(config, "vision_config", config)
     size: Any = getattr(body, "image_size", None)
     patch: Any = getattr(body, "patch_size", None)
@@ -78,7 +78,7 @@ def _match_channels(processor: BaseImageProcessor, channels: Any, name: str) -> 
             setattr(processor, key, [average] if channels == 1 else [*values, average])
 
 
-def processor_from(settings: dict[str, Any]) -> BaseImageProcessor:
+def build_processor(settings: dict[str, Any]) -> BaseImageProcessor:
     """Rebuild an image processor, in its Pillow version, from its `to_dict`.
 
     Raises:
@@ -98,7 +98,9 @@ def processor_from(settings: dict[str, Any]) -> BaseImageProcessor:
     try:
         return getattr(transformers, kind)(**{k: v for k, v in settings.items() if k != "image_processor_type"})
     except (TypeError, ValueError) as error:
-        raise DamagedFile(f"the image processor {named} does not take these settings: {first_line(error)}") from error
+        raise DamagedFile(
+            f"the image processor {named} does not take these settings: {take_first_line(error)}"
+        ) from error
 
 
 def _has_processor(name: str, where: str, revision: str | None) -> bool:
@@ -148,7 +150,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
                     f"{name} is a {config.model_type} without a tokenizer; use a language model, or add its "
                     "tokenizer.json to the folder."
                 ) from error
-            raise DamagedFile(f"the tokenizer of {name} cannot be used: {first_line(error)}") from error
+            raise DamagedFile(f"the tokenizer of {name} cannot be used: {take_first_line(error)}") from error
         raise explain_load_error(name, error) from error
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < tokenizer.model_max_length:

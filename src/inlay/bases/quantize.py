@@ -12,7 +12,7 @@ from inlay.errors import BadInput, Unsupported
 Quantize = Literal["8bit", "4bit"]
 
 
-def quantization(quantize: Quantize | None, name: str, config: Any, kind: Any, dtype: str) -> Any:
+def make_quantization_config(quantize: Quantize | None, name: str, config: Any, kind: Any, dtype: str) -> Any:
     """bitsandbytes' settings for a base of the auto class `kind`.
 
     Head and pooler stay whole, as an int8 weight cannot be trained. So do, under 4 bits, layers whose input is no
@@ -49,7 +49,7 @@ def quantization(quantize: Quantize | None, name: str, config: Any, kind: Any, d
     )
 
 
-def stored_bits(name: str, config: Any, quantize: Quantize | None) -> str | None:
+def find_stored_form(name: str, config: Any, quantize: Quantize | None) -> str | None:
     """In which form the weights of a base are stored: 8bit or 4bit, another method's name, or None where whole.
 
     Raises:

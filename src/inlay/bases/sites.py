@@ -20,7 +20,7 @@ _said: set[str] = set()  # model classes of which it has been said what was foun
 
 Modules = dict[str, nn.Module]
 
-# Query, key and value projections by leaf name, in the spellings of transformers and timm; a fused one stands alone.
+# Query, key and value projections by leaf name, in the spellings of transformers and timm; a fused one is one name.
 _QKV = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -198,8 +198,8 @@ def sites(model: nn.Module) -> Sites:
     places = listed or (row and _places(row, inner))
     if not places:
         raise Unsupported(
-            f"expected one stack of equal blocks with query, key and value projections (q_proj, query, qkv ...) "
-            f"in {label}, found the children {', '.join(children) or 'none'}; give target_modules by hand."
+            f"{label} has no single stack of equal blocks with query, key and value projections (q_proj, query, qkv "
+            f"...); its children are {', '.join(children) or 'none'}. Give target_modules by hand."
         )
     full = {field: tuple(prefix + name for name in names) for field, names in places.items()}
     if not listed:
@@ -207,8 +207,8 @@ def sites(model: nn.Module) -> Sites:
         if label not in _said:
             _said.add(label)
             logger.warning("%s by structure: %d blocks; the first of each: %s", label, len(full["blocks"]), first)
-    beside = [name for name, child in children.items() if any(True for _ in child.parameters())] if prefix else []
-    head = [name for name in beside if not prefix.startswith(f"{name}.") and name not in OTHER_INPUTS]
+    others = [name for name, child in children.items() if any(True for _ in child.parameters())] if prefix else []
+    head = [name for name in others if not prefix.startswith(f"{name}.") and name not in OTHER_INPUTS]
     head += getattr(model, "new_poolers", []) if head else []
     return Sites(source=kind if listed else "structure", head=tuple(head), **full)
 
@@ -309,9 +309,9 @@ def _block_around(qkv: list[str], modules: Modules) -> str:
     attention = qkv[0].rpartition(".")[0]
     block = attention.rpartition(".")[0]
     while block:
-        beside = (n for n in modules if n.startswith(f"{block}.") and not n.startswith(f"{attention}."))
+        next_to_it = (n for n in modules if n.startswith(f"{block}.") and not n.startswith(f"{attention}."))
         called = block.rpartition(".")[2].isdigit() and not isinstance(modules[block], nn.ModuleList)
-        if called and any(is_linear(modules[name]) for name in beside):
+        if called and any(is_linear(modules[name]) for name in next_to_it):
             break
         block = block.rpartition(".")[0]
     return block
@@ -391,8 +391,8 @@ def head_modules(model: nn.Module) -> list[str]:
     if not heads:
         children = ", ".join(name for name, _ in model.named_children())
         raise Unsupported(
-            f"expected a backbone and a task head in {type(model).__name__}, found the children {children or 'none'}; "
-            "name the head by modules_to_save yourself."
+            f"{type(model).__name__} has no backbone and task head to tell apart; its children are "
+            f"{children or 'none'}. Name the head by modules_to_save yourself."
         )
     return heads
 

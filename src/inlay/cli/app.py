@@ -38,9 +38,9 @@ def info(
         trust.show_checks(adapter, base, device, as_json)
         return
     from inlay.adapters.hub.fetch import fetch
-    from inlay.adapters.summary import summary
+    from inlay.adapters.summary import summarise_adapter
 
-    facts = summary(fetch(adapter))
+    facts = summarise_adapter(fetch(adapter))
     if base is not None:
         from inlay.adapters.load import load_adapter
 

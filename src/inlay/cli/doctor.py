@@ -42,7 +42,7 @@ def examine() -> list[Finding]:
     import torch
 
     from inlay.bases.device import choose_device
-    from inlay.bases.load import builtin_names
+    from inlay.bases.load import list_builtin_bases
 
     findings = [Finding("python", None, f"{platform.python_version()} on {platform.platform(terse=True)}")]
     findings += [Finding(name, *_find_version(name)) for name in _PACKAGES]
@@ -57,7 +57,7 @@ def examine() -> list[Finding]:
     findings.append(_find_torchvision())
     offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
     findings.append(Finding("Hub", None, "offline by HF_HUB_OFFLINE" if offline else "online (not tried)"))
-    findings.append(Finding("embedded bases", None, ", ".join(builtin_names())))
+    findings.append(Finding("embedded bases", None, ", ".join(list_builtin_bases())))
     return findings
 
 

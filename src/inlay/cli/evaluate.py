@@ -66,9 +66,9 @@ def _check_classifies(adapter: str) -> None:
     """Raise Unsupported, before the scoring, for an adapter that is not a classifier."""
     from inlay.adapters.file import read_adapter
     from inlay.adapters.hub.fetch import fetch
-    from inlay.adapters.task import task_of_file
+    from inlay.adapters.task import find_task_of_file
 
-    task = task_of_file(read_adapter(fetch(adapter)))
+    task = find_task_of_file(read_adapter(fetch(adapter)))
     if not task.classifies:
         raise Unsupported(f"an adapter for {task.name} has no confusion matrix; leave --matrix out.")
 

@@ -77,13 +77,13 @@ def search(
 
 def list_(folder: Folder = Path("adapters_hub"), as_json: JsonOption = False) -> None:
     """List a folder of adapters with task, method, base, data, size and scores."""
-    from inlay.adapters.hub.index import list_adapters, scores
+    from inlay.adapters.hub.index import format_scores, list_adapters
 
     rows = list_adapters(folder)
     if as_json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
-    _print_rows([{**row, "scores": scores(row)} for row in rows])
+    _print_rows([{**row, "scores": format_scores(row)} for row in rows])
 
 
 def index(folder: Folder = Path("adapters_hub")) -> None:

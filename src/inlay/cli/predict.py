@@ -26,9 +26,9 @@ def predict(context: typer.Context) -> None:
         return
     from inlay.adapters.file import read_adapter
     from inlay.adapters.hub.fetch import fetch
-    from inlay.adapters.task import task_of_file
+    from inlay.adapters.task import find_task_of_file
 
-    task = task_of_file(read_adapter(fetch(adapter)))
+    task = find_task_of_file(read_adapter(fetch(adapter)))
     for option in _named_options(arguments):
         if option not in (*_COMMON, *map(_flag_of, task.options)):
             raise BadInput(_explain_option(option, adapter, task))

@@ -20,8 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from inlay.adapters.file import CARD
 from inlay.adapters.load import LoadedAdapter, attach_adapter, load_adapter, load_own_base
-from inlay.adapters.sketch import precision_of
-from inlay.adapters.summary import method
+from inlay.adapters.sketch import find_precision
+from inlay.adapters.summary import describe_method
 from inlay.adapters.weights import read_weights
 from inlay.bases.load import Dtype
 from inlay.bases.quantize import Quantize
@@ -136,7 +136,7 @@ def merge(
         report = Merged(
             folder=out,
             adapter=loaded.file.name,
-            method=method(loaded.file),
+            method=describe_method(loaded.file),
             base=str(base or loaded.file.base_name),
             stored=stored,
             effect=effect,
@@ -188,7 +188,7 @@ def _check_merges(loaded: LoadedAdapter) -> None:
     loaded.task.check_merges(loaded.name)
     if model.active_peft_config.is_prompt_learning:
         raise Unsupported("prompts and prefixes are tokens, which no weight can stand for; use the adapter unmerged.")
-    if precision_of(model) in ("int8", "nf4"):
+    if find_precision(model) in ("int8", "nf4"):
         raise BadInput("this base is stored in 8 or 4 bits; give the one that it was quantised from, and quantize.")
     if hasattr(model.base_model, "check_merge"):
         model.base_model.check_merge()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from inlay.adapters.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, fingerprint, read_adapter
+from inlay.adapters.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, hash_config, read_adapter
 from inlay.combine.heads import Heads
 from inlay.combine.parts import Array, Source
 from inlay.errors import BadInput, ComputationFailed
@@ -168,9 +168,9 @@ def write_settings(folder: Path, config: dict[str, Any], record: dict[str, Any],
         groups = "; ".join(f"`{name}`: {', '.join(rows)}" for name, rows in record["tasks"].items())
         said += f"\nGroups of labels, to choose one by `predict(..., group=)`: {groups}.\n"
     if record:
-        from inlay.adapters.card import card
+        from inlay.adapters.card import make_card
 
-        text = card(record, config, metrics)
+        text = make_card(record, config, metrics)
         text = text.replace("## Results", f"{said}\n## Results", 1)
     else:
         text = f"---\nlibrary_name: peft\n---\n\n# {folder.name.strip('.').removesuffix('.inlay-new')}\n\n{said}"
@@ -181,7 +181,7 @@ def make_metadata(config: dict[str, Any], record: dict[str, Any]) -> dict[str, s
     """The metadata of the safetensors header."""
     if not record:
         return {"format": "pt"}
-    said = json.dumps({**record, "config": fingerprint(config)}, separators=(",", ":"), ensure_ascii=False)
+    said = json.dumps({**record, "config": hash_config(config)}, separators=(",", ":"), ensure_ascii=False)
     return {"format": "pt", "inlay": said}
 
 

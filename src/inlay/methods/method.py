@@ -7,7 +7,7 @@ from typing import Literal
 from peft import PeftConfig, get_peft_model
 from torch import nn
 
-from inlay.bases.load import makes_masks
+from inlay.bases.load import is_mask_generator
 from inlay.bases.sites import sites
 
 MakeConfig = Callable[[nn.Module, int], PeftConfig | None]  # of a model of transformers and a width
@@ -54,7 +54,7 @@ class Method:
         """The frozen `model` with what is to be trained: the adapter, and the head of a classifier."""
         bare = next(model.parameters()).is_meta
         config = (self.skeleton_config if bare and self.skeleton_config else self.config)(model, width)
-        headless = writes_text(model) or makes_masks(getattr(model, "config", None))
+        headless = writes_text(model) or is_mask_generator(getattr(model, "config", None))
         head = [] if headless else list(sites(model).head)
         if config is None:
             for name in head if self.trains == "head" else [""]:

@@ -23,13 +23,13 @@ from transformers import PreTrainedModel
 
 from inlay.adapters import golden
 from inlay.adapters.checks import Candidate, Result, run_checks
-from inlay.adapters.file import CONFIG, AdapterFile, Reading, fingerprint, read_adapter
+from inlay.adapters.file import CONFIG, AdapterFile, Reading, hash_config, read_adapter
 from inlay.adapters.hub.fetch import fetch
 from inlay.adapters.identity import Identity, identify_base
 from inlay.adapters.load import check_given_base
-from inlay.adapters.task import task_of_file
+from inlay.adapters.task import find_task_of_file
 from inlay.bases.device import Device, choose_device
-from inlay.bases.load import head_of, read_config, resolve_base
+from inlay.bases.load import find_head, read_config, resolve_base
 from inlay.errors import BadInput, InlayError, Unsupported
 from inlay.methods._peft import put_layers_back, remove_all_adapters, take_layers_out, undo_layer_changes
 from inlay.serve.bank_layer import BankLayer, Rows, Site, Stacks
@@ -323,7 +323,7 @@ class Bank:
     def _find_sites(self, file: AdapterFile, weights: Values) -> list[Site]:
         """Where the adapter goes; one of a config and shapes that are known needs no injection to tell."""
         shapes = tuple(sorted((key, tuple(value.shape)) for key, value in weights.items()))
-        key = (fingerprint(file.config), len(file.labels), shapes)
+        key = (hash_config(file.config), len(file.labels), shapes)
         if key not in self._known_sites:
             self._known_sites[key] = find_sites(self.model, file, weights)
         return self._known_sites[key]
@@ -425,7 +425,7 @@ class _Newcomer:
     def inject(self, file: AdapterFile, weights: Values) -> None:
         """Fill a slot, which is the adapter's own from here on."""
         bank = self._bank
-        lacking = [head for head in head_of(bank.model) if not any(f".{head}." in key for key in weights)]
+        lacking = [head for head in find_head(bank.model) if not any(f".{head}." in key for key in weights)]
         if bank._lacks_head and lacking:
             raise Unsupported(
                 f"adapter {file.name!r} brings no head {lacking[0]!r}, and neither does the base of this bank; give it "
@@ -457,7 +457,7 @@ class _Newcomer:
     def load_processor(self, file: AdapterFile) -> Any:
         """One for all adapters of the same settings; None for plain peft's, where the base brings none."""
         bank, settings = self._bank, file.record.get("preprocessing")
-        task = task_of_file(file, bank.model.config)
+        task = find_task_of_file(file, bank.model.config)
         base = str(bank.model.name_or_path or file.base_name)
         key = json.dumps([task.name, base, settings], sort_keys=True)
         if key not in bank._processors:
@@ -473,7 +473,7 @@ class _Newcomer:
         """Of one row of the bank; the same bytes on the same base give what they gave."""
         bank, outputs = self._bank, self._bank._outputs
         if file.digest not in outputs:
-            task = task_of_file(file, bank.model.config)
+            task = find_task_of_file(file, bank.model.config)
             found = golden.compute_output(_OneRow(bank, self._name), processor, task)
             if not file.digest:
                 return found
@@ -530,7 +530,7 @@ def _load_base_of(name: str | Path, adapters: Mapping[str, str | Path], device: 
     if first is None:
         return load_base(name, device=device)
     file, config = read_adapter(fetch(first)), read_config(str(name), resolve_base(str(name)), None)
-    task = task_of_file(file, config)
+    task = find_task_of_file(file, config)
     if not task.could_take_base(config):  # the comparison of bases says it better
         return load_base(name, device=device)
     with_head = getattr(transformers, task.auto_class)._model_mapping[type(config)].__name__

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from inlay.adapters.file import AdapterFile
 from inlay.adapters.load import inject_checked, set_head
-from inlay.adapters.task import task_of_file
+from inlay.adapters.task import find_task_of_file
 from inlay.bases.sites import sites
 from inlay.errors import Unsupported, WrongBase
 from inlay.methods._peft import AuxiliaryTrainingWrapper, BaseTunerLayer, PeftModel, adapter_shapes, name_in_base
@@ -47,7 +47,7 @@ def find_sites(model: PreTrainedModel, file: AdapterFile, weights: dict[str, tor
         InlayError: Tensors that do not fit; a method, or a form of one, that does not add to each row by itself.
     """
     skeleton = _skeleton(model)
-    if file.labels and task_of_file(file, model.config).classifies:
+    if file.labels and find_task_of_file(file, model.config).classifies:
         set_head(skeleton, file)
     adapted = inject_checked(file, skeleton, weights)
     if not adapted.active_peft_config.is_prompt_learning:

@@ -75,8 +75,8 @@ def read_factors(path: Path) -> Factors:
     else:
         some = ", ".join(list(tensors)[:3])
         raise Unsupported(
-            f"{path} has no LoRA that inlay knows: expected keys of peft, loralib, diffusers, kohya or cloneofsimo, "
-            f"got {some or 'none'}."
+            f"{path} has no LoRA that inlay knows (its keys: {some or 'none'}); give one of peft, loralib, diffusers, "
+            "kohya or cloneofsimo."
         )
     for name, pair in found.layers.items():
         if set(pair) != {"A", "B"} or any(v.ndim != 2 or not v.numel() for v in pair.values()):

@@ -34,9 +34,9 @@ def check_name(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise BadInput(f"expected user/name on the Hub, got {repo!r}: {error}") from None
+        raise BadInput(f"{repo!r} is no name on the Hub ({error}); give user/name.") from None
     if repo.count("/") != 1:
-        raise BadInput(f"expected user/name on the Hub, got {repo!r}; name the user or organisation.")
+        raise BadInput(f"{repo!r} names no user or organisation; give user/name.")
 
 
 def retry_exchange(action: Callable[[], Result], repo: str, token: str | None) -> Result:

@@ -6,9 +6,9 @@ from typing import Any
 from urllib.parse import quote
 
 from inlay.adapters.file import CARD, CONFIG
-from inlay.adapters.hub.page import PAGE, page
-from inlay.adapters.summary import summary
-from inlay.adapters.tables import table_row
+from inlay.adapters.hub.page import PAGE, render_page
+from inlay.adapters.summary import summarise_adapter
+from inlay.adapters.tables import make_row
 from inlay.errors import BadInput, DamagedFile, InlayError
 from inlay.files.atomic import replacing
 from inlay.files.outputs import check_output_file
@@ -18,7 +18,7 @@ _SIGNS = {INDEX: '[\n  {\n    "name": ', CARD: "Written by `inlay index`.", PAGE
 _LISTED = ("name", "task", "method", "base", "dataset", "parameters", "file_kb", "validation")
 
 
-def adapters_in(folder: Path) -> list[Path]:
+def find_adapters(folder: Path) -> list[Path]:
     """The adapters of a folder: itself, or folders in it, by name.
 
     Raises:
@@ -29,7 +29,7 @@ def adapters_in(folder: Path) -> list[Path]:
     except OSError as error:
         raise DamagedFile(f"{folder} cannot be read ({error.strerror}).") from None
     if not found:
-        raise BadInput(f"expected an adapter or a folder of adapters, but {folder} holds none.")
+        raise BadInput(f"{folder} holds no adapter; give an adapter, or a folder of adapters.")
     return found
 
 
@@ -40,9 +40,9 @@ def list_adapters(folder: str | Path) -> list[dict[str, Any]]:
         InlayError: The folder does not exist or holds no adapter.
     """
     rows: list[dict[str, Any]] = []
-    for path in adapters_in(Path(folder)):
+    for path in find_adapters(Path(folder)):
         try:
-            facts = summary(path)
+            facts = summarise_adapter(path)
         except InlayError as error:
             name = path.name.encode(errors="backslashreplace").decode()
             rows.append({"name": name, "method": "broken", "base": "", "error": str(error).replace(f"{path}/", "")})
@@ -61,7 +61,7 @@ def write_index(folder: str | Path) -> list[dict[str, Any]]:
     check_index(folder)
     if folder.is_dir():
         check_output_file(folder / INDEX)
-    texts = index_texts(folder)
+    texts = render_index(folder)
     for name, text in texts.items():
         with replacing(folder / name) as new:
             new.write_text(text, encoding="utf-8")
@@ -79,7 +79,7 @@ def check_index(folder: Path) -> None:
             raise BadInput(f"{path} is not an index of adapters and would be overwritten; use another folder.")
 
 
-def index_texts(folder: Path) -> dict[str, str]:
+def render_index(folder: Path) -> dict[str, str]:
     """What `write_index` writes, by name."""
     rows = list_adapters(folder)
     lines = ["# Adapters", "", "Written by `inlay index`. Each folder is one adapter, with its card.", ""]
@@ -91,15 +91,15 @@ def index_texts(folder: Path) -> dict[str, str]:
         size = (f"{row['parameters']:,}", row["file_kb"]) if "parameters" in row else ("", "")
         made_of = (row.get("task") or "", row["method"], row["base"], row.get("dataset") or "")
         link = f"[{row['name']}]({quote(row['name'])})"
-        lines.append(table_row(link, *made_of, *size, scores(row) or row.get("error", "")))
+        lines.append(make_row(link, *made_of, *size, format_scores(row) or row.get("error", "")))
     return {
         INDEX: json.dumps(rows, indent=2, ensure_ascii=False) + "\n",
         CARD: "\n".join(lines) + "\n",
-        PAGE: page(folder, rows),
+        PAGE: render_page(folder, rows),
     }
 
 
-def scores(row: dict[str, Any]) -> str:
+def format_scores(row: dict[str, Any]) -> str:
     """Validation and test scores of a row, such as `loss 0.1306, accuracy 0.9721, test bleu 60.1`."""
     said = [(key, value, ".4f") for key, value in row.get("validation", {}).items()]
     said += [(f"test {key}", value, ".4g") for key, value in row.get("test", {}).items()]

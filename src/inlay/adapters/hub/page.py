@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from inlay.adapters.curve import drawable
+from inlay.adapters.curve import is_drawable
 from inlay.adapters.file import read_adapter
 from inlay.errors import InlayError
 
@@ -12,7 +12,7 @@ PAGE = "index.html"
 _POINTS = 200  # of a curve; longer histories are thinned out
 
 
-def page(folder: Path, rows: list[dict[str, Any]]) -> str:
+def render_page(folder: Path, rows: list[dict[str, Any]]) -> str:
     """The page for the rows of `list_adapters`; data and style are in it, curves are drawn from metrics.json."""
     data = [{**row, **_more(folder / row["name"])} for row in rows]
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
@@ -27,7 +27,7 @@ def _more(path: Path) -> dict[str, Any]:
         file = read_adapter(path, digest=False)
     except InlayError:
         return {}
-    history: list[dict[str, float]] = file.metrics["history"] if drawable(file.metrics.get("history")) else []
+    history: list[dict[str, float]] = file.metrics["history"] if is_drawable(file.metrics.get("history")) else []
     return {
         "history": history[:: -(-len(history) // _POINTS) or 1],
         "plots": [plot.name for plot in sorted(path.glob("*.png"))],

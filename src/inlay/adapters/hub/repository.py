@@ -13,10 +13,10 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 
-from inlay.adapters.card import for_repository
+from inlay.adapters.card import address_card
 from inlay.adapters.file import CARD, CONFIG, METRICS, ORIGIN, WEIGHTS, expand_path, read_adapter
 from inlay.adapters.hub.exchange import TOKEN, check_name, retry_exchange
-from inlay.adapters.hub.index import INDEX, adapters_in, check_index, index_texts, write_index
+from inlay.adapters.hub.index import INDEX, check_index, find_adapters, render_index, write_index
 from inlay.errors import BadInput, DamagedFile, Unreachable
 from inlay.files.atomic import write_json, writing
 from inlay.files.outputs import check_output_folder
@@ -142,7 +142,7 @@ def pull_adapter(repo: str, folder: str | Path | None = None, *, revision: str |
     single = (snapshot / CONFIG).is_file()
     if not single:
         snapshot = download(repo, snapshot.name, "*")
-    copies = {path: folder if single else folder / path.name for path in adapters_in(snapshot)}
+    copies = {path: folder if single else folder / path.name for path in find_adapters(snapshot)}
     for path, copy in copies.items():
         read_adapter(path)
         if copy.exists() and (not copy.is_dir() or any(copy.iterdir())) and not (copy / CONFIG).is_file():
@@ -180,7 +180,7 @@ def download(repo: str, revision: str | None = None, inside: str = "") -> Path:
             the Hub names.
     """
     if revision is not None and (not revision.strip() or ".." in revision):  # no name of git's, and a path in the cache
-        raise BadInput(f"expected a branch, tag or commit of {repo}, got {revision!r}; leave it out for main.")
+        raise BadInput(f"{revision!r} is no branch, tag or commit of {repo}; leave it out for main.")
     wanted = [f"{inside}/{name}" for name in FILES] if inside else list(FILES)
 
     def get() -> Path:
@@ -206,7 +206,7 @@ def _contents(folder: Path, repo: str, licence: str | None) -> tuple[dict[str, b
     contents: dict[str, bytes | Path] = {}
     warnings: list[str] = []
     single = (folder / CONFIG).is_file()
-    adapters = adapters_in(folder)
+    adapters = find_adapters(folder)
     for path in adapters:
         file = read_adapter(path)
         inside = "" if single else f"{path.name}/"
@@ -218,13 +218,13 @@ def _contents(folder: Path, repo: str, licence: str | None) -> tuple[dict[str, b
                 raise DamagedFile(
                     f"{path / CARD} is not valid UTF-8; save the adapter again, or leave it out."
                 ) from None
-            contents[inside + CARD] = for_repository(text, repo, inside.rstrip("/"), licence).encode()
+            contents[inside + CARD] = address_card(text, repo, inside.rstrip("/"), licence).encode()
         else:
             warnings.append(f"{path.name} has no {CARD}, so its page will be empty")
         if file.base_name and _is_here(file.base_name):
             warnings.append(f"{path.name} has the local folder {file.base_name!r} as its base, which others lack")
     if not single:
-        texts = index_texts(folder)
+        texts = render_index(folder)
         contents |= {name: text.encode() for name, text in texts.items()}
         contents[CARD] = (_COLLECTION + texts[CARD]).encode()
     for path_in_repo, content in contents.items():

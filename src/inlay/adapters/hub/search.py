@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from inlay.adapters.hub.exchange import retry_exchange
-from inlay.adapters.hub.index import list_adapters, scores
+from inlay.adapters.hub.index import format_scores, list_adapters
 from inlay.tasks import TASKS
 
 
@@ -35,7 +35,7 @@ def search(
 
 
 def _local(row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    said = {"task": "", "dataset": "", **row, "path": str(folder / row["name"]), "scores": scores(row)}
+    said = {"task": "", "dataset": "", **row, "path": str(folder / row["name"]), "scores": format_scores(row)}
     return {key: "" if value is None else value for key, value in {**said, "where": "local"}.items()}
 
 

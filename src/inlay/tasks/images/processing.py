@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 def load_image_processor(base_name: str, settings: Record | None) -> Any:
     """From its settings, or that of a base."""
-    from inlay.bases.processors import load_processor, processor_from
+    from inlay.bases.processors import build_processor, load_processor
 
-    return processor_from(settings) if settings else load_processor(base_name)
+    return build_processor(settings) if settings else load_processor(base_name)
 
 
 def image_processor_settings(processor: Any) -> Record:
