@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from inlay.adapters.sketch_distance import ENTRY, FLOOR, PROJECTIONS, TOLERANCE
+from inlay.adapters.sketch_distance import ENTRY, FLOOR, PROJECTIONS, STEP, TOLERANCE
 from inlay.bases.load import find_head
 from inlay.errors import Unsupported
 from inlay.methods._peft import PeftModel, adapter_parameters, base_modules, dequantize_weight
@@ -17,6 +17,7 @@ __all__ = ["find_precision", "sketch"]
 
 TENSORS = 64  # as many weights are sketched, evenly spaced over the depth
 SIDE = 4096  # and no more than so many rows and columns of each
+MOST_STEPS = 2**15 - 1  # of a value in an `ENTRY`
 PIECE = 1 << 24  # numbers of a tensor that are in float32 at a time
 
 
@@ -56,7 +57,7 @@ def find_precision(model: torch.nn.Module) -> str:
     return max(kinds, key=list(TOLERANCE).index)
 
 
-def _sketch_rest(model: torch.nn.Module, done: set[int]) -> list[tuple[int, int, list[float], float]]:
+def _sketch_rest(model: torch.nn.Module, done: set[int]) -> list[tuple[int, int, list[int]]]:
     """One `ENTRY` for each tensor that the forward of the base reads, but for those that are done or in the adapter.
 
     Names are those of the base without an adapter. A module that an adapter holds a whole copy of (a head) does not
@@ -76,9 +77,10 @@ def _sketch_rest(model: torch.nn.Module, done: set[int]) -> list[tuple[int, int,
             if kind not in kinds or (leaf in module._buffers and not tensor.is_floating_point()):
                 continue
             done.add(id(tensor))  # a tied one counts once
-            projections, size = _project_in_pieces(dequantize_weight(module) if few else tensor)
-            if np.isfinite([*projections, size]).all():
-                entries.append((zlib.crc32(f"{name}.{leaf}".encode()), kinds.index(kind), projections, size))
+            values = _project_in_pieces(dequantize_weight(module) if few else tensor)
+            if np.isfinite(values).all():
+                steps = np.clip(np.rint(np.asarray(values) / STEP), -MOST_STEPS, MOST_STEPS).astype(int).tolist()
+                entries.append((zlib.crc32(f"{name}.{leaf}".encode()), kinds.index(kind), steps))
     return entries
 
 
@@ -123,8 +125,8 @@ def _project(weight: torch.Tensor) -> tuple[float, float]:
     return float(signs[: weight.shape[0]] @ weight @ signs[: weight.shape[1]] / norm), float(norm.log())
 
 
-def _project_in_pieces(tensor: torch.Tensor) -> tuple[list[float], float]:
-    """Projections and size of any tensor, as `ENTRY` holds them, taken over pieces of it."""
+def _project_in_pieces(tensor: torch.Tensor) -> list[float]:
+    """Projections and the logarithm of the size of any tensor, taken over pieces of it."""
     matrix = tensor.detach()
     matrix = matrix.flatten(1) if matrix.ndim > 1 else matrix.reshape(1, -1)
     signs = _independent_signs(max(matrix.shape), matrix.device)
@@ -136,7 +138,7 @@ def _project_in_pieces(tensor: torch.Tensor) -> tuple[list[float], float]:
         projections += projected.sum(1, dtype=torch.float64).cpu()
         squares += float(piece.square().sum(dtype=torch.float64))
     size = (squares / matrix.numel()) ** 0.5 + FLOOR
-    return (projections / (size * matrix.numel() ** 0.5)).tolist(), float(np.log(size))
+    return [*(projections / (size * matrix.numel() ** 0.5)).tolist(), float(np.log(size))]
 
 
 def _signs(count: int, device: torch.device) -> torch.Tensor:
