@@ -1,7 +1,8 @@
 """Descriptions of restaurants, and whether each says that families are welcome: a generated task of reading.
 
 `restaurants` writes the texts. Whether children are welcome is said in a dozen ways, some of them negative, among
-phrases on price, rating, food and place, and a third of the texts does not say it.
+phrases on price, rating, food and place, and a third of the texts does not say it. Some of these ways occur in the
+validation texts only, so that reading is what is tested, and not a list of phrases.
 """
 
 import random
@@ -10,6 +11,7 @@ import re
 from inlay.builtin.restaurants import generate_restaurants
 
 FAMILY_LABELS = ("welcome", "not welcome", "not said")
+HELD_OUT_PHRASES = ("suitable for children", "child-friendly")  # the first with and without "not"
 
 
 def families(count: int, *, seed: int) -> list[tuple[str, str]]:
@@ -32,9 +34,10 @@ def families(count: int, *, seed: int) -> list[tuple[str, str]]:
 
 
 def split_families(seed: int = 0) -> dict[str, list[tuple[str, str]]]:
-    """420 texts for training and 300 for validation; no two say the same of a place.
+    """900 texts for training and 300 for validation; no two say the same of a place.
 
-    So few that methods differ: with 1,500 every one of them learns all ways to say it.
+    One in seven of those for validation says it in a way that training does not have.
     """
-    every = families(720, seed=seed)
-    return {"train": every[:420], "validation": every[420:]}
+    every = families(1800, seed=seed)
+    seen = [row for row in every[300:] if not any(phrase in row[0].lower() for phrase in HELD_OUT_PHRASES)]
+    return {"train": seen[:900], "validation": every[:300]}

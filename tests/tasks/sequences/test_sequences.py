@@ -32,7 +32,7 @@ from inlay import (
     lora_targets,
     save_adapter,
 )
-from inlay.builtin.families import families
+from inlay.builtin.families import HELD_OUT_PHRASES, families
 from inlay.methods import METHODS
 from inlay.methods.prompt import check_prompt
 from inlay.tasks.metrics import Matthews
@@ -295,7 +295,11 @@ def test_batches_and_the_generated_texts():
     assert found == families(30, seed=3) and len({text for text, _ in found}) == 30
     assert all(sum(label == own for _, label in found) == 10 for own in {label for _, label in found})
     data = load_sequences("builtin:families")
-    assert (len(data.train), len(data.validation)) == (420, 300)
+    assert (len(data.train), len(data.validation)) == (900, 300)
+    train, held = (rows["text"][:] for rows in (data.train, data.validation))
+    unseen = [text for text in held if any(phrase in text.lower() for phrase in HELD_OUT_PHRASES)]
+    assert 30 < len(unseen) < 60 and not set(train) & set(held)
+    assert not any(phrase in text.lower() for phrase in HELD_OUT_PHRASES for text in train)
     view = SequenceView(data.validation, SequenceProcessor(load_tokenizer("builtin:gpt2-tiny")))
     batch = view.collate([view[0], view[1]])
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, max(view.lengths[:2]))

@@ -258,7 +258,7 @@ def test_files_that_do_not_read(tmp_path):
     refused("line 2 of", name=write(tmp_path / "f.tsv", "mr\tref", 'a\t"b" c'))
     refused("g.csv' has two columns ref", name=write(tmp_path / "g.csv", "mr,ref,ref", "a,b,c"))
     refused("line 2 of", "is not JSON", name=write(tmp_path / "a.jsonl", '{"prompt": "a", "completion": "b"}', "{"))
-    refused("must be a JSON object", "(line 1)", name=write(tmp_path / "b.jsonl", "[1]"))
+    refused("no JSON objects with named values", "(line 1)", name=write(tmp_path / "b.jsonl", "[1]"))
     refused("line 1 of", "c.jsonl' is not JSON", name=write(tmp_path / "c.jsonl", "[" * 100_000))
     refused("d.json' is not JSON", name=write(tmp_path / "d.json", "[{]"))
     refused("e.json' has no rows", name=write(tmp_path / "e.json", "[]"))
