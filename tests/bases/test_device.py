@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from command import run
-from inlay import Bank, InlayError, load_adapter, load_base
+from inlay import Bank, InlayError, load_adapter, load_base, predict
 from inlay.bases.device import choose_device, move_model
 from inlay.errors import BadInput, Unsupported
 from places import ROOT
@@ -80,6 +80,14 @@ def test_a_model_moves_when_that_is_asked_for(accelerator):
     assert model.weight.device.type == "cpu"
     move_model(model, "meta")
     assert model.weight.is_meta
+
+
+def test_what_uses_an_adapter_moves_it_when_that_is_asked_for(accelerator):
+    adapter = load_adapter(DIGITS, device="cpu")
+    assert predict(adapter, [ROOT / "docs/assets/lesions.png"], device="cpu")[0].label in adapter.labels
+    with pytest.raises(NotImplementedError, match="meta tensor"):  # computed there, where no value can be read
+        predict(adapter, [ROOT / "docs/assets/lesions.png"], device="meta:0")
+    assert adapter.model.device.type == "meta"
 
 
 @pytest.mark.parametrize(

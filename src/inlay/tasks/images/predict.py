@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from inlay.bases.device import Device, move_model
 from inlay.errors import BadInput
 from inlay.tasks.adapter import Adapter, check_task, place_inputs
 from inlay.tasks.classification import class_probabilities
@@ -38,7 +39,13 @@ class Prediction:
 
 
 def predict(
-    adapter: Adapter, images: Sequence[Any], *, group: str | None = None, top: int = 5, batch_size: int = 32
+    adapter: Adapter,
+    images: Sequence[Any],
+    *,
+    group: str | None = None,
+    top: int = 5,
+    batch_size: int = 32,
+    device: Device | None = None,
 ) -> list[Prediction]:
     """Classify images, in their order.
 
@@ -48,6 +55,7 @@ def predict(
         group: Of labels, in a combination of classifiers (`adapter.groups`): choose among its classes only.
         top: How many classes to name, at least 1; all if there are fewer.
         batch_size: Images in one forward pass.
+        device: Move the adapter there first, such as to "cuda:1"; default: where it is.
 
     Raises:
         InlayError: An image that cannot be read (named), a group that the adapter does not have, or top or batch_size
@@ -56,6 +64,7 @@ def predict(
     if top < 1 or batch_size < 1:
         raise BadInput(f"top and batch_size must be at least 1, got {top} and {batch_size}.")
     check_task(adapter, "image-classification")
+    move_model(adapter.model, device)
     labels, rows = adapter.route(group)
     top = min(top, len(labels))
     weight = next(p for p in adapter.model.parameters() if p.is_floating_point())

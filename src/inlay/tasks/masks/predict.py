@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from inlay.bases.device import Device, move_model
 from inlay.errors import BadInput
 from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.colours import colour
@@ -47,6 +48,7 @@ def predict_masks(
     points: Sequence[Point] = (),
     negatives: Sequence[Point] = (),
     boxes: Sequence[Box] = (),
+    device: Device | None = None,
 ) -> MaskPrediction:
     """Masks of what is meant: of the three that SAM answers to a prompt the one that it thinks best.
 
@@ -59,12 +61,14 @@ def predict_masks(
         points: Inside of the object.
         negatives: Outside of it.
         boxes: Around an object each.
+        device: Move the adapter there first, such as to "cuda:1"; default: where it is.
 
     Raises:
         InlayError: Another kind of adapter, no prompt, points with several boxes, places outside of the image,
             boxes without an inside, an image that cannot be read.
     """
     check_task(adapter, "mask-generation")
+    move_model(adapter.model, device)
     opened = open_for_masks(image, adapter.processor)
     _check_prompts(points, negatives, boxes, opened)
     made = adapter.processor(images=opened, return_tensors="pt")

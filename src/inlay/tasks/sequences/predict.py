@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from inlay.bases.device import Device, move_model
 from inlay.errors import BadInput
 from inlay.methods.prompt import check_prompt
 from inlay.tasks.adapter import Adapter, check_task
@@ -40,6 +41,7 @@ def classify_texts(
     group: str | None = None,
     top: int = 5,
     batch_size: int = 32,
+    device: Device | None = None,
 ) -> list[TextLabels]:
     """Classify texts, or pairs of them, in their order.
 
@@ -49,6 +51,7 @@ def classify_texts(
         group: Of labels, in a combination of classifiers (`adapter.groups`): choose among its classes only.
         top: How many classes to name, at least 1; all if there are fewer.
         batch_size: Texts in one forward pass.
+        device: Move the adapter there first, such as to "cuda:1"; default: where it is.
 
     Raises:
         InlayError: One text where a list is due, texts mixed with pairs, an adapter of another task, or top or
@@ -57,6 +60,7 @@ def classify_texts(
     if top < 1 or batch_size < 1:
         raise BadInput(f"top and batch_size must be at least 1, got {top} and {batch_size}.")
     check_task(adapter, "text-classification")
+    move_model(adapter.model, device)
     check_prompt(adapter.model)
     paired = {not isinstance(text, str) for text in texts}
     if isinstance(texts, str) or len(paired) > 1:

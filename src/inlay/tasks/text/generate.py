@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
+    from inlay.bases.device import Device
     from inlay.tasks.text.data import TextData
     from inlay.tasks.text.processor import TextProcessor
     from inlay.tasks.text.scores import TextScores
@@ -77,7 +78,12 @@ class Decoding:
 
 
 def generate(
-    model: nn.Module, processor: TextProcessor, prompts: Sequence[Any], decoding: Decoding | None = None
+    model: nn.Module,
+    processor: TextProcessor,
+    prompts: Sequence[Any],
+    decoding: Decoding | None = None,
+    *,
+    device: Device | None = None,
 ) -> list[str]:
     """Continue each prompt, in their order, until the end token or `max_new_tokens`.
 
@@ -94,6 +100,7 @@ def generate(
             What is too long for the base's positions is cut at its start, behind the tokenizer's own start tokens, with
             a warning.
         decoding: Greedy with at most 64 tokens if not given.
+        device: Move the model there first, such as to "cuda:1"; default: where it is.
 
     Raises:
         InlayError: The model writes no text, max_new_tokens leaves no room for a prompt, or a chat has no template.
@@ -101,7 +108,10 @@ def generate(
     import torch
     from tqdm.auto import tqdm
 
+    from inlay.bases.device import move_model
+
     decoding = decoding or Decoding()
+    move_model(model, device)
     base = _language_model_of(model)
     if isinstance(prompts, str):
         raise BadInput("prompts must be a list, got a string; wrap it in a list.")
