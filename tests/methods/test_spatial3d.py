@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import SamConfig, SamModel, SamVisionModel
 
 from inlay import InlayError, SpatialAdapterConfig
-from inlay.methods.spatial.attention import cut
+from inlay.methods.spatial.attention import cut_windows
 from inlay.methods.spatial.decoder import Encoded
 from inlay.methods.spatial.sam import VolumeSamModel, dice_cross_entropy
 from inlay.train.launch import enable_checkpointing
@@ -102,7 +102,7 @@ def test_windows_that_are_padded_or_shifted_see_only_their_neighbours():
     with torch.no_grad():
         changed = (own(x, block) - own(y, block)).abs().amax(-1)[0] > 1e-6
     assert own.shifted and changed[5, 6, 8] and not changed[:2].any() and not changed[:, :2].any()
-    assert [axis.shift for axis in cut((6, 4, 9), 4, True)] == [2, 0, 2]
+    assert [axis.shift for axis in cut_windows((6, 4, 9), 4, True)] == [2, 0, 2]
 
 
 def test_a_global_window_needs_no_table_of_that_size():

@@ -38,12 +38,12 @@ def generate_bodies(count: int = 48, seed: int = SEED) -> Iterator[Body]:
     """
     for number, generator in enumerate(np.random.default_rng(seed).spawn(count)):
         spacing = SPACINGS[generator.integers(len(SPACINGS))]
-        image, labels = _draw(spacing, generator)
-        image, labels, affine = _stored(image, labels, spacing, generator)
+        image, labels = _draw_body(spacing, generator)
+        image, labels, affine = _store(image, labels, spacing, generator)
         yield Body(f"body_{number:03}", image, labels, affine)
 
 
-def _draw(spacing: tuple[float, float, float], generator: Random) -> tuple[Floats, npt.NDArray[np.uint8]]:
+def _draw_body(spacing: tuple[float, float, float], generator: Random) -> tuple[Floats, npt.NDArray[np.uint8]]:
     """One scan and its label map, (X, Y, Z) in RAS."""
     extents = generator.uniform(34, 44, 3) * (1, 1, 1 + 0.3 * (spacing[2] - 1))
     axes = [
@@ -51,18 +51,20 @@ def _draw(spacing: tuple[float, float, float], generator: Random) -> tuple[Float
     ]
     mm = np.stack(np.meshgrid(*axes, indexing="ij")).astype(np.float32)  # 3 X Y Z
     radii = extents * generator.uniform(0.42, 0.48, 3)
-    wobble = _texture(mm.shape[1:], spacing, 6.0, generator)
-    body = _ellipsoid(mm, np.zeros(3), radii, generator) + 0.8 * wobble
-    image = 0.03 + (TISSUE + 0.05 * _texture(mm.shape[1:], spacing, 1.2, generator) - 0.03) * _cover(body)
+    wobble = _draw_texture(mm.shape[1:], spacing, 6.0, generator)
+    body = _ellipsoid_distance(mm, np.zeros(3), radii, generator) + 0.8 * wobble
+    image = 0.03 + (TISSUE + 0.05 * _draw_texture(mm.shape[1:], spacing, 1.2, generator) - 0.03) * _cover_share(body)
 
-    organ = _ellipsoid(mm, _inside(radii, 0.35, generator), generator.uniform(6, 10, 3), generator) + wobble
-    grain = 0.08 * _texture(mm.shape[1:], spacing, 0.7, generator)
-    cyst = _ellipsoid(mm, _inside(radii, 0.6, generator), generator.uniform(3, 6, 3), generator)
+    organ = (
+        _ellipsoid_distance(mm, _random_point(radii, 0.35, generator), generator.uniform(6, 10, 3), generator) + wobble
+    )
+    grain = 0.08 * _draw_texture(mm.shape[1:], spacing, 0.7, generator)
+    cyst = _ellipsoid_distance(mm, _random_point(radii, 0.6, generator), generator.uniform(3, 6, 3), generator)
     for distance, brightness in ((cyst, CYST), (organ, ORGAN + grain)):
-        image += (brightness - image) * _cover(np.maximum(distance, body))
-    lesions, vessels = _lesions_and_vessels(mm, radii, generator)
+        image += (brightness - image) * _cover_share(np.maximum(distance, body))
+    lesions, vessels = _draw_lesions_and_vessels(mm, radii, generator)
     bright = VESSEL * generator.uniform(0.9, 1.1) + 0.5 * grain
-    image += (bright - image) * _cover(np.maximum(np.minimum(lesions, vessels), body))
+    image += (bright - image) * _cover_share(np.maximum(np.minimum(lesions, vessels), body))
 
     labels = np.zeros(image.shape, np.uint8)
     labels[(organ < 0) & (body < 0) & (vessels >= 0)] = 1
@@ -75,7 +77,7 @@ def _draw(spacing: tuple[float, float, float], generator: Random) -> tuple[Float
     return image.astype(np.float32), labels
 
 
-def _lesions_and_vessels(mm: Floats, radii: np.ndarray, generator: Random) -> tuple[Floats, Floats]:
+def _draw_lesions_and_vessels(mm: Floats, radii: np.ndarray, generator: Random) -> tuple[Floats, Floats]:
     """Signed distances to lesions and to vessels, in mm; they do not touch."""
     z = mm[2, 0, 0]
     paths, widths = [], generator.uniform(1.8, 4.0, generator.integers(2, 5))
@@ -83,7 +85,9 @@ def _lesions_and_vessels(mm: Floats, radii: np.ndarray, generator: Random) -> tu
     for width in widths:
         # A gentle curve across the slices, that leans by less than 20 degrees.
         lean, wave, phase = generator.uniform(-0.3, 0.3, 2), generator.uniform(-1.5, 1.5, 2), generator.uniform(0, 6.3)
-        path = _inside(radii, 0.65, generator)[:2, None] + lean[:, None] * z + wave[:, None] * np.sin(z / 9 + phase)
+        path = (
+            _random_point(radii, 0.65, generator)[:2, None] + lean[:, None] * z + wave[:, None] * np.sin(z / 9 + phase)
+        )
         paths.append(path)
         x, y = path.astype(np.float32)
         vessels = np.minimum(vessels, np.hypot(mm[0] - x, mm[1] - y) - np.float32(width))
@@ -94,7 +98,7 @@ def _lesions_and_vessels(mm: Floats, radii: np.ndarray, generator: Random) -> tu
         if len(placed) == wanted:
             break
         radius = generator.uniform(2.5, 5.0)
-        centre = _inside(radii - radius, 0.85, generator)
+        centre = _random_point(radii - radius, 0.85, generator)
         slices = np.abs(z - centre[2]) < radius + 2
         gaps = [
             np.hypot(*(path[:, slices] - centre[:2, None])).min() - radius - width
@@ -108,25 +112,25 @@ def _lesions_and_vessels(mm: Floats, radii: np.ndarray, generator: Random) -> tu
     return lesions.astype(np.float32), vessels
 
 
-def _inside(radii: np.ndarray, share: float, generator: Random) -> np.ndarray:
+def _random_point(radii: np.ndarray, share: float, generator: Random) -> np.ndarray:
     """A random point (3,) within `share` of an ellipsoid about 0."""
     direction = generator.standard_normal(3)
     return radii * share * direction / np.linalg.norm(direction) * generator.random() ** (1 / 3)
 
 
-def _ellipsoid(mm: Floats, centre: np.ndarray, radii: np.ndarray, generator: Random) -> Floats:
+def _ellipsoid_distance(mm: Floats, centre: np.ndarray, radii: np.ndarray, generator: Random) -> Floats:
     """Distance to an ellipsoid in mm, negative inside, true near its surface; turned by up to 0.3 about each axis."""
     turn, _ = np.linalg.qr(np.eye(3) + generator.uniform(-0.3, 0.3, (3, 3)))
     scaled = np.tensordot(turn / radii[:, None], mm - centre[:, None, None, None], 1)
     return ((np.linalg.norm(scaled, axis=0) - 1) * radii.min()).astype(np.float32)
 
 
-def _cover(distance: Floats) -> Floats:
+def _cover_share(distance: Floats) -> Floats:
     """Share of a voxel inside an edge: a ramp of 1 mm."""
     return np.clip(0.5 - distance, 0, 1)
 
 
-def _texture(shape: tuple[int, ...], spacing: tuple[float, ...], size: float, generator: Random) -> Floats:
+def _draw_texture(shape: tuple[int, ...], spacing: tuple[float, ...], size: float, generator: Random) -> Floats:
     """Random field of unit variance whose grains measure `size` mm."""
     from scipy.ndimage import gaussian_filter
 
@@ -134,7 +138,7 @@ def _texture(shape: tuple[int, ...], spacing: tuple[float, ...], size: float, ge
     return field / field.std()
 
 
-def _stored(
+def _store(
     image: Floats, labels: npt.NDArray[np.uint8], spacing: tuple[float, float, float], generator: Random
 ) -> tuple[Floats, npt.NDArray[np.uint8], np.ndarray]:
     """Image and labels with axes flipped and permuted as a scanner stores them, and the affine of these, in mm."""

@@ -43,12 +43,12 @@ def segment(
     mask, or its name.
     """
     from inlay.adapters.load import load_adapter
-    from inlay.tasks.volumes.montage import PICTURES, draw_montage
+    from inlay.tasks.volumes.montage import IMAGES, draw_montage
     from inlay.tasks.volumes.segment import MASKS, check_output
     from inlay.tasks.volumes.segment import segment as find
     from inlay.tasks.volumes.viewer import PAGES, write_viewer
 
-    for path, suffixes in ((out, MASKS), (montage, PICTURES), (html, PAGES)):
+    for path, suffixes in ((out, MASKS), (montage, IMAGES), (html, PAGES)):
         if path is not None:
             check_output(path, suffixes, scan)  # before all the work
     points = [_place(text, 3) for text in point or []] + [[*_place(text, 3)[:3], 0] for text in negative or []]
@@ -81,7 +81,7 @@ def audit(
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Say what is wrong with labelled scans before training on them; exit status 1 if there are errors."""
+    """Report what is wrong with labelled scans, before training on them; exit status 1 if there are errors."""
     from inlay.tasks.volumes.audit import audit as look
 
     report = look(folder)
@@ -102,7 +102,7 @@ def _place(text: str, size: int) -> list[Any]:
         return [*map(float, words[:size]), *words[size:]]
     except ValueError:
         wanted = "x,y,z" if size == 3 else "x0,y0,z0,x1,y1,z1"
-        raise BadInput(f"{text!r} must be {wanted} and perhaps a label, with commas between them.") from None
+        raise BadInput(f"{text!r} must be {wanted}, with commas, and may end with a label.") from None
 
 
 def _list_findings(report: Any) -> None:

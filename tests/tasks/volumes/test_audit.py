@@ -200,8 +200,8 @@ def test_what_only_all_cases_tell(folder):
     found = {f.what: Path(f.file).name for f in audit(str(folder)).findings}
     name = [path.name.removesuffix(".nii.gz") for path in images]
     assert found == {
-        f"the same image as {name[0]}: they must not be parted": name[1],
-        "the one case with the label 2 (b)": name[0],
+        f"the same image as {name[0]}: they must not be in different splits": name[1],
+        "the only case with the label 2 (b)": name[0],
         "no case has the class 'c'": folder.name,
         "spacing along D 4 mm, elsewhere from 1": name[2],
     }
@@ -225,7 +225,7 @@ def test_command(folder, capsys, monkeypatch):
     assert status == 1 and facts["cases"] == 12 and facts["classes"]["Anterior"] == 11
     assert facts["findings"] == [{"level": "error", "file": str(broken), "what": "an empty file"}]
     status, out, err = run(folder / "none")
-    assert (status, out) == (2, "") and err.startswith("error: expected")
+    assert (status, out) == (2, "") and err.startswith("error: there is no folder")
 
 
 @pytest.mark.skipif(not HIPPOCAMPUS.is_dir(), reason="the hippocampus scans are not beside the checkout (shared/data)")

@@ -16,7 +16,7 @@ from inlay import InlayError
 from inlay.tasks.colours import COLOURS, colour
 from inlay.tasks.volumes.montage import LARGE, draw_montage
 from inlay.tasks.volumes.segment import Segmentation
-from inlay.tasks.volumes.viewer import NIIVUE, _steps, write_viewer
+from inlay.tasks.volumes.viewer import NIIVUE, _thinning_steps, write_viewer
 
 CHROMIUM = shutil.which("chromium")
 # Left-posterior-superior with x and y swapped; voxels of 2 x 0.5 x 1 mm along x, y, z of the file.
@@ -119,8 +119,8 @@ def test_whole_numbers_stay_what_they_are(tmp_path, scan, mask):
 
 
 def test_large_scans_are_thinned_out(tmp_path, scan, mask, monkeypatch):
-    assert _steps((512, 512, 600), np.array([0.7, 0.7, 1.0])) == [2, 2, 2]
-    assert _steps((512, 512, 100), np.array([0.7, 0.7, 5.0])) == [1, 1, 1]
+    assert _thinning_steps((512, 512, 600), np.array([0.7, 0.7, 1.0])) == [2, 2, 2]
+    assert _thinning_steps((512, 512, 100), np.array([0.7, 0.7, 5.0])) == [1, 1, 1]
     monkeypatch.setattr("inlay.tasks.volumes.viewer.VOXELS", 15_000)
     _, data, image, label = content(write_viewer(scan, Segmentation(mask, AFFINE, ["a"]), tmp_path / "v.html"))
     assert image.shape == label.shape == (20, 30, 24) and "every 1, 2, 1 voxels" in data["note"]

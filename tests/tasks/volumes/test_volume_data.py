@@ -459,11 +459,11 @@ def test_cache_is_bounded_and_changes_nothing(monkeypatch):
     view = VolumeView(cases, processor, cache_gb=2.5 * size / 1e9)
     first = [view[i] for i in (0, 1, 0, 2, 0, 1, 3)]
     assert read == ["0", "1", "2", "1", "3"]  # 0 was used between, so 1 went
-    assert view._bytes == 2 * size and len(view._kept) == 2
+    assert view._bytes == 2 * size and len(view._cache) == 2
     assert torch.equal(first[1]["pixel_values"], first[5]["pixel_values"])
     read.clear()
     none = VolumeView(cases, processor, cache_gb=0)
-    assert torch.equal(none[0]["labels"], none[0]["labels"]) and read == ["0", "0"] and not none._kept
+    assert torch.equal(none[0]["labels"], none[0]["labels"]) and read == ["0", "0"] and not none._cache
 
 
 def test_views_refuse_what_makes_no_sense():

@@ -31,7 +31,7 @@ class Axis(NamedTuple):
     shift: int
 
 
-def cut(sizes: Sequence[int], window: int, shifted: bool) -> list[Axis]:
+def cut_windows(sizes: Sequence[int], window: int, shifted: bool) -> list[Axis]:
     """The windows of a grid of tokens (D, H, W); `window` 0 means one window over everything."""
     axes = []
     for size in sizes:
@@ -40,22 +40,22 @@ def cut(sizes: Sequence[int], window: int, shifted: bool) -> list[Axis]:
     return axes
 
 
-def relative(table: torch.Tensor, size: int) -> torch.Tensor:
+def relative_rows(table: torch.Tensor, size: int) -> torch.Tensor:
     """A table of relative positions (L, d), linearly interpolated to 2·size - 1 rows, as (size, size, d) [query, key].
 
     Source: SamVisionAttention.get_rel_pos of transformers.
     """
-    table = resized(table, 2 * size - 1)
+    table = resize_table(table, 2 * size - 1)
     at = torch.arange(size, device=table.device)
     return table[at[:, None] - at[None] + size - 1]
 
 
-def resized(table: torch.Tensor, rows: int) -> torch.Tensor:
+def resize_table(table: torch.Tensor, rows: int) -> torch.Tensor:
     """A table (L, d), linearly interpolated to (rows, d)."""
     return table if len(table) == rows else F.interpolate(table.T[None], size=rows, mode="linear")[0].T
 
 
-def barrier(axis: Axis, device: torch.device) -> torch.Tensor | None:
+def window_barrier(axis: Axis, device: torch.device) -> torch.Tensor | None:
     """(windows, window, window): `CLOSED` where query and key of a window are not neighbours; None: nowhere.
 
     A shifted window joins both ends of the volume (Liu et al. 2021, arXiv:2103.14030, figure 4); padding is no token.
@@ -69,7 +69,7 @@ def barrier(axis: Axis, device: torch.device) -> torch.Tensor | None:
     return CLOSED * (group[:, :, None] != group[:, None]).float()
 
 
-def windows(x: torch.Tensor, axes: Sequence[Axis], heads: int) -> torch.Tensor:
+def split_windows(x: torch.Tensor, axes: Sequence[Axis], heads: int) -> torch.Tensor:
     """(B, D, H, W, heads · d) as windows (B, nD, nH, nW, heads, wD, wH, wW, d): a view, but for roll and padding."""
     pad = [axis.windows * axis.window - axis.size for axis in axes]
     if any(pad):
@@ -81,8 +81,8 @@ def windows(x: torch.Tensor, axes: Sequence[Axis], heads: int) -> torch.Tensor:
     return x.unflatten(-1, (heads, -1)).permute(0, 1, 3, 5, 7, 2, 4, 6, 8)
 
 
-def joined(x: torch.Tensor, axes: Sequence[Axis]) -> torch.Tensor:
-    """The inverse of `windows`: (B, D, H, W, heads · d)."""
+def join_windows(x: torch.Tensor, axes: Sequence[Axis]) -> torch.Tensor:
+    """The inverse of `split_windows`: (B, D, H, W, heads · d)."""
     x = x.permute(0, 1, 5, 2, 6, 3, 7, 4, 8).flatten(7, 8).flatten(5, 6).flatten(3, 4).flatten(1, 2)
     if any(axis.shift for axis in axes):
         x = x.roll([axis.shift for axis in axes], (1, 2, 3))
@@ -98,30 +98,30 @@ def attend_in_windows(
         attention: A SamVisionAttention; its projections may be wrapped.
         x: Tokens (B, D, H, W, C).
         depth: Table of relative positions along D, (L, d); None where SAM has none for its own axes.
-        axes: From `cut`.
+        axes: From `cut_windows`.
 
     Returns:
         (B, D, H, W, C).
     """
     base: Any = attention
     qkv = base.qkv(x.flatten(1, 3)).view(*x.shape[:4], -1)
-    q, k, v = (windows(part, axes, base.num_attention_heads) for part in qkv.chunk(3, dim=-1))
+    q, k, v = (split_windows(part, axes, base.num_attention_heads) for part in qkv.chunk(3, dim=-1))
     tables = () if depth is None else (depth, base.rel_pos_h, base.rel_pos_w)
-    rows = [relative(table.to(q.dtype), axis.window) for table, axis in zip(tables, axes, strict=False)]
-    walls = [barrier(axis, x.device) for axis in axes]
+    rows = [relative_rows(table.to(q.dtype), axis.window) for table, axis in zip(tables, axes, strict=False)]
+    walls = [window_barrier(axis, x.device) for axis in axes]
     if torch.is_grad_enabled():
-        out = _softmax(base, q, k, v, rows, walls)
+        out = _attend(base, q, k, v, rows, walls)
     else:  # one layer of windows at a time: the wider q, k and v of the whole volume are never there
         out = torch.empty_like(q)
         for b in range(q.shape[0]):
             for i in range(q.shape[1]):
                 near = [walls[0] if walls[0] is None else walls[0][i : i + 1], *walls[1:]]
                 at = (slice(b, b + 1), slice(i, i + 1))
-                out[at] = _softmax(base, q[at], k[at], v[at], rows, near)
-    return base.proj(joined(out, axes).flatten(1, 3)).view_as(x)
+                out[at] = _attend(base, q[at], k[at], v[at], rows, near)
+    return base.proj(join_windows(out, axes).flatten(1, 3)).view_as(x)
 
 
-def _softmax(
+def _attend(
     base: Any,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -129,7 +129,7 @@ def _softmax(
     rows: Sequence[torch.Tensor],
     walls: Sequence[torch.Tensor | None],
 ) -> torch.Tensor:
-    """softmax(scale · q kᵀ + bias) v in windows shaped as `windows` gives them."""
+    """softmax(scale · q kᵀ + bias) v in windows shaped as `split_windows` gives them."""
     size, queries, keys = q.shape[-1], [q], [k]
     for i, place in enumerate("dhw"):
         column = torch.einsum(f"...dhwc,{place}kc->...dhwk", q, rows[i]) if rows else None

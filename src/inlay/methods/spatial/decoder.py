@@ -67,7 +67,7 @@ class Convolution(nn.Sequential):
         )
 
 
-class Exchange(nn.Module):
+class PromptExchange(nn.Module):
     """Prompts read from the image, then the image from the prompts."""
 
     def __init__(self, size: int) -> None:
@@ -118,7 +118,7 @@ class VolumeDecoder(nn.Module):
             # no point; background and the classes; then the two corners of a box around each class
             self.kinds = nn.Embedding(3 * classes + 2, channels)
             self.previous = nn.Linear(classes + 1, channels, bias=False)
-            self.exchanges = nn.ModuleList(Exchange(channels) for _ in range(2))
+            self.exchanges = nn.ModuleList(PromptExchange(channels) for _ in range(2))
 
     @property
     def takes_prompts(self) -> bool:
@@ -129,11 +129,13 @@ class VolumeDecoder(nn.Module):
         """The part that prompts do not change; `stride` are the voxels of a token."""
         weights = self.tokens.weight.chunk(len(levels), dim=1)
         given = [
-            _linear(head(x), w) for head, x, w in zip(self.levels, levels, weights, strict=True) if x is not levels[-1]
+            _map_channels(head(x), w)
+            for head, x, w in zip(self.levels, levels, weights, strict=True)
+            if x is not levels[-1]
         ]
         first = levels[0].new_zeros(len(volume), self.tokens.out_features, *levels[0].shape[2:])
-        fine = self.fine(_extended(volume.to(self.tokens.weight.dtype), covered(levels[-1], stride)))
-        coarse = self.coarse(F.adaptive_avg_pool3d(fine, middle(levels[-1], stride)))
+        fine = self.fine(_extend(volume.to(self.tokens.weight.dtype), covered_voxels(levels[-1], stride)))
+        coarse = self.coarse(F.adaptive_avg_pool3d(fine, half_size(levels[-1], stride)))
         return Encoded(levels[-1], sum(given, first), fine, coarse, volume)
 
     def forward(self, encoded: Encoded, prompts: PromptTensors, stride: tuple[int, int, int]) -> torch.Tensor:
@@ -141,19 +143,19 @@ class VolumeDecoder(nn.Module):
         last, others, fine, coarse, volume = encoded
         previous = None
         if self.takes_prompts and prompts.previous is not None:
-            previous = _extended(prompts.previous.to(fine.dtype).softmax(1), fine.shape[2:])
-        last = self._prompted(last, prompts, previous, stride) if self.takes_prompts else last
+            previous = _extend(prompts.previous.to(fine.dtype).softmax(1), fine.shape[2:])
+        last = self._exchange_with_prompts(last, prompts, previous, stride) if self.takes_prompts else last
         weight = self.tokens.weight.chunk(len(self.levels), dim=1)[-1]
-        x = others + _linear(self.levels[-1](last), weight, self.tokens.bias)
-        guides = self._guides(prompts, previous, fine, coarse.shape[2:]) if self.takes_prompts else []
-        x = self.refine(torch.cat([_at(x, coarse.shape[2:]), coarse, *guides], dim=1))
-        x = _at(self.shrink(x), fine.shape[2:]) + fine  # summed: a click then costs one narrow convolution here
+        x = others + _map_channels(self.levels[-1](last), weight, self.tokens.bias)
+        guides = self._draw_guides(prompts, previous, fine, coarse.shape[2:]) if self.takes_prompts else []
+        x = self.refine(torch.cat([_resize(x, coarse.shape[2:]), coarse, *guides], dim=1))
+        x = _resize(self.shrink(x), fine.shape[2:]) + fine  # summed: a click then costs one narrow convolution here
         if self.takes_prompts:
-            x = x + self.marks(torch.cat(self._guides(prompts, previous, fine, fine.shape[2:]), dim=1))
+            x = x + self.marks(torch.cat(self._draw_guides(prompts, previous, fine, fine.shape[2:]), dim=1))
         x = self.score(x)
         return x[:, :, : volume.shape[2], : volume.shape[3], : volume.shape[4]]
 
-    def _prompted(
+    def _exchange_with_prompts(
         self, last: torch.Tensor, prompts: PromptTensors, previous: torch.Tensor | None, stride: tuple[int, int, int]
     ) -> torch.Tensor:
         """The last level after its exchange with the prompts, (B, E, D', H', W')."""
@@ -162,15 +164,15 @@ class VolumeDecoder(nn.Module):
             mask = last.new_zeros(batch, self.classes + 1, *last.shape[2:])
         else:
             mask = F.adaptive_avg_pool3d(previous.to(last.dtype), last.shape[2:])
-        last = last + _linear(mask, self.previous.weight)
-        place = _places(_grid(last.shape[2:], last), channels)
+        last = last + _map_channels(mask, self.previous.weight)
+        place = _encode_places(_token_places(last.shape[2:], last), channels)
         tokens, absent = (
             [self.queries.expand(batch, -1, -1)],
             [last.new_zeros(batch, len(self.queries), dtype=torch.bool)],
         )
-        for points, labels in self._said(prompts):
+        for points, labels in self._prompt_places(prompts):
             at = (points.to(last.dtype) + 0.5) / last.new_tensor(stride) - 0.5  # in tokens
-            tokens.append(_sampled(last, at) + _places(at, channels) + self.kinds(labels + 1))
+            tokens.append(_sample(last, at) + _encode_places(at, channels) + self.kinds(labels + 1))
             absent.append(labels < 0)
         said, none = torch.cat(tokens, dim=1), torch.cat(absent, dim=1)
         image = last.flatten(2).transpose(1, 2)
@@ -178,7 +180,7 @@ class VolumeDecoder(nn.Module):
             image, said = exchange(image, place, said, none)
         return image.transpose(1, 2).unflatten(2, last.shape[2:])
 
-    def _said(self, prompts: PromptTensors) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _prompt_places(self, prompts: PromptTensors) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Points and the corners of boxes, as places (B, N, 3) and rows of `kinds` less one (B, N)."""
         said = [] if prompts.points is None or prompts.labels is None else [(prompts.points, prompts.labels)]
         if prompts.boxes is not None and prompts.box_labels is not None:
@@ -187,7 +189,7 @@ class VolumeDecoder(nn.Module):
                 said.append((corner, torch.where(labels < 0, labels, labels + (i + 1) * k)))
         return said
 
-    def _guides(
+    def _draw_guides(
         self, prompts: PromptTensors, previous: torch.Tensor | None, volume: torch.Tensor, sizes: Sequence[int]
     ) -> list[torch.Tensor]:
         """Clicks, boxes and the previous answer as volumes of `sizes`; `volume` has those of the voxels."""
@@ -218,38 +220,38 @@ class VolumeDecoder(nn.Module):
         return [clicks, boxes, mask]
 
 
-def covered(tokens: torch.Tensor, stride: tuple[int, int, int]) -> list[int]:
+def covered_voxels(tokens: torch.Tensor, stride: tuple[int, int, int]) -> list[int]:
     """Voxels (D, H, W) that the tokens (B, E, D', H', W') stand for."""
     return [n * s for n, s in zip(tokens.shape[2:], stride, strict=True)]
 
 
-def middle(tokens: torch.Tensor, stride: tuple[int, int, int]) -> list[int]:
+def half_size(tokens: torch.Tensor, stride: tuple[int, int, int]) -> list[int]:
     """Half size: two voxels a token along each axis, or one where a token is no longer."""
     return [n if s == 1 else n * 2 for n, s in zip(tokens.shape[2:], stride, strict=True)]
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _map_channels(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """A linear map over the channels of (B, C, D, H, W)."""
     return F.conv3d(x, weight[:, :, None, None, None], bias)
 
 
-def _at(x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+def _resize(x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     return F.interpolate(x, size=list(sizes), mode="trilinear") if list(x.shape[2:]) != list(sizes) else x
 
 
-def _extended(x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+def _extend(x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     """(B, C, D, H, W) with its last planes repeated up to `sizes`."""
     d, h, w = (new - old for new, old in zip(sizes, x.shape[2:], strict=True))
     return F.pad(x, (0, w, 0, h, 0, d), mode="replicate") if d or h or w else x
 
 
-def _grid(sizes: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+def _token_places(sizes: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     """(D · H · W, 3): the place of every token."""
     axes = [torch.arange(n, device=like.device, dtype=like.dtype) for n in sizes]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
 
 
-def _places(at: torch.Tensor, channels: int) -> torch.Tensor:
+def _encode_places(at: torch.Tensor, channels: int) -> torch.Tensor:
     """Sines and cosines of places (..., 3) in tokens, (..., channels); wave lengths from 4 to 256 tokens."""
     count = channels // 6
     rates = 2 * math.pi / 4 / 64 ** (torch.arange(count, device=at.device, dtype=at.dtype) / max(1, count - 1))
@@ -258,7 +260,7 @@ def _places(at: torch.Tensor, channels: int) -> torch.Tensor:
     return F.pad(waves, (0, channels - waves.shape[-1]))
 
 
-def _sampled(features: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+def _sample(features: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     """Features (B, E, D, H, W) at places (B, N, 3) in tokens, trilinear: (B, N, E)."""
     sizes = at.new_tensor(features.shape[2:])
     where = ((2 * at + 1) / sizes - 1).flip(-1)[:, :, None, None]  # x y z within -1 to 1

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from inlay.methods.spatial.attention import attend_in_windows, cut, resized
+from inlay.methods.spatial.attention import attend_in_windows, cut_windows, resize_table
 
 _ROWS = 16384  # tokens that pass through an MLP at once where no gradient is kept
 
@@ -81,11 +81,11 @@ class BlockParts(nn.Module):
         base: Any = block
         if not self.after:
             x = x + self.adapter(x)
-        axes = cut(x.shape[1:4], self.window, self.shifted)
+        axes = cut_windows(x.shape[1:4], self.window, self.shifted)
         x = x + attend_in_windows(base.attn, self._norm(x, base.layer_norm1, 0), self._depth(base.attn), axes)
         if self.after:
             x = x + self.adapter(x)
-        return _added(x, lambda rows: base.mlp(self._norm(rows, base.layer_norm2, 2)))
+        return _add_branch(x, lambda rows: base.mlp(self._norm(rows, base.layer_norm2, 2)))
 
     def _norm(self, x: torch.Tensor, norm: nn.LayerNorm, first: int) -> torch.Tensor:
         if self.norms is None:
@@ -98,12 +98,13 @@ class BlockParts(nn.Module):
         if self.positions is None:
             return None
         mean = (
-            resized(attention.rel_pos_h, len(self.positions)) + resized(attention.rel_pos_w, len(self.positions))
+            resize_table(attention.rel_pos_h, len(self.positions))
+            + resize_table(attention.rel_pos_w, len(self.positions))
         ) / 2
         return mean + self.positions
 
 
-def _added(x: torch.Tensor, branch: Any) -> torch.Tensor:
+def _add_branch(x: torch.Tensor, branch: Any) -> torch.Tensor:
     """x + branch(x); without gradients by pieces, so that the hidden layer is never there as a whole."""
     if torch.is_grad_enabled():
         return x + branch(x)
@@ -135,7 +136,9 @@ class Patches3d(nn.Module):
         base: Any = encoder
         kernel, bias = base.patch_embed.projection.weight, base.patch_embed.projection.bias
         patch, depth = kernel.shape[-1], self.depth.shape[1]
-        over_d, over_h = (spread(size, by).to(self.depth) for size, by in ((depth, enlarge[0]), (patch, enlarge[1])))
+        over_d, over_h = (
+            interpolation_matrix(size, by).to(self.depth) for size, by in ((depth, enlarge[0]), (patch, enlarge[1]))
+        )
         flat = torch.einsum("chw,hy,wx->cyx", kernel.sum(1).to(over_h), over_h, over_h)[:, None, None]
         filters = self.depth + 1 / depth
         step_d, step = depth // enlarge[0], patch // enlarge[1]
@@ -143,13 +146,13 @@ class Patches3d(nn.Module):
         x = F.conv3d(x, flat, stride=(1, step, step))  # B C D+2 H' W'
         x = F.conv3d(x, (filters @ over_d)[:, None, :, None, None], stride=(step_d, 1, 1), groups=len(filters))
         x = x.movedim(1, -1) + (bias * filters.sum(1) + self.bias)
-        x = x + resized(self.positions, x.shape[1])[:, None, None]
+        x = x + resize_table(self.positions, x.shape[1])[:, None, None]
         if base.pos_embed is not None:
-            x = x + _fitted(base.pos_embed, x.shape[2:4])
+            x = x + _resize_positions(base.pos_embed, x.shape[2:4])
         return x.to(kernel.dtype)
 
 
-def spread(size: int, by: int) -> torch.Tensor:
+def interpolation_matrix(size: int, by: int) -> torch.Tensor:
     """Linear interpolation as a matrix (size, size / by + 2): a patch of enlarged samples from raw ones and two more.
 
     Source: interpolate(mode="trilinear", align_corners=False) of torch, along one axis.
@@ -159,7 +162,7 @@ def spread(size: int, by: int) -> torch.Tensor:
     return (1 - (at[:, None] - near).abs()).clamp(min=0)
 
 
-def _fitted(table: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+def _resize_positions(table: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     """SAM's table of positions (1, H, W, C) at another size: the mean where it shrinks, bilinear where it grows."""
     table = table.movedim(-1, 1)
     for axis, size in ((2, sizes[0]), (3, sizes[1])):

@@ -1,4 +1,4 @@
-"""What is wrong with labelled scans, before a training finds it out."""
+"""What is wrong with labelled scans, found before a training."""
 
 import hashlib
 import os
@@ -70,7 +70,7 @@ class Audit:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _CaseReport:
     """What one case says: with an error of the image, only that."""
 
     findings: list[Finding]
@@ -105,7 +105,7 @@ def audit(name: str) -> Audit:
     report.findings += [Finding("warning", file, not_read) for file in found.unread]
     values = tuple(found.labels) if found.labels else None
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        looked = pool.map(lambda case: _look(case, values, found.ignored), cases)
+        looked = pool.map(lambda case: _examine_case(case, values, found.ignored), cases)
         seen = list(tqdm(looked, total=len(cases), disable=None, leave=False, unit="case"))
     for one in seen:
         report.findings += one.findings
@@ -126,11 +126,11 @@ def audit(name: str) -> Audit:
     except InlayError as error:
         report.findings.append(Finding("error", name, str(error)))
     report.classes = {label: sum(v in one.values for one in seen) for v, label in names.items()}
-    report.findings += _together(name, whole, report, list(names))
+    report.findings += _compare_cases(name, whole, report, list(names))
     return report
 
 
-def _look(case: Case, values: tuple[int, ...] | None, ignored: int | None) -> _Seen:
+def _examine_case(case: Case, values: tuple[int, ...] | None, ignored: int | None) -> _CaseReport:
     """One case by itself; `values` are those that dataset.json names."""
     files = [
         case.name if part is None or isinstance(part, np.ndarray) else str(part) for part in (case.image, case.label)
@@ -139,7 +139,7 @@ def _look(case: Case, values: tuple[int, ...] | None, ignored: int | None) -> _S
     try:
         array, affine = read_image(case)
     except InlayError as error:
-        return _Seen([Finding("error", files[0], _short(error, files[0]))])
+        return _CaseReport([Finding("error", files[0], _explain(error, files[0]))])
     image, grid = reorient_to_ras(array, affine)
     found += _find_affine_conflict(case.image)
     if image.min() == image.max():
@@ -149,7 +149,7 @@ def _look(case: Case, values: tuple[int, ...] | None, ignored: int | None) -> _S
     try:
         labels, own = read_labels(case)
     except InlayError as error:
-        return _Seen([*found, Finding("error", files[1], _short(error, files[1]))], **seen)
+        return _CaseReport([*found, Finding("error", files[1], _explain(error, files[1]))], **seen)
     found += _find_affine_conflict(case.label)
     view, own = reorient_to_ras(labels, own)
     apart = is_misplaced(view.shape, own, image.shape, grid)
@@ -160,7 +160,7 @@ def _look(case: Case, values: tuple[int, ...] | None, ignored: int | None) -> _S
         found.append(Finding("error", files[1], f"labels {list_first(strange)} that dataset.json does not name"))
     if not view.any():
         found.append(Finding("warning", files[1], "no voxel has a label"))
-    return _Seen(found, values=tuple(np.unique(view).tolist()), **seen)
+    return _CaseReport(found, values=tuple(np.unique(view).tolist()), **seen)
 
 
 def _find_affine_conflict(file: Path | np.ndarray | None) -> list[Finding]:
@@ -169,20 +169,22 @@ def _find_affine_conflict(file: Path | np.ndarray | None) -> list[Finding]:
     return [Finding("warning", str(file), conflict)] if conflict else []
 
 
-def _together(name: str, whole: list[tuple[Case, _Seen]], report: Audit, values: list[int]) -> list[Finding]:
+def _compare_cases(name: str, whole: list[tuple[Case, _CaseReport]], report: Audit, values: list[int]) -> list[Finding]:
     """What only all cases tell."""
     found: list[Finding] = []
     first: dict[bytes, str] = {}
     for case, one in whole:
         twin = first.setdefault(one.digest, case.name)
         if twin != case.name:
-            found.append(Finding("warning", case.name, f"the same image as {twin}: they must not be parted"))
+            found.append(
+                Finding("warning", case.name, f"the same image as {twin}: they must not be in different splits")
+            )
     for value, (label, count) in zip(values, report.classes.items(), strict=True):
         if whole and not count:
             found.append(Finding("warning", name, f"no case has the class {label!r}"))
         elif count == 1 and len(whole) >= RARE:
-            alone = next(case.name for case, one in whole if value in one.values)
-            found.append(Finding("warning", alone, f"the one case with the label {value} ({label})"))
+            single = next(case.name for case, one in whole if value in one.values)
+            found.append(Finding("warning", single, f"the only case with the label {value} ({label})"))
     for axis, letter in enumerate("DHW"):
         low, _, high = (spacing[axis] for spacing in report.spacings_mm) if report.spacings_mm else (1.0, 1.0, 1.0)
         if high > UNEVEN * low:
@@ -193,5 +195,5 @@ def _together(name: str, whole: list[tuple[Case, _Seen]], report: Audit, values:
     return found
 
 
-def _short(error: InlayError, file: str) -> str:
+def _explain(error: InlayError, file: str) -> str:
     return explain_unreadable(Path(file), error.__cause__) if error.__cause__ else str(error)

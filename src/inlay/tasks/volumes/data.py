@@ -57,7 +57,7 @@ class Case:
 
 @dataclass(frozen=True)
 class VolumeData:
-    """Labelled scans in two splits; `labels` names the classes 1..K, without the background."""
+    """Labelled scans in two splits. `labels` names the classes 1..K, without the background."""
 
     name: str
     train: tuple[Case, ...]
@@ -67,7 +67,7 @@ class VolumeData:
 
 
 @dataclass
-class Found:
+class FoundCases:
     """What a folder holds, with what is wrong in it: for `load_volumes` and the audit.
 
     Attributes:
@@ -101,14 +101,15 @@ def load_volumes(
     modality: Modality | None = None,
     labels: Sequence[str] | None = None,
 ) -> VolumeData:
-    """Labelled scans for training and validation; voxels are read where only they tell the classes.
+    """Labelled scans for training and validation; voxels are read only where nothing else tells the classes.
 
     Classes and modality come from dataset.json (the Decathlon's, or nnU-Net's) if the folder has one. Otherwise all
     label maps are read, and their values called "class 1" and so on.
 
     Args:
         name: `builtin:volumes`; a folder with images/ and labels/ or imagesTr/ and labelsTr/, whose files have equal
-            names (nnU-Net's _0000 aside), alone or in train/ and validation/; a folder of .npz (see `read_volume`).
+            names (nnU-Net's _0000 aside), directly or in train/ and validation/ (test/ is only scored); a folder
+            of .npz (see `read_volume`).
         seed: Chooses the cases to hold out where the data does not; alike on every machine.
         validation: Share of the cases to hold out, between 0 and 1.
         modality: Instead of the one that dataset.json names; without either "other", which is treated as MR is.
@@ -184,12 +185,12 @@ def _with_values(cases: Sequence[Case], named: dict[int, str], ignored: int | No
     return [replace(case, values=tuple(named), ignored=ignored) for case in cases]
 
 
-def _name_present_classes(found: Found, cases: Sequence[Case], name: str) -> dict[int, str]:
+def _name_present_classes(found: FoundCases, cases: Sequence[Case], name: str) -> dict[int, str]:
     """`name_classes`; label maps are read only where nothing else tells their values."""
     return name_classes(found, [] if found.labels else _read_values(cases), name)
 
 
-def name_classes(found: Found, present: Iterable[int], name: str) -> dict[int, str]:
+def name_classes(found: FoundCases, present: Iterable[int], name: str) -> dict[int, str]:
     """Values in the label maps and the names of their classes: the judgement of training and of the audit.
 
     Args:
@@ -213,10 +214,10 @@ def name_classes(found: Found, present: Iterable[int], name: str) -> dict[int, s
     return {value: f"class {value}" for value in values}
 
 
-def split_cases(found: Found, share: float, seed: int, name: str) -> tuple[list[Case], list[Case]]:
+def split_cases(found: FoundCases, share: float, seed: int, name: str) -> tuple[list[Case], list[Case]]:
     """Training and validation cases; where the data does not say, a share of the training cases is held out.
 
-    These are chosen by rank of a hash of their names: a new case moves few others. Test cases are left alone.
+    These are chosen by rank of a hash of their names: a new case moves few others. Test cases are not touched.
 
     Raises:
         InlayError: There is one case only, so that none can be held out.
@@ -241,7 +242,7 @@ def _warn_of_affines(cases: Sequence[Case]) -> None:
         )
 
 
-def find_cases(name: str) -> Found:
+def find_cases(name: str) -> FoundCases:
     """The cases of a source, without a look at their voxels.
 
     Raises:
@@ -253,24 +254,26 @@ def find_cases(name: str) -> Found:
         from inlay.builtin.bodies import LABELS, generate_bodies
 
         values = tuple(range(1, len(LABELS) + 1))
-        return Found(
+        return FoundCases(
             [Case(*body, values) for body in generate_bodies()], labels=dict(enumerate(LABELS, 1)), modality="mr"
         )
     folder = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for an unknown user
     if not name or not folder.is_dir():
-        raise BadInput(f"expected {WANTED}, but there is no folder {name!r}. Change the name.")
-    found = Found()
+        raise BadInput(f"there is no folder {name!r}; give {WANTED}.")
+    found = FoundCases()
     described = folder / "dataset.json"
-    content = _describe(described, found) if described.is_file() else {}
+    content = _read_description(described, found) if described.is_file() else {}
     if content.get("training"):
-        found.train = _listed(content["training"], folder, found)
-        found.validation = _listed(_labelled(content.get("validation")), folder, found)
+        found.train = _list_described(content["training"], folder, found)
+        found.validation = _list_described(_entries_with_label(content.get("validation")), folder, found)
     else:
         _find_in_folders(folder, found)
     if not found.train and not found.faults:
         inside = list_first(sorted(path.name for path in folder.iterdir())) or "nothing"
         strange = f" None of {list_first([Path(file).name for file in found.unread])} is read." if found.unread else ""
-        raise BadInput(f"expected {WANTED}, but {name!r} holds {inside}.{strange} Pass the folder above or below.")
+        raise BadInput(
+            f"{name!r} holds {inside}, and no labelled scans.{strange} Give {WANTED}; it may be above or below."
+        )
     names = [case.name for case in (*found.train, *found.validation)]
     found.faults += [
         (twice, "two cases of this name") for twice in dict.fromkeys(n for n in names if names.count(n) > 1)
@@ -278,7 +281,7 @@ def find_cases(name: str) -> Found:
     return found
 
 
-def _find_in_folders(folder: Path, found: Found) -> None:
+def _find_in_folders(folder: Path, found: FoundCases) -> None:
     """Put the cases of a folder's layout into `found`; none for validation where it has no split."""
     inner = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}
     if "train" in inner and (train := _pair_files(inner["train"], PAIRS, found)):
@@ -286,28 +289,28 @@ def _find_in_folders(folder: Path, found: Found) -> None:
         found.train, found.validation = train, next((cases for cases in held if cases), [])
     else:
         found.train, found.validation = _pair_files(folder, PAIRS, found), _pair_files(folder, HELD_OUT, found)
-    apart = Found()  # what is wrong with test cases does not stop a training
+    apart = FoundCases()  # what is wrong with test cases does not stop a training
     tests = [_pair_files(inner[split], PAIRS, apart) for split in TEST if split in inner]
     tests.append(_pair_files(folder, TEST_PAIRS, apart))
     found.test, found.test_faults = next((cases for cases in tests if cases), []), apart.faults
 
 
-def _pair_files(folder: Path, names: Sequence[tuple[str, str]], found: Found) -> list[Case]:
+def _pair_files(folder: Path, names: Sequence[tuple[str, str]], found: FoundCases) -> list[Case]:
     """Cases of two folders of files with equal names, or else of the .npz files in `folder`."""
     for images, labels in names:
         if (folder / images).is_dir() and (folder / labels).is_dir():
             scans, maps = (_list_scans(folder / part, found) for part in (images, labels))
-            return _match(scans, maps, found)
+            return _match_pairs(scans, maps, found)
     if names is not PAIRS:
         return []
-    apart = Found()
+    apart = FoundCases()
     files = [path for path in _list_scans(folder, apart) if has_suffix(path, (".npz",))]
     if files:  # else it is no folder of scans
         found.unread += [file for file in apart.unread if not Path(file).is_dir()]
     return [Case(case_name(path), path, path) for path in files]
 
 
-def _list_scans(folder: Path, found: Found) -> list[Path]:
+def _list_scans(folder: Path, found: FoundCases) -> list[Path]:
     """Scans in a folder; what else could be one is noted in `found`."""
     scans = []
     for path in sorted(folder.iterdir()):
@@ -320,7 +323,7 @@ def _list_scans(folder: Path, found: Found) -> list[Path]:
     return scans
 
 
-def _match(scans: Sequence[Path], maps: Sequence[Path], found: Found) -> list[Case]:
+def _match_pairs(scans: Sequence[Path], maps: Sequence[Path], found: FoundCases) -> list[Case]:
     """Cases of images and label maps with equal names, and a fault for each file without a partner.
 
     nnU-Net numbers the channels of an image as case_0000, case_0001 ... and not those of its label map. So an image is
@@ -348,13 +351,13 @@ def _match(scans: Sequence[Path], maps: Sequence[Path], found: Found) -> list[Ca
     return [Case(name, images[name], labels[name]) for name in images if name in labels]
 
 
-def _add_file(files: dict[str, Path], name: str, path: Path, found: Found) -> None:
+def _add_file(files: dict[str, Path], name: str, path: Path, found: FoundCases) -> None:
     if name in files:
-        found.faults.append((str(path), f"a second file of the case beside {files[name].name}"))
+        found.faults.append((str(path), f"a second file of the case, next to {files[name].name}"))
     files.setdefault(name, path)
 
 
-def _describe(path: Path, found: Found) -> dict[str, Any]:
+def _read_description(path: Path, found: FoundCases) -> dict[str, Any]:
     """The content of dataset.json, with its classes and modality put into `found`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -365,7 +368,9 @@ def _describe(path: Path, found: Found) -> dict[str, Any]:
         channel = str(channels if isinstance(channels, str) else next(iter(channels.values()), ""))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         got = f"'{path}' ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-        raise DamagedFile(f'{got}: labels in dataset.json must be {{"1": "name"}}, each one number.') from error
+        raise DamagedFile(
+            f'{got}: labels in dataset.json must be {{"1": "name"}} or {{"name": 1}}, with one number each.'
+        ) from error
     values.pop(0, None)
     found.ignored = next((value for value, label in values.items() if label.strip().lower() == IGNORE), None)
     if found.ignored is not None:
@@ -383,14 +388,14 @@ def _describe(path: Path, found: Found) -> dict[str, Any]:
     return content
 
 
-def _labelled(entries: Any) -> list[Any]:
+def _entries_with_label(entries: Any) -> list[Any]:
     """Entries of a list in dataset.json that name a label map."""
     return [e for e in entries if isinstance(e, dict) and "label" in e] if isinstance(entries, list) else []
 
 
-def _listed(entries: Any, folder: Path, found: Found) -> list[Case]:
+def _list_described(entries: Any, folder: Path, found: FoundCases) -> list[Case]:
     """Cases that dataset.json lists, as {"image", "label"} relative to it."""
-    if not isinstance(entries, list) or len(_labelled(entries)) < len(entries):
+    if not isinstance(entries, list) or len(_entries_with_label(entries)) < len(entries):
         raise DamagedFile(f"training in '{folder / 'dataset.json'}' must be a list of objects with image and label.")
     cases = []
     for entry in entries:
@@ -422,7 +427,7 @@ def read_labels(case: Case) -> tuple[np.ndarray, np.ndarray]:
         InlayError: There is none, it cannot be read, or has numbers that are not whole.
     """
     if case.label is None:
-        raise BadInput(f"expected a label map, but case {case.name!r} has none. Pass one.")
+        raise BadInput(f"case {case.name!r} has no label map; give one.")
     if isinstance(case.label, np.ndarray):
         where, array, affine = case.name, case.label, np.eye(4)
     else:

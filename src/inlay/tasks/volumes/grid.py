@@ -17,7 +17,7 @@ Shape = tuple[int, int, int]
 def reorient_to_ras(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A view of voxels (X, Y, Z) as (D, H, W) in RAS, and the affine (4, 4) from its indices (w, h, d) to mm.
 
-    Axes are flipped and permuted alone: those of an oblique scan become the nearest of D, H and W.
+    Axes are only flipped and permuted: those of an oblique scan become the nearest of D, H and W.
     """
     turns, towards = orientation(affine, array.shape)
     return import_nibabel().orientations.apply_orientation(array, turns).transpose(2, 1, 0), affine @ towards

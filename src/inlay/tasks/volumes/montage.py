@@ -1,4 +1,4 @@
-"""A picture of a scan and its mask: three planes through the mask's centre, and slices through its extent."""
+"""An image of a scan and its mask: three planes through the mask's centre, and slices through its extent."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from inlay.tasks.colours import colour
 from inlay.tasks.volumes.grid import reorient_to_ras, spacing_of, transform_points
 from inlay.tasks.volumes.segment import Segmentation, check_output
 
-PICTURES = (".png",)
+IMAGES = (".png",)
 GAP, TEXT = 12, 22  # pixels
 LARGE, SMALL, SLICES = 392, 190, 6  # edges of a plane and of a slice in pixels, and slices
 SIDES = (("R", "L", "A", "P"), ("R", "L", "S", "I"), ("A", "P", "S", "I"))  # left, right, top, bottom of the planes
@@ -24,7 +24,7 @@ def draw_montage(image: np.ndarray, segmentation: Segmentation, path: str | Path
 
     Sides are true to the spacing. Radiological convention: the patient's right is on the left. Greys go from the
     scan's percentile 1 to 99; outlines are the mask's own voxels, in the colours of the legend. Slices lie evenly
-    between the mask's ends, and show its surroundings alone; an empty mask shows the middle of the scan.
+    between the mask's ends, and show only its surroundings; an empty mask shows the middle of the scan.
 
     Args:
         image: The scan (X, Y, Z) on the mask's grid, as `read_volume` reads it.
@@ -34,7 +34,7 @@ def draw_montage(image: np.ndarray, segmentation: Segmentation, path: str | Path
     Raises:
         InlayError: Image and mask differ in shape, another suffix, or no such folder.
     """
-    path = check_output(path, PICTURES)
+    path = check_output(path, IMAGES)
     if image.shape != segmentation.mask.shape:
         got = f"{image.shape} and {segmentation.mask.shape}"
         raise BadInput(f"image and mask have the shapes {got}; pass the scan that was segmented.")
@@ -52,16 +52,16 @@ def draw_montage(image: np.ndarray, segmentation: Segmentation, path: str | Path
         place = transform_points(affine, centre[::-1])[2 - i]
         draw.text((x, GAP), f"{name}, {'zyx'[i]} = {place:.1f} mm", INK, font)
         cut = tuple(centre[i] if axis == i else slice(None) for axis in range(3))
-        panel = _panel(scan[cut], mask[cut], [s for axis, s in enumerate(spacing) if axis != i], greys, LARGE)
+        panel = _draw_panel(scan[cut], mask[cut], [s for axis, s in enumerate(spacing) if axis != i], greys, LARGE)
         _paste(sheet, panel, (x, GAP + TEXT), LARGE, SIDES[i], font)
-    top, window = LARGE + 2 * GAP + TEXT, _around(inside, mask.shape, spacing)
+    top, window = LARGE + 2 * GAP + TEXT, _surroundings(inside, mask.shape, spacing)
     for i, d in enumerate(slices):
         x = GAP + i * (SMALL + GAP)
         place = transform_points(affine, (centre[2], centre[1], d))[2]
         draw.text((x, top), f"axial, z = {place:.1f} mm", INK, font)
-        panel = _panel(scan[(d, *window)], mask[(d, *window)], spacing[1:], greys, SMALL)
+        panel = _draw_panel(scan[(d, *window)], mask[(d, *window)], spacing[1:], greys, SMALL)
         _paste(sheet, panel, (x, top + TEXT), SMALL, ("R", "L", "", ""), font)
-    _legend(draw, segmentation, top + TEXT + SMALL + GAP, sheet.width, font)
+    _draw_legend(draw, segmentation, top + TEXT + SMALL + GAP, sheet.width, font)
     with replacing(path) as new:
         sheet.save(new)
     return path
@@ -90,10 +90,10 @@ def find_extent(mask: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
     return centre, [np.flatnonzero(count) for count in counts]
 
 
-def _around(
+def _surroundings(
     inside: list[np.ndarray], shape: tuple[int, ...], spacing: tuple[float, float, float]
 ) -> tuple[slice, slice]:
-    """Rows and columns H, W of a square with half the mask's extent beside it, at least 10 mm, within the scan."""
+    """Rows and columns H, W of a square in the scan: the mask with half its extent around it, at least 10 mm."""
     edge = max((inside[axis][-1] + 1 - inside[axis][0]) * spacing[axis] for axis in (1, 2))
     edge += max(edge, 20.0)
     rows = []
@@ -103,7 +103,7 @@ def _around(
     return rows[0], rows[1]
 
 
-def _panel(
+def _draw_panel(
     scan: np.ndarray, mask: np.ndarray, spacing: list[float] | tuple[float, ...], greys: tuple[float, float], edge: int
 ) -> Image.Image:
     """A plane with the mask's outline, both axes reversed: its longer side is `edge` pixels."""
@@ -112,20 +112,20 @@ def _panel(
     height, width = (max(1, round(side * edge / max(sides))) for side in sides)
     low, high = greys
     levels = ((scan.astype(np.float32) - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
-    picture = Image.fromarray(levels).resize((width, height), Image.Resampling.BICUBIC)
+    panel = Image.fromarray(levels).resize((width, height), Image.Resampling.BICUBIC)
     rows = (np.arange(height) * mask.shape[0] // height)[:, None]
     regions = mask[rows, np.arange(width) * mask.shape[1] // width]
-    pixels = np.array(picture.convert("RGB"))
+    pixels = np.array(panel.convert("RGB"))
     for k in np.unique(regions[regions > 0]).tolist():
-        pixels[_rim(regions == k)] = colour(k)
+        pixels[_find_rim(regions == k)] = colour(k)
     return Image.fromarray(pixels)
 
 
-def _rim(region: np.ndarray, thickness: int = 2) -> np.ndarray:
+def _find_rim(region: np.ndarray, thickness: int = 2) -> np.ndarray:
     """The region's outermost pixels."""
     inner = region
     for _ in range(thickness):
-        framed = np.pad(inner, 1, mode="edge")  # no line where the picture ends
+        framed = np.pad(inner, 1, mode="edge")  # no line where the image ends
         inner = inner & framed[2:, 1:-1] & framed[:-2, 1:-1] & framed[1:-1, 2:] & framed[1:-1, :-2]
     return region & ~inner
 
@@ -147,7 +147,7 @@ def _paste(
         draw.text((px, py), letter, "#ffffff", font, anchor=anchor, stroke_width=2, stroke_fill="#000000")  # type: ignore[arg-type]
 
 
-def _legend(draw: ImageDraw.ImageDraw, segmentation: Segmentation, y: int, width: int, font: object) -> None:
+def _draw_legend(draw: ImageDraw.ImageDraw, segmentation: Segmentation, y: int, width: int, font: object) -> None:
     """Classes that are there, with colours and volumes, as many as there is room for; then the convention."""
     x, volumes = GAP, segmentation.volumes_ml
     for k, (name, volume) in enumerate(volumes.items(), start=1):

@@ -1,4 +1,4 @@
-"""One scan as a model takes it, and what a model says of it back on the scan's own grid."""
+"""One scan as a model takes it, and a model's prediction back on the scan's own grid."""
 
 import math
 import os
@@ -56,12 +56,12 @@ class Scan:
 
     def to_grid(self, xyz: npt.ArrayLike) -> np.ndarray:
         """Voxel indices x, y, z of the own grid, (3,) or (N, 3), as d, h, w of `image`; fractions are kept."""
-        towards, ratio = self._way()
+        towards, ratio = self._steps()
         return ((transform_points(np.linalg.inv(towards), xyz) + 0.5) * ratio - 0.5)[..., ::-1]
 
     def to_own(self, dhw: npt.ArrayLike) -> np.ndarray:
         """The inverse of `to_grid`."""
-        towards, ratio = self._way()
+        towards, ratio = self._steps()
         return transform_points(towards, (np.asarray(dhw, np.float64)[..., ::-1] + 0.5) / ratio - 0.5)
 
     @property
@@ -70,7 +70,7 @@ class Scan:
         d, h, w = reorient_to_ras(np.broadcast_to(np.int8(0), self.own_shape), self.affine)[0].shape
         return d, h, w
 
-    def _way(self) -> tuple[np.ndarray, np.ndarray]:
+    def _steps(self) -> tuple[np.ndarray, np.ndarray]:
         """Indices x, y, z in RAS to the own ones (4, 4), and voxels of `image` for one of RAS along x, y, z."""
         ratio = np.array(self.image.shape[1:]) / np.array(self.ras_shape)
         return orientation(self.affine, self.own_shape)[1], ratio[::-1]
@@ -79,10 +79,10 @@ class Scan:
 class VolumeProcessor:
     """How a scan becomes a model's input; saved with an adapter.
 
-    A scan is turned to RAS (its axes are only flipped and permuted: an oblique scan stays in its own planes), its
+    A scan is reoriented to RAS (its axes are only flipped and permuted: an oblique scan stays in its own planes), its
     intensities are normalised, and it is resampled about its own edges, linearly (averaged where voxels get larger),
-    label maps by the nearest voxel. So the whole field of view stays, and the spacing is as asked for but for a
-    rounding of the voxels' number. Everything is undone by `back`.
+    label maps by the nearest voxel. So the whole field of view stays, and the spacing is the one asked for, up to
+    rounding of the number of voxels. `back` undoes all of it.
 
     Args:
         spacing_mm: Of the model's grid in D, H, W; None: each scan's own.
@@ -96,7 +96,7 @@ class VolumeProcessor:
         values: The numbers of the classes 1..K in the label maps that were trained on, and so in the masks; None: 1..K.
 
     Raises:
-        InlayError: A spacing, crop, window, axis or value that is none.
+        InlayError: A spacing, crop, window, axis or value that is not valid.
     """
 
     def __init__(
@@ -109,11 +109,11 @@ class VolumeProcessor:
         flip: Sequence[int] = (),
         values: Sequence[int] | None = None,
     ) -> None:
-        if spacing_mm is not None and not _three(spacing_mm, lambda s: 1e-5 <= s <= 1e4):
+        if spacing_mm is not None and not _are_three(spacing_mm, lambda s: 1e-5 <= s <= 1e4):
             raise BadInput(f"spacing_mm must be three lengths D, H, W in mm, or None, got {spacing_mm}.")
-        if not _three(crop, lambda n: isinstance(n, int) and 0 < n < 2**13):
+        if not _are_three(crop, lambda n: isinstance(n, int) and 0 < n < 2**13):
             raise BadInput(f"crop must be three whole numbers of voxels, got {crop}.")
-        if intensity not in ("percentile", "ct") or not (_number(low) and _number(high) and low < high):
+        if intensity not in ("percentile", "ct") or not (_is_number(low) and _is_number(high) and low < high):
             raise BadInput(
                 f"intensity must be percentile or ct, and low below high, got {intensity!r} from {low} to {high}."
             )
@@ -157,7 +157,7 @@ class VolumeProcessor:
             source = Case(case_name(path), path)
         array, affine = read_image(source)
         image, grid = reorient_to_ras(array, affine)
-        shape, spacing = self._grid(image.shape, grid)
+        shape, spacing = self._resampled_grid(image.shape, grid)
         labels = None
         if source.label is not None:
             labels = resize(aligned_labels(source, image.shape, grid), shape, "nearest")
@@ -189,7 +189,7 @@ class VolumeProcessor:
     def back(
         self, values: np.ndarray | torch.Tensor, scan: Scan, mode: Literal["nearest", "linear"] = "nearest"
     ) -> np.ndarray:
-        """What was predicted on the model's grid, on the scan's own: (X, Y, Z), or (C, X, Y, Z) of (C, D, H, W).
+        """A prediction on the model's grid, brought back to the scan's own: (X, Y, Z), or (C, X, Y, Z) of (C, D, H, W).
 
         At the scan's own spacing, and at any finer one, `nearest` brings a label map back voxel by voxel.
 
@@ -224,7 +224,7 @@ class VolumeProcessor:
         """A processor with the settings of `to_dict`.
 
         Raises:
-            InlayError: The settings are none.
+            InlayError: Settings of another kind.
         """
         names = ("spacing_mm", "crop", "intensity", "low", "high")
         more = ("flip", "values")
@@ -233,7 +233,7 @@ class VolumeProcessor:
             raise DamagedFile(f"a volume processor has the settings {', '.join(names)}, got {got}.")
         return cls(**settings)
 
-    def _grid(self, shape: Sequence[int], affine: np.ndarray) -> tuple[Shape, Triple]:
+    def _resampled_grid(self, shape: Sequence[int], affine: np.ndarray) -> tuple[Shape, Triple]:
         """Shape (D, H, W) to resample to, and the spacing that this gives."""
         spacing = spacing_of(affine)
         wanted = self.spacing_mm or spacing
@@ -263,11 +263,11 @@ def read_image(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 def median_spacing(cases: Sequence[Case]) -> Triple:
     """Median of the spacings of cases in D, H, W, each axis by itself, to four digits; only headers are read."""
-    d, h, w = (float(f"{s:.4g}") for s in np.median([_spacing(case) for case in cases], axis=0))
+    d, h, w = (float(f"{s:.4g}") for s in np.median([_spacing_of_case(case) for case in cases], axis=0))
     return d, h, w
 
 
-def _spacing(case: Case) -> Triple:
+def _spacing_of_case(case: Case) -> Triple:
     if isinstance(case.image, np.ndarray):
         shape, affine = case.image.shape, np.eye(4)
     else:
@@ -286,15 +286,15 @@ def aligned_labels(case: Case, shape: tuple[int, ...], affine: np.ndarray) -> np
         affine: Of its image in RAS, as `reorient_to_ras` gives it.
 
     Raises:
-        InlayError: The label map lies beside the image, by shape or by more than a tenth of a voxel, or has numbers
-            that are no class.
+        InlayError: The label map is not on the grid of the image, by shape or by more than a tenth of a voxel, or has
+            numbers that are no class.
     """
     array, own = read_labels(case)
     where = case.name if isinstance(case.label, np.ndarray) else str(case.label)
     labels, grid = reorient_to_ras(array, own)
     apart = is_misplaced(labels.shape, grid, shape, affine)
     if apart:
-        raise DamagedFile(f"expected a label map on the grid of its image, but {where!r} has {apart}. Mend the file.")
+        raise DamagedFile(f"the label map {where!r} is not on the grid of its image: it has {apart}. Repair the file.")
     strange = find_strange_values(labels, case.values, case.ignored)
     if strange:
         wanted = list_first([0, *case.values]) if case.values else f"0 to {CLASSES}"
@@ -329,9 +329,9 @@ def _are_class_values(values: Any) -> bool:
     return bool(whole) and 0 < min(values) <= max(values) <= LARGEST and len(set(values)) == len(values)
 
 
-def _three(values: Any, fine: Any) -> bool:
-    return isinstance(values, list | tuple) and len(values) == 3 and all(_number(v) and fine(v) for v in values)
+def _are_three(values: Any, fine: Any) -> bool:
+    return isinstance(values, list | tuple) and len(values) == 3 and all(_is_number(v) and fine(v) for v in values)
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -5,7 +5,7 @@
     summarise(rows)["dice"]
 
 Of empty masks: where a class is in neither mask, Dice, IoU and NSD are 1 and HD95 is 0; where it is in one of them
-alone, Dice, IoU and NSD are 0 and HD95 is the diagonal of the volume: a missed object costs as much as the farthest.
+only, Dice, IoU and NSD are 0 and HD95 is the diagonal of the volume: a missed object costs as much as the farthest.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def score_case(
         np.asarray(mask.cpu() if isinstance(mask, torch.Tensor) else mask) for mask in (predicted, reference)
     )
     spacing = [float(s) for s in spacing_mm]
-    _check(predicted, reference, labels, spacing, tolerance_mm)
+    _check_masks(predicted, reference, labels, spacing, tolerance_mm)
     predicted = np.where(reference < 0, 0, predicted)
     diagonal = math.dist([n * s for n, s in zip(reference.shape, spacing, strict=True)], [0.0] * 3)
     ml, rows = math.prod(spacing) / 1000, []
@@ -76,7 +76,7 @@ def score_case(
         counts = np.array([[np.count_nonzero(a & b), np.count_nonzero(a), np.count_nonzero(b)]])
         _, p, r = (int(n) for n in counts[0])
         distance, nsd = (
-            _surfaces(a, b, spacing, tolerance_mm) if p and r else (diagonal if p or r else 0.0, float(p == r))
+            _measure_surfaces(a, b, spacing, tolerance_mm) if p and r else (diagonal if p or r else 0.0, float(p == r))
         )
         scores = dice_of(counts)[0], iou_of(counts)[0], distance, nsd
         named = {"case": case, "class": label} | {k: float(v) for k, v in zip(SCORES, scores, strict=True)}
@@ -153,8 +153,8 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if not rows:
         raise BadInput("there are no rows to summarise; score a case first.")
     labels = dict.fromkeys(row["class"] for row in rows)
-    each = {label: _means([row for row in rows if row["class"] == label]) for label in labels}
-    return _means(rows) | {"cases": len({row["case"] for row in rows}), "classes": each}
+    each = {label: _average([row for row in rows if row["class"] == label]) for label in labels}
+    return _average(rows) | {"cases": len({row["case"] for row in rows}), "classes": each}
 
 
 def write_csv(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
@@ -166,20 +166,20 @@ def write_csv(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
-def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _average(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {key: float(np.mean([row[key] for row in rows])) for key in SCORES}
 
 
-def _surfaces(a: np.ndarray, b: np.ndarray, spacing: list[float], tolerance: float) -> tuple[float, float]:
+def _measure_surfaces(a: np.ndarray, b: np.ndarray, spacing: list[float], tolerance: float) -> tuple[float, float]:
     """HD95 in mm and NSD of two masks that are not empty."""
     try:
         from monai.metrics import compute_hausdorff_distance, compute_surface_dice
     except ImportError:
         raise Unsupported(
-            "expected MONAI, which measures surfaces, but it is not installed. Run: pip install 'inlay[volumes]'"
+            "measuring surfaces takes MONAI, which is not installed; run: pip install 'inlay[volumes]'"
         ) from None
-    # Their box alone, with a margin: no surface lies elsewhere, and MONAI's own cropping comes after several copies.
-    box = tuple(_extent((a | b).any(tuple(axis for axis in range(3) if axis != i))) for i in range(3))
+    # Only their box, with a margin: no surface lies elsewhere, and MONAI's own cropping comes after several copies.
+    box = tuple(_find_extent((a | b).any(tuple(axis for axis in range(3) if axis != i))) for i in range(3))
     first, second = (torch.from_numpy(np.pad(mask[box], 1))[None, None] for mask in (a, b))
     options: dict[str, Any] = {"include_background": True, "spacing": spacing}
     with warnings.catch_warnings():
@@ -189,12 +189,12 @@ def _surfaces(a: np.ndarray, b: np.ndarray, spacing: list[float], tolerance: flo
     return float(distance), float(nsd)
 
 
-def _extent(any_along: np.ndarray) -> slice:
+def _find_extent(any_along: np.ndarray) -> slice:
     found = np.flatnonzero(any_along)
     return slice(int(found[0]), int(found[-1]) + 1)
 
 
-def _check(
+def _check_masks(
     predicted: np.ndarray, reference: np.ndarray, labels: Sequence[str], spacing: list[float], tolerance: float
 ) -> None:
     if predicted.shape != reference.shape or reference.ndim != 3:

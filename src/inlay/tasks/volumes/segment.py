@@ -20,7 +20,7 @@ from inlay.files.outputs import check_output_file
 from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.volumes.nifti import find_affine_conflict, has_suffix, import_nibabel, label_dtype, open_nifti, unit_mm
 from inlay.tasks.volumes.scan import Scan
-from inlay.tasks.volumes.windows import Grid, Place, probabilities, slide
+from inlay.tasks.volumes.windows import Grid, Voxel, probabilities, slide
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ def segment(
         )
     source, scan = open_scan(adapter, scan)
     grid = Grid(scan, adapter.processor.crop)
-    prompts = grid.prompts(points, boxes, adapter.labels, numbers)
+    prompts = grid.make_prompts(points, boxes, adapter.labels, numbers)
     mask = empty_mask(grid, adapter.labels)
     kept = np.zeros((len(adapter.labels) + 1, *scan.own_shape), np.float16) if keep_probabilities else None
     predict, size = partial(probabilities, adapter.model, flips=mirrored), tuple(adapter.processor.crop)
@@ -183,7 +183,7 @@ def segment(
             low = -np.inf if first == 0 else first
             high = np.inf if last == grid.shape[0] else last - 1
             paint_mask(
-                grid, values, (first, 0, 0), grid.rows((low, -np.inf, -np.inf), (high, np.inf, np.inf)), mask, kept
+                grid, values, (first, 0, 0), grid.find_rows((low, -np.inf, -np.inf), (high, np.inf, np.inf)), mask, kept
             )
     if largest:
         keep_largest(mask, len(adapter.labels))
@@ -229,7 +229,7 @@ def empty_mask(grid: Grid, labels: Sequence[str]) -> np.ndarray:
 
 
 def paint_mask(
-    grid: Grid, values: torch.Tensor, start: Place, rows: list[slice], mask: np.ndarray, kept: np.ndarray | None = None
+    grid: Grid, values: torch.Tensor, start: Voxel, rows: list[slice], mask: np.ndarray, kept: np.ndarray | None = None
 ) -> None:
     """Write the most probable classes, and the probabilities if wanted, of a part of the tensor into own voxels.
 
@@ -243,7 +243,7 @@ def paint_mask(
     """
     own = mask.transpose(grid.axes)  # a view in the order D H W
     own_kept = None if kept is None else kept.transpose(0, *(grid.axes + 1))
-    for index, part in grid.parts(values, start, rows):
+    for index, part in grid.interpolate(values, start, rows):
         own[index] = most_probable(part).numpy()
         if own_kept is not None:
             own_kept[(slice(None), *index)] = part.numpy()

@@ -12,7 +12,7 @@ import torch
 
 from inlay.tasks.volumes.scan import Scan
 from inlay.tasks.volumes.segment import Segmentation, empty_mask, open_scan, paint_mask, put_values
-from inlay.tasks.volumes.windows import Grid, Place, ScanPrompts, batch, gaussian
+from inlay.tasks.volumes.windows import Grid, ScanPrompts, Voxel, batch_prompts, gaussian_weights
 
 if TYPE_CHECKING:
     from inlay.tasks.adapter import Adapter
@@ -29,7 +29,7 @@ class Window:
             of the session then: the last one is the answer that stands.
     """
 
-    start: Place
+    start: Voxel
     encoded: Any = None
     answers: list[tuple[int, torch.Tensor]] = field(default_factory=list)
 
@@ -54,7 +54,7 @@ class VolumeSession:
         self._adapter = adapter
         self._source, scan = open_scan(adapter, scan)
         self._affine = np.asarray(scan.affine, np.float64)
-        self._size: Place = tuple(adapter.processor.crop)
+        self._size: Voxel = tuple(adapter.processor.crop)
         self._grid = Grid(scan, self._size)
         self._weights: torch.Tensor | None = None
         self._prompts: list[ScanPrompts] = []
@@ -84,7 +84,7 @@ class VolumeSession:
             InlayError: A point outside of the scan, or no such class.
         """
         said = (*point, *_as_given(label)) if positive else (*point, 0)
-        prompts = self._grid.prompts([said], [], self._adapter.labels, self._values)
+        prompts = self._grid.make_prompts([said], [], self._adapter.labels, self._values)
         return self._add(prompts, prompts.points[0])
 
     def box(self, first: Sequence[float], last: Sequence[float], label: int | str | None = None) -> np.ndarray:
@@ -95,7 +95,7 @@ class VolumeSession:
         Raises:
             InlayError: A corner outside of the scan, or no such class.
         """
-        prompts = self._grid.prompts([], [(*first, *last, *_as_given(label))], self._adapter.labels, self._values)
+        prompts = self._grid.make_prompts([], [(*first, *last, *_as_given(label))], self._adapter.labels, self._values)
         return self._add(prompts, prompts.boxes[0].view(2, 3).mean(0))
 
     def undo(self) -> np.ndarray:
@@ -138,7 +138,7 @@ class VolumeSession:
         """Logits for a window; its encoding is kept."""
         model = self._adapter.model
         weight = next(p for p in model.parameters() if p.is_floating_point())
-        arguments: dict[str, Any] = batch([prompts], weight.device)
+        arguments: dict[str, Any] = batch_prompts([prompts], weight.device)
         if window.answers:
             arguments["input_masks"] = window.answers[-1][1].to(weight)
         if window.encoded is None:
@@ -155,7 +155,7 @@ class VolumeSession:
         self._mask[:] = 0
         for window in self._windows:
             low = [first - 0.5 for first in window.start]
-            rows = self._grid.rows(low, [first + side for first, side in zip(low, self._size, strict=True)])
+            rows = self._grid.find_rows(low, [first + side for first, side in zip(low, self._size, strict=True)])
             paint_mask(self._grid, self._blended(window), window.start, rows, self._mask)
 
     def _blended(self, window: Window) -> torch.Tensor:
@@ -166,7 +166,7 @@ class VolumeSession:
         if len(near) == 1:  # itself
             return total
         if self._weights is None:
-            self._weights = gaussian(self._size)
+            self._weights = gaussian_weights(self._size)
         count = self._weights.clone()
         total *= count
         for other, shift in near:

@@ -44,7 +44,7 @@ class VolumeSegmentation(Task):
     }
 
     def takes_base(self, config: Any) -> bool:
-        """A SAM alone is for masks in images: only its adapter makes it one for volumes."""
+        """A SAM by itself is for masks in images: only its adapter makes it one for volumes."""
         return False
 
     def could_take_base(self, config: Any) -> bool:
@@ -83,7 +83,7 @@ class VolumeSegmentation(Task):
         return output.logits.flatten()[:: output.logits.numel() // count][:count]
 
     def check_merges(self, name: str) -> None:
-        raise Unsupported(f"adapter {name!r} makes a model for scans of one for pictures; use it unmerged.")
+        raise Unsupported(f"adapter {name!r} makes a model for scans of one for images; use it unmerged.")
 
     def random_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
         import torch
@@ -101,8 +101,8 @@ class VolumeSegmentation(Task):
         volumes = load_volumes(data, seed=seed)
         if list(volumes.labels) != adapter.labels:
             raise BadInput(
-                f"the data {data!r} has the classes {', '.join(volumes.labels)}, the combination "
-                f"{', '.join(adapter.labels)}; fit on data of the same ones."
+                f"the data {data!r} has the classes {', '.join(volumes.labels)}, but the combination has "
+                f"{', '.join(adapter.labels)}; fit on data with the same classes."
             )
         order = np.random.default_rng(seed).permutation(len(volumes.train))[:count]
         cases = [volumes.train[i] for i in order.tolist()]
@@ -145,7 +145,8 @@ class VolumeSegmentation(Task):
         settings = record["preprocessing"]
         spacing = settings["spacing_mm"] and " x ".join(f"{s:g}" for s in settings["spacing_mm"])
         crop = " x ".join(map(str, settings["crop"]))
-        said = f"Scans are turned to RAS, at {spacing or 'their own'} mm (D, H, W), and seen {crop} voxels at a time."
+        grid = f"resampled to {spacing} mm (D, H, W)" if spacing else "kept at their own spacing"
+        said = f"Scans are reoriented to RAS, {grid}, and processed {crop} voxels at a time."
         values = settings.get("values") or range(1, len(record["labels"]) + 1)
         names = {0: "background", **dict(zip(values, record["labels"], strict=False))}
         listed = ", ".join(f"{value} = {label}" for value, label in list(names.items())[:50])

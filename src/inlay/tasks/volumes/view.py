@@ -1,4 +1,4 @@
-"""Scans as a model wants them: whole ones, and random crops with 3D augmentation."""
+"""Scans as a model takes them: whole ones, and random crops with 3D augmentation."""
 
 import math
 import random
@@ -15,23 +15,23 @@ from inlay.tasks.volumes.grid import Shape, Triple
 from inlay.tasks.volumes.scan import IGNORED, PADDING, Scan, VolumeProcessor
 
 FOREGROUND = 2 / 3  # share of crops that hold a voxel of a class, each class of the scan alike
-KEPT = 10_000  # voxels of a class that crops are placed at
+SAMPLED = 10_000  # voxels of a class that crops are placed at
 UNSCORED = -2  # within a crop: a voxel of the scan that is to be ignored, where IGNORED is beyond the scan
-ANISOTROPIC = 2.0  # times the spacing within slices from which a scan is turned within them alone
+ANISOTROPIC = 2.0  # times the spacing within slices from which a scan is rotated only within them
 
 
 class VolumeView(torch.utils.data.Dataset):
-    """One split as a model wants it: item i is {"pixel_values": float (1, D, H, W), "labels": int64 (D, H, W)}.
+    """One split as a model takes it: item i is {"pixel_values": float (1, D, H, W), "labels": int64 (D, H, W)}.
 
     Validation takes whole scans. Training takes a random crop of the processor's size; where a scan is smaller, the
-    rest has labels -1 and the image is 0, its mean. All chance comes from the global generators of Python and torch:
-    seeded alike, an item is the same in any process.
+    rest has labels -1 and the image is 0, its mean. All randomness comes from the global generators of Python and
+    torch: with the same seed an item is the same in any process.
 
     Args:
         cases: A split of `VolumeData`, each with a label map.
         processor: Reads them, and says how large a crop is.
         training: Crops instead of whole scans.
-        augment: Of crops: half are turned by up to 15 degrees and scaled by 0.85 to 1.18; some change in gamma,
+        augment: Of crops: half are rotated by up to 15 degrees and scaled by 0.85 to 1.18; some change in gamma,
             contrast and brightness, and get noise.
         flip: Axes along which half of the crops are mirrored: 0 D, 1 H, 2 W. Left and right (2) may be told apart by
             the classes. Default: those that the processor names, and so the adapter.
@@ -66,21 +66,21 @@ class VolumeView(torch.utils.data.Dataset):
         self.cases, self.processor = tuple(cases), processor
         self.training, self.augment, self.flip, self.foreground = training, augment, tuple(flip), foreground
         self.cache_gb = cache_gb
-        self._kept: OrderedDict[int, tuple[Scan, list[torch.Tensor]]] = OrderedDict()
+        self._cache: OrderedDict[int, tuple[Scan, list[torch.Tensor]]] = OrderedDict()
         self._bytes = 0
 
     def __len__(self) -> int:
         return len(self.cases)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": OrderedDict(), "_bytes": 0}  # workers read for themselves
+        return self.__dict__ | {"_cache": OrderedDict(), "_bytes": 0}  # workers read for themselves
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         scan, places = self._read(range(len(self))[int(index)])
         assert scan.labels is not None  # cases without are refused
         if not self.training:
             return {"pixel_values": scan.image, "labels": scan.labels.long()}
-        image, labels = self._crop(scan, places)
+        image, labels = self._draw_crop(scan, places)
         axes = [axis for axis in self.flip if random.random() < 0.5]
         image, labels = image.flip([axis + 1 for axis in axes]), labels.flip(axes)
         if self.augment:
@@ -93,28 +93,30 @@ class VolumeView(torch.utils.data.Dataset):
 
     def _read(self, index: int) -> tuple[Scan, list[torch.Tensor]]:
         """A scan, and some of the voxels of each class in it, from the cache if they are there."""
-        if index in self._kept:
-            self._kept.move_to_end(index)
-            return self._kept[index]
+        if index in self._cache:
+            self._cache.move_to_end(index)
+            return self._cache[index]
         scan = self.processor.read(self.cases[index])
         assert scan.labels is not None
         scan = Scan(**vars(scan) | {"labels": scan.labels.to(torch.int16)})
-        found = scan, _places(scan.labels) if self.training else []
-        self._bytes += _size(scan)
-        self._kept[index] = found
+        found = scan, _sample_class_voxels(scan.labels) if self.training else []
+        self._bytes += _count_bytes(scan)
+        self._cache[index] = found
         while self._bytes > self.cache_gb * 1e9:
-            _, (old, _) = self._kept.popitem(last=False)
-            self._bytes -= _size(old)
+            _, (old, _) = self._cache.popitem(last=False)
+            self._bytes -= _count_bytes(old)
         return found
 
-    def _crop(self, scan: Scan, places: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draw_crop(self, scan: Scan, places: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """A random crop, image (1, d, h, w) and labels (d, h, w), as `cut_crop` gives them."""
         size, shape = self.processor.crop, scan.image.shape[1:]
         at = None
         if places and random.random() < self.foreground:
             flat = random.choice(places)
             at = _unravel(int(flat[random.randrange(len(flat))]), shape)
-        start = [_start(n, c, None if at is None else at[i]) for i, (n, c) in enumerate(zip(shape, size, strict=True))]
+        start = [
+            _draw_start(n, c, None if at is None else at[i]) for i, (n, c) in enumerate(zip(shape, size, strict=True))
+        ]
         if self.augment and random.random() < 0.5:
             return rotate_crop(scan, (start[0], start[1], start[2]), size)
         return cut_crop(scan, start, size)
@@ -156,7 +158,7 @@ def cut_crop(scan: Scan, start: Sequence[int], size: Shape) -> tuple[torch.Tenso
 
 
 def rotate_crop(scan: Scan, start: Shape, size: Shape) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `cut_crop`, of the scan turned and scaled at random about the crop's centre, in one step of interpolation."""
+    """As `cut_crop`, of the scan rotated and scaled at random about the crop's centre, in one interpolation."""
     assert scan.labels is not None
     matrix = random_affine(scan.spacing_mm)  # voxels of the crop to voxels of the scan, about the centre
     half = (torch.tensor(size, dtype=torch.float64) - 1) / 2
@@ -185,7 +187,7 @@ def rotate_crop(scan: Scan, start: Shape, size: Shape) -> tuple[torch.Tensor, to
 def random_affine(spacing_mm: Triple) -> torch.Tensor:
     """A rotation by up to 15 degrees about each axis and a scaling by 0.85 to 1.18, in voxels D, H, W; (3, 3).
 
-    Between thick slices nothing is turned or scaled: interpolation there would make up what was not scanned.
+    Between thick slices nothing is rotated or scaled: interpolation there would invent what was not scanned.
     """
     thick = [s >= ANISOTROPIC * sorted(spacing_mm)[1] for s in spacing_mm]
     spacing = torch.tensor(spacing_mm, dtype=torch.float64)
@@ -217,14 +219,14 @@ def vary_intensity(image: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     return image.masked_fill(~inside, PADDING)
 
 
-def _places(labels: torch.Tensor) -> list[torch.Tensor]:
+def _sample_class_voxels(labels: torch.Tensor) -> list[torch.Tensor]:
     """For each class in a label map, indices of some of its voxels in the flat map."""
     flat = labels.flatten()
     found = []
     for value in range(1, int(flat.max()) + 1):
         indices = torch.nonzero(flat == value)[:, 0]
         if len(indices):
-            found.append(indices[:: -(-len(indices) // KEPT)].clone())
+            found.append(indices[:: -(-len(indices) // SAMPLED)].clone())
     return found
 
 
@@ -233,7 +235,7 @@ def _unravel(index: int, shape: Sequence[int]) -> tuple[int, int, int]:
     return index // (h * w), index // w % h, index % w
 
 
-def _start(length: int, size: int, at: int | None) -> int:
+def _draw_start(length: int, size: int, at: int | None) -> int:
     """Where a crop begins along an axis: with `at` about its middle, anywhere, or centred if the scan is shorter."""
     if length <= size:
         return (length - size) // 2
@@ -243,6 +245,6 @@ def _start(length: int, size: int, at: int | None) -> int:
     return min(max(begin, 0), length - size)
 
 
-def _size(scan: Scan) -> int:
+def _count_bytes(scan: Scan) -> int:
     """Bytes of a scan."""
     return scan.image.nbytes + (scan.labels.nbytes if scan.labels is not None else 0)

@@ -44,7 +44,7 @@ def write_viewer(image: np.ndarray, segmentation: Segmentation, path: str | Path
         got = f"{image.shape} and {mask.shape}"
         raise BadInput(f"image and mask have the shapes {got}; pass the scan that was segmented.")
     name = name or (segmentation.source.name if segmentation.source else "scan")
-    steps = _steps(image.shape, np.linalg.norm(affine[:3, :3], axis=0))
+    steps = _thinning_steps(image.shape, np.linalg.norm(affine[:3, :3], axis=0))
     thin, grid = tuple(slice(None, None, step) for step in steps), affine @ np.diag([*steps, 1])
     note = "" if max(steps) == 1 else f"Thinned out: every {steps[0]}, {steps[1]}, {steps[2]} voxels along x, y, z."
     volumes, values = segmentation.volumes_ml, class_values(segmentation.labels, segmentation.values)
@@ -58,8 +58,8 @@ def write_viewer(image: np.ndarray, segmentation: Segmentation, path: str | Path
         "greys": grey_range(image),
         "centre": (affine @ [*find_extent(mask)[0], 1])[:3].tolist(),
         "inverse": np.linalg.inv(affine)[:3].tolist(),
-        "image": _nifti(_small(image[thin]), grid),
-        "mask": _nifti(mask[thin], grid),
+        "image": _encode_nifti(_shrink_type(image[thin]), grid),
+        "mask": _encode_nifti(mask[thin], grid),
     }
     with replacing(path) as new:
         new.write_text(render_page(name, data), encoding="utf-8")
@@ -79,7 +79,7 @@ def render_page(title: str, data: dict[str, Any]) -> str:
     return re.sub("@([A-Z]+)@", lambda match: parts[match[1]], template)
 
 
-def _steps(shape: tuple[int, ...], spacing: np.ndarray) -> list[int]:
+def _thinning_steps(shape: tuple[int, ...], spacing: np.ndarray) -> list[int]:
     """Of how many voxels one is kept along x, y, z: the densest axis is halved until few enough are left."""
     steps = [1, 1, 1]
     while np.prod([-(-n // step) for n, step in zip(shape, steps, strict=True)]) > VOXELS:
@@ -87,7 +87,7 @@ def _steps(shape: tuple[int, ...], spacing: np.ndarray) -> list[int]:
     return steps
 
 
-def _small(image: np.ndarray) -> np.ndarray:
+def _shrink_type(image: np.ndarray) -> np.ndarray:
     """Whole numbers in the smallest type that holds them; others as they are."""
     low, high = float(image.min()), float(image.max())
     if low < -(2**15) or high >= 2**15 or not np.array_equal(image, np.rint(image)):
@@ -95,7 +95,7 @@ def _small(image: np.ndarray) -> np.ndarray:
     return image.astype(np.uint8 if low >= 0 and high < 256 else np.int16)
 
 
-def _nifti(array: np.ndarray, affine: np.ndarray) -> str:
+def _encode_nifti(array: np.ndarray, affine: np.ndarray) -> str:
     """A .nii.gz in base 64; floats are scaled to 16 bits."""
     import nibabel
 

@@ -1,4 +1,4 @@
-"""Windows over a scan: prompts that fall into them, a model's probabilities there, and the way back to own voxels."""
+"""Windows over a scan: the prompts in them, a model's probabilities there, and those at the scan's own voxels."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from inlay.errors import BadInput, Unsupported
 from inlay.tasks.volumes.scan import PADDING, Scan
 
-Place = tuple[int, int, int]  # d, h, w
+Voxel = tuple[int, int, int]  # d, h, w
 ROWS = 16  # planes of the own grid that are interpolated at a time
 
 
@@ -75,7 +75,7 @@ class Grid:
     def __init__(self, scan: Scan, window: Sequence[int]) -> None:
         self.image, before = pad_to_window(scan.image, window)
         self.before = np.array(before, np.float64)
-        self.shape: Place = tuple(self.image.shape[1:])
+        self.shape: Voxel = tuple(self.image.shape[1:])
         self.scan, self.own_shape = scan, scan.own_shape
         zero = np.asarray(scan.to_grid((0, 0, 0)), np.float64)
         steps = np.stack([np.asarray(scan.to_grid(unit), np.float64) - zero for unit in np.eye(3)], 1)
@@ -89,7 +89,7 @@ class Grid:
             self.before[g] + zero[g] + steps[g, a] * np.arange(self.own_shape[a]) for g, a in enumerate(self.axes)
         ]
 
-    def place(self, xyz: Sequence[float], what: str) -> np.ndarray:
+    def locate(self, xyz: Sequence[float], what: str) -> np.ndarray:
         """(d, h, w) in the tensor of an own voxel index.
 
         Raises:
@@ -101,7 +101,7 @@ class Grid:
             raise BadInput(f"{what} ({got}) lies outside the scan of {size} voxels; x, y, z count from 0.")
         return self.before + np.asarray(self.scan.to_grid(tuple(xyz)), np.float64)
 
-    def prompts(
+    def make_prompts(
         self,
         points: Sequence[Any],
         boxes: Sequence[Any],
@@ -124,8 +124,8 @@ class Grid:
             for one in given:
                 if len(one) not in (size, size + 1):
                     raise BadInput(f"{kind} is {size} numbers and perhaps a label, got {tuple(one)}.")
-        where = [self.place(point[:3], "a point") for point in points]
-        corners = [[self.place(box[:3], "a box"), self.place(box[3:6], "a box")] for box in boxes]
+        where = [self.locate(point[:3], "a point") for point in points]
+        corners = [[self.locate(box[:3], "a box"), self.locate(box[3:6], "a box")] for box in boxes]
         classes, inside = (
             [class_index(one[n], labels, values) if len(one) > n else 1 for one in given]
             for n, given in ((3, points), (6, boxes))
@@ -139,7 +139,7 @@ class Grid:
             torch.tensor(inside, dtype=torch.long),
         )
 
-    def rows(self, low: Sequence[float], high: Sequence[float]) -> list[slice]:
+    def find_rows(self, low: Sequence[float], high: Sequence[float]) -> list[slice]:
         """For D, H and W the own indices whose place p in the tensor has low <= p < high."""
         found = []
         for where, least, most in zip(self.along, low, high, strict=True):
@@ -147,7 +147,7 @@ class Grid:
             found.append(slice(int(hits[0]), int(hits[-1]) + 1) if hits.size else slice(0, 0))
         return found
 
-    def parts(
+    def interpolate(
         self, values: torch.Tensor, start: Sequence[int], rows: list[slice]
     ) -> Iterator[tuple[tuple, torch.Tensor]]:
         """Values (C, d, h, w) of a part of the tensor, linearly interpolated at own voxels, a few planes at a time.
@@ -155,7 +155,7 @@ class Grid:
         Args:
             values: Of the part that begins at `start`.
             start: First plane, row and column of it.
-            rows: From `rows`.
+            rows: From `find_rows`.
 
         Yields:
             The index into an own array that is transposed by `axes`, and (C, n_d, n_h, n_w) values for it.
@@ -234,7 +234,7 @@ def probabilities(
     total: torch.Tensor | None = None
     for axes in (axes for count in range(len(flips) + 1) for axes in combinations(flips, count)):
         dims = [axis + 2 for axis in axes]
-        arguments = batch([one.flipped(axes, size) for one in prompts] if axes else prompts, weight.device)
+        arguments = batch_prompts([one.flipped(axes, size) for one in prompts] if axes else prompts, weight.device)
         logits = model(pixel_values=pixels.flip(dims) if axes else pixels, **arguments).logits  # B K+1 d h w
         shares = logits.float().softmax(1)
         total = shares if total is None else total.add_(shares.flip(dims))
@@ -242,7 +242,7 @@ def probabilities(
     return total.div_(2 ** len(flips)).cpu()
 
 
-def batch(prompts: Sequence[ScanPrompts], device: torch.device) -> dict[str, torch.Tensor]:
+def batch_prompts(prompts: Sequence[ScanPrompts], device: torch.device) -> dict[str, torch.Tensor]:
     """The model's arguments for windows with as many prompts in each; none where there are none.
 
     Places stay float32 whatever the model's type: bfloat16 has no odd number over 256.
@@ -261,7 +261,7 @@ def batch(prompts: Sequence[ScanPrompts], device: torch.device) -> dict[str, tor
 def slide(
     predict: Predict,
     image: torch.Tensor,
-    size: Place,
+    size: Voxel,
     prompts: ScanPrompts,
     *,
     overlap: float,
@@ -289,8 +289,10 @@ def slide(
     """
     shape = tuple(image.shape[1:])
     interval = [s if s == n else max(1, int(s * (1 - overlap))) for s, n in zip(size, shape, strict=True)]
-    windows = [tuple(cut.start for cut in window) for window in monai_data().dense_patch_slices(shape, size, interval)]
-    weights = gaussian(size)
+    windows = [
+        tuple(cut.start for cut in window) for window in import_monai().dense_patch_slices(shape, size, interval)
+    ]
+    weights = gaussian_weights(size)
     count = torch.zeros(min(size[0] + 1, shape[0]), *shape[1:])
     total, base = torch.empty(0), 0
     if bar is not None:
@@ -298,28 +300,28 @@ def slide(
     for d, row in groupby(windows, key=lambda window: window[0]):
         if d > base + 1:
             done = d - base
-            yield base, _finish(total, count, done)
-            _shift(total, count, done - 1)
+            yield base, _divide_by_weights(total, count, done)
+            _drop_planes(total, count, done - 1)
             base = d - 1
-        for starts, inside in _batches(row, prompts, size, batch_size):
-            pixels = torch.stack([image[(slice(None), *_box(start, size))] for start in starts])
+        for starts, inside in _group_windows(row, prompts, size, batch_size):
+            pixels = torch.stack([image[(slice(None), *_window_slices(start, size))] for start in starts])
             for start, values in zip(starts, predict(pixels, inside), strict=True):
                 if not len(total):
                     total = torch.zeros(len(values), *count.shape)
-                box = _box((start[0] - base, *start[1:]), size)
+                box = _window_slices((start[0] - base, *start[1:]), size)
                 total[(slice(None), *box)].addcmul_(values, weights)
                 count[box] += weights
             if bar is not None:
                 bar.update(len(starts))
-    yield base, _finish(total, count, shape[0] - base)
+    yield base, _divide_by_weights(total, count, shape[0] - base)
 
 
-def gaussian(size: Place) -> torch.Tensor:
+def gaussian_weights(size: Voxel) -> torch.Tensor:
     """Weights (d, h, w) with which a window counts where several overlap."""
-    return monai_data().compute_importance_map(size, mode="gaussian")
+    return import_monai().compute_importance_map(size, mode="gaussian")
 
 
-def monai_data() -> Any:
+def import_monai() -> Any:
     """MONAI's module for windows, which takes seconds to import.
 
     Raises:
@@ -334,12 +336,12 @@ def monai_data() -> Any:
     return utils
 
 
-def _box(start: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
+def _window_slices(start: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(first, first + n) for first, n in zip(start, size, strict=True))
 
 
-def _batches(
-    windows: Iterator[tuple], prompts: ScanPrompts, size: Place, most: int
+def _group_windows(
+    windows: Iterator[tuple], prompts: ScanPrompts, size: Voxel, most: int
 ) -> Iterator[tuple[list[tuple], list[ScanPrompts]]]:
     """Neighbours that have as many points and boxes as each other."""
     pairs = ((start, prompts.inside(start, size)) for start in windows)
@@ -348,14 +350,14 @@ def _batches(
             yield [start for start, _ in part], [inside for _, inside in part]
 
 
-def _finish(total: torch.Tensor, count: torch.Tensor, planes: int) -> torch.Tensor:
+def _divide_by_weights(total: torch.Tensor, count: torch.Tensor, planes: int) -> torch.Tensor:
     """Divide the sum by the weights in the first planes, once: their weight is 1 from then on."""
     total[:, :planes] /= count[:planes]
     count[:planes] = 1
     return total[:, :planes]
 
 
-def _shift(total: torch.Tensor, count: torch.Tensor, by: int) -> None:
+def _drop_planes(total: torch.Tensor, count: torch.Tensor, by: int) -> None:
     """Drop the first planes, without a second copy of the rest."""
     left = len(count) - by
     for plane in range(left):
