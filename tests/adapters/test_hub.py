@@ -148,7 +148,7 @@ def test_the_cards_two_ways_to_load_run_from_the_hub(hub, trained, adapter, outp
     card = served(hub)[CARD][0].decode()
     assert "FOLDER" not in card and "![Loss and scores by step](training.png)" in card
     ours, plain = re.findall(r"```python\n(.*?)```", card, re.S)
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "picture.png")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
     exec(ours, {})
     assert "label" in capsys.readouterr().out

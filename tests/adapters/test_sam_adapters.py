@@ -85,7 +85,7 @@ def test_the_cards_two_ways_to_load_run(saved, tmp_path, monkeypatch, capsys):
     text = (folder / "README.md").read_text(encoding="utf-8").replace("FOLDER", str(folder))
     ours, plain = re.findall(r"```python\n(.*?)```", text, re.S)
     monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (90, 70), "red").save("picture.png")
+    Image.new("RGB", (90, 70), "red").save("image.png")
     exec(ours, {})
     assert capsys.readouterr().out.strip() == "(1, 70, 90)"
     found = {}

@@ -134,7 +134,7 @@ def test_other_weights_and_other_tasks_are_refused(lora, tmp_path):
     with pytest.raises(InlayError, match=r"model type gpt2\), but this base has vit"):
         load_adapter(lora[0], "builtin:vit-tiny")
     with pytest.raises(InlayError, match=r"is for text-generation.*use generate"):
-        classify(load_adapter(lora[0]), ["picture.png"])
+        classify(load_adapter(lora[0]), ["image.png"])
 
 
 def test_a_prompt_of_a_million_tokens_allocates_nothing(make, tmp_path):
