@@ -1,10 +1,12 @@
 """The device that computes. There is no GPU here: torch's meta device stands for one, which holds no values."""
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 
 from command import run
-from inlay import Bank, InlayError, load_adapter, load_base, predict
+from inlay import Bank, InlayError, VolumeSession, load_adapter, load_base, predict, segment
 from inlay.bases.device import choose_device, move_model
 from inlay.errors import BadInput, Unsupported
 from places import ROOT
@@ -88,6 +90,17 @@ def test_what_uses_an_adapter_moves_it_when_that_is_asked_for(accelerator):
     with pytest.raises(NotImplementedError, match="meta tensor"):  # computed there, where no value can be read
         predict(adapter, [ROOT / "docs/assets/lesions.png"], device="meta:0")
     assert adapter.model.device.type == "meta"
+
+
+@pytest.mark.parametrize("use", [segment, lambda *given, **options: VolumeSession(*given, **options).click((5, 5, 5))])
+def test_a_scan_is_segmented_where_that_is_asked_for(accelerator, tmp_path, use):
+    nib.Nifti1Image(np.random.default_rng(0).random((32, 32, 32), np.float32), np.eye(4)).to_filename(
+        tmp_path / "s.nii"
+    )
+    adapter = load_adapter(ROOT / "adapters_hub" / "lesions-spatial-sam-tiny", device="cpu")
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta tensor"):
+        use(adapter, tmp_path / "s.nii", device="meta:0")
+    assert next(adapter.model.parameters()).is_meta
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from inlay.bases.device import Device, move_model
 from inlay.errors import BadInput, Unsupported
 from inlay.files.atomic import replacing
 from inlay.files.outputs import check_output_file
@@ -132,6 +133,7 @@ def segment(
     batch_size: int = 1,
     keep_probabilities: bool = False,
     progress: bool = True,
+    device: Device | None = None,
 ) -> Segmentation:
     """Find the adapter's classes in a scan of any size, in windows of the size that it was trained on.
 
@@ -152,6 +154,7 @@ def segment(
         batch_size: Windows in one forward pass.
         keep_probabilities: Also return them.
         progress: Show a bar, where standard error is a terminal.
+        device: Move the adapter there first, such as to "cuda:1"; default: where it is.
 
     Raises:
         InlayError: An adapter for something else, a file that is no scan, a prompt outside of the scan or of no class,
@@ -169,6 +172,7 @@ def segment(
             "on them; leave flips out, or train with --flip."
         )
     source, scan = open_scan(adapter, scan)
+    move_model(adapter.model, device)
     grid = Grid(scan, adapter.processor.crop)
     prompts = grid.make_prompts(points, boxes, adapter.labels, numbers)
     mask = empty_mask(grid, adapter.labels)

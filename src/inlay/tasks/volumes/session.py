@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from inlay.bases.device import Device, move_model
 from inlay.tasks.volumes.scan import Scan
 from inlay.tasks.volumes.segment import Segmentation, empty_mask, open_scan, paint_mask, put_values
 from inlay.tasks.volumes.windows import Grid, ScanPrompts, Voxel, batch_prompts, gaussian_weights
@@ -45,14 +46,16 @@ class VolumeSession:
     Args:
         adapter: From `load_adapter`, trained on volumes.
         scan: A .nii, .nii.gz or .npz file, or what `adapter.processor.read` made of one.
+        device: Move the adapter there first, such as to "cuda:1"; default: where it is.
 
     Raises:
         InlayError: An adapter for something else, a file that is no scan.
     """
 
-    def __init__(self, adapter: Adapter, scan: Scan | str | os.PathLike[str]) -> None:
+    def __init__(self, adapter: Adapter, scan: Scan | str | os.PathLike[str], *, device: Device | None = None) -> None:
         self._adapter = adapter
         self._source, scan = open_scan(adapter, scan)
+        move_model(adapter.model, device)
         self._affine = np.asarray(scan.affine, np.float64)
         self._size: Voxel = tuple(adapter.processor.crop)
         self._grid = Grid(scan, self._size)
