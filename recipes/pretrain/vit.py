@@ -1,9 +1,9 @@
-"""Pre-train the embedded ViT on nothing but generated pictures, on two CPU cores.
+"""Pre-train the embedded ViT on nothing but generated images, on two CPU cores.
 
     python recipes/pretrain/vit.py                           # builtin:vit-tiny, about 13 minutes on 2 quiet cores
     python recipes/pretrain/vit.py --steps 100 --folder /tmp/try
 
-The ViT learns to name a shape and its texture (SHAPE_LABELS) wherever they are in a cluttered picture. The weight
+The ViT learns to name a shape and its texture (SHAPE_LABELS) wherever they are in a cluttered image. The weight
 matrices of its blocks are trained by Muon (Jordan et al. 2024; torch has it from 2.9 on), the rest by AdamW. Positions
 start from a small sine table, as few steps do not find them. gpt2.py makes the GPT-2, sam.py the SAM.
 """
@@ -23,11 +23,11 @@ class Pretraining:
     steps: int = option(4500, "Optimiser steps.", least=1)
     batch_size: int = option(64, "Pictures a step.", least=1)
     learning_rate: float = option(2e-3, "Peak rate of AdamW; Muon's is 1.5 times that.", above=0)
-    seed: int = option(0, "Seed of weights and pictures.", least=0)
+    seed: int = option(0, "Seed of weights and images.", least=0)
 
 
 def new_model() -> Any:
-    """A ViT of 0.46 M parameters for pictures of 32 x 32, in patches of 4 x 4."""
+    """A ViT of 0.46 M parameters for images of 32 x 32, in patches of 4 x 4."""
     import torch
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -71,17 +71,17 @@ def new_optimizers(model: Any, recipe: Pretraining) -> list[Any]:
 CARD = """\
 # vit-tiny
 
-A `ViTForImageClassification` for pictures of 32 x 32 (patches of 4 x 4, {config.num_hidden_layers} blocks of width
+A `ViTForImageClassification` for images of 32 x 32 (patches of 4 x 4, {config.num_hidden_layers} blocks of width
 {config.hidden_size}), {parameters:,} parameters in fp16: the base that inlay embeds, so that recipes and tests run
 without a download. It is truly pre-trained, and of little use beyond that.
 
-- **Trained on** {pictures:,} pictures that `inlay.builtin.shapes.generate_shapes` draws: one of
+- **Trained on** {images:,} images that `inlay.builtin.shapes.generate_shapes` draws: one of
   {config.num_labels} shapes and textures ({examples} ...) at a random place, size, angle and colour, over
   gradients, lines, specks and noise. No photographs, no handwriting, nobody's data.
-- **Quality**: names {accuracy:.1%} of {count:,} held-out pictures right, measured with the stored fp16 weights
+- **Quality**: names {accuracy:.1%} of {count:,} held-out images right, measured with the stored fp16 weights
   (by chance one in {config.num_labels}).
 - **Made by** `python recipes/pretrain/vit.py`: seed {recipe.seed}, {recipe.steps:,} steps of
-  {recipe.batch_size} pictures, torch {torch}.
+  {recipe.batch_size} images, torch {torch}.
 - **Licence**: Apache-2.0, as inlay.
 """
 
@@ -95,10 +95,10 @@ def main(recipe: Pretraining) -> None:
     from inlay.builtin.shapes import SHAPE_LABELS, generate_shapes
     from inlay.files.atomic import writing
 
-    def pixels(pictures: Any) -> torch.Tensor:
-        return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1  # N C H W, as the processor does
+    def pixels(images: Any) -> torch.Tensor:
+        return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1  # N C H W, as the processor does
 
-    # 1. data: the training pictures are generated on the way, 16 batches at a time; held-out ones have a seed apart
+    # 1. data: the training images are generated on the way, 16 batches at a time; held-out ones have a seed apart
     held_out, answers = generate_shapes(4096, seed=1)
 
     # 2. model
@@ -109,9 +109,9 @@ def main(recipe: Pretraining) -> None:
     optimizers, begun = new_optimizers(model, recipe), time.perf_counter()
     for step in (bar := trange(recipe.steps, disable=None)):
         if step % 16 == 0:
-            pictures, labels = generate_shapes(16 * recipe.batch_size, seed=1_000_000 * (recipe.seed + 1) + step // 16)
+            images, labels = generate_shapes(16 * recipe.batch_size, seed=1_000_000 * (recipe.seed + 1) + step // 16)
         rows = slice(step % 16 * recipe.batch_size, (step % 16 + 1) * recipe.batch_size)
-        loss = model(pixel_values=pixels(pictures[rows]), labels=torch.from_numpy(labels[rows])).loss
+        loss = model(pixel_values=pixels(images[rows]), labels=torch.from_numpy(labels[rows])).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, scheduler in optimizers:
@@ -136,14 +136,14 @@ def main(recipe: Pretraining) -> None:
             config=model.config,
             recipe=recipe,
             parameters=model.num_parameters(),
-            pictures=recipe.steps * recipe.batch_size,
+            images=recipe.steps * recipe.batch_size,
             examples=", ".join(SHAPE_LABELS[i] for i in (0, 6, 12, 30)),
             accuracy=accuracy,
             count=len(answers),
             torch=torch.__version__.partition("+")[0],
         )
         (folder / "README.md").write_text(filled, encoding="utf-8")
-    print(f"accuracy {accuracy:.4f} on {len(answers)} held-out pictures after {minutes:.1f} minutes; {recipe.folder}")
+    print(f"accuracy {accuracy:.4f} on {len(answers)} held-out images after {minutes:.1f} minutes; {recipe.folder}")
 
 
 if __name__ == "__main__":

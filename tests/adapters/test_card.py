@@ -39,7 +39,7 @@ def costs_of(original):
 
 def test_costs_stand_beside_those_of_the_base_alone(costs_of):
     said = costs_of(MEASURED)
-    assert "| measure | base alone | with the adapter | the adapter adds |" in said
+    assert "| measure | base only | with the adapter | the adapter adds |" in said
     assert "| parameters | 100 | 150 | 50 (+50.0%) |" in said
     assert "| parameters that were trained, head included |  | 40 |  |" in said
     assert "| multiply-accumulates of one input, millions | 10.000 | 12.500 | 2.500 (+25.0%) |" in said
@@ -57,12 +57,12 @@ def test_energy_that_is_unavailable_and_a_base_that_has_no_use_for_the_input(cos
     said = costs_of({**lacking, "energy_source": "unavailable: the machine shows no RAPL counter"})
     assert "| latency of one input, ms, median |  | 3.000 |  |" in said
     assert "energy of one input" not in said and "turns" not in said
-    assert "The base alone has no use for this input. Energy unavailable: the machine shows no RAPL counter." in said
+    assert "The base itself has no use for this input. Energy unavailable: the machine shows no RAPL counter." in said
 
 
 def test_costs_of_an_earlier_inlay_and_none(costs_of):
     said = costs_of({"parameters": 5, "latency_ms": 2.0, "device": "cpu"})
-    assert "| parameters | 5 |" in said and "base alone" not in said
+    assert "| parameters | 5 |" in said and "base only" not in said
     assert said.endswith("Measured on cpu, threads: unknown. Energy was not measured.")
     assert costs_of({}) == "Not measured."
 

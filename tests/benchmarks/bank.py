@@ -4,7 +4,7 @@
 
 A ViT with random weights, LoRA r=8 on q and v, a batch of 64 with 1 to 200 adapters in it:
 
-    plain       the base alone
+    plain       the base only
     merged      one adapter in its weights
     bank        Bank, all 200 adapters resident
     peft        the same adapters in one PeftModel, `adapter_names`

@@ -35,7 +35,7 @@ def test_everything_at_once(capsys, monkeypatch, tmp_path):
 
 
 def test_a_table_for_people(capsys, monkeypatch):
-    status, out, _ = run(capsys, monkeypatch, "evaluate", SHIPPED, "builtin:digits", "--limit", 20, "--alone")
+    status, out, _ = run(capsys, monkeypatch, "evaluate", SHIPPED, "builtin:digits", "--limit", 20, "--adapter-only")
     lines = out.splitlines()
     assert status == 0 and lines[0] == "builtin:digits (validation): 20 images"
     assert any(line.startswith("Expected calibration error") for line in lines)

@@ -81,7 +81,7 @@ def test_texts_are_compared_by_what_is_written_and_that_is_read_back(pairs, tmp_
     for row in rows:
         assert list(row.scores) == ["perplexity", "bleu", "chrf", "rouge_l"]
         assert all(len(values) == 1 for values in row.scores.values()) and row.scores["perplexity"][0] > 1
-        assert row.peak_bytes > 4 * 1_484_800 and row.file_bytes > 4 * row.trainable  # the base alone takes as much
+        assert row.peak_bytes > 4 * 1_484_800 and row.file_bytes > 4 * row.trainable  # the base only takes as much
         stored = json.loads((tmp_path / "c" / f"{row.method}-3" / "scores.json").read_text())
         assert stored["scores"] == {name: value for name, (value,) in row.scores.items()}
         assert stored["by"]["max_new_tokens"] == 6

@@ -76,7 +76,7 @@ def evaluation():
 def test_it_prints_as_a_table(evaluation):
     assert str(evaluation).splitlines() == [
         "builtin:digits (validation): 3 images",
-        "          with the adapter           base alone",
+        "          with the adapter           base only",
         "Accuracy  0.5000 (0.2500 to 0.7500)  0.2500",
         "Loss      1.0000",
         "",

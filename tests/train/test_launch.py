@@ -73,5 +73,5 @@ def test_launches_that_would_train_alone_are_refused(tmp_path, environment):
         said, _ = process.communicate(timeout=120)
         assert process.returncode != 0, said
         assert "error: 2 processes" in said or "error: several processes" in said
-        assert "would train alone" in said
+        assert "would train by itself" in said
         assert list((tmp_path / name).iterdir()) == [], "a refused launch must leave nothing"

@@ -58,7 +58,7 @@ def make_card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str,
         "## Load",
         "Checked against the base it was trained on:",
         f"```python\n{TASKS[task].usage}\n```",
-        "With peft alone, which checks nothing:",
+        "With peft only, which checks nothing:",
         _peft_snippet(record, config["peft_type"]),
         *_inputs(record),
         "## Method",
@@ -167,7 +167,7 @@ def _limits(record: dict[str, Any], metrics: dict[str, Any]) -> str:
     seed = metrics.get("training", {}).get("seed")
     lines = [
         TASKS[record["task"]].limits,
-        f"It fits `{_told(record['base']['name'])}` alone, whose own limits and biases it keeps.",
+        f"It fits only `{_told(record['base']['name'])}`, whose own limits and biases it keeps.",
     ]
     if _scores(metrics):
         run = "Its scores are of one run" + (f" (seed {seed})" if seed is not None else "")

@@ -122,7 +122,7 @@ def _with_section(card: str, evaluation: Evaluation) -> str:
 def _section(name: str, evaluation: Evaluation) -> str:
     """Heading, scores with intervals, classes, and how it was scored."""
     base = evaluation.base
-    header = ("metric", "with the adapter", *(() if base is None else ("base alone",)))
+    header = ("metric", "with the adapter", *(() if base is None else ("base only",)))
     rows = [
         (title(key), str(score), *(() if base is None else (str(base.get(key, "")),)))
         for key, score in evaluation.scores.items()

@@ -37,14 +37,14 @@ def describe_cost(cost: dict[str, Any]) -> list[str]:
     header: tuple[str, ...] = ("measure", "value")
     rows: list[tuple[str, ...]] = [(name, _number(cost[key])) for key, name in names]
     if compared := any(key.startswith("base_") for key in cost):
-        header = ("measure", "base alone", "with the adapter", "the adapter adds")
+        header = ("measure", "base only", "with the adapter", "the adapter adds")
         rows = [(name, *_compare(cost.get(f"base_{key}"), cost[key])) for key, name in names]
     threads = cost.get("threads", "unknown")
     where = f"Measured on {cost['device']}, threads: {threads}." if "device" in cost else ""
     apart = cost.get("latency_spread_ms")
     spread = "" if apart is None else f", between which a median varied by {_number(apart)} ms"
     turns = f"Latencies were taken by turns{spread}." if "base_latency_ms" in cost else ""
-    lacks = "The base alone has no use for this input." if compared and "base_mmacs" not in cost else ""
+    lacks = "The base itself has no use for this input." if compared and "base_mmacs" not in cost else ""
     source = cost.get("energy_source", "measured" if "energy_j" in cost else "was not measured")
     return [make_table(header, rows), " ".join(filter(None, (where, turns, lacks, f"Energy {source}.")))]
 

@@ -1,1 +1,1 @@
-"""Generators of the embedded data, and the embedded weights beside them."""
+"""generators of the embedded data, and the embedded weights next to them."""

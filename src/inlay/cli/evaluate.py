@@ -26,7 +26,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Score at most this many images, prompts or scans.")] = None,
     base: BaseOption = None,
     device: DeviceOption = None,
-    alone: Annotated[bool, typer.Option("--alone", help="Do not score the base as well: half of the work.")] = False,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="Do not score the base as well: half of the work.")
+    ] = False,
     group: Annotated[
         str | None, typer.Option(help="Choose only among the classes of this group of a combined adapter.")
     ] = None,
@@ -50,8 +52,16 @@ def evaluate(
     if matrix is not None:
         _check_classifies(adapter)
     found = score(
-        adapter, data, base=base, split=split, limit=limit, compare=not alone, group=group, write=write, device=device  # type: ignore[arg-type]
-    )  # fmt: skip
+        adapter,
+        data,
+        base=base,
+        split=split,  # type: ignore[arg-type]
+        limit=limit,
+        compare=not adapter_only,
+        group=group,
+        write=write,
+        device=device,
+    )
     if as_json:
         print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
     else:

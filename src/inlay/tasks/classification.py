@@ -228,12 +228,12 @@ def score_probabilities(
 def _explain_missing_base(adapter: Adapter, labels: list[str]) -> str:
     """Why the base without the adapter has no score; nothing where its labels are the adapter's."""
     if not hasattr(adapter.model, "disable_adapter"):
-        return "The base alone was not scored: the adapter is merged into it."
+        return "The base was not scored: the adapter is merged into it."
     name = adapter.model.get_base_model().name_or_path
     try:
         own = read_config(name, resolve_base(name), None).id2label
     except InlayError:
-        return "The base alone was not scored: its own labels are not known."
+        return "The base was not scored: its own labels are not known."
     if [own[i] for i in sorted(own)] != labels:
-        return "The base alone has no score: its head for these labels is new."
+        return "The base has no score: its head for these labels is new."
     return ""

@@ -127,8 +127,8 @@ def _check_process_count(accelerator: Accelerator) -> None:
     started_one = launched and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
     if asked != accelerator.num_processes or started_one:
         raise BadInput(
-            f"{asked if asked > 1 else 'several'} processes were requested, but each would train alone; on CPUs start "
-            "them with: ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 ..."
+            f"{asked if asked > 1 else 'several'} processes were requested, but each would train by itself; on CPUs "
+            "start them with: ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 ..."
         )
 
 

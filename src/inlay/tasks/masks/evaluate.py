@@ -53,7 +53,7 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
     counted = _count_objects(found[False])
     notes += [f"Up to {SCORED_OBJECTS} objects of an image, which is the unit that was resampled: {counted}."]
     if request.compare and not able:
-        notes += ["The base alone was not scored: the adapter is merged into it."]
+        notes += ["The base was not scored: the adapter is merged into it."]
     return Evaluation(
         data=data,
         task="mask-generation",
