@@ -9,7 +9,15 @@ answers counts; then points in the errors, with the mask itself half of the time
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from transformers import SamConfig, SamImageProcessorPil, SamModel, get_scheduler
+
 from inlay import option, run_recipe
+from inlay.builtin.scenes import generate_scenes
+from inlay.files.atomic import writing
+from inlay.tasks.masks.clicks import answer_clicks, score_clicks
+from inlay.tasks.masks.loss import mask_losses
+from inlay.tasks.masks.prompts import draw_objects
 
 SIDE, PROMPTS = 128, 8  # pixels; objects asked for in each image
 
@@ -27,9 +35,6 @@ class Pretraining:
 
 def new_model() -> Any:
     """A SAM of 1.5 M parameters for images of 128 x 128, in patches of 8 x 8."""
-    import torch
-    from transformers import SamConfig, SamModel
-
     size, narrow = {"image_size": SIDE, "patch_size": 8}, {"hidden_size": 64}
     vision: Any = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "mlp_dim": 512, **size}
     vision |= {"window_size": 8, "global_attn_indexes": [2, 5], "output_channels": 64, "num_pos_feats": 32}
@@ -51,8 +56,6 @@ def new_model() -> Any:
 
 def new_processor() -> Any:
     """Images at 128 pixels, their masks at 64."""
-    from transformers import SamImageProcessorPil
-
     sizes = {"size": {"longest_edge": SIDE}, "pad_size": {"height": SIDE, "width": SIDE}}
     masks = {"mask_size": {"longest_edge": SIDE // 2}, "mask_pad_size": {"height": SIDE // 2, "width": SIDE // 2}}
     return SamImageProcessorPil(**sizes, **masks)
@@ -60,9 +63,6 @@ def new_processor() -> Any:
 
 def new_optimizers(model: Any, recipe: Pretraining) -> list[Any]:
     """As in vit.py: Muon for the matrices of the blocks, AdamW for the rest, with warm-up and cosine."""
-    import torch
-    from transformers import get_scheduler
-
     model.shared_image_embedding.requires_grad_(False)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     inner = {k: p for k, p in named.items() if p.ndim == 2 and ".layers." in k and "rel_pos" not in k}
@@ -74,9 +74,6 @@ def new_optimizers(model: Any, recipe: Pretraining) -> list[Any]:
 
 def drawn(count: int, seed: int, kind: Any = "mixed") -> tuple[Any, Any]:
     """Pixels (B 3 H W) and objects (B P H W) of scenes."""
-    from inlay.builtin.scenes import generate_scenes
-    from inlay.tasks.masks.prompts import draw_objects
-
     made = generate_scenes(count, seed=seed, size=SIDE, kind=kind)
     return new_processor()(list(made.images), return_tensors="pt")["pixel_values"], draw_objects(made, PROMPTS)
 
@@ -103,10 +100,6 @@ pre-trained, and of little use beyond that.
 
 def measure(model: Any, kind: str) -> list[float]:
     """Mean IoU on held-out scenes for 1 point, 3 points and a box."""
-    import torch
-
-    from inlay.tasks.masks.clicks import score_clicks
-
     torch.manual_seed(1)
     parts = [score_clicks(model, *drawn(8, seed, kind)).values() for seed in range(1, 17)]
     return [float(sum(each.mean() for each in column) / 16) for column in zip(*parts, strict=True)]
@@ -114,12 +107,6 @@ def measure(model: Any, kind: str) -> list[float]:
 
 def main(recipe: Pretraining) -> None:
     """Generate, train, measure, save."""
-    import torch
-
-    from inlay.files.atomic import writing
-    from inlay.tasks.masks.clicks import answer_clicks
-    from inlay.tasks.masks.loss import mask_losses
-
     # 1. data: drawn on the way; held-out scenes have a seed apart. 2. model
     torch.manual_seed(recipe.seed)
     model = new_model().eval()
