@@ -269,6 +269,26 @@ def test_the_figure_is_that_of_the_written_model(name, bits, lora, tmp_path):
     assert report.effect == pytest.approx(float(change / plain.norm()), rel=1e-3)
 
 
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+@pytest.mark.parametrize("method", ["lora", "ia3", "bottleneck-linear", "attention-prefix", "bias"])
+@pytest.mark.parametrize("name", [GPT2, VIT])
+def test_an_adapter_loads_on_its_base_in_few_bits(name, method, bits, tmp_path):
+    model = adapted(name, method)
+    wanted = compute_outputs(model, INPUTS[name])
+    folder = save(model, name, tmp_path / "adapter")
+    found = compute_outputs(load_adapter(folder, quantize=bits).model, INPUTS[name])
+    assert (found - wanted).norm() < {"8bit": 0.03, "4bit": 0.25}[bits] * wanted.norm()
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_few_bits_of_whole_weights_are_compared_with_what_they_stand_for(tmp_path, bits):
+    """Whole weights of an adapter (partial) cannot stand on a base in few bits, but can be merged into one."""
+    folder = save(adapted(VIT, "partial"), VIT, tmp_path / "adapter")
+    with pytest.raises(InlayError, match="a base that is not quantised"):
+        load_adapter(folder, quantize=bits)
+    assert 0 < merge(folder, tmp_path / "merged", quantize=bits, limit=10.0).error < 1
+
+
 def test_eight_bits_of_a_dora_are_compared_with_what_they_stand_for(tmp_path):
     """peft cannot run it unmerged on such a base."""
     folder = save(adapted(VIT, "dora"), VIT, tmp_path / "adapter")

@@ -9,6 +9,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,10 +117,10 @@ def merge(
     if quantize:
         held_base = load_own_base(loaded.file, base, quantize=quantize, device="cpu")
         dequantize(held_base, model)
-        loses_scales = quantize == "8bit" and getattr(model.active_peft_config, "use_dora", False)  # in peft
-        if stored == quantize and not loses_scales:
+        if stored == quantize:
             loaded.task.complete_base(held_base)
-            used = attach_adapter(loaded.file, held_base, read_weights(loaded.file))
+            with suppress(Unsupported):  # whole weights, and DoRA in 8 bits, are used on what the bits stand for only
+                used = attach_adapter(loaded.file, held_base, read_weights(loaded.file))
     batch = loaded.task.random_inputs(model, loaded.processor) if inputs is None else dict(inputs)
     with layers_disabled(used):
         plain = compute_outputs(used, batch)

@@ -81,8 +81,10 @@ def inject_empty_adapter(model: torch.nn.Module, config: PeftConfig) -> PeftMode
     """
     config.inference_mode = True
     writes_text = config.task_type == "CAUSAL_LM" or config.is_prompt_learning
-    # peft's DoRA would put the weight of a 4-bit layer on the meta device too, and lose it
-    whole = getattr(config, "use_dora", False) and getattr(model, "is_quantized", False)
+    # On quantised layers peft's DoRA would put the base's weight on the meta device too, and lose it, and its (IA)3
+    # moves what is on the meta device to the base's, which torch refuses.
+    needs_values = getattr(config, "use_dora", False) or config.peft_type == PeftType.IA3
+    whole = needs_values and getattr(model, "is_quantized", False)
     kind = PeftModelForCausalLM if writes_text else PeftModel
     if config.is_prompt_learning and config.task_type == "SEQ_CLS":
         kind = PeftModelForSequenceClassification
