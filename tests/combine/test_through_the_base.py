@@ -46,7 +46,8 @@ def test_what_does_not_add_is_given_as_a_difference_of_weights(tmp_path):
         combine({a: 1.0, b: 1.0}, out=tmp_path / "out")
     made = combine({a: 1.0, b: -0.5}, dense=True, out=tmp_path / "out")
     loaded = load_adapter(tmp_path / "out")
-    assert made.labels == loaded.labels == ["cat", "dog", "emu", "fox"] and loaded.deviation < 1e-5
+    assert made.labels == loaded.labels == ["cat", "dog", "emu", "fox"]
+    assert loaded.deviation < 1e-5  # the last of the six digits in which outputs are stored may round either way
     plain = load_base(BASE, labels=made.labels).state_dict()
     first, second = (load_adapter(f).model.merge_and_unload().state_dict() for f in (a, b))
     changed = 0
