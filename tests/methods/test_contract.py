@@ -250,7 +250,7 @@ def test_gradient_checkpointing_changes_no_gradient(method, base):
         assert off(gradient, plain[name]) < 1e-5 * (1 + plain[name].abs().max())
 
 
-@OWN
+@pytest.mark.parametrize(("method", "base"), [pair for pair in pairs(OURS) if pair[1] in ("vit", "sam", "gpt2")])
 def test_compiles_without_a_graph_break(method, base):
     model = adapted(method, base)
     torch._dynamo.reset()
@@ -290,7 +290,7 @@ def test_generates_the_same_with_and_without_a_cache(method, base):
     assert torch.equal(beams, model.generate(**batch(base), **settings, num_beams=2, use_cache=False))
 
 
-@pytest.mark.parametrize(("method", "base"), [pair for pair in pairs(OURS) if pair[1] != "sam"])
+@pytest.mark.parametrize(("method", "base"), [pair for pair in pairs(OURS) if pair[1] in ("vit", "bert", "gpt2")])
 def test_trainer_takes_three_steps(method, base, tmp_path):
     from transformers import Trainer, TrainingArguments
 

@@ -4,10 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from inlay import InlayError
+from inlay.train import launch
 
 pytestmark = pytest.mark.launch
 JOB = Path(__file__).parent / "train_job.py"
@@ -29,9 +33,9 @@ def arguments(folder):
 def test_two_processes_equal_one(tmp_path, forked, environment):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
-    launch = [*LAUNCH, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", str(JOB), *arguments(two)]
+    command = [*LAUNCH, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", str(JOB), *arguments(two)]
     launched = subprocess.Popen(
-        launch,
+        command,
         env={**environment, "ACCELERATE_USE_CPU": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -55,23 +59,17 @@ def test_two_processes_equal_one(tmp_path, forked, environment):
         torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-5, rtol=0)
 
 
-def test_launches_that_would_train_alone_are_refused(tmp_path, environment):
-    for name in ("--cpu", "--multi_gpu"):
-        (tmp_path / name).mkdir()
+def test_a_launch_of_one_process_for_several_is_refused(tmp_path, environment):
     environment = {k: v for k, v in environment.items() if k != "ACCELERATE_USE_CPU"}
-    launched = {
-        name: subprocess.Popen(
-            [*LAUNCH, name, "--num_processes", "2", "--main_process_port", "0", str(JOB), *arguments(tmp_path / name)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for name in ("--cpu", "--multi_gpu")
-    }
-    for name, process in launched.items():
-        said, _ = process.communicate(timeout=120)
-        assert process.returncode != 0, said
-        assert "error: 2 processes" in said or "error: several processes" in said
-        assert "would train by itself" in said
-        assert list((tmp_path / name).iterdir()) == [], "a refused launch must leave nothing"
+    command = [*LAUNCH, "--cpu", "--num_processes", "2", "--main_process_port", "0", str(JOB), *arguments(tmp_path)]
+    launched = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert launched.returncode != 0
+    assert "error: several processes were requested, but each would train by itself" in launched.stderr
+    assert list(tmp_path.iterdir()) == [], "a refused launch must leave nothing"
+
+
+def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
+    """As `accelerate launch --multi_gpu --num_processes 2` starts them on a machine without a GPU."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InlayError, match="2 processes were requested, but each would train by itself"):
+        launch._check_process_count(SimpleNamespace(num_processes=1))
