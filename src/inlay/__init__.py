@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from inlay.adapters.load import load_adapter
     from inlay.adapters.save import save_adapter
     from inlay.bases.load import resolve_base
+    from inlay.bases.networks.configs import ShuffleNetV1Config, ShuffleNetV2Config, SqueezeNetConfig
     from inlay.bases.processors import load_processor, load_tokenizer
     from inlay.bases.sites import head_modules, lora_targets
     from inlay.cli.recipe import run_recipe
@@ -103,7 +104,10 @@ _MODULE_OF = {
     "SequenceProcessor": "tasks.sequences.processor",
     "SequenceTask": "tasks.sequences.options",
     "SequenceView": "tasks.sequences.view",
+    "ShuffleNetV1Config": "bases.networks.configs",
+    "ShuffleNetV2Config": "bases.networks.configs",
     "SpatialAdapterConfig": "methods",
+    "SqueezeNetConfig": "bases.networks.configs",
     "TextData": "tasks.text.data",
     "TextProcessor": "tasks.text.processor",
     "TextTask": "tasks.text.options",
@@ -181,7 +185,10 @@ __all__ = [
     "SequenceProcessor",
     "SequenceTask",
     "SequenceView",
+    "ShuffleNetV1Config",
+    "ShuffleNetV2Config",
     "SpatialAdapterConfig",
+    "SqueezeNetConfig",
     "TextData",
     "TextProcessor",
     "TextTask",
@@ -246,29 +253,37 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _RegisterAfterPeft:
-    """An import finder that registers the methods of inlay with peft as soon as peft has been imported."""
+# After `import inlay`, PeftModel.from_pretrained loads adapters of its methods and the auto classes load its networks,
+# whether these modules were imported before or after. Where they are not needed this costs nothing.
+_REGISTERS_WITH = {
+    "peft": "inlay.methods",
+    "transformers.models.auto.configuration_auto": "inlay.bases.networks.configs",
+    "transformers.models.auto.modeling_auto": "inlay.bases.networks.models",
+}
+
+
+class _RegisterAfterImport:
+    """An import finder that imports a module of _REGISTERS_WITH as soon as the one that it needs has been imported."""
+
+    def __init__(self) -> None:
+        self.waiting = {name: ours for name, ours in _REGISTERS_WITH.items() if name not in sys.modules}
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != "peft":
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        if spec is None or spec.loader is None:
+        ours = self.waiting.pop(name, None)
+        spec = find_spec(name) if ours else None
+        if ours is None or spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            import_module("inlay.methods")
+            import_module(ours)
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
-# After `import inlay`, PeftModel.from_pretrained loads adapters of these methods, whether peft was imported before or
-# after. Where peft is not needed this costs nothing.
-if "peft" in sys.modules:
-    import_module("inlay.methods")
-else:
-    sys.meta_path.insert(0, _RegisterAfterPeft())
+sys.meta_path.insert(0, _RegisterAfterImport())
+for _name, _ours in _REGISTERS_WITH.items():
+    if _name in sys.modules:
+        import_module(_ours)

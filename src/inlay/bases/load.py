@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskGeneration, PreTrainedModel
@@ -319,5 +320,7 @@ def explain_load_error(name: str, error: Exception) -> InlayError:
 
 
 def take_first_line(error: Exception) -> str:
-    """Of what an error says, at most 200 characters."""
+    """Of what an error says, at most 200 characters; of a config that does not fit its class, the reason."""
+    if isinstance(error, StrictDataclassError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

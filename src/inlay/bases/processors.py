@@ -8,6 +8,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from inlay.bases.load import explain_load_error, read_config, resolve_base, take_first_line
+from inlay.bases.networks.configs import IMAGENET_PROCESSOR, NETWORK_TYPES
 from inlay.errors import BadInput, DamagedFile, Unsupported
 
 _PROCESSOR = "preprocessor_config.json"
@@ -42,9 +43,12 @@ def load_processor(name: str | Path, revision: str | None = None) -> BaseImagePr
 def _standard_processor(name: str, config: Any) -> BaseImageProcessor:
     """That of the model type, at the size that the config names."""
     kind = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type, {}).get("pil")
-    if kind is None:
+    if config.model_type in NETWORK_TYPES:
+        processor = build_processor(IMAGENET_PROCESSOR)
+    elif kind is not None:
+        processor = build_processor({"image_processor_type": kind.removesuffix("Pil")})
+    else:
         raise BadInput(f"{name} has no {_PROCESSOR}, and {config.model_type} no standard one; add one to the folder.")
-    processor = build_processor({"image_processor_type": kind.removesuffix("Pil")})
     body = getattr(config, "vision_config", config)
     size: Any = getattr(body, "image_size", None)
     patch: Any = getattr(body, "patch_size", None)

@@ -1,0 +1,1 @@
+"""Efficient convolutional networks that transformers lacks, as ordinary models of transformers."""
