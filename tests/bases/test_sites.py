@@ -10,11 +10,14 @@ import transformers as hf
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from convolutional_networks import FAMILIES as CONVOLUTIONAL
+from convolutional_networks import build_network, draw_batch
 from inlay.adapters.load import load_adapter
 from inlay.adapters.save import save_adapter
 from inlay.bases.processors import load_processor
-from inlay.bases.sites import SITES, Sites, head_modules, lora_targets, sites
+from inlay.bases.sites import SITES, Sites, head_modules, is_linear, is_norm, is_pointwise, lora_targets, sites
 from inlay.errors import InlayError
+from inlay.methods import METHODS
 from inlay.tasks.base import load_base
 from inlay.tasks.golden import golden_image as picture
 
@@ -43,7 +46,7 @@ FAMILIES = {
     "ResNet": ({"embedding_size": 8, **STAGES}, {"convolution"}, 11, 11, ["classifier"]),
     "MobileNetV1": ({"image_size": 32, "depth_multiplier": 0.25}, {"convolution"}, 13, 13, ["classifier"]),
     "MobileNetV2": ({"image_size": 32, "depth_multiplier": 0.35}, {"convolution"}, 34, 34, ["classifier"]),
-    "PoolFormer": ({**STAGES, "num_channels": 3}, {"conv1", "conv2"}, 8, 8, ["norm", "classifier"]),
+    "PoolFormer": ({**STAGES, "num_channels": 3}, {"conv1", "conv2"}, 8, 8, ["classifier"]),
     "Pvt": (PVT, {"query", "value"}, 8, 24, ["classifier"]),
 }
 
@@ -289,8 +292,125 @@ def test_every_name_of_a_listed_model_is_there_fits_and_is_used(name):
     check(model, found, norms, head, missing.get(found.source, []))
 
 
+# family: blocks, the first one's mlp_in and mlp_out (of the model, where it is not a block's), norms, stem, head
+CONVOLUTIONAL_SITES = {
+    "MobileNetV1": (26, "", "layer.1.convolution", 27, "conv_stem", ["classifier"]),
+    "MobileNetV2": (
+        16, "layer.0.expand_1x1.convolution", "layer.0.reduce_1x1.convolution", 52, "conv_stem", ["classifier"]
+    ),
+    "MobileViT": (
+        9, "encoder.layer.2.transformer.layer.0.intermediate.dense",
+        "encoder.layer.2.transformer.layer.0.output.dense", 53, "conv_stem", ["classifier"],
+    ),
+    "MobileViTV2": (
+        3, "encoder.layer.2.transformer.layer.0.ffn.conv1.convolution",
+        "encoder.layer.2.transformer.layer.0.ffn.conv2.convolution", 34, "conv_stem", ["classifier"],
+    ),
+    "EfficientNet": (
+        7, "encoder.blocks.1.expansion.expand_conv", "encoder.blocks.0.projection.project_conv", 22, "embeddings",
+        ["classifier"],
+    ),
+    "Levit": (
+        10, "encoder.stages.0.layers.1.module.linear_up.linear", "encoder.stages.0.layers.1.module.linear_down.linear",
+        26, "patch_embeddings", ["classifier"],
+    ),
+    "SwiftFormer": (
+        4, "encoder.network.0.blocks.0.linear.fc1", "encoder.network.0.blocks.0.linear.fc2", 14, "patch_embed",
+        ["head", "dist_head"],
+    ),
+    "PoolFormer": (
+        4, "encoder.block.0.0.output.conv1", "encoder.block.0.0.output.conv2", 9, "encoder.patch_embeddings.0",
+        ["classifier"],
+    ),
+    "RegNet": (
+        3, "encoder.stages.0.layers.0.layer.0.convolution", "encoder.stages.0.layers.0.layer.3.convolution", 12,
+        "embedder", ["classifier"],
+    ),
+    "ResNet": (
+        3, "encoder.stages.0.layers.0.layer.0.convolution", "encoder.stages.0.layers.0.layer.2.convolution", 11,
+        "embedder", ["classifier"],
+    ),
+    "ConvNext": (
+        3, "encoder.stages.0.layers.0.pwconv1", "encoder.stages.0.layers.0.pwconv2", 6, "embeddings", ["classifier"]
+    ),
+    "ConvNextV2": (
+        3, "encoder.stages.0.layers.0.pwconv1", "encoder.stages.0.layers.0.pwconv2", 6, "embeddings", ["classifier"]
+    ),
+    "HGNetV2": (
+        3, "encoder.stages.0.blocks.0.aggregation.0.convolution", "encoder.stages.0.blocks.0.aggregation.1.convolution",
+        22, "embedder", ["fc"],
+    ),
+    "Bit": (3, "encoder.stages.0.layers.0.conv1", "encoder.stages.0.layers.0.conv3", 10, "embedder", ["classifier"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", CONVOLUTIONAL_SITES)
+def test_a_convolutional_network_has_blocks_norms_a_stem_and_a_head(family):
+    """Every site is used by a forward, the blocks in order; a block's 1x1 pair goes in and out of its inner width."""
+    count, mlp_in, mlp_out, norms, stem, head = CONVOLUTIONAL_SITES[family]
+    model = build_network(family)
+    found = sites(model)
+    prefix = f"{model.base_model_prefix}." if family != "HGNetV2" else ""
+    assert found.source == model.config.model_type and len(found.blocks) == count and len(found.norms) == norms
+    assert found.mlp_in[:1] == ((prefix + mlp_in,) if mlp_in else ()) and found.mlp_out[0] == prefix + mlp_out
+    assert found.embeddings == (prefix + stem,) and list(found.head) == head == head_modules(model)
+    assert all(is_norm(model.get_submodule(name)) for name in found.norms)
+    for name in (*found.mlp_in, *found.mlp_out):
+        layer = model.get_submodule(name)
+        assert is_linear(layer) or is_pointwise(layer)
+    inner = [model.get_submodule(name).weight.shape[1] for name in found.mlp_out]
+    outer = [model.get_submodule(name).weight.shape[0] for name in found.mlp_in]
+    assert not mlp_in or inner[-len(outer) :] == outer
+
+    called = []
+    named = {name for field in fields(found)[1:] for name in getattr(found, field.name)}
+    for name in named:
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
+    with torch.no_grad():
+        model(**draw_batch(family))
+    assert set(called) == named
+    assert [name for name in called if name in found.blocks] == list(found.blocks)
+
+
+def test_a_norm_in_front_of_the_head_belongs_to_the_base(tmp_path):
+    """It is loaded with the base, and no part of an adapter's head; weights of a bare backbone have none."""
+    build_network("PoolFormer").poolformer.save_pretrained(tmp_path)
+    model = load_base(tmp_path, labels=["a", "b"])
+    assert sites(model).norms[-1] == "norm" and head_modules(model) == ["classifier"]
+    adapted = METHODS["lora"].adapt(model, 2)
+    assert not any("norm" in name for name, value in adapted.named_parameters() if value.requires_grad)
+    adapted = METHODS["norm"].adapt(load_base(tmp_path, labels=["a", "b"]), 2)  # one of them around it
+    assert sites(adapted.get_base_model()).norms[-1] == "norm"
+
+
+def test_the_blocks_of_a_small_resnet_have_no_inner_width():
+    config = hf.ResNetConfig(**CONVOLUTIONAL["ResNet"], layer_type="basic")
+    found = sites(hf.ResNetForImageClassification(config))
+    assert len(found.blocks) == 3 and found.mlp_in == found.mlp_out == ()
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wide, self.norm, self.narrow = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+
+
+def test_a_convolutional_network_without_a_row_is_read_by_structure():
+    """Blocks are the innermost elements of lists with a wide convolution and another layer, in stages or not."""
+    stage = nn.Sequential(Residual(), Residual())
+    squeeze = nn.Sequential(nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1))  # no wide convolution: no block
+    stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    found = sites(Net(nn.Sequential(stem, stage, squeeze, Residual()), head=nn.Linear(8, 2)))
+    assert found.source == "structure" and found.blocks == ("body.1.0", "body.1.1", "body.3")
+    assert found.embeddings == ("body.0",) and found.head == ("head",)
+    assert found.norms == ("body.0.1", "body.1.0.norm", "body.1.1.norm", "body.3.norm")
+    assert found.mlp_in == found.mlp_out == found.q == ()
+
+
 def test_the_table_is_tested_whole():
-    assert {getattr(hf, name).config_class.model_type for name in LISTED} == set(SITES)
+    listed = {getattr(hf, name).config_class.model_type for name in LISTED}
+    assert listed | {getattr(hf, f"{name}Config").model_type for name in CONVOLUTIONAL} == set(SITES)
+    assert set(CONVOLUTIONAL_SITES) == set(CONVOLUTIONAL)
 
 
 @pytest.mark.parametrize("name", UNLISTED)
@@ -504,7 +624,7 @@ def test_a_hand_written_module_with_an_mlp_as_wide_as_its_input():
         (lambda: nn.Sequential(nn.Linear(2, 2)), "Sequential (no model_type) has no single stack"),
         (lambda: nn.Linear(2, 2), "its children are none. "),
         (lambda: Encoder(Block(), Block(nn.Identity)), "its children are patch_embed, side, blocks, norm. "),
-        (lambda: build("ConvNextModel", {"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2}), "(convnext)"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 1)), "its children are 0, 1. "),
         (lambda: build("T5Model", T5), "its children are shared, encoder, decoder. "),
     ],
 )

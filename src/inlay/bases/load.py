@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from inlay.bases.device import Device, choose_device
 from inlay.bases.quantize import Quantize, compute_plainly, find_stored_form, flatten_inputs, make_quantization_config
-from inlay.bases.sites import head_modules
+from inlay.bases.sites import find_last_norms, head_modules
 from inlay.errors import BadInput, DamagedFile, InlayError, Unreachable, Unsupported
 from inlay.files.folder_or_hub import refuse_ambiguous
 
@@ -228,7 +228,7 @@ def _check_report(name: str, model: PreTrainedModel, report: dict[str, Any], new
     """transformers re-initialises what does not fit, with no more than a warning: allow that for a new head only."""
     heads = find_head(model)
     odd = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
-    fresh = tuple(f"{head}." for head in heads)
+    fresh = tuple(f"{name}." for name in (*heads, *find_last_norms(model)))  # such a norm starts from ones and zeros
     odd = sorted(key for key in odd if not (new_head and key.startswith(fresh)))
     if odd:
         poolers = tuple(f"{pooler}." for pooler in _missing_poolers(model, odd))

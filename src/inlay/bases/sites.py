@@ -67,7 +67,7 @@ class Sites:
     """
 
     source: str  # the model_type whose row of SITES was used, or `structure`
-    blocks: tuple[str, ...]  # transformer blocks; of a MobileNet the layers
+    blocks: tuple[str, ...]  # transformer blocks; of a convolutional network its residual blocks, or modules
     attention: tuple[str, ...]  # the module whose forward computes q, k, v and the softmax
     # Where a branch parallel to attention goes: called with the sublayer's input, and its output goes to the residual.
     # BERT's is called as (hidden_states, input_tensor): the branch takes input_tensor and is added to it.
@@ -77,10 +77,12 @@ class Sites:
     k: tuple[str, ...]
     v: tuple[str, ...]
     out: tuple[str, ...]  # output projection of attention
-    mlp_in: tuple[str, ...]  # where gated (Llama) both of a block; MobileNetV2: the expanding 1x1 convolutions
-    mlp_out: tuple[str, ...]  # MobileNetV2: the reducing 1x1 convolutions; MobileNetV1: all 1x1 convolutions
-    norms: tuple[str, ...]  # every normalisation of the backbone, in and outside the blocks, except in poolers
-    embeddings: tuple[str, ...]  # what turns the input into that of the first block
+    # Into the inner width of a block; where gated (Llama) both. Of a convolutional block the 1x1 convolutions in front
+    # of the k x k one and behind it: they expand and reduce (MobileNetV2), or reduce and expand (ResNet-50).
+    mlp_in: tuple[str, ...]
+    mlp_out: tuple[str, ...]  # out of it; MobileNetV1: all 1x1 convolutions
+    norms: tuple[str, ...]  # every normalisation of the backbone, or between it and the head, except in poolers
+    embeddings: tuple[str, ...]  # what turns the input into that of the first block; a stem
     head: tuple[str, ...]  # the task head; () for a bare backbone
 
     @property
@@ -91,9 +93,10 @@ class Sites:
 
 @dataclass(frozen=True)
 class Row:
-    """Names in one architecture, several between blanks; those that its blocks lack are left out.
+    """Names in one architecture, several between blanks; those that a block lacks are left out there.
 
-    `blocks` (a * for each number) and `embeddings` are relative to the backbone, all others to a block.
+    `blocks` (a * for each number) and `embeddings` are relative to the backbone, all others to a block. Convolutions
+    other than 1x1 are no sites of their own.
     """
 
     blocks: str
@@ -136,6 +139,14 @@ _BERT = Row(
     q="attention.self.query", k="attention.self.key", v="attention.self.value", out="attention.output.dense",
     mlp_in="intermediate.dense", mlp_out="output.dense",
 )  # fmt: skip
+# The blocks of a small ResNet are two 3x3 convolutions and have no inner width.
+_RESNET = Row(
+    blocks="encoder.stages.*.layers.*", embeddings="embedder",
+    mlp_in="layer.0.convolution", mlp_out="layer.2.convolution",
+)  # fmt: skip
+_CONVNEXT = Row(
+    blocks="encoder.stages.*.layers.*", embeddings="embeddings", mlp_in="pwconv1", mlp_out="pwconv2"
+)  # fmt: skip
 
 SITES = {
     "vit": _VIT,
@@ -167,10 +178,46 @@ SITES = {
         q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", out="self_attn.o_proj",
         mlp_in="mlp.gate_proj mlp.up_proj", mlp_out="mlp.down_proj",
     ),
-    # Layers are a depth-wise and a 1x1 convolution by turns; the former are no sites.
+    # Layers are a depth-wise and a 1x1 convolution by turns.
     "mobilenet_v1": Row(blocks="layer.*", embeddings="conv_stem", mlp_out="convolution"),
     "mobilenet_v2": Row(
         blocks="layer.*", embeddings="conv_stem", mlp_in="expand_1x1.convolution", mlp_out="reduce_1x1.convolution"
+    ),
+    # Of a MobileViT the transformer blocks inside its layers, in front of and between which are those of a MobileNetV2.
+    "mobilevit": replace(
+        _BERT, blocks="encoder.layer.*.transformer.layer.*", embeddings="conv_stem",
+        attention="attention.attention", around_attention="attention", around_mlp="",
+        q="attention.attention.query", k="attention.attention.key", v="attention.attention.value",
+    ),
+    # Its attention is linear in the tokens and fuses a query of one feature with keys and values: no q, k and v.
+    "mobilevitv2": Row(
+        blocks="encoder.layer.*.transformer.layer.*", embeddings="conv_stem",
+        mlp_in="ffn.conv1.convolution", mlp_out="ffn.conv2.convolution",
+    ),
+    "efficientnet": Row(
+        blocks="encoder.blocks.*", embeddings="embeddings",
+        mlp_in="expansion.expand_conv", mlp_out="projection.project_conv",
+    ),
+    # Attention and MLP are blocks of their own, by turns.
+    "levit": Row(
+        blocks="encoder.stages.*.layers.*", embeddings="patch_embeddings",
+        mlp_in="module.linear_up.linear", mlp_out="module.linear_down.linear",
+    ),
+    "swiftformer": Row(
+        blocks="encoder.network.*.blocks.*", embeddings="patch_embed", mlp_in="linear.fc1", mlp_out="linear.fc2"
+    ),
+    "poolformer": Row(
+        blocks="encoder.block.*.*", embeddings="encoder.patch_embeddings.0",
+        mlp_in="output.conv1", mlp_out="output.conv2",
+    ),
+    "regnet": replace(_RESNET, mlp_out="layer.2.convolution layer.3.convolution"),  # Y has squeeze-and-excitation at 2
+    "resnet": _RESNET,
+    "bit": replace(_RESNET, mlp_in="conv1", mlp_out="conv3"),
+    "convnext": _CONVNEXT,
+    "convnextv2": _CONVNEXT,
+    "hgnet_v2": Row(
+        blocks="encoder.stages.*.blocks.*", embeddings="embedder",
+        mlp_in="aggregation.0.convolution", mlp_out="aggregation.1.convolution",
     ),
 }  # fmt: skip
 
@@ -182,40 +229,62 @@ def sites(model: nn.Module) -> Sites:
 
     Args:
         model: A transformers model with or without a head, or any module whose blocks hold q, k and v projections of a
-            known name; not a PeftModel, but its `get_base_model()`. By structure, a field is () unless it is certain.
+            known name, or convolutions; not a PeftModel, but its `get_base_model()`. By structure, a field is () unless
+            it is certain.
 
     Raises:
         InlayError: There is neither a row nor such blocks, or they are those of an encoder and a decoder.
     """
     modules = dict(_unwrapped(model))
-    backbones = (find_text_part(model), *_backbones(model), "vision_encoder")
-    prefix = next((f"{name}." for name in backbones if name and name in modules), "")
+    text = find_text_part(model)
+    backbone = text if text and text in modules else _find_backbone(model)
+    prefix = f"{backbone}." if backbone else ""
     inner = {name.removeprefix(prefix): module for name, module in modules.items() if name.startswith(prefix)}
     kind = getattr(getattr(model, "config", None), "model_type", "no model_type")
     label, children = f"{type(model).__name__} ({kind})", dict(model.named_children())
-    listed = _places(SITES[kind], inner) if kind in SITES else None
-    row = None if listed else _row_by_structure(inner)
-    places = listed or (row and _places(row, inner))
+    next_to_it = [name for name in _find_next_to(model, backbone) if name not in OTHER_INPUTS]
+    places = listed = _places(SITES[kind], inner) if kind in SITES else None
+    if not listed:
+        row = _row_by_structure(inner)
+        heads = () if backbone else tuple(f"{name}." for name in next_to_it)
+        places = _places(row, inner) if row else _convolutional_places(inner, heads)
     if not places:
         raise Unsupported(
             f"{label} has no single stack of equal blocks with query, key and value projections (q_proj, query, qkv "
-            f"...); its children are {', '.join(children) or 'none'}. Give target_modules by hand."
+            f"...), and no list of blocks of convolutions; its children are {', '.join(children) or 'none'}. Give "
+            "target_modules by hand."
         )
     full = {field: tuple(prefix + name for name in names) for field, names in places.items()}
+    full["norms"] += tuple(find_last_norms(model))
     if not listed:
         first = ", ".join(f"{field} {names[0] if names else 'not found'}" for field, names in full.items())
         if label not in _said:
             _said.add(label)
             logger.warning("%s by structure: %d blocks; the first of each: %s", label, len(full["blocks"]), first)
-    others = [name for name, child in children.items() if any(True for _ in child.parameters())] if prefix else []
-    head = [name for name in others if not prefix.startswith(f"{name}.") and name not in OTHER_INPUTS]
+    head = [name for name in next_to_it if not is_norm(modules[name])]
     head += getattr(model, "new_poolers", []) if head else []
     return Sites(source=kind if listed else "structure", head=tuple(head), **full)
 
 
-def _backbones(model: nn.Module) -> tuple[str, str]:
-    """What the backbone inside a model with a head may be called; CLIP's and SigLIP's is not its base_model_prefix."""
-    return getattr(model, "base_model_prefix", ""), "vision_model"
+def _find_backbone(model: nn.Module) -> str:
+    """The child that is the backbone inside a model with a head; CLIP's and SigLIP's is not its base_model_prefix."""
+    children = dict(model.named_children())
+    names = (getattr(model, "base_model_prefix", ""), "vision_model", "vision_encoder")
+    return next((name for name in names if name in children), "")
+
+
+def _find_next_to(model: nn.Module, backbone: str) -> list[str]:
+    """The parameter-holding children of a model next to its backbone: its head, and a norm in front of that.
+
+    Where the parts of a backbone are children of the model themselves (HGNetV2), the linear layer with as many outputs
+    as the model has labels.
+    """
+    children = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
+    if backbone:
+        return [name for name in children if not f"{backbone}.".startswith(f"{name}.")]
+    labels = getattr(getattr(model, "config", None), "num_labels", None)
+    last = [_unwrap(child) for child in children.values()][-1:]
+    return list(children)[-1:] if last and isinstance(last[0], nn.Linear) and last[0].out_features == labels else []
 
 
 def find_text_part(model: nn.Module) -> str:
@@ -238,12 +307,17 @@ def find_text_part(model: nn.Module) -> str:
 
 def _unwrapped(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """named_modules as they were before peft wrapped any: the base layer under its wrapper's name, no adapter."""
-    for wrapped in ("base_layer", "original_module"):
-        while hasattr(module, wrapped):
-            module = getattr(module, wrapped)
+    module = _unwrap(module)
     yield name, module
     for child_name, child in module.named_children():
         yield from _unwrapped(child, f"{name}.{child_name}" if name else child_name)
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    for wrapped in ("base_layer", "original_module"):
+        while hasattr(module, wrapped):
+            module = getattr(module, wrapped)
+    return module
 
 
 def _pattern(name: str) -> str:
@@ -256,17 +330,51 @@ def _places(row: Row, modules: Modules) -> dict[str, list[str]] | None:
     places = {"blocks": blocks}
     for field in _PER_BLOCK:
         wanted = getattr(row, field).split()
-        present = [name for name in wanted if all(f"{block}.{name}" in modules for block in blocks)]
-        if not blocks or (wanted and not present):
+        found = [f"{block}.{name}" for block in blocks for name in wanted if f"{block}.{name}" in modules]
+        if not blocks or (row.attention and wanted and len(found) < len(blocks)):
             return None
-        found = [f"{block}.{name}" for block in blocks for name in present]
         places[field] = [
             each for each in found if not isinstance(modules[each], nn.Conv2d) or is_pointwise(modules[each])
         ]
-    aside = {name for name in modules if is_cross(name) or POOLING.intersection(name.split("."))}
-    places["norms"] = [name for name, module in modules.items() if is_norm(module) and name not in aside]
+    places["norms"] = _norms(modules)
     places["embeddings"] = [name for name in row.embeddings.split() if name in modules]
     return places
+
+
+def _norms(modules: Modules) -> list[str]:
+    aside = {name for name in modules if is_cross(name) or POOLING.intersection(name.split("."))}
+    return [name for name, module in modules.items() if is_norm(module) and name not in aside]
+
+
+def _convolutional_places(modules: Modules, heads: tuple[str, ...]) -> dict[str, list[str]] | None:
+    """The fields of Sites of an unknown convolutional network; None if it has no blocks in a list.
+
+    A block is the innermost element of a list that holds a convolution larger than 1x1 and another layer; the stem is
+    what comes before the first. `heads` are the beginnings of the names in the head.
+    """
+    blocks: list[str] = []
+    for name, module in modules.items():
+        layers = [inner for inner in module.modules() if is_linear(inner) or isinstance(inner, nn.Conv2d)]
+        listed = name.rpartition(".")[2].isdigit() and not isinstance(module, nn.ModuleList)
+        wide = any(isinstance(layer, nn.Conv2d) and max(layer.kernel_size) > 1 for layer in layers)
+        if listed and wide and len(layers) > 1 and not name.startswith(heads):
+            blocks = [block for block in blocks if not name.startswith(f"{block}.")] + [name]
+    if not blocks or {"encoder", "decoder"} <= {part for name in modules for part in name.split(".")}:
+        return None
+    stem: list[str] = []
+    for name, module in modules.items():
+        if name == blocks[0]:
+            break
+        inside = name.startswith(tuple(f"{other}." for other in stem))
+        if (
+            not f"{blocks[0]}.".startswith(f"{name}.")
+            and name
+            and not inside
+            and any(True for _ in module.parameters())
+        ):
+            stem.append(name)
+    norms = [name for name in _norms(modules) if not name.startswith(heads)]
+    return {"blocks": blocks, **{field: [] for field in _PER_BLOCK}, "norms": norms, "embeddings": stem}
 
 
 def _row_by_structure(modules: Modules) -> Row | None:
@@ -398,11 +506,18 @@ def head_modules(model: nn.Module) -> list[str]:
 
 
 def _heads(model: nn.Module) -> list[str]:
-    """What stands next to the backbone; nothing where the model is a backbone itself."""
-    children = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
-    backbone = [name for name in (*_backbones(model), "vision_encoder") if name in children][:1]
-    heads = [name for name in children if name not in backbone] if backbone else []
+    """What stands next to the backbone, but for its last norm; nothing where the model is a backbone itself."""
+    heads = [name for name in _find_next_to(model, _find_backbone(model)) if not _is_norm_inside(model, name)]
     return [*heads, *getattr(model, "new_poolers", [])] if heads else []
+
+
+def find_last_norms(model: nn.Module) -> list[str]:
+    """Norms that stand next to the backbone, in front of the head (PoolFormer): pre-trained, and new for no task."""
+    return [name for name in _find_next_to(model, _find_backbone(model)) if _is_norm_inside(model, name)]
+
+
+def _is_norm_inside(model: nn.Module, name: str) -> bool:
+    return is_norm(_unwrap(model.get_submodule(name)))
 
 
 def lora_targets(model: nn.Module, sites: Literal["all", "attention"] = "all") -> list[str]:
@@ -481,8 +596,11 @@ def is_pointwise(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """True for LayerNorm, RMSNorm, BatchNorm, GroupNorm and the models' own, which all are called so."""
-    return "Norm" in type(module).__name__ and not any(True for _ in module.children())
+    """True for LayerNorm, RMSNorm, BatchNorm, GroupNorm and the models' own, which all are called so.
+
+    It may hold an activation (BiT), but nothing else with parameters.
+    """
+    return "Norm" in type(module).__name__ and not any(True for child in module.children() for _ in child.parameters())
 
 
 def is_cross(name: str) -> bool:
