@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inlay.adapters.convert.convert import import_adapter
+    from inlay.adapters.convert.networks import import_network
     from inlay.adapters.evaluate import evaluate
     from inlay.adapters.file import read_adapter
     from inlay.adapters.hub.repository import pull_adapter, push_adapter
@@ -133,6 +134,7 @@ _MODULE_OF = {
     "generate": "tasks.text.generate",
     "head_modules": "bases.sites",
     "import_adapter": "adapters.convert.convert",
+    "import_network": "adapters.convert.networks",
     "judge": "tasks.text.generate",
     "load_adapter": "adapters.load",
     "load_base": "tasks.base",
@@ -214,6 +216,7 @@ __all__ = [
     "generate",
     "head_modules",
     "import_adapter",
+    "import_network",
     "judge",
     "load_adapter",
     "load_base",

@@ -76,7 +76,7 @@ def read_factors(path: Path) -> Factors:
         some = ", ".join(list(tensors)[:3])
         raise Unsupported(
             f"{path} has no LoRA that inlay knows (its keys: {some or 'none'}); give one of peft, loralib, diffusers, "
-            "kohya or cloneofsimo."
+            "kohya or cloneofsimo, or a SqueezeNet or ShuffleNet v2 of torchvision."
         )
     for name, pair in found.layers.items():
         if set(pair) != {"A", "B"} or any(v.ndim != 2 or not v.numel() for v in pair.values()):

@@ -45,6 +45,8 @@ class SqueezeNetConfig(PreTrainedConfig):
         expand3x3_channels: Of its 3x3 convolution over these; the module's output is both side by side.
         pool_before: Numbers of the fire modules whose input is halved by max pooling.
         dropout: In front of the head.
+        relu_logits: Whether the classes of each pixel pass a ReLU before they are averaged, as in the paper. Without it
+            the head is linear; one that is trained from nothing then learns much faster, as no class stays at zero.
     """
 
     model_type = "squeezenet"
@@ -60,6 +62,7 @@ class SqueezeNetConfig(PreTrainedConfig):
     expand3x3_channels: list[int] | tuple[int, ...] = (64, 64, 128, 128, 192, 192, 256, 256)
     pool_before: list[int] | tuple[int, ...] = (0, 3, 7)
     dropout: float | int = 0.5
+    relu_logits: bool = True
     initializer_range: float = 0.01
 
     @classmethod

@@ -72,9 +72,11 @@ class SqueezeNetForImageClassification(Classifier):
         self.post_init()
 
     def classify(self, outputs: BaseModelOutputWithPoolingAndNoAttention) -> Tensor:
-        """Classes of each pixel, through a ReLU, averaged over the pixels.
+        """Classes of each pixel, through a ReLU, averaged over the pixels; without `relu_logits`, of the mean pixel.
 
-        MACs: `C·N·H·W` from C channels to N classes, at H x W pixels.
+        MACs: `C·N·H·W` from C channels to N classes, at H x W pixels; without `relu_logits` C·N.
         """
+        if not self.config.relu_logits:
+            return self.classifier(self.dropout(outputs.pooler_output))
         pixels = self.dropout(outputs.last_hidden_state).permute(0, 2, 3, 1)
         return self.classifier(pixels).relu().mean((1, 2))
