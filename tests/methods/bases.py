@@ -23,6 +23,8 @@ OURS = [
     "bottleneck-parallel",
     "bottleneck-linear",
     "adapter-plus",
+    "ssf",
+    "convpass",
     "visual-prompt",
     "visual-prompt-shallow",
     "attention-prefix",
