@@ -22,6 +22,8 @@ IMAGES = [
     "attention-prefix",
     "mam",
     "ia3",
+    "ssf",
+    "convpass",
     "bias",
     "norm",
 ]
@@ -41,7 +43,7 @@ def test_each_row_of_a_batch_of_pictures_has_its_adapter(method, tmp_path):
 
 @pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize(
-    "method", ["lora", "bottleneck", "bottleneck-parallel", "attention-prefix", "prompt", "ia3", "bias", "norm"]
+    "method", ["lora", "bottleneck", "bottleneck-parallel", "attention-prefix", "prompt", "ia3", "ssf", "bias", "norm"]
 )
 def test_each_row_of_a_batch_of_texts_has_its_adapter(method, pad, tmp_path):
     """A row of texts of different lengths gets what it gets alone."""
@@ -148,7 +150,10 @@ def test_methods_may_be_mixed(tmp_path):
         compare(bank(pixels(), adapters).logits, alone(VIT, tmp_path, pixels(), adapters))
 
 
-@pytest.mark.parametrize("method", ["lora", "bottleneck", "attention-prefix", "visual-prompt", "ia3", "bias", "norm"])
+@pytest.mark.parametrize(
+    "method",
+    ["lora", "bottleneck", "attention-prefix", "visual-prompt", "ia3", "ssf", "convpass", "bias", "norm"],
+)
 def test_windows_of_sam(method, tmp_path):
     """A window of SAM's attention is a row of its own; five prompts of a picture are not."""
     for seed, name in enumerate("ab", 1):

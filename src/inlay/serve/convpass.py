@@ -65,7 +65,7 @@ class ConvPassBank(BankLayer, ConvPassLayer):
     def _project(self, x: torch.Tensor, key: str, bias: str | None = None) -> torch.Tensor:
         """Each row of x (B, ..., n) by its own matrix and bias."""
         flat = self.multiply_rows(x.flatten(1, -2), key, self.take_vectors(bias or f"{key}_bias", len(x)))
-        return flat.reshape(*x.shape[:-1], -1)
+        return flat.unflatten(1, x.shape[1:-1])
 
     def _convolve(self, maps: torch.Tensor) -> torch.Tensor:
         """Each image of (B, H, W, m) by its own kernel."""
