@@ -104,8 +104,8 @@ def together(base, folders):
 @pytest.mark.parametrize("base", ["vit", "gpt2", "sam"])
 @pytest.mark.parametrize(
     "method",
-    ["bottleneck", "bottleneck-mlp", "bottleneck-parallel", "bottleneck-linear", "adapter-plus", "attention-prefix", "ssf",
-     "convpass", "visual-prompt", "visual-prompt-shallow", "partial", "bias", "norm", "mam", "lora-prompt"],
+    ["bottleneck", "bottleneck-mlp", "bottleneck-parallel", "bottleneck-linear", "adapter-plus", "attention-prefix",
+     "ssf", "convpass", "visual-prompt", "visual-prompt-shallow", "partial", "bias", "norm", "mam", "lora-prompt"],
 )  # fmt: skip
 def test_other_methods_add_to_what_they_do_together(method, base, tmp_path):
     if {"vit": "vision", "gpt2": "text", "sam": "sam"}[base] not in METHODS[method].bases:

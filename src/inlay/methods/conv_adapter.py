@@ -31,7 +31,7 @@ from transformers.activations import ACT2FN
 from typing_extensions import override
 
 from inlay.bases.sites import Sites, is_linear, linear_shape
-from inlay.errors import BadInput, ComputationFailed
+from inlay.errors import BadInput, ComputationFailed, Unsupported
 from inlay.methods._peft import PeftType, register_method
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
 from inlay.methods.method import Method
@@ -235,14 +235,23 @@ class ConvAdapterModel(AdapterTuner):
 
     @override
     def targets(self, config: ConvAdapterConfig, found: Sites) -> Sequence[str]:
-        if config.placement.startswith("residual_"):
-            return found.blocks
         outside = tuple(f"{name}." for name in (*found.head, *found.embeddings))
-        return [
-            name
+        convolutions = {
+            name: module
             for name, module in self.model.named_modules()
-            if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 and not f"{name}.".startswith(outside)
-        ]
+            if isinstance(module, nn.Conv2d) and not f"{name}.".startswith(outside)
+        }
+        if config.placement.startswith("residual_"):
+            names = [b for b in found.blocks if any(f"{name}.".startswith(f"{b}.") for name in convolutions)]
+        else:
+            names = [name for name, module in convolutions.items() if max(module.kernel_size) > 1]
+        if not names:
+            where = "in its blocks" if config.placement.startswith("residual_") else "of more than 1x1 behind its stem"
+            raise Unsupported(
+                f"{type(self.model).__name__} has no convolution {where}, so there is no place for a Conv-Adapter; use "
+                "ssf or lora."
+            )
+        return names
 
 
 register_method("inlay_conv_adapter", ConvAdapterConfig, ConvAdapterModel)
