@@ -1,4 +1,4 @@
-"""ConvPass convolves over the grid in which the patches really lie, whatever the image and the tokens in front of it."""
+"""ConvPass convolves over the grid in which the patches really lie, whatever the image and its other tokens."""
 
 import copy
 

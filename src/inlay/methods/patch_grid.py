@@ -11,8 +11,8 @@ from inlay.errors import Unsupported
 class PatchGrid:
     """A forward hook on the module that makes tokens of images; whoever reads the grid calls `hold` and `release`.
 
-    Images need not be square: a grid of 2 x 8 patches has as many tokens as one of 4 x 4. A block that is computed again
-    for the backward, after images of another grid, has other shapes than before, which torch refuses.
+    Images need not be square: a grid of 2 x 8 patches has as many tokens as one of 4 x 4. A block that is computed
+    again for the backward, after images of another grid, has other shapes than before, which torch refuses.
 
     Attributes:
         height: Of the grid, in patches.
