@@ -59,6 +59,9 @@ PEFT_TYPES = {
     "INLAY_ATTENTION_PREFIX": PeftTypeFacts("Attention prefix", _PREFIX_PAPER),
     "INLAY_VISUAL_PROMPT": PeftTypeFacts("Visual prompt", "Jia et al. 2022, arXiv:2203.12119"),
     "INLAY_PARTIAL": PeftTypeFacts("Partial fine-tuning", "Yosinski et al. 2014, arXiv:1411.1792"),
+    "INLAY_SSF": PeftTypeFacts("SSF", "Lian et al. 2022, arXiv:2210.08823"),
+    "INLAY_CONVPASS": PeftTypeFacts("ConvPass", "Jie & Deng 2022, arXiv:2207.07039"),
+    "INLAY_CONV_ADAPTER": PeftTypeFacts("Conv-Adapter", "Chen et al. 2022, arXiv:2208.07463"),
     "INLAY_SPATIAL3D": PeftTypeFacts("3D spatial", "Gong et al. 2023, arXiv:2306.13465"),
     "INLAY_COMPOSITE": PeftTypeFacts("Composite"),
 }

@@ -8,14 +8,18 @@ import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
 from combine.cases import LINEAR, Convolutions, load, lora, off, partial, same_outputs, save, updates, wide
 from inlay import (
+    ConvAdapterConfig,
+    ConvPassConfig,
     InlayError,
     PartialConfig,
+    SsfConfig,
     TextProcessor,
     VisualPromptConfig,
     combine,
@@ -26,7 +30,7 @@ from inlay import (
     save_adapter,
 )
 from inlay.methods import METHODS
-from methods.bases import batch, build, randomise
+from methods.bases import KINDS, batch, build, randomise
 
 WEIGHTS = [(1.0, 1.0), (0.7, -1.3), (1.0, 0.0)]
 
@@ -101,14 +105,15 @@ def together(base, folders):
     return model.eval()
 
 
-@pytest.mark.parametrize("base", ["vit", "gpt2", "sam"])
+@pytest.mark.parametrize("base", ["vit", "gpt2", "sam", "resnet"])
 @pytest.mark.parametrize(
     "method",
     ["bottleneck", "bottleneck-mlp", "bottleneck-parallel", "bottleneck-linear", "adapter-plus", "attention-prefix",
-     "visual-prompt", "visual-prompt-shallow", "partial", "bias", "norm", "mam", "lora-prompt"],
+     "ssf", "convpass", "conv-adapter", "visual-prompt", "visual-prompt-shallow", "partial",
+     "bias", "norm", "mam", "lora-prompt"],
 )  # fmt: skip
 def test_other_methods_add_to_what_they_do_together(method, base, tmp_path):
-    if {"vit": "vision", "gpt2": "text", "sam": "sam"}[base] not in METHODS[method].bases:
+    if KINDS[base] not in METHODS[method].bases:
         pytest.skip("the method is not for this base")
     configs = [METHODS[method].config(build(base), width) for width in (4, 3)]
     a, b = (save(tmp_path / n, base, c, s) for n, c, s in zip("ab", configs, (3, 4), strict=True))
@@ -120,6 +125,98 @@ def test_other_methods_add_to_what_they_do_together(method, base, tmp_path):
         assert alone.error == 0 and same_outputs(base, load(base, tmp_path / "alone"), load(base, a))
         combine({a: 1.0, b: 0.0}, out=tmp_path / "zero")
         assert same_outputs(base, load(base, tmp_path / "zero"), load(base, a))
+
+
+def what_it_adds(model, base, site):
+    """What the adapter at a module adds to its output, in a forward of the whole model."""
+    seen = {}
+
+    def note(module, args, kwargs, output):
+        plain = module.base_layer(*args, **kwargs)
+        first = [value[0] if isinstance(value, tuple) else value for value in (output, plain)]
+        seen["added"] = first[0] - first[1]
+
+    wrapped = model.double().get_base_model().get_submodule(site)
+    handle = wrapped.register_forward_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        model(**{k: v.double() for k, v in batch(base).items()})
+    handle.remove()
+    return seen["added"]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize(
+    ("base", "site", "configs"),
+    [
+        ("vit", "vit.layers.0.attention", [ConvPassConfig(width=3, scale=0.5), ConvPassConfig(width=5)]),
+        ("vit", "vit.layers.0.attention", [ConvPassConfig(width=3), ConvPassConfig(width=2, sites=["attention"])]),
+        ("sam", "vision_encoder.layers.0.attn", [ConvPassConfig(width=3), ConvPassConfig(width=2, scale=-2.0)]),
+        ("resnet", "resnet.encoder.stages.0.layers.0.layer.1.convolution", [
+            ConvAdapterConfig(width=6), ConvAdapterConfig(width=4)]),
+        ("resnet", "resnet.encoder.stages.1.layers.0.layer.1.convolution", [
+            ConvAdapterConfig(width=8, groups=2, layers_to_transform=[1]),
+            ConvAdapterConfig(width=3, layers_to_transform=[1, 2])]),
+        ("resnet", "resnet.encoder.stages.0.layers.0", [
+            ConvAdapterConfig(placement="residual_parallel"),
+            ConvAdapterConfig(width=5, placement="residual_parallel")]),
+    ],
+)  # fmt: skip
+def test_bypasses_and_conv_adapters_of_any_width_and_weight_add_exactly(base, site, configs, weights, tmp_path):
+    a, b = (save(tmp_path / n, base, c, s) for n, c, s in zip("ab", configs, (3, 4), strict=True))
+    made = combine({a: weights[0], b: weights[1]}, out=tmp_path / "out")
+    assert made.error == 0 and load_file(tmp_path / "out/adapter_model.safetensors")
+    # The module is the first that an adapter wraps, so that it reads the same in all three models.
+    first, second, found = (what_it_adds(load(base, folder), base, site) for folder in (a, b, tmp_path / "out"))
+    wanted = weights[0] * first + weights[1] * second
+    assert first.norm() > 1e-3 and (found - wanted).norm() < 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("base", ["vit", "resnet"])
+def test_what_ssf_changes_in_weights_and_biases_adds(base, weights, tmp_path):
+    a, b = (save(tmp_path / n, base, SsfConfig(), s) for n, s in zip("ab", (3, 4), strict=True))
+    combine({a: weights[0], b: weights[1]}, out=tmp_path / "out")
+    plain = dict(build(base).double().named_parameters())
+    changes = []
+    for folder in (a, b, tmp_path / "out"):
+        merged = load(base, folder).double().merge_and_unload()
+        changes.append({name: value - plain[name] for name, value in merged.named_parameters()})
+    assert sum(bool(delta.any()) for delta in changes[0].values()) > 20
+    for name, found in changes[2].items():
+        wanted = weights[0] * changes[0][name] + weights[1] * changes[1][name]
+        assert (found - wanted).abs().max() < 1e-6, name
+
+
+def test_rules_work_on_ssf_as_a_difference(tmp_path):
+    a, b = (save(tmp_path / n, "vit", SsfConfig(), s) for n, s in zip("ab", (3, 4), strict=True))
+    combine({a: 1.0, b: 1.0}, "ties", density=0.3, out=tmp_path / "out")
+    first, second, found = (load_file(f / "adapter_model.safetensors") for f in (a, b, tmp_path / "out"))
+    for key, value in found.items():
+        start = 1.0 if key.endswith("scale") else 0.0
+        wanted = merge_utils.ties([first[key] - start, second[key] - start], torch.ones(2), density=0.3) + start
+        assert torch.allclose(value, wanted, atol=1e-6)
+    with pytest.raises(InlayError, match="works on the factors of low-rank updates; use ties for SSF"):
+        combine({a: 1.0, b: 1.0}, "knots", out=tmp_path / "knots")
+
+
+@pytest.mark.parametrize(
+    ("base", "configs", "reason"),
+    [
+        ("vit", [ConvPassConfig(), ConvPassConfig(activation="gelu")], "bypasses with different settings"),
+        (
+            "resnet",
+            [ConvAdapterConfig(), ConvAdapterConfig(activation="gelu")],
+            "Conv-Adapters with different settings",
+        ),
+        ("resnet", [ConvAdapterConfig(), ConvAdapterConfig(placement="conv_sequential")], "read other maps"),
+    ],
+)
+def test_bypasses_and_conv_adapters_that_do_not_add_are_refused(base, configs, reason, tmp_path):
+    a, b = (save(tmp_path / n, base, c, s) for n, c, s in zip("ab", configs, (3, 4), strict=True))
+    with pytest.raises(InlayError, match=reason):
+        combine({a: 1.0, b: 1.0}, out=tmp_path / "out")
+    with pytest.raises(InlayError, match="none can go; leave width out"):
+        combine({a: 1.0}, width=2, out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("method", ["prompt", "prefix"])

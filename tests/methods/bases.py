@@ -15,6 +15,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from convolutional_networks import build_network, draw_batch
 from inlay.methods import METHODS
 
 OURS = [
@@ -23,6 +24,9 @@ OURS = [
     "bottleneck-parallel",
     "bottleneck-linear",
     "adapter-plus",
+    "ssf",
+    "convpass",
+    "conv-adapter",
     "visual-prompt",
     "visual-prompt-shallow",
     "attention-prefix",
@@ -34,7 +38,7 @@ OURS = [
 ]
 PEFTS = ["lora", "rslora", "dora", "ia3", "pissa"]
 PROMPTS = ["prompt", "prefix"]  # peft's own for language models, which wrap no module
-KINDS = {"vit": "vision", "sam": "sam", "gpt2": "text", "bert": "text", "llama": "text"}
+KINDS = {"vit": "vision", "sam": "sam", "resnet": "conv", "gpt2": "text", "bert": "text", "llama": "text"}
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 TEXT = {"vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -49,6 +53,8 @@ def build(base):
         # windows of 3 x 3 over 8 x 8 patches: the last ones are padded; the last block attends globally
         windows = {"image_size": 32, "patch_size": 4, "window_size": 3, "global_attn_indexes": [2]}
         model = SamVisionModel(SamVisionConfig(**size, **windows, output_channels=16, initializer_range=0.02))
+    elif base == "resnet":
+        model = build_network("ResNet")
     elif base == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=64, **TEXT))
     elif base == "bert":
@@ -99,6 +105,8 @@ OTHERS = {
 def batch(base):
     """Four examples (SAM two); texts are padded, those of decoders on the left."""
     generator = torch.Generator().manual_seed(1)
+    if base == "resnet":
+        return {"pixel_values": draw_batch("ResNet")["pixel_values"]}
     if base in ("vit", "sam"):
         rows, size = (4, 16) if base == "vit" else (2, 32)
         return {"pixel_values": torch.randn(rows, 3, size, size, generator=generator)}

@@ -7,20 +7,31 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from torch.nn import functional as F
-from transformers import MobileNetV2Config, MobileNetV2ForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from inlay import (
     AttentionPrefixConfig,
     BottleneckConfig,
     CompositeConfig,
+    ConvAdapterConfig,
+    ConvPassConfig,
     InlayError,
     PartialConfig,
+    SsfConfig,
     VisualPromptConfig,
 )
 from inlay.methods import METHODS
 from inlay.methods.attention_prefix import AttentionPrefixLayer
 from inlay.methods.base import AdapterLayer
 from inlay.methods.bottleneck import BottleneckLayer
+from inlay.methods.ssf import SsfLayer
 from methods.bases import OTHERS, adapted, batch, build, build_other, compute, randomise
 
 
@@ -130,6 +141,175 @@ def test_dropout_of_a_bottleneck_acts_on_its_units_in_training_alone(placement):
     assert set(kept.unique().tolist()) == {0.0, 1 / 0.6}
     close(found, out + 0.7 * ((kept * z) @ w_up.T + b_up))
     assert not torch.equal(wrapped(x), found), "the next draw is another one"
+
+
+def test_ssf_scales_and_shifts_what_each_operation_gives():
+    model = attach(SsfConfig())
+    for name, x in (
+        ("vit.layers.1.mlp.fc1", torch.randn(2, 7, 32, dtype=torch.float64)),
+        ("vit.layers.1.layernorm_after", torch.randn(2, 7, 32, dtype=torch.float64)),
+        ("vit.embeddings.patch_embeddings.projection", torch.randn(2, 3, 16, 16, dtype=torch.float64)),
+    ):
+        wrapped = layer(model, name)
+        gamma, beta = wrapped.inlay_ssf_scale["default"], wrapped.inlay_ssf_shift["default"]
+        y = wrapped.base_layer(x)
+        if y.ndim == 4:
+            gamma, beta = gamma[:, None, None], beta[:, None, None]
+        close(wrapped(x), gamma * y + beta)
+
+
+def test_ssf_stands_where_its_authors_put_it():
+    """Their ViT-B/16 has pairs behind the patch embedding, the last norm, and the six operations of each block."""
+    with torch.device("meta"):
+        model = get_peft_model(ViTModel(ViTConfig(), add_pooling_layer=False), SsfConfig())
+    operations = 768 + 3 * 768 + 768 + 768 + 3072 + 768  # norm, qkv, projection, norm, two layers of the MLP
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * (12 * operations + 768 + 768)
+
+
+@pytest.mark.parametrize("base", ["vit", "gpt2", "llama", "bert", "mobilenet"])
+def test_ssf_folds_into_weights_and_biases(base):
+    if base == "mobilenet":
+        torch.manual_seed(2)
+        model = get_peft_model(_mobilenet().double(), SsfConfig(), autocast_adapter_dtype=False).double().eval()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.randn_like(parameter) * 0.2 + (1.0 if "scale" in name else 0.0)
+    else:
+        model = attach(SsfConfig(), base)
+    expected = {}
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, SsfLayer):
+            old, gamma = module.get_base_layer(), module.inlay_ssf_scale["default"]
+            rows = gamma if type(old).__name__ == "Conv1D" else gamma.view(-1, *[1] * (old.weight.ndim - 1))
+            expected[f"{name}.weight"] = rows * old.weight
+            if getattr(old, "bias", None) is not None:
+                expected[f"{name}.bias"] = gamma * old.bias + module.inlay_ssf_shift["default"]
+            else:
+                assert "default" not in module.inlay_ssf_shift, "nothing in the merged model could hold it"
+    merged = model.merge_and_unload()
+    values = dict(merged.named_parameters())
+    assert len(expected) > 20
+    for name, value in expected.items():
+        close(values[name], value)
+
+
+def test_ssf_folds_into_a_norm_that_adds_one_to_its_weight():
+    base = nn.ModuleDict({"norm": GemmaRMSNorm(8), "linear": nn.Linear(8, 8, bias=False)})
+    base["norm"].weight.data.normal_()
+    model = get_peft_model(base, SsfConfig(target_modules=["norm", "linear"], init_weights=False, add_biases=True))
+    norm, linear = model.get_base_model()["norm"], model.get_base_model()["linear"]
+    x = torch.randn(3, 8)
+    wanted = [norm(x), linear(x)]
+    moved = norm.inlay_ssf_scale["default"] * (1 + norm.base_layer.weight) - 1
+    model.merge_adapter()
+    assert torch.allclose(norm.base_layer.weight, moved, atol=1e-6)
+    for wrapped, value in zip((norm, linear), wanted, strict=True):
+        assert torch.allclose(wrapped.base_layer(x), value, atol=1e-5)
+    assert linear.base_layer.bias is not None and "default" not in norm.inlay_ssf_shift
+    model.unmerge_adapter()
+    assert linear.base_layer.bias is None
+
+
+@pytest.mark.parametrize("settings", [{}, {"activation": "gelu", "scale": 0.5, "width": 5}])
+def test_a_convolutional_bypass(settings):
+    """As its authors have it: 1x1, 3x3 and 1x1 convolutions; the class token is an image of its own."""
+    model = attach(ConvPassConfig(**settings))
+    vit = model.get_base_model().vit
+    model(pixel_values=batch("vit")["pixel_values"].double())  # which tells the grid: 4 x 4
+    act = {"gelu": F.gelu}.get(settings.get("activation"), lambda z: z * torch.sigmoid(1.702 * z))
+    for wrapped in (vit.layers[1].attention, vit.layers[1].mlp):
+        x = torch.randn(2, 17, 32, dtype=torch.float64)
+        (down, up), kernel = wrapped.inlay_convpass_weight["default"], wrapped.inlay_convpass_kernel["default"]
+        width = settings.get("width", 8)
+        assert kernel.shape == (width, width, 3, 3)
+        b_down, b_kernel, b_up = wrapped.inlay_convpass_bias["default"].split([width, width, 32])
+        added = []
+        for image in (x[:, :1].mT.unflatten(2, (1, 1)), x[:, 1:].mT.unflatten(2, (4, 4))):  # B d H W
+            h = act(F.conv2d(image, down[..., None, None], b_down))
+            h = act(F.conv2d(h, kernel, b_kernel, padding=1))
+            added.append(F.conv2d(h, up.T[..., None, None], b_up).flatten(2).mT)
+        output, plain = wrapped(x), wrapped.base_layer(x)
+        output, plain = (value[0] if isinstance(value, tuple) else value for value in (output, plain))
+        close(output, plain + settings.get("scale", 1.0) * torch.cat(added, 1))
+
+
+def test_convolutional_bypasses_have_as_many_parameters_as_published():
+    with torch.device("meta"):
+        model = get_peft_model(ViTModel(ViTConfig(), add_pooling_layer=False), ConvPassConfig())
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 327_552  # their 0.33 M of ViT-B/16
+
+
+def test_a_bypass_in_sam_sees_the_whole_image_and_not_a_window():
+    model = attach(ConvPassConfig(width=3), "sam")
+    wrapped = layer(model, "vision_encoder.layers.0.attn")
+    model(pixel_values=batch("sam")["pixel_values"].double())
+    block = layer(model, "vision_encoder.layers.0")
+    images = torch.randn(2, 8, 8, 32, dtype=torch.float64)
+    windows, padded = block.window_partition(images, 3)
+    (down, up), kernel = wrapped.inlay_convpass_weight["default"], wrapped.inlay_convpass_kernel["default"]
+    b_down, b_kernel, b_up = wrapped.inlay_convpass_bias["default"].split([3, 3, 32])
+    z = images @ down.T + b_down
+    h = F.conv2d((z * torch.sigmoid(1.702 * z)).movedim(-1, 1), kernel, b_kernel, padding=1).movedim(1, -1)
+    added = (h * torch.sigmoid(1.702 * h)) @ up + b_up
+    found = wrapped(windows)[0] - wrapped.base_layer(windows)[0]
+    close(block.window_unpartition(found, 3, padded, (8, 8)), added)
+
+
+@pytest.mark.parametrize("settings", [{"width": 8}, {"width": 6}, {"width": 8, "groups": 2, "activation": "gelu"}, {}])
+def test_conv_adapter_next_to_a_convolution_with_a_stride(settings):
+    torch.manual_seed(2)
+    base = nn.Sequential(nn.Conv2d(16, 12, (3, 5), stride=2, padding=(1, 2), groups=4)).double()
+    config = ConvAdapterConfig(target_modules=["0"], **settings)
+    model = get_peft_model(base, config, autocast_adapter_dtype=False).double()
+    wrapped = model.get_base_model()[0]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    width = settings.get("width", 2)  # 16 / 8
+    groups = settings.get("groups", {8: 8, 6: 2, 2: 2}[width])  # as published one a channel, where these divide
+    kernel, up = wrapped.inlay_conv_adapter_kernel["default"], wrapped.inlay_conv_adapter_up["default"]
+    assert kernel.shape == (groups, width // groups, 16 // groups, 3, 5)
+    bias, up_bias = wrapped.inlay_conv_adapter_bias["default"].split([width, 12])
+    x, alpha = torch.randn(2, 16, 9, 11, dtype=torch.float64), wrapped.inlay_conv_adapter_scale["default"]
+    units = []
+    for group, own in enumerate(kernel):
+        for unit in own:  # sees the channels of its group
+            seen = x[:, group * (16 // groups) : (group + 1) * (16 // groups)]
+            units.append(F.conv2d(seen, unit[None], stride=2, padding=(1, 2)))
+    h = torch.cat(units, 1) + bias[:, None, None]
+    h = F.gelu(h) if "activation" in settings else h.clamp(min=0)
+    added = torch.einsum("om,bmhw->bohw", up, h) + up_bias[:, None, None]
+    close(wrapped(x), wrapped.base_layer(x) + alpha[:, None, None] * added)
+
+
+@pytest.mark.parametrize("placement", ["conv_sequential", "residual_parallel", "residual_sequential"])
+def test_the_other_placements_of_conv_adapter(placement):
+    torch.manual_seed(2)
+    base = nn.ModuleDict({"block": nn.Sequential(nn.Conv2d(8, 4, 1), nn.Conv2d(4, 6, 5, stride=2, padding=2))}).double()
+    target = "block" if placement.startswith("residual") else "block.1"
+    config = ConvAdapterConfig(width=4, placement=placement, target_modules=[target])
+    model = get_peft_model(base, config, autocast_adapter_dtype=False).double()
+    wrapped = model.get_base_model().get_submodule(target)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    kernel, up = wrapped.inlay_conv_adapter_kernel["default"], wrapped.inlay_conv_adapter_up["default"]
+    bias, up_bias = wrapped.inlay_conv_adapter_bias["default"].split([4, 6])
+    x = torch.randn(2, 4 if target == "block.1" else 8, 10, 7, dtype=torch.float64)
+    y = wrapped.base_layer(x)
+    read, stride = (x, 2) if placement == "residual_parallel" else (y, 1)
+    size = kernel.shape[-1]
+    assert size == (5 if placement == "conv_sequential" else 3)
+    h = F.conv2d(read, kernel.flatten(0, 1), bias, stride, size // 2, groups=len(kernel)).clamp(min=0)
+    scale = wrapped.inlay_conv_adapter_scale["default"][:, None, None]
+    close(wrapped(x), y + scale * F.conv2d(h, up[..., None, None], up_bias))
+
+
+def test_conv_adapter_next_to_a_block_that_changes_the_size_otherwise_is_refused():
+    base = nn.ModuleDict({"block": nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.AvgPool2d(2))})
+    model = get_peft_model(base, ConvAdapterConfig(width=2, placement="residual_parallel", target_modules=["block"]))
+    with pytest.raises(InlayError, match='placement="conv_parallel"'):
+        model.get_base_model()["block"](torch.randn(1, 4, 8, 8))
 
 
 @pytest.mark.parametrize("base", ["vit", "sam"])
@@ -457,6 +637,20 @@ def test_the_order_of_parts_does_not_matter():
         (lambda: get_peft_model(_mobilenet(), BottleneckConfig(placement="post")), "needs blocks of tokens"),
         (lambda: BottleneckConfig(activation="nothing"), "activation must be"),
         (lambda: BottleneckConfig(target_modules="a.*", layers_to_transform=[0]), "regular expression"),
+        (lambda: ConvPassConfig(width=0), "width must be"),
+        (lambda: ConvPassConfig(sites=["head"]), "sites must be"),
+        (lambda: ConvPassConfig(activation=None), "activation must be"),
+        (lambda: ConvPassConfig(dropout=1), "dropout must be"),
+        (lambda: attach(ConvPassConfig(), "gpt2"), "encoders of images.*needs a grid of patches"),
+        (lambda: attach(ConvPassConfig(target_modules=["layernorm"])), "next to attention or an MLP"),
+        (lambda: ConvAdapterConfig(width=0), "width must be"),
+        (lambda: ConvAdapterConfig(reduction=0), "reduction must be"),
+        (lambda: ConvAdapterConfig(width=6, groups=4), "groups must divide"),
+        (lambda: ConvAdapterConfig(placement="serial"), "placement must be"),
+        (lambda: ConvAdapterConfig(activation="nothing"), "activation must be"),
+        (lambda: attach(ConvAdapterConfig()), "ViTForImageClassification has no convolution of more than 1x1"),
+        (lambda: attach(ConvAdapterConfig(target_modules=["fc1"])), "adapts convolutions, and .*fc1 is a Linear"),
+        (lambda: attach(SsfConfig(target_modules=["mlp"])), "linear layer, a convolution or a norm"),
         (lambda: AttentionPrefixConfig(length=0), "length must be"),
         (lambda: VisualPromptConfig(dropout=1), "dropout must be"),
         (lambda: PartialConfig(train="some"), "train must be"),

@@ -5,7 +5,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import MobileNetV2Config, MobileNetV2ForImageClassification, MobileNetV2ImageProcessor
 
-from inlay import Bank, load_adapter, load_base, load_processor, save_adapter
+from inlay import (
+    Bank,
+    ConvAdapterConfig,
+    ConvPassConfig,
+    InlayError,
+    SsfConfig,
+    load_adapter,
+    load_base,
+    load_processor,
+    save_adapter,
+)
 from inlay.bases.sites import head_modules, lora_targets
 from inlay.methods import METHODS, BottleneckConfig, VisualPromptConfig
 from serve.banked import GPT2, LABELS, MIXED, SAM, VIT, alone, compare, loaded, pair, pixels, save, tokens
@@ -22,6 +32,8 @@ IMAGES = [
     "attention-prefix",
     "mam",
     "ia3",
+    "ssf",
+    "convpass",
     "bias",
     "norm",
 ]
@@ -41,7 +53,7 @@ def test_each_row_of_a_batch_of_pictures_has_its_adapter(method, tmp_path):
 
 @pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize(
-    "method", ["lora", "bottleneck", "bottleneck-parallel", "attention-prefix", "prompt", "ia3", "bias", "norm"]
+    "method", ["lora", "bottleneck", "bottleneck-parallel", "attention-prefix", "prompt", "ia3", "ssf", "bias", "norm"]
 )
 def test_each_row_of_a_batch_of_texts_has_its_adapter(method, pad, tmp_path):
     """A row of texts of different lengths gets what it gets alone."""
@@ -148,7 +160,10 @@ def test_methods_may_be_mixed(tmp_path):
         compare(bank(pixels(), adapters).logits, alone(VIT, tmp_path, pixels(), adapters))
 
 
-@pytest.mark.parametrize("method", ["lora", "bottleneck", "attention-prefix", "visual-prompt", "ia3", "bias", "norm"])
+@pytest.mark.parametrize(
+    "method",
+    ["lora", "bottleneck", "attention-prefix", "visual-prompt", "ia3", "ssf", "convpass", "bias", "norm"],
+)
 def test_windows_of_sam(method, tmp_path):
     """A window of SAM's attention is a row of its own; five prompts of a picture are not."""
     for seed, name in enumerate("ab", 1):
@@ -173,17 +188,30 @@ def test_windows_of_sam(method, tmp_path):
 
 
 def everywhere(model, times):
-    return {"r": times, "target_modules": lora_targets(model)}
+    return LoraConfig(r=times, target_modules=lora_targets(model))
 
 
 def in_groups(model, times):
     """Around the depth-wise convolutions of the first layers, whose A is a kernel over all channels."""
     names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1][:2]
     sizes = {n: times * model.get_submodule(n).groups for n in names}
-    return {"target_modules": names, "rank_pattern": sizes, "alpha_pattern": sizes}
+    return LoraConfig(target_modules=names, rank_pattern=sizes, alpha_pattern=sizes)
 
 
-@pytest.mark.parametrize("places", [everywhere, in_groups])
+def next_to_convolutions(model, times):
+    """Of widths that differ in their groups."""
+    return ConvAdapterConfig(width=2 + 3 * times)
+
+
+def behind_blocks(model, times):
+    return ConvAdapterConfig(width=2 + 3 * times, placement="residual_sequential")
+
+
+def scales(model, times):
+    return SsfConfig()
+
+
+@pytest.mark.parametrize("places", [everywhere, in_groups, next_to_convolutions, behind_blocks, scales])
 def test_convolutions(places, tmp_path):
     torch.manual_seed(0)
     config = MobileNetV2Config(depth_multiplier=0.25, image_size=32, num_labels=3, finegrained_output=False)
@@ -194,11 +222,26 @@ def test_convolutions(places, tmp_path):
     for seed, name in enumerate("ab", 1):
         torch.manual_seed(seed)
         model = load_base(base, labels=LABELS[name])
-        model = get_peft_model(model, LoraConfig(modules_to_save=head_modules(model), **places(model, seed)))
+        config = places(model, seed)
+        config.modules_to_save = head_modules(model)
+        model = get_peft_model(model, config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
         save_adapter(model.eval(), tmp_path / "bank" / name, processor=load_processor(base))
     bank = Bank(base, tmp_path / "bank")
-    compare(bank(pixels(), MIXED).logits, alone(base, tmp_path / "bank", pixels(), MIXED))
+    for adapters in (MIXED, ["b"] * 5):
+        compare(bank(pixels(), adapters).logits, alone(base, tmp_path / "bank", pixels(), adapters))
+
+
+def test_what_the_rows_of_a_bank_share_must_be_alike(tmp_path):
+    save(VIT, lambda model: ConvPassConfig(width=3), tmp_path / "a", 1, LABELS["a"])
+    save(VIT, lambda model: ConvPassConfig(width=3, activation="gelu"), tmp_path / "b", 2, LABELS["b"])
+    with pytest.raises(InlayError, match="bypasses of a bank are alike in activation"):
+        Bank(VIT, tmp_path)
+    bank = Bank(VIT, {"a": tmp_path / "a"})
+    embeddings = bank.model.vit.embeddings
+    assert len(embeddings._forward_hooks) == 1
+    bank.unload()
+    assert not embeddings._forward_hooks

@@ -603,6 +603,12 @@ def is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__ and not any(True for child in module.children() for _ in child.parameters())
 
 
+def is_channels_first(module: nn.Module) -> bool:
+    """True where the features that a module gives stand second, (B, C, ...): of convolutions, BatchNorm, GroupNorm."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+    return isinstance(module, kinds) or getattr(module, "data_format", "") == "channels_first"
+
+
 def is_cross(name: str) -> bool:
     """True if a module's name says that it belongs to attention to the states of another model."""
     return any(word in name for word in _CROSS)

@@ -17,7 +17,11 @@ class Ia3Sum(PartialSum):
     peft_type = "IA3"
     key_prefix = "ia3_"
     title = "(IA)³"
-    start = 1.0
+
+    @classmethod
+    @override
+    def start_of(cls, leaf: str) -> float:
+        return 1.0
 
     @override
     def decide_config(self) -> dict[str, Any]:

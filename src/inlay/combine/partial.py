@@ -1,6 +1,6 @@
 """The sum of partial fine-tunings: differences to the base's weights add."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from typing_extensions import override
@@ -18,7 +18,6 @@ class PartialSum(Sum):
     key_prefix = "inlay_partial_"
     title = "partial fine-tuning"
     has_updates = True
-    start: ClassVar[float] = 0.0  # what a tensor holds that changes nothing
 
     @override
     def decide_config(self) -> dict[str, Any]:
@@ -43,10 +42,15 @@ class PartialSum(Sum):
             raise Unsupported(f"{rule.name} works on the factors of low-rank updates; use ties for {has}.")
 
     @classmethod
+    def start_of(cls, leaf: str) -> float:
+        """What a tensor holds that changes nothing."""
+        return 0.0
+
+    @classmethod
     @override
     def update_at(cls, part: Part, site: str) -> Update | None:
         leaf = max(part.sites[site], key=lambda leaf: np.prod(part.shape(site, leaf)))
-        delta = part.read(site, leaf) - np.float32(cls.start)
+        delta = part.read(site, leaf) - np.float32(cls.start_of(leaf))
         return delta.reshape(len(delta), -1) * np.float32(part.weight), None
 
     @override
@@ -61,27 +65,28 @@ class PartialSum(Sum):
 
     def _add_deltas(self, site: str, leaf: str) -> Array:
         here = [part for part in self.acting_parts(site) if leaf in part.sites[site]]
+        start = np.float32(self.start_of(leaf))
         self.errors[site] = 0.0
         if self.options.rule.merge is not None and here:
-            deltas = [part.read(site, leaf) - np.float32(self.start) for part in here]
+            deltas = [part.read(site, leaf) - start for part in here]
             weights = [part.weight for part in here]
             merged = self.options.rule.merge(deltas, weights, self.options.settings, f"{site}.{leaf}")
             self.check(site, merged, merged)
-            return merged + np.float32(self.start)
+            return merged + start
         total = np.zeros(self.shapes[site][leaf], np.float32)
         wanted = size = 0.0
         for part in here:
             if part.weight == 0:
                 continue
             delta = part.read(site, leaf)
-            delta -= np.float32(self.start)
+            delta -= start
             wanted += part.weight * _sum_entries(delta)
             size += abs(part.weight) * norm(delta)
             delta *= np.float32(part.weight)
             total += delta
             del delta  # before the next one is there
         self.check(site, np.array(_sum_entries(total)), np.array(wanted), size)
-        total += np.float32(self.start)
+        total += start
         return total
 
 

@@ -2,18 +2,24 @@
 
 from inlay.combine.attention_prefix import AttentionPrefixSum
 from inlay.combine.bottleneck import BottleneckSum
+from inlay.combine.conv_adapter import ConvAdapterSum
+from inlay.combine.convpass import ConvPassSum
 from inlay.combine.ia3 import Ia3Sum
 from inlay.combine.lora import LoraSum
 from inlay.combine.method_sum import Sum
 from inlay.combine.partial import PartialSum
 from inlay.combine.prompt import PrefixSum, PromptSum
 from inlay.combine.spatial import SpatialSum
+from inlay.combine.ssf import SsfSum
 from inlay.combine.visual_prompt import VisualPromptSum
 
 _SUMS: tuple[type[Sum], ...] = (
     LoraSum,
     Ia3Sum,
+    SsfSum,
     BottleneckSum,
+    ConvPassSum,
+    ConvAdapterSum,
     AttentionPrefixSum,
     VisualPromptSum,
     PartialSum,

@@ -4,6 +4,7 @@ peft's own base classes do most of it. Added are: layers around modules inside o
 it), rows of one batch under different adapters, and merging by a new value for each weight, so that unmerging is exact.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -268,7 +269,7 @@ class AdapterTuner(BaseTuner):
                     f"found no module for {type(peft_config).__name__} in {type(self.model).__name__} "
                     f"(model_type {model_config.get('model_type')}); give target_modules."
                 )
-            peft_config.target_modules = names
+            peft_config.target_modules = _name_only(names, self.model)
         return peft_config
 
     def _create_and_replace(
@@ -397,6 +398,20 @@ def others_train_as_before(model: nn.Module) -> Iterator[None]:
     yield
     for parameter, requires_grad in earlier:
         parameter.requires_grad = requires_grad
+
+
+def _name_only(names: list[str], model: nn.Module) -> list[str] | str:
+    """What target_modules has to say for these modules: a pattern of whole names where one is the ending of another's.
+
+    peft takes a name in a list for all modules that end so: the last `norm` of a PoolFormer for those in its blocks.
+    """
+    wanted = set(names)
+    for name, _ in model.named_modules():
+        parts = name.split(".")
+        endings = {".".join(parts[i:]) for i in range(1, len(parts))}
+        if name not in wanted and wanted & endings:
+            return "|".join(re.escape(each) for each in names)
+    return names
 
 
 def _name_rows(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> Any:

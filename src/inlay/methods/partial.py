@@ -13,7 +13,7 @@ merging it changes no output by a single bit. Such a delta is a task vector (Ilh
     target_modules      these modules, with all that is in them
 
 What plain fine-tuning gives no gradient is left out where target_modules do not name it, as DDP waits for it in vain:
-cross-attention, the pooler of a bare backbone, the token of masked patches ... (`_is_unused`).
+cross-attention, the pooler of a bare backbone, the token of masked patches ... (`is_unused`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -174,7 +174,7 @@ class PartialModel(AdapterTuner):
             names = [
                 n for n in names[first:] if f"{n}.".startswith(tuple(f"{b}." for b in found.blocks)) or n in found.norms
             ]
-        names = self._with_parameters(config, [n for n in names if not _is_unused(n, self.model, found)])
+        names = self._with_parameters(config, [n for n in names if not is_unused(n, self.model, found)])
         if not names and config.train != "all":
             what = {"bias": "biases", "norm": "norms"}[config.train]
             raise Unsupported(
@@ -187,7 +187,7 @@ class PartialModel(AdapterTuner):
 
         So does the output projection of torch's MultiheadAttention, which reads its weight and never calls it.
         """
-        shared = _find_shared(self.model)
+        shared = find_shared_parameters(self.model)
         names = [n for n in names if not isinstance(self.model.get_submodule(n.rpartition(".")[0]), MultiheadAttention)]
         found = []
         for name in names:
@@ -197,7 +197,7 @@ class PartialModel(AdapterTuner):
         return found
 
 
-def _is_unused(name: str, model: nn.Module, found: Sites) -> bool:
+def is_unused(name: str, model: nn.Module, found: Sites) -> bool:
     """True for a module that the loss of plain fine-tuning does not depend on.
 
     That is attention to another model's states; SAM's prompt encoder, of which each kind of prompt uses another part;
@@ -215,7 +215,7 @@ def _is_unused(name: str, model: nn.Module, found: Sites) -> bool:
     return "head" in parts or (clip and parts[-1] == "post_layernorm")
 
 
-def _find_shared(model: nn.Module) -> set[int]:
+def find_shared_parameters(model: nn.Module) -> set[int]:
     """Parameters that stand in two places, such as GPT-2's token embedding in its head."""
     seen: dict[int, int] = {}
     for module in model.modules():

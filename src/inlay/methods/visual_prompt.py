@@ -33,7 +33,7 @@ from inlay.methods.window_attention import attend_with_prefix, gather_prefix
 from inlay.peft_types import PEFT_TYPES
 
 # Encoders whose blocks take (B, N, D) without a mask; in others a prompt would have to be hidden from it.
-_ENCODERS = (
+ENCODERS = (
     "vit",
     "deit",
     "dinov2",
@@ -188,9 +188,9 @@ class VisualPromptModel(AdapterTuner):
                 raise Unsupported("SAM's blocks have no sequence in which prompts could travel; use deep=True.")
             return found.attention
         kind = getattr(getattr(self.model, "config", None), "model_type", "no model_type")
-        if kind not in _ENCODERS:
+        if kind not in ENCODERS:
             raise Unsupported(
-                f"visual prompts are for encoders of images ({', '.join(_ENCODERS)}, sam), got {kind}; "
+                f"visual prompts are for encoders of images ({', '.join(ENCODERS)}, sam), got {kind}; "
                 "for text use peft's PromptTuningConfig or AttentionPrefixConfig."
             )
         return found.blocks

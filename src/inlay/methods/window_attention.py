@@ -1,4 +1,4 @@
-"""Further keys and values in front of those of the tokens, and SAM's attention with them."""
+"""SAM's attention with further keys and values in front of those of its tokens, and the windows that it sees."""
 
 from collections.abc import Callable
 from typing import Any
@@ -90,3 +90,24 @@ def attend_with_prefix(
         out = F.dropout(probabilities, base.dropout, base.training) @ v
     out = out.transpose(1, 2).reshape(batch, height, width, -1)
     return base.proj(out), weights
+
+
+def join_windows(windows: torch.Tensor, window: int, height: int, width: int) -> torch.Tensor:
+    """The images (B, H, W, C) of which SAM has made windows (B windows, w, w, C); what they were padded with is gone.
+
+    Source: SamVisionLayer.window_unpartition of transformers.
+    """
+    rows, columns = -(-height // window), -(-width // window)
+    grid = windows.unflatten(0, (-1, rows, columns)).transpose(2, 3)  # B rows w columns w C
+    return grid.flatten(3, 4).flatten(1, 2)[:, :height, :width]
+
+
+def split_into_windows(images: torch.Tensor, window: int) -> torch.Tensor:
+    """Images (B, H, W, C) as SAM's windows (B windows, w, w, C), padded with zeros on the right and below.
+
+    Source: SamVisionLayer.window_partition of transformers.
+    """
+    _, height, width, _ = images.shape
+    padded = F.pad(images, (0, 0, 0, -width % window, 0, -height % window))
+    grid = padded.unflatten(2, (-1, window)).unflatten(1, (-1, window))  # B rows w columns w C
+    return grid.transpose(2, 3).flatten(0, 2)

@@ -43,9 +43,10 @@ Values = dict[str, torch.Tensor]
 class Bank:
     """A base with any number of adapters, of which each row of a batch has one, or none.
 
-    A bank holds LoRA (on linear layers, convolutions and embeddings), (IA)³, bottlenecks, attention prefixes, visual
-    prompts, peft's prompts and prefixes, biases and norms, heads of one linear layer, and composites of those at
-    different modules. Calls from several threads wait for each other; those of one thread may be nested in `rows`.
+    A bank holds LoRA (on linear layers, convolutions and embeddings), (IA)³, SSF, bottlenecks, ConvPass, Conv-Adapter,
+    attention prefixes, visual prompts, peft's prompts and prefixes, biases and norms, heads of one linear layer, and
+    composites of those at different modules. Calls from several threads wait for each other; those of one thread may be
+    nested in `rows`.
 
     Attributes:
         model: The base, wrapped in place; outside of a call it computes what it did.
@@ -330,8 +331,9 @@ class Bank:
 
     def _resolve_settings(self, site: Site) -> Any:
         """Those of a site; names of modules as modules."""
-        named = isinstance(site.settings, tuple)
-        return tuple(self.model.get_submodule(n) for n in site.settings) if named else site.settings
+        if not isinstance(site.settings, tuple):
+            return site.settings
+        return tuple(self.model.get_submodule(each) if isinstance(each, str) else each for each in site.settings)
 
     def _wrap_modules(self, sites: Sequence[Site]) -> None:
         """Put layers around modules that have none yet."""

@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import functional_call
 from typing_extensions import override
 
-from inlay.bases.sites import is_norm
+from inlay.bases.sites import is_channels_first, is_norm
 from inlay.errors import Unsupported
 from inlay.methods.partial import PartialLayer
 from inlay.serve.bank_layer import BankLayer, Site, Tensors
@@ -48,14 +48,9 @@ class VectorBank(BankLayer):
         axes = [1] * (result.ndim - 2)
         return (
             vector.reshape(len(vector), -1, *axes)
-            if _channels_first(self.get_base_layer())
+            if is_channels_first(self.get_base_layer())
             else vector.reshape(len(vector), *axes, -1)
         )
-
-
-def _channels_first(module: nn.Module) -> bool:
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
-    return isinstance(module, kinds) or getattr(module, "data_format", "") == "channels_first"
 
 
 def _normalised(norm: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:

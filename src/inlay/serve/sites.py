@@ -17,17 +17,23 @@ from inlay.methods.attention_prefix import AttentionPrefixConfig
 from inlay.serve.attention_prefix import PrefixBank, WindowPrefixBank
 from inlay.serve.bank_layer import KEY_START, BankLayer, Site
 from inlay.serve.bottleneck import BottleneckBank
+from inlay.serve.conv_adapter import ConvAdapterBank
+from inlay.serve.convpass import ConvPassBank
 from inlay.serve.head import HeadBank
 from inlay.serve.ia3 import FactorBank
 from inlay.serve.lora import LoraBank
 from inlay.serve.partial import VectorBank
 from inlay.serve.prompt import TABLE, is_cached_prefix, is_prompt, split_cached_prefix
+from inlay.serve.ssf import SsfBank
 from inlay.serve.visual_prompt import TravelBank
 
 _BANK_LAYERS: tuple[type[BankLayer], ...] = (
     LoraBank,
     FactorBank,
+    SsfBank,
     BottleneckBank,
+    ConvPassBank,
+    ConvAdapterBank,
     PrefixBank,
     WindowPrefixBank,
     TravelBank,
@@ -107,8 +113,8 @@ def _sites_of(adapted: PeftModel, keys: list[str]) -> list[Site]:
     for kind, (name, layer) in zip(kinds, found, strict=True):
         if kind is None:
             raise Unsupported(
-                f"a bank holds LoRA, (IA)³, bottlenecks, prefixes, prompts, biases, norms and heads, not what "
-                f"{type(layer).__name__} adds at {name}; load this adapter with load_adapter."
+                f"a bank holds LoRA, (IA)³, SSF, bottlenecks, bypasses, Conv-Adapters, prefixes, prompts, biases, "
+                f"norms and heads, not what {type(layer).__name__} adds at {name}; load this adapter with load_adapter."
             )
         made.append(kind.make_site(base, name, layer, own[name]))
     return made
