@@ -15,6 +15,7 @@ from peft import PeftConfig
 from torch import nn
 from typing_extensions import override
 
+from inlay.bases.batch_norm import freeze_statistics
 from inlay.bases.sites import Sites, sites
 from inlay.errors import BadInput, ComputationFailed, Unsupported
 from inlay.methods._peft import (
@@ -252,6 +253,7 @@ class AdapterTuner(BaseTuner):
 
     @override
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        freeze_statistics(model)
         with others_train_as_before(model), layers_taken_out(model) as self._layers:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
 

@@ -18,7 +18,7 @@ cross-attention, the pooler of a bare backbone, the token of masked patches ... 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -73,14 +73,6 @@ class PartialLayer(AdapterLayer):
         return super()._get_base_layer_device_and_dtype(base_layer)[0], None
 
     @override
-    def train(self, mode: bool = True) -> Self:
-        """A BatchNorm stays in eval mode: its running statistics belong to the base, and no adapter file holds them."""
-        super().train(mode)
-        if isinstance(self.get_base_layer(), nn.modules.batchnorm._BatchNorm):
-            self.get_base_layer().eval()
-        return self
-
-    @override
     def add(self, name: str, config: PartialConfig, tuner: AdapterTuner, key: str) -> None:
         self.inlay_partial_delta[name] = nn.ParameterDict(
             {
@@ -89,7 +81,6 @@ class PartialLayer(AdapterLayer):
             }
         )
         self.options[name] = config
-        self.train(self.training)
 
     @override
     def forward_adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
