@@ -2,6 +2,7 @@
 
 from inlay.combine.attention_prefix import AttentionPrefixSum
 from inlay.combine.bottleneck import BottleneckSum
+from inlay.combine.conv_lora import ConvLoraSum
 from inlay.combine.ia3 import Ia3Sum
 from inlay.combine.lora import LoraSum
 from inlay.combine.method_sum import Sum
@@ -12,6 +13,7 @@ from inlay.combine.visual_prompt import VisualPromptSum
 
 _SUMS: tuple[type[Sum], ...] = (
     LoraSum,
+    ConvLoraSum,
     Ia3Sum,
     BottleneckSum,
     AttentionPrefixSum,

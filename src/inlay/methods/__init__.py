@@ -1,11 +1,12 @@
 """METHODS: the ways to adapt a model, ours and peft's, in one table. Each row stands in the file of its method."""
 
 from inlay.methods import attention_prefix as prefix
-from inlay.methods import baselines, bottleneck, composite, ia3, lora, partial, prompt, visual_prompt
+from inlay.methods import baselines, bottleneck, composite, conv_lora, ia3, lora, partial, prompt, visual_prompt
 from inlay.methods._peft import mirror_convolutions
 from inlay.methods.attention_prefix import AttentionPrefixConfig
 from inlay.methods.bottleneck import BottleneckConfig
 from inlay.methods.composite import CompositeConfig
+from inlay.methods.conv_lora import ConvLoraConfig
 from inlay.methods.method import Method
 from inlay.methods.partial import PartialConfig
 from inlay.methods.spatial import adapter as spatial
@@ -17,6 +18,7 @@ __all__ = [
     "AttentionPrefixConfig",
     "BottleneckConfig",
     "CompositeConfig",
+    "ConvLoraConfig",
     "Method",
     "PartialConfig",
     "SpatialAdapterConfig",
@@ -26,6 +28,7 @@ __all__ = [
 _ROWS: tuple[Method, ...] = (
     baselines.PROBE,
     *lora.ROWS,
+    *conv_lora.ROWS,
     *ia3.ROWS,
     *bottleneck.ROWS,
     *visual_prompt.ROWS,

@@ -17,6 +17,7 @@ from inlay.methods.attention_prefix import AttentionPrefixConfig
 from inlay.serve.attention_prefix import PrefixBank, WindowPrefixBank
 from inlay.serve.bank_layer import KEY_START, BankLayer, Site
 from inlay.serve.bottleneck import BottleneckBank
+from inlay.serve.conv_lora import ConvLoraBank
 from inlay.serve.head import HeadBank
 from inlay.serve.ia3 import FactorBank
 from inlay.serve.lora import LoraBank
@@ -26,6 +27,7 @@ from inlay.serve.visual_prompt import TravelBank
 
 _BANK_LAYERS: tuple[type[BankLayer], ...] = (
     LoraBank,
+    ConvLoraBank,
     FactorBank,
     BottleneckBank,
     PrefixBank,
