@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from inlay.adapters.hub.repository import pull_adapter, push_adapter
     from inlay.adapters.load import load_adapter
     from inlay.adapters.save import save_adapter
+    from inlay.bases.batch_norm import freeze_statistics
     from inlay.bases.load import resolve_base
     from inlay.bases.networks.configs import ShuffleNetV1Config, ShuffleNetV2Config, SqueezeNetConfig
     from inlay.bases.processors import load_processor, load_tokenizer
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         BottleneckConfig,
         CompositeConfig,
         ConvAdapterConfig,
+        ConvLoraConfig,
         ConvPassConfig,
         PartialConfig,
         SpatialAdapterConfig,
@@ -93,6 +95,7 @@ _MODULE_OF = {
     "CompositeConfig": "methods",
     "ComputationFailed": "errors",
     "ConvAdapterConfig": "methods",
+    "ConvLoraConfig": "methods",
     "ConvPassConfig": "methods",
     "DamagedFile": "errors",
     "Decoding": "tasks.text.generate",
@@ -137,6 +140,7 @@ _MODULE_OF = {
     "evaluate": "adapters.evaluate",
     "find_pictures": "tasks.images.predict",
     "fit": "train.loop",
+    "freeze_statistics": "bases.batch_norm",
     "generate": "tasks.text.generate",
     "head_modules": "bases.sites",
     "import_adapter": "adapters.convert.convert",
@@ -178,6 +182,7 @@ __all__ = [
     "CompositeConfig",
     "ComputationFailed",
     "ConvAdapterConfig",
+    "ConvLoraConfig",
     "ConvPassConfig",
     "DamagedFile",
     "Decoding",
@@ -222,6 +227,7 @@ __all__ = [
     "evaluate",
     "find_pictures",
     "fit",
+    "freeze_statistics",
     "generate",
     "head_modules",
     "import_adapter",

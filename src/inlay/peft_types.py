@@ -4,6 +4,7 @@ This file does not import peft or torch, which takes seconds. `inlay info`, the 
 therefore name a method at once. The rows of METHODS take their papers from here.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +59,7 @@ PEFT_TYPES = {
     ),
     "INLAY_ATTENTION_PREFIX": PeftTypeFacts("Attention prefix", _PREFIX_PAPER),
     "INLAY_VISUAL_PROMPT": PeftTypeFacts("Visual prompt", "Jia et al. 2022, arXiv:2203.12119"),
+    "INLAY_CONV_LORA": PeftTypeFacts("Convolutional LoRA", "Yeh et al. 2023, arXiv:2309.14859"),
     "INLAY_PARTIAL": PeftTypeFacts("Partial fine-tuning", "Yosinski et al. 2014, arXiv:1411.1792"),
     "INLAY_SSF": PeftTypeFacts("SSF", "Lian et al. 2022, arXiv:2210.08823"),
     "INLAY_CONVPASS": PeftTypeFacts("ConvPass", "Jie & Deng 2022, arXiv:2207.07039"),
@@ -65,6 +67,19 @@ PEFT_TYPES = {
     "INLAY_SPATIAL3D": PeftTypeFacts("3D spatial", "Gong et al. 2023, arXiv:2306.13465"),
     "INLAY_COMPOSITE": PeftTypeFacts("Composite"),
 }
+
+
+def has_factors(weight: tuple[int, ...], groups: int, rank: int) -> bool:
+    """True where LoRA on convolutions has factors in a layer: they hold fewer numbers than its weight.
+
+    Args:
+        weight: The shape of the weight, (d_out, d_in / groups, k, k).
+        groups: Of the convolution.
+        rank: Of the update of each group.
+    """
+    outputs, inputs = weight[0], math.prod(weight[1:])
+    return rank * (groups * inputs + outputs) < outputs * inputs
+
 
 # Initialisations of LoRA that move a part of the base's weights into the adapter. Such an adapter is wrong on the
 # unchanged base. Some names end with a number: `pissa_niter_16`.

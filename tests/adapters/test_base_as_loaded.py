@@ -3,10 +3,19 @@
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from inlay import TextProcessor, load_adapter, load_base, load_processor, load_tokenizer, save_adapter
+from inlay import (
+    METHODS,
+    PartialConfig,
+    TextProcessor,
+    load_adapter,
+    load_base,
+    load_processor,
+    load_tokenizer,
+    save_adapter,
+)
 from inlay.bases.load import resolve_base
 from inlay.errors import BadInput, InlayError, Unsupported
 from inlay.tasks.sequences.processor import SequenceProcessor
@@ -80,16 +89,42 @@ def take_steps(model, set_mode):
     return model.eval()
 
 
-@pytest.mark.parametrize("base", ["by load_base", "by transformers"])
-def test_statistics_that_moved_are_refused(base, resnet, tmp_path):
-    load = load_base if base == "by load_base" else ResNetForImageClassification.from_pretrained
-    settings = LoraConfig(target_modules=["convolution"], modules_to_save=["classifier"])
+def test_statistics_that_moved_are_refused(resnet, tmp_path):
+    """On a base that transformers loaded, in a loop that only calls model.train()."""
+    load, settings = ResNetForImageClassification.from_pretrained, LoraConfig(target_modules=["convolution"])
+    settings.modules_to_save = ["classifier"]
     moved = take_steps(get_peft_model(load(resnet), settings), torch.nn.Module.train)
-    with pytest.raises(BadInput, match=r"statistics of \d+ BatchNorm layers moved .*merge_and_unload"):
+    with pytest.raises(BadInput, match=r"of \d+ BatchNorm layers moved .*freeze_statistics.*merge_and_unload"):
         save_adapter(moved, tmp_path / "a", processor=load_processor(resnet))
     assert not (tmp_path / "a").exists()
     still = take_steps(get_peft_model(load(resnet), settings), set_train_mode)
     assert load_adapter(save_adapter(still, tmp_path / "a", processor=load_processor(resnet))).deviation < 1e-4
+
+
+@pytest.mark.parametrize(
+    "adapt",
+    [
+        lambda folder: get_peft_model(load_base(folder), LoraConfig(target_modules=["convolution"])),
+        lambda folder: METHODS["lora"].adapt(ResNetForImageClassification.from_pretrained(folder), 2),
+        lambda folder: get_peft_model(ResNetForImageClassification.from_pretrained(folder), PartialConfig(last=1)),
+        lambda folder: METHODS["full"].adapt(ResNetForImageClassification.from_pretrained(folder), 2),
+    ],
+    ids=["load_base", "METHODS", "a method of inlay", "full fine-tuning"],
+)
+def test_batch_norms_keep_their_statistics_in_any_loop(adapt, resnet, tmp_path):
+    """A plain loop calls model.train(): the statistics stay, and the adapter loads as what was trained."""
+    stored = ResNetForImageClassification.from_pretrained(resnet)
+    model = take_steps(adapt(resnet), torch.nn.Module.train)
+    found = {name: value for name, value in model.named_buffers() if "running" in name}
+    assert found and all(
+        torch.equal(value, stored.get_buffer(name.replace("base_model.model.", "").replace("base_layer.", "")))
+        for name, value in found.items()
+    )
+    if isinstance(model, PeftModel):
+        folder = save_adapter(model, tmp_path / "a", processor=load_processor(resnet))
+        assert load_adapter(folder).deviation < 1e-6
+        said = (folder / "README.md").read_text()
+        assert f"Its {len(found) // 2} batch norms keep the base's running statistics" in said
 
 
 def test_parameters_that_were_trained_outside_the_adapter_are_refused(tmp_path):

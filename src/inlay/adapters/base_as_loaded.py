@@ -2,9 +2,9 @@
 
 import torch
 import transformers
-from torch import nn
 from transformers import PreTrainedModel
 
+from inlay.bases.batch_norm import is_batch_norm
 from inlay.bases.load import find_head, read_config, resolve_base
 from inlay.errors import BadInput, InlayError, Unsupported
 from inlay.methods._peft import PeftModel, adapter_parameters, base_modules
@@ -104,8 +104,8 @@ def _check_head(model: PeftModel, task: Task) -> None:
 
 def _check_statistics(model: PeftModel, task: Task) -> None:
     """Running statistics that moved in train mode: they are the base's, and in no adapter's file."""
-    norms = {name: m for name, m in base_modules(model) if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    if not any(norm.track_running_stats for norm in norms.values()):
+    norms = {name: m for name, m in base_modules(model) if is_batch_norm(m)}
+    if not norms:
         return
     base = model.get_base_model()
     fresh = dict(load_base(base.name_or_path, task=task.name).named_buffers())
@@ -119,6 +119,6 @@ def _check_statistics(model: PeftModel, task: Task) -> None:
     if moved:
         raise BadInput(
             f"the running statistics of {len(set(moved))} BatchNorm layers moved in training ({moved[0]}), and an "
-            "adapter does not hold them; train with these layers in eval mode, as fit does. What was trained is kept "
-            "by model.merge_and_unload().save_pretrained(folder)."
+            "adapter does not hold them; train on a base from load_base, or after freeze_statistics(base). What was "
+            "trained is kept by model.merge_and_unload().save_pretrained(folder)."
         )

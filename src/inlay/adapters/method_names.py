@@ -28,6 +28,10 @@ def describe_sites(record: dict[str, Any], config: dict[str, Any]) -> str:
     base = record["base"]
     size = f"{base['blocks']} blocks of width {base['width']}, " if base.get("blocks") else ""
     lines.append(f"- Base: {base['model_type']}, {size}frozen, held in {base['precision']}.")
+    if base.get("batch_norms"):
+        lines.append(
+            f"- Its {base['batch_norms']} batch norms keep the base's running statistics; they were frozen in training."
+        )
     return "\n".join(lines)
 
 

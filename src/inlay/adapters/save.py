@@ -20,11 +20,12 @@ from inlay.adapters.config import find_base_changing_init
 from inlay.adapters.curve import CURVE, draw_curve, is_drawable
 from inlay.adapters.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, hash_config, read_adapter
 from inlay.adapters.sketch import find_precision, sketch
+from inlay.bases.batch_norm import is_batch_norm
 from inlay.bases.load import find_head, find_size
 from inlay.errors import BadInput, ComputationFailed, Unsupported
 from inlay.files.atomic import write_json, writing
 from inlay.files.tensor_header import sign
-from inlay.methods._peft import PeftModel, acts_as_saved, find_tied_modules, set_adapter_values
+from inlay.methods._peft import PeftModel, acts_as_saved, base_modules, find_tied_modules, set_adapter_values
 from inlay.tasks import task_of_model
 from inlay.tasks.task import Task
 
@@ -148,6 +149,7 @@ def _record(model: PeftModel, processor: Any, task: Task) -> dict[str, Any]:
     config = base.config
     task.check_method(model)
     blocks, width = find_size(config)
+    norms = sum(is_batch_norm(module) for _, module in base_modules(model, originals=True))
     return {
         "format": FORMAT,
         "task": task.name,
@@ -159,6 +161,7 @@ def _record(model: PeftModel, processor: Any, task: Task) -> dict[str, Any]:
             "width": width,
             "precision": find_precision(model),
             "sketch": sketch(model),
+            **({"batch_norms": norms} if norms else {}),
         },
         "labels": task.labels(base, model.active_peft_config),
         "head": find_head(base) if task.classifies else [],

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForMaskGeneration, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from inlay.bases.batch_norm import freeze_statistics
 from inlay.bases.device import Device, choose_device
 from inlay.bases.quantize import Quantize, compute_plainly, find_stored_form, flatten_inputs, make_quantization_config
 from inlay.bases.sites import find_last_norms, head_modules
@@ -70,7 +71,7 @@ def load_pretrained(
     revision: str | None = None,
     device: Device | None = None,
 ) -> PreTrainedModel:
-    """Load a base by one of transformers' auto classes, with all its weights frozen.
+    """Load a base by one of transformers' auto classes, with all its weights and running statistics frozen.
 
     Args:
         name: As `resolve_base` takes it.
@@ -134,6 +135,7 @@ def load_pretrained(
     model.config.architectures = [type(model).__name__]  # the stored one may have another head, or none
     if placed is not None:
         model.to(placed)
+    freeze_statistics(model)
     return model.requires_grad_(False).eval()
 
 
@@ -154,6 +156,7 @@ def load_structure(
 
         replace_with_bnb_linear(model, settings.llm_int8_skip_modules, settings)
     model.name_or_path = name
+    freeze_statistics(model)
     return model.requires_grad_(False).eval()
 
 

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+import torch
 from torch import nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from inlay.errors import BadInput, Unsupported
@@ -220,6 +222,8 @@ SITES = {
         mlp_in="aggregation.0.convolution", mlp_out="aggregation.1.convolution",
     ),
 }  # fmt: skip
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 _PER_BLOCK = [field.name for field in fields(Row) if field.name not in ("blocks", "embeddings")]
 
@@ -554,6 +558,19 @@ def lora_targets(model: nn.Module, sites: Literal["all", "attention"] = "all") -
     return found
 
 
+def list_layers(model: nn.Module) -> list[str]:
+    """Names of every linear layer and convolution outside the head that is called as such.
+
+    Left out are poolers, and the output projection of torch's MultiheadAttention, which reads its weight.
+    """
+    return [
+        name
+        for name, module in _outside(model, _heads(model))
+        if isinstance(module, _LAYERS)
+        and not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
+    ]
+
+
 def decoder_targets(model: nn.Module) -> list[str]:
     """Names of the linear layers of SAM's mask decoder that a method may adapt: its two-way attention and MLPs.
 
@@ -593,6 +610,44 @@ def is_linear(module: nn.Module | None) -> bool:
 def is_pointwise(module: nn.Module) -> bool:
     """True for a 1x1 convolution that is not grouped: a linear layer on every pixel."""
     return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+
+
+def computes_as_torch(layer: nn.Module) -> bool:
+    """True for a linear layer or convolution that computes as torch's own, from its weight and its input as they are.
+
+    Not for one with a forward of its own (BiT), a weight that is computed (`parametrize`, weight norm) or a padding
+    other than zeros.
+    """
+    own = next((kind for kind in _LAYERS if isinstance(layer, kind)), None)
+    plain = own is not None and type(layer).forward is own.forward and "weight" in layer._parameters
+    return plain and getattr(layer, "padding_mode", "zeros") == "zeros"
+
+
+def uses_weight_linearly(layer: nn.Module) -> bool:
+    """True where an update of a layer's weight adds to its output, so that LoRA next to it can be merged into it.
+
+    Not where a linear layer or convolution makes another weight of it first: weight standardisation (BiT), spectral
+    norm, torch's parametrizations. A class with a forward of its own is tried on random numbers. Other kinds of modules
+    are not judged.
+    """
+    if not isinstance(layer, _LAYERS) or computes_as_torch(layer):
+        return True
+    if (weight := layer._parameters.get("weight")) is None:
+        return False
+    if not weight.is_floating_point():  # held in few bits
+        return True
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator)
+
+    bias = {"bias": torch.zeros(len(weight))} if layer._parameters.get("bias") is not None else {}
+    side = [4 * (k - 1) * d + 2 for k, d in zip(weight.shape[2:], getattr(layer, "dilation", ()), strict=True)]
+    x = draw(1, layer.in_channels, *side) if weight.ndim > 2 else draw(1, weight.shape[1])
+    first, second = draw(*weight.shape), draw(*weight.shape)
+    with torch.no_grad():
+        outputs = [functional_call(layer, {"weight": w, **bias}, (x,)) for w in (first, second, first + second)]
+    return torch.allclose(outputs[0] + outputs[1], outputs[2], rtol=1e-3, atol=1e-3 * float(outputs[2].abs().max()))
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from inlay.combine.attention_prefix import AttentionPrefixSum
 from inlay.combine.bottleneck import BottleneckSum
 from inlay.combine.conv_adapter import ConvAdapterSum
+from inlay.combine.conv_lora import ConvLoraSum
 from inlay.combine.convpass import ConvPassSum
 from inlay.combine.ia3 import Ia3Sum
 from inlay.combine.lora import LoraSum
@@ -15,6 +16,7 @@ from inlay.combine.visual_prompt import VisualPromptSum
 
 _SUMS: tuple[type[Sum], ...] = (
     LoraSum,
+    ConvLoraSum,
     Ia3Sum,
     SsfSum,
     BottleneckSum,

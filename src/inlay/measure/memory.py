@@ -21,6 +21,7 @@ from inlay.measure.fake_step import LiveBytes, assume_one_text_per_row, fake_mod
 from inlay.measure.footprint import footprint
 from inlay.methods._peft import fills_cache
 from inlay.train.config import TrainConfig
+from inlay.train.evaluation import set_train_mode
 from inlay.train.launch import disable_checkpointing, enable_checkpointing
 
 Optimizer = Literal["adamw", "adamw8bit"]
@@ -248,7 +249,7 @@ def _forward_backward(
 
 @contextmanager
 def _train_mode(model: Any, checkpointing: bool, precision: Precision, device: torch.device) -> Iterator[None]:
-    """Train mode as `fit` and accelerate set it, with fixed statistics of batch norms; undone at the end."""
+    """Train mode as `fit` and accelerate set it; undone at the end."""
     with ExitStack() as after:
         if checkpointing and not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             after.enter_context(_gradient_checkpointing(model))
@@ -257,10 +258,7 @@ def _train_mode(model: Any, checkpointing: bool, precision: Precision, device: t
             after.enter_context(_autocast_forward(model, dtype, device))
         for module in model.modules():
             after.callback(setattr, module, "training", module.training)
-        model.train()
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        set_train_mode(model)
         yield
 
 

@@ -6,6 +6,7 @@ from inlay.methods import (
     bottleneck,
     composite,
     conv_adapter,
+    conv_lora,
     convpass,
     ia3,
     lora,
@@ -19,6 +20,7 @@ from inlay.methods.attention_prefix import AttentionPrefixConfig
 from inlay.methods.bottleneck import BottleneckConfig
 from inlay.methods.composite import CompositeConfig
 from inlay.methods.conv_adapter import ConvAdapterConfig
+from inlay.methods.conv_lora import ConvLoraConfig
 from inlay.methods.convpass import ConvPassConfig
 from inlay.methods.method import Method
 from inlay.methods.partial import PartialConfig
@@ -33,6 +35,7 @@ __all__ = [
     "BottleneckConfig",
     "CompositeConfig",
     "ConvAdapterConfig",
+    "ConvLoraConfig",
     "ConvPassConfig",
     "Method",
     "PartialConfig",
@@ -44,6 +47,7 @@ __all__ = [
 _ROWS: tuple[Method, ...] = (
     baselines.PROBE,
     *lora.ROWS,
+    *conv_lora.ROWS,
     *ia3.ROWS,
     *ssf.ROWS,
     *bottleneck.ROWS,

@@ -14,8 +14,10 @@ from typing import Any, ClassVar
 import torch
 from peft import PeftConfig
 from torch import nn
+from torch.func import functional_call
 from typing_extensions import override
 
+from inlay.bases.batch_norm import freeze_statistics
 from inlay.bases.sites import Sites, sites
 from inlay.errors import BadInput, ComputationFailed, Unsupported
 from inlay.methods._peft import (
@@ -223,6 +225,31 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return (None, None) if first is None else (first.device, None)
 
 
+class WeightLayer(AdapterLayer):
+    """A layer whose module computes with new values of its parameters: just those that merging stores."""
+
+    @override
+    def forward_adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
+        inside, path = self.base_layer, ""  # another layer of this kind may stand in between, and adds to these values
+        while isinstance(inside, BaseTunerLayer):
+            inside, path = inside.base_layer, f"{path}base_layer."
+
+        def call(names: list[str], *args: Any, **kwargs: Any) -> Any:
+            values = {f"{path}{key}": value for key, value in self.merged_values(names).items()}
+            return functional_call(self.base_layer, values, args, kwargs)
+
+        return self.by_rows(groups, call, *args, **kwargs)
+
+    @override
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        with torch.no_grad():
+            super().merge(safe_merge, adapter_names)
+
+    @override
+    def why_not_merged(self, names: Sequence[str]) -> str | None:
+        return None
+
+
 class AdapterTuner(BaseTuner):
     """Puts layers of `tuner_layer_cls` around the target modules of a model."""
 
@@ -253,6 +280,7 @@ class AdapterTuner(BaseTuner):
 
     @override
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        freeze_statistics(model)
         with others_train_as_before(model), layers_taken_out(model) as self._layers:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
 

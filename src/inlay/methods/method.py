@@ -7,6 +7,7 @@ from typing import Literal
 from peft import PeftConfig, get_peft_model
 from torch import nn
 
+from inlay.bases.batch_norm import freeze_statistics
 from inlay.bases.load import is_mask_generator
 from inlay.bases.sites import sites
 
@@ -51,7 +52,11 @@ class Method:
         return self.skeleton_config is not None
 
     def adapt(self, model: nn.Module, width: int) -> nn.Module:
-        """The frozen `model` with what is to be trained: the adapter, and the head of a classifier."""
+        """The frozen `model` with what is to be trained: the adapter, and the head of a classifier.
+
+        The running statistics of its batch norms stay what they are (`freeze_statistics`), full fine-tuning included.
+        """
+        freeze_statistics(model)
         bare = next(model.parameters()).is_meta
         config = (self.skeleton_config if bare and self.skeleton_config else self.config)(model, width)
         headless = writes_text(model) or is_mask_generator(getattr(model, "config", None))

@@ -18,18 +18,17 @@ cross-attention, the pooler of a bare backbone, the token of masked patches ... 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.nn import MultiheadAttention
 from typing_extensions import override
 
 from inlay.bases.sites import OTHER_INPUTS, Sites, is_cross, is_norm
 from inlay.errors import BadInput, Unsupported
 from inlay.methods._peft import PeftType, register_method
-from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
+from inlay.methods.base import AdapterConfig, AdapterTuner, WeightLayer
 from inlay.methods.method import EVERY_BASE, Method
 from inlay.peft_types import PEFT_TYPES
 
@@ -54,7 +53,7 @@ class PartialConfig(AdapterConfig):
             raise BadInput("give last or layers_to_transform, not both.")
 
 
-class PartialLayer(AdapterLayer):
+class PartialLayer(WeightLayer):
     """Wraps a module that has parameters of its own.
 
     Attributes:
@@ -73,14 +72,6 @@ class PartialLayer(AdapterLayer):
         return super()._get_base_layer_device_and_dtype(base_layer)[0], None
 
     @override
-    def train(self, mode: bool = True) -> Self:
-        """A BatchNorm stays in eval mode: its running statistics belong to the base, and no adapter file holds them."""
-        super().train(mode)
-        if isinstance(self.get_base_layer(), nn.modules.batchnorm._BatchNorm):
-            self.get_base_layer().eval()
-        return self
-
-    @override
     def add(self, name: str, config: PartialConfig, tuner: AdapterTuner, key: str) -> None:
         self.inlay_partial_delta[name] = nn.ParameterDict(
             {
@@ -89,15 +80,8 @@ class PartialLayer(AdapterLayer):
             }
         )
         self.options[name] = config
-        self.train(self.training)
 
     @override
-    def forward_adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
-        def call(names: list[str], *args: Any, **kwargs: Any) -> Any:
-            return functional_call(self.base_layer, self.merged_values(names), args, kwargs)
-
-        return self.by_rows(groups, call, *args, **kwargs)
-
     def merged_values(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """W + D of each trained parameter, the deltas of several adapters added first."""
         base = self.get_base_layer()
@@ -108,15 +92,6 @@ class PartialLayer(AdapterLayer):
         return {
             leaf: (base._parameters[leaf] + delta).to(base._parameters[leaf].dtype) for leaf, delta in total.items()
         }
-
-    @override
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        with torch.no_grad():
-            super().merge(safe_merge, adapter_names)
-
-    @override
-    def why_not_merged(self, names: Sequence[str]) -> str | None:
-        return None
 
 
 def _draw_noise(parameter: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from inlay.serve.attention_prefix import PrefixBank, WindowPrefixBank
 from inlay.serve.bank_layer import KEY_START, BankLayer, Site
 from inlay.serve.bottleneck import BottleneckBank
 from inlay.serve.conv_adapter import ConvAdapterBank
+from inlay.serve.conv_lora import ConvLoraBank
 from inlay.serve.convpass import ConvPassBank
 from inlay.serve.head import HeadBank
 from inlay.serve.ia3 import FactorBank
@@ -29,6 +30,7 @@ from inlay.serve.visual_prompt import TravelBank
 
 _BANK_LAYERS: tuple[type[BankLayer], ...] = (
     LoraBank,
+    ConvLoraBank,
     FactorBank,
     SsfBank,
     BottleneckBank,

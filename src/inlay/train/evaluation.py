@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from inlay.bases.batch_norm import freeze_statistics
 from inlay.errors import BadInput
 
 if TYPE_CHECKING:
@@ -118,11 +119,9 @@ def _classifier_answers(output: Any, batch: dict[str, Any]) -> tuple[torch.Tenso
 
 
 def set_train_mode(model: nn.Module) -> None:
-    """Set train mode, but keep the statistics of batch norms fixed: an adapter would not contain the changed ones."""
+    """Set train mode, in which batch norms keep their statistics."""
+    freeze_statistics(model)
     model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
 
 
 def split_batch(batch: dict[str, Any], count: int) -> "Iterator[dict[str, Any]]":
