@@ -44,7 +44,7 @@ def evaluate(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score an adapter and its base, or an exported model, on labelled data: all scores of the task, with 95 % intervals."""
+    """Score an adapter and its base, or an exported model, on labelled data: all scores, with 95 % intervals."""
     for path in (csv, matrix):
         if path is not None:
             check_output_file(path)

@@ -126,12 +126,12 @@ def write_export(
     """
     task = source.task
     with writing(folder) as new:
-        for file in files:
-            shutil.copyfile(file, new / file.name)
+        for path in files:
+            shutil.copyfile(path, new / path.name)
         _write_weights(new, source, mode, whole=not files)
         source.model.config.to_json_file(new / "config.json")
         task.save_processor(source.processor, new)
-        record = {
+        record: dict[str, Any] = {
             "format": FORMAT,
             "task": task.name,
             "source": source.origin,

@@ -1,4 +1,4 @@
-"""A model as an ONNX graph: written by torch's exporter, and run by ONNX Runtime as a module that tasks take for a model.
+"""A model as an ONNX graph: written by torch's exporter, and run by ONNX Runtime as a module that tasks take as one.
 
 A graph is exported with rows, and tokens of a text, of any number. It computes in float32, or in the 8 bits that
 `inlay.compress.quantize` gives it, on the CPU.
@@ -77,6 +77,7 @@ def export_graph(
                 verbose=False,
             )
             assert program is not None
+            _forget_sources(program.model)
             program.save(path, external_data=large)
     except Exception as error:  # of torch.export, of the translation to ONNX, of the model itself
         raise Unsupported(
@@ -84,10 +85,10 @@ def export_graph(
         ) from error
     graph = Graph(path)
     for batch in (inputs, _make_other_size(inputs, token_inputs)):
-        error = measure_error(module, graph, batch, output)
-        if not error <= TOLERANCE:
+        found = measure_error(module, graph, batch, output)
+        if not found <= TOLERANCE:
             raise ComputationFailed(
-                f"the graph of {type(module).__name__} differs from the model by {error:.1e} of its largest output "
+                f"the graph of {type(module).__name__} differs from the model by {found:.1e} of its largest output "
                 f"({TOLERANCE:g} allowed); nothing was written."
             )
 
@@ -111,6 +112,13 @@ class _OneOutput(nn.Module):
         return getattr(self.module(**dict(zip(self.names, values, strict=True)), **self.more), self.output)
 
 
+def _forget_sources(model: Any) -> None:
+    """Remove the lines of code, with their paths on this machine, that the exporter notes at each node."""
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+
+
 def _make_other_size(inputs: dict[str, Tensor], token_inputs: Sequence[str]) -> dict[str, Tensor]:
     """One row, and of texts half of the tokens: a size that the exporter has not seen."""
     return {
@@ -127,16 +135,18 @@ def _find_reason(error: BaseException) -> str:
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Silence what the exporter says of torchvision, which is not needed, and of its own deprecated functions."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Silence what the exporter says of torchvision, which is not needed, of its own functions, and of each step."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class Graph:

@@ -104,10 +104,7 @@ def open_model(file: ExportedFile) -> tuple[Any, Any]:
         return load_in_torch(where, file.task.name, record["mode"]), processor
     config = read_config(where, where, None)
     graph = Graph(file.folder / GRAPH)
-    if file.task.graph_module:
-        model = _complete_graph(file, config, graph)
-    else:
-        model = GraphModel(config, graph)
+    model = _complete_graph(file, config, graph) if file.task.graph_module else GraphModel(config, graph)
     model.name_or_path = file.name
     return model.requires_grad_(False).eval(), processor
 

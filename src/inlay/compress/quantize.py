@@ -143,7 +143,7 @@ def _check_arguments(mode: str, max_drop: float, min_agreement: float, examples:
             raise BadInput(f"{name} must be 0 to 1, got {value}.")
     if count_calibrated(examples) < 1 or compare < 1:
         raise BadInput(
-            f"examples must be at least 8 and compare at least 1, got {examples} and {compare}: they calibrate and judge."
+            f"examples must be at least 8 to calibrate, and compare at least 1, got {examples} and {compare}."
         )
 
 

@@ -121,7 +121,7 @@ class Evaluation:
 
     def __str__(self) -> str:
         count = f"{self.count:,} {self.unit}{'' if self.count == 1 else 's'}"
-        header = ("", "with the adapter", *(() if self.base is None else ("base only",)))
+        header = ("", "score") if self.base is None else ("", "with the adapter", "base only")
         lines = [(title(name), str(score), *self._format_base(name)) for name, score in self.scores.items()]
         parts = [f"{self.data} ({self.split}): {count}", *align_columns([header, *lines])]
         if self.per_class:
