@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from inlay.combine.heatmap import write_report
     from inlay.combine.merge import merge
     from inlay.combine.report import overlap
+    from inlay.compress.export import export
+    from inlay.compress.load import load_exported
+    from inlay.compress.quantize import quantize
     from inlay.errors import BadInput, ComputationFailed, DamagedFile, InlayError, Unreachable, Unsupported, WrongBase
     from inlay.methods import (
         METHODS,
@@ -138,6 +141,7 @@ _MODULE_OF = {
     "compare_texts": "study.compare",
     "draw_sheet": "tasks.images.predict",
     "evaluate": "adapters.evaluate",
+    "export": "compress.export",
     "find_pictures": "tasks.images.predict",
     "fit": "train.loop",
     "freeze_statistics": "bases.batch_norm",
@@ -148,6 +152,7 @@ _MODULE_OF = {
     "judge": "tasks.text.generate",
     "load_adapter": "adapters.load",
     "load_base": "tasks.base",
+    "load_exported": "compress.load",
     "load_images": "tasks.images.data",
     "load_masks": "tasks.masks.data",
     "load_processor": "bases.processors",
@@ -163,6 +168,7 @@ _MODULE_OF = {
     "predict_masks": "tasks.masks.predict",
     "pull_adapter": "adapters.hub.repository",
     "push_adapter": "adapters.hub.repository",
+    "quantize": "compress.quantize",
     "read_adapter": "adapters.file",
     "resolve_base": "bases.load",
     "run_recipe": "cli.recipe",
@@ -225,6 +231,7 @@ __all__ = [
     "compare_texts",
     "draw_sheet",
     "evaluate",
+    "export",
     "find_pictures",
     "fit",
     "freeze_statistics",
@@ -235,6 +242,7 @@ __all__ = [
     "judge",
     "load_adapter",
     "load_base",
+    "load_exported",
     "load_images",
     "load_masks",
     "load_processor",
@@ -250,6 +258,7 @@ __all__ = [
     "predict_masks",
     "pull_adapter",
     "push_adapter",
+    "quantize",
     "read_adapter",
     "resolve_base",
     "run_recipe",

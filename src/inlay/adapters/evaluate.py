@@ -4,7 +4,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from inlay.adapters.file import CARD, METRICS, ORIGIN, AdapterFile, expand_path, read_adapter
 from inlay.adapters.load import LoadedAdapter, load_adapter
@@ -13,13 +13,22 @@ from inlay.bases.device import Device
 from inlay.errors import BadInput
 from inlay.files.atomic import write_json, writing
 from inlay.files.outputs import check_output_folder
+from inlay.tasks.adapter import Adapter
 from inlay.tasks.evaluation import Evaluation, Request, Split, Training, class_title, interval_note, title
 
 KEY = "evaluations"  # in metrics.json: by the name of the data
 
 
+class Measured(Adapter, Protocol):
+    """An adapter that is loaded, or a model that stands for one, and what is known of its training."""
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """As in metrics.json."""
+
+
 def evaluate(
-    adapter: LoadedAdapter | str | Path,
+    adapter: Measured | str | Path,
     data: str | Path,
     *,
     base: str | Path | None = None,
@@ -34,7 +43,7 @@ def evaluate(
     """Score an adapter on labelled data: all scores of its task with 95 % intervals, compared with those of its base.
 
     Args:
-        adapter: From `load_adapter`, or a folder or Hub id.
+        adapter: From `load_adapter` or `load_exported`, or the folder or Hub id of an adapter.
         data: As the recipes of its task take it. Labels are matched by name, and may be some of the adapter's.
         base: Load the adapter on this one, not on its own.
         split: `validation`, `test`, `train` or `all`; by itself what a recipe would score. Data without a split is
@@ -51,21 +60,27 @@ def evaluate(
             `write` to what is no folder of one's own.
     """
     request = Request(split, limit, compare, group, resamples)
-    loaded = adapter if isinstance(adapter, LoadedAdapter) else None
+    loaded = None if isinstance(adapter, str | Path) else adapter
     if loaded is not None and not base is device is None:
         raise BadInput("this adapter is loaded already; leave base and device out, or give the adapter's folder.")
+    file = loaded.file if isinstance(loaded, LoadedAdapter) else None
     if write:  # before all the work
-        _check_writable(loaded.file if loaded else _read_own(str(adapter)))
-    loaded = loaded or load_adapter(adapter, base, device=device)  # type: ignore[arg-type]
+        if loaded is not None and file is None:
+            raise BadInput(f"scores are written next to an adapter, and {loaded.name!r} is none; leave write out.")
+        _check_writable(file or _read_own(str(adapter)))
+    if loaded is None:
+        opened = load_adapter(adapter, base, device=device)  # type: ignore[arg-type]
+        loaded, file = opened, opened.file
     if group is not None and not loaded.task.classifies:
         raise BadInput(
             f"adapter {loaded.name!r} is for {loaded.task.name} and has no groups of labels; leave group out."
         )
-    request = replace(request, training=Training.from_metrics(loaded.file.metrics))
+    # Without its adapter an exported model has nothing to be compared with.
+    request = replace(request, training=Training.from_metrics(loaded.metrics), compare=compare and file is not None)
     found = loaded.task.evaluate(loaded, str(data), request)
     found = replace(found, notes=[*found.notes, *interval_note(found.count, found.unit)])
-    if write:
-        write_evaluation(loaded.file.folder, found)
+    if write and file is not None:
+        write_evaluation(file.folder, found)
     return found
 
 

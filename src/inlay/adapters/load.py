@@ -70,6 +70,11 @@ class LoadedAdapter:
         return self.file.name
 
     @property
+    def metrics(self) -> dict[str, Any]:
+        """metrics.json, empty if there is none."""
+        return self.file.metrics
+
+    @property
     def groups(self) -> list[str]:
         """Names of the groups of labels of a combination of classifiers; none for others."""
         return list(self.file.groups)

@@ -18,11 +18,13 @@ _PACKAGES = (
     "evaluate",
     "safetensors",
     "bitsandbytes",
+    "onnxruntime",
     "nibabel",
     "monai",
 )
 _EXTRAS = {  # how pip installs a package, and what it is for
     "bitsandbytes": "'inlay[quantize]' for 8-bit and 4-bit bases",
+    "onnxruntime": "'inlay[export]' for ONNX graphs and int8",
     "nibabel": "'inlay[volumes]' for scans",
     "monai": "'inlay[volumes]' for scans",
 }

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from inlay.cli.exported import find_task, load_any
 from inlay.cli.show import AdapterArgument, BaseOption, DeviceOption, JsonOption, printable
 from inlay.errors import Unsupported
 from inlay.files.outputs import check_output_file
@@ -43,16 +44,18 @@ def evaluate(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score an adapter and its base on labelled data: all scores of the task, with 95 % intervals."""
+    """Score an adapter and its base, or an exported model, on labelled data: all scores, with 95 % intervals."""
     for path in (csv, matrix):
         if path is not None:
             check_output_file(path)
     from inlay.adapters.evaluate import evaluate as score
+    from inlay.compress.exported import is_exported
 
     if matrix is not None:
         _check_classifies(adapter)
+    exported = is_exported(adapter)
     found = score(
-        adapter,
+        load_any(adapter, base, device) if exported else adapter,
         data,
         base=base,
         split=split,  # type: ignore[arg-type]
@@ -74,11 +77,7 @@ def evaluate(
 
 def _check_classifies(adapter: str) -> None:
     """Raise Unsupported, before the scoring, for an adapter that is not a classifier."""
-    from inlay.adapters.file import read_adapter
-    from inlay.adapters.hub.fetch import fetch
-    from inlay.adapters.task import find_task_of_file
-
-    task = find_task_of_file(read_adapter(fetch(adapter)))
+    task = find_task(adapter)
     if not task.classifies:
         raise Unsupported(f"an adapter for {task.name} has no confusion matrix; leave --matrix out.")
 

@@ -12,23 +12,23 @@ from inlay.errors import BadInput
 from inlay.tasks import TASKS
 from inlay.tasks.task import Option, Task
 
-DOC = "Run an adapter on inputs of its task."
+DOC = "Run an adapter or an exported model on inputs of its task."
 _FLAGS = ("--merge", "--json", "--help")
 _COMMON = (*_FLAGS, "--base", "--device")
 
 
 def predict(context: typer.Context) -> None:
-    """Run an adapter on inputs of its task: classify images or texts, continue prompts, find masks, segment scans."""
+    """Run an adapter, or an exported model, on inputs of its task: classify images or texts, continue prompts, find
+    masks, segment scans.
+    """
     arguments = context.args
     adapter = _find_adapter(arguments)
     if adapter is None:
         _build_command(None)(arguments or ["--help"], prog_name="inlay predict")
         return
-    from inlay.adapters.file import read_adapter
-    from inlay.adapters.hub.fetch import fetch
-    from inlay.adapters.task import find_task_of_file
+    from inlay.cli.exported import find_task
 
-    task = find_task_of_file(read_adapter(fetch(adapter)))
+    task = find_task(adapter)
     for option in _named_options(arguments):
         if option not in (*_COMMON, *map(_flag_of, task.options)):
             raise BadInput(_explain_option(option, adapter, task))
@@ -131,8 +131,8 @@ def _run_task(
     options: Mapping[str, Any],
 ) -> None:
     answer = task.prepare(inputs, options)  # checks the inputs before the model is loaded
-    from inlay.adapters.load import load_adapter
+    from inlay.cli.exported import load_any
 
-    loaded = load_adapter(adapter, base, device=device)
+    loaded: Any = load_any(adapter, base, device, merge=merge)
     result = answer(loaded.merge() if merge else loaded)
     print(json.dumps(result.facts, indent=2, ensure_ascii=False) if as_json else "\n".join(result.lines))

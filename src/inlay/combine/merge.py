@@ -199,20 +199,20 @@ def _write_model(merged: PreTrainedModel, new: Path, stored: str, loaded: Loaded
     """The model as it is to be stored, and what makes its inputs."""
     if stored in ("8bit", "4bit"):
         with tempfile.TemporaryDirectory() as whole:
-            _save_quietly(merged, Path(whole))
+            save_quietly(merged, Path(whole))
             few = load_base(whole, task=loaded.task.name, quantize=stored)  # type: ignore[arg-type]
             few.config._name_or_path = ""
-            _save_quietly(few, new)
+            save_quietly(few, new)
     else:
         kind = getattr(torch, stored)
         values = {key: v.to(kind) if v.is_floating_point() else v for key, v in merged.state_dict().items()}
-        _save_quietly(merged, new, values)
+        save_quietly(merged, new, values)
         config = json.loads((new / "config.json").read_text(encoding="utf-8"))
         write_json(new / "config.json", {**config, "dtype": stored})
     loaded.task.save_processor(loaded.processor, new)
 
 
-def _save_quietly(model: PreTrainedModel, folder: Path, values: dict[str, torch.Tensor] | None = None) -> None:
+def save_quietly(model: PreTrainedModel, folder: Path, values: dict[str, torch.Tensor] | None = None) -> None:
     """`save_pretrained` without its progress bar, which flashes by."""
     bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

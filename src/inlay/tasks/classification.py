@@ -88,6 +88,12 @@ def number_labels(data: str, found: Sequence[str], adapter: Adapter) -> list[int
     return [numbers[normalise_label(label)] for label in found]
 
 
+def classify_batch(model: Callable[..., Any], batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Predicted and true classes (N,) of a batch with `labels`."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return model(**inputs).logits.argmax(-1), batch["labels"]
+
+
 def class_probabilities(logits: Tensor, config: Any) -> Tensor:
     """Probabilities of classes: a softmax, or where classes do not exclude each other the sigmoid of each.
 

@@ -121,13 +121,13 @@ class Evaluation:
 
     def __str__(self) -> str:
         count = f"{self.count:,} {self.unit}{'' if self.count == 1 else 's'}"
-        header = ("", "with the adapter", *(() if self.base is None else ("base only",)))
+        header = ("", "score") if self.base is None else ("", "with the adapter", "base only")
         lines = [(title(name), str(score), *self._format_base(name)) for name, score in self.scores.items()]
-        parts = [f"{self.data} ({self.split}): {count}", *_align_columns([header, *lines])]
+        parts = [f"{self.data} ({self.split}): {count}", *align_columns([header, *lines])]
         if self.per_class:
             names = list(self.per_class[0])
             cells = [tuple(_format_cell(row.get(name)) for name in names) for row in self.per_class]
-            parts += ["", *_align_columns([tuple(class_title(name) for name in names), *cells])]
+            parts += ["", *align_columns([tuple(class_title(name) for name in names), *cells])]
         return "\n".join([*parts, *([""] if self.notes else []), *self.notes])
 
     def _format_base(self, name: str) -> tuple[str, ...]:
@@ -306,7 +306,7 @@ def _format_cell(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def _align_columns(lines: Sequence[tuple[str, ...]]) -> list[str]:
+def align_columns(lines: Sequence[tuple[str, ...]]) -> list[str]:
     """Cells under each other: the first to the left, numbers too, as they end with their intervals."""
     lines = [tuple("".join(c if c.isprintable() else "�" for c in cell) for cell in line) for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

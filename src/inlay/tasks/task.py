@@ -83,6 +83,9 @@ class Task(ABC):
         usage: Python for the card that uses an adapter; FOLDER stands for where it is.
         inputs: What the inputs of `inlay predict` are.
         options: Those of `inlay predict`, by name.
+        graph_module: The part of a model that an exported graph computes; empty: the whole.
+        graph_output: What the graph gives, by its name in the output of that module.
+        token_inputs: Inputs of the graph whose second axis is as long as the text.
     """
 
     name: ClassVar[str]
@@ -97,6 +100,9 @@ class Task(ABC):
     usage: ClassVar[str]
     inputs: ClassVar[str]
     options: ClassVar[Mapping[str, Option]] = {}
+    graph_module: ClassVar[str] = ""
+    graph_output: ClassVar[str] = "logits"
+    token_inputs: ClassVar[Sequence[str]] = ()
 
     # Bases.
 
@@ -164,15 +170,38 @@ class Task(ABC):
     def random_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
         """Inputs without a meaning, the same at each call, on which the error of merging is measured."""
 
+    # Exporting.
+
+    def graph_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
+        """Inputs without a meaning of the module that is exported, the same at each call, at least two rows of each."""
+        return self.random_inputs(model, processor)
+
     # Data.
 
     @abstractmethod
-    def load_labelled(self, adapter: Adapter, data: str, count: int, seed: int) -> LabelledBatches:
+    def load_labelled(
+        self, adapter: Adapter, data: str, count: int, seed: int, *, held_out: bool = False
+    ) -> LabelledBatches:
         """Up to `count` training examples of labelled data, as this adapter's model takes them.
+
+        Args:
+            adapter: Says which labels, and makes inputs.
+            data: Its name.
+            count: Of examples.
+            seed: Chooses them, and what is held out where the data does not say.
+            held_out: Take validation examples instead.
 
         Raises:
             InlayError: Data of other labels, or none of this task.
         """
+
+    def classify_batch(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Predicted and true classes (N,) of a batch of `load_labelled`, by which two forms of a model are compared.
+
+        Raises:
+            InlayError: The task has no classes to compare.
+        """
+        raise Unsupported(f"inlay does not compare the answers of models for {self.name} yet.")
 
     @abstractmethod
     def planned_batch(self, base: Any, rows: int, length: int, added: int) -> tuple[dict[str, Tensor], Loss | None]:

@@ -80,7 +80,9 @@ class ImageClassification(Task):
     def random_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
         return random_inputs(processor, 8)
 
-    def load_labelled(self, adapter: Adapter, data: str, count: int, seed: int) -> LabelledBatches:
+    def load_labelled(
+        self, adapter: Adapter, data: str, count: int, seed: int, *, held_out: bool = False
+    ) -> LabelledBatches:
         """The classes take turns; numbers of labels are those of the adapter."""
         import torch
         from torch.utils.data import default_collate
@@ -93,14 +95,19 @@ class ImageClassification(Task):
 
         images = load_images(data, seed=seed)
         numbers = torch.tensor(number_labels(data, images.labels, adapter))
-        chosen = by_turns(images.train["label"][:], seed)[:count]
-        view = ImageView(images.train.select(chosen), adapter.processor)
+        rows = images.validation if held_out else images.train
+        view = ImageView(rows.select(by_turns(rows["label"][:], seed)[:count]), adapter.processor)
 
         def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
             batch = default_collate(items)
             return {**batch, "labels": numbers[batch["labels"]]}
 
         return LabelledBatches(view, collate, ModelLoss(), rows=8)
+
+    def classify_batch(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        from inlay.tasks.classification import classify_batch
+
+        return classify_batch(model, batch)
 
     def planned_batch(self, base: Any, rows: int, length: int, added: int) -> tuple[dict[str, Tensor], Loss | None]:
         import torch

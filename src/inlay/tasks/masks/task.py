@@ -35,6 +35,8 @@ class MaskGeneration(Task):
         'print(predict_masks(adapter, "image.png", points=[(40, 60)]).masks.shape)'
     )
     inputs = "an image, to find masks in"
+    graph_module = "vision_encoder"  # it has the most work by far; prompts have many forms
+    graph_output = "last_hidden_state"
     options: ClassVar[Mapping[str, Option]] = {
         "point": Option(list[str] | None, "A pixel of the object. Repeatable.", metavar="X,Y"),
         "negative": Option(list[str] | None, "A pixel outside of it. Repeatable.", metavar="X,Y"),
@@ -84,7 +86,13 @@ class MaskGeneration(Task):
             "input_boxes": torch.tensor([[[0.2 * side, 0.3 * side, 0.7 * side, 0.9 * side]]]),
         }
 
-    def load_labelled(self, adapter: Adapter, data: str, count: int, seed: int) -> LabelledBatches:
+    def graph_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
+        """Of the image encoder."""
+        return random_inputs(processor, 2)
+
+    def load_labelled(
+        self, adapter: Adapter, data: str, count: int, seed: int, *, held_out: bool = False
+    ) -> LabelledBatches:
         """Up to 8 objects of an image, asked for by points, boxes or both."""
         import numpy as np
 
@@ -92,7 +100,8 @@ class MaskGeneration(Task):
         from inlay.tasks.masks.loss import MaskLoss
         from inlay.tasks.masks.view import MaskView, collate_masks
 
-        rows = load_masks(data, seed=seed).train
+        masks = load_masks(data, seed=seed)
+        rows = masks.validation if held_out else masks.train
         order = np.random.default_rng(seed).permutation(len(rows))[:count]
         view = MaskView([rows[i] for i in order.tolist()], adapter.processor, seed=seed)
         return LabelledBatches(view, collate_masks, MaskLoss(), rows=1)

@@ -40,6 +40,7 @@ class SequenceClassification(Task):
         'print(classify_texts(adapter, ["a text"]))'
     )
     inputs = "texts, to classify"
+    token_inputs = ("input_ids", "attention_mask", "token_type_ids")
     options: ClassVar[Mapping[str, Option]] = {
         "top": Option(int, "Classes to name for each input.", 3, least=1),
         "group": Option(str | None, "Choose among the classes of this group of a combination only."),
@@ -107,6 +108,15 @@ class SequenceClassification(Task):
     def golden_values(self, output: Any, count: int) -> Tensor:
         return output.logits.flatten()[:count]
 
+    def graph_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
+        """With the ids that tell the texts of a pair apart, where the tokenizer makes them."""
+        import torch
+
+        inputs = self.random_inputs(model, processor)
+        if "token_type_ids" in processor.tokenizer.model_input_names:
+            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        return inputs
+
     def random_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
         import torch
 
@@ -115,7 +125,9 @@ class SequenceClassification(Task):
         ids = torch.randint(tokens, (4, length), generator=torch.Generator().manual_seed(0))
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-    def load_labelled(self, adapter: Adapter, data: str, count: int, seed: int) -> LabelledBatches:
+    def load_labelled(
+        self, adapter: Adapter, data: str, count: int, seed: int, *, held_out: bool = False
+    ) -> LabelledBatches:
         """The classes take turns; numbers of labels are those of the adapter."""
         from inlay.tasks.classification import number_labels
         from inlay.tasks.sampling import by_turns
@@ -125,11 +137,17 @@ class SequenceClassification(Task):
 
         found = load_sequences(data, seed=seed)
         numbers = number_labels(data, found.labels, adapter)
-        rows = found.train.select(by_turns(found.train["label"][:], seed)[:count])
+        split = found.validation if held_out else found.train
+        rows = split.select(by_turns(split["label"][:], seed)[:count])
         view = SequenceView(rows, adapter.processor)
         for item in view.items:
             item["labels"] = numbers[item["labels"]]
         return LabelledBatches(view, view.collate, SequenceLoss(), rows=8)
+
+    def classify_batch(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        from inlay.tasks.classification import classify_batch
+
+        return classify_batch(model, batch)
 
     def planned_batch(self, base: Any, rows: int, length: int, added: int) -> tuple[dict[str, Tensor], Loss | None]:
         import torch

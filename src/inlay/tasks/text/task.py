@@ -34,6 +34,7 @@ class TextGeneration(Task):
         'print(generate(adapter.model, adapter.processor, ["a prompt"]))'
     )
     inputs = "prompts, to continue"
+    token_inputs = ("input_ids", "attention_mask", "position_ids")
     options: ClassVar[Mapping[str, Option]] = {
         "max_new_tokens": Option(int, "Longest text, in tokens.", 64),
         "beams": Option(int, "Beams of the search.", 1),
@@ -84,14 +85,37 @@ class TextGeneration(Task):
         ids = torch.randint(tokens, (4, length), generator=torch.Generator().manual_seed(0))
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-    def load_labelled(self, adapter: Adapter, data: str, count: int, seed: int) -> LabelledBatches:
+    def graph_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
+        """With positions, where the model takes them: those of a prompt that is padded on the left begin behind it."""
+        import inspect
+
+        import torch
+
+        inputs = self.random_inputs(model, processor)
+        if "position_ids" in inspect.signature(model.forward).parameters:
+            rows, length = inputs["input_ids"].shape
+            inputs["position_ids"] = torch.arange(length).expand(rows, length).contiguous()
+        return inputs
+
+    def load_labelled(
+        self, adapter: Adapter, data: str, count: int, seed: int, *, held_out: bool = False
+    ) -> LabelledBatches:
         from inlay.tasks.text.data import load_texts
         from inlay.tasks.text.loss import NextToken
         from inlay.tasks.text.view import TextView
 
-        rows = load_texts(data, seed=seed).train
+        texts = load_texts(data, seed=seed)
+        rows = texts.validation if held_out else texts.train
         view = TextView(rows.shuffle(seed=seed).select(range(min(count, len(rows)))), adapter.processor)
         return LabelledBatches(view, view.collate, NextToken(), rows=8)
+
+    def classify_batch(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The next token, after each token that is learned."""
+        from inlay.tasks.text.loss import IGNORED, NextToken
+
+        logits = NextToken()(model, batch).logits  # B L V
+        true = batch["labels"][:, -logits.shape[1] :]  # B L
+        return logits.argmax(-1)[true != IGNORED], true[true != IGNORED]
 
     def planned_batch(self, base: Any, rows: int, length: int, added: int) -> tuple[dict[str, Tensor], Loss | None]:
         """Texts of which every token is learned; a prompt adds tokens to each."""

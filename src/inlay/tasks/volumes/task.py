@@ -90,7 +90,9 @@ class VolumeSegmentation(Task):
 
         return {"pixel_values": torch.randn(1, 1, *processor.crop, generator=torch.Generator().manual_seed(0))}
 
-    def load_labelled(self, adapter: Adapter, data: str, count: int, seed: int) -> LabelledBatches:
+    def load_labelled(
+        self, adapter: Adapter, data: str, count: int, seed: int, *, held_out: bool = False
+    ) -> LabelledBatches:
         """A crop of each scan, without prompts."""
         import numpy as np
 
@@ -104,8 +106,8 @@ class VolumeSegmentation(Task):
                 f"the data {data!r} has the classes {', '.join(volumes.labels)}, but the combination has "
                 f"{', '.join(adapter.labels)}; fit on data with the same classes."
             )
-        order = np.random.default_rng(seed).permutation(len(volumes.train))[:count]
-        cases = [volumes.train[i] for i in order.tolist()]
+        split = volumes.validation if held_out else volumes.train
+        cases = [split[i] for i in np.random.default_rng(seed).permutation(len(split))[:count].tolist()]
         view = VolumeView(cases, adapter.processor, training=True, augment=False, flip=())
         return LabelledBatches(view, collate_volumes, ModelLoss(), rows=1)
 

@@ -1,0 +1,1 @@
+"""Make a model smaller or faster: prune and heal it, quantise it, export it."""

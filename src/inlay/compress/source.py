@@ -1,0 +1,102 @@
+"""What is to be exported or quantised: a model with its head, or an adapter merged into its base."""
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from inlay.adapters.file import CONFIG, expand_path
+from inlay.adapters.hub.fetch import fetch
+from inlay.adapters.load import load_adapter
+from inlay.adapters.summary import describe_method
+from inlay.bases.load import resolve_base
+from inlay.errors import BadInput, InlayError, Unsupported
+from inlay.tasks.base import load_base, read_task
+from inlay.tasks.task import Task
+
+
+@dataclass
+class Source:
+    """A model that is ready to compute, and what is told of it.
+
+    Attributes:
+        name: The last part of the name that was given.
+        model: On the CPU, in float32 and eval mode.
+        task: What it is for, a row of TASKS.
+        processor: What makes its inputs.
+        labels: Class names in the order of the logits; none for what has no classes.
+        origin: Where it is from: its name, and of an adapter its base, its method and the digest of its file.
+        metrics: What the adapter's metrics.json says; empty for a model.
+    """
+
+    name: str
+    model: Any
+    task: Task
+    processor: Any
+    labels: list[str]
+    origin: dict[str, Any]
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def route(self, group: str | None) -> tuple[list[str], list[int]]:
+        """All class names, and which logits stand for them.
+
+        Raises:
+            InlayError: A group was asked for, which only a combination of adapters has.
+        """
+        if group is not None:
+            raise BadInput(f"{self.name!r} has no groups of labels; leave group out.")
+        return self.labels, list(range(len(self.labels)))
+
+
+def load_source(name: str | Path, base: str | Path | None = None) -> Source:
+    """A model, or an adapter merged into its base; an adapter that no weight can stand for stays on it.
+
+    Args:
+        name: An embedded base, the folder of a model or of an adapter, or the Hub id of one.
+        base: Of an adapter; default: the one that it names.
+
+    Raises:
+        InlayError: What `load_adapter` or `load_base` says; neither is there; a base for a model; an adapter that
+            makes another model of its base.
+    """
+    folder = expand_path(name)
+    if not str(name).startswith("builtin:"):
+        if not folder.is_dir():
+            with suppress(InlayError):  # no adapter on the Hub: then it is a model
+                folder = fetch(name)
+        if (folder / CONFIG).is_file():
+            return _load_adapter(folder, base)
+    if base is not None:
+        raise BadInput(f"{name} is a model and goes on no base; leave base out.")
+    return _load_model(str(name))
+
+
+def _load_adapter(folder: Path, base: str | Path | None) -> Source:
+    loaded = load_adapter(folder, base, device="cpu")
+    loaded.task.check_merges(loaded.name)
+    if loaded.model.active_peft_config.is_prompt_learning:
+        raise Unsupported(
+            f"adapter {loaded.name!r} puts tokens in front of its inputs, which no weight can stand for and peft adds "
+            "outside of the model; export an adapter of another method."
+        )
+    try:
+        model, merged = loaded.merge().model, True
+    except Unsupported:
+        model, merged = loaded.model.get_base_model(), False
+    file = loaded.file
+    origin = {
+        "adapter": loaded.name,
+        "method": describe_method(file),
+        "merged": merged,
+        "base": str(base or file.base_name),
+        "digest": file.digest,
+    }
+    labels = loaded.labels if loaded.task.classifies else []
+    return Source(loaded.name, model, loaded.task, loaded.processor, labels, origin, file.metrics)
+
+
+def _load_model(name: str) -> Source:
+    model, task = load_base(name, device="cpu"), read_task(name)
+    labels = task.labels(model, None) if task.classifies else []
+    last = resolve_base(name).rstrip("/").rpartition("/")[2]
+    return Source(last, model, task, task.load_processor(name, None), labels, {"model": name})
