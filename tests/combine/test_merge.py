@@ -13,13 +13,15 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForMaskGeneration,
     AutoTokenizer,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from inlay import InlayError, TextProcessor, load_adapter, load_base, load_processor, load_tokenizer, save_adapter
 from inlay.bases.sites import lora_targets, sites
 from inlay.cli.app import main
 from inlay.combine.merge import compute_outputs, merge, read_report
-from inlay.methods import METHODS, BottleneckConfig, CompositeConfig
+from inlay.methods import METHODS, BottleneckConfig, CompositeConfig, SsfConfig
 from inlay.methods._peft import layers_disabled
 
 VIT, GPT2, SAM = "builtin:vit-tiny", "builtin:gpt2-tiny", "builtin:sam-tiny"
@@ -68,12 +70,12 @@ def lora(tmp_path_factory):
     return {name: save(adapted(name, "lora"), name, folder / name[8:]) for name in (VIT, GPT2)}
 
 
-MERGING = ["lora", "rslora", "dora", "ia3", "bottleneck-linear", "partial", "bias", "norm"]
+MERGING = ["lora", "rslora", "dora", "ia3", "ssf", "bottleneck-linear", "partial", "bias", "norm"]
 
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [*((VIT, m) for m in MERGING), *((GPT2, m) for m in ("lora", "ia3", "bottleneck-linear", "bias"))],
+    [*((VIT, m) for m in MERGING), *((GPT2, m) for m in ("lora", "ia3", "ssf", "bottleneck-linear", "bias"))],
 )
 def test_a_merged_model_answers_as_the_adapter(name, method, tmp_path):
     model = adapted(name, method)
@@ -302,6 +304,7 @@ def test_eight_bits_of_a_dora_are_compared_with_what_they_stand_for(tmp_path):
     [
         (VIT, "bottleneck", "activation relu"),
         (VIT, "adapter-plus", "activation gelu"),
+        (VIT, "convpass", "convolve over the grid of patches"),
         (VIT, "visual-prompt", "tokens, not weights"),
         (VIT, "attention-prefix", "keys and values that no weight gives"),
         (VIT, "lora-prompt", "tokens, not weights"),
@@ -337,7 +340,7 @@ def test_mistakes_in_the_arguments(lora, tmp_path):
     assert (tmp_path / "note/text").read_text() == "mine" and not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "bottleneck-linear", "bias", two_parts, with_bias])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "ssf", "bottleneck-linear", "bias", two_parts, with_bias])
 def test_unmerging_gives_the_base_back_bit_for_bit(method, tmp_path):
     loaded = load_adapter(save(adapted(VIT, method), VIT, tmp_path / "adapter"))
     base = loaded.model.get_base_model()
@@ -389,3 +392,24 @@ def test_the_command(lora, tmp_path, capsys, monkeypatch):
     assert code == 2 and said.err.startswith("error: merging 'vit-tiny'") and not (tmp_path / "few").exists()
     code, said = run(lora[VIT], "-o", tmp_path / "few", "--quantize", "4bit", "--force")
     assert code == 0 and "4bit" in said.out
+
+
+@pytest.mark.parametrize("add_biases", [False, True])
+def test_a_bias_that_transformers_would_drop_is_refused(add_biases, tmp_path):
+    """Behind projections without a bias SSF scales only, or merges in memory only."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    ViTForImageClassification(
+        ViTConfig(**sizes, image_size=32, patch_size=16, qkv_bias=False, num_labels=2)
+    ).save_pretrained(tmp_path / "base")
+    load_processor(VIT).save_pretrained(tmp_path / "base")
+    model = load_base(str(tmp_path / "base"))
+    model = get_peft_model(model, SsfConfig(add_biases=add_biases, init_weights=False)).eval()
+    folder = save_adapter(model, tmp_path / "adapter", processor=load_processor(VIT))
+    inputs = pixels()
+    if not add_biases:
+        assert merge(folder, tmp_path / "merged", inputs=inputs).error < 1e-4
+        return
+    with pytest.raises(InlayError, match=r"merging adds vit\.layers\.0\.attention\.q_proj\.bias .* transformers drops"):
+        merge(folder, tmp_path / "merged", inputs=inputs)
+    wanted = model(**inputs).logits
+    assert torch.allclose(load_adapter(folder).merge().model(**inputs).logits, wanted, atol=1e-5)

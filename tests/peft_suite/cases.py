@@ -66,7 +66,7 @@ def merges(config_class: type, settings: dict[str, Any]) -> bool:
         return linear and settings.get("placement", "serial") == "serial"
     if kind == "CompositeConfig":
         return all(part["peft_type"] in ("LORA", "INLAY_PARTIAL") for part in settings["parts"])
-    return kind == "PartialConfig"
+    return kind in ("PartialConfig", "SsfConfig")
 
 
 def patch(module: ModuleType) -> None:

@@ -2,7 +2,7 @@
 
 import peft_tests.test_custom_models as suite
 
-from inlay import BottleneckConfig, CompositeConfig, PartialConfig
+from inlay import BottleneckConfig, CompositeConfig, ConvAdapterConfig, PartialConfig, SsfConfig
 from peft_suite.cases import parts, patch
 
 patch(suite)
@@ -34,11 +34,29 @@ PARTIALS = [
     ("LayerNorm", "MLP_LayerNorm", {"target_modules": ["layernorm0"]}),
     ("MHA", "MHA", {"target_modules": ["mha"]}),
 ]
+SCALES = [
+    ("MLP 1", "MLP", {"target_modules": "lin0"}),
+    ("MLP 4", "MLP", {"target_modules": ["lin0", "lin1"]}),
+    ("MLP 5 modules_to_save", "MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+    ("Conv1D", "EmbConv1D", {"target_modules": ["conv1d"]}),
+    ("Conv2d", "Conv2d", {"target_modules": ["conv2d"]}),
+    ("Conv2dGroups", "Conv2dGroups", {"target_modules": ["conv2d"]}),
+    ("Conv3d", "Conv3d", {"target_modules": ["conv3d"]}),
+    ("LayerNorm", "MLP_LayerNorm", {"target_modules": ["layernorm0"]}),
+]
+CONVOLUTIONS = [
+    ("Conv2d", "Conv2d", {"target_modules": ["conv2d"]}),
+    ("Conv2d modules_to_save", "Conv2d", {"target_modules": ["conv2d"], "modules_to_save": ["lin0"]}),
+    ("Conv2d behind", "Conv2d", {"target_modules": ["conv2d"], "placement": "conv_sequential"}),
+    ("Conv2dGroups", "Conv2dGroups", {"target_modules": ["conv2d"]}),
+]
 LORA, BOTTLENECK = (("LORA", {"target_modules": ["lin0"]}), ("INLAY_BOTTLENECK", {**WIDE, "target_modules": ["lin0"]}))
 PARTIAL = ("INLAY_PARTIAL", {"target_modules": ["lin1"]})
 suite.TEST_CASES[:] = [
     *((f"{name} Bottleneck", model, BottleneckConfig, {**WIDE, **settings}) for name, model, settings in BOTTLENECKS),
     *((f"{name} Partial", model, PartialConfig, settings) for name, model, settings in PARTIALS),
+    *((f"{name} SSF", model, SsfConfig, settings) for name, model, settings in SCALES),
+    *((f"{name} Conv-Adapter", m, ConvAdapterConfig, {**WIDE, **settings}) for name, m, settings in CONVOLUTIONS),
     ("MLP 1 Composite", "MLP", CompositeConfig, parts(LORA, BOTTLENECK)),
     ("MLP 2 Composite", "MLP", CompositeConfig, parts(LORA, PARTIAL)),
     ("MLP 3 Composite modules_to_save", "MLP", CompositeConfig, parts(LORA, BOTTLENECK, modules_to_save=["lin1"])),
@@ -51,10 +69,10 @@ suite.MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES[:] = [
         {"target_modules": ["lin0"], "init_weights": False},
         {"target_modules": [target], "init_weights": False},
     )
-    for config in (BottleneckConfig, PartialConfig)
+    for config in (BottleneckConfig, PartialConfig, SsfConfig)
     for name, target in (("Same", "lin0"), ("Different", "lin1"))
 ]
-suite.ALL_PEFT_CONFIG_CLASSES[:] = [BottleneckConfig, PartialConfig]
+suite.ALL_PEFT_CONFIG_CLASSES[:] = [BottleneckConfig, PartialConfig, SsfConfig]  # the networks there are linear
 
 from peft_tests.test_custom_models import (  # noqa: E402, F401 - the cases above are read when these are made
     TestMultipleActiveAdapters,

@@ -2,7 +2,7 @@
 
 import peft_tests.test_feature_extraction_models as suite
 
-from inlay import AttentionPrefixConfig, BottleneckConfig, CompositeConfig, PartialConfig
+from inlay import AttentionPrefixConfig, BottleneckConfig, CompositeConfig, PartialConfig, SsfConfig
 from peft_suite.cases import base, parts, patch
 
 patch(suite)
@@ -21,6 +21,7 @@ suite.ALL_CONFIGS[:] = [
     (PartialConfig, {**TASK, "last": 1}),
     (PartialConfig, {**TASK, "train": "bias"}),
     (PartialConfig, {**TASK, "train": "norm"}),
+    (SsfConfig, {**TASK}),
     (CompositeConfig, parts(PREFIX, PARALLEL, **TASK)),
     (CompositeConfig, parts(("LORA", {}), ("INLAY_PARTIAL", {"train": "norm"}), **TASK)),
 ]

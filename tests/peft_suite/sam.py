@@ -4,7 +4,15 @@ import peft_tests.test_feature_extraction_models as suite
 import torch
 from transformers import SamVisionModel
 
-from inlay import AttentionPrefixConfig, BottleneckConfig, CompositeConfig, PartialConfig, VisualPromptConfig
+from inlay import (
+    AttentionPrefixConfig,
+    BottleneckConfig,
+    CompositeConfig,
+    ConvPassConfig,
+    PartialConfig,
+    SsfConfig,
+    VisualPromptConfig,
+)
 from peft_suite.cases import base, parts, patch
 
 patch(suite)
@@ -22,6 +30,8 @@ suite.ALL_CONFIGS[:] = [
     (AttentionPrefixConfig, {"length": 3}),
     (PartialConfig, {"last": 1}),
     (PartialConfig, {"train": "norm"}),
+    (SsfConfig, {}),
+    (ConvPassConfig, {"width": 4}),
     (CompositeConfig, parts(PREFIX, PARALLEL)),
 ]
 

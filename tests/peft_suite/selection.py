@@ -22,7 +22,10 @@ except ImportError:  # peft's common tests import it, and no method here needs i
     stub.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
     sys.modules["diffusers"] = stub
 
-OURS = re.compile("BottleneckConfig|PartialConfig|CompositeConfig|VisualPromptConfig|AttentionPrefixConfig")
+OURS = re.compile(
+    "BottleneckConfig|PartialConfig|CompositeConfig|VisualPromptConfig|AttentionPrefixConfig|SsfConfig|ConvPassConfig|"
+    "ConvAdapterConfig"
+)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,8 @@ def test_lora_vit_trains_measures_and_saves(trained):
         ("bottleneck_vit.py", ["--activation", "none"], "INLAY_BOTTLENECK"),
         ("prompt_vit.py", ["--depth", "shallow"], "INLAY_VISUAL_PROMPT"),
         ("prefix_vit.py", ["--projection", 16], "INLAY_ATTENTION_PREFIX"),
+        ("ssf_vit.py", [], "INLAY_SSF"),
+        ("convpass_vit.py", ["--width", 4, "--sites", "attention"], "INLAY_CONVPASS"),
         ("partial_vit.py", [], "INLAY_PARTIAL"),
         ("partial_vit.py", ["--train_what", "bias"], "INLAY_PARTIAL"),
         ("composite_vit.py", ["--methods", "lora", "prefix", "prompt"], "INLAY_COMPOSITE"),

@@ -24,6 +24,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from inlay import ConvPassConfig
 from inlay.errors import InlayError
 from inlay.train.config import TrainConfig
 from inlay.train.frozen_cache.unread_tokens import _FirstRowOnly
@@ -68,6 +69,12 @@ def lora(dropout=0.0):
     return get_peft_model(vit(), config)
 
 
+def bypass():
+    """ConvPass in the last block, which reads the grid of the images though their embeddings are stored."""
+    config = ConvPassConfig(width=3, layers_to_transform=[3], modules_to_save=["classifier"])
+    return get_peft_model(vit(), config)
+
+
 def probe():
     return vit(last=0)
 
@@ -104,7 +111,8 @@ def alike(folder, atol):
 
 
 @pytest.mark.parametrize(
-    ("make", "atol"), [(vit, ROUNDING), (lora, ROUNDING), (lambda: lora(0.1), 0), (probe, 0), (dropping, ROUNDING)]
+    ("make", "atol"),
+    [(vit, ROUNDING), (lora, ROUNDING), (lambda: lora(0.1), 0), (bypass, ROUNDING), (probe, 0), (dropping, ROUNDING)],
 )
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_losses_and_weights_equal_the_plain_way(tmp_path, capsys, make, atol, where):

@@ -125,7 +125,17 @@ def merge(
     with layers_disabled(used):
         plain = compute_outputs(used, batch)
     unmerged = compute_outputs(used, batch)
+    known = {
+        f"{name}.{leaf}"
+        for name, module in base_modules(model, originals=True)
+        for leaf, _ in module.named_parameters(recurse=False)
+    }
     merged, _ = merge_keeping_weights(model)
+    if added := [name for name, _ in merged.named_parameters() if "." in name and name not in known]:
+        raise Unsupported(
+            f"merging adds {added[0]} to the model, which transformers drops when it loads it; use the adapter "
+            "unmerged, or merge it in memory with load_adapter(...).merge()."
+        )
     with writing(out) as new:
         _write_model(merged, new, stored, loaded)
         written = load_base(new, task=loaded.task.name)  # checks that transformers finds all weights
