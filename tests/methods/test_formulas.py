@@ -8,6 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
     ViTConfig,
@@ -208,6 +210,18 @@ def test_ssf_folds_into_a_norm_that_adds_one_to_its_weight():
     assert linear.base_layer.bias is not None and "default" not in norm.inlay_ssf_shift
     model.unmerge_adapter()
     assert linear.base_layer.bias is None
+
+
+@pytest.mark.filterwarnings("ignore:.*reference PyTorch implementation")
+def test_ssf_leaves_out_what_the_kernels_of_a_state_space_model_read():
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32}
+    mixer = {"mamba_d_ssm": 16, "mamba_n_heads": 4, "mamba_d_head": 4, "mamba_n_groups": 1, "mamba_d_state": 4}
+    base = FalconH1ForCausalLM(FalconH1Config(vocab_size=50, num_hidden_layers=1, head_dim=8, **sizes, **mixer))
+    model = get_peft_model(base, SsfConfig(init_weights=False))
+    model(input_ids=torch.arange(7)[None]).logits.square().sum().backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert any("mamba.in_proj" in name for name in trained)
+    assert [name for name, grad in trained.items() if grad is None or not grad.any()] == []
 
 
 @pytest.mark.parametrize("settings", [{}, {"activation": "gelu", "scale": 0.5, "width": 5}])

@@ -541,7 +541,7 @@ def lora_targets(model: nn.Module, sites: Literal["all", "attention"] = "all") -
     if sites not in ("all", "attention"):
         raise BadInput(f"sites must be all or attention, got {sites!r}.")
     text = find_text_part(model)
-    unseen = _READ_BY_KERNELS.get(getattr(getattr(model, "config", None), "model_type", ""), set())
+    unseen = leaves_read_by_kernels(model)
     inner = {
         name: module
         for name, module in _outside(model, _heads(model))
@@ -556,6 +556,11 @@ def lora_targets(model: nn.Module, sites: Literal["all", "attention"] = "all") -
     if not found:
         raise Unsupported(f"found no linear layer or 1x1 convolution in {type(model).__name__}; give target_modules.")
     return found
+
+
+def leaves_read_by_kernels(model: nn.Module) -> set[str]:
+    """Last parts of the names of linear layers whose weights the kernels of a state-space model read."""
+    return _READ_BY_KERNELS.get(getattr(getattr(model, "config", None), "model_type", ""), set())
 
 
 def list_layers(model: nn.Module) -> list[str]:

@@ -16,7 +16,7 @@ Lian et al. 2022, arXiv:2210.08823.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from torch.func import functional_call
 from torch.nn import MultiheadAttention
 from typing_extensions import override
 
-from inlay.bases.sites import Sites, is_channels_first, is_linear, is_norm, linear_shape
+from inlay.bases.sites import Sites, is_channels_first, is_linear, is_norm, leaves_read_by_kernels, linear_shape
 from inlay.errors import BadInput
 from inlay.methods._peft import PeftType, register_method
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
@@ -71,14 +71,6 @@ class SsfLayer(AdapterLayer):
         self.channels_first = is_channels_first(self.get_base_layer())
 
     @override
-    def train(self, mode: bool = True) -> Self:
-        """A BatchNorm stays in eval mode: its running statistics belong to the base, and no adapter file holds them."""
-        super().train(mode)
-        if isinstance(self.get_base_layer(), nn.modules.batchnorm._BatchNorm):
-            self.get_base_layer().eval()
-        return self
-
-    @override
     def add(self, name: str, config: SsfConfig, tuner: AdapterTuner, key: str) -> None:
         scale, shift = torch.ones(self.size), torch.zeros(self.size)
         if not config.init_weights:
@@ -88,7 +80,6 @@ class SsfLayer(AdapterLayer):
         if parameters.get("bias") is not None or (config.add_biases and "bias" in parameters):
             self.inlay_ssf_shift[name] = nn.Parameter(shift)
         self.options[name] = config
-        self.train(self.training)
 
     @override
     def forward_adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -212,13 +203,16 @@ class SsfModel(AdapterTuner):
     @override
     def targets(self, config: SsfConfig, found: Sites) -> Sequence[str]:
         """Every operation that plain fine-tuning would train; one whose weight another module shares stays as it is."""
-        shared = find_shared_parameters(self.model)
+        shared, unseen = find_shared_parameters(self.model), leaves_read_by_kernels(self.model)
+        unseen = unseen | {"conv1d"} if unseen else unseen
         names = []
         for name, module in self.model.named_modules():
             if not name or name.split(".")[0] in found.head or is_unused(name, self.model, found):
                 continue
             inside_attention = isinstance(self.model.get_submodule(name.rpartition(".")[0]), MultiheadAttention)
-            if _is_operation(module) and not inside_attention and not any(id(p) in shared for p in module.parameters()):
+            if inside_attention or name.rpartition(".")[2] in unseen:  # whose weights others read
+                continue
+            if _is_operation(module) and not any(id(p) in shared for p in module.parameters()):
                 names.append(name)
         return names
 
