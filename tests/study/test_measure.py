@@ -17,6 +17,7 @@ from inlay.measure import count_macs_by_module
 from inlay.study.measure import Measurement
 from places import ROOT
 
+
 @pytest.fixture(autouse=True)
 def few_passes(monkeypatch):
     monkeypatch.setattr("inlay.measure.costs._BUDGET_S", 0.05)
