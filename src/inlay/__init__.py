@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from inlay.options import option
     from inlay.serve.bank import Bank
     from inlay.study.compare import compare_images, compare_texts, save_comparison
+    from inlay.study.measure import measure_costs
     from inlay.tasks.base import load_base
     from inlay.tasks.images.data import ImageData, load_images
     from inlay.tasks.images.options import ImageTask
@@ -161,6 +162,7 @@ _MODULE_OF = {
     "load_tokenizer": "bases.processors",
     "load_volumes": "tasks.volumes.data",
     "lora_targets": "bases.sites",
+    "measure_costs": "study.measure",
     "merge": "combine.merge",
     "option": "options",
     "overlap": "combine.report",
@@ -251,6 +253,7 @@ __all__ = [
     "load_tokenizer",
     "load_volumes",
     "lora_targets",
+    "measure_costs",
     "merge",
     "option",
     "overlap",

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from inlay.cli import combine, compress, evaluate, hub, trust, volumes
+from inlay.cli import combine, compress, evaluate, hub, measure, trust, volumes
 from inlay.cli.predict import predict
 from inlay.cli.show import AdapterArgument, BaseOption, DeviceOption, JsonOption, printable, show
 from inlay.errors import InlayError
@@ -69,7 +69,7 @@ def plan(
     ] = False,
     accumulate: Annotated[int, typer.Option(help="Pieces into which a step is divided.")] = 1,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: the best that this machine has.")] = None,
-    measure: Annotated[
+    take_steps: Annotated[
         bool, typer.Option("--measure", help="Also take such steps on this machine, and print their peak memory.")
     ] = False,
     as_json: JsonOption = False,
@@ -91,7 +91,7 @@ def plan(
         gradient_checkpointing=gradient_checkpointing,
         accumulate=accumulate,
         device=device,
-        measure=measure,
+        measure=take_steps,
     )
     if as_json:
         print(json.dumps({**vars(planned), "fits": planned.fits, "measured": peak}, indent=2))
@@ -125,7 +125,7 @@ app.command(
     "predict",
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
 )(predict)
-for group in (evaluate, volumes, combine, compress, hub, trust):
+for group in (evaluate, measure, volumes, combine, compress, hub, trust):
     for name, verb in group.VERBS.items():
         app.command(name)(verb)
 

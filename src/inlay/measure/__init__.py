@@ -14,8 +14,8 @@ from inlay.measure.footprint import Footprint, describe_quantized, footprint
 if TYPE_CHECKING:
     from inlay.measure.costs import cost
     from inlay.measure.energy import Energy, measure_energy
-    from inlay.measure.macs import count_macs
-    from inlay.measure.memory import MemoryPlan, describe_memory, measure_peak, plan_memory
+    from inlay.measure.macs import count_macs, count_macs_by_module
+    from inlay.measure.memory import MemoryPlan, describe_memory, measure_forward_peak, measure_peak, plan_memory
     from inlay.measure.speed import Latency, latency
 
 __all__ = [
@@ -25,17 +25,20 @@ __all__ = [
     "MemoryPlan",
     "cost",
     "count_macs",
+    "count_macs_by_module",
     "describe_memory",
     "describe_quantized",
     "footprint",
     "latency",
     "measure_energy",
+    "measure_forward_peak",
     "measure_peak",
     "plan_memory",
 ]
 
 _MODULE_OF = {
     "count_macs": "macs",
+    "count_macs_by_module": "macs",
     "Latency": "speed",
     "latency": "speed",
     "cost": "costs",
@@ -43,6 +46,7 @@ _MODULE_OF = {
     "measure_energy": "energy",
     "MemoryPlan": "memory",
     "describe_memory": "memory",
+    "measure_forward_peak": "memory",
     "measure_peak": "memory",
     "plan_memory": "memory",
 }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 
 from torch import Tensor, nn
@@ -17,11 +17,9 @@ from inlay.measure.macs import count_macs
 from inlay.measure.speed import Latency, latency
 from inlay.methods._peft import PeftModel, acts_as_saved, base_modules, base_with_own_head
 
-State = Callable[[], AbstractContextManager[None]]
-_TURNS, _PASSES = (
-    6,
-    5,
-)  # turns, the first of which is a warm-up, and passes per turn: 25 passes are counted in each state
+State = Callable[[], AbstractContextManager[nn.Module]]  # yields the model as it is in that state
+# Turns, the first of which is a warm-up, and passes per turn: 25 passes are counted in each state.
+_TURNS, _PASSES = 6, 5
 _BUDGET_S = 2.0  # for all turns; one turn is always taken
 
 
@@ -46,28 +44,28 @@ def cost(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int | float |
         "weights_mb": round(size.bytes_total / 1e6, 4),
         "trainable_mb": round(size.bytes_trainable / 1e6, 4),
     }
-    states: dict[str, State] = {"": nullcontext}
+    states: dict[str, State] = {"": partial(nullcontext, model)}
     macs: dict[str, int] = {}
     with suppress(Unsupported):  # control flow that depends on values, such as the sizes that SigLIP 2 NaFlex takes
         macs[""] = count_macs(model, inputs)
     if macs and isinstance(model, PeftModel) and acts_as_saved(model):
-        own = _find_adapter_parameters(model)
+        own = find_adapter_parameters(model)
         rows["base_parameters"] = size.parameters - sum(map(true_size, own))
         rows["base_weights_mb"] = round((size.bytes_total - sum(parameter.nbytes for parameter in own)) / 1e6, 4)
         try:
             with base_with_own_head(model):
                 macs["base_"] = count_macs(model, inputs)
-            states["base_"] = partial(base_with_own_head, model)
+            states["base_"] = partial(without_adapter, model)
         except InlayError:  # the base cannot compute such inputs without its adapter
             pass
-    times = _time_states(model, inputs, states)
+    times = time_by_turns(states, inputs)
     medians = {name: [time.median_ms for time in turns] for name, turns in times.items()}
     for name, state in states.items():
         if name in macs:
             rows[f"{name}mmacs"] = round(macs[name] / 1e6, 3)
         rows[f"{name}latency_ms"] = round(statistics.median(medians[name]), 3)
-        with state():
-            energy = measure_energy(model, inputs, warmup=0)
+        with state() as current:
+            energy = measure_energy(current, inputs, warmup=0)
         if energy.joules is not None:
             rows[f"{name}energy_j"] = float(f"{energy.joules:.4g}")
         rows.setdefault("energy_source", str(energy))
@@ -76,19 +74,29 @@ def cost(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int | float |
     return {**rows, "device": times[""][0].device, "threads": times[""][0].threads}
 
 
-def _find_adapter_parameters(model: PeftModel) -> list[nn.Parameter]:
+def find_adapter_parameters(model: PeftModel) -> list[nn.Parameter]:
     """All parameters that do not belong to the base, including those of inactive adapters."""
     base = {id(p) for _, module in base_modules(model, originals=True) for p in module._parameters.values()}
     return [parameter for parameter in model.parameters() if id(parameter) not in base]
 
 
-def _time_states(model: nn.Module, inputs: dict[str, Tensor], states: dict[str, State]) -> dict[str, list[Latency]]:
-    """Measure latencies in all states by turns. The first turn is a warm-up, unless there is no second one."""
+@contextmanager
+def without_adapter(model: PeftModel) -> Iterator[nn.Module]:
+    """The State of a base with its own head."""
+    with base_with_own_head(model):
+        yield model
+
+
+def time_by_turns(states: Mapping[str, State], inputs: dict[str, Tensor]) -> dict[str, list[Latency]]:
+    """Latencies of a model in several states, measured by turns, so that other load on the machine affects all.
+
+    The first turn is a warm-up, unless there is no second one.
+    """
     found: dict[str, list[Latency]] = {name: [] for name in states}
     deadline, share = time.perf_counter() + _BUDGET_S, _BUDGET_S / (_TURNS * len(states))
     for _ in range(_TURNS):
         for name, state in states.items():
-            with state():
+            with state() as model:
                 found[name].append(latency(model, inputs, repeats=_PASSES, warmup=1, budget_s=share))
         if time.perf_counter() > deadline:
             break

@@ -33,22 +33,61 @@ def count_macs(model: nn.Module, inputs: dict[str, Tensor]) -> int:
     Source: `torch.utils.flop_counter.FlopCounterMode`, halved, because it counts two operations for each
     multiply-accumulate.
     """
+    return sum(count_macs_by_module(model, inputs).values())
+
+
+def count_macs_by_module(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
+    """The multiply-accumulates of `count_macs`, by the module that computes them.
+
+    Args:
+        model: As for `count_macs`, and so the inputs and what is raised.
+
+    Returns:
+        Names as in `named_modules`, in its order, "" for the model itself; each with what is computed in its own
+        forward and in none of the modules that this calls, so that the numbers add up to the whole.
+    """
     on_meta = _copy_to_meta(model).eval()
     for module in on_meta.modules():
         # This check of transformers would read the first tokens.
         module.warn_if_padding_and_no_attention_mask = lambda *_: None
     counter = FlopCounterMode(display=False)
+    flops = _count_own_flops(on_meta, counter)
     try:
         with counter, torch.no_grad():
             on_meta(**{name: _to_meta(value) for name, value in inputs.items()})
-    except RuntimeError as error:  # and its subclass NotImplementedError
+    except (RuntimeError, ValueError) as error:  # models check the shapes of their inputs
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
         raise Unsupported(
             f"the multiply-accumulates of {type(model).__name__} on {shapes} cannot be counted on torch's meta device "
             f"({str(error).splitlines()[0]}). Leave attention masks out and check the shapes; control flow that "
             "depends on values cannot be counted."
         ) from error
-    return counter.get_total_flops() // 2
+    return {name: count // 2 for name, count in flops.items()}
+
+
+def _count_own_flops(model: nn.Module, counter: FlopCounterMode) -> dict[str, int]:
+    """A table that the next forward pass of the model fills: what `counter` sees inside a call of each module.
+
+    What it sees inside the calls that this module makes is theirs.
+    """
+    own = dict.fromkeys((name for name, _ in model.named_modules()), 0)
+    running: list[tuple[int, int]] = []  # of the calls around: the count at their start, and that of their own calls
+
+    def start(*_: object) -> None:
+        running.append((counter.get_total_flops(), 0))
+
+    def end(name: str) -> None:
+        before, inner = running.pop()
+        all_inside = counter.get_total_flops() - before
+        own[name] += all_inside - inner
+        if running:
+            around, others = running.pop()
+            running.append((around, others + all_inside))
+
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(start)
+        module.register_forward_hook(lambda *_, name=name: end(name))
+    return own
 
 
 def _copy_to_meta(model: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ from inlay.bases.device import choose_device
 from inlay.errors import BadInput, InlayError, Unsupported
 from inlay.measure.fake_step import LiveBytes, assume_one_text_per_row, fake_model, fake_tensor, silence_fake_tensor_log
 from inlay.measure.footprint import footprint
+from inlay.measure.speed import forward_passes
 from inlay.methods._peft import fills_cache
 from inlay.train.config import TrainConfig
 from inlay.train.evaluation import set_train_mode
@@ -65,14 +66,14 @@ class MemoryPlan:
     def __str__(self) -> str:
         name = {"adamw": "AdamW", "adamw8bit": "8-bit AdamW"}[self.optimizer_name]
         parts = {"base": self.base, "adapter": self.adapter, "gradients": self.gradients, name: self.optimizer}
-        text = " + ".join(f"{part} {_format_bytes(size)}" for part, size in parts.items())
-        text += f" + activations {_format_bytes(self.activations)} (batch {self.batch}) = {_format_bytes(self.peak)}"
+        text = " + ".join(f"{part} {format_bytes(size)}" for part, size in parts.items())
+        text += f" + activations {format_bytes(self.activations)} (batch {self.batch}) = {format_bytes(self.peak)}"
         if self.available is None:
             return f"memory: {text} on {self.device}"
-        return f"memory: {text} of {_format_bytes(self.available)}: {'fits' if self.fits else 'does not fit'}"
+        return f"memory: {text} of {format_bytes(self.available)}: {'fits' if self.fits else 'does not fit'}"
 
 
-def _format_bytes(size: int) -> str:
+def format_bytes(size: int) -> str:
     """A size in words: 1,234,567 is 1.23 MB."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6)):
         if size >= 0.9995 * scale:
@@ -211,10 +212,24 @@ def measure_peak(
         return held + _measure_allocations(step)
 
 
-def _measure_allocations(step: Callable[[], None]) -> int:
+def measure_forward_peak(model: nn.Module, inputs: dict[str, Tensor]) -> int:
+    """Measure the peak bytes of all tensors in a forward pass in eval and inference mode, as `measure_peak` does."""
+    device = _choose_device(model, None)
+    with forward_passes(model, inputs) as run:
+        run()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            run()
+            return torch.cuda.max_memory_allocated(device)
+        held = footprint(model).bytes_total + sum(value.nbytes for value in inputs.values())
+        return held + _measure_allocations(run)
+
+
+def _measure_allocations(step: Callable[[], object]) -> int:
     """Peak bytes of the tensors that a step on a CPU allocates, in addition to those alive before it."""
     from torch.profiler import ProfilerActivity, profile
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library would write that it starts and stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         step()
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from inlay.errors import Unsupported
+from inlay.errors import BadInput, Unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -213,6 +213,27 @@ class Task(ABC):
             length: Tokens of a text.
             added: Tokens that a method puts in front of it.
         """
+
+    def forward_inputs(self, base: Any, rows: int, length: int, size: int | None = None) -> dict[str, Tensor]:
+        """What one forward pass takes, without labels, for measuring what it costs.
+
+        Args:
+            base: The model, which may be on the meta device.
+            rows: Examples.
+            length: Tokens of a text.
+            size: Pixels or voxels a side, where it is not that of the base's config.
+
+        Raises:
+            InlayError: A size for a base that takes no pixels by their side.
+        """
+        batch, _ = self.planned_batch(base, rows, length, 0)
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        if size is not None:
+            pixels = inputs.get("pixel_values")
+            if pixels is None or pixels.ndim < 4:
+                raise BadInput(f"{type(base).__name__} takes no images of a side that can be chosen; leave size out.")
+            inputs["pixel_values"] = pixels.new_zeros(*pixels.shape[:2], *[size] * (pixels.ndim - 2))
+        return inputs
 
     # Use.
 
