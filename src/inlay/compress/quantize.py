@@ -150,8 +150,7 @@ def _check_arguments(mode: str, max_drop: float, min_agreement: float, examples:
 def choose_modes(mode: str, source: Source) -> list[str]:
     """The names of the modes to probe.
 
-    Of a network for texts, whose inputs have many lengths, auto leaves out the static ones: they were no faster than
-    dynamic ones on transformers.
+    For texts, whose inputs have any length, auto leaves out the static ones.
     """
     if mode in FAMILIES:
         return FAMILIES[mode]

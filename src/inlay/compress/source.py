@@ -10,6 +10,7 @@ from inlay.adapters.hub.fetch import fetch
 from inlay.adapters.load import load_adapter
 from inlay.adapters.summary import describe_method
 from inlay.bases.load import resolve_base
+from inlay.compress.exported import is_exported
 from inlay.errors import BadInput, InlayError, Unsupported
 from inlay.tasks.base import load_base, read_task
 from inlay.tasks.task import Task
@@ -60,6 +61,8 @@ def load_source(name: str | Path, base: str | Path | None = None) -> Source:
             makes another model of its base.
     """
     folder = expand_path(name)
+    if is_exported(folder):
+        raise BadInput(f"{name} is exported already; give the model or the adapter that it was exported from.")
     if not str(name).startswith("builtin:"):
         if not folder.is_dir():
             with suppress(InlayError):  # no adapter on the Hub: then it is a model
