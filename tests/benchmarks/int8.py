@@ -16,6 +16,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def vit_of_size(width: int, heads: int) -> Callable[[Path], Case]:
 
 
 def mobilenet_on_flowers(work: Path) -> Case:
-    """Its head and norms trained on five flowers."""
+    """With an adapter and a head for five flowers."""
     return on_data(load_source(train(str(MOBILENET), str(FLOWERS), work)), str(FLOWERS))
 
 
@@ -109,13 +110,21 @@ TABLE = {"model": "", "accuracy": ".4f", "parameters": ",", "mmacs": ".1f", "lat
 NEEDS = {"MobileNetV2, flowers": MOBILENET, "MobileNetV2, ImageNet": MOBILENET}
 
 
+@dataclass
+class Lora:
+    """What is noted of the training."""
+
+    rank: int = 8
+
+
 def train(base: str, data: str, work: Path) -> Path:
-    """An adapter of norms, biases and a new head, by the recipe of the task."""
+    """An adapter and a new head, as a recipe trains them."""
     task = ImageTask(model=base, dataset=data)
     loaded = task.load(0)
-    model = METHODS["norm"].adapt(task.base(loaded), 0)
-    config = TrainConfig(str(work / "run"), epochs=5, learning_rate=METHODS["norm"].learning_rate, workers=0)
-    result = task.fit(model, loaded, config, METHODS["norm"])
+    lora = METHODS["lora"]
+    model = lora.adapt(task.base(loaded), 8)
+    config = TrainConfig(str(work / "run"), epochs=3, learning_rate=lora.learning_rate, workers=0)
+    result = task.fit(model, loaded, config, Lora())
     metrics = task.report(model, loaded, result).metrics
     return save_adapter(model, work / "adapter", processor=loaded.processor, metrics=metrics)
 

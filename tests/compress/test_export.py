@@ -127,8 +127,8 @@ def test_predict_and_evaluate_take_it_as_they_take_a_model(vit, exported, pictur
     assert "the adapter" not in str(found)
     with pytest.raises(BadInput, match="'digits' is none; leave write out"):
         evaluate(loaded, "builtin:digits", limit=20, write=True)
-    with pytest.raises(BadInput, match="has no groups of labels"):
-        predict(loaded, files, group="digits")
+    with pytest.raises(BadInput, match="'digits' has no group of labels 'even', it has no groups; leave group out"):
+        predict(loaded, files, group="even")
 
 
 def test_the_folder_says_what_it_is(vit, exported):
@@ -218,6 +218,16 @@ def test_the_image_encoder_of_sam_is_a_graph_and_torch_answers_prompts(tmp_path)
         quantize(folder, tmp_path / "int8", calibrate="builtin:scenes")
 
 
+def test_a_combination_keeps_its_groups_of_labels(copied, pictures):
+    edit(copied, groups={"even": {"zero": 0, "two": 2}, "odd": {"one": 1}})
+    loaded, files = load_exported(copied), sorted(map(str, pictures.iterdir()))
+    for found, whole in zip(predict(loaded, files, group="even"), predict(loaded, files, top=10), strict=True):
+        of = dict(zip(whole.labels, whole.probabilities, strict=True))
+        assert dict(zip(found.labels, found.probabilities, strict=True))["two"] == pytest.approx(
+            of["2"] / (of["0"] + of["2"]), abs=1e-5
+        )
+
+
 # ---- what is wrong
 
 
@@ -227,6 +237,7 @@ def test_the_image_encoder_of_sam_is_a_graph_and_torch_answers_prompts(tmp_path)
         ({"format": 99}, Unsupported, "format 99, this inlay reads up to 1"),
         ({"labels": ["0", "1"]}, DamagedFile, "names 2 labels, but its model gives 10 logits"),
         ({"golden": [1.0] * 10}, ComputationFailed, "its golden output differs by"),
+        ({"groups": {"even": {"two": 12}}}, DamagedFile, "no usable 'groups'"),
         ({"runtime": "pickle"}, DamagedFile, "no usable 'runtime'"),
         ({"task": "cooking"}, BadInput, "unknown task 'cooking'"),
         ({"files": {"../model.onnx": ""}}, DamagedFile, "has no file '../model.onnx'"),
