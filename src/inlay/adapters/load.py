@@ -36,6 +36,7 @@ from inlay.methods._peft import (
     remove_all_adapters,
     tie_filled_adapter,
 )
+from inlay.tasks.adapter import route_group
 from inlay.tasks.base import load_base
 from inlay.tasks.task import Task
 
@@ -85,13 +86,7 @@ class LoadedAdapter:
         Raises:
             InlayError: There is no such group.
         """
-        if group is None:
-            return self.labels, list(range(len(self.labels)))
-        if group not in self.file.groups:
-            has = f"the groups {', '.join(self.groups)}" if self.groups else "no groups; leave group out"
-            raise BadInput(f"adapter {self.file.name!r} has no group of labels {group!r}, it has {has}.")
-        rows = self.file.groups[group]
-        return list(rows), list(rows.values())
+        return route_group(f"adapter {self.file.name!r}", self.labels, self.file.groups, group)
 
     def merge(self) -> "LoadedAdapter":
         """Fold the adapter into the base's weights: the same outputs without its latency. `unmerge` undoes it.

@@ -61,7 +61,7 @@ def describe_conditions(probe: dict[str, Any]) -> str:
     return (
         f"Measured on {probe['cpu']} with threads: {probe['threads']}, one input at a time, by turns: the median, and "
         f"the range of the middle 80 % of {probe['repeats']} runs. Agreement with float32 and accuracy are those of "
-        f"{probe['compared']:,} held-out answers on {_last(probe['data'])}; {probe['calibrated']:,} other examples "
+        f"{probe['compared']:,} held-out examples of {_last(probe['data'])}; {probe['calibrated']:,} other examples "
         f"calibrated. Accuracy may drop by at most {probe['max_drop']:g}, and agreement may be no less than "
         f"{probe['min_agreement']:g}."
     )

@@ -136,6 +136,7 @@ def write_export(
             "task": task.name,
             "source": source.origin,
             "labels": source.labels,
+            "groups": source.groups,
             "preprocessing": task.processor_settings(source.processor),
             "mode": mode,
             "runtime": "onnxruntime" if files else "torch",

@@ -25,6 +25,7 @@ _FIELDS: dict[str, type] = {
     "task": str,
     "source": dict,
     "labels": list,
+    "groups": dict,
     "preprocessing": dict,
     "mode": str,
     "runtime": str,
@@ -53,6 +54,11 @@ class ExportedFile:
     def name(self) -> str:
         """The folder's."""
         return self.folder.resolve().name
+
+    @property
+    def groups(self) -> dict[str, dict[str, int]]:
+        """Of labels, in a combination of classifiers, as in `AdapterFile.groups`."""
+        return dict(self.record["groups"])
 
     @property
     def bytes(self) -> int:
@@ -111,8 +117,15 @@ def _read_record(path: Path) -> dict[str, Any]:
     wrong = [k for k, kind in _FIELDS.items() if not isinstance(record, dict) or type(record.get(k)) is not kind]
     if not wrong:
         wrong += ["labels"] * (not all(isinstance(label, str) for label in record["labels"]))
+        wrong += ["groups"] * (not _are_groups(record["groups"], len(record["labels"])))
         wrong += ["golden"] * (not all(type(value) in (int, float) for value in record["golden"]))
         wrong += ["runtime"] * (record["runtime"] not in RUNTIMES)
     if wrong:
         raise DamagedFile(f"{path} has no usable {wrong[0]!r}; export it again.")
     return dict(record)
+
+
+def _are_groups(groups: dict[str, Any], labels: int) -> bool:
+    """Whether each group names classes with the numbers of their logits."""
+    numbers = [i for rows in groups.values() for i in (rows.values() if isinstance(rows, dict) and rows else [None])]
+    return all(type(i) is int and 0 <= i < labels for i in numbers)

@@ -58,9 +58,12 @@ def prepare_graph(graph: Path, folder: Path) -> Path:
     """Write a graph with shapes worked out and constants folded, as the quantiser needs it; returns its path."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    prepared = folder / GRAPH
+    prepared, large = folder / GRAPH, _is_large(graph)
     with _quiet():
-        quant_pre_process(str(graph), str(prepared), save_as_external_data=_is_large(graph))
+        try:
+            quant_pre_process(str(graph), str(prepared), save_as_external_data=large)
+        except Exception:  # "Incomplete symbolic shape inference": it does not know all operators of a language model
+            quant_pre_process(str(graph), str(prepared), skip_symbolic_shape=True, save_as_external_data=large)
     return prepared
 
 

@@ -13,7 +13,8 @@ from inlay.bases.load import explain_load_error, load_structure, read_config
 from inlay.compress.exported import ExportedFile, read_exported
 from inlay.compress.graph import GRAPH, Graph, GraphModel, GraphModule
 from inlay.compress.torch_modes import load_in_torch
-from inlay.errors import BadInput, ComputationFailed, DamagedFile
+from inlay.errors import ComputationFailed, DamagedFile
+from inlay.tasks.adapter import route_group
 from inlay.tasks.task import Task
 
 REST = "model.safetensors"  # of what the graph does not compute, or of all where there is no graph
@@ -55,14 +56,12 @@ class ExportedModel:
         return dict(self.file.record["training"])
 
     def route(self, group: str | None) -> tuple[list[str], list[int]]:
-        """All class names, and which logits stand for them.
+        """Class names of one group of a combination, and which logits stand for them; None: all classes.
 
         Raises:
-            InlayError: A group was asked for, which only a combination of adapters has.
+            InlayError: There is no such group.
         """
-        if group is not None:
-            raise BadInput(f"{self.name!r} is an exported model and has no groups of labels; leave group out.")
-        return self.labels, list(range(len(self.labels)))
+        return route_group(f"the exported model {self.name!r}", self.labels, self.file.groups, group)
 
 
 def load_exported(folder: str | Path) -> ExportedModel:

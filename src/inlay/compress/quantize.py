@@ -106,9 +106,9 @@ def quantize(
         )
     calibration = load_batches(loaded, str(calibrate), examples, seed, held_out=False)
     held_out = load_batches(loaded, str(calibrate), compare, seed, held_out=True)
-    rows = _split_rows(loaded, calibration)[: count_calibrated(examples)]
+    rows = split_rows(loaded, calibration)[: count_calibrated(examples)]
     with tempfile.TemporaryDirectory() as work:
-        workshop = _Workshop(loaded, Path(work), rows)
+        workshop = Workshop(loaded, Path(work), rows)
         models, failed = workshop.make_modes(choose_modes(mode, loaded))
         table = measure_modes(loaded, models, held_out)
         for row in table:
@@ -150,8 +150,7 @@ def _check_arguments(mode: str, max_drop: float, min_agreement: float, examples:
 def choose_modes(mode: str, source: Source) -> list[str]:
     """The names of the modes to probe.
 
-    Of a network for texts, whose inputs have many lengths, auto leaves out the static ones: they were no faster than
-    dynamic ones on transformers.
+    For texts, whose inputs have any length, auto leaves out the static ones.
     """
     if mode in FAMILIES:
         return FAMILIES[mode]
@@ -183,7 +182,7 @@ def load_batches(source: Source, data: str, count: int, seed: int, *, held_out: 
     return [labelled.collate(items[i : i + labelled.rows]) for i in range(0, len(items), labelled.rows)]
 
 
-def _split_rows(source: Source, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+def split_rows(source: Source, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """Inputs of one row each, as the graph takes them."""
     return [
         {name: value[i : i + 1] for name, value in batch.items() if name != "labels"}
@@ -192,7 +191,7 @@ def _split_rows(source: Source, batches: list[dict[str, Tensor]]) -> list[dict[s
     ]
 
 
-class _Workshop:
+class Workshop:
     """A folder in which each mode is made, in a folder of its own.
 
     Args:

@@ -10,7 +10,9 @@ from inlay.adapters.hub.fetch import fetch
 from inlay.adapters.load import load_adapter
 from inlay.adapters.summary import describe_method
 from inlay.bases.load import resolve_base
+from inlay.compress.exported import is_exported
 from inlay.errors import BadInput, InlayError, Unsupported
+from inlay.tasks.adapter import route_group
 from inlay.tasks.base import load_base, read_task
 from inlay.tasks.task import Task
 
@@ -27,6 +29,7 @@ class Source:
         labels: Class names in the order of the logits; none for what has no classes.
         origin: Where it is from: its name, and of an adapter its base, its method and the digest of its file.
         metrics: What the adapter's metrics.json says; empty for a model.
+        groups: Of labels, in a combination of classifiers, as in `AdapterFile.groups`.
     """
 
     name: str
@@ -36,16 +39,15 @@ class Source:
     labels: list[str]
     origin: dict[str, Any]
     metrics: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def route(self, group: str | None) -> tuple[list[str], list[int]]:
-        """All class names, and which logits stand for them.
+        """Class names of one group of a combination, and which logits stand for them; None: all classes.
 
         Raises:
-            InlayError: A group was asked for, which only a combination of adapters has.
+            InlayError: There is no such group.
         """
-        if group is not None:
-            raise BadInput(f"{self.name!r} has no groups of labels; leave group out.")
-        return self.labels, list(range(len(self.labels)))
+        return route_group(f"{self.name!r}", self.labels, self.groups, group)
 
 
 def load_source(name: str | Path, base: str | Path | None = None) -> Source:
@@ -60,6 +62,8 @@ def load_source(name: str | Path, base: str | Path | None = None) -> Source:
             makes another model of its base.
     """
     folder = expand_path(name)
+    if is_exported(folder):
+        raise BadInput(f"{name} is exported already; give the model or the adapter that it was exported from.")
     if not str(name).startswith("builtin:"):
         if not folder.is_dir():
             with suppress(InlayError):  # no adapter on the Hub: then it is a model
@@ -92,7 +96,7 @@ def _load_adapter(folder: Path, base: str | Path | None) -> Source:
         "digest": file.digest,
     }
     labels = loaded.labels if loaded.task.classifies else []
-    return Source(loaded.name, model, loaded.task, loaded.processor, labels, origin, file.metrics)
+    return Source(loaded.name, model, loaded.task, loaded.processor, labels, origin, file.metrics, file.groups)
 
 
 def _load_model(name: str) -> Source:

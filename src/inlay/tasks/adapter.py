@@ -1,5 +1,6 @@
 """What a task asks of an adapter on its base: `LoadedAdapter` of inlay.adapters has it."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,28 @@ class Adapter(Protocol):
 
     def route(self, group: str | None) -> tuple[list[str], list[int]]:
         """Class names of one group of a combination, and which logits stand for them; None: all classes."""
+
+
+def route_group(
+    name: str, labels: list[str], groups: Mapping[str, Mapping[str, int]], group: str | None
+) -> tuple[list[str], list[int]]:
+    """Class names of one group of labels, and which logits stand for them; None: all classes.
+
+    Args:
+        name: What has the labels, for the message.
+        labels: All, in the order of the logits.
+        groups: Of a combination of classifiers, by the adapter that they are from.
+        group: Which one.
+
+    Raises:
+        InlayError: There is no such group.
+    """
+    if group is None:
+        return labels, list(range(len(labels)))
+    if group not in groups:
+        has = f"the groups {', '.join(groups)}" if groups else "no groups; leave group out"
+        raise BadInput(f"{name} has no group of labels {group!r}, it has {has}.")
+    return list(groups[group]), list(groups[group].values())
 
 
 def check_task(adapter: Adapter, name: str) -> None:
