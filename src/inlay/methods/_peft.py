@@ -23,6 +23,7 @@ from peft.utils.other import (
     set_additional_trainable_modules,
 )
 
+from inlay.bases.sites import uses_weight_linearly
 from inlay.errors import InlayError, Unsupported
 
 # What peft documents as its API is imported from peft; these are not, and may move with any release of it.
@@ -239,6 +240,11 @@ def merge_keeping_weights(model: PeftModel) -> tuple[torch.nn.Module, Callable[[
     Raises:
         InlayError: An adapter that no weight can stand for; the model is then as it was.
     """
+    if strange := find_changed_weights(model):
+        raise Unsupported(
+            f"{strange[0]} makes another weight of its own before it computes, so that an adapter next to it is no "
+            "update of that weight; use it unmerged, or train lora-conv, which changes the weight itself."
+        )
     restore = _remember_model(model)
     try:
         _merge_new_tokens_below_adapters(model)
@@ -266,6 +272,17 @@ def merge_keeping_weights(model: PeftModel) -> tuple[torch.nn.Module, Callable[[
         return model if device == next(model.parameters()).device else model.to(device)
 
     return merged, unmerge
+
+
+def find_changed_weights(model: PeftModel) -> list[str]:
+    """Modules with an adapter of peft around them that do not compute with their weight as it is: BiT's convolutions.
+
+    An adapter works there, but is no update of the weight, as peft makes its factors by the class of the module.
+    """
+    base = model.get_base_model()
+    layers = [(name, m) for name, m in base.named_modules() if type(m).__module__.startswith("peft.tuners.")]
+    wrapped = [(name, m.get_base_layer()) for name, m in layers if isinstance(m, BaseTunerLayer)]
+    return [name for name, module in wrapped if not uses_weight_linearly(module)]
 
 
 def _remember_model(model: PeftModel) -> Callable[[], None]:

@@ -31,7 +31,7 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
-from inlay.bases.sites import Sites, is_linear, linear_shape
+from inlay.bases.sites import Sites, is_linear, linear_shape, uses_weight_linearly
 from inlay.errors import BadInput
 from inlay.methods._peft import PeftType, register_method
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
@@ -246,6 +246,10 @@ class BottleneckLayer(AdapterLayer):
         base = self.get_base_layer()
         if not isinstance(base, nn.Linear | nn.Conv2d | Conv1D) or not base.weight.is_floating_point():
             return f"cannot merge into a {type(base).__name__}; load the base in float32, float16 or bfloat16."
+        if not uses_weight_linearly(base):
+            return (
+                f"a {type(base).__name__} makes another weight of its own, into which nothing merges; use it unmerged."
+            )
         return None
 
     def merged_values(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
