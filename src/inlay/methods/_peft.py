@@ -12,8 +12,9 @@ import torch
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM, PeftModelForSequenceClassification, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, get_peft_config
 from peft.tuners.ia3 import IA3Layer
+from peft.tuners.ia3.layer import _ConvNd as IA3Convolution
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import _ConvNd
+from peft.tuners.lora.layer import _ConvNd as LoraConvolution
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import get_peft_model_state_dict, merge_utils, register_peft_method, set_peft_model_state_dict
 from peft.utils.other import (
@@ -48,9 +49,10 @@ _MIRRORED = ("stride", "kernel_size", "dilation", "padding", "groups", "in_chann
 
 def mirror_convolutions() -> None:
     """Let peft's wrapped convolutions answer for the geometry of the convolution inside, once per process."""
-    for name in _MIRRORED:
-        if name not in vars(_ConvNd):
-            setattr(_ConvNd, name, property(_of_base_layer(name)))
+    for wrapper in (LoraConvolution, IA3Convolution):
+        for name in _MIRRORED:
+            if name not in vars(wrapper):
+                setattr(wrapper, name, property(_of_base_layer(name)))
 
 
 def _of_base_layer(name: str) -> Callable[[BaseTunerLayer], Any]:
@@ -250,20 +252,19 @@ def merge_keeping_weights(model: PeftModel) -> tuple[torch.nn.Module, Callable[[
         _merge_new_tokens_below_adapters(model)
         ties = _untie_adapted_weights(model)
         model.base_model.merge_adapter(safe_merge=True)  # all, before the first wrapper is taken out
-    except Exception as error:  # peft's layers say it in many ways
+        for (first, name), *others in ties:
+            for module, leaf in others:
+                module._parameters[leaf] = first._parameters[name]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All adapters are already merged")
+            warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
+            merged = model.merge_and_unload(safe_merge=True)
+    except Exception as error:  # peft's layers say it in many ways; its (IA)³ fails on a head that is a Sequential
         restore()
         if isinstance(error, InlayError):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise Unsupported(f"this adapter cannot be merged ({reason}); use it unmerged.") from error
-    for (first, name), *others in ties:
-        for module, leaf in others:
-            module._parameters[leaf] = first._parameters[name]
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "All adapters are already merged")
-        warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
-        merged = model.merge_and_unload(safe_merge=True)
     _record_untied_embeddings(merged)
 
     def unmerge() -> PeftModel:

@@ -144,7 +144,7 @@ class BottleneckLayer(AdapterLayer):
                 f"a parallel bottleneck needs a module with as many features in as out, got {size} and {self.size} in "
                 f'{key}; name one that holds the whole sublayer, or use placement="serial".'
             )
-        if config.placement == "post" and _ends_in_convolution(self.get_base_layer()):
+        if config.placement == "post" and _is_convolutional(self.get_base_layer()):
             raise BadInput(
                 f'placement="post" needs blocks of tokens, and {key} is one of a convolutional network; use "serial".'
             )
@@ -286,11 +286,13 @@ def _output_size(module: nn.Module) -> int:
     )
 
 
-def _ends_in_convolution(module: nn.Module) -> bool:
-    """True where what a module gives is (B, d, H, W), as the last layer in it that mixes features is a convolution."""
-    kinds = (nn.Linear, Conv1D, nn.Conv2d)
-    last = next((inner for inner in reversed(list(module.modules())) if isinstance(inner, kinds)), None)
-    return isinstance(last, nn.Conv2d)
+def _is_convolutional(block: nn.Module) -> bool:
+    """True where a block takes and gives (B, d, H, W), as its first or last layer is a convolution (ConvNeXt, ResNet).
+
+    One in the middle says nothing: it may reduce the keys of an attention (PVT).
+    """
+    layers = [inner for inner in block.modules() if isinstance(inner, nn.Linear | Conv1D | nn.Conv2d)]
+    return bool(layers) and (isinstance(layers[0], nn.Conv2d) or isinstance(layers[-1], nn.Conv2d))
 
 
 def _input_size(module: nn.Module) -> int | None:
