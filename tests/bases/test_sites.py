@@ -23,7 +23,6 @@ from inlay.bases.sites import (
     head_modules,
     is_linear,
     is_norm,
-    is_pointwise,
     lora_targets,
     sites,
     uses_weight_linearly,
@@ -384,6 +383,13 @@ CONVOLUTIONAL_SITES = {
         3, "encoder.stages.0.blocks.0.aggregation.0.convolution", "encoder.stages.0.blocks.0.aggregation.1.convolution",
         22, "embedder", ["fc"],
     ),
+    "SqueezeNet": (2, "blocks.0.squeeze", "blocks.0.expand1x1", 0, "stem", ["classifier"]),
+    "ShuffleNetV1": (
+        3, "blocks.0.reduce_1x1.convolution", "blocks.0.expand_1x1.convolution", 10, "stem", ["classifier"]
+    ),
+    "ShuffleNetV2": (
+        3, "blocks.0.first_1x1.convolution", "blocks.0.last_1x1.convolution", 15, "stem", ["classifier"]
+    ),
     "Bit": (3, "encoder.stages.0.layers.0.conv1", "encoder.stages.0.layers.0.conv3", 10, "embedder", ["classifier"]),
 }  # fmt: skip
 
@@ -401,8 +407,9 @@ def test_a_convolutional_network_has_blocks_norms_a_stem_and_a_head(family):
     assert all(is_norm(model.get_submodule(name)) for name in found.norms)
     for name in (*found.mlp_in, *found.mlp_out):
         layer = model.get_submodule(name)
-        assert is_linear(layer) or is_pointwise(layer)
+        assert is_linear(layer) or layer.kernel_size == (1, 1)
     inner = [model.get_submodule(name).weight.shape[1] for name in found.mlp_out]
+    inner = [n * getattr(model.get_submodule(name), "groups", 1) for n, name in zip(inner, found.mlp_out, strict=True)]
     outer = [model.get_submodule(name).weight.shape[0] for name in found.mlp_in]
     assert not mlp_in or inner[-len(outer) :] == outer
 
@@ -453,7 +460,7 @@ def test_a_convolutional_network_without_a_row_is_read_by_structure():
 
 def test_the_table_is_tested_whole():
     listed = {getattr(hf, name).config_class.model_type for name in LISTED}
-    assert listed | {getattr(hf, f"{name}Config").model_type for name in CONVOLUTIONAL} == set(SITES)
+    assert listed | {build_network(name).config.model_type for name in CONVOLUTIONAL} == set(SITES)
     assert set(CONVOLUTIONAL_SITES) == set(CONVOLUTIONAL)
 
 

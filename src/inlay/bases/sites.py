@@ -221,6 +221,13 @@ SITES = {
         blocks="encoder.stages.*.blocks.*", embeddings="embedder",
         mlp_in="aggregation.0.convolution", mlp_out="aggregation.1.convolution",
     ),
+    "squeezenet": Row(blocks="blocks.*", embeddings="stem", mlp_in="squeeze", mlp_out="expand1x1"),
+    "shufflenet_v1": Row(
+        blocks="blocks.*", embeddings="stem", mlp_in="reduce_1x1.convolution", mlp_out="expand_1x1.convolution"
+    ),
+    "shufflenet_v2": Row(
+        blocks="blocks.*", embeddings="stem", mlp_in="first_1x1.convolution", mlp_out="last_1x1.convolution"
+    ),
 }  # fmt: skip
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -338,7 +345,7 @@ def _places(row: Row, modules: Modules) -> dict[str, list[str]] | None:
         if not blocks or (row.attention and wanted and len(found) < len(blocks)):
             return None
         places[field] = [
-            each for each in found if not isinstance(modules[each], nn.Conv2d) or is_pointwise(modules[each])
+            each for each in found if not isinstance(modules[each], nn.Conv2d) or modules[each].kernel_size == (1, 1)
         ]
     places["norms"] = _norms(modules)
     places["embeddings"] = [name for name in row.embeddings.split() if name in modules]

@@ -246,6 +246,8 @@ class BottleneckLayer(AdapterLayer):
         base = self.get_base_layer()
         if not isinstance(base, nn.Linear | nn.Conv2d | Conv1D) or not base.weight.is_floating_point():
             return f"cannot merge into a {type(base).__name__}; load the base in float32, float16 or bfloat16."
+        if getattr(base, "groups", 1) > 1:
+            return "a bottleneck mixes the channels that a convolution keeps apart in groups; use it unmerged."
         if not uses_weight_linearly(base):
             return (
                 f"a {type(base).__name__} makes another weight of its own, into which nothing merges; use it unmerged."
