@@ -4,6 +4,8 @@ import torch
 import transformers as hf
 from torch import nn
 
+from inlay.bases.networks import configs, models  # noqa: F401  # models registers itself with the auto classes
+
 STAGES = {"hidden_sizes": [8, 16], "depths": [1, 2], "num_stages": 2, "embedding_size": 8, "image_size": 32}
 FAMILIES = {
     "MobileNetV1": {"image_size": 32, "depth_multiplier": 0.25},
@@ -35,6 +37,18 @@ FAMILIES = {
         "stage_light_block": [False, True], "stage_kernel_size": [3, 5],
     },
     "Bit": {**STAGES, "num_groups": 4},
+    "SqueezeNet": {
+        "image_size": 32, "stem_channels": 8, "stem_kernel_size": 3, "squeeze_channels": [4, 4],
+        "expand1x1_channels": [8, 8], "expand3x3_channels": [8, 8], "pool_before": [1],
+    },
+    "ShuffleNetV1": {
+        "image_size": 32, "stem_channels": 8, "stem_pool": False, "groups": 2, "stage_channels": [16, 32],
+        "depths": [2, 1],
+    },
+    "ShuffleNetV2": {
+        "image_size": 32, "stem_channels": 8, "stem_pool": False, "stage_channels": [16, 32], "depths": [2, 1],
+        "last_channels": 16,
+    },
 }  # fmt: skip
 
 
@@ -45,9 +59,10 @@ def build_network(family, labels=5):
     batch: as transformers initialises them, the deep ones answer every image alike, and would hide any mistake.
     """
     torch.manual_seed(0)
-    config = getattr(hf, f"{family}Config")(**FAMILIES[family])
-    config.num_labels = labels
-    model = getattr(hf, f"{family}ForImageClassification")(config).requires_grad_(False)
+    kind = getattr(hf, f"{family}Config", None) or getattr(configs, f"{family}Config")
+    config = kind(**FAMILIES[family], num_labels=labels, architectures=[f"{family}ForImageClassification"])
+    model = hf.AutoModelForImageClassification.from_config(config)
+    model.requires_grad_(False)
     for value in model.parameters():
         if value.ndim > 1:
             value.normal_(std=value[0].numel() ** -0.5)

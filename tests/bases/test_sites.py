@@ -9,13 +9,24 @@ import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 
 from convolutional_networks import FAMILIES as CONVOLUTIONAL
 from convolutional_networks import build_network, draw_batch
 from inlay.adapters.load import load_adapter
 from inlay.adapters.save import save_adapter
 from inlay.bases.processors import load_processor
-from inlay.bases.sites import SITES, Sites, head_modules, is_linear, is_norm, is_pointwise, lora_targets, sites
+from inlay.bases.sites import (
+    SITES,
+    Sites,
+    computes_as_torch,
+    head_modules,
+    is_linear,
+    is_norm,
+    lora_targets,
+    sites,
+    uses_weight_linearly,
+)
 from inlay.errors import InlayError
 from inlay.methods import METHODS
 from inlay.tasks.base import load_base
@@ -42,11 +53,11 @@ FAMILIES = {
     "Swinv2": (WINDOWS, {"query", "value"}, 4, 17, ["classifier"]),
     "CLIP": ({"vision_config": VIT, "text_config": TEXT}, QV, 4, 12, ["classifier"]),
     "Siglip": ({"vision_config": VIT, "text_config": TEXT}, QV, 4, 12, ["classifier"]),
-    "ConvNext": ({"image_size": 32, **STAGES}, {"pwconv1", "pwconv2"}, 8, 8, ["classifier"]),
-    "ResNet": ({"embedding_size": 8, **STAGES}, {"convolution"}, 11, 11, ["classifier"]),
+    "ConvNext": ({"image_size": 32, **STAGES}, {"pwconv1", "pwconv2", "1"}, 11, 11, ["classifier"]),
+    "ResNet": ({"embedding_size": 8, **STAGES}, {"convolution"}, 15, 15, ["classifier"]),
     "MobileNetV1": ({"image_size": 32, "depth_multiplier": 0.25}, {"convolution"}, 13, 13, ["classifier"]),
     "MobileNetV2": ({"image_size": 32, "depth_multiplier": 0.35}, {"convolution"}, 34, 34, ["classifier"]),
-    "PoolFormer": ({**STAGES, "num_channels": 3}, {"conv1", "conv2"}, 8, 8, ["classifier"]),
+    "PoolFormer": ({**STAGES, "num_channels": 3}, {"conv1", "conv2", "projection"}, 11, 11, ["classifier"]),
     "Pvt": (PVT, {"query", "value"}, 8, 24, ["classifier"]),
 }
 
@@ -134,11 +145,43 @@ class Net(nn.Module):
             self.add_module(name, head)
 
 
-def test_grouped_and_wide_convolutions_and_the_head_are_left_alone():
-    body = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1, groups=8), nn.Conv2d(8, 8, 3), nn.Linear(8, 8))
-    model = Net(body, head=nn.Linear(8, 2), drop=nn.Dropout())
-    assert lora_targets(model) == lora_targets(model, "attention") == ["body.0", "body.3"]
+def test_lora_leaves_out_grouped_convolutions_the_head_and_wide_ones_next_to_attention():
+    layers = [nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1, groups=8), nn.Conv2d(8, 8, 3), nn.Linear(8, 8)]
+    model = Net(nn.Sequential(*layers), head=nn.Linear(8, 2), drop=nn.Dropout())
+    assert lora_targets(model) == lora_targets(model, "attention") == ["body.0", "body.2", "body.3"]
     assert head_modules(model) == ["head"]
+    model.body.append(Block())
+    attention = ["body.4.attn.qkv", "body.4.attn.proj", "body.4.mlp.0", "body.4.mlp.2"]
+    assert lora_targets(model) == ["body.0", "body.3", *attention]
+
+
+def pad_in_front(layer, x):
+    return nn.functional.conv2d(nn.functional.pad(x, (1, 0, 1, 0)), layer.weight, layer.bias)
+
+
+@pytest.mark.parametrize(
+    ("make", "linearly", "as_torch"),
+    [
+        (lambda: nn.Conv2d(4, 6, 3, 2, padding=1, groups=2), True, True),
+        (lambda: nn.Linear(4, 6), True, True),
+        (lambda: type("Padded", (nn.Conv2d,), {"forward": pad_in_front})(4, 6, 3), True, False),
+        (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), True, False),
+        (lambda: WeightStandardizedConv2d(4, 8, 3, stride=2, padding="SAME"), False, False),
+        (lambda: nn.utils.spectral_norm(nn.Conv2d(4, 4, 3)), False, False),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), False, False),
+    ],
+)
+def test_what_a_layer_makes_of_its_weight_is_found_out(make, linearly, as_torch):
+    for device in ("cpu", "meta"):
+        with torch.device(device if linearly or as_torch else "cpu"):
+            layer = make()
+        assert (uses_weight_linearly(layer), computes_as_torch(layer)) == (linearly, as_torch)
+
+
+def test_lora_next_to_standardised_weights_is_refused():
+    model = build_network("Bit")
+    with pytest.raises(InlayError, match=r"of BitForImageClassification make another weight .* use lora-conv"):
+        lora_targets(model)
 
 
 def test_what_cannot_be_told_is_said():
@@ -146,8 +189,8 @@ def test_what_cannot_be_told_is_said():
         head_modules(nn.Linear(2, 2))
     with pytest.raises(InlayError, match=r"its children are 0, 1. Name the head by modules_to_save yourself"):
         head_modules(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
-    with pytest.raises(InlayError, match=r"no linear layer or 1x1 convolution in Net; give target_modules"):
-        lora_targets(Net(nn.Conv2d(3, 3, 3), head=nn.Linear(3, 2)))
+    with pytest.raises(InlayError, match=r"no linear layer or convolution in Net; give target_modules"):
+        lora_targets(Net(nn.Conv2d(3, 3, 3, groups=3), head=nn.Linear(3, 2)))
     with pytest.raises(InlayError, match=r"sites must be all or attention, got 'qv'"):
         lora_targets(Net(nn.Linear(3, 3), head=nn.Linear(3, 2)), "qv")
 
@@ -340,6 +383,13 @@ CONVOLUTIONAL_SITES = {
         3, "encoder.stages.0.blocks.0.aggregation.0.convolution", "encoder.stages.0.blocks.0.aggregation.1.convolution",
         22, "embedder", ["fc"],
     ),
+    "SqueezeNet": (2, "blocks.0.squeeze", "blocks.0.expand1x1", 0, "stem", ["classifier"]),
+    "ShuffleNetV1": (
+        3, "blocks.0.reduce_1x1.convolution", "blocks.0.expand_1x1.convolution", 10, "stem", ["classifier"]
+    ),
+    "ShuffleNetV2": (
+        3, "blocks.0.first_1x1.convolution", "blocks.0.last_1x1.convolution", 15, "stem", ["classifier"]
+    ),
     "Bit": (3, "encoder.stages.0.layers.0.conv1", "encoder.stages.0.layers.0.conv3", 10, "embedder", ["classifier"]),
 }  # fmt: skip
 
@@ -357,8 +407,9 @@ def test_a_convolutional_network_has_blocks_norms_a_stem_and_a_head(family):
     assert all(is_norm(model.get_submodule(name)) for name in found.norms)
     for name in (*found.mlp_in, *found.mlp_out):
         layer = model.get_submodule(name)
-        assert is_linear(layer) or is_pointwise(layer)
+        assert is_linear(layer) or layer.kernel_size == (1, 1)
     inner = [model.get_submodule(name).weight.shape[1] for name in found.mlp_out]
+    inner = [n * getattr(model.get_submodule(name), "groups", 1) for n, name in zip(inner, found.mlp_out, strict=True)]
     outer = [model.get_submodule(name).weight.shape[0] for name in found.mlp_in]
     assert not mlp_in or inner[-len(outer) :] == outer
 
@@ -409,7 +460,7 @@ def test_a_convolutional_network_without_a_row_is_read_by_structure():
 
 def test_the_table_is_tested_whole():
     listed = {getattr(hf, name).config_class.model_type for name in LISTED}
-    assert listed | {getattr(hf, f"{name}Config").model_type for name in CONVOLUTIONAL} == set(SITES)
+    assert listed | {build_network(name).config.model_type for name in CONVOLUTIONAL} == set(SITES)
     assert set(CONVOLUTIONAL_SITES) == set(CONVOLUTIONAL)
 
 

@@ -25,7 +25,14 @@ from inlay.bases.load import find_head, find_size
 from inlay.errors import BadInput, ComputationFailed, Unsupported
 from inlay.files.atomic import write_json, writing
 from inlay.files.tensor_header import sign
-from inlay.methods._peft import PeftModel, acts_as_saved, base_modules, find_tied_modules, set_adapter_values
+from inlay.methods._peft import (
+    PeftModel,
+    acts_as_saved,
+    base_modules,
+    find_changed_weights,
+    find_tied_modules,
+    set_adapter_values,
+)
 from inlay.tasks import task_of_model
 from inlay.tasks.task import Task
 
@@ -150,6 +157,7 @@ def _record(model: PeftModel, processor: Any, task: Task) -> dict[str, Any]:
     task.check_method(model)
     blocks, width = find_size(config)
     norms = sum(is_batch_norm(module) for _, module in base_modules(model, originals=True))
+    changed = find_changed_weights(model)
     return {
         "format": FORMAT,
         "task": task.name,
@@ -167,6 +175,7 @@ def _record(model: PeftModel, processor: Any, task: Task) -> dict[str, Any]:
         "head": find_head(base) if task.classifies else [],
         "preprocessing": task.processor_settings(processor),
         "golden": golden.compute_output(model, processor, task),
+        **({"changed_weights": changed} if changed else {}),
     }
 
 

@@ -221,6 +221,13 @@ SITES = {
         blocks="encoder.stages.*.blocks.*", embeddings="embedder",
         mlp_in="aggregation.0.convolution", mlp_out="aggregation.1.convolution",
     ),
+    "squeezenet": Row(blocks="blocks.*", embeddings="stem", mlp_in="squeeze", mlp_out="expand1x1"),
+    "shufflenet_v1": Row(
+        blocks="blocks.*", embeddings="stem", mlp_in="reduce_1x1.convolution", mlp_out="expand_1x1.convolution"
+    ),
+    "shufflenet_v2": Row(
+        blocks="blocks.*", embeddings="stem", mlp_in="first_1x1.convolution", mlp_out="last_1x1.convolution"
+    ),
 }  # fmt: skip
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -338,7 +345,7 @@ def _places(row: Row, modules: Modules) -> dict[str, list[str]] | None:
         if not blocks or (row.attention and wanted and len(found) < len(blocks)):
             return None
         places[field] = [
-            each for each in found if not isinstance(modules[each], nn.Conv2d) or is_pointwise(modules[each])
+            each for each in found if not isinstance(modules[each], nn.Conv2d) or modules[each].kernel_size == (1, 1)
         ]
     places["norms"] = _norms(modules)
     places["embeddings"] = [name for name in row.embeddings.split() if name in modules]
@@ -530,10 +537,12 @@ def lora_targets(model: nn.Module, sites: Literal["all", "attention"] = "all") -
     Args:
         model: A transformers model; its head, if there is one, is left out. So is what a text does not reach in a
             language model that sees or hears, and what the kernels of a state-space model read as weights.
-        sites: `all` takes every linear layer and every point-wise (1x1, ungrouped) convolution outside the head, as
-            QLoRA does (Dettmers et al. 2023, arXiv:2305.14314); `attention` the query and value projections only (Hu
-            et al. 2021, section 7.1), or all where there is no attention. Grouped convolutions are left out: LoRA on
-            them is larger than they are.
+        sites: `all` takes every linear layer and every 1x1 convolution outside the head, as QLoRA does (Dettmers et al.
+            2023, arXiv:2305.14314), and in a network without attention every larger convolution behind the stem too:
+            there they hold most of the weights (ResNet, SqueezeNet). `attention` takes the query and value projections
+            only (Hu et al. 2021, section 7.1), or all where there is no attention. Convolutions in groups are left out:
+            peft's LoRA on them cannot be merged, and is larger than they are where they are depth-wise. `lora-conv` of
+            METHODS takes them. So are convolutions that make another weight of theirs first (BiT).
 
     Raises:
         InlayError: Nothing of the kind is there.
@@ -552,15 +561,35 @@ def lora_targets(model: nn.Module, sites: Literal["all", "attention"] = "all") -
         found = [name for name, m in inner.items() if name.rpartition(".")[2] in query_value and is_linear(m)]
         if found:
             return found
-    found = [name for name, m in inner.items() if is_linear(m) or is_pointwise(m)]
+    layers = {name: m for name, m in inner.items() if is_linear(m) or (isinstance(m, nn.Conv2d) and m.groups == 1)}
+    if any(True for _ in _attentions(inner)):
+        layers = {name: m for name, m in layers.items() if is_linear(m) or is_pointwise(m)}
+    else:
+        stem = _find_stem(model)
+        layers = {n: m for n, m in layers.items() if is_linear(m) or is_pointwise(m) or not f"{n}.".startswith(stem)}
+    found = [name for name, m in layers.items() if uses_weight_linearly(m)]
+    if layers and not found:
+        raise Unsupported(
+            f"the convolutions of {type(model).__name__} make another weight of theirs before they compute, so that "
+            "LoRA next to them is no update of it; use lora-conv, which changes the weight itself."
+        )
     if not found:
-        raise Unsupported(f"found no linear layer or 1x1 convolution in {type(model).__name__}; give target_modules.")
+        raise Unsupported(f"found no linear layer or convolution in {type(model).__name__}; give target_modules.")
     return found
 
 
 def leaves_read_by_kernels(model: nn.Module) -> set[str]:
     """Last parts of the names of linear layers whose weights the kernels of a state-space model read."""
     return _READ_BY_KERNELS.get(getattr(getattr(model, "config", None), "model_type", ""), set())
+
+
+def _find_stem(model: nn.Module) -> tuple[str, ...]:
+    """Beginnings of the names in what turns an image into the input of the first block, where the blocks are known."""
+    try:
+        names = sites(model).embeddings
+    except Unsupported:
+        return ()
+    return tuple(f"{name}." for name in names)
 
 
 def list_layers(model: nn.Module) -> list[str]:

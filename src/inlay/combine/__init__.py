@@ -196,6 +196,11 @@ def make_sums(sources: Sequence[Source], options: SumOptions) -> dict[str, Sum]:
     """
     kinds = dict.fromkeys(kind for source in sources for kind in source.parts)
     for source in sources:
+        if changed := source.file.record.get("changed_weights"):
+            raise Unsupported(
+                f"adapter {source.name!r} was trained next to modules that make another weight of their own "
+                f"({changed[0]}), so that its tensors are no update and do not add; train lora-conv instead."
+            )
         for kind in source.parts:
             if kind not in SUM_BY_PEFT_TYPE:
                 raise Unsupported(

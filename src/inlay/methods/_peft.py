@@ -12,8 +12,9 @@ import torch
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM, PeftModelForSequenceClassification, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, get_peft_config
 from peft.tuners.ia3 import IA3Layer
+from peft.tuners.ia3.layer import _ConvNd as IA3Convolution
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import _ConvNd
+from peft.tuners.lora.layer import _ConvNd as LoraConvolution
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import get_peft_model_state_dict, merge_utils, register_peft_method, set_peft_model_state_dict
 from peft.utils.other import (
@@ -23,6 +24,7 @@ from peft.utils.other import (
     set_additional_trainable_modules,
 )
 
+from inlay.bases.sites import uses_weight_linearly
 from inlay.errors import InlayError, Unsupported
 
 # What peft documents as its API is imported from peft; these are not, and may move with any release of it.
@@ -47,9 +49,10 @@ _MIRRORED = ("stride", "kernel_size", "dilation", "padding", "groups", "in_chann
 
 def mirror_convolutions() -> None:
     """Let peft's wrapped convolutions answer for the geometry of the convolution inside, once per process."""
-    for name in _MIRRORED:
-        if name not in vars(_ConvNd):
-            setattr(_ConvNd, name, property(_of_base_layer(name)))
+    for wrapper in (LoraConvolution, IA3Convolution):
+        for name in _MIRRORED:
+            if name not in vars(wrapper):
+                setattr(wrapper, name, property(_of_base_layer(name)))
 
 
 def _of_base_layer(name: str) -> Callable[[BaseTunerLayer], Any]:
@@ -239,25 +242,29 @@ def merge_keeping_weights(model: PeftModel) -> tuple[torch.nn.Module, Callable[[
     Raises:
         InlayError: An adapter that no weight can stand for; the model is then as it was.
     """
+    if strange := find_changed_weights(model):
+        raise Unsupported(
+            f"{strange[0]} makes another weight of its own before it computes, so that an adapter next to it is no "
+            "update of that weight; use it unmerged, or train lora-conv, which changes the weight itself."
+        )
     restore = _remember_model(model)
     try:
         _merge_new_tokens_below_adapters(model)
         ties = _untie_adapted_weights(model)
         model.base_model.merge_adapter(safe_merge=True)  # all, before the first wrapper is taken out
-    except Exception as error:  # peft's layers say it in many ways
+        for (first, name), *others in ties:
+            for module, leaf in others:
+                module._parameters[leaf] = first._parameters[name]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All adapters are already merged")
+            warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
+            merged = model.merge_and_unload(safe_merge=True)
+    except Exception as error:  # peft's layers say it in many ways; its (IA)³ fails on a head that is a Sequential
         restore()
         if isinstance(error, InlayError):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise Unsupported(f"this adapter cannot be merged ({reason}); use it unmerged.") from error
-    for (first, name), *others in ties:
-        for module, leaf in others:
-            module._parameters[leaf] = first._parameters[name]
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "All adapters are already merged")
-        warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
-        merged = model.merge_and_unload(safe_merge=True)
     _record_untied_embeddings(merged)
 
     def unmerge() -> PeftModel:
@@ -266,6 +273,17 @@ def merge_keeping_weights(model: PeftModel) -> tuple[torch.nn.Module, Callable[[
         return model if device == next(model.parameters()).device else model.to(device)
 
     return merged, unmerge
+
+
+def find_changed_weights(model: PeftModel) -> list[str]:
+    """Modules with an adapter of peft around them that do not compute with their weight as it is: BiT's convolutions.
+
+    An adapter works there, but is no update of the weight, as peft makes its factors by the class of the module.
+    """
+    base = model.get_base_model()
+    layers = [(name, m) for name, m in base.named_modules() if type(m).__module__.startswith("peft.tuners.")]
+    wrapped = [(name, m.get_base_layer()) for name, m in layers if isinstance(m, BaseTunerLayer)]
+    return [name for name, module in wrapped if not uses_weight_linearly(module)]
 
 
 def _remember_model(model: PeftModel) -> Callable[[], None]:

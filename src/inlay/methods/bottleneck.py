@@ -31,7 +31,7 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
-from inlay.bases.sites import Sites, is_linear, linear_shape
+from inlay.bases.sites import Sites, is_linear, linear_shape, uses_weight_linearly
 from inlay.errors import BadInput
 from inlay.methods._peft import PeftType, register_method
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
@@ -144,7 +144,7 @@ class BottleneckLayer(AdapterLayer):
                 f"a parallel bottleneck needs a module with as many features in as out, got {size} and {self.size} in "
                 f'{key}; name one that holds the whole sublayer, or use placement="serial".'
             )
-        if config.placement == "post" and _ends_in_convolution(self.get_base_layer()):
+        if config.placement == "post" and _is_convolutional(self.get_base_layer()):
             raise BadInput(
                 f'placement="post" needs blocks of tokens, and {key} is one of a convolutional network; use "serial".'
             )
@@ -246,6 +246,12 @@ class BottleneckLayer(AdapterLayer):
         base = self.get_base_layer()
         if not isinstance(base, nn.Linear | nn.Conv2d | Conv1D) or not base.weight.is_floating_point():
             return f"cannot merge into a {type(base).__name__}; load the base in float32, float16 or bfloat16."
+        if getattr(base, "groups", 1) > 1:
+            return "a bottleneck mixes the channels that a convolution keeps apart in groups; use it unmerged."
+        if not uses_weight_linearly(base):
+            return (
+                f"a {type(base).__name__} makes another weight of its own, into which nothing merges; use it unmerged."
+            )
         return None
 
     def merged_values(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -282,11 +288,13 @@ def _output_size(module: nn.Module) -> int:
     )
 
 
-def _ends_in_convolution(module: nn.Module) -> bool:
-    """True where what a module gives is (B, d, H, W), as the last layer in it that mixes features is a convolution."""
-    kinds = (nn.Linear, Conv1D, nn.Conv2d)
-    last = next((inner for inner in reversed(list(module.modules())) if isinstance(inner, kinds)), None)
-    return isinstance(last, nn.Conv2d)
+def _is_convolutional(block: nn.Module) -> bool:
+    """True where a block takes and gives (B, d, H, W), as its first or last layer is a convolution (ConvNeXt, ResNet).
+
+    One in the middle says nothing: it may reduce the keys of an attention (PVT).
+    """
+    layers = [inner for inner in block.modules() if isinstance(inner, nn.Linear | Conv1D | nn.Conv2d)]
+    return bool(layers) and (isinstance(layers[0], nn.Conv2d) or isinstance(layers[-1], nn.Conv2d))
 
 
 def _input_size(module: nn.Module) -> int | None:

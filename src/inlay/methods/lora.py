@@ -7,6 +7,7 @@ from peft import LoraConfig
 from torch import nn
 
 from inlay.bases.sites import is_linear, lora_targets
+from inlay.errors import Unsupported
 from inlay.methods.method import EVERY_BASE, MakeConfig, Method
 from inlay.peft_types import PEFT_TYPES
 
@@ -23,6 +24,8 @@ def _linear_config(init: str | bool) -> MakeConfig:
 
     def config(model: nn.Module, rank: int) -> LoraConfig:
         names = [name for name in lora_targets(model) if is_linear(model.get_submodule(name))]
+        if not names:
+            raise Unsupported(f"PiSSA starts from linear layers, and {type(model).__name__} has none; use lora.")
         return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, init_lora_weights=init)
 
     return config
@@ -31,7 +34,7 @@ def _linear_config(init: str | bool) -> MakeConfig:
 LORA = Method(
     name="lora",
     paper=_PEFT_LORA.paper,
-    attaches="linear layers, 1x1 convolutions",
+    attaches="linear layers, convolutions",
     width="rank r",
     merges=True,
     learning_rate=3e-3,
@@ -41,7 +44,7 @@ LORA = Method(
 RSLORA = Method(
     name="rslora",
     paper=_PEFT_LORA.variants["use_rslora"].paper,
-    attaches="linear layers, 1x1 convolutions",
+    attaches="linear layers, convolutions",
     width="rank r",
     merges=True,
     learning_rate=3e-3,

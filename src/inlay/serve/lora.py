@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from inlay.bases.sites import is_linear, is_pointwise
+from inlay.bases.sites import is_linear, is_pointwise, uses_weight_linearly
 from inlay.errors import Unsupported
 from inlay.methods._peft import LoraLayer
 from inlay.serve.bank_layer import BankLayer, Site, Tensors
@@ -29,6 +29,11 @@ class LoraBank(BankLayer):
     @override
     def make_site(cls, base: nn.Module, name: str, layer: Any, keys: dict[str, str]) -> Site:
         inner, scale = layer.get_base_layer(), float(layer.scaling["default"])
+        if not uses_weight_linearly(inner):
+            raise Unsupported(
+                f"peft makes the factors of a {type(inner).__name__} of its class, so that they are no plain B·A "
+                f"({name}); load this adapter with load_adapter."
+            )
         if not layer.lora_variant and set(keys) <= {"lora_A.weight", "lora_B.weight", "lora_B.bias"}:
             if is_linear(inner) or is_pointwise(inner):
                 return Site(name, LoraBank, keys, scale)

@@ -63,7 +63,7 @@ def _normalised(norm: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 def _holds_vectors(module: nn.Module, leaves: set[str]) -> bool:
     """Whether what is trained of a module can be one vector a row, added to what it gives."""
-    if is_norm(module):
-        return leaves <= {"weight", "bias"}
+    if is_norm(module):  # one with an activation in it (BiT) gives another sum
+        return leaves <= {"weight", "bias"} and not any(True for _ in module.children())
     linear = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or type(module).__name__ == "Conv1D"
     return linear and leaves == {"bias"}
