@@ -49,4 +49,4 @@ def main(method: Ssf, task: ImageTask, train: TrainConfig) -> Path:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Ssf(), ImageTask(), TrainConfig(output_dir="runs/ssf_vit", learning_rate=1e-2))
+    run_recipe(main, Ssf(), ImageTask(), TrainConfig(output_dir="runs/ssf_vit", learning_rate=3e-2))

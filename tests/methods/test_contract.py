@@ -250,7 +250,14 @@ def test_gradient_checkpointing_changes_no_gradient(method, base):
         assert off(gradient, plain[name]) < 1e-5 * (1 + plain[name].abs().max())
 
 
-@pytest.mark.parametrize(("method", "base"), [pair for pair in pairs(OURS) if pair[1] in ("vit", "sam", "gpt2")])
+@pytest.mark.parametrize(
+    ("method", "base"),  # SSF is one layer on all bases, and compiling it takes long, as it is around everything
+    [
+        pair
+        for pair in pairs(OURS)
+        if pair[1] in ("vit", "sam", "gpt2") and pair not in (("ssf", "sam"), ("ssf", "gpt2"))
+    ],
+)
 def test_compiles_without_a_graph_break(method, base):
     model = adapted(method, base)
     torch._dynamo.reset()

@@ -10,7 +10,6 @@ from inlay import (
     ConvAdapterConfig,
     ConvPassConfig,
     InlayError,
-    SsfConfig,
     load_adapter,
     load_base,
     load_processor,
@@ -203,15 +202,7 @@ def next_to_convolutions(model, times):
     return ConvAdapterConfig(width=2 + 3 * times)
 
 
-def behind_blocks(model, times):
-    return ConvAdapterConfig(width=2 + 3 * times, placement="residual_sequential")
-
-
-def scales(model, times):
-    return SsfConfig()
-
-
-@pytest.mark.parametrize("places", [everywhere, in_groups, next_to_convolutions, behind_blocks, scales])
+@pytest.mark.parametrize("places", [everywhere, in_groups, next_to_convolutions])
 def test_convolutions(places, tmp_path):
     torch.manual_seed(0)
     config = MobileNetV2Config(depth_multiplier=0.25, image_size=32, num_labels=3, finegrained_output=False)

@@ -233,7 +233,7 @@ SSF = Method(
     attaches="linear layers, convolutions, norms",
     width="none: a scale and a shift per feature",
     merges=True,
-    learning_rate=1e-2,
+    learning_rate=3e-2,
     config=lambda model, width: SsfConfig(),
     bases=EVERY_BASE,
 )
