@@ -43,6 +43,7 @@ bench: setup ## slow measurements, with their results in tests/benchmarks/result
 		--output_dir runs/compare_all --overwrite
 	cp runs/compare_all/comparison.json tests/benchmarks/results/compare_vit.json
 	$(BIN)/python tests/benchmarks/memory_plan.py
+	$(BIN)/python tests/benchmarks/adapter_latency.py
 	$(BIN)/python tests/benchmarks/stories260k.py
 	$(BIN)/python tests/benchmarks/e2e_gpt2.py
 	$(BIN)/python tests/benchmarks/eight_bit_gpt2.py

@@ -121,6 +121,14 @@ def test_formula_of_squeezenets_head():
     assert count_macs(model, pixels) - count_macs(model.squeezenet, pixels) == expected
 
 
+def test_squeezenets_head_without_its_relu():
+    model = make(TINY[0])
+    pixels = torch.randn(2, 3, 32, 32)
+    assert (model(pixels).logits >= 0).all()
+    model.config.relu_logits = False
+    torch.testing.assert_close(model(pixels).logits, model.classifier(model.squeezenet(pixels).pooler_output))
+
+
 def test_a_depthwise_separable_convolution_takes_that_share():
     full = count_macs(ConvolutionLayer(10, 20, 3), {"hidden_states": torch.empty(1, 10, 8, 8)})
     parts = nn.Sequential(ConvolutionLayer(10, 10, 3, groups=10), ConvolutionLayer(10, 20, 1))
@@ -174,6 +182,15 @@ def test_configs_that_describe_no_network(config: type[PreTrainedConfig], change
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(InlayError, match=problem):
         load_base(tmp_path)
+
+
+def test_unknown_builds():
+    with pytest.raises(InlayError, match=r"unknown version of SqueezeNet '2'; choose one of 1.0, 1.1"):
+        SqueezeNetConfig.from_version("2")
+    with pytest.raises(InlayError, match=r"unknown number of groups 5"):
+        ShuffleNetV1Config.from_groups(5)
+    with pytest.raises(InlayError, match=r"unknown width of ShuffleNet v2 3.0"):
+        ShuffleNetV2Config.from_width(3.0)
 
 
 def test_registered_while_transformers_is_being_imported():

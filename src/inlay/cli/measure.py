@@ -83,7 +83,8 @@ def _print_tables(found: "Measurement") -> None:
             facts.add_row(what, *(row[what] for row in rows))
     console.print(facts)
     if found.device == "meta":
-        console.print("counted from the config; without --no-weights, time, memory and energy are measured too")
+        said = "counted from the config; without --no-weights, time, memory and energy are measured too"
+        console.print(said, soft_wrap=True)
     else:
         where = f"on {found.device}" + (f", {found.threads} threads" if found.device == "cpu" else "")
         console.print(printable(f"{where}; energy: {found.energy_source}"), markup=False, soft_wrap=True)

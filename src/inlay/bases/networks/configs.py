@@ -3,11 +3,14 @@
 transformers reads configs while it is itself being imported, so that nothing here imports its models.
 """
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+
+from inlay.errors import BadInput
 
 # 1.1 has a smaller stem and pools earlier: 2.4 times fewer MACs at the same accuracy (the authors' repository).
 VERSIONS: dict[str, dict[str, Any]] = {
@@ -31,6 +34,11 @@ WIDTHS: dict[float, dict[str, Any]] = {
     1.5: {"stage_channels": [176, 352, 704], "last_channels": 1024},
     2.0: {"stage_channels": [244, 488, 976], "last_channels": 2048},
 }
+
+
+def _check_known(what: str, asked: object, known: Mapping[Any, Any]) -> None:
+    if asked not in known:
+        raise BadInput(f"unknown {what} {asked!r}; choose one of {', '.join(map(str, known))}.")
 
 
 @strict
@@ -68,6 +76,7 @@ class SqueezeNetConfig(PreTrainedConfig):
     @classmethod
     def from_version(cls, version: str, **changes: Any) -> "SqueezeNetConfig":
         """That of VERSIONS, "1.0" or "1.1", with changes."""
+        _check_known("version of SqueezeNet", version, VERSIONS)
         return cls(**{**VERSIONS[version], **changes})
 
     def validate_architecture(self) -> None:
@@ -117,6 +126,7 @@ class ShuffleNetV1Config(PreTrainedConfig):
     @classmethod
     def from_groups(cls, groups: int, **changes: Any) -> "ShuffleNetV1Config":
         """ShuffleNet 1x with that many groups, one of STAGE_CHANNELS, with changes."""
+        _check_known("number of groups", groups, STAGE_CHANNELS)
         return cls(**{"groups": groups, "stage_channels": STAGE_CHANNELS[groups], **changes})
 
     def validate_architecture(self) -> None:
@@ -169,6 +179,7 @@ class ShuffleNetV2Config(PreTrainedConfig):
     @classmethod
     def from_width(cls, width: float, **changes: Any) -> "ShuffleNetV2Config":
         """That of WIDTHS, 0.5, 1.0, 1.5 or 2.0, with changes."""
+        _check_known("width of ShuffleNet v2", width, WIDTHS)
         return cls(**{**WIDTHS[width], **changes})
 
     def validate_architecture(self) -> None:
