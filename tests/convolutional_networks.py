@@ -38,7 +38,7 @@ FAMILIES = {
     },
     "Bit": {**STAGES, "num_groups": 4},
     "SqueezeNet": {
-        "image_size": 32, "stem_channels": 8, "stem_kernel_size": 3, "squeeze_channels": [4, 4],
+        "image_size": 32, "stem_channels": 8, "stem_kernel_size": 3, "squeeze_channels": [4, 4], "relu_logits": False,
         "expand1x1_channels": [8, 8], "expand3x3_channels": [8, 8], "pool_before": [1],
     },
     "ShuffleNetV1": {
@@ -72,6 +72,8 @@ def build_network(family, labels=5):
     for norm in norms:
         norm.momentum = 1.0
     model.train()(**draw_batch(family))
+    for norm in norms:  # of one pixel, some channels hardly vary: they would magnify rounding
+        norm.running_var.clamp_(min=0.5 * float(norm.running_var.mean()))
     return model.eval()
 
 

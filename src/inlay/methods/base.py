@@ -297,7 +297,7 @@ class AdapterTuner(BaseTuner):
                     f"found no module for {type(peft_config).__name__} in {type(self.model).__name__} "
                     f"(model_type {model_config.get('model_type')}); give target_modules."
                 )
-            peft_config.target_modules = _name_only(names, self.model)
+            peft_config.target_modules = name_only(names, self.model)
         return peft_config
 
     def _create_and_replace(
@@ -428,7 +428,7 @@ def others_train_as_before(model: nn.Module) -> Iterator[None]:
         parameter.requires_grad = requires_grad
 
 
-def _name_only(names: list[str], model: nn.Module) -> list[str] | str:
+def name_only(names: list[str], model: nn.Module) -> list[str] | str:
     """What target_modules has to say for these modules: a pattern of whole names where one is the ending of another's.
 
     peft takes a name in a list for all modules that end so: the last `norm` of a PoolFormer for those in its blocks.

@@ -28,7 +28,7 @@ from typing_extensions import override
 from inlay.bases.sites import OTHER_INPUTS, Sites, is_cross, is_norm
 from inlay.errors import BadInput, Unsupported
 from inlay.methods._peft import PeftType, register_method
-from inlay.methods.base import AdapterConfig, AdapterTuner, WeightLayer
+from inlay.methods.base import AdapterConfig, AdapterTuner, WeightLayer, name_only
 from inlay.methods.method import EVERY_BASE, Method
 from inlay.peft_types import PEFT_TYPES
 
@@ -129,11 +129,11 @@ class PartialModel(AdapterTuner):
             return super()._prepare_adapter_config(peft_config, model_config)
         given = [n for n, _ in self.model.named_modules() if n and self._check_target_module_exists(peft_config, n)]
         inside = tuple(f"{name}." for name in given)
-        peft_config.target_modules = self._with_parameters(
-            peft_config, [n for n, _ in self.model.named_modules() if f"{n}.".startswith(inside)]
-        )
-        if not peft_config.target_modules:
+        held = [n for n, _ in self.model.named_modules() if f"{n}.".startswith(inside)]
+        names = self._with_parameters(peft_config, held)
+        if not names:
             raise BadInput(f"no parameter to train in the modules that target_modules names: {given or 'none'}.")
+        peft_config.target_modules = name_only(names, self.model)
         peft_config.layers_to_transform = None  # said by the names from here on
         return peft_config
 
