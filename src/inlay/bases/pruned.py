@@ -232,6 +232,11 @@ def _with_class_of_widths(model: PreTrainedModel) -> PreTrainedModel:
     return made
 
 
+def is_stock(model: PreTrainedModel) -> bool:
+    """True where transformers loads the model without the classes here."""
+    return not isinstance(model, _Narrowed)
+
+
 def _stock_class(model: PreTrainedModel) -> Any:
     """The class of transformers behind that of a model."""
     cls = type(model)
@@ -255,7 +260,7 @@ def even_widths(model: PreTrainedModel, groups: Sequence[Group], share: float) -
     if find_family(model) == "mobilenet_v2":
         ratio = model.config.expand_ratio * share
         return {group.name: min(group.units, _expanded(model, group, ratio)) for group in groups}
-    return {group.name: max(1, int(group.units * share)) for group in groups}
+    return {group.name: max(1, round(group.units * share)) for group in groups}
 
 
 def _expanded(model: PreTrainedModel, group: Group, ratio: float) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from inlay.bases.sites import PRUNED, Sites, sites
 from inlay.errors import BadInput, Unsupported
@@ -211,7 +212,7 @@ def narrow(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
             _set_heads(model.get_submodule(groups[name].attention), len(kept), groups[name].units)
 
 
-def narrowed(model: nn.Module, keep: Mapping[str, Tensor]) -> nn.Module:
+def narrowed(model: PreTrainedModel, keep: Mapping[str, Tensor]) -> PreTrainedModel:
     """A copy of a model with these units only, as `narrow` takes them."""
     made = copy.deepcopy(model)
     narrow(made, keep)

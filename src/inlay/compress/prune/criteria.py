@@ -33,7 +33,7 @@ class Material:
         for part in self.group.made:
             module = self.model.get_submodule(part.module)
             if module.weight.ndim > 1:  # a BatchNorm has no filters
-                weight = module.weight.detach().movedim(weight_axis(module, "out"), 0).flatten(1)
+                weight = module.weight.detach().cpu().movedim(weight_axis(module, "out"), 0).flatten(1)
                 rows.append(weight[part.places].flatten(1))
         return torch.cat(rows, 1).double()
 
@@ -46,8 +46,8 @@ class Criterion:
         score: Of each unit, (U,).
         paper: Its source.
         needs: What has to be known of examples.
-        comparable: Values of different layers mean the same, such as a change of the loss; others are divided by the
-            mean of their layer before layers are compared.
+        comparable: Values of different layers mean the same, a change of the loss, and are weighed against what a unit
+            costs. Others are divided by the mean of their layer before layers are compared.
     """
 
     score: Callable[[Material], Tensor]
@@ -76,7 +76,7 @@ def read_batchnorm_scale(material: Material) -> Tensor:
     for part in reversed(material.group.made):
         module = material.model.get_submodule(part.module)
         if isinstance(module, nn.BatchNorm2d):
-            return module.weight.detach().double().abs()[part.places].sum(1)
+            return module.weight.detach().cpu().double().abs()[part.places].sum(1)
     raise Unsupported(
         f"the units of {material.group.name} have no BatchNorm, whose scale could be read; choose another criterion."
     )
@@ -106,15 +106,14 @@ def estimate_loss_change(material: Material) -> Tensor:
 def choose_by_reconstruction(material: Material) -> Tensor:
     """The error of the readers' outputs when the units are left out one by one, the cheapest next each time.
 
-    The score of a unit is the error, relative to the outputs, once it is left out with all that went before it.
+    The score of a unit is the squared error once it is left out with all that went before it.
     """
-    error, size = 0.0, 0.0
+    error = 0.0
     pairs = torch.zeros(material.group.units, material.group.units, dtype=torch.float64)
     for part in material.group.read:
         reader, seen = material.model.get_submodule(part.module), material.evidence.seen[part.module]
         weight = weight_matrix(reader).double()
         products = seen.gram * (weight.T @ weight)  # F F: what two inputs add to ‖y‖² together
-        size += float(products.sum())
         places = feature_places(reader, part.places)  # U n
         # Σ over the places of both units
         pairs += products[places.flatten()][:, places.flatten()].view(*places.shape, *places.shape).sum((1, 3))
@@ -126,12 +125,7 @@ def choose_by_reconstruction(material: Material) -> Tensor:
         scores[unit] = error
         left[unit] = False
         added += 2 * pairs[unit]
-    return _break_ties(scores / max(abs(size), 1e-30), pairs.diagonal())
-
-
-def _break_ties(scores: Tensor, by: Tensor) -> Tensor:
-    """Scores that tell units apart whose errors are equal, as far as `by` does."""
-    return scores + 1e-12 * by / max(float(by.abs().max()), 1e-30)
+    return scores
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -139,7 +133,7 @@ CRITERIA: dict[str, Criterion] = {
     "l1": Criterion(sum_magnitudes, "Li et al. 2017, arXiv:1608.08710"),
     "l2": Criterion(measure_norm, "Li et al. 2017, arXiv:1608.08710, section 3, with the l2 norm"),
     "batchnorm": Criterion(read_batchnorm_scale, "Liu et al. 2017 (network slimming), arXiv:1708.06519"),
-    "apoz": Criterion(count_positive, "Hu et al. 2016 (APoZ), arXiv:1607.03250", frozenset({"activations"}), True),
+    "apoz": Criterion(count_positive, "Hu et al. 2016 (APoZ), arXiv:1607.03250", frozenset({"activations"})),
     "activation": Criterion(
         weigh_activation, "Sun et al. 2024 (Wanda), arXiv:2306.11695, summed over a unit", frozenset({"activations"})
     ),
@@ -147,7 +141,7 @@ CRITERIA: dict[str, Criterion] = {
         estimate_loss_change, "Molchanov et al. 2019, arXiv:1906.10771", frozenset({"gradients"}), comparable=True
     ),
     "thinet": Criterion(
-        choose_by_reconstruction, "Luo et al. 2017 (ThiNet), arXiv:1707.06342", frozenset({"activations"}), True
+        choose_by_reconstruction, "Luo et al. 2017 (ThiNet), arXiv:1707.06342", frozenset({"activations"})
     ),
 }
 

@@ -120,7 +120,7 @@ def _watch_inputs(evidence: Evidence, name: str, reader: nn.Module, mask: list[T
         x = reader_inputs(reader, inputs[0].detach())  # (B, N, F)
         tokens = mask[0]
         rows = x[tokens.bool()] if tokens is not None and tokens.shape == x.shape[:2] else x.flatten(0, -2)
-        gram, total = (rows.T @ rows).double(), rows.sum(0).double()
+        gram, total = (rows.T @ rows).cpu().double(), rows.sum(0).cpu().double()  # sums of batches in float64
         seen = evidence.seen.get(name)
         if seen is None:
             evidence.seen[name] = Seen(len(rows), total, gram)
@@ -140,12 +140,12 @@ def _watch_group(evidence: Evidence, group: Group, reader: nn.Module, gradients:
         def of_units(values: Tensor) -> Tensor:  # (B, ..., C) to (B, units, rest)
             return values.movedim(along, 1).flatten(2)[:, places.to(values.device)].flatten(2)
 
-        shares = (of_units(x.detach()) > 0).double().mean(2).sum(0)
+        shares = (of_units(x.detach()) > 0).float().mean(2).sum(0).cpu().double()
         evidence.positive[group.name] = evidence.positive.get(group.name, 0) + shares
 
         def add_gradient(gradient: Tensor) -> None:
             # The loss is a mean over the rows of the batch; what one row alone would have is B times that.
-            change = of_units(x.detach() * gradient).double().sum(2) * len(x)
+            change = of_units(x.detach() * gradient).sum(2).cpu().double() * len(x)
             evidence.taylor[group.name] = evidence.taylor.get(group.name, 0) + change.square().sum(0)
 
         if gradients:
@@ -165,8 +165,8 @@ def reader_inputs(reader: nn.Module, x: Tensor) -> Tensor:
 
 
 def weight_matrix(reader: nn.Module) -> Tensor:
-    """The weight of a reader, (outputs, F); F are its inputs, times the places of a kernel."""
-    weight = reader.weight.detach()
+    """The weight of a reader, (outputs, F) on the CPU; F are its inputs, times the places of a kernel."""
+    weight = reader.weight.detach().cpu()
     return weight.T if weight_axis(reader, "in") == 0 else weight.flatten(1)
 
 

@@ -1,0 +1,182 @@
+"""How narrow a model has to be to cost a given share: counted on its structure, or measured."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from inlay.bases.pruned import even_widths
+from inlay.bases.widths import Group, narrowed
+from inlay.errors import BadInput
+from inlay.measure import count_macs, footprint
+from inlay.measure.speed import latency
+
+Quantity = Literal["macs", "params", "latency"]
+Scope = Literal["global", "local"]
+_TURNS = 5  # by which the latencies of two models are measured
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the pruned model may cost at most, as a share of what the model costs now: `macs=0.5`."""
+
+    quantity: Quantity
+    share: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Target":
+        """From `macs=0.5`, `params=0.4` or `latency=0.7`.
+
+        Raises:
+            InlayError: Another text.
+        """
+        quantity, _, number = text.partition("=")
+        try:
+            share = float(number)
+        except ValueError:
+            share = 0.0
+        if quantity not in get_args(Quantity) or not 0 < share < 1:
+            raise BadInput(
+                f"target {text!r} must be macs=SHARE, params=SHARE or latency=SHARE with a share over 0 and below 1, "
+                "such as macs=0.5."
+            )
+        return cls(quantity, share)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return f"{self.quantity}={self.share:g}"
+
+
+class Counter:
+    """Costs of the model at any widths, counted on torch's meta device, where nothing is computed."""
+
+    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+        """Args:
+        model: The model to be narrowed.
+        inputs: Of one example, without attention masks.
+        """
+        self.skeleton = copy.deepcopy(model).to("meta")
+        self.inputs = dict(inputs)
+
+    def count(self, keep: Mapping[str, Tensor], quantity: Quantity = "macs") -> int:
+        """Multiply-accumulates or parameters with these units; a latency is not counted, and macs stand for it."""
+        made = narrowed(self.skeleton, keep) if keep else self.skeleton
+        return footprint(made).parameters if quantity == "params" else count_macs(made, self.inputs)
+
+
+def choose_units(
+    model: PreTrainedModel,
+    groups: Sequence[Group],
+    scores: Mapping[str, Tensor],
+    target: Target,
+    scope: Scope,
+    counter: Counter,
+    allowed: float,
+    priced: bool,
+) -> dict[str, Tensor]:
+    """The units to keep: the best, and as many as the target allows; one more would cost more than it.
+
+    Args:
+        model: As it is now.
+        groups: Whose units may be left out.
+        scores: Of `score_units`.
+        target: What is counted or measured.
+        scope: `global`: units of all layers are compared, by their score per multiply-accumulate or parameter that they
+            cost. `local`: each layer keeps the same share.
+        counter: Of this model.
+        allowed: Cost that the pruned model may have: multiply-accumulates, parameters or ms.
+
+    Raises:
+        InlayError: A target that cannot be met with one unit of each group.
+    """
+    candidates = _even(model, groups, scores) if scope == "local" else _ranked(groups, scores, counter, target, priced)
+    if target.quantity == "latency":
+        cost: Callable[[Mapping[str, Tensor]], float] = lambda keep: measure_latency(narrowed(model, keep), counter)
+    else:
+        cost = lambda keep: counter.count(keep, target.quantity)  # noqa: E731
+    return _search(candidates, cost, allowed, target)
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Sets of units to keep, by number; more units, and so higher cost, as the number rises."""
+
+    count: int
+    make: Callable[[int], dict[str, Tensor]]
+
+
+def _search(
+    candidates: _Candidates, cost: Callable[[Mapping[str, Tensor]], float], allowed: float, target: Target
+) -> dict[str, Tensor]:
+    """The last candidate that costs no more than allowed, by bisection."""
+    low, high = 0, candidates.count - 1
+    least = cost(candidates.make(low))
+    if least > allowed:
+        raise BadInput(
+            f"target {target} cannot be met: with one unit in each layer the model still costs {least:,.4g} "
+            f"{_UNITS[target.quantity]}, and {allowed:,.4g} are allowed. Raise the target, or prune more kinds of units."
+        )
+    while low < high:
+        middle = (low + high + 1) // 2
+        if cost(candidates.make(middle)) <= allowed:
+            low = middle
+        else:
+            high = middle - 1
+    return candidates.make(low)
+
+
+_UNITS = {"macs": "multiply-accumulates", "params": "parameters", "latency": "ms"}
+
+
+def _even(model: PreTrainedModel, groups: Sequence[Group], scores: Mapping[str, Tensor]) -> _Candidates:
+    steps = max(group.units for group in groups)
+
+    def make(step: int) -> dict[str, Tensor]:
+        widths = even_widths(model, groups, (step + 1) / steps)
+        return {group.name: keep_best(scores[group.name], widths[group.name]) for group in groups}
+
+    return _Candidates(steps, make)
+
+
+def _ranked(
+    groups: Sequence[Group], scores: Mapping[str, Tensor], counter: Counter, target: Target, priced: bool
+) -> _Candidates:
+    """All units by what they are worth for their cost, after the best one of each group."""
+    whole = counter.count({}, target.quantity)
+    values, owners, units = [], [], []
+    for number, group in enumerate(groups):
+        fewer = {group.name: torch.arange(group.units - 1)}
+        price = whole - counter.count(fewer, target.quantity) if group.units > 1 else 1
+        value = scores[group.name] / (max(price, 1) if priced else 1)
+        value[int(value.argmax())] = torch.inf
+        values.append(value)
+        owners.append(torch.full((group.units,), number))
+        units.append(torch.arange(group.units))
+    owner, unit = torch.cat(owners), torch.cat(units)
+    order = torch.cat(values).argsort(descending=True, stable=True)
+
+    def make(step: int) -> dict[str, Tensor]:
+        best = order[: len(groups) + step]
+        return {
+            group.name: unit[best[owner[best] == number]].sort().values for number, group in enumerate(groups)
+        }
+
+    return _Candidates(len(order) - len(groups) + 1, make)
+
+
+def keep_best(scores: Tensor, count: int) -> Tensor:
+    """The units with the highest scores, in rising order."""
+    return scores.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def measure_latency(model: PreTrainedModel, counter: Counter) -> float:
+    """Median ms of a forward pass of the counter's inputs: the least of a few turns, as other load only adds."""
+    return min(latency(model, counter.inputs, repeats=9, budget_s=1.0).median_ms for _ in range(_TURNS))
+
+
+def inputs_of_one(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """One example of `Task.random_inputs`, without masks, which are not counted."""
+    return {name: value[:1] for name, value in inputs.items() if isinstance(value, Tensor) and "mask" not in name}
