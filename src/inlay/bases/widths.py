@@ -193,23 +193,36 @@ def narrow(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
         InlayError: A group that the model does not have, or one that would have no unit left.
     """
     groups = {group.name: group for group in find_groups(model)}
-    masks: dict[tuple[str, str], Tensor] = {}  # module, side: what stays; a reader may read several groups
+    for name, sides in places_that_stay(model, keep).items():
+        for side, places in sides.items():
+            _keep_places(model.get_submodule(name), side, places)
+    for name, kept in keep.items():
+        if groups[name].attention:
+            _set_heads(model.get_submodule(groups[name].attention), len(kept), groups[name].units)
+
+
+def places_that_stay(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """By module and side of its weight (`out`, `in`) the places that stay, in rising order, where some do not.
+
+    Arguments and errors as in `narrow`, which changes the model.
+    """
+    groups = {group.name: group for group in find_groups(model)}
+    masks: dict[tuple[str, str], Tensor] = {}  # a reader may read several groups
     for name, kept in keep.items():
         if name not in groups or not len(kept):
             reason = "has no units left" if name in groups else "is not in this model"
             raise BadInput(f"group {name!r} {reason}; keep at least one unit of each of {', '.join(groups)}.")
-        group = groups[name]
-        left_out = torch.ones(group.units, dtype=torch.bool, device="cpu")
+        left_out = torch.ones(groups[name].units, dtype=torch.bool, device="cpu")
         left_out[kept.cpu()] = False
-        for part in (*group.made, *group.read):
+        for part in (*groups[name].made, *groups[name].read):
             size = _width(model.get_submodule(part.module), part.side)
             mask = masks.setdefault((part.module, part.side), torch.ones(size, dtype=torch.bool, device="cpu"))
             mask[part.places[left_out].flatten()] = False
+    found: dict[str, dict[str, Tensor]] = {}
     for (name, side), mask in masks.items():
-        _keep_places(model.get_submodule(name), side, mask.nonzero().flatten())
-    for name, kept in keep.items():
-        if groups[name].attention:
-            _set_heads(model.get_submodule(groups[name].attention), len(kept), groups[name].units)
+        if not bool(mask.all()):
+            found.setdefault(name, {})[side] = mask.nonzero().flatten()
+    return found
 
 
 def narrowed(model: PreTrainedModel, keep: Mapping[str, Tensor]) -> PreTrainedModel:
