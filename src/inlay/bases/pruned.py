@@ -233,8 +233,8 @@ def _with_class_of_widths(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def is_stock(model: PreTrainedModel) -> bool:
-    """True where transformers loads the model without the classes here."""
-    return not isinstance(model, _Narrowed)
+    """True where transformers has the class of the model, and loads it without inlay."""
+    return type(model).__module__.startswith("transformers.")
 
 
 def _stock_class(model: PreTrainedModel) -> Any:
@@ -266,7 +266,7 @@ def even_widths(model: PreTrainedModel, groups: Sequence[Group], share: float) -
 def _expanded(model: PreTrainedModel, group: Group, ratio: float) -> int:
     """Expansion channels of a block. Source: MobileNetV2InvertedResidual of transformers."""
     inputs = model.get_submodule(group.made[0].module).in_channels
-    return make_divisible(int(round(inputs * ratio)), model.config.depth_divisible_by, model.config.min_depth)
+    return make_divisible(round(inputs * ratio), model.config.depth_divisible_by, model.config.min_depth)
 
 
 # What a config of transformers says of the widths of a model, as changes of its own; None where it cannot.
@@ -337,6 +337,22 @@ def _mobilenet_v2(model: Any, groups: Sequence[Group]) -> dict[str, Any] | None:
     return None
 
 
+def _squeezenet(model: Any, groups: Sequence[Group]) -> dict[str, Any]:
+    """The networks of inlay have a width of each block in their configs."""
+    blocks = [model.get_submodule(group.name.rpartition(".")[0]) for group in groups if group.kind == "squeeze"]
+    layers = ("squeeze", "expand1x1", "expand3x3")
+    return {f"{layer}_channels": [getattr(block, layer).out_channels for block in blocks] for layer in layers}
+
+
+def _shufflenet_v1(model: Any, groups: Sequence[Group]) -> dict[str, Any]:
+    blocks = model.base_model.blocks
+    return {"bottleneck_channels": [block.conv_3x3.convolution.out_channels for block in blocks]}
+
+
+def _shufflenet_v2(model: Any, groups: Sequence[Group]) -> dict[str, Any]:
+    return {"branch_channels": [block.conv_3x3.convolution.out_channels for block in model.base_model.blocks]}
+
+
 CONFIGS: dict[str, Callable[[Any, Sequence[Group]], dict[str, Any] | None]] = {
     "vit": _vit,
     "deit": _vit,
@@ -345,4 +361,7 @@ CONFIGS: dict[str, Callable[[Any, Sequence[Group]], dict[str, Any] | None]] = {
     "bert": _bert,
     "llama": _llama,
     "mobilenet_v2": _mobilenet_v2,
+    "squeezenet": _squeezenet,
+    "shufflenet_v1": _shufflenet_v1,
+    "shufflenet_v2": _shufflenet_v2,
 }

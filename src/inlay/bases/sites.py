@@ -36,7 +36,7 @@ _QKV = (
     ("c_attn",),
 )
 
-# Ends the model_type of a model whose widths differ from layer to layer (`inlay.bases.pruned`); its modules are the same.
+# Ends the model_type of a model whose widths differ from layer to layer (`inlay.bases.pruned`) and whose names do not.
 PRUNED = "_pruned"
 
 # Poolers of a backbone: computed, but not used by a classifier that takes the mean or the first token (SigLIP, BERT).

@@ -24,7 +24,8 @@ class Part:
     Attributes:
         module: Its name in the model.
         side: `out`: the units are what it computes; `in`: what it reads.
-        places: Of each unit, along that side of the weight; (units, places of a unit).
+        places: Of each unit, along that side of the weight; (units, places of a unit). What a grouped convolution reads
+            are the places in each group.
     """
 
     module: str
@@ -38,7 +39,7 @@ class Group:
 
     Attributes:
         name: Unique in the model, such as `vit.layers.0.mlp`.
-        kind: mlp, heads, expansion, squeeze, expand or branch.
+        kind: mlp, heads, expansion, squeeze, expand1x1, expand3x3 or branch.
         made: The modules that compute the units, and what is between them and the readers, such as a BatchNorm.
         read: The modules that read them.
         attention: The module whose count of heads changes with the units; empty where there is none.
@@ -156,6 +157,64 @@ def _mobilenet_v2(model: nn.Module) -> list[Group]:
 
 _CONV_LAYER = ("convolution", "normalization")
 
+
+def _blocks(model: nn.Module) -> list[str]:
+    """Names of the blocks of one of `inlay.bases.networks`."""
+    prefix = model.base_model_prefix
+    start = f"{prefix}.blocks." if hasattr(model, prefix) else "blocks."
+    return [name for name, _ in model.named_modules() if name.startswith(start) and name.count(".") == start.count(".")]
+
+
+def _squeezenet(model: nn.Module) -> list[Group]:
+    """Squeeze channels, and those expanded ones that the next fire module squeezes; the last are the head's input."""
+    groups, blocks = [], _blocks(model)
+    for i, block in enumerate(blocks):
+        squeezed = _rows(_width(model.get_submodule(f"{block}.squeeze"), "out"))
+        read = [Part(f"{block}.{expand}", "in", squeezed) for expand in ("expand1x1", "expand3x3")]
+        groups.append(Group(f"{block}.squeeze", "squeeze", (Part(f"{block}.squeeze", "out", squeezed),), tuple(read)))
+        offset = 0
+        for expand in ("expand1x1", "expand3x3") if i + 1 < len(blocks) else ():
+            count = _width(model.get_submodule(f"{block}.{expand}"), "out")
+            made, into = Part(f"{block}.{expand}", "out", _rows(count)), f"{blocks[i + 1]}.squeeze"
+            groups.append(Group(made.module, expand, (made,), (Part(into, "in", _rows(count, 1, offset)),)))
+            offset += count
+    return groups
+
+
+def _shufflenet_v1(model: nn.Module) -> list[Group]:
+    """Inner channels. The shuffle hands each group of the second 1x1 as many channels of each group of the first.
+
+    To keep that so, a unit is one channel of each such pair: g² for g groups. Blocks whose inner channels of a group
+    cannot be divided by g are left whole.
+    """
+    found = []
+    for block in _blocks(model):
+        unit, read = model.get_submodule(block), f"{block}.expand_1x1.convolution"
+        g, each = unit.groups, _width(model.get_submodule(read), "in")  # channels of a group
+        if each % g:
+            continue
+        units = each // g
+        j, a, b = torch.meshgrid(*(torch.arange(n, device="cpu") for n in (units, g, g)), indexing="ij")
+        i = b * units + j  # in its group of the first convolution, of which it is the a-th
+        before, after = (a * each + i).flatten(1), (i * g + a).flatten(1)  # the shuffle moves it so
+        made = [Part(f"{block}.reduce_1x1.{part}", "out", before) for part in _CONV_LAYER]
+        made += [Part(f"{block}.conv_3x3.{part}", "out", after) for part in _CONV_LAYER]
+        found.append(Group(f"{block}.branch", "branch", tuple(made), (Part(read, "in", _rows(units, g)),)))
+    return found
+
+
+def _shufflenet_v2(model: nn.Module) -> list[Group]:
+    """Inner channels of the branch that is computed."""
+    found = []
+    for block in _blocks(model):
+        read = f"{block}.last_1x1.convolution"
+        places = _rows(_width(model.get_submodule(read), "in"))
+        layers = [f"{block}.{layer}.{part}" for layer in ("first_1x1", "conv_3x3") for part in _CONV_LAYER]
+        made = tuple(Part(layer, "out", places) for layer in layers)
+        found.append(Group(f"{block}.branch", "branch", made, (Part(read, "in", places),)))
+    return found
+
+
 # By model_type; a model with other widths in each layer has PRUNED behind it.
 FAMILIES: dict[str, Callable[[nn.Module], list[Group]]] = {
     "vit": _transformer,
@@ -165,6 +224,9 @@ FAMILIES: dict[str, Callable[[nn.Module], list[Group]]] = {
     "bert": _transformer,
     "llama": _transformer,
     "mobilenet_v2": _mobilenet_v2,
+    "squeezenet": _squeezenet,
+    "shufflenet_v1": _shufflenet_v1,
+    "shufflenet_v2": _shufflenet_v2,
 }
 
 
@@ -247,9 +309,10 @@ def _keep_places(module: nn.Module, side: str, places: Tensor) -> None:
         else:
             setattr(module, name, cut)
     depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+    channels = len(places) * (module.groups if side == "in" and isinstance(module, nn.Conv2d) else 1)
     for attribute in _SIZES[side]:
         if hasattr(module, attribute):
-            setattr(module, attribute, len(places))
+            setattr(module, attribute, channels)
     if depthwise:
         module.in_channels = module.groups = len(places)
 

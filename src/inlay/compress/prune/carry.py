@@ -17,17 +17,22 @@ from inlay.bases.pruned import read_widths
 from inlay.bases.widths import Group, find_groups, narrowed, places_that_stay, weight_axis
 from inlay.combine.parts import PREFIX
 from inlay.compress.prune.pruning import Pruned, leave_out, prune
+from inlay.compress.prune.save import read_record
 from inlay.compress.prune.trained import fold_adapter
-from inlay.compress.prune.write import read_record
 from inlay.errors import Unsupported, WrongBase
 from inlay.methods._peft import PeftConfig, adapter_shapes, fill_injected_adapter, inject_empty_adapter
 from inlay.tasks.base import load_base
 
 
-def prune_under_adapter(adapter: str | Path, data: str, *, base: str | Path | None = None, **how: Any) -> Pruned:
+def prune_under_adapter(
+    adapter: str | Path, data: str, *, base: str | Path | None = None, **how: Any
+) -> tuple[Pruned, Pruned]:
     """Prune an adapter's base as the two together would be pruned, and leave the adapter out of it.
 
     With the adapter that `carry_adapter` then makes the pruned base computes what the pruned merged model does.
+
+    Returns:
+        The pruned base, and the pruned merged model.
 
     Args:
         adapter: A folder.
@@ -54,12 +59,10 @@ def prune_under_adapter(adapter: str | Path, data: str, *, base: str | Path | No
     task = merged.task
     labels = task.labels(made, None) if task.classifies else []
     trained = replace(merged, model=made, labels=labels, name=Path(name).name)
-    return Pruned(trained, pruned.kept, {**pruned.facts, "model": name, "adapter": None, "seen_with": loaded.name})
+    return Pruned(trained, pruned.kept, {**pruned.facts, "adapter": None, "seen_with": loaded.name}), pruned
 
 
-def carry_adapter(
-    adapter: str | Path, pruned: str | Path, out: str | Path, *, base: str | Path | None = None
-) -> Path:
+def carry_adapter(adapter: str | Path, pruned: str | Path, out: str | Path, *, base: str | Path | None = None) -> Path:
     """Save an adapter of a base as one of its pruned form; together they compute what the pruned merged model does.
 
     LoRA, (IA)3 and partial tuning are cut where a module has become narrower. A bottleneck between the layers of the
@@ -67,7 +70,7 @@ def carry_adapter(
 
     Args:
         adapter: A folder, trained on the whole base.
-        pruned: A folder that `write_pruned` wrote, of that base, not healed since.
+        pruned: A folder that `save_pruned` wrote, of that base, not healed since.
         out: The folder of the new adapter.
         base: The whole base, instead of the one that the adapter names.
 
@@ -102,9 +105,7 @@ def _readers(groups: Sequence[Group]) -> set[str]:
     return {part.module for group in groups for part in group.read}
 
 
-def _check_origin(
-    name: str, whole: Any, groups: Sequence[Group], keep: Mapping[str, Tensor], narrow_base: Any
-) -> None:
+def _check_origin(name: str, whole: Any, groups: Sequence[Group], keep: Mapping[str, Tensor], narrow_base: Any) -> None:
     """Compare what computes the kept units in both bases; what reads them may have been fitted."""
     known = {group.name: group.units for group in groups}
     same = all(unit in known and int(kept.max()) < known[unit] for unit, kept in keep.items())
@@ -121,14 +122,12 @@ def _check_origin(
         same = False
     if not same:
         raise WrongBase(
-            f"{name} was pruned from other weights than the adapter's base {whole.name_or_path!r}, or was healed since; "
-            "prune that base (inlay prune ADAPTER --carry FOLDER)."
+            f"{name} was pruned from other weights than the adapter's base {whole.name_or_path!r}, or was healed "
+            "since; prune that base (inlay prune ADAPTER --carry FOLDER)."
         )
 
 
-def cut_tensors(
-    weights: Mapping[str, Tensor], whole: nn.Module, keep: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def cut_tensors(weights: Mapping[str, Tensor], whole: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of an adapter without what belongs to units that are left out.
 
     Args:

@@ -13,7 +13,11 @@ RIDGE = 1e-4  # of the mean diagonal of the kept inputs' Gram matrix
 
 @torch.no_grad()
 def compensate(
-    model: nn.Module, groups: Sequence[Group], seen: Mapping[str, Seen], keep: Mapping[str, Tensor], ridge: float = RIDGE
+    model: nn.Module,
+    groups: Sequence[Group],
+    seen: Mapping[str, Seen],
+    keep: Mapping[str, Tensor],
+    ridge: float = RIDGE,
 ) -> None:
     """Change the weights by which the kept units are read, in place, before the others are left out.
 
@@ -38,31 +42,28 @@ def compensate(
             left_out[keep[group.name]] = False
             for part in group.read:
                 reader = model.get_submodule(part.module)
-                mask = kept.setdefault(part.module, torch.ones(weight_matrix(reader).shape[1], dtype=torch.bool))
+                mask = kept.setdefault(part.module, torch.ones(weight_matrix(reader).shape[2], dtype=torch.bool))
                 mask[feature_places(reader, part.places[left_out]).flatten()] = False
     for name, mask in kept.items():
-        _refit(model.get_submodule(name), seen[name], mask, ridge)
+        if not bool(mask.all()):
+            _refit(model.get_submodule(name), seen[name], mask, ridge)
 
 
 def _refit(reader: nn.Module, seen: Seen, kept: Tensor, ridge: float) -> None:
-    """Give a reader the weight and the bias that fit the inputs it keeps."""
-    if bool(kept.all()):
-        return
-    weight = weight_matrix(reader).double()
+    """Give a reader the weight and the bias that fit the inputs it keeps; each group of a convolution by itself."""
+    weight = weight_matrix(reader).double()  # G outputs F
     bias = getattr(reader, "bias", None)
-    mean = seen.sum / seen.rows
-    moments = seen.gram / seen.rows
+    mean, moments = seen.sum / seen.rows, seen.gram / seen.rows
     if bias is not None:  # what a bias can make up for is no error
-        moments = moments - mean.outer(mean)
-    inner, across = moments[kept][:, kept], moments[kept][:, ~kept]
-    penalty = ridge * inner.diagonal().mean().clamp(min=1e-30) * torch.eye(len(inner), dtype=torch.float64)
-    change = torch.linalg.solve(inner + penalty, across @ weight[:, ~kept].T).T  # (outputs, kept)
+        moments = moments - mean[:, :, None] * mean[:, None]
+    inner, across = moments[:, kept][:, :, kept], moments[:, kept][:, :, ~kept]
+    penalty = ridge * inner.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+    inner = inner + penalty[:, None, None] * torch.eye(inner.shape[1], dtype=torch.float64)
+    gone = weight[:, :, ~kept]
+    change = torch.linalg.solve(inner, across @ gone.mT).mT  # G outputs kept
     if bias is not None:
-        bias += (weight[:, ~kept] @ mean[~kept] - change @ mean[kept]).to(bias)
-    weight[:, kept] += change
-    _set_weight(reader, weight)
-
-
-def _set_weight(reader: nn.Module, matrix: Tensor) -> None:
-    stored = matrix.T if weight_axis(reader, "in") == 0 else matrix.view(reader.weight.shape)
-    reader.weight.copy_(stored)
+        shift = gone @ mean[:, ~kept, None] - change @ mean[:, kept, None]
+        bias += shift.flatten().to(bias)
+    weight[:, :, kept] += change
+    flat = weight.flatten(0, 1)
+    reader.weight.copy_(flat.T if weight_axis(reader, "in") == 0 else flat.view(reader.weight.shape))

@@ -92,8 +92,8 @@ def weigh_activation(material: Material) -> Tensor:
     total = torch.zeros(material.group.units, dtype=torch.float64)
     for part in material.group.read:
         reader = material.model.get_submodule(part.module)
-        norms = material.evidence.seen[part.module].gram.diagonal().clamp(min=0).sqrt()
-        features = weight_matrix(reader).double().abs().sum(0) * norms
+        norms = material.evidence.seen[part.module].gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()  # G F
+        features = (weight_matrix(reader).double().abs().sum(1) * norms).sum(0)
         total += features[feature_places(reader, part.places)].sum(1)
     return total
 
@@ -113,7 +113,7 @@ def choose_by_reconstruction(material: Material) -> Tensor:
     for part in material.group.read:
         reader, seen = material.model.get_submodule(part.module), material.evidence.seen[part.module]
         weight = weight_matrix(reader).double()
-        products = seen.gram * (weight.T @ weight)  # F F: what two inputs add to ‖y‖² together
+        products = (seen.gram * (weight.mT @ weight)).sum(0)  # F F: what two inputs add to ‖y‖² together
         places = feature_places(reader, part.places)  # U n
         # Σ over the places of both units
         pairs += products[places.flatten()][:, places.flatten()].view(*places.shape, *places.shape).sum((1, 3))

@@ -90,7 +90,9 @@ def heal(
             seed=seed,
             workers=0,
         )
-        result = fit(model, labelled.view, None, config, collate=labelled.collate, loss=labelled.loss, settings={"way": way})
+        result = fit(
+            model, labelled.view, None, config, collate=labelled.collate, loss=labelled.loss, settings={"way": way}
+        )
     healed = merge_keeping_weights(model)[0] if way == "lora" else model
     facts = {
         "way": way,

@@ -90,7 +90,7 @@ def prune(
     counter = Counter(trained.model, inputs)
     before = {"macs": counter.count({}), "params": counter.count({}, "params")}
     if target.quantity == "latency":
-        before["latency"] = measure_latency(trained.model, counter)
+        before["latency"] = measure_latency(trained.model, inputs)
     generator = torch.Generator().manual_seed(seed)
     current = trained.model
     kept = {group.name: torch.arange(group.units) for group in groups}
@@ -105,7 +105,7 @@ def prune(
     counter = Counter(current, inputs)
     after = {"macs": counter.count({}), "params": counter.count({}, "params")}
     if target.quantity == "latency":
-        after["latency"] = measure_latency(current, counter)
+        after["latency"] = measure_latency(current, inputs)
     facts = {
         "task": trained.task.name,
         **trained.origin,

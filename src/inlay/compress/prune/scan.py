@@ -168,5 +168,3 @@ def draw_sensitivity(found: Sensitivity) -> Image.Image:
 
 def _mix(share: float) -> tuple[int, ...]:
     return tuple(round(a + (b - a) * share) for a, b in zip(_LOW, _HIGH, strict=True))
-
-

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from inlay.bases.widths import Group, weight_axis
-from inlay.errors import ComputationFailed, Unsupported
+from inlay.errors import ComputationFailed
 from inlay.train.losses import Loss
 
 Need = Literal["activations", "gradients"]
@@ -22,8 +22,8 @@ class Seen:
 
     Attributes:
         rows: How many.
-        sum: Of its input, (F,) in float64. F is a row of its weight, as `weight_matrix` has it.
-        gram: Sum of x·xᵀ, (F, F) in float64.
+        sum: Of its input, (G, F) in float64. F is a row of its weight, as `weight_matrix` has it; G are its groups.
+        gram: Sum of x·xᵀ, (G, F, F) in float64.
     """
 
     rows: int
@@ -117,10 +117,11 @@ def _with_gradients(model: nn.Module, groups: Sequence[Group], wanted: bool) -> 
 
 def _watch_inputs(evidence: Evidence, name: str, reader: nn.Module, mask: list[Tensor | None]) -> Callable[..., None]:
     def watch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = reader_inputs(reader, inputs[0].detach())  # (B, N, F)
+        x = reader_inputs(reader, inputs[0].detach())  # (B, N, G, F)
         tokens = mask[0]
-        rows = x[tokens.bool()] if tokens is not None and tokens.shape == x.shape[:2] else x.flatten(0, -2)
-        gram, total = (rows.T @ rows).cpu().double(), rows.sum(0).cpu().double()  # sums of batches in float64
+        rows = x[tokens.bool()] if tokens is not None and tokens.shape == x.shape[:2] else x.flatten(0, 1)
+        each = rows.transpose(0, 1)  # (G, B·N, F)
+        gram, total = (each.mT @ each).cpu().double(), each.sum(1).cpu().double()  # sums of batches in float64
         seen = evidence.seen.get(name)
         if seen is None:
             evidence.seen[name] = Seen(len(rows), total, gram)
@@ -131,7 +132,7 @@ def _watch_inputs(evidence: Evidence, name: str, reader: nn.Module, mask: list[T
 
 
 def _watch_group(evidence: Evidence, group: Group, reader: nn.Module, gradients: bool) -> Callable[..., None]:
-    places = group.read[0].places
+    places = channel_places(reader, group.read[0].places)
 
     def watch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
@@ -155,22 +156,29 @@ def _watch_group(evidence: Evidence, group: Group, reader: nn.Module, gradients:
 
 
 def reader_inputs(reader: nn.Module, x: Tensor) -> Tensor:
-    """What a row of the reader's weight is multiplied with, (B, N, F): tokens, or the patches of a convolution."""
+    """What a row of the reader's weight is multiplied with, (B, N, G, F): tokens, or the patches of a convolution."""
     if not isinstance(reader, nn.Conv2d):
-        return x.flatten(1, -2) if x.ndim > 2 else x[:, None]
-    if reader.groups != 1 or isinstance(reader.padding, str):
-        raise Unsupported("the inputs of a grouped convolution, or one with named padding, are not measured here.")
+        return x.reshape(len(x), -1, 1, x.shape[-1])
     patches = functional.unfold(x, reader.kernel_size, reader.dilation, reader.padding, reader.stride)
-    return patches.transpose(1, 2)
+    return patches.transpose(1, 2).unflatten(2, (reader.groups, -1))
 
 
 def weight_matrix(reader: nn.Module) -> Tensor:
-    """The weight of a reader, (outputs, F) on the CPU; F are its inputs, times the places of a kernel."""
+    """The weight of a reader, (G, outputs of a group, F) on the CPU; F are a group's inputs, times those of a kernel."""
     weight = reader.weight.detach().cpu()
-    return weight.T if weight_axis(reader, "in") == 0 else weight.flatten(1)
+    if not isinstance(reader, nn.Conv2d):
+        return (weight.T if weight_axis(reader, "in") == 0 else weight)[None]
+    return weight.flatten(1).unflatten(0, (reader.groups, -1))
 
 
 def feature_places(reader: nn.Module, places: Tensor) -> Tensor:
     """Of each unit, where it stands in a row of the reader's weight: its places, times those of a kernel; (U, n)."""
     each = reader.weight[0, 0].numel() if isinstance(reader, nn.Conv2d) else 1
     return (places[..., None] * each + torch.arange(each)).flatten(1)
+
+
+def channel_places(reader: nn.Module, places: Tensor) -> Tensor:
+    """Of each unit, the channels of the reader's input: its places in each of the groups; (U, n)."""
+    if not isinstance(reader, nn.Conv2d):
+        return places
+    return (torch.arange(reader.groups)[:, None] * reader.weight.shape[1] + places[:, None]).flatten(1)

@@ -13,11 +13,11 @@ from inlay.bases.pruned import even_widths
 from inlay.bases.widths import Group, narrowed
 from inlay.errors import BadInput
 from inlay.measure import count_macs, footprint
-from inlay.measure.speed import latency
+from inlay.measure.speed import Latency, latency
 
 Quantity = Literal["macs", "params", "latency"]
 Scope = Literal["global", "local"]
-_TURNS = 5  # by which the latencies of two models are measured
+_TURNS = 5  # in which latencies are measured
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,7 @@ class Counter:
     """Costs of the model at any widths, counted on torch's meta device, where nothing is computed."""
 
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
-        """Args:
-        model: The model to be narrowed.
-        inputs: Of one example, without attention masks.
-        """
+        # `inputs` are of one example, without attention masks
         self.skeleton = copy.deepcopy(model).to("meta")
         self.inputs = dict(inputs)
 
@@ -92,12 +89,20 @@ def choose_units(
     Raises:
         InlayError: A target that cannot be met with one unit of each group.
     """
-    candidates = _even(model, groups, scores) if scope == "local" else _ranked(groups, scores, counter, target, priced)
-    if target.quantity == "latency":
-        cost: Callable[[Mapping[str, Tensor]], float] = lambda keep: measure_latency(narrowed(model, keep), counter)
-    else:
-        cost = lambda keep: counter.count(keep, target.quantity)  # noqa: E731
-    return _search(candidates, cost, allowed, target)
+
+    def cost(keep: Mapping[str, Tensor]) -> float:
+        if target.quantity == "latency":
+            return measure_latency(narrowed(model, keep), counter.inputs)
+        return counter.count(keep, target.quantity)
+
+    if scope == "global":
+        return _search(_ranked(groups, scores, counter, target, priced), cost, allowed, target)
+    keep = _search(_even(model, groups, scores, {}), cost, allowed, target)
+    kinds = {group.kind: group.units for group in groups}
+    for kind in sorted(kinds, key=lambda kind: -kinds[kind]):  # where heads are few, the MLP takes what is left
+        of_kind = [group for group in groups if group.kind == kind]
+        keep = _search(_even(model, of_kind, scores, keep), cost, allowed, target)
+    return keep
 
 
 @dataclass(frozen=True)
@@ -116,8 +121,8 @@ def _search(
     least = cost(candidates.make(low))
     if least > allowed:
         raise BadInput(
-            f"target {target} cannot be met: with one unit in each layer the model still costs {least:,.4g} "
-            f"{_UNITS[target.quantity]}, and {allowed:,.4g} are allowed. Raise the target, or prune more kinds of units."
+            f"target {target} cannot be met: with one unit in each layer the model still costs {_round(least)} "
+            f"{_UNITS[target.quantity]}, and {_round(allowed)} are allowed. Raise the target, or prune more kinds of units."
         )
     while low < high:
         middle = (low + high + 1) // 2
@@ -128,17 +133,34 @@ def _search(
     return candidates.make(low)
 
 
+def _round(value: float) -> str:
+    return f"{value:,.0f}" if value > 100 else f"{value:.3g}"
+
+
 _UNITS = {"macs": "multiply-accumulates", "params": "parameters", "latency": "ms"}
 
 
-def _even(model: PreTrainedModel, groups: Sequence[Group], scores: Mapping[str, Tensor]) -> _Candidates:
-    steps = max(group.units for group in groups)
+def _even(
+    model: PreTrainedModel,
+    chosen: Sequence[Group],
+    scores: Mapping[str, Tensor],
+    least: Mapping[str, Tensor],
+) -> _Candidates:
+    """The same share of each of the chosen groups, from what `least` has of them on; the others are as there."""
+    steps = max(group.units for group in chosen)
+
+    def widths(step: int) -> dict[str, int]:
+        return even_widths(model, chosen, (step + 1) / steps)
+
+    first = next(
+        step for step in range(steps) if all(widths(step)[g.name] >= len(least.get(g.name, ())) for g in chosen)
+    )
 
     def make(step: int) -> dict[str, Tensor]:
-        widths = even_widths(model, groups, (step + 1) / steps)
-        return {group.name: keep_best(scores[group.name], widths[group.name]) for group in groups}
+        made = {name: keep_best(scores[name], count) for name, count in widths(first + step).items()}
+        return {**least, **made}
 
-    return _Candidates(steps, make)
+    return _Candidates(steps - first, make)
 
 
 def _ranked(
@@ -160,9 +182,7 @@ def _ranked(
 
     def make(step: int) -> dict[str, Tensor]:
         best = order[: len(groups) + step]
-        return {
-            group.name: unit[best[owner[best] == number]].sort().values for number, group in enumerate(groups)
-        }
+        return {group.name: unit[best[owner[best] == number]].sort().values for number, group in enumerate(groups)}
 
     return _Candidates(len(order) - len(groups) + 1, make)
 
@@ -172,9 +192,27 @@ def keep_best(scores: Tensor, count: int) -> Tensor:
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
-def measure_latency(model: PreTrainedModel, counter: Counter) -> float:
-    """Median ms of a forward pass of the counter's inputs: the least of a few turns, as other load only adds."""
-    return min(latency(model, counter.inputs, repeats=9, budget_s=1.0).median_ms for _ in range(_TURNS))
+def measure_latency(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> float:
+    """Median ms of a forward pass: the least of a few turns, as other load on the machine only adds."""
+    return min(turn.median_ms for turn in _take_turns([model], inputs)[0])
+
+
+def compare_latencies(models: Sequence[PreTrainedModel], inputs: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """Latency of models, by turns: the median of all turns, and the least and the largest median of a turn."""
+    found = []
+    for turns in _take_turns(models, inputs):
+        medians = sorted(turn.median_ms for turn in turns)
+        row = {"median_ms": medians[len(medians) // 2], "least_ms": medians[0], "most_ms": medians[-1]}
+        found.append({**row, "device": turns[0].device, "threads": turns[0].threads})
+    return found
+
+
+def _take_turns(models: Sequence[PreTrainedModel], inputs: Mapping[str, Tensor]) -> list[list[Latency]]:
+    rows: list[list[Latency]] = [[] for _ in models]
+    for _ in range(_TURNS):
+        for row, model in zip(rows, models, strict=True):
+            row.append(latency(model, dict(inputs), repeats=9, warmup=2, budget_s=1.0))
+    return rows
 
 
 def inputs_of_one(inputs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -11,8 +11,8 @@ from inlay.adapters.file import CONFIG, expand_path
 from inlay.adapters.load import LoadedAdapter, load_adapter
 from inlay.bases.device import Device
 from inlay.errors import BadInput
-from inlay.tasks.base import load_base
 from inlay.tasks import task_of_base
+from inlay.tasks.base import load_base
 from inlay.tasks.evaluation import Evaluation, Request, Split, Training
 from inlay.tasks.task import Task
 

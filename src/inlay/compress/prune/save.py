@@ -20,7 +20,7 @@ REPORT = "pruning.json"
 
 
 @dataclass(frozen=True)
-class Report:
+class PruneReport:
     """What is told of a pruned model, in pruning.json and on its card.
 
     Attributes:
@@ -37,6 +37,32 @@ class Report:
     healing: dict[str, Any] | None = None
     remarks: list[str] = field(default_factory=list)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it, without the numbers of the kept units."""
+        scores = {row: evaluation.summary() for row, evaluation in self.scores.items()}
+        return {**self.facts, "scores": scores, **({"healing": self.healing} if self.healing else {})}
+
+    def summary(self, folder: str | Path) -> str:
+        """What is printed once the folder is written."""
+        before, after = self.facts["before"], self.facts["after"]
+        lines = [f"{folder}: {describe(self.facts)}"]
+        for name in before:
+            share = f"{after[name] / before[name]:.4f}"
+            lines.append(f"{_COSTS[name]}: {_number(before[name])} -> {_number(after[name])} ({share})")
+        if "widths" in self.facts:
+            kinds = self.facts["widths"]
+            lines += [f"{kind}: {', '.join(map(str, widths))}" for kind, widths in kinds.items()]
+        lines += self.remarks
+        if self.healing:
+            lines.append(describe_healing(self.healing))
+        if self.scores:
+            name = next(iter(next(iter(self.scores.values())).scores))
+            wide = max(map(len, self.scores))
+            first = next(iter(self.scores.values()))
+            lines.append(f"{title(name)} on {first.data} ({first.split}, {first.count:,}):")
+            lines += [f"  {row:<{wide}}  {found.scores[name]}" for row, found in self.scores.items()]
+        return "\n".join(lines)
+
 
 def check_output(folder: str | Path) -> Path:
     """The folder of a pruned model, if it can be made or replaced.
@@ -50,7 +76,7 @@ def check_output(folder: str | Path) -> Path:
     return check_output_folder(path)
 
 
-def write_pruned(trained: TrainedModel, folder: str | Path, report: Report) -> Path:
+def save_pruned(trained: TrainedModel, folder: str | Path, report: PruneReport) -> Path:
     """Save a pruned model with its processor, card and pruning.json; the folder appears whole or not at all.
 
     Raises:
@@ -77,12 +103,10 @@ def write_pruned(trained: TrainedModel, folder: str | Path, report: Report) -> P
     return out
 
 
-def make_record(trained: TrainedModel, report: Report) -> dict[str, Any]:
+def make_record(trained: TrainedModel, report: PruneReport) -> dict[str, Any]:
     """What pruning.json holds."""
     return {
-        **report.facts,
-        "scores": {row: evaluation.summary() for row, evaluation in report.scores.items()},
-        **({"healing": report.healing} if report.healing else {}),
+        **report.to_dict(),
         "labels": trained.labels,
         "preprocessing": trained.task.processor_settings(trained.processor),
         "kept": report.kept,
@@ -118,14 +142,19 @@ def table_of_costs(facts: dict[str, Any]) -> str:
     return make_table(("cost", "before", "after", "share"), rows)
 
 
-_COSTS = {"macs": "multiply-accumulates", "params": "parameters", "latency": "latency, ms", "zeros": "weights not zero"}
+_COSTS = {
+    "macs": "multiply-accumulates",
+    "params": "parameters",
+    "latency": "latency, ms",
+    "nonzero": "weights that are not zero",
+}
 
 
 def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
 
 
-def make_card(trained: TrainedModel, report: Report, name: str) -> str:
+def make_card(trained: TrainedModel, report: PruneReport, name: str) -> str:
     """README.md of the folder."""
     facts, task = report.facts, trained.task
     source = facts.get("adapter") or facts.get("model", trained.name)
