@@ -38,8 +38,8 @@ def mask_weights(
     Args:
         model: As `prune` takes it; it is left as it is.
         data: Labelled data of its task, for wanda.
-        sparsity: Share of the weights that are zero afterwards, rounded down to whole weights of a layer (local), of the
-            model (global) or of a row of a layer (wanda).
+        sparsity: Share of the weights that are zero afterwards, rounded down to whole weights of a layer (local),
+            of the model (global) or of a row of a layer (wanda).
         criterion: `magnitude`: the smallest |w|. `wanda`: the smallest |w|·‖x‖₂ in each row of a layer; of a
             convolution x is what one input channel holds.
         scope: Of magnitude: `local`, the share of each layer, or `global`, of all weights together.

@@ -59,8 +59,8 @@ def prune(
     """Leave out units of a model until it costs the share that the target allows, and no unit more than that takes.
 
     Args:
-        model: From `load_trained`, or what that takes: a model, or an adapter, which is folded into its base. It is left
-            as it is.
+        model: From `load_trained`, or what that takes: a model, or an adapter, which is folded into its base. It is
+            left as it is.
         data: Labelled data of the model's task. Its training part shows what matters; nothing of it is learned.
         target: `macs`, `params` or `latency`, as a share of what the model has: macs=0.5. Latency is measured here.
         criterion: A row of CRITERIA.
@@ -88,7 +88,7 @@ def prune(
     known = load_examples(trained, data, examples, trained.seed) if needs else None
     inputs = inputs_of_one(trained.task.random_inputs(trained.model, trained.processor))
     counter = Counter(trained.model, inputs)
-    before = {"macs": counter.count({}), "params": counter.count({}, "params")}
+    before: dict[str, float] = {"macs": counter.count({}), "params": counter.count({}, "params")}
     if target.quantity == "latency":
         before["latency"] = measure_latency(trained.model, inputs)
     generator = torch.Generator().manual_seed(seed)
@@ -103,7 +103,7 @@ def prune(
         current = leave_out(current, groups, keep, evidence.seen if compensate else None)
         kept = {name: units[keep[name]] for name, units in kept.items()}
     counter = Counter(current, inputs)
-    after = {"macs": counter.count({}), "params": counter.count({}, "params")}
+    after: dict[str, float] = {"macs": counter.count({}), "params": counter.count({}, "params")}
     if target.quantity == "latency":
         after["latency"] = measure_latency(current, inputs)
     facts = {

@@ -164,7 +164,7 @@ def reader_inputs(reader: nn.Module, x: Tensor) -> Tensor:
 
 
 def weight_matrix(reader: nn.Module) -> Tensor:
-    """The weight of a reader, (G, outputs of a group, F) on the CPU; F are a group's inputs, times those of a kernel."""
+    """The weight of a reader, (G, outputs of a group, F) on the CPU; F are a group's inputs times a kernel's places."""
     weight = reader.weight.detach().cpu()
     if not isinstance(reader, nn.Conv2d):
         return (weight.T if weight_axis(reader, "in") == 0 else weight)[None]

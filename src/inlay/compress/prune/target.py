@@ -122,7 +122,7 @@ def _search(
     if least > allowed:
         raise BadInput(
             f"target {target} cannot be met: with one unit in each layer the model still costs {_round(least)} "
-            f"{_UNITS[target.quantity]}, and {_round(allowed)} are allowed. Raise the target, or prune more kinds of units."
+            f"{_UNITS[target.quantity]}, and {_round(allowed)} are allowed. Raise the target, or prune more kinds."
         )
     while low < high:
         middle = (low + high + 1) // 2
