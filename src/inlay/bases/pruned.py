@@ -94,8 +94,8 @@ class _Narrowed:
     """Comes before a class of transformers, whose config has `widths`."""
 
     def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        set_widths(self, config.widths or {})  # type: ignore[arg-type]
+        super().__init__(config)  # type: ignore[call-arg]
+        set_widths(self, config.widths or {})
 
 
 class PrunedViTForImageClassification(_Narrowed, ViTForImageClassification):

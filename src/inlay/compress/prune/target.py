@@ -56,6 +56,7 @@ class Counter:
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
         # `inputs` are of one example, without attention masks
         self.skeleton = copy.deepcopy(model).to("meta")
+        self.skeleton.tie_weights()  # which each became a tensor of its own
         self.inputs = dict(inputs)
 
     def count(self, keep: Mapping[str, Tensor], quantity: Quantity = "macs") -> int:
@@ -96,7 +97,9 @@ def choose_units(
         return counter.count(keep, target.quantity)
 
     if scope == "global":
-        return _search(_ranked(groups, scores, counter, target, priced), cost, allowed, target)
+        ranking = _rank(groups, scores, counter, target, priced)
+        keep = _search(ranking.candidates(), cost, allowed, target)
+        return keep if target.quantity == "latency" else ranking.fill(keep, allowed - cost(keep))
     keep = _search(_even(model, groups, scores, {}), cost, allowed, target)
     kinds = {group.kind: group.units for group in groups}
     for kind in sorted(kinds, key=lambda kind: -kinds[kind]):  # where heads are few, the MLP takes what is left
@@ -163,28 +166,60 @@ def _even(
     return _Candidates(steps - first, make)
 
 
-def _ranked(
+@dataclass(frozen=True)
+class _Ranking:
+    """All units of all groups, the most valuable first, and the best one of each group before them.
+
+    Attributes:
+        groups: Whose units.
+        owner: The number of each unit's group.
+        unit: Which unit of its group.
+        prices: Of a unit of each group, at the widths of now; where others are narrower it costs no more.
+    """
+
+    groups: Sequence[Group]
+    owner: Tensor
+    unit: Tensor
+    prices: Sequence[float]
+
+    def candidates(self) -> _Candidates:
+        """The first of the ranking, more and more."""
+
+        def make(step: int) -> dict[str, Tensor]:
+            first = slice(0, len(self.groups) + step)
+            owner, unit = self.owner[first], self.unit[first]
+            return {group.name: unit[owner == i].sort().values for i, group in enumerate(self.groups)}
+
+        return _Candidates(len(self.owner) - len(self.groups) + 1, make)
+
+    def fill(self, keep: Mapping[str, Tensor], left: float) -> dict[str, Tensor]:
+        """Units further down that what is left still pays for: where the next one is a whole head, a few of an MLP."""
+        kept = {name: set(units.tolist()) for name, units in keep.items()}
+        for number, unit in zip(self.owner.tolist(), self.unit.tolist(), strict=True):
+            name = self.groups[number].name
+            if unit not in kept[name] and self.prices[number] <= left:
+                kept[name].add(unit)
+                left -= self.prices[number]
+        return {name: torch.tensor(sorted(units)) for name, units in kept.items()}
+
+
+def _rank(
     groups: Sequence[Group], scores: Mapping[str, Tensor], counter: Counter, target: Target, priced: bool
-) -> _Candidates:
-    """All units by what they are worth for their cost, after the best one of each group."""
+) -> _Ranking:
+    """All units by their score, or by what it is for their price."""
     whole = counter.count({}, target.quantity)
-    values, owners, units = [], [], []
+    values, owners, units, prices = [], [], [], []
     for number, group in enumerate(groups):
         fewer = {group.name: torch.arange(group.units - 1)}
-        price = whole - counter.count(fewer, target.quantity) if group.units > 1 else 1
+        price = whole - counter.count(fewer, target.quantity) if group.units > 1 else 0
         value = scores[group.name] / (max(price, 1) if priced else 1)
         value[int(value.argmax())] = torch.inf
         values.append(value)
         owners.append(torch.full((group.units,), number))
         units.append(torch.arange(group.units))
-    owner, unit = torch.cat(owners), torch.cat(units)
+        prices.append(price)
     order = torch.cat(values).argsort(descending=True, stable=True)
-
-    def make(step: int) -> dict[str, Tensor]:
-        best = order[: len(groups) + step]
-        return {group.name: unit[best[owner[best] == number]].sort().values for number, group in enumerate(groups)}
-
-    return _Candidates(len(order) - len(groups) + 1, make)
+    return _Ranking(groups, torch.cat(owners)[order], torch.cat(units)[order], prices)
 
 
 def keep_best(scores: Tensor, count: int) -> Tensor:
