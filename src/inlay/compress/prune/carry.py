@@ -18,8 +18,8 @@ from inlay.bases.widths import Group, find_groups, narrowed, places_that_stay, w
 from inlay.combine.parts import PREFIX
 from inlay.compress.prune.pruning import Pruned, leave_out, prune
 from inlay.compress.prune.save import read_record
-from inlay.compress.prune.trained import fold_adapter
-from inlay.errors import Unsupported, WrongBase
+from inlay.compress.prune.trained import load_trained
+from inlay.errors import BadInput, Unsupported, WrongBase
 from inlay.methods._peft import PeftConfig, adapter_shapes, fill_injected_adapter, inject_empty_adapter
 from inlay.tasks.base import load_base
 
@@ -43,10 +43,11 @@ def prune_under_adapter(
     Raises:
         InlayError: What `load_adapter` and `prune` say.
     """
-    loaded = load_adapter(adapter, base, device="cpu")
-    whole = load_base(base or loaded.file.base_name, task=loaded.task.name, device="cpu")
-    name = str(whole.name_or_path)
-    merged = fold_adapter(loaded)
+    merged = load_trained(adapter, base=base)
+    if "adapter" not in merged.origin:
+        raise BadInput(f"{adapter} is a model; only an adapter can be carried onto its pruned base. Leave carry out.")
+    name = merged.origin["base"]
+    whole = load_base(name, task=merged.task.name, device="cpu")
     pruned = prune(merged, data, **how)
     groups = find_groups(whole)
     keep = {group: torch.tensor(units) for group, units in pruned.kept.items()}
@@ -58,8 +59,9 @@ def prune_under_adapter(
                 value += fitted[key] - cut[key]
     task = merged.task
     labels = task.labels(made, None) if task.classifies else []
-    trained = replace(merged, model=made, labels=labels, name=Path(name).name)
-    return Pruned(trained, pruned.kept, {**pruned.facts, "adapter": None, "seen_with": loaded.name}), pruned
+    trained = replace(merged, model=made, labels=labels, origin={"model": name}, groups={})
+    facts = {**pruned.facts, "source": trained.origin, "seen_with": merged.name}
+    return Pruned(trained, pruned.kept, facts), pruned
 
 
 def carry_adapter(adapter: str | Path, pruned: str | Path, out: str | Path, *, base: str | Path | None = None) -> Path:

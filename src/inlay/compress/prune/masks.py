@@ -72,7 +72,7 @@ def mask_weights(
     left = count_nonzero(layers.values())
     facts = {
         "task": trained.task.name,
-        **trained.origin,
+        "source": trained.origin,
         "data": data,
         "sparsity": sparsity,
         "criterion": criterion,

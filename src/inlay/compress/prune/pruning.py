@@ -108,7 +108,7 @@ def prune(
         after["latency"] = measure_latency(current, inputs)
     facts = {
         "task": trained.task.name,
-        **trained.origin,
+        "source": trained.origin,
         "data": data,
         "target": str(target),
         "criterion": criterion,

@@ -107,6 +107,7 @@ def make_record(trained: TrainedModel, report: PruneReport) -> dict[str, Any]:
     """What pruning.json holds."""
     return {
         **report.to_dict(),
+        "training": {"seed": trained.seed},
         "labels": trained.labels,
         "preprocessing": trained.task.processor_settings(trained.processor),
         "kept": report.kept,
@@ -157,7 +158,7 @@ def _number(value: float) -> str:
 def make_card(trained: TrainedModel, report: PruneReport, name: str) -> str:
     """README.md of the folder."""
     facts, task = report.facts, trained.task
-    source = facts.get("adapter") or facts.get("model", trained.name)
+    source = facts["source"].get("adapter") or facts["source"]["model"]
     source = source.rstrip("/").rpartition("/")[2] if source.startswith(("/", "~", ".")) else source
     lines = [
         "---",
