@@ -107,7 +107,7 @@ def scan_sensitivity(
     known = load_examples(trained, data, examples, trained.seed)
     evidence = observe(trained.model, groups, known.batches, known.loss, needs)
     scores = score_units(criterion, trained.model, groups, evidence, torch.Generator().manual_seed(seed))
-    dense = trained.score(data, limit=limit)
+    dense = trained.score(data, limit=limit, resamples=1)
     metric = next(iter(dense.scores))
     layers: dict[str, list[float]] = {}
     for group in groups:
@@ -116,7 +116,7 @@ def scan_sensitivity(
             count = max(1, round(group.units * (1 - share)))
             keep = {group.name: keep_best(scores[group.name], count)}
             narrower = leave_out(trained.model, groups, keep, evidence.seen if compensate else None)
-            row.append(trained.with_model(narrower).score(data, limit=limit).scores[metric].value)
+            row.append(trained.with_model(narrower).score(data, limit=limit, resamples=1).scores[metric].value)
     return Sensitivity(
         data,
         dense.split,

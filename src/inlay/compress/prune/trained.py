@@ -20,19 +20,22 @@ class TrainedModel(Source):
         """By which its training held out a part of data without a split; 0 where that is not known."""
         return Training.from_metrics(self.metrics).seed
 
-    def score(self, data: str, *, limit: int | None = None, split: Split | None = None) -> Evaluation:
+    def score(
+        self, data: str, *, limit: int | None = None, split: Split | None = None, resamples: int = 100
+    ) -> Evaluation:
         """All scores of the task on the part of labelled data that training does not use.
 
         Args:
             data: As the recipes of its task take it.
             limit: Score so many examples at most.
             split: Another part.
+            resamples: Of the examples, for the intervals.
 
         Raises:
             InlayError: Data of other labels, or none of this task.
         """
         training = Training(data, {"seed": self.seed})
-        request = Request(split=split, limit=limit, compare=False, resamples=200, training=training)
+        request = Request(split=split, limit=limit, compare=False, resamples=resamples, training=training)
         return self.task.evaluate(self, data, request)
 
     def with_model(self, model: PreTrainedModel) -> "TrainedModel":
