@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     from inlay.combine.report import overlap
     from inlay.compress.export import export
     from inlay.compress.load import load_exported
+    from inlay.compress.prune.carry import carry_adapter
+    from inlay.compress.prune.heal import heal
+    from inlay.compress.prune.masks import mask_weights
+    from inlay.compress.prune.pruning import prune
+    from inlay.compress.prune.save import PruneReport, save_pruned
+    from inlay.compress.prune.scan import scan_sensitivity
+    from inlay.compress.prune.trained import load_trained
     from inlay.compress.quantize import quantize
     from inlay.errors import BadInput, ComputationFailed, DamagedFile, InlayError, Unreachable, Unsupported, WrongBase
     from inlay.methods import (
@@ -116,6 +123,7 @@ _MODULE_OF = {
     "MaskView": "tasks.masks.view",
     "NextToken": "tasks.text.loss",
     "PartialConfig": "methods",
+    "PruneReport": "compress.prune.save",
     "SequenceData": "tasks.sequences.data",
     "SequenceProcessor": "tasks.sequences.processor",
     "SequenceTask": "tasks.sequences.options",
@@ -139,6 +147,7 @@ _MODULE_OF = {
     "VolumeTask": "tasks.volumes.options",
     "VolumeView": "tasks.volumes.view",
     "WrongBase": "errors",
+    "carry_adapter": "compress.prune.carry",
     "classify_texts": "tasks.sequences.predict",
     "combine": "combine",
     "compare_images": "study.compare",
@@ -151,6 +160,7 @@ _MODULE_OF = {
     "freeze_statistics": "bases.batch_norm",
     "generate": "tasks.text.generate",
     "head_modules": "bases.sites",
+    "heal": "compress.prune.heal",
     "import_adapter": "adapters.convert.convert",
     "import_network": "adapters.convert.networks",
     "judge": "tasks.text.generate",
@@ -163,14 +173,17 @@ _MODULE_OF = {
     "load_sequences": "tasks.sequences.data",
     "load_texts": "tasks.text.data",
     "load_tokenizer": "bases.processors",
+    "load_trained": "compress.prune.trained",
     "load_volumes": "tasks.volumes.data",
     "lora_targets": "bases.sites",
+    "mask_weights": "compress.prune.masks",
     "measure_costs": "study.measure",
     "merge": "combine.merge",
     "option": "options",
     "overlap": "combine.report",
     "predict": "tasks.images.predict",
     "predict_masks": "tasks.masks.predict",
+    "prune": "compress.prune.pruning",
     "pull_adapter": "adapters.hub.repository",
     "push_adapter": "adapters.hub.repository",
     "quantize": "compress.quantize",
@@ -180,6 +193,8 @@ _MODULE_OF = {
     "sam_targets": "tasks.masks.sites",
     "save_adapter": "adapters.save",
     "save_comparison": "study.compare",
+    "save_pruned": "compress.prune.save",
+    "scan_sensitivity": "compress.prune.scan",
     "segment": "tasks.volumes.segment",
     "write_report": "combine.heatmap",
 }
@@ -207,6 +222,7 @@ __all__ = [
     "MaskView",
     "NextToken",
     "PartialConfig",
+    "PruneReport",
     "SequenceData",
     "SequenceProcessor",
     "SequenceTask",
@@ -230,6 +246,7 @@ __all__ = [
     "VolumeTask",
     "VolumeView",
     "WrongBase",
+    "carry_adapter",
     "classify_texts",
     "combine",
     "compare_images",
@@ -242,6 +259,7 @@ __all__ = [
     "freeze_statistics",
     "generate",
     "head_modules",
+    "heal",
     "import_adapter",
     "import_network",
     "judge",
@@ -254,14 +272,17 @@ __all__ = [
     "load_sequences",
     "load_texts",
     "load_tokenizer",
+    "load_trained",
     "load_volumes",
     "lora_targets",
+    "mask_weights",
     "measure_costs",
     "merge",
     "option",
     "overlap",
     "predict",
     "predict_masks",
+    "prune",
     "pull_adapter",
     "push_adapter",
     "quantize",
@@ -271,6 +292,8 @@ __all__ = [
     "sam_targets",
     "save_adapter",
     "save_comparison",
+    "save_pruned",
+    "scan_sensitivity",
     "segment",
     "write_report",
 ]

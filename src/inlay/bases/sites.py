@@ -36,6 +36,9 @@ _QKV = (
     ("c_attn",),
 )
 
+# Ends the model_type of a model whose widths differ from layer to layer (`inlay.bases.pruned`) and whose names do not.
+PRUNED = "_pruned"
+
 # Poolers of a backbone: computed, but not used by a classifier that takes the mean or the first token (SigLIP, BERT).
 POOLING = {"head", "pooler"}
 
@@ -251,7 +254,7 @@ def sites(model: nn.Module) -> Sites:
     backbone = text if text and text in modules else _find_backbone(model)
     prefix = f"{backbone}." if backbone else ""
     inner = {name.removeprefix(prefix): module for name, module in modules.items() if name.startswith(prefix)}
-    kind = getattr(getattr(model, "config", None), "model_type", "no model_type")
+    kind = str(getattr(getattr(model, "config", None), "model_type", "no model_type")).removesuffix(PRUNED)
     label, children = f"{type(model).__name__} ({kind})", dict(model.named_children())
     next_to_it = [name for name in _find_next_to(model, backbone) if name not in OTHER_INPUTS]
     places = listed = _places(SITES[kind], inner) if kind in SITES else None

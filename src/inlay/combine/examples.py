@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from inlay.adapters.load import LoadedAdapter
+from inlay.tasks.adapter import Adapter
 from inlay.train.losses import Loss
 
 
@@ -38,7 +38,7 @@ class Examples:
         return total
 
 
-def load_examples(loaded: LoadedAdapter, data: str, count: int, seed: int) -> Examples:
+def load_examples(loaded: Adapter, data: str, count: int, seed: int) -> Examples:
     """Up to so many examples of an adapter's own task; equal seeds draw the same.
 
     Args:

@@ -11,7 +11,8 @@ from inlay.adapters.load import load_adapter
 from inlay.adapters.summary import describe_method
 from inlay.bases.load import resolve_base
 from inlay.compress.exported import is_exported
-from inlay.errors import BadInput, InlayError, Unsupported
+from inlay.errors import BadInput, DamagedFile, InlayError, Unsupported
+from inlay.files.bounded_json import parse_json
 from inlay.tasks.adapter import route_group
 from inlay.tasks.base import load_base, read_task
 from inlay.tasks.task import Task
@@ -102,5 +103,20 @@ def _load_adapter(folder: Path, base: str | Path | None) -> Source:
 def _load_model(name: str) -> Source:
     model, task = load_base(name, device="cpu"), read_task(name)
     labels = task.labels(model, None) if task.classifies else []
-    last = resolve_base(name).rstrip("/").rpartition("/")[2]
-    return Source(last, model, task, task.load_processor(name, None), labels, {"model": name})
+    where = resolve_base(name)
+    report = _read_report(Path(where))
+    processor = task.load_processor(name, report.get("preprocessing") or None)
+    metrics = {"training": report["training"]} if "training" in report else {}
+    return Source(Path(where).name, model, task, processor, labels, {"model": name}, metrics)
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    """What inlay wrote next to a model that it merged or pruned: its preprocessing, and how it was trained."""
+    for name in ("pruning.json", "merge.json"):
+        if (folder / name).is_file():
+            try:
+                found = parse_json((folder / name).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise DamagedFile(f"{folder / name} is damaged ({error}); write the folder again.") from None
+            return found if isinstance(found, dict) else {}
+    return {}

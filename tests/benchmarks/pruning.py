@@ -1,0 +1,197 @@
+"""What pruning costs and what healing brings back: every criterion, with and without compensation.
+
+    nice python tests/benchmarks/pruning.py vit-tiny
+    nice python tests/benchmarks/pruning.py mobilenet --base /path/to/mobilenet_v2 --data /path/to/flowers5/dev
+
+`vit-tiny`: the embedded ViT, adapted to handwritten digits by LoRA. `mobilenet`: MobileNetV2 with ImageNet weights,
+adapted to flowers by LoRA, on images of 128 pixels. Data is in three parts: what is trained on and looked at by the
+criteria; what chooses the best step of the first adaptation; and what every row is scored on, which chooses nothing.
+
+Each row is a share of the multiply-accumulates, a criterion, and whether the next layer was fitted: the accuracy before
+any training, after a LoRA of at most 5 % of the parameters, and after training all weights for as many steps. Then
+there are the dense model, trained on for as many steps, and a model of the same size from scratch.
+
+All rows are scored before any training first, then after LoRA, then after training all weights. A run that is
+interrupted goes on where it was: each figure is written when it is there.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from inlay import METHODS, ImageTask, TrainConfig, heal, load_trained, prune, save_adapter
+from inlay.compress.prune import TrainedModel
+
+RESULTS = Path(__file__).parent / "results" / "pruning"
+SHARES = (0.7, 0.5, 0.3)
+CRITERIA = ("random", "l1", "l2", "batchnorm", "apoz", "activation", "taylor", "thinet")
+SEEDS = (0, 1)  # of the criterion random
+
+
+def write_digits(folder: Path) -> Path:
+    """The digits in three folders: 60 % to train on, 20 % that choose, 20 % that score."""
+    from PIL import Image
+
+    images, labels = load_digits(return_X_y=True)
+    train, rest, train_labels, rest_labels = train_test_split(
+        images, labels, test_size=0.4, random_state=0, stratify=labels
+    )
+    choose, score, choose_labels, score_labels = train_test_split(
+        rest, rest_labels, test_size=0.5, random_state=0, stratify=rest_labels
+    )
+    parts = {"train": (train, train_labels), "validation": (choose, choose_labels), "test": (score, score_labels)}
+    for part, (pixels, names) in parts.items():
+        for i, (image, name) in enumerate(zip(pixels, names, strict=True)):
+            path = folder / part / str(name) / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((image.reshape(8, 8) * 15.9375).astype("uint8")).resize((32, 32)).save(path)
+    return folder
+
+
+def link_flowers(folder: Path, data: Path) -> Path:
+    """The flowers: four fifths of the training part to train on, one fifth that chooses; the validation part scores."""
+    for label in sorted(path.name for path in (data / "train").iterdir() if path.is_dir()):
+        files = sorted((data / "train" / label).iterdir())
+        parts = {
+            "train": [file for i, file in enumerate(files) if i % 5],
+            "validation": files[::5],
+            "test": sorted((data / "val" / label).iterdir()),
+        }
+        for part, chosen in parts.items():
+            (folder / part / label).mkdir(parents=True, exist_ok=True)
+            for file in chosen:
+                link = folder / part / label / file.name
+                if not link.exists():
+                    link.symlink_to(file)
+    return folder
+
+
+def small_mobilenet(folder: Path, base: Path) -> Path:
+    """The base with a processor for images of 128 pixels, a third of the work of 224."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(base / name, folder / name)
+    processor = {
+        "image_processor_type": "MobileNetV2ImageProcessor",
+        "size": {"shortest_edge": 144},
+        "crop_size": {"height": 128, "width": 128},
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def adapt(base: str, data: Path, folder: Path, epochs: float) -> TrainedModel:
+    """The base adapted by LoRA, which is folded into it."""
+    task = ImageTask(model=base, dataset=str(data), augment="none")
+    config = TrainConfig(output_dir=str(folder), epochs=epochs, workers=0, learning_rate=METHODS["lora"].learning_rate)
+    loaded = task.load(0)
+    model = METHODS["lora"].adapt(task.base(loaded), 8)
+    result = task.fit(model, loaded, config, task)
+    metrics = {"dataset": str(data), "validation": result.metrics, "training": {"seed": 0}}
+    return load_trained(save_adapter(model, folder / "adapter", processor=loaded.processor, metrics=metrics))
+
+
+class Rows:
+    """Figures that are computed once and kept in a file."""
+
+    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        self.path = path
+        stored = json.loads(path.read_text()) if path.is_file() else {}
+        self.about, self.rows = about, stored.get("rows", {})
+
+    def add(self, row: str, column: str, compute: Callable[[], float]) -> None:
+        found = self.rows.setdefault(row, {})
+        if column not in found:
+            found[column] = compute()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps({**self.about, "rows": self.rows}, indent=2) + "\n")
+            write_table(self)
+            print(row, column, found[column], flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model", choices=("vit-tiny", "mobilenet"))
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("runs/benchmark_pruning"))
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=32)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    work = options.work / options.model
+    if options.model == "vit-tiny":
+        data = write_digits(work / "data")
+        dense = adapt("builtin:vit-tiny", data, work / "lora", epochs=10)
+    else:
+        data = link_flowers(work / "data", options.data.resolve())
+        dense = adapt(str(small_mobilenet(work / "base", options.base)), data, work / "lora", epochs=5)
+    about = {
+        "model": options.model,
+        "steps": options.steps,
+        "batch": options.batch,
+        "device": platform.processor() or platform.machine(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+    }
+    table = Rows(RESULTS.with_name(f"pruning_{options.model}.json"), about)
+    measure(dense, str(data), table, options.steps, options.batch)
+
+
+def score(trained: TrainedModel, data: str) -> float:
+    return round(trained.score(data, split="test").scores["accuracy"].value, 4)
+
+
+def measure(dense: TrainedModel, data: str, table: Rows, steps: int, batch: int) -> None:
+    """Every figure of the table, the cheap ones first."""
+
+    def train(trained: TrainedModel, way: Any, steps: int = steps) -> float:
+        return score(heal(trained, data, way=way, steps=steps, batch_size=batch).trained, data)
+
+    norms = any(isinstance(module, torch.nn.BatchNorm2d) for module in dense.model.modules())
+    criteria = [name for name in CRITERIA if name != "batchnorm" or norms]
+    for column in ("before", "lora", "full"):
+        table.add("dense", column, partial(score, dense, data) if column == "before" else partial(train, dense, column))
+        for share, criterion, fit in product(SHARES, criteria, (False, True)):
+            for seed in SEEDS if criterion == "random" else (0,):
+                row = f"{share} {criterion}{f' {seed}' if seed else ''}{' + least squares' if fit else ''}"
+                if column in table.rows.get(row, {}):
+                    continue
+                how = {"target": f"macs={share}", "criterion": criterion, "compensate": fit, "seed": seed}
+                made = prune(dense, data, **how)
+                for cost in ("macs", "params"):
+                    table.add(row, cost, partial(share_of, made.facts, cost))
+                whole = partial(score, made.trained, data)
+                table.add(row, column, whole if column == "before" else partial(train, made.trained, column))
+    for share in SHARES:
+        made = prune(dense, data, target=f"macs={share}", criterion="l1", scope="local")
+        for column, count in (("full", steps), ("full, ten times the steps", 10 * steps)):
+            table.add(f"{share} from scratch", column, partial(train, made.trained, "scratch", count))
+
+
+def share_of(facts: dict[str, Any], cost: str) -> float:
+    return round(facts["after"][cost] / facts["before"][cost], 4)
+
+
+def write_table(table: Rows) -> None:
+    columns = ("macs", "params", "before", "lora", "full", "full, ten times the steps")
+    lines = [f"| {' | '.join(('share and criterion', *columns))} |", "|" + "---|" * (len(columns) + 1)]
+    for name, row in table.rows.items():
+        lines.append(f"| {' | '.join((name, *(str(row.get(column, '')) for column in columns)))} |")
+    table.path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
