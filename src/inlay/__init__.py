@@ -312,28 +312,29 @@ def __dir__() -> list[str]:
 # After `import inlay`, PeftModel.from_pretrained loads adapters of its methods and the auto classes load its networks,
 # whether these modules were imported before or after. Where they are not needed this costs nothing.
 _REGISTERS_WITH = {
-    "peft": "inlay.methods",
-    "transformers.models.auto.configuration_auto": "inlay.bases.networks.configs",
-    "transformers.models.auto.modeling_auto": "inlay.bases.networks.models",
+    "peft": ["inlay.methods"],
+    "transformers.models.auto.configuration_auto": ["inlay.bases.networks.configs"],
+    "transformers.models.auto.modeling_auto": ["inlay.bases.networks.models", "inlay.bases.pruned_configs"],
 }
 
 
 class _RegisterAfterImport:
-    """An import finder that imports a module of _REGISTERS_WITH as soon as the one that it needs has been imported."""
+    """An import finder that imports modules of _REGISTERS_WITH as soon as the one that they need has been imported."""
 
     def __init__(self) -> None:
         self.waiting = {name: ours for name, ours in _REGISTERS_WITH.items() if name not in sys.modules}
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        ours = self.waiting.pop(name, None)
-        spec = find_spec(name) if ours else None
-        if ours is None or spec is None or spec.loader is None:
+        waiting = self.waiting.pop(name, None)
+        spec = find_spec(name) if waiting else None
+        if waiting is None or spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            import_module(ours)
+            for ours in waiting:
+                import_module(ours)
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
@@ -342,4 +343,5 @@ class _RegisterAfterImport:
 sys.meta_path.insert(0, _RegisterAfterImport())
 for _name, _ours in _REGISTERS_WITH.items():
     if _name in sys.modules:
-        import_module(_ours)
+        for _module in _ours:
+            import_module(_module)

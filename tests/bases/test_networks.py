@@ -193,10 +193,20 @@ def test_unknown_builds():
         ShuffleNetV2Config.from_width(3.0)
 
 
+REGISTERED = """
+import sys
+import inlay
+from transformers import PreTrainedModel, AutoConfig, AutoModelForImageClassification
+AutoModelForImageClassification.from_config(AutoConfig.for_model("squeezenet", num_labels=2))
+assert "inlay.bases.pruned" not in sys.modules, "it takes seconds to import"
+config = AutoConfig.for_model("vit_pruned", num_hidden_layers=2, widths={"mlp": [3, 5]}, num_labels=2)
+model = AutoModelForImageClassification.from_config(config)
+assert [layer.mlp.fc1.out_features for layer in model.vit.layers] == [3, 5]
+"""
+
+
 def test_registered_while_transformers_is_being_imported():
-    order = "import inlay; from transformers import PreTrainedModel, AutoConfig, AutoModelForImageClassification"
-    check = "AutoModelForImageClassification.from_config(AutoConfig.for_model('squeezenet', num_labels=2))"
-    subprocess.run([sys.executable, "-c", f"{order}\n{check}"], check=True)
+    subprocess.run([sys.executable, "-c", REGISTERED], check=True)
 
 
 @pytest.mark.parametrize("config", NETWORK_TYPES.values())

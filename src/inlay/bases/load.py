@@ -15,7 +15,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForMaskGeneration, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-import inlay.bases.pruned  # noqa: F401 - registers its classes with the Auto classes
 from inlay.bases.batch_norm import freeze_statistics
 from inlay.bases.device import Device, choose_device
 from inlay.bases.quantize import Quantize, compute_plainly, find_stored_form, flatten_inputs, make_quantization_config

@@ -1,8 +1,8 @@
-"""Models whose inner widths differ from layer to layer, and the config for a model that was narrowed.
+"""Models whose inner widths differ from layer to layer, and the class for a model that was narrowed.
 
 Where a config of transformers can say the widths, such as one `intermediate_size` for all layers, its own classes load
 the model. Otherwise the classes here do: each is one of transformers, narrowed to the `widths` of its config when it is
-made. Importing this module registers them with the Auto classes.
+made. This module registers them with the Auto classes; it is imported when one of their configs is made.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,84 +10,35 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    BertConfig,
     BertForSequenceClassification,
-    DeiTConfig,
     DeiTForImageClassification,
-    Dinov2Config,
     Dinov2ForImageClassification,
-    GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
-    MobileNetV2Config,
     MobileNetV2ForImageClassification,
     PreTrainedModel,
-    ViTConfig,
     ViTForImageClassification,
 )
 from transformers.models.mobilenet_v2.modeling_mobilenet_v2 import make_divisible
 
-from inlay.bases.sites import PRUNED
+from inlay.bases.pruned_configs import (
+    PrunedBertConfig,
+    PrunedDeiTConfig,
+    PrunedDinov2Config,
+    PrunedGPT2Config,
+    PrunedLlamaConfig,
+    PrunedMobileNetV2Config,
+    PrunedViTConfig,
+)
 from inlay.bases.widths import Group, find_family, find_groups, narrow
 from inlay.errors import Unsupported
 
 Widths = dict[str, list[int]]  # by kind, of each layer in running order
-
-
-class PrunedViTConfig(ViTConfig):
-    """ViTConfig with the widths of each layer."""
-
-    model_type = f"vit{PRUNED}"
-    widths: dict[str, list[int]] | None = None
-
-
-class PrunedDeiTConfig(DeiTConfig):
-    """DeiTConfig with the widths of each layer."""
-
-    model_type = f"deit{PRUNED}"
-    widths: dict[str, list[int]] | None = None
-
-
-class PrunedDinov2Config(Dinov2Config):
-    """Dinov2Config with the widths of each layer."""
-
-    model_type = f"dinov2{PRUNED}"
-    widths: dict[str, list[int]] | None = None
-
-
-class PrunedMobileNetV2Config(MobileNetV2Config):
-    """MobileNetV2Config with the widths of each layer."""
-
-    model_type = f"mobilenet_v2{PRUNED}"
-    widths: dict[str, list[int]] | None = None
-
-
-class PrunedGPT2Config(GPT2Config):
-    """GPT2Config with the widths of each layer."""
-
-    model_type = f"gpt2{PRUNED}"
-    widths: dict[str, list[int]] | None = None
-
-
-class PrunedLlamaConfig(LlamaConfig):
-    """LlamaConfig with the widths of each layer."""
-
-    model_type = f"llama{PRUNED}"
-    widths: dict[str, list[int]] | None = None
-
-
-class PrunedBertConfig(BertConfig):
-    """BertConfig with the widths of each layer."""
-
-    model_type = f"bert{PRUNED}"
-    widths: dict[str, list[int]] | None = None
 
 
 class _Narrowed:
@@ -168,7 +119,6 @@ _CLASSES: dict[type, list[tuple[Any, type]]] = {
     PrunedBertConfig: [(AutoModelForSequenceClassification, PrunedBertForSequenceClassification)],
 }
 for _config, _models in _CLASSES.items():
-    AutoConfig.register(_config.model_type, _config)  # type: ignore[attr-defined]
     for _auto, _model in _models:
         _auto.register(_config, _model)
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from inlay.bases.pruned_configs import PRUNED
 from inlay.errors import BadInput, Unsupported
 
 logger = logging.getLogger("inlay")
@@ -35,9 +36,6 @@ _QKV = (
     ("query_key_value",),
     ("c_attn",),
 )
-
-# Ends the model_type of a model whose widths differ from layer to layer (`inlay.bases.pruned`) and whose names do not.
-PRUNED = "_pruned"
 
 # Poolers of a backbone: computed, but not used by a classifier that takes the mean or the first token (SigLIP, BERT).
 POOLING = {"head", "pooler"}

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from inlay.bases.sites import PRUNED, Sites, sites
+from inlay.bases.pruned_configs import PRUNED
+from inlay.bases.sites import Sites, sites
 from inlay.errors import BadInput, Unsupported
 
 
