@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
+from convolutional_networks import build_network
 from inlay import (
     AttentionPrefixConfig,
     BottleneckConfig,
@@ -319,8 +320,17 @@ def test_the_other_placements_of_conv_adapter(placement):
     close(wrapped(x), y + scale * F.conv2d(h, up[..., None, None], up_bias))
 
 
+def test_conv_adapter_at_a_block_whose_branches_are_put_together():
+    """What a Fire module gives is twice what its last convolution gives; half of a ShuffleNet unit goes around it."""
+    model = get_peft_model(build_network("SqueezeNet"), ConvAdapterConfig(width=2, placement="residual_sequential"))
+    scales = [p for name, p in model.named_parameters() if "inlay_conv_adapter_scale" in name]
+    assert [len(scale) for scale in scales] == [16, 16]
+    with pytest.raises(InlayError, match=r"cannot be told what shufflenet\..* takes, a ShuffleUnit"):
+        get_peft_model(build_network("ShuffleNetV2"), ConvAdapterConfig(width=2, placement="residual_sequential"))
+
+
 def test_conv_adapter_next_to_a_block_that_changes_the_size_otherwise_is_refused():
-    base = nn.ModuleDict({"block": nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.AvgPool2d(2))})
+    base = nn.ModuleDict({"block": nn.Sequential(nn.Conv2d(4, 4, 3), nn.AvgPool2d(2))})
     model = get_peft_model(base, ConvAdapterConfig(width=2, placement="residual_parallel", target_modules=["block"]))
     with pytest.raises(InlayError, match='placement="conv_parallel"'):
         model.get_base_model()["block"](torch.randn(1, 4, 8, 8))

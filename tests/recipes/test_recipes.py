@@ -14,7 +14,7 @@ from places import ROOT
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.py"))
 PUBLIC = [path for path in RECIPES if path.parent.name == "recipes"]
-FAMILIES = {"vit": ImageTask, "gpt2": TextTask, "sam": MaskTask, "bert": SequenceTask}
+FAMILIES = {"vit": ImageTask, "squeezenet": ImageTask, "gpt2": TextTask, "sam": MaskTask, "bert": SequenceTask}
 ADAPTERS = [p for p in PUBLIC if p.stem.rpartition("_")[2] in FAMILIES and "compare" not in p.stem]
 
 
@@ -51,6 +51,7 @@ def test_lora_vit_trains_measures_and_saves(trained):
         ("prefix_vit.py", ["--projection", 16], "INLAY_ATTENTION_PREFIX"),
         ("ssf_vit.py", [], "INLAY_SSF"),
         ("convpass_vit.py", ["--width", 4, "--sites", "attention"], "INLAY_CONVPASS"),
+        ("conv_adapter_squeezenet.py", ["--placement", "residual_sequential"], "INLAY_CONV_ADAPTER"),
         ("partial_vit.py", [], "INLAY_PARTIAL"),
         ("partial_vit.py", ["--train_what", "bias"], "INLAY_PARTIAL"),
         ("composite_vit.py", ["--methods", "lora", "prefix", "prompt"], "INLAY_COMPOSITE"),

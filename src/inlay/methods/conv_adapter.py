@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from typing_extensions import override
 
-from inlay.bases.sites import Sites, is_linear, linear_shape
+from inlay.bases.sites import Sites
 from inlay.errors import BadInput, ComputationFailed, Unsupported
 from inlay.methods._peft import PeftType, register_method
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
@@ -150,7 +150,7 @@ class ConvAdapterLayer(AdapterLayer):
                 return module.in_channels, module.out_channels, module.kernel_size, how
             size = tuple(k + 1 - k % 2 for k in module.kernel_size)  # an even one has no centre
             return module.out_channels, module.out_channels, size, _keep_size(size, config.activation)
-        inputs, outputs, stride = _find_block_channels(module, key)
+        inputs, outputs, stride = _measure_block(module, key)
         if parallel:
             how = _Convolution(True, config.activation, (stride, stride), (1, 1), (1, 1))
             return inputs, outputs, (3, 3), how
@@ -212,19 +212,27 @@ def _keep_size(kernel: tuple[int, ...], activation: str) -> _Convolution:
     return _Convolution(False, activation, (1, 1), padding, (1, 1))
 
 
-def _find_block_channels(block: nn.Module, key: str) -> tuple[int, int, int]:
-    """Channels that a residual block takes and gives, and its stride: that of the one convolution in it that has any.
+@torch.no_grad()
+def _measure_block(block: nn.Module, key: str) -> tuple[int, int, int]:
+    """Channels that a residual block takes and gives, and its stride, by one small map that goes through it.
 
     Raises:
-        InlayError: There is no convolution in it.
+        InlayError: It takes no map of as many channels as its first convolution.
     """
-    inner = [m for m in block.modules() if isinstance(m, nn.Conv2d) or is_linear(m)]
-    convolutions = [m for m in inner if isinstance(m, nn.Conv2d)]
-    if not convolutions:
+    first = next((module for module in block.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None:
         raise BadInput(f"{key} is no block with a convolution in it; give other target_modules.")
-    last = inner[-1]  # of ConvNeXt a linear layer
-    outputs = last.out_channels if isinstance(last, nn.Conv2d) else linear_shape(last)[1]
-    return convolutions[0].in_channels, outputs, max(m.stride[0] for m in convolutions)
+    side = 32
+    try:
+        output = block(
+            torch.zeros(1, first.in_channels, side, side, device=first.weight.device, dtype=first.weight.dtype)
+        )
+    except Exception as error:  # unknown code may raise anything
+        raise Unsupported(
+            f'it cannot be told what {key} takes, a {type(block).__name__} ({error}); use placement="conv_parallel".'
+        ) from error
+    given = output[0] if isinstance(output, tuple) else output
+    return first.in_channels, given.shape[1], side // given.shape[-1]
 
 
 class ConvAdapterModel(AdapterTuner):
