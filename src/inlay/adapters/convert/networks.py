@@ -86,17 +86,20 @@ def import_network(source: str | Path, out: str | Path, *, labels: Sequence[str]
         )
     names = _name_squeezenet(tensors) if kind == "SqueezeNet" else _name_shufflenet(tensors)
     ours = _rename(path, kind, tensors, names)
-    config = _describe_squeezenet(tensors, ours) if kind == "SqueezeNet" else _describe_shufflenet(ours)
-    classes = len(ours["classifier.weight"])
+    try:
+        config = _describe_squeezenet(tensors, ours) if kind == "SqueezeNet" else _describe_shufflenet(ours)
+        classes = len(ours["classifier.weight"])
+    except Exception as error:  # shapes that no layer has, widths that no config takes
+        raise DamagedFile(f"the tensors of {path} do not make up a {kind}: {take_first_line(error)}") from error
     if labels is not None and len(labels) != classes:
         raise BadInput(f"{path} has {classes} classes, and {len(labels)} labels are given; give one for each class.")
     set_labels(config, labels if labels is not None else [f"LABEL_{i}" for i in range(classes)])
-    try:
-        with torch.device("meta"):
-            model = AutoModelForImageClassification.from_config(config)
-        model.load_state_dict(ours, assign=True)
-    except Exception as error:  # widths that describe no network, tensors of another shape
-        raise DamagedFile(f"the tensors of {path} do not make up a {kind}: {take_first_line(error)}") from error
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(config)
+    for name, value in model.state_dict().items():
+        if value.shape != ours[name].shape:
+            found, wanted = tuple(tensors[names[name]].shape), tuple(value.shape)
+            raise DamagedFile(f"{names[name]!r} of {path} is {found}, and the rest of its {kind} needs {wanted}.")
     with writing(out) as folder:
         config.architectures, config.dtype = [type(model).__name__], torch.float32
         config.save_pretrained(folder)
