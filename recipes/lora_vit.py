@@ -4,8 +4,8 @@
     accelerate launch recipes/lora_vit.py --model google/vit-base-patch16-224-in21k --dataset FOLDER --augment crop-flip
     accelerate launch recipes/lora_vit.py --model facebook/dinov2-small --quantize 8bit --optimizer adamw8bit
 
-The base is any image classifier of transformers: ViT, DeiT, DINOv2, Swin and ConvNeXt get LoRA on their linear layers,
-MobileNets and ResNets on their point-wise convolutions. For another method of peft change `config`.
+The base is any image classifier of transformers: ViT, DeiT, DINOv2 and Swin get LoRA on their linear layers,
+convolutional networks as in lora_squeezenet.py. For another method of peft change `config`.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Lora:
     alpha: int = option(16, "Scale of the update: alpha / r.", least=1)
     dropout: float = option(0.0, "Dropout on the input of A.", least=0, below=1)
     sites: Literal["all", "attention"] = option(
-        "all", "Every linear layer (in a convolutional network every 1x1 convolution), or q and v."
+        "all", "Every linear layer (in a convolutional network every convolution without groups), or q and v."
     )
 
 

@@ -27,6 +27,7 @@ OURS = [
     "ssf",
     "convpass",
     "conv-adapter",
+    "lora-conv",
     "visual-prompt",
     "visual-prompt-shallow",
     "attention-prefix",

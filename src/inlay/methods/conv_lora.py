@@ -94,6 +94,8 @@ class ConvLoraLayer(WeightLayer):
     @override
     def merged_values(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """W + ΔW, the updates of several adapters added first."""
+        if not names:  # rows of a batch that have no adapter
+            return {}
         weight = self.get_base_layer()._parameters["weight"]
         first, *others = [self.update(name) for name in names]
         return {"weight": (weight + sum(others, first)).to(weight.dtype)}
