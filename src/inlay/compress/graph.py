@@ -212,10 +212,7 @@ class GraphModel(PreTrainedModel, GenerationMixin):
     def forward(self, **inputs: Any) -> ModelOutput:
         """`logits`, of the tensors that the graph takes; what else transformers' models take has no effect."""
         given = {name: value for name, value in inputs.items() if value is not None}
-        if missing := [name for name in self.graph.inputs if name not in given]:
-            ids = given["input_ids"]
-            given |= {name: _FILL[name](ids) for name in missing}
-        return ModelOutput(logits=self.graph(given))
+        return ModelOutput(logits=self.graph(complete_inputs(given, self.graph.inputs)))
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, attention_mask: Tensor, **options: Any
@@ -228,9 +225,13 @@ class GraphModel(PreTrainedModel, GenerationMixin):
         """There is none."""
 
 
+def complete_inputs(given: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """The inputs of a graph; those of texts that a caller leaves out are what transformers' models take then."""
+    return {name: given[name] if name in given else _FILL[name](given["input_ids"]) for name in names}
+
+
 def _count_positions(ids: Tensor) -> Tensor:
     return torch.arange(ids.shape[1]).expand_as(ids)
 
 
-# What transformers' models take where a caller leaves an input out.
 _FILL = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like, "position_ids": _count_positions}

@@ -55,15 +55,14 @@ INT8_MODES: dict[str, Int8Mode] = {
 
 
 def prepare_graph(graph: Path, folder: Path) -> Path:
-    """Write a graph with shapes worked out and constants folded, as the quantiser needs it; returns its path."""
+    """Write a graph with constants folded and norms in one operator, as the quantiser needs it; returns its path."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    prepared, large = folder / GRAPH, _is_large(graph)
+    prepared = folder / GRAPH
     with _quiet():
-        try:
-            quant_pre_process(str(graph), str(prepared), save_as_external_data=large)
-        except Exception:  # "Incomplete symbolic shape inference": it does not know all operators of a language model
-            quant_pre_process(str(graph), str(prepared), skip_symbolic_shape=True, save_as_external_data=large)
+        # torch has written the shapes into the graph. Symbolic shape inference does not know all operators of a
+        # language model, and then leaves files in the current folder.
+        quant_pre_process(str(graph), str(prepared), skip_symbolic_shape=True, save_as_external_data=_is_large(graph))
     return prepared
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from inlay.compress.card import PROBE_HEADER, describe_conditions, format_probe
 from inlay.compress.export import Exported, check_export_folder, export_source, write_export
-from inlay.compress.graph import Graph, GraphModel, import_runtime
+from inlay.compress.graph import Graph, GraphModel, complete_inputs, import_runtime
 from inlay.compress.int8 import INT8_MODES, count_calibrated, has_vnni, prepare_graph, quantize_graph
 from inlay.compress.probe import PASSES, TURNS, Answers, Row, collect_answers, name_cpu, time_by_turns
 from inlay.compress.source import Source, load_source
@@ -106,7 +106,10 @@ def quantize(
         )
     calibration = load_batches(loaded, str(calibrate), examples, seed, held_out=False)
     held_out = load_batches(loaded, str(calibrate), compare, seed, held_out=True)
-    rows = split_rows(loaded, calibration)[: count_calibrated(examples)]
+    rows = split_rows(loaded, calibration)
+    rows = rows[: count_calibrated(len(rows))]
+    if not rows:
+        raise BadInput(f"{str(calibrate)!r} has fewer than 8 training examples, too few to calibrate; give more.")
     with tempfile.TemporaryDirectory() as work:
         workshop = Workshop(loaded, Path(work), rows)
         models, failed = workshop.make_modes(choose_modes(mode, loaded))
@@ -204,11 +207,12 @@ class Workshop:
         self.source, self.folder, self.rows = source, folder, rows
         (folder / FLOAT32).mkdir()
         self.graph = export_source(source, folder / FLOAT32)
+        self.plain = self._open(self.graph)
         self.prepared: Path | None = None
 
     def make_modes(self, names: list[str]) -> tuple[dict[str, nn.Module], list[Row]]:
         """A model for each mode and both forms of float32, and a row for each mode that could not be made."""
-        models: dict[str, nn.Module] = {TORCH: self.source.model, FLOAT32: self._open(self.graph)}
+        models: dict[str, nn.Module] = {TORCH: self.source.model, FLOAT32: self.plain}
         failed = []
         for name in names:
             try:
@@ -227,13 +231,13 @@ class Workshop:
             (self.folder / "prepared").mkdir()
             self.prepared = prepare_graph(self.graph, self.folder / "prepared")
         (self.folder / name).mkdir()
-        files = quantize_graph(
-            self.prepared, INT8_MODES[name], self.rows, self.folder / name, reduce_range=not has_vnni()
-        )
+        rows = [complete_inputs(row, self.plain.graph.inputs) for row in self.rows]
+        files = quantize_graph(self.prepared, INT8_MODES[name], rows, self.folder / name, reduce_range=not has_vnni())
         return self._open(files[0])
 
-    def _open(self, graph: Path) -> nn.Module:
-        return GraphModel(self.source.model.config, Graph(graph)).eval()
+    def _open(self, graph: Path) -> GraphModel:
+        model: GraphModel = GraphModel(self.source.model.config, Graph(graph)).eval()
+        return model
 
     def files(self, mode: str) -> list[Path]:
         """Of the graph of a mode; none where torch computes it."""
