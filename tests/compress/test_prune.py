@@ -1,9 +1,11 @@
 """Pruning from a model or an adapter to a folder: targets met by counting, healing, masks, carried adapters, scans."""
 
+import copy
 import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
@@ -17,6 +19,7 @@ from inlay import (
     load_base,
     load_processor,
     load_trained,
+    lora_targets,
     mask_weights,
     prune,
     save_adapter,
@@ -24,14 +27,14 @@ from inlay import (
     scan_sensitivity,
 )
 from inlay.bases.widths import find_groups, narrowed
-from inlay.compress.prune.carry import prune_under_adapter
+from inlay.compress.prune.carry import cut_tensors, prune_under_adapter
 from inlay.compress.prune.heal import largest_rank
 from inlay.compress.prune.run import Pruning, prune_to_folder
 from inlay.compress.prune.target import Counter, Target, choose_units
 from inlay.errors import BadInput, Unsupported, WrongBase
 from inlay.measure import count_macs, footprint
 from inlay.methods._peft import merge_keeping_weights
-from prunable_models import batch_for, build
+from prunable_models import batch_for, build, every_other_unit
 
 DATA = "builtin:digits"
 FEW = {"examples": 16}
@@ -202,7 +205,7 @@ def pruned_base(adapter, tmp_path_factory):
     return bare, save_pruned(bare.trained, folder, PruneReport(bare.facts, bare.kept))
 
 
-@pytest.mark.parametrize("method", ["ia3", "partial", "bottleneck", "dora"])
+@pytest.mark.parametrize("method", ["ia3", "partial", "ssf", "bottleneck", "dora"])
 def test_adapters_of_other_methods_are_carried_too_or_refused(method, base, pruned_base, tmp_path):
     saved = adapt(base, method, tmp_path / method, ["a", "b", "c", "d"])
     bare, folder = pruned_base
@@ -229,6 +232,21 @@ def test_adapters_of_other_methods_are_carried_too_or_refused(method, base, prun
         else:
             expected = narrowed(merge_keeping_weights(loaded.model)[0], keep)(**batch).logits
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "llama", "mobilenet_v2", "squeezenet", "shufflenet_v2"])
+def test_a_lora_of_every_family_is_cut_as_its_base_is(family):
+    model = build(family)
+    keep = every_other_unit(model)
+    config = LoraConfig(r=2, target_modules=lora_targets(model), init_lora_weights=False)
+    whole = get_peft_model(copy.deepcopy(model), config).eval()
+    cut = cut_tensors(get_peft_model_state_dict(whole), model, keep)
+    narrow_base = get_peft_model(narrowed(model, keep), config).eval()
+    set_peft_model_state_dict(narrow_base, cut)
+    batch = batch_for(model)
+    with torch.no_grad():
+        expected = narrowed(merge_keeping_weights(whole)[0], keep)(**batch).logits
+        torch.testing.assert_close(narrow_base(**batch).logits, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_an_adapter_is_not_carried_onto_a_base_of_other_weights(adapter, trained, tmp_path):

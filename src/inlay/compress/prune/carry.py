@@ -67,8 +67,8 @@ def prune_under_adapter(
 def carry_adapter(adapter: str | Path, pruned: str | Path, out: str | Path, *, base: str | Path | None = None) -> Path:
     """Save an adapter of a base as one of its pruned form; together they compute what the pruned merged model does.
 
-    LoRA, (IA)3 and partial tuning are cut where a module has become narrower. A bottleneck between the layers of the
-    outer width stays as it is, and so does a head.
+    LoRA, (IA)3, SSF and partial tuning are cut where a module has become narrower. A bottleneck between the layers of
+    the outer width stays as it is, and so does a head.
 
     Args:
         adapter: A folder, trained on the whole base.
@@ -151,6 +151,7 @@ _AXES: tuple[tuple[str, dict[str, int]], ...] = (
     (r"lora_magnitude_vector", {"out": 0}),
     (r"ia3_l", {"out": 0, "in": 1}),
     (r"inlay_partial_delta\.bias", {"out": 0}),
+    (r"inlay_ssf_(scale|shift)", {"out": 0}),
 )
 
 

@@ -149,9 +149,14 @@ def _describe(trained: TrainedModel, pruned: Pruned, scores: dict[str, Evaluatio
     inputs = inputs_of_one(trained.task.random_inputs(trained.model, trained.processor))
     before, after = compare_latencies([trained.model, pruned.trained.model], inputs)
     remark = (
-        f"Latency of one input on {after['device']}, threads: {after['threads']}: "
-        f"{before['median_ms']:.2f} ms before ({before['least_ms']:.2f} to {before['most_ms']:.2f} over the turns), "
-        f"{after['median_ms']:.2f} ms after ({after['least_ms']:.2f} to {after['most_ms']:.2f})."
+        f"Latency of one input on {after['device']}, threads: {after['threads']}: {before['least_ms']:.2f} ms before, "
+        f"{after['least_ms']:.2f} ms after, the least of several turns; their medians were {_range(before)} and "
+        f"{_range(after)} ms."
     )
     facts = {**pruned.facts, "latency": {"before": before, "after": after}}
     return PruneReport(facts, pruned.kept, scores, remarks=[remark])
+
+
+def _range(latency: dict[str, Any]) -> str:
+    low, high = latency["medians_ms"]
+    return f"{low:.2f} to {high:.2f}"

@@ -228,16 +228,16 @@ def keep_best(scores: Tensor, count: int) -> Tensor:
 
 
 def measure_latency(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> float:
-    """Median ms of a forward pass: the least of a few turns, as other load on the machine only adds."""
-    return min(turn.median_ms for turn in _take_turns([model], inputs)[0])
+    """ms of a forward pass: the least tenth percentile of a few turns, as other load on the machine only adds."""
+    return min(turn.p10_ms for turn in _take_turns([model], inputs)[0])
 
 
 def compare_latencies(models: Sequence[PreTrainedModel], inputs: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """Latency of models, by turns: the median of all turns, and the least and the largest median of a turn."""
+    """Latency of models by turns: the least, as in `measure_latency`, and the range of the medians of the turns."""
     found = []
     for turns in _take_turns(models, inputs):
-        medians = sorted(turn.median_ms for turn in turns)
-        row = {"median_ms": medians[len(medians) // 2], "least_ms": medians[0], "most_ms": medians[-1]}
+        medians = [turn.median_ms for turn in turns]
+        row = {"least_ms": min(turn.p10_ms for turn in turns), "medians_ms": [min(medians), max(medians)]}
         found.append({**row, "device": turns[0].device, "threads": turns[0].threads})
     return found
 
