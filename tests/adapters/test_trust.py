@@ -83,6 +83,7 @@ def test_a_picture_of_a_million_pixels_a_side(zoo, rewrite):
     ("settings", "message"),
     [
         ({"peft_type": "VERA", "r": 2_000_000}, "r = 2000000, but no tensor of its file has more than 384 rows"),
+        ({"peft_type": "INLAY_CONVPASS", "width": 200_000}, "width = 200000, but no tensor of its file has more than"),
         ({"peft_type": "LOHA", "r": 2_000_000}, "r = 2000000, but no tensor of its file has more than 384 rows"),
         ({"peft_type": "LORA", "r": 2_000_000}, r"should be \(2000000, 96\), the file has \(4, 96\)"),
     ],

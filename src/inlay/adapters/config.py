@@ -37,6 +37,7 @@ _EMPTY = {
 }
 _INITS = frozenset([True, False, None, "eva", "gaussian", "mica", "orthogonal"])  # these leave it
 _RANKS = ("r", "rank", "num_vectors", "num_virtual_tokens", "encoder_hidden_size", "n_frequency")
+_WIDTHS = ("width", "length", "r")  # the same of inlay's methods
 _META = ("LORA", "ADALORA", "PROMPT_TUNING", "PREFIX_TUNING")  # compared with the file before memory is taken
 
 
@@ -121,10 +122,10 @@ def _check_sizes(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], whe
             raise DamagedFile(
                 f"{where} says {path} = {value:g}; expected at most {MAX_SCALE:g} in size. Download it again."
             )
-    if config["peft_type"] in _META or config["peft_type"].startswith("INLAY_"):
+    if config["peft_type"] in _META:
         return
     largest = max((axis for shape in shapes.values() for axis in shape), default=0)
-    for name in _RANKS:
+    for name in _WIDTHS if config["peft_type"].startswith("INLAY_") else _RANKS:
         value = config.get(name)
         if type(value) is int and value > max(largest, 1024):
             raise DamagedFile(
