@@ -22,7 +22,7 @@ class ConvPass:
     width: int = option(8, "Channels of the bypass.", least=1)
     sites: list[Literal["attention", "mlp"]] = option(["attention", "mlp"], "attention, mlp or both.")
     activation: str = option("quick_gelu", "Activation function, by its name in transformers.")
-    dropout: float = option(0.0, "Dropout on the channels; the paper's is 0.1.", least=0, below=1)
+    dropout: float = option(0.0, "Dropout on the channels; 0.1 in the authors' code.", least=0, below=1)
     scale: float = option(1.0, "Scale of the bypass's output.")
 
 

@@ -11,9 +11,8 @@ goes with any layer. Next to a convolution K has its size, stride, padding and d
 the block's stride. W_up (C_out, m) is point-wise, f a non-linearity, and α (C_out,) a learned scale that starts from
 one. W_up and b_up start from zero, so that the adapted model starts as the base.
 
-The convolutions adapted are those of more than 1x1 behind the stem. The paper's figure 2 has all four placements.
-Their code adds behind the norm and activation that follow the convolution in ResNet, and in front of the norm in
-ConvNeXt; here it is in front in all networks.
+The convolutions adapted are those of more than 1x1 behind the stem. Their code adds behind the norm and activation that
+follow the convolution in ResNet, and in front of the norm in ConvNeXt; here it is in front in all networks.
 
 Chen et al. 2022, arXiv:2208.07463.
 """

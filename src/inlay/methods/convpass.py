@@ -5,7 +5,7 @@
 x and h are input and output of a sublayer, before the residual sum. W_down (m, d) and W_up (d, m) act on each token; K
 is a dense 3x3 convolution of m channels over the grid of the patches. The class token, and any other token that is no
 patch, is convolved as an image of 1x1, so that only the centre of K acts on it. K starts as the identity and W_up and
-b_up from zero, so that the adapted model starts as the base. The paper drops a tenth of the units in training.
+b_up from zero, so that the adapted model starts as the base. Their code drops a tenth of the units in training.
 
 In SAM, whose attention sees windows, K sees the whole image: the windows are put together for the bypass, as its
 authors do in Swin. A text has no grid over which to convolve, so that there is no ConvPass of a language model.
