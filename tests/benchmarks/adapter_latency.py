@@ -1,6 +1,6 @@
 """What an adapter adds to the time of a forward pass, and what is left of that when it is merged.
 
-    python tests/benchmarks/adapter_latency.py [--rounds 21]
+    python tests/benchmarks/adapter_latency.py [--rounds 7]
 
 A ViT of base size with random weights, and builtin:vit-tiny. `bottleneck-linear` is RepAdapter (Luo et al. 2023,
 arXiv:2302.08106), a bottleneck without activation, which folds into the next layer; `bottleneck` has an activation and
@@ -98,7 +98,7 @@ def measure(states: dict[str, nn.Module], pixels: Tensor, rounds: int) -> list[d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=21, help="Of the large base at batch 1; others in proportion.")
+    parser.add_argument("--rounds", type=int, default=7, help="Of the large base at batch 1; others in proportion.")
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     found: dict[str, list[dict[str, Any]]] = {}
@@ -111,7 +111,7 @@ def main() -> None:
         print(json.dumps(found[name], indent=2))
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     machine = {"device": f"{platform.machine()} cpu", "threads": 1, "python": platform.python_version()}
-    result = {"width": WIDTH, "std": STD, **machine, **versions, "rows": found}
+    result = {"width": WIDTH, "std": STD, "rounds": rounds, **machine, **versions, "rows": found}
     RESULTS.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     heading = "| base | batch | state | MMACs an image | CPU ms | to the base (p10 to p90) | difference |"
     lines = [heading, "|---|---:|---|---:|---:|---:|---:|"]

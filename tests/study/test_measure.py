@@ -92,6 +92,8 @@ def test_images_of_another_size():
     assert large.states["model"].macs > 3.9 * small.states["model"].macs
     with pytest.raises(InlayError, match="doesn't match model"):
         measure_costs("builtin:vit-tiny", size=64, device="cpu")
+    with pytest.raises(InlayError, match="doesn't match model"):
+        measure_costs("builtin:vit-tiny", size=64, weights=False)
     with pytest.raises(InlayError, match="takes no images of a side"):
         measure_costs("builtin:gpt2-tiny", weights=False, size=64)
 

@@ -156,6 +156,8 @@ def measure_costs(
         with enter() as current, _remark(remarks):
             counts[state] = _count(current, inputs)
     shown = counts.get("unmerged" if adapted is not None else "model")
+    if shown is None and not weights:
+        raise Unsupported(remarks[0])  # there is nothing else to say
     modules = list_modules(model, shown, depth)
     energy_source = ""
     if weights:
@@ -167,8 +169,8 @@ def measure_costs(
                 f"{name} does not take {shapes} ({str(error).splitlines()[0]}); give another size."
             ) from error
     else:
-        held, macs = footprint(model), None if shown is None else sum(shown.values())
-        costs = {"model": Cost(held.parameters, held.bytes_total, macs)}
+        held = footprint(model)
+        costs = {"model": Cost(held.parameters, held.bytes_total, sum((shown or {}).values()))}
     where = next(model.parameters()).device
     return Measurement(
         name=name,
