@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from convolutional_networks import build_network, draw_batch
 from inlay import (
+    Bank,
     BottleneckConfig,
     CompositeConfig,
     ConvLoraConfig,
@@ -143,6 +144,20 @@ def test_sums_of_other_ranks_scales_and_layers_are_sums_of_the_updates(rule, shu
             same = [(x.sign() == wanted.sign()) & (x != 0) for x in (one, two)]
             wanted = (one * same[0] + two * same[1]) / (same[0].float() + same[1].float()).clamp(min=1)
         torch.testing.assert_close(found[key] - before[key], wanted, rtol=1e-3, atol=1e-6, msg=key)
+
+
+def test_rows_of_factors_and_of_whole_differences_share_a_batch(shufflenet, tmp_path):
+    save(tmp_path / "a", shufflenet, 1)
+    save(tmp_path / "b", shufflenet, 6)  # whole in most layers
+    bank = Bank(load_base(shufflenet), {name: tmp_path / name for name in "ab"})
+    pixels, rows = {"pixel_values": draw_batch("ShuffleNetV1")["pixel_values"]}, ["b", None, "a", "b"]
+    alone = {name: load_adapter(tmp_path / name, base=load_base(shufflenet)).model for name in "ab"}
+    alone[None] = load_base(shufflenet)
+    with torch.no_grad():
+        found = bank(pixels, rows).logits
+        for i, name in enumerate(rows):
+            torch.testing.assert_close(found[i], alone[name](**pixels).logits[i], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(bank(pixels, ["b"] * 4).logits, alone["b"](**pixels).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_no_rank_and_no_layer_is_said():

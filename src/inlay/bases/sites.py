@@ -232,6 +232,7 @@ SITES = {
 }  # fmt: skip
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_linear_in_weight: dict[type[nn.Module], bool] = {}  # by class, of those that have been tried
 
 _PER_BLOCK = [field.name for field in fields(Row) if field.name not in ("blocks", "embeddings")]
 
@@ -377,13 +378,9 @@ def _convolutional_places(modules: Modules, heads: tuple[str, ...]) -> dict[str,
     for name, module in modules.items():
         if name == blocks[0]:
             break
+        around = not name or blocks[0].startswith(f"{name}.")
         inside = name.startswith(tuple(f"{other}." for other in stem))
-        if (
-            not f"{blocks[0]}.".startswith(f"{name}.")
-            and name
-            and not inside
-            and any(True for _ in module.parameters())
-        ):
+        if not around and not inside and any(True for _ in module.parameters()):
             stem.append(name)
     norms = [name for name in _norms(modules) if not name.startswith(heads)]
     return {"blocks": blocks, **{field: [] for field in _PER_BLOCK}, "norms": norms, "embeddings": stem}
@@ -662,16 +659,23 @@ def uses_weight_linearly(layer: nn.Module) -> bool:
     """True where an update of a layer's weight adds to its output, so that LoRA next to it can be merged into it.
 
     Not where a linear layer or convolution makes another weight of it first: weight standardisation (BiT), spectral
-    norm, torch's parametrizations. A class with a forward of its own is tried on random numbers. Other kinds of modules
-    are not judged.
+    norm, torch's parametrizations. A class with a forward of its own is tried once, on random numbers. Not judged are
+    other kinds of modules, weights that are held in few bits, and what does not run on its own.
     """
     if not isinstance(layer, _LAYERS) or computes_as_torch(layer):
         return True
-    if (weight := layer._parameters.get("weight")) is None:
+    if "weight" not in layer._parameters:
         return False
-    if not weight.is_floating_point():  # held in few bits
+    if type(layer) not in _linear_in_weight:
+        _linear_in_weight[type(layer)] = _is_linear_in_weight(layer)
+    return _linear_in_weight[type(layer)]
+
+
+def _is_linear_in_weight(layer: nn.Module) -> bool:
+    """f(W1) + f(W2) = f(W1 + W2), without the bias; True for what cannot be tried."""
+    weight, generator = layer._parameters["weight"], torch.Generator().manual_seed(0)
+    if weight is None or weight.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         return True
-    generator = torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator)
@@ -680,9 +684,14 @@ def uses_weight_linearly(layer: nn.Module) -> bool:
     side = [4 * (k - 1) * d + 2 for k, d in zip(weight.shape[2:], getattr(layer, "dilation", ()), strict=True)]
     x = draw(1, layer.in_channels, *side) if weight.ndim > 2 else draw(1, weight.shape[1])
     first, second = draw(*weight.shape), draw(*weight.shape)
-    with torch.no_grad():
-        outputs = [functional_call(layer, {"weight": w, **bias}, (x,)) for w in (first, second, first + second)]
-    return torch.allclose(outputs[0] + outputs[1], outputs[2], rtol=1e-3, atol=1e-3 * float(outputs[2].abs().max()))
+    try:
+        with torch.no_grad():
+            one, two, both = (
+                functional_call(layer, {"weight": w, **bias}, (x,)) for w in (first, second, first + second)
+            )
+    except Exception:  # a forward of its own may need anything: other arguments, a GPU
+        return True
+    return torch.allclose(one + two, both, rtol=1e-3, atol=1e-3 * float(both.abs().max()))
 
 
 def is_norm(module: nn.Module) -> bool:
