@@ -7,8 +7,8 @@ Speed is that of one input by turns, with one thread. Agreement and accuracy are
 nothing. The ViTs of the sizes S and B have random weights: of them only the speed means something. MobileNetV2 with its
 1,001 labels of ImageNet is asked about flowers and ten other photos, so its accuracy there is agreement too.
 
-The table sets models side by side as they are, and the first and the last of them in the mode that `quantize` chooses:
-accuracy on all held-out examples, parameters, multiply-accumulates, latency and bytes.
+The table sets models side by side: as torch computes them, and the first and the last of them as graphs, in float32 and
+in the mode that `quantize` chooses. Accuracy is that of all held-out examples.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from inlay import METHODS, ImageTask, TrainConfig, evaluate, load_exported, quantize, save_adapter
+from inlay import METHODS, ImageTask, TrainConfig, evaluate, export, load_exported, quantize, save_adapter
 from inlay.adapters.tables import make_table
 from inlay.bases.load import list_builtin_bases
 from inlay.compress.card import PROBE_HEADER, format_probe
@@ -52,6 +52,7 @@ FLOWERS, IMAGENET = SHARED / "flowers5" / "dev", SHARED / "mobilenet_imagenet"
 MOBILENET = IMAGENET / "hf" / "mobilenet_v2_1.0_224"
 DIGITS = Path(__file__).parents[2] / "adapters_hub" / "digits-lora-vit-tiny"
 Batches = list[dict[str, Tensor]]
+KEPT: list[Path] = []  # where trained adapters are kept, if anywhere
 Case = tuple[Source, Batches, Batches]  # a model, what calibrates, and what judges
 
 
@@ -106,7 +107,15 @@ CASES: dict[str, Callable[[Path], Case]] = {
     "squeezenet-tiny, digits": builtin_network("builtin:squeezenet-tiny", "builtin:digits"),
     "shufflenet-tiny, digits": builtin_network("builtin:shufflenet-tiny", "builtin:digits"),
 }
-TABLE = {"model": "", "accuracy": ".4f", "parameters": ",", "mmacs": ".1f", "latency_ms": ".3f", "bytes": ","}
+TABLE = {
+    "model": "",
+    "accuracy": ".4f",
+    "parameters": ",",
+    "mmacs": ".1f",
+    "median_ms": ".3f",
+    "cpu_ms": ".3f",
+    "bytes": ",",
+}
 NEEDS = {"MobileNetV2, flowers": MOBILENET, "MobileNetV2, ImageNet": MOBILENET}
 
 
@@ -119,6 +128,10 @@ class Lora:
 
 def train(base: str, data: str, work: Path) -> Path:
     """An adapter and a new head, as a recipe trains them."""
+    for folder in KEPT:
+        work = folder / Path(base.removeprefix("builtin:")).name
+        if (work / "adapter").is_dir():
+            return work / "adapter"
     task = ImageTask(model=base, dataset=data)
     loaded = task.load(0)
     lora = METHODS["lora"]
@@ -162,7 +175,7 @@ def probe(case: Case) -> list[dict[str, Any]]:
 
 
 def compare_models(folders: dict[str, str], data: str) -> list[dict[str, Any]]:
-    """A row for each model, and for the first and the last one in the mode that `quantize` chooses."""
+    """A row for each model in torch, and two for the first and the last one as graphs."""
     rows, models = [], {}
     with tempfile.TemporaryDirectory() as work:
         for name, folder in folders.items():
@@ -170,16 +183,17 @@ def compare_models(folders: dict[str, str], data: str) -> list[dict[str, Any]]:
             models[name] = source.model
             rows.append(describe(name, source, data))
         for name in dict.fromkeys((next(iter(folders)), list(folders)[-1])):
-            made = quantize(folders[name], Path(work) / name, calibrate=data)
-            loaded = load_exported(made.exported.folder)
-            source = load_source(folders[name])
-            key = f"{name} + {made.exported.mode}"
-            models[key] = loaded.model
-            score = evaluate(loaded, data, resamples=1).scores["accuracy"].value
-            rows.append({**describe(key, source, data), "accuracy": score, "bytes": made.exported.bytes})
+            source, out = load_source(folders[name]), Path(work)
+            made = [export(folders[name], out / f"{name}-graph")]
+            made += [quantize(folders[name], out / f"{name}-few", calibrate=data).exported]
+            for each in made:
+                loaded, key = load_exported(each.folder), f"{name}, graph in {each.mode}"
+                models[key] = loaded.model
+                score = evaluate(loaded, data, resamples=1).scores["accuracy"].value
+                rows.append({**describe(key, source, data), "accuracy": score, "bytes": each.bytes})
         batch = source.task.golden_inputs(source.model, source.processor)
         for row, speed in zip(rows, time_by_turns(models, batch).values(), strict=True):
-            row |= {"latency_ms": round(speed.median_ms, 3), "p10_ms": speed.p10_ms, "p90_ms": speed.p90_ms}
+            row |= {key: round(value, 4) for key, value in vars(speed).items()}
     return rows
 
 
@@ -217,12 +231,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--table", nargs="+", metavar="NAME=FOLDER", help="Models side by side.")
     parser.add_argument("--data", default="builtin:digits", help="Of the table.")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="Train adapters here, or take those of before.")
     arguments = parser.parse_args()
+    KEPT.extend([arguments.keep] if arguments.keep else [])
     torch.set_num_threads(1)
     if arguments.table:
         folders = dict(each.split("=", 1) for each in arguments.table)
         rows = compare_models(folders, arguments.data)
-        header = ("model", "accuracy", "parameters", "MACs, M", "latency, ms", "bytes")
+        header = ("model", "accuracy", "parameters", "MACs, M", "latency, ms", "CPU, ms", "bytes")
         cells = [tuple(f"{row[key]:{form}}" for key, form in TABLE.items()) for row in rows]
         write("int8_table", {**machine(), "data": arguments.data, "rows": rows}, make_table(header, cells))
         return

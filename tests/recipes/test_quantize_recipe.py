@@ -15,7 +15,7 @@ pytest.importorskip("onnxruntime", reason="needs the extra: pip install 'inlay[e
 
 def test_it_compares_before_and_after(monkeypatch, capsys, tmp_path):
     def time_by_turns(models, inputs):
-        return {name: Speed(1.0 if name == "int8-dynamic" else 2.0, 1.0, 2.0, 40) for name in models}
+        return {name: Speed(1.0 if name == "int8-dynamic" else 2.0, 1.0, 2.0, 1.0, 40) for name in models}
 
     programs, trace = [], torch.onnx.export
 

@@ -6,7 +6,7 @@ from typing import Any
 from inlay.adapters.tables import make_table
 from inlay.tasks import find_task
 
-PROBE_HEADER = ("mode", "latency, ms", "spread, ms", "speed-up", "agreement", "accuracy", "MB", "verdict")
+PROBE_HEADER = ("mode", "latency, ms", "spread, ms", "CPU, ms", "speed-up", "agreement", "accuracy", "MB", "verdict")
 
 
 def make_export_card(name: str, record: dict[str, Any], size: int) -> str:
@@ -59,10 +59,10 @@ def describe_probe(probe: dict[str, Any]) -> list[str]:
 def describe_conditions(probe: dict[str, Any]) -> str:
     """On what the rows of a probe were measured, and what a mode had to keep."""
     return (
-        f"Measured on {probe['cpu']} with threads: {probe['threads']}, one input at a time, by turns: the median, and "
-        f"the range of the middle 80 % of {probe['repeats']} runs. Agreement with float32 and accuracy are those of "
-        f"{probe['compared']:,} held-out examples of {_last(probe['data'])}; {probe['calibrated']:,} other examples "
-        f"calibrated. Accuracy may drop by at most {probe['max_drop']:g}, and agreement may be no less than "
+        f"Measured on {probe['cpu']} with threads: {probe['threads']}, one input at a time, by turns: the median, the "
+        f"range of the middle 80 % of {probe['repeats']} runs, and the CPU time. Agreement with float32 and accuracy "
+        f"are those of {probe['compared']:,} held-out examples of {_last(probe['data'])}; {probe['calibrated']:,} "
+        f"others calibrated. Accuracy may drop by at most {probe['max_drop']:g}, and agreement may be no less than "
         f"{probe['min_agreement']:g}."
     )
 
@@ -70,12 +70,13 @@ def describe_conditions(probe: dict[str, Any]) -> str:
 def format_probe(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """The cells of each mode, under PROBE_HEADER; those of one that failed say why."""
     return [
-        (row["mode"], "", "", "", "", "", "", row["verdict"])
+        (row["mode"], *[""] * (len(PROBE_HEADER) - 2), row["verdict"])
         if row["latency_ms"] is None
         else (
             row["mode"],
             f"{row['latency_ms']:.3f}",
             f"{row['p10_ms']:.3f} to {row['p90_ms']:.3f}",
+            f"{row['cpu_ms']:.3f}",
             f"{row['speedup']:.2f}",
             *("" if row[key] is None else f"{row[key]:.4f}" for key in ("agreement", "accuracy")),
             f"{row['bytes'] / 1e6:.2f}",

@@ -1,6 +1,7 @@
 """What a mode costs and keeps, measured on this machine and this model before anything is chosen."""
 
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -21,11 +22,20 @@ BUDGET_S = 0.5  # of a mode in a turn; one pass is always taken
 
 @dataclass(frozen=True)
 class Speed:
-    """Milliseconds of one forward pass: the median, and the range of the middle 80 % of the runs."""
+    """Milliseconds of one forward pass: the median, the range of the middle 80 % of the runs, and the CPU time.
+
+    Attributes:
+        median_ms: On the clock.
+        p10_ms: The same.
+        p90_ms: The same.
+        cpu_ms: The median that all threads together computed, which other load on the machine lengthens little.
+        repeats: How many runs.
+    """
 
     median_ms: float
     p10_ms: float
     p90_ms: float
+    cpu_ms: float
     repeats: int
 
 
@@ -55,6 +65,7 @@ class Row:
         latency_ms: Median of one input.
         p10_ms: Of the same runs.
         p90_ms: Of the same runs.
+        cpu_ms: Median of their CPU time.
         speedup: How many times as fast as float32 in torch.
         agreement: Share of answers that are those of float32 in torch.
         accuracy: Share of right answers.
@@ -66,6 +77,7 @@ class Row:
     latency_ms: float | None = None
     p10_ms: float | None = None
     p90_ms: float | None = None
+    cpu_ms: float | None = None
     speedup: float | None = None
     agreement: float | None = None
     accuracy: float | None = None
@@ -82,7 +94,7 @@ def time_by_turns(models: Mapping[str, nn.Module], inputs: dict[str, Tensor]) ->
 
     The models take turns, so that other load on the machine affects all of them.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     with ExitStack() as stack:
         runs: dict[str, Callable[[], float]] = {
             name: stack.enter_context(forward_passes(model, _place(inputs, model))) for name, model in models.items()
@@ -92,18 +104,20 @@ def time_by_turns(models: Mapping[str, nn.Module], inputs: dict[str, Tensor]) ->
                 run()  # what the other models have left in the caches is not timed
                 spent = 0.0
                 for _ in range(PASSES):
+                    begun = time.process_time()
                     took = run()
                     spent += took
                     if turn:
-                        seconds[name].append(took)
+                        seconds[name].append((took, time.process_time() - begun))
                     if spent > BUDGET_S:
                         break
     return {name: _summarise(times) for name, times in seconds.items()}
 
 
-def _summarise(seconds: Sequence[float]) -> Speed:
-    p10, median, p90 = (np.quantile(seconds, [0.1, 0.5, 0.9]) * 1e3).tolist()
-    return Speed(median, p10, p90, len(seconds))
+def _summarise(seconds: Sequence[tuple[float, float]]) -> Speed:
+    clock, cpu = np.array(seconds).T * 1e3
+    p10, median, p90 = np.quantile(clock, [0.1, 0.5, 0.9]).tolist()
+    return Speed(median, p10, p90, float(np.median(cpu)), len(seconds))
 
 
 @torch.inference_mode()

@@ -259,7 +259,8 @@ def measure_modes(source: Source, models: dict[str, nn.Module], held_out: list[d
     table = []
     for name, model in models.items():
         speed = speeds[name]
-        row = Row(name, speed.median_ms, speed.p10_ms, speed.p90_ms, speeds[TORCH].median_ms / speed.median_ms)
+        row = Row(name, speed.median_ms, speed.p10_ms, speed.p90_ms, speed.cpu_ms)
+        row.speedup = speeds[TORCH].median_ms / speed.median_ms
         if speed.median_ms <= SLOW * speeds[TORCH].median_ms:
             answers = plain if name == TORCH else collect_answers(source.task, model, held_out)
             row.agreement, row.accuracy = answers.agree(plain), answers.accuracy
