@@ -346,6 +346,7 @@ def test_the_command_prunes_heals_and_compares(adapter, tmp_path):
         (["--data", DATA, "--target", "macs=0.01", "--criterion", "l1"], "cannot be met: with one unit in each layer"),
         (["--data", DATA, "--sparsity", "1.5"], "sparsity must be a number over 0 and below 1"),
         (["--data", DATA, "--sparsity", "0.5", "--criterion", "l1"], "unknown criterion 'l1' for single weights"),
+        (["--data", DATA, "--sparsity", "0.5", "--heal", "9"], "--heal would fill them again"),
         ([], "--data is missing"),
     ],
 )
