@@ -36,6 +36,7 @@ from inlay.compress.prune import TrainedModel
 RESULTS = Path(__file__).parent / "results" / "pruning"
 SHARES = (0.7, 0.5, 0.3)
 CRITERIA = ("random", "l1", "l2", "batchnorm", "apoz", "activation", "taylor", "thinet")
+COLUMNS = ("before", "lora", "full")  # the training before the score
 SEEDS = (0, 1)  # of the criterion random
 
 
@@ -130,6 +131,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark_pruning"))
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="only these")
+    parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=CRITERIA, help="only these")
+    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=COLUMNS, help="only these")
     options = parser.parse_args()
     torch.set_num_threads(1)
     work = options.work / options.model
@@ -138,7 +142,7 @@ def main() -> None:
         dense = adapt("builtin:vit-tiny", data, work / "lora", epochs=10)
     else:
         data = link_flowers(work / "data", options.data.resolve())
-        dense = adapt(str(small_mobilenet(work / "base", options.base)), data, work / "lora", epochs=5)
+        dense = adapt(str(small_mobilenet(work / "base", options.base)), data, work / "lora", epochs=3)
     about = {
         "model": options.model,
         "steps": options.steps,
@@ -147,24 +151,25 @@ def main() -> None:
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
     table = Rows(RESULTS.with_name(f"pruning_{options.model}.json"), about)
-    measure(dense, str(data), table, options.steps, options.batch)
+    measure(dense, str(data), table, options)
 
 
 def score(trained: TrainedModel, data: str) -> float:
     return round(trained.score(data, split="test").scores["accuracy"].value, 4)
 
 
-def measure(dense: TrainedModel, data: str, table: Rows, steps: int, batch: int) -> None:
+def measure(dense: TrainedModel, data: str, table: Rows, options: argparse.Namespace) -> None:
     """Every figure of the table, the cheap ones first."""
+    steps, batch = options.steps, options.batch
 
     def train(trained: TrainedModel, way: Any, steps: int = steps) -> float:
         return score(heal(trained, data, way=way, steps=steps, batch_size=batch).trained, data)
 
     norms = any(isinstance(module, torch.nn.BatchNorm2d) for module in dense.model.modules())
-    criteria = [name for name in CRITERIA if name != "batchnorm" or norms]
-    for column in ("before", "lora", "full"):
+    criteria = [name for name in options.criteria if name != "batchnorm" or norms]
+    for column in options.columns:
         table.add("dense", column, partial(score, dense, data) if column == "before" else partial(train, dense, column))
-        for share, criterion, fit in product(SHARES, criteria, (False, True)):
+        for share, criterion, fit in product(options.shares, criteria, (False, True)):
             for seed in SEEDS if criterion == "random" else (0,):
                 row = f"{share} {criterion}{f' {seed}' if seed else ''}{' + least squares' if fit else ''}"
                 if column in table.rows.get(row, {}):
@@ -175,7 +180,7 @@ def measure(dense: TrainedModel, data: str, table: Rows, steps: int, batch: int)
                     table.add(row, cost, partial(share_of, made.facts, cost))
                 whole = partial(score, made.trained, data)
                 table.add(row, column, whole if column == "before" else partial(train, made.trained, column))
-    for share in SHARES:
+    for share in options.shares if "full" in options.columns else ():
         made = prune(dense, data, target=f"macs={share}", criterion="l1", scope="local")
         for column, count in (("full", steps), ("full, ten times the steps", 10 * steps)):
             table.add(f"{share} from scratch", column, partial(train, made.trained, "scratch", count))

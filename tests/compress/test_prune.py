@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
+from torch.utils.data import default_collate
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from command import run
@@ -28,12 +29,14 @@ from inlay import (
 )
 from inlay.bases.widths import find_groups, narrowed
 from inlay.compress.prune.carry import cut_tensors, prune_under_adapter
-from inlay.compress.prune.heal import largest_rank
+from inlay.compress.prune.heal import largest_rank, set_statistics
 from inlay.compress.prune.run import Pruning, prune_to_folder
 from inlay.compress.prune.target import Counter, Target, choose_units
 from inlay.errors import BadInput, Unsupported, WrongBase
 from inlay.measure import count_macs, footprint
 from inlay.methods._peft import merge_keeping_weights
+from inlay.tasks.task import LabelledBatches
+from inlay.train.losses import ModelLoss
 from prunable_models import batch_for, build, every_other_unit
 
 DATA = "builtin:digits"
@@ -177,6 +180,19 @@ def test_healing_trains_another_model_of_the_same_size(trained, way):
         assert torch.equal(after["classifier.weight"], before["classifier.weight"])
 
 
+def test_a_network_from_scratch_normalises_by_what_it_is_shown():
+    model = build("shufflenet_v2")
+    items = [{key: value[0] for key, value in batch_for(model, 1).items()} for _ in range(1)] * 3
+    labelled = LabelledBatches(items, default_collate, ModelLoss(), rows=2)
+    norm = model.shufflenet.blocks[0].first_1x1.normalization
+    seen = []
+    norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    set_statistics(model, labelled, batches=2, size=2)
+    means = torch.stack([x.mean((0, 2, 3)) for x in seen])
+    assert [len(x) for x in seen] == [2, 1] and norm.momentum == 0.1 and not model.training
+    torch.testing.assert_close(norm.running_mean, means.mean(0))
+
+
 def test_the_rank_is_the_largest_that_fits():
     model = build("vit")
     # q, k, v, o: 16 + 16 each; fc1, fc2: 16 + 24 each; two blocks; and the patches, a convolution of 4 x 4, are none
@@ -282,7 +298,6 @@ def test_masks_have_the_sparsity_that_was_asked_for(trained, tmp_path):
 def test_wanda_weighs_weights_by_what_they_see():
     from inlay.combine.examples import Examples
     from inlay.compress.prune.masks import _input_norms, find_layers
-    from inlay.train.losses import ModelLoss
 
     model = build("shufflenet_v1 of 2 groups")
     batch = batch_for(model)
@@ -331,6 +346,7 @@ def test_the_command_prunes_heals_and_compares(adapter, tmp_path):
         (["--data", DATA, "--target", "macs=0.01", "--criterion", "l1"], "cannot be met: with one unit in each layer"),
         (["--data", DATA, "--sparsity", "1.5"], "sparsity must be a number over 0 and below 1"),
         (["--data", DATA, "--sparsity", "0.5", "--criterion", "l1"], "unknown criterion 'l1' for single weights"),
+        (["--data", DATA, "--sparsity", "0.5", "--heal", "9"], "--heal would fill them again"),
         ([], "--data is missing"),
     ],
 )

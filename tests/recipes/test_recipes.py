@@ -22,7 +22,7 @@ FAMILIES = {
     "sam": MaskTask,
     "bert": SequenceTask,
 }
-ADAPTERS = [p for p in PUBLIC if p.stem.rpartition("_")[2] in FAMILIES and "compare" not in p.stem]
+ADAPTERS = [p for p in PUBLIC if p.stem.rpartition("_")[2] in FAMILIES and not p.stem.startswith(("compare", "prune"))]
 
 
 def run(monkeypatch, name, *arguments):

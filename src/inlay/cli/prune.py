@@ -82,6 +82,11 @@ def prune(
         raise BadInput("--data is missing: labelled data on which the model is scored, such as builtin:digits.")
     if scan is not None:
         check_output_file(scan)
+    if sparsity is not None and (heal or compare or compensate or carry or units):
+        raise BadInput(
+            "--sparsity sets single weights to zero: --heal would fill them again, and --compare, --compensate, "
+            "--carry and --units are for units; leave them out."
+        )
     kinds = [kind.strip() for kind in units.split(",")] if units else []
     if sparsity is not None:
         report = mask_to_folder(

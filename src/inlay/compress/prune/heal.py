@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate.utils import set_seed
 from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from inlay.bases.batch_norm import is_batch_norm
 from inlay.bases.pruned import new_with_widths
 from inlay.bases.sites import lora_targets
 from inlay.compress.prune.trained import TrainedModel
@@ -18,6 +20,7 @@ from inlay.errors import BadInput, Unsupported
 from inlay.measure import footprint
 from inlay.methods import METHODS
 from inlay.methods._peft import merge_keeping_weights
+from inlay.tasks.task import LabelledBatches
 from inlay.train.config import TrainConfig
 from inlay.train.loop import fit
 
@@ -80,6 +83,8 @@ def heal(
         raise BadInput(f"unknown way {way!r}; choose one of lora, full, scratch.")
     size = footprint(model)
     labelled = trained.task.load_labelled(trained.with_model(model), data, EVERY, trained.seed)
+    if way == "scratch":
+        set_statistics(model, labelled, 4, batch_size)
     rate = learning_rate or METHODS["lora" if way == "lora" else "full"].learning_rate
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
@@ -106,6 +111,26 @@ def heal(
         "seconds": round(result.seconds, 1),
     }
     return Healed(trained.with_model(healed.requires_grad_(False).eval()), facts)
+
+
+@torch.no_grad()
+def set_statistics(model: nn.Module, labelled: LabelledBatches, batches: int, size: int) -> None:
+    """Give the batch norms of a new model the statistics of the first batches, as `fit` keeps those that they have."""
+    norms = [module for module in model.modules() if is_batch_norm(module)]
+    if not norms:
+        return
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean of all batches
+    model.train()
+    device = next(model.parameters()).device
+    for first in range(0, min(batches * size, len(labelled.view)), size):
+        items = [labelled.view[i] for i in range(first, min(first + size, len(labelled.view)))]
+        labelled.loss(model, {key: value.to(device) for key, value in labelled.collate(items).items()})
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
+    model.eval()
 
 
 def largest_rank(model: PreTrainedModel, share: float) -> int:

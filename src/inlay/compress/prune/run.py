@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from inlay.bases.device import Device
+from inlay.bases.widths import find_groups
 from inlay.compress.prune.carry import carry_adapter, prune_under_adapter
 from inlay.compress.prune.heal import heal
 from inlay.compress.prune.masks import mask_weights
 from inlay.compress.prune.pruning import Pruned, prune
 from inlay.compress.prune.save import PruneReport, check_output, save_pruned
-from inlay.compress.prune.target import compare_latencies, inputs_of_one
+from inlay.compress.prune.target import Target, compare_latencies, inputs_of_one
 from inlay.compress.prune.trained import TrainedModel, load_trained
 from inlay.errors import BadInput
 from inlay.options import check_options, option
@@ -76,7 +77,9 @@ def prune_to_folder(
     check_output(output)
     if carry is not None and how.heal_steps:
         raise BadInput("a carried adapter belongs to the pruned base as it is; leave heal_steps or carry out.")
+    Target.parse(how.target)
     trained = load_trained(model, base=base, device=device)
+    find_groups(trained.model, how.units)  # before the first score
     scores = {"dense": trained.score(data, limit=how.limit)}
     if carry is not None:
         bare, pruned = prune_under_adapter(model, data, base=base, **how.settings())
