@@ -161,7 +161,7 @@ def test_methods_may_be_mixed(tmp_path):
 
 @pytest.mark.parametrize(
     "method",
-    ["lora", "bottleneck", "attention-prefix", "visual-prompt", "ia3", "ssf", "convpass", "bias", "norm"],
+    ["lora", "bottleneck", "attention-prefix", "visual-prompt", "ia3", "convpass", "bias", "norm"],
 )
 def test_windows_of_sam(method, tmp_path):
     """A window of SAM's attention is a row of its own; five prompts of a picture are not."""
