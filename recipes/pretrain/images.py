@@ -168,8 +168,8 @@ truly pre-trained, and of little use beyond that.
   gradients, lines, specks and noise. No photographs, no handwriting, nobody's data.
 - **Quality**: names {accuracy:.1%} of {count:,} held-out images right, measured with the stored fp16 weights
   (by chance one in {config.num_labels}).
-- **Made by** `python recipes/pretrain/images.py --base {recipe.base}`: seed {recipe.seed}, {recipe.steps:,} steps of
-  {recipe.batch_size} images, torch {torch}.
+- **Made by** `python recipes/pretrain/images.py --base {recipe.base} --steps {recipe.steps}`: seed {recipe.seed},
+  {recipe.batch_size} images a step, torch {torch}.
 - **Licence**: Apache-2.0, as inlay.
 """
 
