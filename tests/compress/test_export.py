@@ -347,7 +347,7 @@ def speeds(**medians):
 
     def time_by_turns(models, inputs):
         named = {name.replace("_", "-"): value for name, value in medians.items()}
-        return {name: Speed(named.get(name, 9.0), 1.0, 10.0, 1.0, 40) for name in models}
+        return {name: Speed(9.0, 1.0, 10.0, named.get(name, 9.0), 40) for name in models}
 
     return time_by_turns
 
@@ -425,7 +425,7 @@ def test_where_nothing_pays_nothing_is_written(vit, tmp_path, monkeypatch, capsy
 
 
 def row(mode, latency, agreement=1.0, accuracy=0.9):
-    return Row(mode, latency, latency, latency, latency, 1.0, agreement, accuracy)
+    return Row(mode, 9.0, 1.0, 10.0, latency, latency, 1.0, agreement, accuracy)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ pytest.importorskip("onnxruntime", reason="needs the extra: pip install 'inlay[e
 
 def test_it_compares_before_and_after(monkeypatch, capsys, tmp_path):
     def time_by_turns(models, inputs):
-        return {name: Speed(1.0 if name == "int8-dynamic" else 2.0, 1.0, 2.0, 1.0, 40) for name in models}
+        milliseconds = {name: 1.0 if name == "int8-dynamic" else 2.0 for name in models}
+        return {name: Speed(each, each, each, each, 40) for name, each in milliseconds.items()}
 
     programs, trace = [], torch.onnx.export
 

@@ -58,12 +58,13 @@ def describe_probe(probe: dict[str, Any]) -> list[str]:
 
 def describe_conditions(probe: dict[str, Any]) -> str:
     """On what the rows of a probe were measured, and what a mode had to keep."""
+    compared = "CPU time" if probe["threads"] == 1 else "latency"
     return (
         f"Measured on {probe['cpu']} with threads: {probe['threads']}, one input at a time, by turns: the median, the "
-        f"range of the middle 80 % of {probe['repeats']} runs, and the CPU time. Agreement with float32 and accuracy "
-        f"are those of {probe['compared']:,} held-out examples of {_last(probe['data'])}; {probe['calibrated']:,} "
-        f"others calibrated. Accuracy may drop by at most {probe['max_drop']:g}, and agreement may be no less than "
-        f"{probe['min_agreement']:g}."
+        f"range of the middle 80 % of {probe['repeats']} runs, and the CPU time. Modes are compared by {compared}. "
+        f"Agreement with float32 and accuracy are those of {probe['compared']:,} held-out examples of "
+        f"{_last(probe['data'])}; {probe['calibrated']:,} others calibrated. Accuracy may drop by at most "
+        f"{probe['max_drop']:g}, and agreement may be no less than {probe['min_agreement']:g}."
     )
 
 

@@ -38,6 +38,11 @@ class Speed:
     cpu_ms: float
     repeats: int
 
+    @property
+    def cost_ms(self) -> float:
+        """By what modes are compared: with one thread the CPU time, else the clock, as threads work side by side."""
+        return self.cpu_ms if torch.get_num_threads() == 1 else self.median_ms
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -66,6 +71,7 @@ class Row:
         p10_ms: Of the same runs.
         p90_ms: Of the same runs.
         cpu_ms: Median of their CPU time.
+        cost_ms: One of the two, by which modes are compared.
         speedup: How many times as fast as float32 in torch.
         agreement: Share of answers that are those of float32 in torch.
         accuracy: Share of right answers.
@@ -78,6 +84,7 @@ class Row:
     p10_ms: float | None = None
     p90_ms: float | None = None
     cpu_ms: float | None = None
+    cost_ms: float | None = None
     speedup: float | None = None
     agreement: float | None = None
     accuracy: float | None = None

@@ -73,9 +73,9 @@ def quantize(
     """Probe modes of fewer bits, and write the fastest that keeps the answers of float32; nothing where none pays.
 
     A mode pays if it is faster than the graph in float32, its accuracy on held-out examples drops by at most
-    `max_drop`, and at least `min_agreement` of its answers there are those of float32. Latency is that of one input,
-    with the threads that torch uses now. The folder is one of `export`, which `load_exported` reads; the whole table is
-    on its card and in export.json.
+    `max_drop`, and at least `min_agreement` of its answers there are those of float32. Speed is that of one input, with
+    the threads that torch uses now: by CPU time where that is one, which other load on the machine lengthens little.
+    The folder is one of `export`, which `load_exported` reads; the whole table is on its card and in export.json.
 
     Args:
         source: An embedded base, the folder of a model or of an adapter, or the Hub id of one.
@@ -259,9 +259,9 @@ def measure_modes(source: Source, models: dict[str, nn.Module], held_out: list[d
     table = []
     for name, model in models.items():
         speed = speeds[name]
-        row = Row(name, speed.median_ms, speed.p10_ms, speed.p90_ms, speed.cpu_ms)
-        row.speedup = speeds[TORCH].median_ms / speed.median_ms
-        if speed.median_ms <= SLOW * speeds[TORCH].median_ms:
+        row = Row(name, speed.median_ms, speed.p10_ms, speed.p90_ms, speed.cpu_ms, speed.cost_ms)
+        row.speedup = speeds[TORCH].cost_ms / speed.cost_ms
+        if speed.cost_ms <= SLOW * speeds[TORCH].cost_ms:
             answers = plain if name == TORCH else collect_answers(source.task, model, held_out)
             row.agreement, row.accuracy = answers.agree(plain), answers.accuracy
         table.append(row)
@@ -282,12 +282,12 @@ def judge_modes(table: list[Row], max_drop: float, min_agreement: float) -> Row 
             row.verdict = f"refused: accuracy drops by {plain.accuracy - row.accuracy:.4f}"  # type: ignore[operator]
         elif row.agreement < min_agreement:
             row.verdict = f"refused: {1 - row.agreement:.1%} of the answers differ"
-        elif row.latency_ms >= min(graph.latency_ms, plain.latency_ms):  # type: ignore[operator,type-var]
+        elif row.cost_ms >= min(graph.cost_ms, plain.cost_ms):  # type: ignore[operator,type-var]
             row.verdict = "not faster than float32"
         else:
             row.verdict = "pays"
             paying.append(row)
-    chosen = min(paying, key=lambda row: row.latency_ms or 0.0, default=None)
+    chosen = min(paying, key=lambda row: row.cost_ms or 0.0, default=None)
     if chosen is not None:
         chosen.verdict = "chosen"
     return chosen
