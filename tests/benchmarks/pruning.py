@@ -5,9 +5,11 @@
     nice python tests/benchmarks/pruning.py vit-small --base /path/to/vit-small --data /path/to/flowers5/dev
 
 `vit-tiny`: the embedded ViT, adapted to handwritten digits by LoRA. `mobilenet`: MobileNetV2 with ImageNet weights,
-adapted to flowers by LoRA, on images of 128 pixels. `vit-small`: any ViT on flowers; of size S it takes about a day of
-CPU for all rows, and no pre-trained one came with this project. Data is in three parts: what is trained on and looked at by the
-criteria; what chooses the best step of the first adaptation; and what every row is scored on, which chooses nothing.
+adapted to flowers by LoRA, on images of 128 pixels. `vit-small`: any ViT on flowers; of size S all rows would take
+about a day of CPU by their multiply-accumulates, and no such model with weights has been at hand yet.
+
+Data is in three parts: what is trained on and looked at by the criteria; what chooses the best step of the first
+adaptation; and what every row is scored on, which chooses nothing.
 
 Each row is a share of the multiply-accumulates, a criterion, and whether the next layer was fitted: the accuracy before
 any training, after a LoRA of at most 5 % of the parameters, and after training all weights for as many steps. Then
