@@ -198,9 +198,18 @@ def share_of(facts: dict[str, Any], cost: str) -> float:
 def write_table(table: Rows) -> None:
     columns = ("macs", "params", "before", "lora", "full", "full, ten times the steps")
     lines = [f"| {' | '.join(('share and criterion', *columns))} |", "|" + "---|" * (len(columns) + 1)]
-    for name, row in table.rows.items():
-        lines.append(f"| {' | '.join((name, *(str(row.get(column, '')) for column in columns)))} |")
+    for name in sorted(table.rows, key=place_in_table):
+        cells = [str(table.rows[name].get(column, "")) for column in columns]
+        lines.append(f"| {' | '.join((name, *cells))} |")
     table.path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def place_in_table(name: str) -> tuple[float, int, str]:
+    """The dense model, then by share, then by criterion, and last what was trained from scratch."""
+    share, _, criterion = name.partition(" ")
+    if not criterion:
+        return 0.0, 0, name
+    return -float(share) + 1, next((i for i, each in enumerate(CRITERIA) if criterion.startswith(each)), 99), name
 
 
 if __name__ == "__main__":
