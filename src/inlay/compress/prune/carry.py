@@ -31,14 +31,14 @@ def prune_under_adapter(
 
     With the adapter that `carry_adapter` then makes the pruned base computes what the pruned merged model does.
 
-    Returns:
-        The pruned base, and the pruned merged model.
-
     Args:
         adapter: A folder.
         data: Labelled data of the adapter's task.
         base: Instead of the one that the adapter names.
         how: As `prune` takes it.
+
+    Returns:
+        The pruned base, and the pruned merged model.
 
     Raises:
         InlayError: What `load_adapter` and `prune` say.

@@ -154,5 +154,5 @@ def largest_rank(model: PreTrainedModel, share: float) -> int:
 
 
 def _sum_of_sides(module: nn.Module) -> int:
-    """Parameters of a LoRA of rank 1."""
-    return sum(module.weight.shape[:2])
+    """Parameters of a LoRA of rank 1: one row of the weight, with the kernel of a convolution, and one column."""
+    return module.weight[0].numel() + len(module.weight)

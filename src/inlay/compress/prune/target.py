@@ -82,10 +82,10 @@ def choose_units(
         groups: Whose units may be left out.
         scores: Of `score_units`.
         target: What is counted or measured.
-        scope: `global`: units of all layers are compared, by their score per multiply-accumulate or parameter that they
-            cost. `local`: each layer keeps the same share.
+        scope: `global`: units of all layers are compared. `local`: each layer keeps the same share.
         counter: Of this model.
         allowed: Cost that the pruned model may have: multiply-accumulates, parameters or ms.
+        priced: Under `global`, weigh a score against what the unit costs.
 
     Raises:
         InlayError: A target that cannot be met with one unit of each group.
