@@ -95,7 +95,7 @@ def import_network(source: str | Path, out: str | Path, *, labels: Sequence[str]
         raise BadInput(f"{path} has {classes} classes, and {len(labels)} labels are given; give one for each class.")
     set_labels(config, labels if labels is not None else [f"LABEL_{i}" for i in range(classes)])
     with torch.device("meta"):
-        model = AutoModelForImageClassification.from_config(config)
+        model = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
     for name, value in model.state_dict().items():
         if value.shape != ours[name].shape:
             found, wanted = tuple(tensors[names[name]].shape), tuple(value.shape)
