@@ -146,6 +146,9 @@ IMPOSSIBLE = {
     "batch_size": (0,),
     "warmup": (1.1,),
     "seed": (-1,),
+    "max_drop": (-0.1, 1.1),
+    "min_agreement": (1.1,),
+    "share": (0, 1.1),
 }
 
 
