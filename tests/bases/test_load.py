@@ -236,7 +236,7 @@ def test_a_model_that_reads_both_ways_is_no_language_model(tmp_path):
 def test_pickled_weights_are_not_read(folder):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    refused(r"has no model.safetensors; inlay reads no pickled weights: convert it first", folder)
+    refused(r"has no model.safetensors, and inlay reads neither pickled weights nor exported graphs", folder)
 
 
 @pytest.mark.parametrize("length", [0, 5, 100, 20_000])

@@ -470,5 +470,5 @@ def test_the_verbs_take_an_exported_folder(exported, pictures, capsys, monkeypat
     assert status == 0 and json.loads(out)["count"] == 10
     for verb, *more in (("predict", pictures, "--merge"), ("evaluate", "builtin:digits", "--base", "builtin:vit-tiny")):
         status, out, err = run(capsys, monkeypatch, verb, exported, *more)
-        assert status == 2 and out == "" and f"{exported} is an exported model" in err
+        assert status == 2 and out == "" and f"{exported} is a model" in err
         assert err.rstrip().endswith(f"leave {more[1]} out.")

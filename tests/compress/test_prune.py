@@ -22,6 +22,7 @@ from inlay import (
     load_trained,
     lora_targets,
     mask_weights,
+    merge,
     prune,
     save_adapter,
     save_pruned,
@@ -343,6 +344,23 @@ def test_the_command_prunes_heals_and_compares(adapter, tmp_path):
     record = json.loads((tmp_path / "out" / "pruning.json").read_text())
     assert record["healing"]["share"] <= 0.4 and record["latency"]["after"]["least_ms"] > 0
     assert "| healed |" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("way", ["pruned", "merged"])
+def test_the_verbs_take_a_model_that_was_made_of_an_adapter(
+    way, trained, adapter, pictures, tmp_path, capsys, monkeypatch
+):
+    if way == "pruned":
+        pruned = prune(trained, DATA, criterion="l1")
+        folder = save_pruned(pruned.trained, tmp_path / "model", PruneReport(pruned.facts, pruned.kept))
+    else:
+        folder = merge(adapter, tmp_path / "model").folder
+    status, out, _ = run(capsys, monkeypatch, "evaluate", folder, DATA, "--limit", 8, "--json")
+    assert status == 0 and json.loads(out)["split"] == "validation", "nothing is scored that the adapter was trained on"
+    status, out, _ = run(capsys, monkeypatch, "predict", folder, pictures, "--top", 1, "--json")
+    assert status == 0 and len(json.loads(out)) == 5
+    status, out, err = run(capsys, monkeypatch, "predict", folder, pictures, "--merge")
+    assert status == 2 and out == "" and f"{folder} is a model" in err and err.endswith("leave --merge out.\n")
 
 
 @pytest.mark.parametrize(

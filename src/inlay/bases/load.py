@@ -314,7 +314,10 @@ def explain_load_error(name: str, error: Exception) -> InlayError:
     if "not a valid model identifier" in text or "404" in text or "is not a local folder" in text:
         return Unreachable(f"no model {name!r}: it is no folder here, and no model on the Hub that you may read.")
     if "safetensors" in text and ("does not appear to have" in text or "no file named" in text):
-        return Unsupported(f"{name} has no model.safetensors; inlay reads no pickled weights: convert it first.")
+        return Unsupported(
+            f"{name} has no model.safetensors, and inlay reads neither pickled weights nor exported graphs as a base; "
+            "give a model that transformers has saved as safetensors."
+        )
     if "trust_remote_code" in text:
         return Unsupported(
             f"{name} needs code from its repository, which inlay never runs; use a model of transformers."

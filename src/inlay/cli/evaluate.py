@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from inlay.cli.exported import find_task, load_any
-from inlay.cli.show import AdapterArgument, BaseOption, DeviceOption, JsonOption, printable
+from inlay.cli.models import find_task, is_adapter, load_adapter_or_model
+from inlay.cli.show import BaseOption, DeviceOption, JsonOption, ModelArgument, printable
 from inlay.errors import Unsupported
 from inlay.files.outputs import check_output_file
 
 
 def evaluate(
-    adapter: AdapterArgument,
+    adapter: ModelArgument,
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="Labelled data, in a form that the recipes of the task take.")
     ],
@@ -44,18 +44,17 @@ def evaluate(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score an adapter and its base, or an exported model, on labelled data: all scores, with 95 % intervals."""
+    """Score an adapter and its base, or a model, on labelled data: all scores, with 95 % intervals."""
     for path in (csv, matrix):
         if path is not None:
             check_output_file(path)
     from inlay.adapters.evaluate import evaluate as score
-    from inlay.compress.exported import is_exported
 
     if matrix is not None:
         _check_classifies(adapter)
-    exported = is_exported(adapter)
+    model = None if is_adapter(adapter) else load_adapter_or_model(adapter, base, device)
     found = score(
-        load_any(adapter, base, device) if exported else adapter,
+        model or adapter,
         data,
         base=base,
         split=split,  # type: ignore[arg-type]
@@ -63,7 +62,7 @@ def evaluate(
         compare=not adapter_only,
         group=group,
         write=write,
-        device=device,
+        device=None if model else device,
     )
     if as_json:
         print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))

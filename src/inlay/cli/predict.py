@@ -7,26 +7,26 @@ from typing import Annotated, Any
 
 import typer
 
-from inlay.cli.show import AdapterArgument, BaseOption, DeviceOption, JsonOption
+from inlay.cli.show import BaseOption, DeviceOption, JsonOption, ModelArgument
 from inlay.errors import BadInput
 from inlay.tasks import TASKS
 from inlay.tasks.task import Option, Task
 
-DOC = "Run an adapter or an exported model on inputs of its task."
+DOC = "Run an adapter or a model on inputs of its task."
 _FLAGS = ("--merge", "--json", "--help")
 _COMMON = (*_FLAGS, "--base", "--device")
 
 
 def predict(context: typer.Context) -> None:
-    """Run an adapter, or an exported model, on inputs of its task: classify images or texts, continue prompts, find
-    masks, segment scans.
+    """Run an adapter, or a model, on inputs of its task: classify images or texts, continue prompts, find masks,
+    segment scans.
     """
     arguments = context.args
     adapter = _find_adapter(arguments)
     if adapter is None:
         _build_command(None)(arguments or ["--help"], prog_name="inlay predict")
         return
-    from inlay.cli.exported import find_task
+    from inlay.cli.models import find_task
 
     task = find_task(adapter)
     for option in _named_options(arguments):
@@ -88,7 +88,7 @@ def _build_command(task: Task | None) -> Any:
     inputs = Annotated[list[str], typer.Argument(metavar="INPUT...", help=f"{what[0].upper()}{what[1:]}.")]
     merges = Annotated[bool, typer.Option("--merge", help="Merge the adapter into its base first.")]
     parameters = [
-        _make_parameter("adapter", AdapterArgument),
+        _make_parameter("adapter", ModelArgument),
         _make_parameter("inputs", inputs),
         _make_parameter("base", BaseOption, None),
         _make_parameter("device", DeviceOption, None),
@@ -131,8 +131,8 @@ def _run_task(
     options: Mapping[str, Any],
 ) -> None:
     answer = task.prepare(inputs, options)  # checks the inputs before the model is loaded
-    from inlay.cli.exported import load_any
+    from inlay.cli.models import load_adapter_or_model
 
-    loaded: Any = load_any(adapter, base, device, merge=merge)
+    loaded: Any = load_adapter_or_model(adapter, base, device, merge=merge)
     result = answer(loaded.merge() if merge else loaded)
     print(json.dumps(result.facts, indent=2, ensure_ascii=False) if as_json else "\n".join(result.lines))

@@ -7,6 +7,9 @@ import typer
 
 from inlay.tasks.printing import printable
 
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="ADAPTER|MODEL", help="Folder of an adapter or a model, or Hub id of an adapter.")
+]
 AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or its Hub id.")]
 BaseOption = Annotated[
     str | None,

@@ -36,6 +36,7 @@ from inlay.methods._peft import (
     merge_keeping_weights,
 )
 from inlay.tasks.base import load_base
+from inlay.tasks.evaluation import Training
 
 logger = logging.getLogger(__name__)
 
@@ -252,7 +253,8 @@ def _write_report_and_card(report: Merged, new: Path, loaded: LoadedAdapter) -> 
     record = loaded.file.record
     facts = {**asdict(report), "folder": report.folder.name, "labels": loaded.labels}
     facts |= {"trained_on": record.get("base", {}), "preprocessing": record.get("preprocessing", {})}
-    facts |= {"metrics": {key: loaded.file.metrics.get(key) for key in ("validation", "dataset")}}
+    metrics = loaded.file.metrics
+    facts |= {"metrics": {"validation": metrics.get("validation"), **Training.select(metrics)}}
     write_json(new / REPORT, facts)
     name = report.base if report.base.count("/") == 1 and not report.base.startswith((".", "/", "~")) else None
     head = ["---", "library_name: transformers", f"pipeline_tag: {loaded.task.hub_tag}"]

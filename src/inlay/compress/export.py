@@ -24,10 +24,9 @@ from inlay.compress.source import Source, load_source
 from inlay.errors import BadInput, ComputationFailed
 from inlay.files.atomic import write_json, writing
 from inlay.files.outputs import check_output_folder
+from inlay.tasks.evaluation import Training
 
 ROWS = 2  # of the example that torch's exporter sees; it takes one row for a size that never changes
-# Of metrics.json: by these `evaluate` knows what was held out in training, and how texts are written.
-_TOLD = ("dataset", "training", "decoding")
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def write_export(
             "output": task.graph_output,
             "golden": [],
             "files": {path.name: hash_file(path) for path in sorted(new.iterdir()) if _holds_weights(path)},
-            "training": {key: source.metrics[key] for key in _TOLD if key in source.metrics},
+            "training": Training.select(source.metrics),
             "versions": {**read_versions(), **_read_own_versions(mode)},
         }
         if probe is not None:

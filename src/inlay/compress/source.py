@@ -106,8 +106,7 @@ def _load_model(name: str) -> Source:
     where = resolve_base(name)
     report = _read_report(Path(where))
     processor = task.load_processor(name, report.get("preprocessing") or None)
-    metrics = {"training": report["training"]} if "training" in report else {}
-    return Source(Path(where).name, model, task, processor, labels, {"model": name}, metrics)
+    return Source(Path(where).name, model, task, processor, labels, {"model": name}, report.get("metrics") or {})
 
 
 def _read_report(folder: Path) -> dict[str, Any]:

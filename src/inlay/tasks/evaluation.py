@@ -136,6 +136,9 @@ class Evaluation:
         return (str(self.base[name]) if name in self.base else "",)
 
 
+_OF_TRAINING = ("dataset", "training", "decoding")  # keys of metrics.json
+
+
 @dataclass(frozen=True)
 class Training:
     """What an adapter's metrics.json tells of its training, as far as scoring depends on it.
@@ -148,9 +151,14 @@ class Training:
     decoding: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
+    def select(cls, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of a metrics.json that `from_metrics` reads, for what is made of an adapter."""
+        return {key: metrics[key] for key in _OF_TRAINING if key in metrics}
+
+    @classmethod
     def from_metrics(cls, metrics: Mapping[str, Any]) -> Training:
         """What is there, and nothing for the rest."""
-        dataset, settings, decoding = (metrics.get(key) for key in ("dataset", "training", "decoding"))
+        dataset, settings, decoding = (metrics.get(key) for key in _OF_TRAINING)
         return cls(
             dataset if isinstance(dataset, str) else None,
             settings if isinstance(settings, dict) else {},

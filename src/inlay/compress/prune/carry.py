@@ -22,6 +22,7 @@ from inlay.compress.prune.trained import load_trained
 from inlay.errors import BadInput, Unsupported, WrongBase
 from inlay.methods._peft import PeftConfig, adapter_shapes, fill_injected_adapter, inject_empty_adapter
 from inlay.tasks.base import load_base
+from inlay.tasks.evaluation import Training
 
 
 def prune_under_adapter(
@@ -99,7 +100,7 @@ def carry_adapter(adapter: str | Path, pruned: str | Path, out: str | Path, *, b
                 "and prune the merged model."
             )
     fill_injected_adapter(model, weights)
-    metrics = {key: value for key, value in loaded.file.metrics.items() if key in ("dataset", "training", "decoding")}
+    metrics = Training.select(loaded.file.metrics)
     return save_adapter(model.eval(), out, processor=loaded.processor, metrics=metrics)
 
 

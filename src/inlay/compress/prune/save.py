@@ -14,7 +14,7 @@ from inlay.errors import BadInput, ComputationFailed
 from inlay.files.atomic import write_json, writing
 from inlay.files.outputs import check_output_folder
 from inlay.tasks.base import load_base
-from inlay.tasks.evaluation import Evaluation, title
+from inlay.tasks.evaluation import Evaluation, Training, title
 
 REPORT = "pruning.json"
 
@@ -104,10 +104,11 @@ def save_pruned(trained: TrainedModel, folder: str | Path, report: PruneReport) 
 
 
 def make_record(trained: TrainedModel, report: PruneReport) -> dict[str, Any]:
-    """What pruning.json holds."""
+    """What pruning.json holds; what it says of the training keeps training examples out of later scores."""
+    healed_on = {"dataset": report.facts["data"]} if report.healing else {}
     return {
         **report.to_dict(),
-        "training": {"seed": trained.seed},
+        "metrics": {**Training.select(trained.metrics), **healed_on},
         "labels": trained.labels,
         "preprocessing": trained.task.processor_settings(trained.processor),
         "kept": report.kept,
