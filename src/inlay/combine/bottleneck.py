@@ -11,7 +11,14 @@ import numpy as np
 from typing_extensions import override
 
 from inlay.combine.low_rank import decompose_factors
-from inlay.combine.method_sum import Leaves, Sum, Update, make_common_config, require_equal_settings
+from inlay.combine.method_sum import (
+    Leaves,
+    Sum,
+    Update,
+    find_activation_leaves,
+    make_common_config,
+    require_equal_settings,
+)
 from inlay.combine.norms import norm
 from inlay.combine.parts import Array, Part
 from inlay.combine.units import Activation, choose_width, keep_units, unit_errors
@@ -83,11 +90,7 @@ class BottleneckSum(Sum):
                     f"bottlenecks with a layer norm after W_up do not add ({site}): the norm of a sum is no sum of "
                     "norms; train them without it."
                 )
-            if len(here) > 1 and any(leaf.startswith(f"{_NAME}_act") for p in here for leaf in p.sites[site]):
-                raise Unsupported(
-                    f"the activation {self.config['activation']} has a parameter of its own, so that bottlenecks with "
-                    "it do not add; train them with another one."
-                )
+            find_activation_leaves(here, site, f"{_NAME}_act", "bottlenecks")
         self.linear = self.config.get("activation") is None
         widths = {site: sum(_count_units(part, site) for part in self.acting_parts(site)) for site in self.names}
         if self.options.width is not None and self.config.get("layer_norm") == "after":

@@ -11,10 +11,17 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from inlay.combine.method_sum import Leaves, Sum, Update, make_common_config, require_equal_settings
+from inlay.combine.method_sum import (
+    Leaves,
+    Sum,
+    Update,
+    find_activation_leaves,
+    make_common_config,
+    require_equal_settings,
+)
 from inlay.combine.norms import norm
 from inlay.combine.parts import Array, Part
-from inlay.errors import Unsupported, WrongBase
+from inlay.errors import WrongBase
 
 _NAME = "inlay_conv_adapter"
 _KERNEL, _UP, _BIAS, _SCALE = f"{_NAME}_kernel", f"{_NAME}_up", f"{_NAME}_bias", f"{_NAME}_scale"
@@ -60,12 +67,7 @@ class ConvAdapterSum(Sum):
         kernels = {part.name: part.shape(site, _KERNEL) for part in here}
         if len({(groups * inputs, *size) for groups, _, inputs, *size in kernels.values()}) > 1:
             raise WrongBase(f"the kernels at {site} are {kernels}; only adapters of one base can be combined.")
-        own = [leaf for leaf in here[0].sites[site] if leaf.startswith(f"{_NAME}_act")]
-        if own and len(here) > 1:
-            raise Unsupported(
-                f"the activation {self.parts[0].config['activation']} has a parameter of its own, so that "
-                "Conv-Adapters with it do not add; train them with another one."
-            )
+        own = find_activation_leaves(here, site, f"{_NAME}_act", "Conv-Adapters")
         groups, _, inputs, *size = kernels[here[0].name]
         outputs, width = here[0].shape(site, _UP)[0], self.channels
         kernel = (self.groups, width // self.groups, groups * inputs // self.groups, *size)

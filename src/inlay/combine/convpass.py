@@ -9,10 +9,17 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from inlay.combine.method_sum import Leaves, Sum, Update, make_common_config, require_equal_settings
+from inlay.combine.method_sum import (
+    Leaves,
+    Sum,
+    Update,
+    find_activation_leaves,
+    make_common_config,
+    require_equal_settings,
+)
 from inlay.combine.norms import norm
 from inlay.combine.parts import Array, Part
-from inlay.errors import Unsupported, WrongBase
+from inlay.errors import WrongBase
 
 _NAME = "inlay_convpass"
 _WEIGHT, _KERNEL, _BIAS = f"{_NAME}_weight", f"{_NAME}_kernel", f"{_NAME}_bias"
@@ -54,12 +61,7 @@ class ConvPassSum(Sum):
         if len(sizes) > 1:
             raise WrongBase(f"{site} has {sizes} features; only adapters of one base can be combined.")
         size = sizes.pop()
-        own = [leaf for leaf in here[0].sites[site] if leaf.startswith(f"{_NAME}_act")]
-        if own and len(here) > 1:
-            raise Unsupported(
-                f"the activation {self.parts[0].config['activation']} has a parameter of its own, so that bypasses "
-                "with it do not add; train them with another one."
-            )
+        own = find_activation_leaves(here, site, f"{_NAME}_act", "bypasses")
         shapes: Leaves = {_WEIGHT: (2, width, size), _KERNEL: (width, width, 3, 3), _BIAS: (2 * width + size,)}
         return shapes | {leaf: here[0].shape(site, leaf) for leaf in own}
 

@@ -143,6 +143,27 @@ def require_equal_shapes(parts: Sequence[Part], site: str, leaf: str) -> tuple[i
     return next(iter(shapes.values()))
 
 
+def find_activation_leaves(parts: Sequence[Part], site: str, start: str, what: str) -> list[str]:
+    """Tensors of a non-linearity that has parameters of its own, such as PReLU; one adapter by itself keeps them.
+
+    Args:
+        parts: Those that have something at the site.
+        site: Which one.
+        start: Of the names of these tensors.
+        what: The adapters, in the plural, for the message.
+
+    Raises:
+        InlayError: Several adapters, of which one has such tensors.
+    """
+    found = sorted({leaf for part in parts for leaf in part.sites[site] if leaf.startswith(start)})
+    if found and len(parts) > 1:
+        raise Unsupported(
+            f"the activation {parts[0].config['activation']} has a parameter of its own, so that {what} with it do not "
+            "add; train them with another one."
+        )
+    return found
+
+
 def require_equal_settings(method: str, parts: Sequence[Part], fields: Sequence[str], why: str) -> None:
     """Raise InlayError where settings differ that must be one for a sum."""
     for key in fields:
