@@ -131,7 +131,7 @@ def make_table(runs: dict[str, Any], seeds: list[int], said: str) -> str:
             f"{statistics.mean(validation):.1f} | {rate:g}{edge} | {row['trainable_parameters']:,} | "
             f"{row['mmacs']:.1f} | {statistics.median(run['latency_ms'] for run in own):.1f} | {base:.1f} |"
         )
-    return f"# MobileNetV2 on five flowers\n\n{said}\n\n" + "\n".join(lines) + "\n"
+    return f"{said}\n\n" + "\n".join(lines) + "\n"
 
 
 def main() -> None:
