@@ -375,6 +375,10 @@ def test_the_verbs_take_a_model_that_was_made_of_an_adapter(
         (["--data", DATA, "--sparsity", "0.5", "--criterion", "l1"], "unknown criterion 'l1' for single weights"),
         (["--data", DATA, "--sparsity", "0.5", "--heal", "9"], "--heal would fill them again"),
         ([], "--data is missing"),
+        (["--data", DATA, "--scan", "scan.txt"], "a scan is written as .png or .json, not as 'scan.txt'"),
+        (["--data", DATA, "--onto", "pruned"], "--onto only cuts an adapter to fit"),
+        (["--data", DATA, "--carry", "new", "--compare"], "leave carry out, or heal_steps and compare"),
+        (["--data", DATA, "--carry", "."], "exists and is not an adapter; give another folder"),
     ],
 )
 def test_mistakes_are_one_sentence(options, words, adapter, tmp_path, capsys, monkeypatch):

@@ -43,7 +43,7 @@ def evaluate(
     """Score an adapter on labelled data: all scores of its task with 95 % intervals, compared with those of its base.
 
     Args:
-        adapter: From `load_adapter` or `load_exported`, or the folder or Hub id of an adapter.
+        adapter: From `load_adapter`, `load_exported` or `load_trained`, or the folder or Hub id of an adapter.
         data: As the recipes of its task take it. Labels are matched by name, and may be some of the adapter's.
         base: Load the adapter on this one, not on its own.
         split: `validation`, `test`, `train` or `all`; by itself what a recipe would score. Data without a split is
@@ -75,7 +75,7 @@ def evaluate(
         raise BadInput(
             f"adapter {loaded.name!r} is for {loaded.task.name} and has no groups of labels; leave group out."
         )
-    # Without its adapter an exported model has nothing to be compared with.
+    # A model without an adapter has nothing to be compared with.
     request = replace(request, training=Training.from_metrics(loaded.metrics), compare=compare and file is not None)
     found = loaded.task.evaluate(loaded, str(data), request)
     found = replace(found, notes=[*found.notes, *interval_note(found.count, found.unit)])

@@ -9,7 +9,6 @@ import typer
 
 from inlay.cli.show import BaseOption, DeviceOption, JsonOption, printable
 from inlay.errors import BadInput
-from inlay.files.outputs import check_output_file
 
 
 def prune(
@@ -73,15 +72,21 @@ def prune(
     """Make a model narrower or sparser until it costs what is asked for, heal it, and say what that did to it."""
     from inlay.compress.prune.carry import carry_adapter
     from inlay.compress.prune.run import Pruning, mask_to_folder, prune_to_folder
-    from inlay.compress.prune.scan import scan_sensitivity
+    from inlay.compress.prune.scan import check_scan_file, scan_sensitivity
+    from inlay.compress.prune.trained import load_trained
 
     if onto is not None:
+        if data or carry or scan or heal or compare or sparsity is not None:
+            raise BadInput(
+                "--onto only cuts an adapter to fit: --data, --carry, --scan, --heal, --compare and --sparsity prune a "
+                "model; leave them out."
+            )
         print(carry_adapter(model, onto, output, base=base))
         return
     if data is None:
         raise BadInput("--data is missing: labelled data on which the model is scored, such as builtin:digits.")
     if scan is not None:
-        check_output_file(scan)
+        check_scan_file(scan)
     if sparsity is not None and (heal or compare or compensate or carry or units):
         raise BadInput(
             "--sparsity sets single weights to zero: --heal would fill them again, and --compare, --compensate, "
@@ -123,9 +128,9 @@ def prune(
         print("\n".join(map(printable, report.summary(output).split("\n"))))
     if scan is not None:
         found = scan_sensitivity(
-            model,
+            load_trained(model, base=base, device=device),
             data,
-            criterion=criterion or "taylor",
+            criterion=criterion if criterion and sparsity is None else "taylor",  # a scan leaves out units
             compensate=compensate,
             kinds=kinds,
             examples=examples,

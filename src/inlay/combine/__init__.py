@@ -21,7 +21,7 @@ from inlay.combine.sums import SUM_BY_PEFT_TYPE
 from inlay.combine.write import Stream, list_versions, make_metadata, make_record, read_back, write_settings
 from inlay.errors import BadInput, DamagedFile, InlayError, Unsupported
 from inlay.files.atomic import writing
-from inlay.files.outputs import check_output_folder
+from inlay.files.outputs import check_replaceable_folder
 
 if TYPE_CHECKING:
     from inlay.combine.fit import Fitted
@@ -142,12 +142,10 @@ def _check_width(width: Any, error: float) -> None:
 
 
 def _check_folder(out: str | Path, sources: Sequence[Source]) -> Path:
-    folder = Path(out).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / CONFIG).is_file():
-        raise BadInput(f"{folder} exists and is not an adapter; give another folder.")
+    folder = check_replaceable_folder(out, CONFIG, "an adapter")
     if any(folder.resolve() == source.file.folder.resolve() for source in sources):
         raise BadInput(f"{folder} is one of the adapters that are combined; give another folder.")
-    return check_output_folder(folder)
+    return folder
 
 
 def _fit_weights(

@@ -28,7 +28,7 @@ from inlay.bases.load import Dtype
 from inlay.bases.quantize import Quantize
 from inlay.errors import BadInput, ComputationFailed, Unsupported
 from inlay.files.atomic import write_json, writing
-from inlay.files.outputs import check_output_folder
+from inlay.files.outputs import check_replaceable_folder
 from inlay.methods._peft import (
     base_modules,
     dequantize_weight,
@@ -189,9 +189,7 @@ def _check_arguments(out: Path, dtype: str | None, quantize: str | None, limit: 
         raise BadInput(f"unknown quantize {quantize!r}; choose one of 8bit, 4bit.")
     if not limit >= 0:
         raise BadInput(f"limit must be at least 0, not {limit}.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / REPORT).is_file():
-        raise BadInput(f"{out} exists and is not a model that inlay merged; give another folder.")
-    check_output_folder(out)
+    check_replaceable_folder(out, REPORT, "a model that inlay merged")
 
 
 def _check_merges(loaded: LoadedAdapter) -> None:

@@ -23,7 +23,7 @@ from inlay.compress.load import REST, open_model, split_rest
 from inlay.compress.source import Source, load_source
 from inlay.errors import BadInput, ComputationFailed
 from inlay.files.atomic import write_json, writing
-from inlay.files.outputs import check_output_folder
+from inlay.files.outputs import check_replaceable_folder
 from inlay.tasks.evaluation import Training
 
 ROWS = 2  # of the example that torch's exporter sees; it takes one row for a size that never changes
@@ -86,10 +86,7 @@ def check_export_folder(output: str | Path) -> Path:
     Raises:
         InlayError: It holds something else, or cannot be written.
     """
-    folder = Path(output).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / RECORD).is_file():
-        raise BadInput(f"{folder} exists and is not an exported model; give another folder.")
-    return check_output_folder(folder)
+    return check_replaceable_folder(output, RECORD, "an exported model")
 
 
 def exported_module(source: Source) -> nn.Module:

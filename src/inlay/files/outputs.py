@@ -40,6 +40,23 @@ def check_output_folder(path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def check_replaceable_folder(path: str | os.PathLike[str], mark: str, what: str) -> Path:
+    """The path of a folder, if it can be made, or replaced because it is empty or holds the same kind of thing.
+
+    Args:
+        path: Of the folder.
+        mark: Name of a file that every folder of this kind has.
+        what: The kind, for the message.
+
+    Raises:
+        InlayError: It holds something else, or cannot be written.
+    """
+    path = Path(path).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not (path / mark).is_file():
+        raise BadInput(f"{path} exists and is not {what}; give another folder.")
+    return check_output_folder(path)
+
+
 def _try_to_write(folder: Path, name: str) -> None:
     """Make a file with nearly this name, and remove it: rights alone do not tell of a read-only or full disk."""
     try:

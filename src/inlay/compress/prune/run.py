@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from inlay.adapters.file import CONFIG
 from inlay.bases.device import Device
 from inlay.bases.widths import find_groups
 from inlay.compress.prune.carry import carry_adapter, prune_under_adapter
@@ -14,6 +15,7 @@ from inlay.compress.prune.save import PruneReport, check_output, save_pruned
 from inlay.compress.prune.target import Target, compare_latencies, inputs_of_one
 from inlay.compress.prune.trained import TrainedModel, load_trained
 from inlay.errors import BadInput
+from inlay.files.outputs import check_replaceable_folder
 from inlay.options import check_options, option
 from inlay.tasks.evaluation import Evaluation
 
@@ -75,8 +77,13 @@ def prune_to_folder(
         InlayError: What `prune`, `heal` and `carry_adapter` say; a folder that holds something else.
     """
     check_output(output)
-    if carry is not None and how.heal_steps:
-        raise BadInput("a carried adapter belongs to the pruned base as it is; leave heal_steps or carry out.")
+    if carry is not None:
+        if how.heal_steps or how.compare:
+            raise BadInput(
+                "a carried adapter belongs to the pruned base as it is, which is not compared; leave carry out, or "
+                "heal_steps and compare."
+            )
+        check_replaceable_folder(carry, CONFIG, "an adapter")
     Target.parse(how.target)
     trained = load_trained(model, base=base, device=device)
     find_groups(trained.model, how.units)  # before the first score

@@ -12,7 +12,7 @@ from inlay.combine.merge import compute_outputs, save_quietly
 from inlay.compress.prune.trained import TrainedModel
 from inlay.errors import BadInput, ComputationFailed
 from inlay.files.atomic import write_json, writing
-from inlay.files.outputs import check_output_folder
+from inlay.files.outputs import check_replaceable_folder
 from inlay.tasks.base import load_base
 from inlay.tasks.evaluation import Evaluation, Training, title
 
@@ -70,10 +70,7 @@ def check_output(folder: str | Path) -> Path:
     Raises:
         InlayError: It holds something else.
     """
-    path = Path(folder).expanduser()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not (path / REPORT).is_file():
-        raise BadInput(f"{path} exists and is not a model that inlay pruned; give another folder.")
-    return check_output_folder(path)
+    return check_replaceable_folder(folder, REPORT, "a model that inlay pruned")
 
 
 def save_pruned(trained: TrainedModel, folder: str | Path, report: PruneReport) -> Path:

@@ -16,6 +16,7 @@ from inlay.compress.prune.target import keep_best
 from inlay.compress.prune.trained import TrainedModel, load_trained
 from inlay.errors import BadInput
 from inlay.files.atomic import replacing, write_json
+from inlay.files.outputs import check_output_file
 from inlay.tasks.evaluation import title
 
 SHARES = (0.3, 0.5, 0.7)
@@ -58,17 +59,27 @@ class Sensitivity:
         """As .png (a heat map) or .json, by the name.
 
         Raises:
-            InlayError: Another kind of file.
+            InlayError: Another kind of file, or one that cannot be written.
         """
-        path = Path(path).expanduser()
+        path = check_scan_file(path)
         if path.suffix.lower() == ".json":
             write_json(path, asdict(self))
-        elif path.suffix.lower() == ".png":
+        else:
             with replacing(path) as new:
                 draw_sensitivity(self).save(new)
-        else:
-            raise BadInput(f"a scan is written as .png or .json, not as {str(path)!r}.")
         return path
+
+
+def check_scan_file(path: str | Path) -> Path:
+    """The path of a scan, if it can be written there.
+
+    Raises:
+        InlayError: It is neither .png nor .json, or cannot be written.
+    """
+    path = Path(path).expanduser()
+    if path.suffix.lower() not in (".png", ".json"):
+        raise BadInput(f"a scan is written as .png or .json, not as {str(path)!r}.")
+    return check_output_file(path)
 
 
 def scan_sensitivity(
