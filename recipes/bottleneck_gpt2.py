@@ -70,6 +70,6 @@ if __name__ == "__main__":
         main,
         Bottleneck(),
         TextTask(),
-        TrainConfig(output_dir="runs/bottleneck_gpt2", epochs=3, learning_rate=5e-3, workers=0),
+        TrainConfig(output_dir="runs/bottleneck_gpt2", epochs=3, embedded_rate=5e-3, workers=0),
         Decoding(),
     )

@@ -65,4 +65,4 @@ def main(method: Bottleneck, task: ImageTask, train: TrainConfig) -> Path:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Bottleneck(), ImageTask(), TrainConfig(output_dir="runs/bottleneck_vit", learning_rate=1e-2))
+    run_recipe(main, Bottleneck(), ImageTask(), TrainConfig(output_dir="runs/bottleneck_vit", embedded_rate=1e-2))

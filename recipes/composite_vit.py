@@ -67,4 +67,4 @@ def main(method: Composite, task: ImageTask, train: TrainConfig) -> Path:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Composite(), ImageTask(), TrainConfig(output_dir="runs/composite_vit", learning_rate=1e-2))
+    run_recipe(main, Composite(), ImageTask(), TrainConfig(output_dir="runs/composite_vit", embedded_rate=1e-2))

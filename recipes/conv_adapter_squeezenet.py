@@ -59,5 +59,5 @@ def main(method: ConvAdapter, task: ImageTask, train: TrainConfig) -> Path:
 
 
 if __name__ == "__main__":
-    train = TrainConfig(output_dir="runs/conv_adapter_squeezenet", learning_rate=1e-2)
+    train = TrainConfig(output_dir="runs/conv_adapter_squeezenet", embedded_rate=1e-2)
     run_recipe(main, ConvAdapter(), ImageTask(model="builtin:squeezenet-tiny"), train)

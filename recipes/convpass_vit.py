@@ -61,4 +61,4 @@ def main(method: ConvPass, task: ImageTask, train: TrainConfig) -> Path:
 
 
 if __name__ == "__main__":
-    run_recipe(main, ConvPass(), ImageTask(), TrainConfig(output_dir="runs/convpass_vit", learning_rate=1e-2))
+    run_recipe(main, ConvPass(), ImageTask(), TrainConfig(output_dir="runs/convpass_vit", embedded_rate=1e-2))

@@ -66,6 +66,6 @@ if __name__ == "__main__":
         main,
         Lora(),
         TextTask(),
-        TrainConfig(output_dir="runs/lora_gpt2", epochs=3, learning_rate=1e-2, workers=0),
+        TrainConfig(output_dir="runs/lora_gpt2", epochs=3, embedded_rate=1e-2, workers=0),
         Decoding(max_new_tokens=96),
     )

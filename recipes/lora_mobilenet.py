@@ -51,5 +51,5 @@ def main(method: ConvLora, task: ImageTask, train: TrainConfig) -> Path:
 
 
 if __name__ == "__main__":
-    train = TrainConfig(output_dir="runs/lora_mobilenet", learning_rate=3e-3)
+    train = TrainConfig(output_dir="runs/lora_mobilenet", embedded_rate=3e-3)
     run_recipe(main, ConvLora(), ImageTask(model="builtin:mobilenet-tiny"), train)

@@ -58,5 +58,5 @@ def main(method: Lora, task: ImageTask, train: TrainConfig) -> Path:
 
 
 if __name__ == "__main__":
-    train = TrainConfig(output_dir="runs/lora_squeezenet", learning_rate=3e-3)
+    train = TrainConfig(output_dir="runs/lora_squeezenet", embedded_rate=3e-3)
     run_recipe(main, Lora(), ImageTask(model="builtin:squeezenet-tiny"), train)

@@ -63,6 +63,6 @@ if __name__ == "__main__":
         main,
         Partial(),
         TextTask(),
-        TrainConfig(output_dir="runs/partial_gpt2", epochs=3, learning_rate=2e-3, workers=0),
+        TrainConfig(output_dir="runs/partial_gpt2", epochs=3, embedded_rate=2e-3, workers=0),
         Decoding(),
     )

@@ -59,4 +59,4 @@ def main(method: Partial, task: ImageTask, train: TrainConfig) -> Path:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Partial(), ImageTask(), TrainConfig(output_dir="runs/partial_vit", learning_rate=3e-3))
+    run_recipe(main, Partial(), ImageTask(), TrainConfig(output_dir="runs/partial_vit", embedded_rate=3e-3))

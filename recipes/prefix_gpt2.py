@@ -57,6 +57,6 @@ if __name__ == "__main__":
         main,
         Prefix(),
         TextTask(),
-        TrainConfig(output_dir="runs/prefix_gpt2", epochs=3, learning_rate=3e-2, workers=0),
+        TrainConfig(output_dir="runs/prefix_gpt2", epochs=3, embedded_rate=3e-2, workers=0),
         Decoding(),
     )

@@ -54,4 +54,4 @@ def main(method: Prefix, task: ImageTask, train: TrainConfig) -> Path:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Prefix(), ImageTask(), TrainConfig(output_dir="runs/prefix_vit", learning_rate=5e-2))
+    run_recipe(main, Prefix(), ImageTask(), TrainConfig(output_dir="runs/prefix_vit", embedded_rate=5e-2))

@@ -74,6 +74,6 @@ if __name__ == "__main__":
         main,
         Prompt(),
         TextTask(),
-        TrainConfig(output_dir="runs/prompt_gpt2", epochs=3, learning_rate=5e-2, workers=0),
+        TrainConfig(output_dir="runs/prompt_gpt2", epochs=3, embedded_rate=5e-2, workers=0),
         Decoding(),
     )

@@ -56,4 +56,4 @@ def main(method: VisualPrompt, task: ImageTask, train: TrainConfig) -> Path:
 
 
 if __name__ == "__main__":
-    run_recipe(main, VisualPrompt(), ImageTask(), TrainConfig(output_dir="runs/prompt_vit", learning_rate=3e-2))
+    run_recipe(main, VisualPrompt(), ImageTask(), TrainConfig(output_dir="runs/prompt_vit", embedded_rate=3e-2))

@@ -58,5 +58,5 @@ if __name__ == "__main__":
         main,
         Spatial(),
         VolumeTask(),
-        TrainConfig(output_dir="runs/spatial_sam", epochs=16, batch_size=2, learning_rate=4e-3),
+        TrainConfig(output_dir="runs/spatial_sam", epochs=16, batch_size=2, embedded_rate=4e-3),
     )

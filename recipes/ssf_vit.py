@@ -2,7 +2,7 @@
 
     accelerate launch recipes/ssf_vit.py                              # embedded base and data, no download
     accelerate launch recipes/ssf_vit.py --model google/vit-base-patch16-224-in21k --dataset FOLDER --augment crop-flip
-    accelerate launch recipes/ssf_vit.py --model microsoft/resnet-50 --dataset FOLDER
+    accelerate launch recipes/ssf_vit.py --model microsoft/resnet-50 --dataset FOLDER --learning_rate 3e-3
 
 Every linear layer, convolution and norm gets a scale and a shift per feature. `inlay merge` folds them into the weights
 and biases of the base, so that they cost nothing when the model is used.
@@ -49,4 +49,4 @@ def main(method: Ssf, task: ImageTask, train: TrainConfig) -> Path:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Ssf(), ImageTask(), TrainConfig(output_dir="runs/ssf_vit", learning_rate=3e-2))
+    run_recipe(main, Ssf(), ImageTask(), TrainConfig(output_dir="runs/ssf_vit", embedded_rate=3e-2))

@@ -15,8 +15,8 @@ Each row is a share of the multiply-accumulates, a criterion, and whether the ne
 any training, after a LoRA of at most 5 % of the parameters, and after training all weights for as many steps. Then
 there are the dense model, trained on for as many steps, and a model of the same size from scratch.
 
-All rows are scored before any training first, then after LoRA, then after training all weights. A run that is
-interrupted goes on where it was: each figure is written when it is there.
+A run that is interrupted goes on where it was: each figure is written when it is there. `--columns before` scores all
+rows before any training, which takes minutes; the other columns take hours.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def small_mobilenet(folder: Path, base: Path) -> Path:
 def adapt(base: str, data: Path, folder: Path, epochs: float) -> TrainedModel:
     """The base adapted by LoRA, which is folded into it."""
     task = ImageTask(model=base, dataset=str(data), augment="none")
-    config = TrainConfig(output_dir=str(folder), epochs=epochs, workers=0, learning_rate=METHODS["lora"].learning_rate)
+    config = TrainConfig(output_dir=str(folder), epochs=epochs, workers=0, embedded_rate=METHODS["lora"].learning_rate)
     loaded = task.load(0)
     model = METHODS["lora"].adapt(task.base(loaded), 8)
     result = task.fit(model, loaded, config, task)
@@ -164,7 +164,7 @@ def score(trained: TrainedModel, data: str) -> float:
 
 
 def measure(dense: TrainedModel, data: str, table: Rows, options: argparse.Namespace) -> None:
-    """Every figure of the table, the cheap ones first."""
+    """Every figure of the table that is not there yet."""
     steps, batch = options.steps, options.batch
 
     def train(trained: TrainedModel, way: Any, steps: int = steps) -> float:
@@ -174,15 +174,16 @@ def measure(dense: TrainedModel, data: str, table: Rows, options: argparse.Names
     criteria = [name for name in options.criteria if name != "batchnorm" or norms]
     for column in options.columns:
         table.add("dense", column, partial(score, dense, data) if column == "before" else partial(train, dense, column))
-        for share, criterion, fit in product(options.shares, criteria, (False, True)):
-            for seed in SEEDS if criterion == "random" else (0,):
-                row = f"{share} {criterion}{f' {seed}' if seed else ''}{' + least squares' if fit else ''}"
-                if column in table.rows.get(row, {}):
-                    continue
-                how = {"target": f"macs={share}", "criterion": criterion, "compensate": fit, "seed": seed}
-                made = prune(dense, data, **how)
-                for cost in ("macs", "params"):
-                    table.add(row, cost, partial(share_of, made.facts, cost))
+    for share, criterion, fit in product(options.shares, criteria, (False, True)):
+        for seed in SEEDS if criterion == "random" else (0,):
+            row = f"{share} {criterion}{f' {seed}' if seed else ''}{' + least squares' if fit else ''}"
+            missing = [column for column in options.columns if column not in table.rows.get(row, {})]
+            if not missing:
+                continue
+            made = prune(dense, data, target=f"macs={share}", criterion=criterion, compensate=fit, seed=seed)
+            for cost in ("macs", "params"):
+                table.add(row, cost, partial(share_of, made.facts, cost))
+            for column in missing:
                 whole = partial(score, made.trained, data)
                 table.add(row, column, whole if column == "before" else partial(train, made.trained, column))
     for share in options.shares if "full" in options.columns else ():

@@ -248,7 +248,7 @@ def sites(model: nn.Module) -> Sites:
     Raises:
         InlayError: There is neither a row nor such blocks, or they are those of an encoder and a decoder.
     """
-    modules = dict(_unwrapped(model))
+    modules = dict(base_modules_of(model))
     text = find_text_part(model)
     backbone = text if text and text in modules else _find_backbone(model)
     prefix = f"{backbone}." if backbone else ""
@@ -318,12 +318,12 @@ def find_text_part(model: nn.Module) -> str:
     return ""
 
 
-def _unwrapped(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+def base_modules_of(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """named_modules as they were before peft wrapped any: the base layer under its wrapper's name, no adapter."""
     module = _unwrap(module)
     yield name, module
     for child_name, child in module.named_children():
-        yield from _unwrapped(child, f"{name}.{child_name}" if name else child_name)
+        yield from base_modules_of(child, f"{name}.{child_name}" if name else child_name)
 
 
 def _unwrap(module: nn.Module) -> nn.Module:

@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from inlay.options import check_options, option
 
-# Settings that may differ when a run is resumed: none of them changes a weight.
-_FREE = {"output_dir", "overwrite", "workers", "tracker", "save_every", "push_to", "private"}
+# Settings that may differ when a run is resumed: none of them changes a weight. The rate that `fit` makes of
+# embedded_rate does, and is compared.
+_FREE = {"output_dir", "overwrite", "workers", "tracker", "save_every", "push_to", "private", "embedded_rate"}
 
 
 @dataclass
@@ -21,7 +22,10 @@ class TrainConfig:
     accumulate: int = option(
         1, "Pieces into which a process divides its share of a step; doubled when memory runs out.", least=1
     )
-    learning_rate: float = option(3e-3, "Peak learning rate.", above=0)
+    learning_rate: float | None = option(
+        None, "Peak learning rate; default: embedded_rate, less on a base wider than the embedded ones.", above=0
+    )
+    embedded_rate: float = option(3e-3, "The learning rate that suits the embedded bases.", above=0)
     weight_decay: float = option(0.0, "AdamW decay of weights with two or more axes.", least=0)
     warmup: float = option(0.1, "Share of the steps in which the learning rate rises, 0 to 1.", least=0, most=1)
     schedule: Literal["cosine", "linear", "constant"] = option(
@@ -57,6 +61,11 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """The settings that decide the trained weights. A run is resumed only with the same ones."""
         return {name: value for name, value in asdict(self).items() if name not in _FREE}
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate: as it was given, else that of the embedded bases."""
+        return self.embedded_rate if self.learning_rate is None else self.learning_rate
 
     def steps(self, examples: int) -> int:
         """Optimiser steps of the run on a training set of this many examples."""

@@ -158,12 +158,12 @@ def build_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torc
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "adamw":
         fused = all(p.device.type in ("cpu", "cuda") for p in parameters)  # one kernel for all, several times faster
-        return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
+        return torch.optim.AdamW(groups, lr=config.rate, fused=fused)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise Unsupported("--optimizer adamw8bit needs bitsandbytes: pip install 'inlay[quantize]'.") from None
-    return AdamW8bit(groups, lr=config.learning_rate)
+    return AdamW8bit(groups, lr=config.rate)
 
 
 def build_loaders(

@@ -15,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from inlay.bases.learning_rate import scale_rate
 from inlay.errors import BadInput, ComputationFailed
 from inlay.train.config import TrainConfig
 from inlay.train.evaluation import count_rows, evaluate_on, set_train_mode, split_batch
@@ -95,8 +96,9 @@ def fit(
         InlayError: Nothing to train; an impossible launch; a run folder with other settings; NaN or Inf in the loss or
             a gradient; not enough memory for a single example.
     """
-    decided = {**(settings or {}), **config.identity()}
     accelerator = start_accelerator(model, config)
+    config = _choose_rate(config, model, accelerator)
+    decided = {**(settings or {}), **config.identity()}
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable or not len(train_data):
         raise BadInput(
@@ -163,6 +165,18 @@ def fit(
         )
         run.finish({k: v for k, v in vars(result).items() if k not in ("settings", "resumed")})
         return result
+
+
+def _choose_rate(config: TrainConfig, model: nn.Module, accelerator: Accelerator) -> TrainConfig:
+    """The config with a learning rate: as it was given, else one that suits the width of the base."""
+    if config.learning_rate is not None:
+        return config
+    rate = float(f"{scale_rate(config.embedded_rate, model):.3g}")
+    if rate < config.embedded_rate:
+        accelerator.print(
+            f"learning rate {rate:g}: {config.embedded_rate:g} suits narrower bases; --learning_rate takes another."
+        )
+    return replace(config, learning_rate=rate)
 
 
 class _Trainer:

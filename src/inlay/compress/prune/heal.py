@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from inlay.bases.batch_norm import is_batch_norm
+from inlay.bases.learning_rate import scale_rate
 from inlay.bases.pruned import new_with_widths
 from inlay.bases.sites import lora_targets
 from inlay.compress.prune.trained import TrainedModel
@@ -63,7 +64,7 @@ def heal(
         share: Of the model's parameters that the LoRA may have.
         steps: Of the optimiser.
         batch_size: Examples in a step.
-        learning_rate: Default: that of METHODS for LoRA or for all weights.
+        learning_rate: Default: that of METHODS for LoRA or for all weights, less on a wide base (`scale_rate`).
         seed: Of the order of the data, and of new weights.
         output_dir: Folder of the run, which goes on when it was interrupted; None: it is not kept.
 
@@ -85,7 +86,7 @@ def heal(
     labelled = trained.task.load_labelled(trained.with_model(model), data, EVERY, trained.seed)
     if way == "scratch":
         set_statistics(model, labelled, 4, batch_size)
-    rate = learning_rate or METHODS["lora" if way == "lora" else "full"].learning_rate
+    rate = learning_rate or scale_rate(METHODS["lora" if way == "lora" else "full"].learning_rate, trained.model)
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             output_dir=str(output_dir or Path(folder) / "run"),

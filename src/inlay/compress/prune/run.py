@@ -38,7 +38,9 @@ class Pruning:
     heal_steps: int = option(0, "Train a LoRA for so many steps afterwards, and merge it.", least=0)
     heal_share: float = option(0.05, "Share of the pruned model's parameters that this LoRA may have.", above=0, most=1)
     heal_batch: int = option(32, "Examples in such a step.", least=1)
-    heal_rate: float | None = option(None, "Its learning rate; default: that of LoRA in METHODS.", above=0)
+    heal_rate: float | None = option(
+        None, "Its learning rate; default: that of LoRA in METHODS, less on a wide base.", above=0
+    )
     compare: bool = option(False, "Prune at random as well, and train a model of this size from scratch.")
     limit: int | None = option(None, "Score so many examples at most.", least=1)
     seed: int = option(0, "Of what is drawn.", least=0, below=2**32)
