@@ -56,17 +56,30 @@ class Method:
 
         The running statistics of its batch norms stay what they are (`freeze_statistics`), full fine-tuning included.
         """
-        freeze_statistics(model)
+        return self.attach(model, self.make_config(model, width))
+
+    def make_config(self, model: nn.Module, width: int) -> PeftConfig | None:
+        """peft's config of this method for a model, with the head of a classifier; None where nothing is added."""
         bare = next(model.parameters()).is_meta
         config = (self.skeleton_config if bare and self.skeleton_config else self.config)(model, width)
-        headless = writes_text(model) or is_mask_generator(getattr(model, "config", None))
-        head = [] if headless else list(sites(model).head)
-        if config is None:
-            for name in head if self.trains == "head" else [""]:
-                model.get_submodule(name).requires_grad_(True)
-            return model
-        config.modules_to_save = head or None
-        return get_peft_model(model, config)
+        if config is not None:
+            config.modules_to_save = _find_trained_head(model) or None
+        return config
+
+    def attach(self, model: nn.Module, config: PeftConfig | None) -> nn.Module:
+        """The second half of `adapt`, with a config of `make_config`."""
+        freeze_statistics(model)
+        if config is not None:
+            return get_peft_model(model, config)
+        for name in _find_trained_head(model) if self.trains == "head" else [""]:
+            model.get_submodule(name).requires_grad_(True)
+        return model
+
+
+def _find_trained_head(model: nn.Module) -> list[str]:
+    """Names of the head that belongs to a task, and is trained with every method."""
+    headless = writes_text(model) or is_mask_generator(getattr(model, "config", None))
+    return [] if headless else list(sites(model).head)
 
 
 def writes_text(model: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 from inlay.errors import BadInput, Unsupported
 from inlay.tasks.images.task import ImageClassification
 from inlay.tasks.masks.task import MaskGeneration
+from inlay.tasks.options import TaskOptions
 from inlay.tasks.sequences.task import SequenceClassification
 from inlay.tasks.task import Task
 from inlay.tasks.text.task import TextGeneration
@@ -31,6 +32,11 @@ def find_task(name: str) -> Task:
     if name not in TASKS:
         raise BadInput(f"unknown task {name!r}; choose one of {', '.join(TASKS)}.")
     return TASKS[name]
+
+
+def task_of_options(options: TaskOptions) -> Task:
+    """The task whose recipes take these options."""
+    return next(task for task in TASKS.values() if isinstance(options, task.training_options()))
 
 
 def task_of_base(name: str, config: Any, peft_task_type: str | None = None) -> Task:

@@ -102,6 +102,10 @@ class TaskOptions:
             base = load_base(self.model, quantize=self.quantize)
         return self._announced(base)
 
+    def fit_method(self, config: Any, model: nn.Module, data: TaskData) -> Any:
+        """peft's config of a method, as this data needs it; most methods need nothing of it."""
+        return config
+
     def fit(self, model: nn.Module, data: TaskData, train: TrainConfig, method: Any) -> FitResult:
         """Say what memory a step will take, then train; the best weights stay in the model.
 

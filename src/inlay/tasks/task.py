@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from inlay.tasks.adapter import Adapter
     from inlay.tasks.evaluation import Evaluation, Request
+    from inlay.tasks.options import TaskOptions
     from inlay.train.losses import Loss
 
 Record = dict[str, Any]  # what inlay keeps inside an adapter's file
@@ -83,6 +84,8 @@ class Task(ABC):
         usage: Python for the card that uses an adapter; FOLDER stands for where it is.
         inputs: What the inputs of `inlay predict` are.
         options: Those of `inlay predict`, by name.
+        main_score: The score of `evaluate` by which adapters are compared.
+        smaller_is_better: Of the main score.
         graph_module: The part of a model that an exported graph computes; empty: the whole.
         graph_output: What the graph gives, by its name in the output of that module.
         token_inputs: Inputs of the graph whose second axis is as long as the text.
@@ -100,6 +103,8 @@ class Task(ABC):
     usage: ClassVar[str]
     inputs: ClassVar[str]
     options: ClassVar[Mapping[str, Option]] = {}
+    main_score: ClassVar[str]
+    smaller_is_better: ClassVar[bool] = False
     graph_module: ClassVar[str] = ""
     graph_output: ClassVar[str] = "logits"
     token_inputs: ClassVar[Sequence[str]] = ()
@@ -175,6 +180,16 @@ class Task(ABC):
     def graph_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
         """Inputs without a meaning of the module that is exported, the same at each call, at least two rows of each."""
         return self.random_inputs(model, processor)
+
+    # Training.
+
+    @abstractmethod
+    def training_options(self) -> type[TaskOptions]:
+        """The dataclass whose fields are the options of the task's recipes."""
+
+    def find_main_score(self, scores: Mapping[str, float]) -> float:
+        """The main score of held-out data, in its unit, from the loss and metrics of a training run."""
+        return scores[self.main_score]
 
     # Data.
 

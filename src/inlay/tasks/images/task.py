@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from inlay.tasks.adapter import Adapter
     from inlay.tasks.evaluation import Evaluation, Request
+    from inlay.tasks.options import TaskOptions
     from inlay.train.losses import Loss
 
 
@@ -37,6 +38,7 @@ class ImageClassification(Task):
     base_kinds = ("vision", "conv")
     classifies = True
     function = "predict"
+    main_score = "accuracy"
     limits = (
         "It names one of its labels for any image, also for one that shows something else; its probabilities have "
         "not been calibrated."
@@ -79,6 +81,11 @@ class ImageClassification(Task):
 
     def random_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
         return random_inputs(processor, 8)
+
+    def training_options(self) -> type[TaskOptions]:
+        from inlay.tasks.images.options import ImageTask
+
+        return ImageTask
 
     def load_labelled(
         self, adapter: Adapter, data: str, count: int, seed: int, *, held_out: bool = False

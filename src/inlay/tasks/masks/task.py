@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from inlay.tasks.adapter import Adapter
     from inlay.tasks.evaluation import Evaluation, Request
+    from inlay.tasks.options import TaskOptions
     from inlay.train.losses import Loss
 
 
@@ -29,6 +30,7 @@ class MaskGeneration(Task):
     hub_tag = "mask-generation"
     base_kinds = ("sam",)
     function = "predict_masks"
+    main_score = "mean_iou_point"
     limits = "Its masks answer a point or a box; objects unlike those of the training data may be missed."
     usage = (
         'from inlay import load_adapter, predict_masks\n\nadapter = load_adapter("FOLDER")\n'
@@ -89,6 +91,14 @@ class MaskGeneration(Task):
     def graph_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
         """Of the image encoder."""
         return random_inputs(processor, 2)
+
+    def training_options(self) -> type[TaskOptions]:
+        from inlay.tasks.masks.options import MaskTask
+
+        return MaskTask
+
+    def find_main_score(self, scores: Mapping[str, float]) -> float:
+        return scores["mean_iou"]  # held-out images are scored by a point
 
     def load_labelled(
         self, adapter: Adapter, data: str, count: int, seed: int, *, held_out: bool = False

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from inlay.tasks.adapter import Adapter
     from inlay.tasks.evaluation import Evaluation, Request
+    from inlay.tasks.options import TaskOptions
     from inlay.train.losses import Loss
 
 
@@ -31,6 +32,7 @@ class SequenceClassification(Task):
     classifies = True
     peft_task_type = "SEQ_CLS"
     function = "classify_texts"
+    main_score = "accuracy"
     limits = (
         "It names one of its labels for any text, also for one on something else; its probabilities have not been "
         "calibrated."
@@ -124,6 +126,11 @@ class SequenceClassification(Task):
         tokens = min(len(processor.tokenizer), vocabulary_of(model))
         ids = torch.randint(tokens, (4, length), generator=torch.Generator().manual_seed(0))
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def training_options(self) -> type[TaskOptions]:
+        from inlay.tasks.sequences.options import SequenceTask
+
+        return SequenceTask
 
     def load_labelled(
         self, adapter: Adapter, data: str, count: int, seed: int, *, held_out: bool = False

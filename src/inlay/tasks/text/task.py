@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from inlay.tasks.adapter import Adapter
     from inlay.tasks.evaluation import Evaluation, Request
+    from inlay.tasks.options import TaskOptions
     from inlay.train.losses import Loss
 
 
@@ -28,6 +30,8 @@ class TextGeneration(Task):
     base_kinds = ("text",)
     peft_task_type = "CAUSAL_LM"
     function = "generate"
+    main_score = "perplexity"
+    smaller_is_better = True
     limits = "What it writes can be fluent and wrong; check it before others rely on it."
     usage = (
         'from inlay import generate, load_adapter\n\nadapter = load_adapter("FOLDER")\n'
@@ -96,6 +100,14 @@ class TextGeneration(Task):
             rows, length = inputs["input_ids"].shape
             inputs["position_ids"] = torch.arange(length).expand(rows, length).contiguous()
         return inputs
+
+    def training_options(self) -> type[TaskOptions]:
+        from inlay.tasks.text.options import TextTask
+
+        return TextTask
+
+    def find_main_score(self, scores: Mapping[str, float]) -> float:
+        return math.exp(min(scores["loss"], 700))  # of a diverged run it would be too large for a float
 
     def load_labelled(
         self, adapter: Adapter, data: str, count: int, seed: int, *, held_out: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from inlay.errors import BadInput
 from inlay.options import option
@@ -61,6 +61,16 @@ class VolumeTask(TaskOptions):
             collate=collate_volumes,
             loss=WholeVolume(self.crop),
             example=lambda: {"pixel_values": crops[0]["pixel_values"][None]},  # 1 1 D H W
+        )
+
+    def fit_method(self, config: Any, model: nn.Module, data: TaskData) -> Any:
+        """A spatial adapter has a decoder for the classes of the data, and tokens that suit its crops and spacing."""
+        from inlay.methods import SpatialAdapterConfig
+
+        if not isinstance(config, SpatialAdapterConfig):
+            return config
+        return SpatialAdapterConfig.fitted(
+            model, data.source.labels, self.crop, data.processor.spacing_mm, width=config.width
         )
 
     def report(self, model: nn.Module, data: TaskData, result: FitResult) -> Report:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from inlay.tasks.adapter import Adapter
     from inlay.tasks.evaluation import Evaluation, Request
+    from inlay.tasks.options import TaskOptions
     from inlay.train.losses import Loss
 
 PLANNED_CROP = 32  # voxels D, H and W of a crop where nothing else is said
@@ -30,6 +31,7 @@ class VolumeSegmentation(Task):
     hub_tag = "image-segmentation"
     base_kinds = ("volume",)
     function = "segment"
+    main_score = "dice"
     limits = (
         "It is no medical device and has not been validated for clinical use; scanners, protocols and patients unlike "
         "those of the training data can give wrong masks without a sign."
@@ -89,6 +91,11 @@ class VolumeSegmentation(Task):
         import torch
 
         return {"pixel_values": torch.randn(1, 1, *processor.crop, generator=torch.Generator().manual_seed(0))}
+
+    def training_options(self) -> type[TaskOptions]:
+        from inlay.tasks.volumes.options import VolumeTask
+
+        return VolumeTask
 
     def load_labelled(
         self, adapter: Adapter, data: str, count: int, seed: int, *, held_out: bool = False
