@@ -345,6 +345,7 @@ ATTENTION_PREFIX = Method(
     attaches="attention",
     width="prefix length",
     merges=False,
+    kind="prompt",
     learning_rate=5e-2,
     config=lambda model, length: AttentionPrefixConfig(length=length),
 )

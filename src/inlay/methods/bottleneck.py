@@ -329,6 +329,7 @@ HOULSBY = Method(
     attaches="after attention and MLP",
     width="bottleneck size",
     merges=False,
+    kind="adapter",
     learning_rate=1e-2,
     config=lambda model, width: BottleneckConfig(width=width),
 )
@@ -338,6 +339,7 @@ PFEIFFER = Method(
     attaches="after the MLP",
     width="bottleneck size",
     merges=False,
+    kind="adapter",
     learning_rate=1e-2,
     config=lambda model, width: BottleneckConfig(width=width, sites=["mlp"]),
     bases=EVERY_BASE,
@@ -348,6 +350,7 @@ SCALED_PARALLEL = Method(
     attaches="next to the MLP",
     width="bottleneck size",
     merges=False,
+    kind="adapter",
     learning_rate=1e-2,
     config=lambda model, width: BottleneckConfig(width=width, sites=["mlp"], placement="parallel", scale=4.0),
 )
@@ -357,6 +360,7 @@ REP_ADAPTER = Method(
     attaches="after attention and MLP",
     width="bottleneck size",
     merges=True,
+    kind="adapter",
     learning_rate=1e-2,
     config=lambda model, width: BottleneckConfig(width=width, activation=None),
 )
@@ -366,6 +370,7 @@ ADAPTER_PLUS = Method(
     attaches="after every block",
     width="bottleneck size",
     merges=False,
+    kind="adapter",
     learning_rate=1e-2,
     config=lambda model, width: BottleneckConfig(
         width=width, sites=["mlp"], placement="post", activation="gelu", channel_scale=True, init="houlsby"

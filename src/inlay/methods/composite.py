@@ -134,6 +134,7 @@ MIX_AND_MATCH = Method(
     attaches="attention, and next to the MLP",
     width="prefix length, bottleneck size",
     merges=False,
+    kind="composite",
     learning_rate=1e-2,
     config=lambda model, width: CompositeConfig(
         parts=[ATTENTION_PREFIX.config(model, width), SCALED_PARALLEL.config(model, width)]
@@ -145,6 +146,7 @@ LORA_PROMPT = Method(
     attaches="linear layers and every block",
     width="rank r, prompt length",
     merges=False,
+    kind="composite",
     learning_rate=3e-3,
     config=lambda model, width: CompositeConfig(parts=[LORA.config(model, width), DEEP.config(model, width)]),
     bases=("vision", "sam"),

@@ -269,6 +269,7 @@ CONV_ADAPTER = Method(
     attaches="next to convolutions of more than 1x1",
     width="channels of the bottleneck",
     merges=False,
+    kind="adapter",
     learning_rate=1e-2,
     config=lambda model, width: ConvAdapterConfig(width=width),
     bases=("conv",),

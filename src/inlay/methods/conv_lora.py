@@ -135,6 +135,7 @@ CONV_LORA = Method(
     attaches="every layer",
     width="rank r of each group",
     merges=True,
+    kind="update",
     learning_rate=3e-3,
     config=lambda model, width: ConvLoraConfig(r=width),
     bases=("conv",),

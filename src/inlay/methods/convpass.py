@@ -225,6 +225,7 @@ CONVPASS = Method(
     attaches="next to attention and MLP",
     width="channels of the bypass",
     merges=False,
+    kind="adapter",
     learning_rate=1e-2,
     config=lambda model, width: ConvPassConfig(width=width),
     bases=("vision", "sam"),

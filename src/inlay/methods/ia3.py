@@ -23,6 +23,7 @@ IA3 = Method(
     attaches="keys, values, MLP",
     width="none: a factor per feature",
     merges=True,
+    kind="scale",
     learning_rate=3e-2,
     config=_ia3_config,
 )

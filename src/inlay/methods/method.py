@@ -13,6 +13,7 @@ from inlay.bases.sites import sites
 
 MakeConfig = Callable[[nn.Module, int], PeftConfig | None]  # of a model of transformers and a width
 EVERY_BASE = ("vision", "sam", "conv", "text")
+Kind = Literal["baseline", "update", "scale", "adapter", "prompt", "part", "composite"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Method:
         attaches: To what.
         width: What its width is, in the words of the method.
         merges: True if it folds into the base's weights.
+        kind: A baseline adds nothing. Of the others: a low-rank update of weights, a scale of features, an adapter
+            module, prompts (tokens, or keys and values), a part of the base's own weights, or several of these.
         learning_rate: A rate that suits it on a small task, where a recipe gives none.
         config: Takes a model of transformers and a width; gives peft's config, or None where nothing is added.
         bases: On what it works: vision (token sequences), sam, conv (MobileNets, ResNets ...), text, volume
@@ -40,6 +43,7 @@ class Method:
     attaches: str
     width: str
     merges: bool
+    kind: Kind
     learning_rate: float
     config: MakeConfig
     bases: Sequence[str] = ("vision", "sam", "text")

@@ -233,6 +233,7 @@ SSF = Method(
     attaches="linear layers, convolutions, norms",
     width="none: a scale and a shift per feature",
     merges=True,
+    kind="scale",
     learning_rate=3e-2,
     config=lambda model, width: SsfConfig(),
     bases=EVERY_BASE,

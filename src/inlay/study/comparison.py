@@ -1,7 +1,14 @@
 """The result of comparing methods on one task, as it is stored, printed and drawn."""
 
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from inlay.errors import DamagedFile
+from inlay.files.atomic import write_json
+from inlay.files.bounded_json import parse_json
 
 
 @dataclass(frozen=True)
@@ -74,3 +81,66 @@ class Comparison:
     search_seconds: float = 0.0
     seconds: float = 0.0
     about: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it: a curve is a list of pairs, and None stands for what is not a finite number."""
+        facts = asdict(self)
+        for row in facts["rows"]:
+            row["curve"] = [[rate, score] for rate, score in row["curve"].items()]
+        return _replace_nan(facts)
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> Self:
+        """The comparison that `to_dict` gave.
+
+        Raises:
+            DamagedFile: A part is missing or of another form.
+        """
+        try:
+            rows = [Row(**{**row, **_restore_row(row)}) for row in facts["rows"]]
+            return cls(**{**facts, "rows": rows})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DamagedFile(f"this is no stored comparison ({error}); compare again.") from error
+
+    def write(self, path: str | Path) -> Path:
+        """Write it as JSON, completely or not at all."""
+        write_json(Path(path), self.to_dict())
+        return Path(path)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """The comparison that `write` stored.
+
+        Raises:
+            DamagedFile: There is none, or not the whole of it.
+        """
+        try:
+            facts = parse_json(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DamagedFile(f"no comparison can be read from {path} ({error.strerror}).") from error
+        except ValueError as error:
+            raise DamagedFile(f"{path} is not the whole file of a comparison ({error}); compare again.") from error
+        return cls.from_dict(facts)
+
+
+def _replace_nan(value: Any) -> Any:
+    """A copy in which None stands for NaN and infinity, which are no JSON."""
+    if isinstance(value, dict):
+        return {key: _replace_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replace_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _restore_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON changed of a row: the curve's form, and NaN in lists of scores."""
+    curve = {float(rate): _restore_nan(score) for rate, score in row["curve"]}
+    lists = {
+        key: {name: [_restore_nan(value) for value in values] for name, values in row[key].items()}
+        for key in ("scores", "forgetting")
+    }
+    return {"curve": curve, "validation": [_restore_nan(value) for value in row["validation"]], **lists}
+
+
+def _restore_nan(value: float | None) -> float:
+    return math.nan if value is None else float(value)

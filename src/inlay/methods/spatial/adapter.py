@@ -291,6 +291,7 @@ SPATIAL = Method(
     attaches="SAM's encoder, for volumes",
     width="bottleneck size",
     merges=False,
+    kind="adapter",
     learning_rate=1e-3,
     config=lambda model, width: SpatialAdapterConfig(width=width),
     bases=("volume",),
