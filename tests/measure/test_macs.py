@@ -19,7 +19,7 @@ from transformers import (
 
 from inlay.errors import InlayError
 from inlay.measure import count_macs
-from inlay.measure.macs import _copy_to_meta
+from inlay.measure.macs import copy_to_meta
 
 PICTURE = {"pixel_values": torch.empty(1, 3, 224, 224, device="meta")}
 
@@ -113,7 +113,7 @@ def test_the_model_is_not_touched():
 def test_nothing_is_allocated_and_ties_stay():
     model = nn.ModuleDict({"embed": nn.Embedding(10, 4), "head": nn.Linear(4, 10), "norm": nn.BatchNorm1d(4)})
     model["head"].weight = model["embed"].weight
-    shadow = _copy_to_meta(model)
+    shadow = copy_to_meta(model)
     assert all(tensor.is_meta for tensor in [*shadow.parameters(), *shadow.buffers()])
     assert shadow["head"].weight is shadow["embed"].weight
 

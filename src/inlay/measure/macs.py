@@ -46,7 +46,7 @@ def count_macs_by_module(model: nn.Module, inputs: dict[str, Tensor]) -> dict[st
         Names as in `named_modules`, in its order, "" for the model itself; each with what is computed in its own
         forward and in none of the modules that this calls, so that the numbers add up to the whole.
     """
-    on_meta = _copy_to_meta(model).eval()
+    on_meta = copy_to_meta(model).eval()
     for module in on_meta.modules():
         # This check of transformers would read the first tokens.
         module.warn_if_padding_and_no_attention_mask = lambda *_: None
@@ -90,7 +90,7 @@ def _count_own_flops(model: nn.Module, counter: FlopCounterMode) -> dict[str, in
     return own
 
 
-def _copy_to_meta(model: nn.Module) -> nn.Module:
+def copy_to_meta(model: nn.Module) -> nn.Module:
     """A copy with all tensors on the meta device; deepcopy finds them in `memo` instead of allocating new ones."""
     bitsandbytes = sys.modules.get("bitsandbytes")  # if it is not imported, no layer is from it
     quantised = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt) if bitsandbytes else ()

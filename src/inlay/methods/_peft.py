@@ -15,7 +15,12 @@ from peft.tuners.ia3 import IA3Layer
 from peft.tuners.ia3.layer import _ConvNd as IA3Convolution
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import _ConvNd as LoraConvolution
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    check_adapters_to_merge,
+    check_target_module_exists,
+)
 from peft.utils import get_peft_model_state_dict, merge_utils, register_peft_method, set_peft_model_state_dict
 from peft.utils.other import (
     AuxiliaryTrainingWrapper,
@@ -38,6 +43,7 @@ __all__ = [
     "PeftModel",
     "PeftType",
     "check_adapters_to_merge",
+    "check_target_module_exists",
     "get_peft_config",
     "set_additional_trainable_modules",
 ]
