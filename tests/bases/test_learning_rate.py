@@ -26,20 +26,21 @@ def test_the_embedded_bases_take_the_rates_of_methods(name, width):
 
 def test_wider_bases_take_less():
     base = build(ViTConfig())
-    assert measure_width(base) == (768, 128)
+    assert measure_width(base) == (768, True)
     assert scale_rate(3e-3, base) == pytest.approx(3e-3 * (128 / 768) ** 0.78)  # 7.4e-4
     with torch.device("meta"):
         language_model = GPT2LMHeadModel(GPT2Config())  # q, k and v are one projection
-    assert measure_width(language_model) == (768, 128)
+    assert measure_width(language_model) == (768, True)
     # The 53 layers of MobileNetV2 (Sandler et al. 2018, table 2): half of them give 192 channels or more.
     mobilenet = build(AutoConfig.for_model("mobilenet_v2"))
-    assert measure_width(mobilenet) == (192, 48)
+    assert measure_width(mobilenet) == (192, False)
+    assert scale_rate(3e-3, mobilenet) == pytest.approx(3e-3 / 4)
 
 
 @pytest.mark.parametrize("method", ["lora", "conv-adapter", "ssf", "full"])
 def test_an_adapter_does_not_change_the_width(method):
     base = build(AutoConfig.for_model("mobilenet_v2"))
-    assert measure_width(METHODS[method].adapt(base, 4)) == (192, 48)
+    assert measure_width(METHODS[method].adapt(base, 4)) == (192, False)
 
 
 def test_a_model_without_blocks_takes_the_rate_as_it_is():

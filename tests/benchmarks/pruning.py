@@ -147,7 +147,7 @@ def main() -> None:
     else:
         data = link_flowers(work / "data", options.data.resolve())
         base = small_mobilenet(work / "base", options.base) if options.model == "mobilenet" else options.base
-        dense = adapt(str(base), data, work / "lora", epochs=3)
+        dense = adapt(str(base), data, work / "lora", epochs=8)
     about = {
         "model": options.model,
         "steps": options.steps,

@@ -234,7 +234,7 @@ SSF = Method(
     width="none: a scale and a shift per feature",
     merges=True,
     kind="scale",
-    learning_rate=3e-2,
+    learning_rate=1e-2,
     config=lambda model, width: SsfConfig(),
     bases=EVERY_BASE,
 )
