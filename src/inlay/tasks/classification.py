@@ -1,6 +1,7 @@
 """What classifiers of images and of texts share when they are scored."""
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -20,7 +21,13 @@ from inlay.tasks.evaluation import (
     is_cut,
     split_note,
 )
-from inlay.tasks.sampling import hold_out_if_possible_by_content, normalise_label
+from inlay.tasks.sampling import (
+    hold_out_by_class,
+    hold_out_by_content,
+    hold_out_if_possible_by_content,
+    normalise_label,
+    warn_of_overlap,
+)
 from inlay.tasks.statistics import (
     BINS,
     Indices,
@@ -33,10 +40,68 @@ from inlay.tasks.statistics import (
 )
 
 
+@dataclass(frozen=True)
+class LabelledRows:
+    """Examples with the column `label`.
+
+    Attributes:
+        rows: All columns.
+        contents: Equal for rows that are the same example; None: it is not known which are.
+    """
+
+    rows: datasets.Dataset
+    contents: Sequence[Hashable] | None = None
+
+    def hold_out(
+        self,
+        labels: Sequence[str],
+        share: float,
+        seed: int,
+        noun: str,
+        *,
+        first: bool = True,
+        refuse_equal: bool = False,
+    ) -> tuple["LabelledRows", "LabelledRows"]:
+        """What is left and what is held out: a share of each class, equal examples on one side.
+
+        Args:
+            labels: Class names, by the numbers in `label`.
+            share: To hold out, between 0 and 1.
+            seed: Chooses the examples.
+            noun: What one is called.
+            first: Whether nothing was held out of these before; if so, what stays in training is said.
+            refuse_equal: Refuse examples that are all equal; otherwise, the first time, they are split with a warning.
+
+        Raises:
+            InlayError: There are too few.
+        """
+        ids = self.rows["label"][:]
+        if self.contents is None:
+            held = hold_out_by_class(ids, labels, share, seed, noun, first)
+        elif refuse_equal or not first:
+            held = hold_out_by_content(ids, labels, share, seed, noun, self.contents, first)
+        else:
+            held = hold_out_if_possible_by_content(ids, labels, share, seed, noun, self.contents)
+        return self.select(sorted({*range(len(ids))} - {*held})), self.select(held)
+
+    def select(self, places: Sequence[int]) -> "LabelledRows":
+        """Those in these places, from 0."""
+        contents = None if self.contents is None else [self.contents[i] for i in places]
+        return LabelledRows(self.rows.select(places), contents)
+
+
+def warn_of_overlaps(parts: dict[str, LabelledRows], noun: str) -> None:
+    """Say how many examples of the data's own splits are training examples too."""
+    known = parts["train"].contents
+    for split, found in parts.items():
+        if split != "train" and known is not None and found.contents is not None:
+            warn_of_overlap(known, found.contents, split, noun)
+
+
 def choose_labelled_rows(
     data: str,
     own: Sequence[str],
-    load: Callable[[list[str]], tuple[datasets.Dataset, Sequence[Hashable] | None]],
+    load: Callable[[list[str]], LabelledRows],
     labels: Sequence[str],
     *,
     wanted: Split | None,
@@ -49,7 +114,7 @@ def choose_labelled_rows(
     Args:
         data: Its name.
         own: Its splits that have labels: of train, validation and test, or its only one as train.
-        load: Reads some of these: rows with the column `label`, and their contents, where it knows which are equal.
+        load: Reads some of these.
         labels: Class names, by the numbers in `label`.
         wanted: The split that was asked for.
         scored: The split to score where nothing was asked for and the data has several.
@@ -65,11 +130,11 @@ def choose_labelled_rows(
     chosen = choose_split(data, wanted, own, scored, training)
     cut = is_cut(chosen, own)
     whole = "train" if "train" in own else own[0]
-    rows, contents = load(list(own) if chosen == "all" else [whole if cut else chosen])
+    found = load(list(own) if chosen == "all" else [whole if cut else chosen])
     if cut:
-        held = hold_out_if_possible_by_content(rows["label"][:], labels, 0.2, training.seed, noun, contents)
-        rows = rows.select(sorted(set(range(len(rows))) - set(held)) if chosen == "train" else held)
-    return chosen, rows, split_note(data, chosen, own, training)
+        left, held = found.hold_out(labels, 0.2, training.seed, noun)
+        found = left if chosen == "train" else held
+    return chosen, found.rows, split_note(data, chosen, own, training)
 
 
 def number_labels(data: str, found: Sequence[str], adapter: Adapter) -> list[int]:

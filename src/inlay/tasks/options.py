@@ -1,6 +1,6 @@
 """What the recipes of all tasks share: the options of a task, and the five steps that follow from them.
 
-    data = task.load(seed)                      both splits as the base takes them
+    data = task.load(seed)                      both splits as the base takes them (load_parts: and a test part)
     model = task.base(data)                     the frozen base
     model = get_peft_model(model, config)       the method, which is the recipe's own
     result = task.fit(model, data, train, method)
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from inlay.tasks.evaluation import Split, Training
     from inlay.train.config import TrainConfig
     from inlay.train.loop import FitResult
     from inlay.train.losses import Loss
@@ -52,6 +53,25 @@ class TaskData:
     collate: Callable[[list[Any]], dict[str, Any]] | None
     loss: Loss | None
     example: Callable[[], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A data set in three parts without an example in two of them: to train on, to choose by, and to test.
+
+    Attributes:
+        data: To train with; `validation` is the part that chooses.
+        test_split: Where `evaluate` finds the test part, together with `training`: the data's own test split, or else
+            what `load` holds out.
+        training: How the data was split, for `Request`.
+        counts: Examples of `train`, `validation` and `test`: images, texts, pairs of prompt and completion, scans; of
+            running text documents.
+    """
+
+    data: TaskData
+    test_split: Split
+    training: Training
+    counts: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -86,13 +106,34 @@ class TaskOptions:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def load(self, seed: int) -> TaskData:
+    def load(self, seed: int, *, test: bool = False) -> TaskData:
         """Both splits as the base takes them.
 
-        `seed` chooses what is held out where the data does not; all global generators start from it, so that the new
-        weights are the same in each run.
+        Args:
+            seed: Chooses what is held out where the data does not; all global generators start from it, so that the
+                new weights are the same in each run.
+            test: Keep a third part, `source.test`, that is neither trained on nor chooses; see `load_parts`.
         """
         raise NotImplementedError
+
+    def load_parts(self, seed: int = 0) -> Parts:
+        """The data in three parts: nothing that is chosen by `data.validation` has seen the test part.
+
+        The test part is the data's own test split where it has one with labels, or else what `load` holds out. What
+        chooses is the data's own validation split, or else held out of training in the same way.
+
+            parts = task.load_parts(seed)
+            request = Request(parts.test_split, compare=False, training=parts.training)
+            TASKS[name].evaluate(adapter, task.dataset, request)     scores the test part
+
+        Raises:
+            InlayError: As `load`; too few examples for three parts.
+        """
+        from inlay.tasks.evaluation import Training
+
+        data = self.load(seed, test=True)
+        counts = {part: len(getattr(data.source, part)) for part in ("train", "validation", "test")}
+        return Parts(data, data.source.test_split, Training(self.dataset, {**asdict(self), "seed": seed}), counts)
 
     def base(self, data: TaskData) -> Any:
         """The frozen base."""

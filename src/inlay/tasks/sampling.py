@@ -4,12 +4,50 @@ import hashlib
 import logging
 import re
 import unicodedata
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypeVar
 
 from inlay.errors import BadInput
 from inlay.tasks.tables import list_first
 
 logger = logging.getLogger(__name__)
+
+Rows = TypeVar("Rows")
+
+
+def complete_parts(
+    parts: dict[str, Rows], test: bool, hold_out: Callable[[Rows, bool], tuple[Rows, Rows]], name: str, noun: str
+) -> None:
+    """Hold out of training, in place, the parts that the data does not have of its own.
+
+    Without a test part `validation` is held out. With one, what the data calls validation is the test part if it has
+    no other; the part that chooses is then held out of training, after the test part if that has to be held out too.
+
+    Args:
+        parts: The data's own, by name: train, and perhaps validation and test.
+        test: Whether a part is wanted that chooses nothing.
+        hold_out: Gives what is left of a training part and what is held out. The second argument says whether it is the
+            first time, when it may warn.
+        name: Of the data.
+        noun: What an example is called.
+
+    Raises:
+        InlayError: As `hold_out`; too few examples for three parts.
+    """
+    if test and "test" not in parts and "validation" in parts:
+        parts["test"] = parts.pop("validation")
+    missing = [part for part in (("test", "validation") if test else ("validation",)) if part not in parts]
+    for part in missing:
+        first = part == missing[0]
+        try:
+            parts["train"], parts[part] = hold_out(parts["train"], first)
+        except BadInput as error:
+            if first:
+                raise
+            raise BadInput(
+                f"{name!r} has too few different {noun}s for three parts (to train on, to choose by, to test); add "
+                "some, or give it a validation or test split of its own."
+            ) from error
 
 
 def by_turns(labels: Sequence[int], seed: int) -> list[int]:
@@ -36,7 +74,9 @@ def normalise_label(word: str) -> str:
     return unicodedata.normalize("NFC", word)
 
 
-def hold_out_by_class(ids: Sequence[int], labels: Sequence[str], share: float, seed: int, noun: str) -> list[int]:
+def hold_out_by_class(
+    ids: Sequence[int], labels: Sequence[str], share: float, seed: int, noun: str, warn: bool = True
+) -> list[int]:
     """Rows to hold out, by rank of a hash: no library's random stream has to stay as it is."""
     groups: dict[int, list[int]] = {}
     for row, label in enumerate(ids):
@@ -48,13 +88,19 @@ def hold_out_by_class(ids: Sequence[int], labels: Sequence[str], share: float, s
     single = [labels[label] for label, rows in groups.items() if len(rows) == 1]
     if not held:
         raise BadInput(f"there is only one {noun} of each of {list_first(single)}, so none can be held out; add some.")
-    if single:
+    if single and warn:
         logger.warning("classes with one %s, which stays in training: %s.", noun, list_first(single))
     return sorted(held)
 
 
 def hold_out_by_content(
-    ids: Sequence[int], labels: Sequence[str], share: float, seed: int, noun: str, contents: Sequence[Hashable]
+    ids: Sequence[int],
+    labels: Sequence[str],
+    share: float,
+    seed: int,
+    noun: str,
+    contents: Sequence[Hashable],
+    warn: bool = True,
 ) -> list[int]:
     """Rows to hold out: equal ones stay on one side, and those that stand with several labels stay in training.
 
@@ -65,19 +111,20 @@ def hold_out_by_content(
         seed: Chooses them.
         noun: What an example is called.
         contents: Equal for rows that are the same example.
+        warn: Say what stays in training, and why.
 
     Raises:
         InlayError: No class has two different examples.
     """
     places = _group_equal(contents)
     clear = [rows for rows in places if len({ids[row] for row in rows}) == 1]
-    if len(clear) < len(places):
+    if len(clear) < len(places) and warn:
         count = len(places) - len(clear)
         stand = f"{noun} stands" if count == 1 else f"{noun}s stand"
         logger.warning("%d %s with more than one label; check the labels.", count, stand)
     if not clear:
         raise BadInput(f"every {noun} stands with more than one label, so none can be held out; check the labels.")
-    held = hold_out_by_class([ids[rows[0]] for rows in clear], labels, share, seed, noun)
+    held = hold_out_by_class([ids[rows[0]] for rows in clear], labels, share, seed, noun, warn)
     return sorted(row for one in held for row in clear[one])
 
 
@@ -87,21 +134,19 @@ def hold_out_if_possible_by_content(
     share: float,
     seed: int,
     noun: str,
-    contents: Sequence[Hashable] | None,
+    contents: Sequence[Hashable],
 ) -> list[int]:
-    """As `hold_out_by_content`; row by row where contents are not known, or with a warning where all of them are equal.
+    """As `hold_out_by_content`; row by row, with a warning, where all contents are equal.
 
     Raises:
         InlayError: No class has two rows.
     """
-    if contents is not None:
-        try:
-            return hold_out_by_content(ids, labels, share, seed, noun, contents)
-        except BadInput as error:
-            held = hold_out_by_class(ids, labels, share, seed, noun)
-            logger.warning("%s For now training and validation share equal %ss.", error, noun)
-            return held
-    return hold_out_by_class(ids, labels, share, seed, noun)
+    try:
+        return hold_out_by_content(ids, labels, share, seed, noun, contents)
+    except BadInput as error:
+        held = hold_out_by_class(ids, labels, share, seed, noun)
+        logger.warning("%s For now training and validation share equal %ss.", error, noun)
+        return held
 
 
 def hold_out_unlabelled(share: float, seed: int, contents: Sequence[Hashable]) -> list[int]:

@@ -13,11 +13,11 @@ import datasets
 import numpy as np
 
 from inlay.errors import BadInput, DamagedFile
-from inlay.tasks.classification import choose_labelled_rows
+from inlay.tasks.classification import LabelledRows, choose_labelled_rows, warn_of_overlaps
 from inlay.tasks.evaluation import Split, Training, check_labels
 from inlay.tasks.image_decoding import explain_unreadable
 from inlay.tasks.images.checked import check_images
-from inlay.tasks.sampling import hold_out_if_possible_by_content, normalise_label, sort_labels, warn_of_overlap
+from inlay.tasks.sampling import complete_parts, normalise_label, sort_labels
 from inlay.tasks.tables import hub_splits, list_first, read_table
 
 logger = logging.getLogger(__name__)
@@ -38,12 +38,19 @@ MAP_SUFFIXES, SCAN_SUFFIXES = (".png", ".tif", ".tiff", ".bmp"), (".nii", ".nii.
 
 @dataclass(frozen=True)
 class ImageData:
-    """Labelled images in two splits, undecoded: columns `image` ({"bytes", "path"}) and `label` (int)."""
+    """Labelled images in two or three parts, undecoded: columns `image` ({"bytes", "path"}) and `label` (int).
+
+    Attributes:
+        test: The part that chooses nothing; None where none was asked for.
+        test_split: The split of the data that `evaluate` finds it under.
+    """
 
     name: str
     train: datasets.Dataset
     validation: datasets.Dataset
     labels: tuple[str, ...]
+    test: datasets.Dataset | None = None
+    test_split: Split = "test"
 
 
 def load_images(
@@ -55,11 +62,12 @@ def load_images(
     image_column: str | None = None,
     label_column: str | None = None,
     corrupt: Literal["refuse", "skip"] = "refuse",
+    test: bool = False,
 ) -> ImageData:
     """Labelled images for training and validation.
 
     Each image is decoded once, to find those that cannot be and those that are equal; what was found is remembered for
-    the next start, until the file changes. Test data is never looked at: it is for `evaluate`.
+    the next start, until the file changes. Test data is not looked at unless `test` asks for it: it is for `evaluate`.
 
     Args:
         name: `builtin:digits` or `builtin:shapes`; a folder of class folders, or of train/ and val/ that hold
@@ -72,6 +80,8 @@ def load_images(
         image_column: Column of the images, where it cannot be told.
         label_column: Column of the labels, where it cannot be told.
         corrupt: `skip` leaves out images that cannot be read, with a warning that names them.
+        test: Keep a third part that chooses nothing: the data's test split, or else what would be validation without
+            this; validation is then held out of the rest.
 
     Raises:
         InlayError: The data cannot be found or read, or its images, labels and splits make no task.
@@ -88,9 +98,11 @@ def load_images(
         raise BadInput(f"{name!r} has no rows in a split 'train', but {sizes}; rename one.")
     image, label = _find_columns(sources[first], name, image_column, label_column)
     splits = {"train": sources[first]}
-    held = next((s for s in VALIDATION if s != first and s in sources and _has_labels(sources[s], label)), None)
+    held = _find_validation(sources, first, label)
     if held:
         splits["validation"] = sources[held]
+    if test and first != "test" and "test" in sources and _has_labels(sources["test"], label):
+        splits["test"] = sources["test"]
     words = {split: _read_words(rows, label, f"split {split!r} of {name!r}") for split, rows in splits.items()}
     _check_classes(words, name)
     feature = sources[first].features[label]
@@ -98,14 +110,16 @@ def load_images(
     labels = list(dict.fromkeys(map(normalise_label, named)))
     parts = {split: _make_rows(rows, image, words[split], labels, path) for split, rows in splits.items()}
     contents = _check_readable(parts, name, labels, corrupt)
-    if "validation" in parts:
-        if contents["train"] is not None and contents["validation"] is not None:
-            warn_of_overlap(contents["train"], contents["validation"], "validation", "image")
-        return ImageData(name, parts["train"], parts["validation"], tuple(labels))
-    whole = parts["train"]
-    out = hold_out_if_possible_by_content(whole["label"][:], labels, validation, seed, "image", contents["train"])
-    kept = sorted(set(range(len(whole))) - set(out))
-    return ImageData(name, whole.select(kept), whole.select(out), tuple(labels))
+    made = {split: LabelledRows(rows, contents[split]) for split, rows in parts.items()}
+    warn_of_overlaps(made, "image")
+    test_split: Split = "test" if "test" in parts or not test else "validation"
+
+    def hold_out(rows: LabelledRows, first: bool) -> tuple[LabelledRows, LabelledRows]:
+        return rows.hold_out(labels, validation, seed, "image", first=first)
+
+    complete_parts(made, test, hold_out, name, "image")
+    tested = made["test"].rows if test else None
+    return ImageData(name, made["train"].rows, made["validation"].rows, tuple(labels), tested, test_split)
 
 
 def load_images_to_score(
@@ -133,20 +147,22 @@ def load_images_to_score(
         raise BadInput(f"there are no images in {name!r}; pass data with some.")
     first = "train" if "train" in sources else next(iter(sources))
     image, label = _find_columns(sources[first], name, None, None)
+    held = _find_validation(sources, first, label)
     splits: dict[str, datasets.Dataset] = {}
     for own, rows in sources.items():
-        if own == first or _has_labels(rows, label):
-            splits.setdefault("validation" if own in VALIDATION else own, rows)
+        if own in (first, held) or (own not in VALIDATION and _has_labels(rows, label)):
+            only = len(sources) == 1  # then it is what an adapter was trained on, whatever it is called
+            splits.setdefault(own if own not in VALIDATION else "train" if only else "validation", rows)
     known = list(map(normalise_label, labels))
 
-    def load(wanted: list[str]) -> tuple[datasets.Dataset, list[str] | None]:
+    def load(wanted: list[str]) -> LabelledRows:
         words = {own: _read_words(splits[own], label, f"split {own!r} of {name!r}") for own in wanted}
         check_labels(name, sort_labels([word for each in words.values() for word in each]), known, adapter)
         parts = {own: _make_rows(splits[own], image, words[own], known, path) for own in wanted}
         corrupt = "skip" if training.settings.get("corrupt") == "skip" else "refuse"
         contents = _check_readable(parts, name, labels, corrupt)
         rows = datasets.concatenate_datasets(list(parts.values()))
-        return rows, contents[wanted[0]] if len(wanted) == 1 else None
+        return LabelledRows(rows, contents[wanted[0]] if len(wanted) == 1 else None)
 
     scored: Split = "test" if "test" in splits and "validation" not in splits else "validation"
     return choose_labelled_rows(
@@ -323,6 +339,11 @@ def _name_type(feature: Any) -> str:
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
 
 
+def _find_validation(sources: dict[str, datasets.Dataset], first: str, label: str) -> str | None:
+    """Which split, besides the one to train on, is for validation."""
+    return next((s for s in VALIDATION if s != first and s in sources and _has_labels(sources[s], label)), None)
+
+
 def _has_labels(rows: datasets.Dataset, label: str) -> bool:
     """False for a competition's test split: no label column, or nothing in it but None or -1."""
     return label in rows.column_names and any(value not in (None, -1) for value in rows[label][:])
@@ -346,15 +367,16 @@ def _read_words(rows: datasets.Dataset, label: str, where: str) -> list[str]:
 
 
 def _check_classes(words: dict[str, list[str]], name: str) -> None:
-    train, *held = map(set, words.values())
+    train = {*words["train"]}
     if len(train) < 2:
         raise BadInput(f"{name!r} has one class, {list_first(list(train))}; a classifier needs at least two.")
-    unknown = sort_labels(list(set().union(*held) - train))
-    if unknown:
-        raise BadInput(
-            f"the classes {list_first(unknown)} of {name!r} occur only in validation; add training images of them, or "
-            "remove them."
-        )
+    for split, found in words.items():
+        unknown = sort_labels(list({*found} - train))
+        if unknown:
+            raise BadInput(
+                f"the classes {list_first(unknown)} of {name!r} occur only in {split}; add training images of them, or "
+                "remove them."
+            )
 
 
 def _make_rows(

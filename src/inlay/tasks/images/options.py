@@ -26,7 +26,7 @@ class ImageTask(TaskOptions):
     corrupt: Literal["refuse", "skip"] = option("refuse", "What to do with images that cannot be read.")
     label_smoothing: float = option(0.0, "Of the training loss, 0 to 1.", least=0, most=1)
 
-    def load(self, seed: int) -> TaskData:
+    def load(self, seed: int, *, test: bool = False) -> TaskData:
         """Labelled images of both splits, as `TaskOptions.load` says."""
         from accelerate.utils import set_seed
 
@@ -39,7 +39,7 @@ class ImageTask(TaskOptions):
         set_seed(seed)
         with self.offering_embedded_base():
             processor = load_processor(self.model)
-        data = load_images(self.dataset, seed=seed, corrupt=self.corrupt)
+        data = load_images(self.dataset, seed=seed, corrupt=self.corrupt, test=test)
         validation = ImageView(data.validation, processor)
         return TaskData(
             data,

@@ -17,7 +17,7 @@ from inlay.tasks.evaluation import Split, Training, choose_split, is_cut, split_
 from inlay.tasks.image_decoding import explain_unreadable
 from inlay.tasks.images.checked import Checked, check_images
 from inlay.tasks.images.data import SUFFIXES, VALIDATION
-from inlay.tasks.sampling import hold_out_unlabelled, warn_of_overlap
+from inlay.tasks.sampling import complete_parts, hold_out_unlabelled, warn_of_overlap
 from inlay.tasks.tables import list_first
 
 logger = logging.getLogger(__name__)
@@ -42,25 +42,38 @@ class Masked:
     objects: Any
 
 
+Distinct = tuple[Masked, str]  # and what tells its image from others
+
+
 @dataclass(frozen=True)
 class MaskData:
-    """Images with maps in two splits.
+    """Images with maps in two or three parts.
 
     Attributes:
         name: As given to `load_masks`.
         train: Those to learn from.
         validation: Those held out.
         meaning: What a number in a map is: one object, or a class of which each connected part is an object.
+        test: The part that chooses nothing; None where none was asked for.
+        test_split: The split of the data that `evaluate` finds it under.
     """
 
     name: str
     train: tuple[Masked, ...]
     validation: tuple[Masked, ...]
     meaning: Meaning = "instances"
+    test: tuple[Masked, ...] | None = None
+    test_split: Split = "test"
 
 
 def load_masks(
-    name: str, *, seed: int = 0, validation: float = 0.2, meaning: Meaning = "instances", limit: int | None = None
+    name: str,
+    *,
+    seed: int = 0,
+    validation: float = 0.2,
+    meaning: Meaning = "instances",
+    limit: int | None = None,
+    test: bool = False,
 ) -> MaskData:
     """Images with maps of their objects, for training and validation; each is read once, to find what is wrong.
 
@@ -71,6 +84,8 @@ def load_masks(
         validation: Share to hold out, between 0 and 1.
         meaning: What a number in a map is.
         limit: Take so many images for training at most, and a quarter of that for validation.
+        test: Keep a third part that chooses nothing: the data's test split, or else what would be validation without
+            this; validation is then held out of the rest.
 
     Raises:
         InlayError: The data cannot be found; images without a map or the reverse, files that cannot be read, maps of
@@ -81,15 +96,21 @@ def load_masks(
             "validation must be between 0 and 1, meaning instances or classes, and limit at least 1, got "
             f"{validation}, {meaning!r} and {limit}."
         )
-    splits, contents = _read_splits(name, ("train", "validation"))
-    train, held = splits["train"], splits.get("validation", [])
-    if held:
-        warn_of_overlap(contents["train"], contents["validation"], "validation", "image")
-    else:
-        train, held = _hold_out(train, contents["train"], validation, seed, name)
+    parts = _read_splits(name, ("train", "validation", "test") if test else ("train", "validation"))
+    for split, found in parts.items():
+        if split != "train":
+            warn_of_overlap(_list_contents(parts["train"]), _list_contents(found), split, "image")
+    test_split: Split = "test" if "test" in parts or not test else "validation"
+
+    def hold_out(rows: list[Distinct], first: bool) -> tuple[list[Distinct], list[Distinct]]:
+        return _hold_out(rows, validation, seed, name, first=first)
+
+    complete_parts(parts, test, hold_out, name, "image")
+    made = {split: tuple(row for row, _ in found) for split, found in parts.items()}
+    train, held = made["train"], made["validation"]
     if limit is not None:
         train, held = train[:limit], held[: max(1, limit // 4)]
-    return MaskData(name, tuple(train), tuple(held), meaning)
+    return MaskData(name, train, held, meaning, made.get("test"), test_split)
 
 
 def load_masks_to_score(
@@ -114,13 +135,13 @@ def load_masks_to_score(
     chosen = choose_split(name, split, own, scored, training)
     cut = is_cut(chosen, own)
     wanted = own if chosen == "all" else ("train",) if cut else (chosen,)
-    splits, contents = _read_splits(name, wanted)
+    parts = _read_splits(name, wanted)
     if cut:
-        train, held = _hold_out(splits["train"], contents["train"], 0.2, training.seed, name)
-        rows = train if chosen == "train" else held
+        train, held = _hold_out(parts["train"], 0.2, training.seed, name)
+        found = train if chosen == "train" else held
     else:
-        rows = [row for part in wanted for row in splits[part]]
-    return chosen, tuple(rows), split_note(name, chosen, own, training)
+        found = [pair for part in wanted for pair in parts[part]]
+    return chosen, tuple(row for row, _ in found), split_note(name, chosen, own, training)
 
 
 def _own_splits(name: str) -> tuple[str, ...]:
@@ -142,12 +163,12 @@ def _split_folders(folder: Path) -> dict[str, Path]:
     return {split: path for split, path in found.items() if path and path.is_dir()}
 
 
-def _read_splits(name: str, wanted: Sequence[str]) -> tuple[dict[str, list[Masked]], dict[str, list[str]]]:
-    """Those of the splits that there are, all images and maps checked, and what tells their images from each other."""
+def _read_splits(name: str, wanted: Sequence[str]) -> dict[str, list[Distinct]]:
+    """Those of the splits that there are, all images and maps checked."""
     own = _own_splits(name)
     if name.startswith("builtin:"):
-        splits = {split: rows for split, rows in _generate_scenes(name).items() if split in wanted}
-        return splits, {split: [row.name for row in rows] for split, rows in splits.items()}
+        scenes = _generate_scenes(name)
+        return {split: [(row, row.name) for row in rows] for split, rows in scenes.items() if split in wanted}
     folders = _split_folders(Path(name).expanduser())
     found = {split: _pair_files(folders[split]) for split in own if split in wanted}
     images = {split: [{"bytes": None, "path": str(row.image)} for row in rows] for split, rows in found.items()}
@@ -161,23 +182,32 @@ def _read_splits(name: str, wanted: Sequence[str]) -> tuple[dict[str, list[Maske
                 f"{len(faults)} of {len(rows)} images with maps in {str(folders[split])!r} are not right: "
                 f"{list_first(faults)}; replace them, or take them out."
             )
-    return found, {split: [one.content for one in rows] for split, rows in checked.items()}
+    return {
+        split: [(row, one.content) for row, one in zip(rows, checked[split], strict=True)]
+        for split, rows in found.items()
+    }
+
+
+def _list_contents(rows: list[Distinct]) -> list[str]:
+    return [content for _, content in rows]
 
 
 def _hold_out(
-    train: list[Masked], contents: Sequence[str], share: float, seed: int, name: str
-) -> tuple[list[Masked], list[Masked]]:
-    """Images to train on and images held out; equal ones stay on one side."""
-    if len(train) == 1:
+    rows: list[Distinct], share: float, seed: int, name: str, *, first: bool = True
+) -> tuple[list[Distinct], list[Distinct]]:
+    """Images to train on and images held out; equal ones stay on one side, unless, the first time, all are equal."""
+    if len(rows) == 1:
         raise BadInput(f"{name!r} has one image, so none can be held out; add some.")
-    held = set(hold_out_unlabelled(share, seed, contents))
+    held = set(hold_out_unlabelled(share, seed, _list_contents(rows)))
+    if not held and not first:
+        raise BadInput(f"all images of {name!r} that are left are equal; add others.")
     if not held:
         logger.warning("all images of %r are equal, so training and validation share them.", name)
-        held = set(hold_out_unlabelled(share, seed, range(len(train))))
-    rows: dict[bool, list[Masked]] = {True: [], False: []}
-    for i, row in enumerate(train):
-        rows[i in held].append(row)
-    return rows[False], rows[True]
+        held = set(hold_out_unlabelled(share, seed, range(len(rows))))
+    parts: dict[bool, list[Distinct]] = {True: [], False: []}
+    for i, row in enumerate(rows):
+        parts[i in held].append(row)
+    return parts[False], parts[True]
 
 
 def _generate_scenes(name: str) -> dict[str, list[Masked]]:

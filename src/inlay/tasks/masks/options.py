@@ -27,7 +27,7 @@ class MaskTask(TaskOptions):
     )
     crop: int | None = option(None, "Take parts of so many pixels, for small objects in large images.", least=16)
 
-    def load(self, seed: int) -> TaskData:
+    def load(self, seed: int, *, test: bool = False) -> TaskData:
         """Images with maps of both splits, as `TaskOptions.load` says: points and boxes by turns in training."""
         from accelerate.utils import set_seed
 
@@ -41,7 +41,7 @@ class MaskTask(TaskOptions):
         set_seed(seed)
         with self.offering_embedded_base():
             processor = choose_intensity(load_processor(self.model), self.intensity)
-        data = load_masks(self.dataset, seed=seed, meaning=self.meaning)
+        data = load_masks(self.dataset, seed=seed, meaning=self.meaning, test=test)
         box = self._scoring_view(data, processor, "box")
         return TaskData(
             data,

@@ -11,9 +11,9 @@ from typing import Any
 import datasets
 
 from inlay.errors import BadInput
-from inlay.tasks.classification import choose_labelled_rows
+from inlay.tasks.classification import LabelledRows, choose_labelled_rows, warn_of_overlaps
 from inlay.tasks.evaluation import Split, Training, check_labels
-from inlay.tasks.sampling import hold_out_by_content, normalise_label, sort_labels, warn_of_overlap
+from inlay.tasks.sampling import complete_parts, normalise_label, sort_labels
 from inlay.tasks.tables import Table, hub_splits, list_first, read_table
 from inlay.tasks.text.data import SPLITS, find_column, read_folder, warn_of_unused_columns
 
@@ -35,10 +35,11 @@ Row = tuple[str, str | None, str]  # a text, what it is compared with, and its l
 
 @dataclass(frozen=True)
 class SequenceData:
-    """Labelled texts in two or three splits: columns `text`, `label` (an index of `labels`) and, of pairs, `pair`.
+    """Labelled texts in two or three parts: columns `text`, `label` (an index of `labels`) and, of pairs, `pair`.
 
     Attributes:
-        test: What the data calls test, where it has labels; nothing is chosen by it.
+        test: The part that chooses nothing: what the data calls test, where it has labels, or what was asked for.
+        test_split: The split of the data that `evaluate` finds it under.
     """
 
     name: str
@@ -46,6 +47,7 @@ class SequenceData:
     validation: datasets.Dataset
     labels: tuple[str, ...]
     test: datasets.Dataset | None = None
+    test_split: Split = "test"
 
     @property
     def paired(self) -> bool:
@@ -62,6 +64,7 @@ def load_sequences(
     text_column: str | None = None,
     pair_column: str | None = None,
     label_column: str | None = None,
+    test: bool = False,
 ) -> SequenceData:
     """Labelled texts for training, validation and, where the data has one, test.
 
@@ -80,6 +83,8 @@ def load_sequences(
         text_column: Column of the texts, where it cannot be told.
         pair_column: Column of the second texts; without it, but with text_column, there are none.
         label_column: Column of the labels, where it cannot be told.
+        test: Keep a part that chooses nothing where the data has no test split: what would be validation without this;
+            validation is then held out of the rest.
 
     Raises:
         InlayError: The data cannot be found or read, a row lacks a text or a label (its line is named), there are fewer
@@ -96,17 +101,16 @@ def load_sequences(
     labels = sort_labels([label for _, _, label in rows["train"]])
     if len(labels) < 2:
         raise BadInput(f"the training texts of {name!r} have one class only ({list_first(labels)}); add another.")
-    parts = {split: _make_dataset(found, labels, name, split) for split, found in rows.items()}
-    contents = {split: [(text, pair) for text, pair, _ in found] for split, found in rows.items()}
-    if "validation" not in parts:
-        whole = parts["train"]
-        held = hold_out_by_content(whole["label"][:], labels, validation, seed, "text", contents["train"])
-        kept = sorted(set(range(len(whole))) - set(held))
-        parts["train"], parts["validation"] = whole.select(kept), whole.select(held)
-    for split in ("validation", "test"):
-        if split in rows:
-            warn_of_overlap(contents["train"], contents[split], split, "text")
-    return SequenceData(name, parts["train"], parts["validation"], tuple(labels), parts.get("test"))
+    parts = {split: _label_rows(found, labels, name, split) for split, found in rows.items()}
+    warn_of_overlaps(parts, "text")
+    test_split: Split = "test" if "test" in parts or not test else "validation"
+
+    def hold_out(found: LabelledRows, first: bool) -> tuple[LabelledRows, LabelledRows]:
+        return found.hold_out(labels, validation, seed, "text", first=first, refuse_equal=True)
+
+    complete_parts(parts, test, hold_out, name, "text")
+    made = {split: found.rows for split, found in parts.items()}
+    return SequenceData(name, made["train"], made["validation"], tuple(labels), made.get("test"), test_split)
 
 
 def load_sequences_to_score(
@@ -133,12 +137,11 @@ def load_sequences_to_score(
     own = _labelled_splits(name, tables, columns)
     known = [normalise_label(label) for label in labels]
 
-    def load(parts: list[str]) -> tuple[datasets.Dataset, list[Any]]:
+    def load(parts: list[str]) -> LabelledRows:
         found = [row for part in parts for table in tables[part] for row in _read_rows(table, columns)]
         check_labels(name, sort_labels([label for _, _, label in found]), known, adapter)
-        return _make_dataset(found, known, name, parts[0]), [(text, pair) for text, pair, _ in found]
+        return _label_rows(found, known, name, parts[0])
 
-    training = training or Training()
     scored: Split = "test" if "test" in own else "validation"
     return choose_labelled_rows(name, own, load, known, wanted=split, scored=scored, training=training, noun="text")
 
@@ -251,7 +254,7 @@ def _read_column(table: Table, column: str) -> Sequence[Any]:
     return table.column(found)
 
 
-def _make_dataset(rows: list[Row], labels: Sequence[str], name: str, split: str) -> datasets.Dataset:
+def _label_rows(rows: list[Row], labels: Sequence[str], name: str, split: str) -> LabelledRows:
     places = {label: i for i, label in enumerate(labels)}
     unknown = sort_labels([label for _, _, label in rows if label not in places])
     if unknown:
@@ -259,4 +262,4 @@ def _make_dataset(rows: list[Row], labels: Sequence[str], name: str, split: str)
     columns = {"text": [r[0] for r in rows], "label": [places[r[2]] for r in rows]}
     if rows[0][1] is not None:
         columns["pair"] = [r[1] for r in rows]
-    return datasets.Dataset.from_dict(columns)
+    return LabelledRows(datasets.Dataset.from_dict(columns), [(text, pair) for text, pair, _ in rows])

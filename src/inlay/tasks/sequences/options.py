@@ -26,7 +26,7 @@ class SequenceTask(TaskOptions):
     max_length: int | None = option(None, "Longest example in tokens; default: what the base reads.", least=4)
     label_smoothing: float = option(0.0, "Of the training loss, 0 to 1.", least=0, most=1)
 
-    def load(self, seed: int) -> TaskData:
+    def load(self, seed: int, *, test: bool = False) -> TaskData:
         """Labelled texts of both splits as tokens, as `TaskOptions.load` says."""
         import torch
         from accelerate import PartialState
@@ -40,7 +40,7 @@ class SequenceTask(TaskOptions):
         from inlay.tasks.sequences.view import SequenceView
 
         set_seed(seed)
-        data = load_sequences(self.dataset, seed=seed)
+        data = load_sequences(self.dataset, seed=seed, test=test)
         with self.offering_embedded_base():
             tokenizer = load_tokenizer(self.model)
         processor = SequenceProcessor(tokenizer, max_length=self.max_length)

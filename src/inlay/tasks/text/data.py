@@ -13,6 +13,7 @@ import datasets
 
 from inlay.errors import BadInput
 from inlay.tasks.evaluation import Split, Training, choose_split, split_note
+from inlay.tasks.sampling import complete_parts
 from inlay.tasks.tables import KINDS, Table, hub_splits, kind_of, list_first, read_table
 
 logger = logging.getLogger(__name__)
@@ -50,13 +51,15 @@ SPEAKERS = ("user", "assistant")  # of a pair in a history
 
 @dataclass(frozen=True)
 class TextData:
-    """Prompts and completions in two or three splits, in columns of these names.
+    """Prompts and completions in two or three parts, in columns of these names.
 
     A completion is a string. A prompt is a string, empty before running text, or, in all rows alike, a list of chat
     messages {"role", "content"}: `TextProcessor` takes both.
 
     Attributes:
+        test: The part that chooses nothing: what the data calls test, where it has completions, or what was asked for.
         plain: True of running text without prompts, to be cut into full blocks.
+        test_split: The split of the data that `evaluate` finds the test part under.
     """
 
     name: str
@@ -64,6 +67,7 @@ class TextData:
     validation: datasets.Dataset
     test: datasets.Dataset | None
     plain: bool
+    test_split: Split = "test"
 
     @property
     def separator(self) -> str:
@@ -111,6 +115,7 @@ def load_texts(
     validation: float = 0.1,
     prompt_column: str | None = None,
     completion_column: str | None = None,
+    test: bool = False,
 ) -> TextData:
     """Prompts and completions for training, validation and, where the data has one, test.
 
@@ -138,6 +143,8 @@ def load_texts(
         prompt_column: Column of the prompts, where it cannot be told.
         completion_column: Column of the completions, where it cannot be told; without prompt_column it holds
             chat messages or running text.
+        test: Keep a part that chooses nothing where the data has no test split: what would be validation without this;
+            validation is then held out of the rest.
 
     Raises:
         InlayError: The data cannot be found or read, a row has no text or no completion (its line is named), or
@@ -151,14 +158,14 @@ def load_texts(
     for split in ("validation", "test"):
         if split in splits:
             _warn_of_overlap(splits["train"], splits[split], split)
-    if "validation" not in splits:
-        splits["train"], splits["validation"] = (
-            _hold_out_end(splits["train"], validation, name)
-            if plain
-            else _hold_out_prompts(splits["train"], validation, seed, name)
-        )
-    made = {split: _make_dataset(rows) for split, rows in splits.items() if rows}
-    return TextData(name, made["train"], made["validation"], made.get("test"), plain)
+    test_split: Split = "test" if "test" in splits or not test else "validation"
+
+    def hold_out(rows: list[Row], first: bool) -> tuple[list[Row], list[Row]]:
+        return _hold_out(rows, plain, validation, seed, name)
+
+    complete_parts(splits, test, hold_out, name, "text" if plain else "prompt")
+    made = {split: _make_dataset(rows) for split, rows in splits.items()}
+    return TextData(name, made["train"], made["validation"], made.get("test"), plain, test_split)
 
 
 def load_texts_to_score(
@@ -182,12 +189,7 @@ def load_texts_to_score(
     own = [each for each in ("train", "validation", "test") if each in splits]
     chosen = choose_split(name, split, own, "test" if "test" in splits else "validation", training)
     if "validation" not in splits and chosen in ("train", "validation"):
-        parts = (
-            _hold_out_end(splits["train"], 0.1, name)
-            if plain
-            else _hold_out_prompts(splits["train"], 0.1, training.seed, name)
-        )
-        splits["train"], splits["validation"] = parts
+        splits["train"], splits["validation"] = _hold_out(splits["train"], plain, 0.1, training.seed, name)
     rows = [row for each in splits.values() for row in each] if chosen == "all" else splits[chosen]
     return chosen, _make_dataset(rows), plain, split_note(name, chosen, own, training)
 
@@ -217,10 +219,14 @@ def _read_splits(
     if "test" in tables:
         tables["test"] = [table for table in tables["test"] if _has_completions(table, columns)]
     warn_of_unused_columns(name, [table for found in tables.values() for table in found], columns.used)
-    splits = {split: [row for table in found for row in _read_rows(table, columns)] for split, found in tables.items()}
+    splits = {
+        split: [row for table in found for row in _read_rows(table, columns)]
+        for split, found in tables.items()
+        if found
+    }
     if len({type(prompt) for rows in splits.values() for prompt, _ in rows}) > 1:
         raise BadInput(f"{name!r} mixes chat messages and plain text; split it into two data sets.")
-    empty = [split for split, rows in splits.items() if not rows and tables[split]]
+    empty = [split for split, rows in splits.items() if not rows]
     if empty:
         raise BadInput(f"{', '.join(empty)} of {name!r} has no text; fill it or leave it out.")
     plain = columns.prompt is None and isinstance(splits["train"][0][0], str)
@@ -547,6 +553,11 @@ def _read_message(message: dict[str, Any]) -> Message:
 
 def _contents(messages: Sequence[Message]) -> list[str]:
     return [message["content"] for message in messages]
+
+
+def _hold_out(rows: list[Row], plain: bool, share: float, seed: int, name: str) -> tuple[list[Row], list[Row]]:
+    """Training and validation: of prompts some, of running text the end."""
+    return _hold_out_end(rows, share, name) if plain else _hold_out_prompts(rows, share, seed, name)
 
 
 def _hold_out_prompts(rows: list[Row], share: float, seed: int, name: str) -> tuple[list[Row], list[Row]]:

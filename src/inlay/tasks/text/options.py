@@ -30,12 +30,13 @@ class TextTask(TaskOptions):
     over_long: Literal["cut", "drop", "refuse"] = option("cut", "What becomes of examples longer than max_length.")
     label_smoothing: float = option(0.0, "Of the training loss, 0 to 1.", least=0, most=1)
 
-    def load(self, seed: int, virtual_tokens: int = 0) -> TaskData:
+    def load(self, seed: int, virtual_tokens: int = 0, *, test: bool = False) -> TaskData:
         """Prompts and completions of both splits as tokens, as `TaskOptions.load` says.
 
         Args:
             seed: As there.
             virtual_tokens: Positions of the base that the method takes for itself, at most half of them.
+            test: As there.
         """
         from accelerate import PartialState
         from accelerate.utils import set_seed
@@ -49,7 +50,7 @@ class TextTask(TaskOptions):
         set_seed(seed)
         with self.offering_embedded_base():
             tokenizer = load_tokenizer(self.model)
-        data = load_texts(self.dataset, seed=seed)
+        data = load_texts(self.dataset, seed=seed, test=test)
         if virtual_tokens > tokenizer.model_max_length // 2:
             raise BadInput(
                 f"a prompt may take half of the base's {tokenizer.model_max_length} positions, got a length of "

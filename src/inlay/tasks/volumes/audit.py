@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from inlay.errors import InlayError
 from inlay.tasks.tables import list_first
-from inlay.tasks.volumes.data import SUFFIXES, Case, find_cases, name_classes, read_labels, split_cases
+from inlay.tasks.volumes.data import SUFFIXES, Case, find_cases, hold_out_cases, name_classes, read_labels
 from inlay.tasks.volumes.grid import Triple, reorient_to_ras, spacing_of
 from inlay.tasks.volumes.nifti import explain_unreadable, find_affine_conflict
 from inlay.tasks.volumes.scan import find_strange_values, is_misplaced, read_image
@@ -121,8 +121,8 @@ def audit(name: str) -> Audit:
     except InlayError as error:
         report.findings.append(Finding("error", name, str(error)))
     try:
-        if cases:
-            split_cases(found, 0.5, 0, name)
+        if found.train and not found.validation:
+            hold_out_cases(found.train, 0.5, 0, name)
     except InlayError as error:
         report.findings.append(Finding("error", name, str(error)))
     report.classes = {label: sum(v in one.values for one in seen) for v, label in names.items()}

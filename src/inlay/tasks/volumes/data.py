@@ -15,6 +15,7 @@ import numpy as np
 
 from inlay.errors import BadInput, DamagedFile
 from inlay.tasks.evaluation import Split, Training, choose_split, split_note
+from inlay.tasks.sampling import complete_parts
 from inlay.tasks.tables import list_first
 from inlay.tasks.volumes.nifti import SUFFIXES, case_name, find_affine_conflict, has_suffix, read_volume
 
@@ -57,13 +58,21 @@ class Case:
 
 @dataclass(frozen=True)
 class VolumeData:
-    """Labelled scans in two splits. `labels` names the classes 1..K, without the background."""
+    """Labelled scans in two or three parts.
+
+    Attributes:
+        labels: Names of the classes 1..K, without the background.
+        test: The part that chooses nothing; None where none was asked for.
+        test_split: The split of the data that `evaluate` finds it under.
+    """
 
     name: str
     train: tuple[Case, ...]
     validation: tuple[Case, ...]
     labels: tuple[str, ...]
     modality: Modality
+    test: tuple[Case, ...] | None = None
+    test_split: Split = "test"
 
 
 @dataclass
@@ -100,6 +109,7 @@ def load_volumes(
     validation: float = 0.2,
     modality: Modality | None = None,
     labels: Sequence[str] | None = None,
+    test: bool = False,
 ) -> VolumeData:
     """Labelled scans for training and validation; voxels are read only where nothing else tells the classes.
 
@@ -114,6 +124,8 @@ def load_volumes(
         validation: Share of the cases to hold out, between 0 and 1.
         modality: Instead of the one that dataset.json names; without either "other", which is treated as MR is.
         labels: Names of the classes without background, in the order of their values, instead of those found.
+        test: Keep a third part that chooses nothing: the data's test cases, or else what would be validation without
+            this; validation is then held out of the rest.
 
     Raises:
         InlayError: No such data, images or label maps without a partner, fewer than two cases, no classes.
@@ -124,8 +136,7 @@ def load_volumes(
         )
     found = find_cases(name)
     _refuse_faults(name, found.faults)
-    train, held = split_cases(found, validation, seed, name)
-    named = _name_present_classes(found, [*train, *held], name)
+    named = _name_present_classes(found, [*found.train, *found.validation], name)
     names = tuple(named.values() if labels is None else labels)
     if len(names) != len(named) or not all(names) or len(set(names)) < len(names) or isinstance(labels, str):
         raise BadInput(f"labels must be {len(named)} different class names, got {labels!r}.")
@@ -134,9 +145,20 @@ def load_volumes(
             "%d files of %s are not read, as they are no %s: %s.",
             len(found.unread), name, " or ".join(SUFFIXES), list_first([Path(file).name for file in found.unread]),
         )  # fmt: skip
-    _warn_of_affines([*train, *held])
-    train, held = (_with_values(cases, named, found.ignored) for cases in (train, held))
-    return VolumeData(name, tuple(train), tuple(held), names, modality or found.modality or "other")
+    if test and found.test:
+        _refuse_faults(name, found.test_faults)
+    own = {"train": found.train, "validation": found.validation, "test": found.test if test else []}
+    parts = {part: _with_values(cases, named, found.ignored) for part, cases in own.items() if cases}
+    _warn_of_affines([case for cases in parts.values() for case in cases])
+    test_split: Split = "test" if "test" in parts or not test else "validation"
+
+    def hold_out(cases: list[Case], first: bool) -> tuple[list[Case], list[Case]]:
+        return hold_out_cases(cases, validation, seed, name)
+
+    complete_parts(parts, test, hold_out, name, "scan")
+    tested = tuple(parts["test"]) if test else None
+    modality = modality or found.modality or "other"
+    return VolumeData(name, tuple(parts["train"]), tuple(parts["validation"]), names, modality, tested, test_split)
 
 
 def load_volumes_to_score(
@@ -162,7 +184,7 @@ def load_volumes_to_score(
     chosen = choose_split(name, split, own, "validation", training)
     _refuse_faults(name, found.test_faults if chosen == "test" else found.faults)
     if not found.validation and chosen in ("train", "validation"):
-        parts["train"], parts["validation"] = split_cases(found, 0.2, training.seed, name)
+        parts["train"], parts["validation"] = hold_out_cases(found.train, 0.2, training.seed, name)
     everything = [*found.train, *found.validation]
     scored = parts.get(chosen, everything)
     named = _name_present_classes(found, scored if chosen == "test" else everything, name)
@@ -214,17 +236,14 @@ def name_classes(found: FoundCases, present: Iterable[int], name: str) -> dict[i
     return {value: f"class {value}" for value in values}
 
 
-def split_cases(found: FoundCases, share: float, seed: int, name: str) -> tuple[list[Case], list[Case]]:
-    """Training and validation cases; where the data does not say, a share of the training cases is held out.
+def hold_out_cases(cases: Sequence[Case], share: float, seed: int, name: str) -> tuple[list[Case], list[Case]]:
+    """What is left of training cases and the share that is held out, by rank of a hash of their names.
 
-    These are chosen by rank of a hash of their names: a new case moves few others. Test cases are not touched.
+    So a new case moves few others.
 
     Raises:
         InlayError: There is one case only, so that none can be held out.
     """
-    cases = found.train
-    if found.validation:
-        return cases, found.validation
     if len(cases) < 2:
         raise BadInput(f"{name!r} needs at least two cases, to hold one out, got {len(cases)}; add some.")
     ranked = sorted(cases, key=lambda case: hashlib.sha256(f"{seed}:{case.name}".encode()).digest())

@@ -37,7 +37,7 @@ class VolumeTask(TaskOptions):
             if sizes is not None and len(sizes) != 3:
                 raise BadInput(f"{name} must be three numbers D, H, W, got {sizes}.")
 
-    def load(self, seed: int) -> TaskData:
+    def load(self, seed: int, *, test: bool = False) -> TaskData:
         """Scans of both splits, as `TaskOptions.load` says: crops in training, whole scans in evaluation."""
         from accelerate.utils import set_seed
 
@@ -48,7 +48,7 @@ class VolumeTask(TaskOptions):
         from inlay.tasks.volumes.view import VolumeView, collate_volumes
 
         set_seed(seed)
-        data = load_volumes(self.dataset, seed=seed)
+        data = load_volumes(self.dataset, seed=seed, test=test)
         spacing = tuple(self.spacing_mm) if self.spacing_mm else "median"
         processor = VolumeProcessor.fitted(data, tuple(self.crop), spacing, self.flip)  # type: ignore[arg-type]
         crops = VolumeView(data.validation, processor, training=True, augment=False, flip=())
