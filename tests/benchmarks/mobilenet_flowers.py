@@ -6,8 +6,8 @@
 MobileNetV2 1.0 with ImageNet weights (../shared/data/mobilenet_imagenet) learns five flowers (../shared/data/flowers5)
 from 640 photos. 160 others of the same folder choose the best evaluation of each run, and, with seed 0, the best of
 four learning rates of each method. The scores are those of three seeds at that rate, on photos that chose nothing:
-`heldout` where it is there, else `dev/val`. A run is stored in the JSON of the results as soon as it is done, and not
-repeated.
+`heldout` where it is there, else `dev/val`. One more run, with seed 0, has the rate that `fit` chooses by itself. A run is
+stored in the JSON of the results as soon as it is done, and not repeated.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import platform
 import statistics
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from accelerate.utils import set_seed
 from PIL import Image
 
 from inlay import TrainConfig, fit, load_base, load_processor
+from inlay.bases.learning_rate import scale_rate
 from inlay.files.atomic import write_json
 from inlay.measure.costs import cost
 from inlay.methods import METHODS
@@ -36,7 +38,8 @@ from places import SHARED
 RESULTS = Path(__file__).parent / "results" / "mobilenet_flowers.json"
 BASE, DATA = SHARED / "mobilenet_imagenet" / "hf" / "mobilenet_v2_1.0_224", SHARED / "flowers5"
 NAMES = ("lora", "lora-conv", "conv-adapter", "ssf", "bottleneck-mlp", "bias", "norm", "partial", "probe", "full")
-FACTORS = (0.1, 0.3, 1, 3)  # of each method's own learning rate in METHODS
+FACTORS = (0.1, 0.3, 1, 3)  # of each method's rate on the embedded bases
+EMBEDDED = {"ssf": 0.03}  # where that was another than METHODS has now
 WIDTH, SIDE, BATCH = 8, 128, 32
 KEPT = ("trainable_parameters", "mmacs", "base_mmacs", "latency_ms", "base_latency_ms")
 
@@ -109,14 +112,22 @@ def choose_rate(runs: dict[str, Any], method: str) -> float | None:
 
 def list_rates(method: str) -> list[float]:
     """The four learning rates of a method."""
-    return [float(f"{factor * METHODS[method].learning_rate:.3g}") for factor in FACTORS]
+    rate = EMBEDDED.get(method, METHODS[method].learning_rate)
+    return [float(f"{factor * rate:.3g}") for factor in FACTORS]
+
+
+@cache
+def default_rate(method: str) -> float:
+    """The rate that `fit` takes on this base where none is given."""
+    return float(f"{scale_rate(METHODS[method].learning_rate, load_base(BASE)):.3g}")
 
 
 def make_table(runs: dict[str, Any], seeds: list[int], said: str) -> str:
     """The results of the methods that are done."""
     lines = [
-        "| method | test accuracy | validation | learning rate | trained parameters | MMACs | latency ms | base's ms |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| method | test accuracy | validation | learning rate | at the default rate | trained parameters | MMACs | "
+        "latency ms | base's ms |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for method in (name for name in NAMES if name in METHODS):
         rate = choose_rate(runs, method)
@@ -125,10 +136,13 @@ def make_table(runs: dict[str, Any], seeds: list[int], said: str) -> str:
             continue
         test, validation = ([100 * run[key] for run in own] for key in ("test", "validation"))
         row, base = own[0], statistics.median(run.get("base_latency_ms", run["latency_ms"]) for run in own)
+        default = runs.get(f"{method} {default_rate(method):g} {seeds[0]}")
+        untuned = f"{100 * default['test']:.1f} ({default_rate(method):g})" if default else ""
         edge = " (edge)" if rate in (list_rates(method)[0], list_rates(method)[-1]) else ""
         lines.append(
             f"| {method} | {statistics.mean(test):.1f} ± {statistics.stdev(test) if test[1:] else 0:.1f} | "
-            f"{statistics.mean(validation):.1f} | {rate:g}{edge} | {row['trainable_parameters']:,} | "
+            f"{statistics.mean(validation):.1f} | {rate:g}{edge} | {untuned} | "
+            f"{row['trainable_parameters']:,} | "
             f"{row['mmacs']:.1f} | {statistics.median(run['latency_ms'] for run in own):.1f} | {base:.1f} |"
         )
     return f"{said}\n\n" + "\n".join(lines) + "\n"
@@ -155,6 +169,7 @@ def main() -> None:
     runs = stored["runs"]
     for method in asked.methods:
         planned = [(rate, asked.seeds[0]) for rate in list_rates(method)] + [(None, seed) for seed in asked.seeds[1:]]
+        planned += [(default_rate(method), asked.seeds[0])]
         for rate, seed in planned:
             rate = rate or choose_rate(runs, method)
             key = f"{method} {rate:g} {seed}"
