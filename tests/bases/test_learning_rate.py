@@ -59,6 +59,6 @@ def test_fit_takes_the_scaled_rate_unless_one_is_given(tmp_path, capsys):
         return fit(model, items, None, config).settings["learning_rate"]
 
     assert train(None) == float(f"{3e-3 * 0.5**0.78:.3g}")
-    assert "learning rate 0.00175: 0.003 suits narrower bases" in capsys.readouterr().out
+    assert "learning rate 0.00175 for a base this wide (0.003 suits the embedded ones)" in capsys.readouterr().out
     assert train(2e-3) == 2e-3
-    assert "suits narrower" not in capsys.readouterr().out
+    assert "suits the embedded" not in capsys.readouterr().out

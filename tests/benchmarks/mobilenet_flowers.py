@@ -6,8 +6,8 @@
 MobileNetV2 1.0 with ImageNet weights (../shared/data/mobilenet_imagenet) learns five flowers (../shared/data/flowers5)
 from 640 photos. 160 others of the same folder choose the best evaluation of each run, and, with seed 0, the best of
 four learning rates of each method. The scores are those of three seeds at that rate, on photos that chose nothing:
-`heldout` where it is there, else `dev/val`. One more run, with seed 0, has the rate that `fit` chooses by itself. A run is
-stored in the JSON of the results as soon as it is done, and not repeated.
+`heldout` where it is there, else `dev/val`. One more run, with seed 0, has the rate that `fit` chooses by itself. A run
+is stored in the JSON of the results as soon as it is done, and not repeated.
 """
 
 import argparse

@@ -174,7 +174,8 @@ def _choose_rate(config: TrainConfig, model: nn.Module, accelerator: Accelerator
     rate = float(f"{scale_rate(config.embedded_rate, model):.3g}")
     if rate < config.embedded_rate:
         accelerator.print(
-            f"learning rate {rate:g}: {config.embedded_rate:g} suits narrower bases; --learning_rate takes another."
+            f"learning rate {rate:g} for a base this wide ({config.embedded_rate:g} suits the embedded ones); "
+            "--learning_rate sets another."
         )
     return replace(config, learning_rate=rate)
 
