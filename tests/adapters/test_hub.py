@@ -80,6 +80,23 @@ def test_what_is_pushed_comes_back_and_computes_the_same(hub, trained, adapter, 
     torch.testing.assert_close(outputs(load_adapter("ann/zoo").model), outputs(loaded.model), rtol=0, atol=0)
 
 
+def test_a_name_on_the_hub_is_that_of_an_adapter_or_of_a_model(hub, adapter, tmp_path):
+    from inlay import load_base
+    from inlay.adapters.hub.fetch import fetch_if_adapter
+
+    push_adapter(adapter, "ann/zoo")
+    load_base("builtin:vit-tiny").push_to_hub("ann/base")
+    assert (fetch_if_adapter("ann/zoo") / CONFIG).is_file()
+    assert fetch_if_adapter("ann/base") is None
+    assert not [path for path in cached(tmp_path) if path.name == "model.safetensors"], "its weights are not needed"
+    with pytest.raises(InlayError, match="no folder 'ann/none' here, and the Hub does not give it"):
+        fetch_if_adapter("ann/none")
+    with pytest.raises(InlayError, match="does not exist; give the folder of an adapter or of a model"):
+        fetch_if_adapter(tmp_path / "none")
+    with pytest.raises(InlayError, match="neither an adapter nor a model"):
+        fetch_if_adapter(tmp_path)
+
+
 def test_an_older_commit_gives_the_older_weights(hub, adapter, make, processor, outputs):
     from inlay import save_adapter
 

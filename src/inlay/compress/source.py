@@ -1,17 +1,16 @@
 """What is to be exported or quantised: a model with its head, or an adapter merged into its base."""
 
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from inlay.adapters.file import CONFIG, expand_path
-from inlay.adapters.hub.fetch import fetch
+from inlay.adapters.file import expand_path
+from inlay.adapters.hub.fetch import fetch_if_adapter
 from inlay.adapters.load import load_adapter
 from inlay.adapters.summary import describe_method
 from inlay.bases.load import resolve_base
 from inlay.compress.exported import is_exported
-from inlay.errors import BadInput, DamagedFile, InlayError, Unsupported
+from inlay.errors import BadInput, DamagedFile, Unsupported
 from inlay.files.bounded_json import parse_json
 from inlay.tasks.adapter import route_group
 from inlay.tasks.base import load_base, read_task
@@ -62,15 +61,10 @@ def load_source(name: str | Path, base: str | Path | None = None) -> Source:
         InlayError: What `load_adapter` or `load_base` says; neither is there; a base for a model; an adapter that
             makes another model of its base.
     """
-    folder = expand_path(name)
-    if is_exported(folder):
+    if is_exported(expand_path(name)):
         raise BadInput(f"{name} is exported already; give the model or the adapter that it was exported from.")
-    if not str(name).startswith("builtin:"):
-        if not folder.is_dir():
-            with suppress(InlayError):  # no adapter on the Hub: then it is a model
-                folder = fetch(name)
-        if (folder / CONFIG).is_file():
-            return _load_adapter(folder, base)
+    if folder := fetch_if_adapter(name):
+        return _load_adapter(folder, base)
     if base is not None:
         raise BadInput(f"{name} is a model and goes on no base; leave base out.")
     return _load_model(str(name))

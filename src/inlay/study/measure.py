@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import find_adapter_config_file
 
-from inlay.adapters.file import CONFIG
+from inlay.adapters.hub.fetch import fetch_if_adapter
 from inlay.adapters.load import LoadedAdapter, load_adapter
 from inlay.bases.device import Device, choose_device
 from inlay.errors import BadInput, InlayError, Unsupported
@@ -136,10 +135,10 @@ def measure_costs(
             raise BadInput(f"{what} must be at least 1, not {value}.")
     name, remarks = str(name), list[str]()
     adapted: LoadedAdapter | None = None
-    if is_adapter(name):
+    if folder := fetch_if_adapter(name):
         if not weights:
             raise BadInput(f"{name} is an adapter, which is measured with its weights; measure its base without.")
-        adapted = load_adapter(name, base, device=device)
+        adapted = load_adapter(folder, base, device=device)
         model, task = adapted.model, adapted.task
     elif base is not None:
         raise BadInput(f"{name} is a model, and --base belongs to an adapter; leave it out.")
@@ -184,18 +183,6 @@ def measure_costs(
         energy_source=energy_source,
         remarks=list(dict.fromkeys(remarks)),
     )
-
-
-def is_adapter(name: str) -> bool:
-    """True for a local folder of an adapter, and for a repository on the Hub that has the config of one."""
-    if name.startswith("builtin:"):
-        return False
-    if Path(name).expanduser().exists():
-        return (Path(name).expanduser() / CONFIG).is_file()
-    try:
-        return find_adapter_config_file(name) is not None
-    except Exception:  # no network, no such repository: who loads it says so
-        return False
 
 
 def _count(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:

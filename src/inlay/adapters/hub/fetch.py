@@ -4,8 +4,11 @@ from pathlib import Path
 
 from inlay.adapters.file import CONFIG, expand_path
 from inlay.adapters.hub.repository import download
+from inlay.bases.load import read_config, resolve_base
 from inlay.errors import BadInput, InlayError, Unreachable
 from inlay.files.folder_or_hub import refuse_ambiguous
+
+MODEL_CONFIG = "config.json"
 
 
 def fetch(path: str | Path, revision: str | None = None) -> Path:
@@ -29,3 +32,39 @@ def fetch(path: str | Path, revision: str | None = None) -> Path:
     if not (found / CONFIG).is_file():
         raise BadInput(f"{text} on the Hub is not an adapter: it has no {CONFIG}; one of several is user/name/adapter.")
     return found
+
+
+def fetch_if_adapter(name: str | Path) -> Path | None:
+    """The folder of an adapter, as `fetch` gives it; None for a model.
+
+    An embedded base is a model, and so is what has the config of a model and none of an adapter, here or on the Hub.
+
+    Raises:
+        InlayError: It is neither; what `fetch` says.
+    """
+    text, folder = str(name), expand_path(name)
+    if text.startswith("builtin:"):
+        return None
+    if folder.is_dir():
+        if (folder / CONFIG).is_file():
+            return folder
+        if (folder / MODEL_CONFIG).is_file():
+            return None
+        raise BadInput(f"{text} is neither an adapter nor a model: it has no {CONFIG} and no {MODEL_CONFIG}.")
+    try:
+        found = fetch(name)
+    except InlayError:
+        if _is_model_on_hub(text):
+            return None
+        raise
+    if not found.exists():
+        raise BadInput(f"{text} does not exist; give the folder of an adapter or of a model, or a Hub id.")
+    return found
+
+
+def _is_model_on_hub(name: str) -> bool:
+    try:
+        read_config(name, resolve_base(name), None)
+    except InlayError:
+        return False
+    return True
