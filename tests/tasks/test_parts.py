@@ -1,0 +1,296 @@
+"""Three parts of the data of every task: one to train on, one that chooses, and a test part that evaluate scores."""
+
+import csv
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from inlay import ImageTask, InlayError, MaskTask, SequenceTask, TextTask, VolumeTask, load_adapter
+from inlay.tasks import TASKS
+from inlay.tasks.evaluation import Request
+from inlay.tasks.image_decoding import open_image
+from inlay.tasks.images.data import load_images, load_images_to_score
+from inlay.tasks.masks.data import load_masks_to_score
+from inlay.tasks.sequences.data import load_sequences_to_score
+from inlay.tasks.text.data import group_by_prompt, load_texts_to_score
+from inlay.tasks.volumes.data import load_volumes_to_score
+from inlay.tasks.volumes.nifti import write_volume
+from places import SHARED
+
+PARTS = ("train", "validation", "test")
+LAYOUTS = {  # examples in each split of the data, and the split that is the test part
+    "no splits": ({"": 30}, "validation"),
+    "validation": ({"train": 20, "val": 10}, "validation"),
+    "test": ({"train": 20, "test": 10}, "test"),
+    "validation and test": ({"train": 12, "val": 8, "test": 10}, "test"),
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+# Every example stands twice, so that parts could share its content.
+
+
+def picture(number, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels.tobytes()
+
+
+def write_images(folder, numbers):
+    return [picture(i, folder / "ab"[i % 2] / f"{i}_{copy}.png") for i in numbers for copy in "12"]
+
+
+def write_table(folder, numbers, header, *rows):
+    name = folder.parent / f"{folder.name}.csv" if folder.name in ("train", "val", "test") else folder / "all.csv"
+    name.parent.mkdir(parents=True, exist_ok=True)
+    written = [row for i in numbers for row in ([cell.format(i, "ab"[i % 2]) for cell in row] for row in rows)]
+    with name.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *written])
+    return [row[0] for row in written]
+
+
+def write_sequences(folder, numbers):
+    return write_table(folder, numbers, ["text", "label"], *[["text {}", "{1}"]] * 2)
+
+
+def write_texts(folder, numbers):
+    return write_table(folder, numbers, ["prompt", "completion"], *[["prompt {}", f"{word} {{}}"] for word in "xy"])
+
+
+def write_masks(folder, numbers):
+    found = [picture(i, folder / "images" / f"{i}_{copy}.png") for i in numbers for copy in "12"]
+    (folder / "labels").mkdir()
+    for i in numbers:
+        for copy in "12":
+            Image.fromarray(np.eye(8, dtype=np.uint8)).save(folder / "labels" / f"{i}_{copy}.png")
+    return found
+
+
+def write_volumes(folder, numbers):
+    for i in numbers:
+        for kind in ("images", "labels"):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            write_volume(
+                folder / kind / f"case{i}.nii.gz", np.eye(4, dtype=np.uint8)[..., None] * np.ones(4), np.eye(4)
+            )
+    return [f"case{i}" for i in numbers]
+
+
+@dataclass
+class Row:
+    """A task: its options, how its data is written, and what tells examples apart."""
+
+    options: Any
+    write: Any
+    content: Any
+    score: Any  # the rows that evaluate scores
+
+
+ROWS = {
+    "image-classification": Row(
+        ImageTask,
+        write_images,
+        lambda rows: [open_image(image).tobytes() for image in rows["image"]],
+        lambda *a, **k: load_images_to_score(*a, ["a", "b"], adapter="x", **k)[1],
+    ),
+    "text-classification": Row(
+        SequenceTask,
+        write_sequences,
+        lambda rows: rows["text"][:],
+        lambda *a, **k: load_sequences_to_score(*a, ["a", "b"], adapter="x", **k)[1],
+    ),
+    "text-generation": Row(
+        TextTask,
+        write_texts,
+        lambda rows: rows["prompt"][:],
+        lambda *a, **k: load_texts_to_score(*a, **k)[1],
+    ),
+    "mask-generation": Row(
+        MaskTask,
+        write_masks,
+        lambda rows: [open_image(row.image).tobytes() for row in rows],
+        lambda *a, **k: load_masks_to_score(*a, **k)[1],
+    ),
+    "volume-segmentation": Row(
+        VolumeTask,
+        write_volumes,
+        lambda rows: [case.name for case in rows],
+        lambda *a, **k: load_volumes_to_score(*a, **k)[1],
+    ),
+}
+EVERY = pytest.mark.parametrize("name", ROWS)
+
+
+def write(row, folder, sizes):
+    """Each split with examples of its own; what they hold."""
+    found, begin = [], 0
+    for split, size in sizes.items():
+        found += row.write(folder / split, range(begin, begin + size))
+        begin += size
+    return found
+
+
+def test_every_task_is_here():
+    assert ROWS.keys() == TASKS.keys()
+
+
+@EVERY
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_three_parts_share_nothing_and_cover_the_data(name, layout, tmp_path, caplog):
+    (sizes, split), row = LAYOUTS[layout], ROWS[name]
+    written = write(row, tmp_path / "data", sizes)
+    task = row.options(dataset=str(tmp_path / "data"))
+    parts = task.load_parts(3)
+    source = parts.data.source
+    contents = {part: row.content(getattr(source, part)) for part in PARTS}
+    assert not any({*contents[a]} & {*contents[b]} for a in PARTS for b in PARTS if a < b)
+    assert Counter(content for part in PARTS for content in contents[part]) == Counter(written)
+    assert parts.counts == {part: len(contents[part]) for part in PARTS} and min(parts.counts.values()) >= 1
+    assert (len(parts.data.train), len(parts.data.validation)) == (parts.counts["train"], parts.counts["validation"])
+    # The test part is what evaluate scores, and what load has as its validation data, where there is no test split.
+    assert parts.test_split == split and caplog.text == ""
+    scored = row.score(task.dataset, split=parts.test_split, training=parts.training)
+    assert row.content(scored) == contents["test"]
+    two = task.load(3).source
+    if split == "test":
+        assert row.content(two.train) == contents["train"] and row.content(two.validation) == contents["validation"]
+    else:
+        assert row.content(two.validation) == contents["test"]
+    again = task.load_parts(3).data.source
+    assert [row.content(getattr(again, part)) for part in PARTS] == list(contents.values())
+    other = task.load_parts(4).data.source
+    assert layout == "validation and test" or row.content(other.train) != contents["train"]
+
+
+@EVERY
+def test_two_examples_are_too_few_for_three_parts(name, tmp_path):
+    row = ROWS[name]
+    write(row, tmp_path / "data", {"": 4 if "classification" in name else 2})  # two of each class
+    task = row.options(dataset=str(tmp_path / "data"))
+    task.load(0)
+    with pytest.raises(InlayError, match=r"too few different .*s for three parts.*; add some, or give it a validation"):
+        task.load_parts(0)
+
+
+def test_running_text_is_held_out_by_its_end(tmp_path):
+    paragraphs = [f"Paragraph {i}. " + "word " * 7 for i in range(200)]
+    (tmp_path / "book.txt").write_text("\n\n".join(paragraphs))
+    task = TextTask(dataset=str(tmp_path / "book.txt"))
+    parts = task.load_parts(0)
+    texts = [getattr(parts.data.source, part)["completion"][:] for part in PARTS]
+    assert "".join(text for (text,) in texts) == "\n\n".join(paragraphs)
+    total = sum(len(text) for (text,) in texts)
+    assert [len(text) / total for (text,) in texts] == pytest.approx([0.81, 0.09, 0.1], rel=0.1)
+    scored = load_texts_to_score(task.dataset, split=parts.test_split, training=parts.training)[1]
+    assert scored["completion"][:] == texts[2] == task.load(0).source.validation["completion"][:]
+
+
+def test_all_references_of_a_prompt_are_in_one_part(tmp_path):
+    write_texts(tmp_path, range(30))
+    source = TextTask(dataset=str(tmp_path)).load_parts(0).data.source
+    assert all(len(each) == 2 for part in PARTS for each in group_by_prompt(getattr(source, part)).values())
+
+
+@pytest.mark.parametrize("task", [ImageTask, SequenceTask])
+def test_what_stays_in_training_is_said_once(task, tmp_path, caplog):
+    """One example with two labels, and a class of one example."""
+    if task is ImageTask:
+        write_images(tmp_path / "data", range(30))
+        for place in ("a", "b", "c"):
+            picture(100 + (place == "c"), tmp_path / "data" / place / "more.png")
+    else:
+        rows = [[f"text {i}", "ab"[i % 2]] for i in range(30)] + [["both", "a"], ["both", "b"], ["one", "c"]]
+        (tmp_path / "data").mkdir()
+        with (tmp_path / "data/all.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([["text", "label"], *rows])
+    data = task(dataset=str(tmp_path / "data")).load_parts(0).data.source
+    assert caplog.text.count("more than one label") == caplog.text.count("stays in training") == 1
+    assert 2 in data.train["label"][:]
+
+
+def test_equal_examples_of_the_datas_own_test_split_are_counted(tmp_path, caplog):
+    write_images(tmp_path / "train", range(20)), write_images(tmp_path / "test", range(18, 24))
+    ImageTask(dataset=str(tmp_path)).load(0)
+    assert not caplog.text  # test data is not looked at
+    ImageTask(dataset=str(tmp_path)).load_parts(0)
+    assert caplog.text.count("4 of 12 images of test are in training too") == 1
+
+
+def test_evaluate_scores_the_test_part(digits_adapter, tmp_path):
+    for i in range(40):
+        picture(i, tmp_path / "data" / f"digit {i % 4}" / f"{i}.png")
+    task = ImageTask(dataset=str(tmp_path / "data"))
+    parts = task.load_parts(5)
+    request = Request(parts.test_split, compare=False, resamples=2, training=parts.training)
+    found = TASKS["image-classification"].evaluate(load_adapter(digits_adapter), task.dataset, request)
+    expected = {image["path"].rsplit("/", 1)[1] for image in parts.data.source.test["image"]}
+    assert {row["image"] for row in found.rows} == expected and found.count == parts.counts["test"] == 8
+
+
+def test_training_is_what_metrics_json_will_hold(tmp_path):
+    """Scoring takes the seed and the options from there."""
+    write_images(tmp_path, range(12))
+    task = ImageTask(dataset=str(tmp_path), corrupt="skip")
+    training = task.load_parts(7).training
+    assert training.seed == 7 and training.used(task.dataset)
+    assert training.settings == {**asdict(task), "seed": 7} and json.dumps(training.settings)
+
+
+@pytest.mark.parametrize(
+    "own", [{"validation": 30}, {"validation": 10, "train": 20}, {"dev": 10, "val": 9, "train": 20}]
+)
+def test_splits_of_the_hub_are_named_alike_in_training_and_scoring(own, tmp_path, monkeypatch):
+    """A single split is trained on whatever its name; of several for validation one is taken."""
+    splits, begin = {}, 0
+    for split, size in own.items():
+        write_images(tmp_path / split, range(begin, begin + size))
+        rows = [{"image": str(path), "label": path.parent.name} for path in sorted((tmp_path / split).glob("*/*.png"))]
+        splits[split] = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
+        begin += size
+    monkeypatch.setattr("inlay.tasks.images.data.hub_splits", lambda *given: splits)
+    task, row = ImageTask(dataset="someone/photos"), ROWS["image-classification"]
+    parts = task.load_parts(0)
+    scored = row.score(task.dataset, split=parts.test_split, training=parts.training)
+    assert row.content(scored) == row.content(parts.data.source.test)
+    assert not {*row.content(scored)} & {*row.content(parts.data.source.train)}
+    assert row.content(load_images(task.dataset).validation) == row.content(
+        row.score(task.dataset, split="validation", training=replace(parts.training, settings={}))
+    )
+
+
+# Real data
+
+
+def real(path):
+    return pytest.param(
+        path, marks=pytest.mark.skipif(not (SHARED / path).exists(), reason=f"no {path} next to the repository")
+    )
+
+
+@pytest.mark.parametrize(
+    "path",
+    [real("flowers5/dev"), real("nuclei_dsb2018/dev"), real("hippocampus_msd04/dev"), real("e2e_nlg/devset.csv")],
+)
+def test_real_data(path):
+    name = {
+        "flowers5": "image-classification",
+        "nuclei_dsb2018": "mask-generation",
+        "hippocampus_msd04": "volume-segmentation",
+        "e2e_nlg": "text-generation",
+    }[path.split("/")[0]]
+    row, task = ROWS[name], ROWS[name].options(dataset=str(SHARED / path))
+    parts = task.load_parts(0)
+    contents = [row.content(getattr(parts.data.source, part)) for part in PARTS]
+    print(path, parts.counts)
+    assert not any({*a} & {*b} for a, b in zip(contents, contents[1:] + contents[:1], strict=True))
