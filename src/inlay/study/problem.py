@@ -21,7 +21,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from inlay.bases.load import find_size
-from inlay.errors import BadInput, ComputationFailed, Unsupported
+from inlay.errors import BadInput, DamagedFile, InlayError, Unreachable, Unsupported
 from inlay.measure import footprint
 from inlay.methods import METHODS
 from inlay.methods._peft import PeftModel
@@ -34,6 +34,7 @@ from inlay.tasks.evaluation import Request, Split, Training
 from inlay.tasks.options import TaskOptions
 from inlay.tasks.task import Task
 from inlay.train.config import TrainConfig
+from inlay.train.launch import enable_checkpointing
 from inlay.train.loop import FitResult, fit
 
 # Of TrainConfig: what a trial says itself, or what follows from it.
@@ -209,18 +210,30 @@ class Problem:
             InlayError: The folder is of another study; data or base cannot be loaded.
         """
         trial = self.complete(trial)
-        measured = self.name_measured(test=test, costs=costs, forgetting=forgetting)
-        found = self.records.find(trial, measured)
-        if found is None:
-            measured |= self.records.list_measured(trial)
-            found = self.compute(trial, measured)
-            self.records.add(found, measured)
-        return found
+        missing = self.list_missing(trial, name_measured(test=test, costs=costs, forgetting=forgetting))
+        return self.records.read(trial) if missing is None else self.record(self.compute(trial, missing), missing)
 
-    @staticmethod
-    def name_measured(**asked: bool) -> frozenset[str]:
-        """The names of what is asked for, of test, costs and forgetting."""
-        return frozenset(name for name, wanted in asked.items() if wanted)
+    def list_missing(self, trial: Trial, measured: Collection[str]) -> frozenset[str] | None:
+        """What of `measured` is not in the records yet of a trial; None: it is all there, or the trial failed."""
+        found = self.records.find(trial)
+        if found is None:
+            return frozenset(measured)
+        missing = frozenset(measured) - self.records.list_measured(trial)
+        return None if found.failed or not missing else missing
+
+    def record(self, outcome: Outcome, measured: Collection[str]) -> Outcome:
+        """Add what `compute` gave to the records, and to what they have of the trial from before."""
+        earlier = self.records.find(outcome.trial)
+        if earlier is not None and not outcome.failed:
+            outcome = replace(
+                outcome,
+                test=outcome.test if "test" in measured else earlier.test,
+                costs=outcome.costs if "costs" in measured else earlier.costs,
+                forgetting=outcome.forgetting if "forgetting" in measured else earlier.forgetting,
+                seconds=outcome.seconds + earlier.seconds,
+            )
+        self.records.add(outcome, {*measured, *self.records.list_measured(outcome.trial)})
+        return outcome
 
     def compute(self, trial: Trial, measured: Collection[str] = ()) -> Outcome:
         """Train and score a trial without reading or writing the records, as a worker process does.
@@ -234,10 +247,13 @@ class Problem:
             adapted = self.adapt(trial)
             result = self._fit(adapted, trial)
             outcome = Outcome(trial, validation=dict(result.metrics))
-            trained = self._wrap(trial, adapted)
             if "test" in measured:
-                outcome = replace(outcome, test=self._score(trained))
-        except (ComputationFailed, Unsupported, RuntimeError) as error:  # NaN, no memory, a base that cannot do it
+                outcome = replace(outcome, test=self._score(self.wrap(trial, adapted)))
+            if "costs" in measured:
+                outcome = replace(outcome, costs=_measure_costs(adapted, result))
+        except (OSError, BadInput, DamagedFile, Unreachable):  # of the study, not of the trial
+            raise
+        except Exception as error:  # NaN, no memory, whatever a model raises on inputs that it does not take
             outcome = Outcome(trial, failed=_explain(error))
         return replace(outcome, seconds=time.perf_counter() - begun)
 
@@ -271,13 +287,17 @@ class Problem:
 
     def _check_fit(self, trial: Trial) -> None:
         method = METHODS[trial.method]
-        if not {*method.bases} & {*self.row.base_kinds}:
+        if method.trains == "head" and not self.row.classifies:
+            raise Unsupported(f"{trial.method} trains a new head, and {self.row.base_noun} has none.")
+        if method.trains != "head" and not {*method.bases} & {*self.row.base_kinds}:
             raise Unsupported(f"{trial.method} is for bases of the kinds {', '.join(method.bases)}.")
         if self.task.quantize and method.trains == "model":
             raise Unsupported(f"{trial.method} cannot train weights in 8 or 4 bits.")
         model = self.skeleton(trial)
         if isinstance(model, PeftModel):
             self.row.check_method(model)
+        if self.train.gradient_checkpointing:
+            enable_checkpointing(model)
 
     def _attach(self, base: Any, trial: Trial) -> nn.Module:
         method = METHODS[trial.method]
@@ -327,7 +347,8 @@ class Problem:
                 settings={**asdict(self.task), **asdict(trial), "split_seed": self.split_seed},
             )
 
-    def _wrap(self, trial: Trial, model: Any) -> TrainedTrial:
+    def wrap(self, trial: Trial, model: Any) -> TrainedTrial:
+        """A trained model of `adapt`, as the functions of a task take an adapter."""
         wrapped = isinstance(model, PeftModel)
         base, method = (model.get_base_model(), model.active_peft_config) if wrapped else (model, None)
         return TrainedTrial(trial.key, model, self.row, self.data.processor, self.row.labels(base, method))
@@ -338,6 +359,10 @@ class Problem:
         )  # the interval of a comparison is over seeds
         found = self.row.evaluate(trained, self.task.dataset, request)
         return {name: score.value for name, score in found.scores.items()}
+
+
+def _measure_costs(model: nn.Module, result: FitResult) -> dict[str, Any]:
+    return {"trainable_parameters": footprint(model).trainable, "steps_per_second": result.steps_per_second}
 
 
 @dataclass(frozen=True)
@@ -386,5 +411,12 @@ class _RandomState:
             torch.cuda.set_rng_state_all(self.of_cuda)
 
 
+def name_measured(*, test: bool, costs: bool, forgetting: bool) -> frozenset[str]:
+    """The names of what is to be measured after the training."""
+    asked = {"test": test, "costs": costs, "forgetting": forgetting}
+    return frozenset(name for name, wanted in asked.items() if wanted)
+
+
 def _explain(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    said = (str(error).strip().splitlines() or [""])[0]
+    return said if isinstance(error, InlayError) else f"{type(error).__name__}: {said}"
