@@ -26,12 +26,13 @@ from inlay.measure import footprint
 from inlay.methods import METHODS
 from inlay.methods._peft import PeftModel
 from inlay.study.records import FILE, Records
+from inlay.study.sites import narrow_sites
 from inlay.study.trial import Outcome, Trial
 from inlay.tasks import task_of_options
 from inlay.tasks.adapter import route_group
 from inlay.tasks.base import load_skeleton
-from inlay.tasks.evaluation import Request, Split, Training
-from inlay.tasks.options import TaskOptions
+from inlay.tasks.evaluation import Request
+from inlay.tasks.options import Parts, TaskData, TaskOptions
 from inlay.tasks.task import Task
 from inlay.train.config import TrainConfig
 from inlay.train.launch import enable_checkpointing
@@ -95,12 +96,12 @@ class Problem:
         self._base: tuple[int, Any, _RandomState] | None = None
 
     @cached_property
-    def parts(self) -> Any:
-        """Training part, the part that chooses, and the test part."""
-        return _load_parts(self.task, self.split_seed)
+    def parts(self) -> Parts:
+        """The part to train on, the part that chooses, and the test part."""
+        return self.task.load_parts(self.split_seed)
 
     @property
-    def data(self) -> Any:
+    def data(self) -> TaskData:
         """The training part and the part that chooses, as the base takes them."""
         return self.parts.data
 
@@ -304,9 +305,7 @@ class Problem:
         config = method.make_config(base, trial.width)
         if config is not None:
             config = self.task.fit_method(config, base, self.data)
-        if trial.blocks is not None or trial.modules != "all":
-            raise Unsupported("blocks and modules cannot be chosen yet.")
-        return method.attach(base, config)
+        return method.attach(base, narrow_sites(config, base, trial.blocks, trial.modules))
 
     def _copy_base(self, seed: int) -> Any:
         """The base as it was loaded after seeding with `seed`, with the generators as they were then."""
@@ -363,24 +362,6 @@ class Problem:
 
 def _measure_costs(model: nn.Module, result: FitResult) -> dict[str, Any]:
     return {"trainable_parameters": footprint(model).trainable, "steps_per_second": result.steps_per_second}
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """Stands in for the three parts of the data until tasks have them: the part that chooses is the test part too."""
-
-    data: Any
-    test_split: Split
-    training: Training
-    counts: dict[str, int]
-
-
-def _load_parts(task: TaskOptions, seed: int) -> Any:
-    if hasattr(task, "load_parts"):
-        return task.load_parts(seed)
-    data = task.load(seed)
-    counts = {"train": len(data.train), "validation": len(data.validation), "test": len(data.validation)}
-    return _Parts(data, "validation", Training(task.dataset, {**asdict(task), "seed": seed}), counts)
 
 
 @contextmanager
