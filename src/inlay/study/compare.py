@@ -91,7 +91,7 @@ def compare(
         if not names:
             raise Unsupported(f"no method to compare on {task.model}: {next(iter(refused.values()), 'none is named.')}")
         seed = seeds[0] if seeds else 0
-        starts = [Trial(name, METHODS[name].learning_rate, width, steps=steps or 0, seed=seed) for name in names]
+        starts = [Trial(name, problem.start_rate(name, width), width, steps=steps or 0, seed=seed) for name in names]
         if seconds is not None:
             starts = [replace(start, steps=max(1, int(seconds / problem.measure_step(start)))) for start in starts]
         searches = [_Search.plan(problem, start, learning_rates, factors) for start in starts]

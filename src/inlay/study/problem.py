@@ -20,6 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import nn
 
+from inlay.bases.learning_rate import scale_rate
 from inlay.bases.load import find_size
 from inlay.errors import BadInput, DamagedFile, InlayError, Unreachable, Unsupported
 from inlay.measure import footprint
@@ -257,6 +258,10 @@ class Problem:
         except Exception as error:  # NaN, no memory, whatever a model raises on inputs that it does not take
             outcome = Outcome(trial, failed=_explain(error))
         return replace(outcome, seconds=time.perf_counter() - begun)
+
+    def start_rate(self, method: str, width: int) -> float:
+        """The learning rate with which the search of a method starts."""
+        return scale_rate(METHODS[method].learning_rate, self._load_skeleton())
 
     def measure_step(self, trial: Trial) -> float:
         """Seconds that a training step of a trial takes here, of its method and width; measured once for a study."""
