@@ -53,8 +53,11 @@ if TYPE_CHECKING:
     )
     from inlay.options import option
     from inlay.serve.bank import Bank
-    from inlay.study.compare import compare_images, compare_texts, save_comparison
+    from inlay.study.compare import compare
+    from inlay.study.comparison import Comparison, Row
     from inlay.study.measure import measure_costs
+    from inlay.study.problem import Problem
+    from inlay.study.trial import Outcome, Trial
     from inlay.tasks.base import load_base
     from inlay.tasks.images.data import ImageData, load_images
     from inlay.tasks.images.options import ImageTask
@@ -106,6 +109,7 @@ _MODULE_OF = {
     "BadInput": "errors",
     "Bank": "serve.bank",
     "BottleneckConfig": "methods",
+    "Comparison": "study.comparison",
     "CompositeConfig": "methods",
     "ComputationFailed": "errors",
     "ConvAdapterConfig": "methods",
@@ -122,8 +126,11 @@ _MODULE_OF = {
     "MaskTask": "tasks.masks.options",
     "MaskView": "tasks.masks.view",
     "NextToken": "tasks.text.loss",
+    "Outcome": "study.trial",
     "PartialConfig": "methods",
+    "Problem": "study.problem",
     "PruneReport": "compress.prune.save",
+    "Row": "study.comparison",
     "SequenceData": "tasks.sequences.data",
     "SequenceProcessor": "tasks.sequences.processor",
     "SequenceTask": "tasks.sequences.options",
@@ -138,6 +145,7 @@ _MODULE_OF = {
     "TextTask": "tasks.text.options",
     "TextView": "tasks.text.view",
     "TrainConfig": "train.config",
+    "Trial": "study.trial",
     "Unreachable": "errors",
     "Unsupported": "errors",
     "VisualPromptConfig": "methods",
@@ -150,8 +158,7 @@ _MODULE_OF = {
     "carry_adapter": "compress.prune.carry",
     "classify_texts": "tasks.sequences.predict",
     "combine": "combine",
-    "compare_images": "study.compare",
-    "compare_texts": "study.compare",
+    "compare": "study.compare",
     "draw_sheet": "tasks.images.predict",
     "evaluate": "adapters.evaluate",
     "export": "compress.export",
@@ -192,7 +199,6 @@ _MODULE_OF = {
     "run_recipe": "cli.recipe",
     "sam_targets": "tasks.masks.sites",
     "save_adapter": "adapters.save",
-    "save_comparison": "study.compare",
     "save_pruned": "compress.prune.save",
     "scan_sensitivity": "compress.prune.scan",
     "segment": "tasks.volumes.segment",
@@ -205,6 +211,7 @@ __all__ = [
     "BadInput",
     "Bank",
     "BottleneckConfig",
+    "Comparison",
     "CompositeConfig",
     "ComputationFailed",
     "ConvAdapterConfig",
@@ -221,8 +228,11 @@ __all__ = [
     "MaskTask",
     "MaskView",
     "NextToken",
+    "Outcome",
     "PartialConfig",
+    "Problem",
     "PruneReport",
+    "Row",
     "SequenceData",
     "SequenceProcessor",
     "SequenceTask",
@@ -237,6 +247,7 @@ __all__ = [
     "TextTask",
     "TextView",
     "TrainConfig",
+    "Trial",
     "Unreachable",
     "Unsupported",
     "VisualPromptConfig",
@@ -249,8 +260,7 @@ __all__ = [
     "carry_adapter",
     "classify_texts",
     "combine",
-    "compare_images",
-    "compare_texts",
+    "compare",
     "draw_sheet",
     "evaluate",
     "export",
@@ -291,7 +301,6 @@ __all__ = [
     "run_recipe",
     "sam_targets",
     "save_adapter",
-    "save_comparison",
     "save_pruned",
     "scan_sensitivity",
     "segment",

@@ -1,256 +1,323 @@
-"""Several methods on one task, over several seeds: quality with its spread, and what each costs."""
+"""Methods on one base and task: each at its best learning rate, over several seeds, at an equal budget.
 
-import json
+    comparison = compare(ImageTask(), TrainConfig(epochs=5), methods=["probe", "lora", "full"])
+
+The learning rate of each method is chosen with the first seed on the part of the data that chooses. Then the method is
+trained with every seed at that rate, and scored on the test part, which chose nothing.
+"""
+
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cache
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
 
-from accelerate import PartialState
-from accelerate.utils import set_seed
-from torch import nn
+import torch
 
-from inlay.adapters.file import WEIGHTS
-from inlay.adapters.save import save_adapter
+from inlay.adapters.save import read_versions
 from inlay.errors import BadInput, Unsupported
-from inlay.files.atomic import write_json
-from inlay.measure import footprint
-from inlay.measure.memory import measure_peak
+from inlay.files.atomic import lock_folder
 from inlay.methods import METHODS
-from inlay.methods._peft import PeftModel
-from inlay.tasks.base import load_skeleton
-from inlay.tasks.images.options import ImageTask
-from inlay.tasks.options import TaskData, TaskOptions
-from inlay.tasks.text.data import load_texts
-from inlay.tasks.text.generate import Decoding, judge
-from inlay.tasks.text.options import TextTask
+from inlay.study.comparison import Comparison, Row
+from inlay.study.parallel import Engine, check_engine, run_trials
+from inlay.study.problem import Problem
+from inlay.study.trial import Outcome, Trial
+from inlay.tasks.options import TaskOptions
 from inlay.train.config import TrainConfig
-from inlay.train.launch import enable_checkpointing
-from inlay.train.loop import FitResult
-from inlay.train.run import WEIGHTS as TRAINED
+
+_HALF_DECADE = math.sqrt(10)
+FACTORS = (0.1, 0.316, 1.0, 3.16)  # of the rate where the search starts
+_EXTENSIONS = 2  # half-decades that a grid grows where its best rate is at an edge
+_MANY_SEEDS, _FEW_SEEDS, _SHORT_RUN_S = 5, 3, 60.0
+
+Rates = Sequence[float] | Mapping[str, Sequence[float]]
+Tell = Callable[[str], None]
+Run = Callable[..., list[Outcome]]  # `_run` of a comparison
 
 
-@dataclass(frozen=True)
-class Compared:
-    """One method on one task.
+def compare(
+    task: TaskOptions,
+    train: TrainConfig,
+    *,
+    methods: Sequence[str] | Literal["all"] = "all",
+    width: int = 8,
+    learning_rates: Rates | None = None,
+    factors: Sequence[float] = FACTORS,
+    seeds: Sequence[int] | None = None,
+    steps: int | None = None,
+    seconds: float | None = None,
+    costs: bool = True,
+    forgetting: bool = True,
+    jobs: int = 1,
+    engine: Engine = "processes",
+    tell: Tell | None = print,
+) -> Comparison:
+    """Compare methods, each at its best learning rate, on data that chose nothing.
+
+    Every method is tried at the same multiples of the rate where its search starts; a grid whose best rate is at an
+    edge grows that way by up to two half-decades. All runs have the same budget: the epochs of `train`, `steps`, or
+    `seconds` of training steps on this machine. A run that diverges is told of in its row. `train.output_dir` holds the
+    finished runs: a comparison that is interrupted goes on where it was.
+
+    Args:
+        task: Options of a task: base and data.
+        train: How all runs are trained; its learning rate and seed are not used.
+        methods: Names in METHODS; all: every one that fits the base.
+        width: Rank or other width of the adapters.
+        learning_rates: The rates to try, of all methods or by method; such a grid does not grow.
+        factors: The rates to try, as multiples of the rate where the search starts.
+        seeds: Of the runs at the best rate; the first one is that of the search. Default: 0 to 4 where a run takes
+            less than a minute, else 0 to 2.
+        steps: Of the optimiser, of every run.
+        seconds: Of training, of every run. Its steps follow from the time of one, measured while no other run is next
+            to it; evaluations are not counted.
+        costs: Measure what each method costs, of its run with the first seed.
+        forgetting: Measure what the base has lost.
+        jobs: Runs at a time.
+        engine: As in `run_trials`.
+        tell: Is given a line about each run; None: nobody is.
+
+    Raises:
+        InlayError: An unknown method, a number out of its range, a base that fits no method, a folder that holds
+            another study or is in use, data or a base that cannot be loaded.
+    """
+    _check_numbers(width, seeds, steps, seconds)
+    check_engine(engine, jobs)
+    problem = Problem(task, train, train.output_dir)
+    run = partial(_run, problem, jobs, engine, tell)
+    with lock_folder(problem.folder, wait_s=0):
+        names, refused = problem.fits(None if methods == "all" else methods, width)
+        if not names:
+            raise Unsupported(f"no method to compare on {task.model}: {next(iter(refused.values()), 'none is named.')}")
+        seed = seeds[0] if seeds else 0
+        starts = [Trial(name, problem.start_rate(name, width), width, steps=steps or 0, seed=seed) for name in names]
+        if seconds is not None:
+            starts = [replace(start, steps=max(1, int(seconds / problem.measure_step(start)))) for start in starts]
+        searches = [_Search.plan(problem, start, learning_rates, factors) for start in starts]
+        _search_rates(searches, run)
+        if seeds is None:
+            seeds = range(_choose_seed_count(searches))
+        rows = _retrain(searches, seeds, run, costs=costs, forgetting=forgetting)
+        _delete_weights(searches, seeds)
+    budget = {"steps": float(searches[0].start.steps)} if seconds is None else {"seconds": seconds}
+    return Comparison(
+        base=task.model,
+        data=task.dataset,
+        task=problem.row.name,
+        score=problem.score,
+        larger_is_better=problem.larger_is_better,
+        seeds=list(seeds),
+        counts=problem.parts.counts,
+        budget={**budget, "batch_size": problem.batch_size},
+        rows=sort_rows(rows, problem.score, problem.larger_is_better),
+        refused=refused,
+        search_seconds=sum(search.seconds_of_losers() for search in searches),
+        seconds=sum(row.seconds for row in rows),
+        about=_describe(problem, jobs),
+    )
+
+
+def sort_rows(rows: Sequence[Row], score: str, larger_is_better: bool) -> list[Row]:
+    """The best mean score first, over the seeds that have one; rows without any last."""
+
+    def place(row: Row) -> float:
+        values = [value for value in row.scores.get(score, []) if math.isfinite(value)]
+        if not values:
+            return math.inf
+        return -statistics.fmean(values) if larger_is_better else statistics.fmean(values)
+
+    return sorted(rows, key=place)
+
+
+@dataclass
+class _Search:
+    """The search for the learning rate of one method.
 
     Attributes:
-        method: Name in METHODS.
-        learning_rate: That it was trained with.
-        trainable: Parameters, head included.
-        scores: By name, of the best evaluation of each run, one per seed: accuracy from 0 to 1 on the validation data;
-            BLEU and ROUGE-L from 0 to 100 on the test data, perplexity on the validation data.
-        steps_per_second: Median over the seeds.
-        file_bytes: What is stored, head included: the adapter's weights, or all that was trained.
-        peak_bytes: Largest sum of all tensors in a training step; only of texts.
+        problem: On which it is tried.
+        start: The trial with which it starts.
+        rates: To try.
+        most: Rates that the grid may have in the end.
+        tried: What came of each rate.
     """
 
-    method: str
-    learning_rate: float
-    trainable: int
-    scores: dict[str, list[float]]
-    steps_per_second: float
-    file_bytes: int
-    peak_bytes: int | None = None
+    problem: Problem
+    start: Trial
+    rates: list[float]
+    most: int
+    tried: dict[float, Outcome] = field(default_factory=dict)
 
+    @classmethod
+    def plan(cls, problem: Problem, start: Trial, given: Rates | None, factors: Sequence[float]) -> "_Search":
+        """The rates that are given for the method of `start`, or multiples of its rate, which may become more."""
+        if isinstance(given, Mapping):
+            given = given.get(start.method)
+        rates = sorted({*(given or [_round(factor * start.learning_rate) for factor in factors])})
+        return cls(problem, problem.complete(start), rates, len(rates) + (0 if given else _EXTENSIONS))
 
-@dataclass(frozen=True)
-class _SeedRun:
-    """The data of one seed, and how a run on it is scored."""
+    @property
+    def missing(self) -> list[Trial]:
+        """Trials of the rates that have not been tried."""
+        return [replace(self.start, learning_rate=rate) for rate in self.rates if rate not in self.tried]
 
-    data: TaskData
-    scores: Callable[[nn.Module, FitResult], dict[str, float]]
-    scored_by: dict[str, Any] = field(default_factory=dict)  # what the scores depend on besides the run
-    peak: Callable[[nn.Module], int] | None = None
-
-
-def compare_images(
-    task: ImageTask,
-    train: TrainConfig,
-    *,
-    methods: Sequence[str] = ("probe", "lora", "full"),
-    learning_rates: Sequence[float] = (),
-    seeds: Sequence[int] = (0, 1, 2),
-    width: int = 8,
-) -> list[Compared]:
-    """Train every method on the same data in the same order, each from the same new head, at its own learning rate.
-
-    `learning_rates` are given in the order of `methods`; without them METHODS has one for each. The method `all` is
-    every method that suits a vision transformer.
-
-    The folder `train.output_dir` holds one run per method and seed: a comparison that is interrupted goes on where it
-    was. Seeds change the split (where the data has none), the order, the augmentation and the new weights.
-
-    Raises:
-        InlayError: An unknown method, no seed, weights in 8 or 4 bits that a method trains, or what load_base,
-            load_images and fit raise.
-    """
-    methods = _choose_methods(task, methods, learning_rates, seeds, "vision")
-
-    def job(seed: int) -> _SeedRun:
-        data = task.load(seed)
-        return _SeedRun(data, lambda adapted, result: {"accuracy": result.metrics["accuracy"]})
-
-    return _train_and_score(task, job, train, methods, learning_rates, seeds, width)
-
-
-def compare_texts(
-    task: TextTask,
-    train: TrainConfig,
-    *,
-    methods: Sequence[str] = ("lora", "full"),
-    learning_rates: Sequence[float] = (),
-    seeds: Sequence[int] = (0, 1, 2),
-    width: int = 8,
-    decoding: Decoding | None = None,
-) -> list[Compared]:
-    """As `compare_images`, of language models: perplexity, and how close to the references is what they write.
-
-    Raises:
-        InlayError: What `compare_images` says; a text for which the base has no room; a method that does not suit these
-            settings.
-    """
-    methods = _choose_methods(task, methods, learning_rates, seeds, "text")
-    texts = load_texts(task.dataset, seed=seeds[0])
-    for name in methods:  # what would stop the last of them is found before the first one is trained
-        skeleton = METHODS[name].adapt(load_skeleton(task.model), width)
-        (decoding or Decoding()).check(skeleton, texts)
-        if train.gradient_checkpointing:
-            enable_checkpointing(skeleton)
-
-    def job(seed: int) -> _SeedRun:
-        data = task.load(seed)
-        examples = data.train
-
-        def scores(adapted: nn.Module, result: FitResult) -> dict[str, float]:
-            written = judge(adapted, data.processor, data.source, decoding)
-            return {"perplexity": math.exp(result.metrics["loss"]), **(written.total if written else {})}
-
-        def peak(adapted: nn.Module) -> int:
-            longest = sorted(range(len(examples)), key=lambda i: -examples.lengths[i])[: train.batch_size]
-            return measure_peak(adapted, examples.collate([examples[i] for i in longest]), loss=data.loss)
-
-        return _SeedRun(data, scores, scored_by=asdict(decoding or Decoding()), peak=peak)
-
-    return _train_and_score(task, job, train, methods, learning_rates, seeds, width)
-
-
-def _choose_methods(
-    task: TaskOptions, methods: Sequence[str], learning_rates: Sequence[float], seeds: Sequence[int], base: str
-) -> Sequence[str]:
-    """The methods to compare, those of `all` by name; pissa is left out of these, as it changes the base.
-
-    Raises:
-        InlayError: What is asked for makes no comparison.
-    """
-    if list(methods) == ["all"]:
-        methods = [name for name, method in METHODS.items() if base in method.bases and not method.starts_from_weights]
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown or not methods or not seeds:
-        raise BadInput(
-            f"cannot compare the methods {list(methods)} over the seeds {list(seeds)}; give one seed or more, and "
-            f"methods among {', '.join(METHODS)}."
+    @property
+    def best(self) -> float | None:
+        """The rate of the best main score on the part that chooses, among equals that of the smallest loss."""
+        scores = {rate: self.problem.main_score(outcome) for rate, outcome in self.tried.items()}
+        sign = 1 if self.problem.larger_is_better else -1
+        return max(
+            (rate for rate, score in scores.items() if math.isfinite(score)),
+            key=lambda rate: (sign * scores[rate], -self.tried[rate].validation["loss"]),
+            default=None,
         )
-    if learning_rates and len(learning_rates) != len(methods):
-        raise BadInput(
-            f"there are {len(learning_rates)} learning rates for {len(methods)} methods; give one for each, or none."
-        )
-    whole = [name for name in methods if name in ("full", "partial")]
-    if task.quantize and whole:
-        raise Unsupported(f"{' and '.join(whole)} cannot train weights in 8 or 4 bits; leave quantize or them out.")
-    return methods
+
+    @property
+    def edge(self) -> bool:
+        """Whether the best rate is the smallest or largest that was tried."""
+        return self.best in (min(self.tried), max(self.tried))
+
+    def list_finals(self, seeds: Sequence[int]) -> list[Trial]:
+        """A trial of each seed at the best rate; none where no rate gave a score."""
+        rate = self.best
+        return [] if rate is None else [replace(self.start, learning_rate=rate, seed=seed) for seed in seeds]
+
+    def grow(self) -> None:
+        """Add the next half-decade where the best rate is at an edge, or below all rates where none gave a score."""
+        best, low, high = self.best, min(self.tried), max(self.tried)
+        if len(self.rates) < self.most and best in (None, low, high):
+            self.rates.append(_round(high * _HALF_DECADE if best == high else low / _HALF_DECADE))
+
+    def seconds_of_losers(self) -> float:
+        """Of the runs at all rates but the best, whose run is one of the comparison too."""
+        return sum(outcome.seconds for rate, outcome in self.tried.items() if rate != self.best)
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """What a run of the comparison depends on besides the task and the training."""
-
-    method: str
-    width: int
+def _round(rate: float) -> float:
+    """To two digits, as a person would write it."""
+    return float(f"{rate:.2g}")
 
 
-def _train_and_score(
-    task: TaskOptions,
-    job: Callable[[int], _SeedRun],
-    train: TrainConfig,
-    methods: Sequence[str],
-    learning_rates: Sequence[float],
-    seeds: Sequence[int],
-    width: int,
-) -> list[Compared]:
-    job = cache(job)
-    rows = []
-    for name, rate in zip(methods, learning_rates or [METHODS[name].learning_rate for name in methods], strict=True):
-        scores: dict[str, list[float]] = {}
-        rates, trainable, size = [], 0, 0
-        peaks: list[int] = []
-        for seed in seeds:
-            one = job(seed)
-            set_seed(seed)
-            adapted = METHODS[name].adapt(task.base(one.data), width)
-            trainable = footprint(adapted).trainable
-            peaks += [one.peak(adapted)] if one.peak and not peaks else []
-            folder = Path(train.output_dir) / f"{name}-{seed}"
-            config = replace(train, output_dir=str(folder), seed=seed, learning_rate=rate)
-            result = task.fit(adapted, one.data, config, _Choice(name, width))
-            for key, value in _read_or_compute_scores(folder / "scores.json", one, adapted, result).items():
-                scores.setdefault(key, []).append(value)
-            rates.append(result.steps_per_second)
-            weights = folder / "best" / TRAINED
-            if isinstance(adapted, PeftModel):
-                weights = save_adapter(adapted, folder / "adapter", processor=one.data.processor) / WEIGHTS
-            size = weights.stat().st_size
-        peak = max(peaks, default=None)
-        rows.append(Compared(name, rate, trainable, scores, statistics.median(rates), size, peak))
-    return rows
+def _search_rates(searches: Sequence[_Search], run: Run) -> None:
+    """Try all rates, then those by which grids grow; those of all methods together, so that no worker waits."""
+    what = "rates"
+    while trials := [trial for search in searches for trial in search.missing]:
+        outcomes = {outcome.trial: outcome for outcome in run(what, trials)}
+        what = "more rates"
+        for search in searches:
+            search.tried |= {trial.learning_rate: outcomes[trial] for trial in search.missing}
+            search.grow()
 
 
-def _read_or_compute_scores(path: Path, job: _SeedRun, adapted: nn.Module, result: FitResult) -> dict[str, float]:
-    """The scores of a finished run, read back where they were computed before in the same way."""
-    how = json.loads(json.dumps(job.scored_by))
-    if path.is_file():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if result.resumed and stored["by"] == how:
-            return stored["scores"]
-    scores = job.scores(adapted, result)
-    if PartialState().is_main_process:
-        write_json(path, {"by": how, "scores": scores})
-    return scores
+def _choose_seed_count(searches: Sequence[_Search]) -> int:
+    """More seeds where half of the runs took less than a minute."""
+    taken = statistics.median(outcome.seconds for search in searches for outcome in search.tried.values())
+    return _MANY_SEEDS if taken < _SHORT_RUN_S else _FEW_SEEDS
 
 
-def save_comparison(rows: Sequence[Compared], folder: str | Path, title: str) -> None:
-    """Write comparison.json, and print the title with the table, once for all processes."""
-    if PartialState().is_main_process:
-        write_json(Path(folder) / "comparison.json", [asdict(row) for row in rows])
-        print(f"\n{title}\n\n{table(rows)}")
+def _retrain(
+    searches: Sequence[_Search], seeds: Sequence[int], run: Run, *, costs: bool, forgetting: bool
+) -> list[Row]:
+    """Train every method at its best rate with every seed, and score it on the test part; a row each."""
+    finals = [search.list_finals(seeds) for search in searches]
+    by_seed = [trials[i] for i in range(len(seeds)) for trials in finals if trials]  # a base is loaded once for a seed
+    outcomes = run("test", by_seed, {"test", *(["forgetting"] if forgetting else [])})
+    if costs:  # not next to another run, which would make latencies those of a busy machine
+        outcomes += run("costs", [trials[0] for trials in finals if trials], {"costs"}, jobs=1)
+    found = {outcome.trial: outcome for outcome in outcomes}
+    return [
+        _make_row(search, [found[trial] for trial in trials]) for search, trials in zip(searches, finals, strict=True)
+    ]
 
 
-_DIGITS = {"accuracy": 4, "perplexity": 2}  # others 1
+def _make_row(search: _Search, outcomes: Sequence[Outcome]) -> Row:
+    start, best = search.start, search.best
+    every = {outcome.trial: outcome for outcome in (*search.tried.values(), *outcomes)}
+    return Row(
+        method=start.method,
+        learning_rate=start.learning_rate if best is None else best,
+        width=start.width,
+        steps=start.steps,
+        curve={rate: search.problem.main_score(search.tried[rate]) for rate in sorted(search.tried)},
+        edge=search.edge,
+        scores=_collect([outcome.test or {} for outcome in outcomes]),
+        validation=[search.problem.main_score(outcome) for outcome in outcomes],
+        forgetting=_collect([outcome.forgetting for outcome in outcomes]),
+        costs=outcomes[0].costs if outcomes else {},
+        merges=METHODS[start.method].merges,
+        seconds=sum(outcome.seconds for outcome in every.values()),
+        failed=[
+            f"learning rate {trial.learning_rate:g}, seed {trial.seed}: {outcome.failed}"
+            for trial, outcome in every.items()
+            if outcome.failed
+        ],
+    )
 
 
-def table(rows: Sequence[Compared]) -> str:
-    """The comparison as a Markdown table; scores are mean ± sample standard deviation over the seeds."""
-    names = list(rows[0].scores) if rows else []
-    memory = any(row.peak_bytes for row in rows)
-    heads = ["trained parameters", "learning rate", *names, "ms per step", *["peak MB"] * memory, "file, kB"]
-    lines = [f"| method | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
-    for row in rows:
-        cells = [
-            row.method,
-            f"{row.trainable:,}",
-            f"{row.learning_rate:g}",
-            *(_format_spread(row.scores[name], _DIGITS.get(name, 1)) for name in names),
-            f"{1000 / row.steps_per_second:.0f}",
-            *[f"{(row.peak_bytes or 0) / 1e6:,.1f}"] * memory,
-            f"{row.file_bytes / 1000:,.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def _collect(found: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """From scores of each seed to each score over the seeds; NaN where a run gave none."""
+    names = dict.fromkeys(name for scores in found for name in scores)
+    return {name: [scores.get(name, math.nan) for scores in found] for name in names}
 
 
-def _format_spread(values: Sequence[float], digits: int) -> str:
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+def _delete_weights(searches: Sequence[_Search], seeds: Sequence[int]) -> None:
+    """Of all runs but that of each method at its best rate with the first seed."""
+    for search in searches:
+        finals = search.list_finals(seeds)
+        for trial in {*(outcome.trial for outcome in search.tried.values()), *finals} - {*finals[:1]}:
+            search.problem.delete_weights(trial)
+
+
+def _run(
+    problem: Problem,
+    jobs_asked: int,
+    engine: Engine,
+    tell: Tell | None,
+    what: str,
+    trials: Sequence[Trial],
+    measured: Collection[str] = (),
+    *,
+    jobs: int | None = None,
+) -> list[Outcome]:
+    """Run trials, and tell of each."""
+    numbers = iter(range(1, len(trials) + 1))
+
+    def done(outcome: Outcome) -> None:
+        if tell is not None:
+            tell(f"{what} {next(numbers)}/{len(trials)}: {describe_outcome(problem, outcome)}")
+
+    return run_trials(problem, trials, measured=frozenset(measured), jobs=jobs or jobs_asked, engine=engine, done=done)
+
+
+def describe_outcome(problem: Problem, outcome: Outcome) -> str:
+    """What came of a trial, in a line."""
+    trial = outcome.trial
+    name = f"{trial.method}, width {trial.width}, learning rate {trial.learning_rate:g}, seed {trial.seed}"
+    if outcome.failed:
+        return f"{name}: {outcome.failed}"
+    score = f"{problem.score} {problem.main_score(outcome):.4f}"
+    if outcome.test is not None:
+        score += f", test {outcome.test[problem.score]:.4f}"
+    return f"{name}: {score} in {outcome.seconds:.1f} s"
+
+
+def _describe(problem: Problem, jobs: int) -> dict[str, Any]:
+    """Where and how a comparison was made."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "threads": torch.get_num_threads(),
+        "jobs": jobs,
+        "versions": read_versions(),
+        "settings": problem.settings(),
+    }
+
+
+def _check_numbers(width: int, seeds: Sequence[int] | None, steps: int | None, seconds: float | None) -> None:
+    if seeds is not None and (not len(seeds) or len(set(seeds)) < len(seeds) or min(seeds) < 0):
+        raise BadInput(f"seeds must be different whole numbers from 0, at least one, got {list(seeds)}.")
+    for name, value in (("width", width), ("steps", steps), ("seconds", seconds)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise BadInput(f"{name} must be over 0, got {value}.")
+    if steps is not None and seconds is not None:
+        raise BadInput("the budget is in steps or in seconds; give one of them.")

@@ -19,6 +19,7 @@ class Row:
         method: Name in METHODS.
         learning_rate: That the part that chooses found best.
         width: Of the adapter.
+        steps: Of each of its runs; they differ between methods where the budget is in seconds.
         curve: Every learning rate that was tried, with the main score on the part that chooses; NaN where it diverged.
         edge: Whether the best rate is the smallest or largest that was tried.
         scores: Of the test part by name, one value per seed in the order of the comparison's seeds.
@@ -45,6 +46,7 @@ class Row:
     costs: dict[str, Any] = field(default_factory=dict)
     merges: bool = False
     seconds: float = 0.0
+    steps: int = 0
     failed: list[str] = field(default_factory=list)
 
 

@@ -20,20 +20,23 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import nn
 
+from inlay.bases.learning_rate import scale_rate
 from inlay.bases.load import find_size
-from inlay.errors import BadInput, ComputationFailed, Unsupported
+from inlay.errors import BadInput, DamagedFile, InlayError, Unreachable, Unsupported
 from inlay.measure import footprint
 from inlay.methods import METHODS
 from inlay.methods._peft import PeftModel
 from inlay.study.records import FILE, Records
+from inlay.study.sites import narrow_sites
 from inlay.study.trial import Outcome, Trial
 from inlay.tasks import task_of_options
 from inlay.tasks.adapter import route_group
 from inlay.tasks.base import load_skeleton
-from inlay.tasks.evaluation import Request, Split, Training
-from inlay.tasks.options import TaskOptions
+from inlay.tasks.evaluation import Request
+from inlay.tasks.options import Parts, TaskData, TaskOptions
 from inlay.tasks.task import Task
 from inlay.train.config import TrainConfig
+from inlay.train.launch import enable_checkpointing
 from inlay.train.loop import FitResult, fit
 
 # Of TrainConfig: what a trial says itself, or what follows from it.
@@ -94,12 +97,12 @@ class Problem:
         self._base: tuple[int, Any, _RandomState] | None = None
 
     @cached_property
-    def parts(self) -> Any:
-        """Training part, the part that chooses, and the test part."""
-        return _load_parts(self.task, self.split_seed)
+    def parts(self) -> Parts:
+        """The part to train on, the part that chooses, and the test part."""
+        return self.task.load_parts(self.split_seed)
 
     @property
-    def data(self) -> Any:
+    def data(self) -> TaskData:
         """The training part and the part that chooses, as the base takes them."""
         return self.parts.data
 
@@ -209,18 +212,30 @@ class Problem:
             InlayError: The folder is of another study; data or base cannot be loaded.
         """
         trial = self.complete(trial)
-        measured = self.name_measured(test=test, costs=costs, forgetting=forgetting)
-        found = self.records.find(trial, measured)
-        if found is None:
-            measured |= self.records.list_measured(trial)
-            found = self.compute(trial, measured)
-            self.records.add(found, measured)
-        return found
+        missing = self.list_missing(trial, name_measured(test=test, costs=costs, forgetting=forgetting))
+        return self.records.read(trial) if missing is None else self.record(self.compute(trial, missing), missing)
 
-    @staticmethod
-    def name_measured(**asked: bool) -> frozenset[str]:
-        """The names of what is asked for, of test, costs and forgetting."""
-        return frozenset(name for name, wanted in asked.items() if wanted)
+    def list_missing(self, trial: Trial, measured: Collection[str]) -> frozenset[str] | None:
+        """What of `measured` is not in the records yet of a trial; None: it is all there, or the trial failed."""
+        found = self.records.find(trial)
+        if found is None:
+            return frozenset(measured)
+        missing = frozenset(measured) - self.records.list_measured(trial)
+        return None if found.failed or not missing else missing
+
+    def record(self, outcome: Outcome, measured: Collection[str]) -> Outcome:
+        """Add what `compute` gave to the records, and to what they have of the trial from before."""
+        earlier = self.records.find(outcome.trial)
+        if earlier is not None and not outcome.failed:
+            outcome = replace(
+                outcome,
+                test=outcome.test if "test" in measured else earlier.test,
+                costs=outcome.costs if "costs" in measured else earlier.costs,
+                forgetting=outcome.forgetting if "forgetting" in measured else earlier.forgetting,
+                seconds=outcome.seconds + earlier.seconds,
+            )
+        self.records.add(outcome, {*measured, *self.records.list_measured(outcome.trial)})
+        return outcome
 
     def compute(self, trial: Trial, measured: Collection[str] = ()) -> Outcome:
         """Train and score a trial without reading or writing the records, as a worker process does.
@@ -234,12 +249,19 @@ class Problem:
             adapted = self.adapt(trial)
             result = self._fit(adapted, trial)
             outcome = Outcome(trial, validation=dict(result.metrics))
-            trained = self._wrap(trial, adapted)
             if "test" in measured:
-                outcome = replace(outcome, test=self._score(trained))
-        except (ComputationFailed, Unsupported, RuntimeError) as error:  # NaN, no memory, a base that cannot do it
+                outcome = replace(outcome, test=self._score(self.wrap(trial, adapted)))
+            if "costs" in measured:
+                outcome = replace(outcome, costs=_measure_costs(adapted, result))
+        except (OSError, BadInput, DamagedFile, Unreachable):  # of the study, not of the trial
+            raise
+        except Exception as error:  # NaN, no memory, whatever a model raises on inputs that it does not take
             outcome = Outcome(trial, failed=_explain(error))
         return replace(outcome, seconds=time.perf_counter() - begun)
+
+    def start_rate(self, method: str, width: int) -> float:
+        """The learning rate with which the search of a method starts."""
+        return scale_rate(METHODS[method].learning_rate, self._load_skeleton())
 
     def measure_step(self, trial: Trial) -> float:
         """Seconds that a training step of a trial takes here, of its method and width; measured once for a study."""
@@ -271,22 +293,24 @@ class Problem:
 
     def _check_fit(self, trial: Trial) -> None:
         method = METHODS[trial.method]
-        if not {*method.bases} & {*self.row.base_kinds}:
+        if method.trains == "head" and not self.row.classifies:
+            raise Unsupported(f"{trial.method} trains a new head, and {self.row.base_noun} has none.")
+        if method.trains != "head" and not {*method.bases} & {*self.row.base_kinds}:
             raise Unsupported(f"{trial.method} is for bases of the kinds {', '.join(method.bases)}.")
         if self.task.quantize and method.trains == "model":
             raise Unsupported(f"{trial.method} cannot train weights in 8 or 4 bits.")
         model = self.skeleton(trial)
         if isinstance(model, PeftModel):
             self.row.check_method(model)
+        if self.train.gradient_checkpointing:
+            enable_checkpointing(model)
 
     def _attach(self, base: Any, trial: Trial) -> nn.Module:
         method = METHODS[trial.method]
         config = method.make_config(base, trial.width)
         if config is not None:
             config = self.task.fit_method(config, base, self.data)
-        if trial.blocks is not None or trial.modules != "all":
-            raise Unsupported("blocks and modules cannot be chosen yet.")
-        return method.attach(base, config)
+        return method.attach(base, narrow_sites(config, base, trial.blocks, trial.modules))
 
     def _copy_base(self, seed: int) -> Any:
         """The base as it was loaded after seeding with `seed`, with the generators as they were then."""
@@ -327,7 +351,8 @@ class Problem:
                 settings={**asdict(self.task), **asdict(trial), "split_seed": self.split_seed},
             )
 
-    def _wrap(self, trial: Trial, model: Any) -> TrainedTrial:
+    def wrap(self, trial: Trial, model: Any) -> TrainedTrial:
+        """A trained model of `adapt`, as the functions of a task take an adapter."""
         wrapped = isinstance(model, PeftModel)
         base, method = (model.get_base_model(), model.active_peft_config) if wrapped else (model, None)
         return TrainedTrial(trial.key, model, self.row, self.data.processor, self.row.labels(base, method))
@@ -340,22 +365,8 @@ class Problem:
         return {name: score.value for name, score in found.scores.items()}
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """Stands in for the three parts of the data until tasks have them: the part that chooses is the test part too."""
-
-    data: Any
-    test_split: Split
-    training: Training
-    counts: dict[str, int]
-
-
-def _load_parts(task: TaskOptions, seed: int) -> Any:
-    if hasattr(task, "load_parts"):
-        return task.load_parts(seed)
-    data = task.load(seed)
-    counts = {"train": len(data.train), "validation": len(data.validation), "test": len(data.validation)}
-    return _Parts(data, "validation", Training(task.dataset, {**asdict(task), "seed": seed}), counts)
+def _measure_costs(model: nn.Module, result: FitResult) -> dict[str, Any]:
+    return {"trainable_parameters": footprint(model).trainable, "steps_per_second": result.steps_per_second}
 
 
 @contextmanager
@@ -386,5 +397,12 @@ class _RandomState:
             torch.cuda.set_rng_state_all(self.of_cuda)
 
 
+def name_measured(*, test: bool, costs: bool, forgetting: bool) -> frozenset[str]:
+    """The names of what is to be measured after the training."""
+    asked = {"test": test, "costs": costs, "forgetting": forgetting}
+    return frozenset(name for name, wanted in asked.items() if wanted)
+
+
 def _explain(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    said = (str(error).strip().splitlines() or [""])[0]
+    return said if isinstance(error, InlayError) else f"{type(error).__name__}: {said}"

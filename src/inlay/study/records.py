@@ -50,12 +50,13 @@ class Records:
         """Of all finished trials, in the order in which they were finished first."""
         return list(self._outcomes.values())
 
-    def find(self, trial: Trial, measured: Collection[str] = ()) -> Outcome | None:
-        """The outcome of a trial, if it is there with all that is asked for; a failed one is all there is."""
-        outcome = self._outcomes.get(trial)
-        if outcome is None or outcome.failed:
-            return outcome
-        return outcome if self._measured[trial] >= set(measured) else None
+    def find(self, trial: Trial) -> Outcome | None:
+        """The outcome of a finished trial; a trial that failed is finished too."""
+        return self._outcomes.get(trial)
+
+    def read(self, trial: Trial) -> Outcome:
+        """The outcome of a trial that is finished."""
+        return self._outcomes[trial]
 
     def list_measured(self, trial: Trial) -> frozenset[str]:
         """What was asked of a finished trial: test, costs, forgetting."""

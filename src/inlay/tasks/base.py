@@ -1,6 +1,7 @@
 """Load a frozen base for what it is for: `builtin:`, a local folder or a Hub id."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from inlay.bases.device import Device
 from inlay.bases.load import Dtype, load_pretrained, load_structure, read_config, resolve_base, set_labels
 from inlay.bases.quantize import Quantize
 from inlay.errors import BadInput, Unsupported
-from inlay.tasks import find_task, task_of_base
+from inlay.tasks import TASKS, find_task, task_of_base
+from inlay.tasks.options import TaskOptions
 from inlay.tasks.task import Task
 
 
@@ -93,6 +95,30 @@ def read_task(name: str | Path, revision: str | None = None) -> Task:
     """What a base is for, by its config only."""
     name = str(name)
     return task_of_base(name, read_config(name, resolve_base(name, revision), revision))
+
+
+def make_task_options(base: str, data: str, task: str | None = None) -> TaskOptions:
+    """The options of training a base on data, as the recipes of the task have them.
+
+    Args:
+        base: As for `load_base`.
+        data: As the recipes take it.
+        task: Name in TASKS; default: the task whose embedded data this is, or what the config of the base says.
+
+    Raises:
+        InlayError: As `load_base`.
+    """
+    config = read_config(base, resolve_base(base), None)
+    own = [
+        row.name
+        for row in TASKS.values()
+        if row.could_take_base(config) and data == _find_default(row.training_options(), "dataset")
+    ]
+    return _chosen(base, config, task or next(iter(own), None)).training_options()(model=base, dataset=data)
+
+
+def _find_default(options: type[TaskOptions], name: str) -> Any:
+    return next(field.default for field in fields(options) if field.name == name)
 
 
 def _chosen(name: str, config: Any, task: str | None) -> Task:

@@ -1,0 +1,102 @@
+"""The verb `inlay compare`."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Annotated, Any
+
+import typer
+
+from inlay.cli.command_line import parse
+from inlay.cli.show import JsonOption
+from inlay.errors import BadInput
+
+
+def compare(
+    context: typer.Context,
+    data: Annotated[
+        str, typer.Option("--task", metavar="DATA", help="Labelled data, as the recipes of its task take it.")
+    ],
+    base: Annotated[str, typer.Option(help="Embedded base, local folder or Hub id.")],
+    kind: Annotated[
+        str | None,
+        typer.Option(help="What the base is to do, such as text-classification; default: what it is for."),
+    ] = None,
+    methods: Annotated[str, typer.Option(help="Names in inlay.METHODS, comma-separated, or all that fit.")] = "all",
+    width: Annotated[int, typer.Option(help="Rank or other width of the adapters.")] = 8,
+    rates: Annotated[
+        str | None,
+        typer.Option(help="Learning rates to try, comma-separated; default: four around the one of each method."),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated; default: 0 to 4 where a run takes less than a minute, else 0 to 2."),
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Budget of each run: passes over the data; default 10.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Budget of each run: steps of the optimiser.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Budget of each run: seconds of training.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per step; default 32.")] = None,
+    group: Annotated[
+        str | None, typer.Option(help="Column or rule that says which examples belong together, such as a patient.")
+    ] = None,
+    costs: Annotated[bool, typer.Option(help="Measure what each method costs.")] = True,
+    forgetting: Annotated[bool, typer.Option(help="Measure what the base loses.")] = True,
+    jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
+    engine: Annotated[str, typer.Option(help="What starts them: processes, or a cluster: ray, dask.")] = "processes",
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder of the runs and the report.")] = "runs/compare",
+    as_json: JsonOption = False,
+) -> None:
+    """Compare methods on your data, each at its best learning rate, and write a report.
+
+    Further options are those of the task's recipes, such as --augment none, --max-length 128 or --precision bf16. The
+    same command goes on where it was interrupted.
+    """
+    if sum(budget is not None for budget in (epochs, steps, seconds)) > 1:
+        raise BadInput("the budget of a run is in epochs, steps or seconds; give one of --epochs, --steps, --seconds.")
+    numbers = {"rates": read_numbers("--rates", rates, float), "seeds": read_numbers("--seeds", seeds, int)}
+
+    from inlay.study.compare import compare as compare_methods
+    from inlay.study.report import save_comparison, write_terminal_table
+    from inlay.tasks.base import make_task_options
+    from inlay.train.config import TrainConfig
+
+    chosen = make_task_options(base, data, kind)
+    task, train = parse([chosen, TrainConfig(output_dir=output, workers=0)], context.args)
+    given = {"epochs": epochs, "batch_size": batch_size}
+    train = replace(train, **{name: value for name, value in given.items() if value is not None})
+    task = task if group is None else replace(task, group=group)
+    found = compare_methods(
+        task,
+        train,
+        methods="all" if methods == "all" else [name.strip() for name in methods.split(",")],
+        width=width,
+        learning_rates=numbers["rates"],
+        seeds=numbers["seeds"],
+        steps=steps,
+        seconds=seconds,
+        costs=costs,
+        forgetting=forgetting,
+        jobs=jobs,
+        engine=engine,  # type: ignore[arg-type]
+        tell=None if as_json else print,
+    )
+    page = save_comparison(found, output)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        print(f"\n{write_terminal_table(found)}\n\nreport: {page}")
+
+
+def read_numbers(option: str, text: str | None, kind: Callable[[str], Any]) -> list[Any] | None:
+    """The numbers of an option, which commas separate; None where it is left out.
+
+    Raises:
+        InlayError: Something else than numbers.
+    """
+    if text is None:
+        return None
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise BadInput(f"{option} must be {what} with commas between them, got {text!r}.") from None
