@@ -97,14 +97,7 @@ class LoadedAdapter:
         """
         if not isinstance(self.model, PeftModel):
             raise BadInput("this adapter is merged already.")
-        if self.model.active_peft_config.is_prompt_learning:
-            raise Unsupported("prompts and prefixes are tokens, which no weight can stand for; use it unmerged.")
-        kind = find_precision(self.model)
-        if kind != "float32":
-            raise Unsupported(
-                f"merging into {kind} weights would round the adapter away; load the base in float32 first."
-            )
-        self.model, self._unmerge = merge_keeping_weights(self.model)
+        self.model, self._unmerge = merge_in_memory(self.model)
         return self
 
     def unmerge(self) -> "LoadedAdapter":
@@ -113,6 +106,20 @@ class LoadedAdapter:
             raise BadInput("this adapter is not merged.")
         self.model, self._unmerge = self._unmerge(), None
         return self
+
+
+def merge_in_memory(model: PeftModel) -> tuple[nn.Module, Callable[[], PeftModel]]:
+    """As `merge_keeping_weights`, where that loses nothing of the adapter.
+
+    Raises:
+        InlayError: A prompt or prefix; a base that is not held in float32; what `merge_keeping_weights` says.
+    """
+    if model.active_peft_config.is_prompt_learning:
+        raise Unsupported("prompts and prefixes are tokens, which no weight can stand for; use it unmerged.")
+    kind = find_precision(model)
+    if kind != "float32":
+        raise Unsupported(f"merging into {kind} weights would round the adapter away; load the base in float32 first.")
+    return merge_keeping_weights(model)
 
 
 def load_adapter(

@@ -369,26 +369,32 @@ def describe_memory(
     collate: Callable[[list[Any]], dict[str, Any]] | None = None,
     loss: Loss | None = None,
 ) -> str:
-    """One line on the memory of a step of `fit` with these arguments at its largest batch, or why it is not known.
+    """One line on the memory of a step of `fit` with these arguments at its largest batch, or why it is not known."""
+    batch = collate_largest_batch(train_data, config, collate)
+    try:
+        return str(plan_memory(model, batch, loss=loss, **step_options(config)))
+    except InlayError as error:
+        return f"memory: not known before training ({error})"
 
-    The batch is that of one process. It holds the longest examples if the data has `lengths`, else the first ones.
+
+def collate_largest_batch(
+    train_data: Any, config: TrainConfig, collate: Callable[[list[Any]], dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """The batch of one process in a step of `fit` that takes most memory.
+
+    It holds the longest examples if the data has `lengths`, else the first ones.
     """
     rows = min(len(train_data), -(-config.batch_size // PartialState().num_processes))
     lengths = getattr(train_data, "lengths", None)
     chosen = range(rows) if lengths is None else sorted(range(len(lengths)), key=lambda i: -lengths[i])[:rows]
-    batch = (collate or default_collate)([train_data[i] for i in chosen])
-    precision: Precision = "no" if config.precision == "auto" else config.precision
-    try:
-        return str(
-            plan_memory(
-                model,
-                batch,
-                optimizer=config.optimizer,
-                accumulate=config.accumulate,
-                gradient_checkpointing=config.gradient_checkpointing,
-                precision=precision,
-                loss=loss,
-            )
-        )
-    except InlayError as error:
-        return f"memory: not known before training ({error})"
+    return (collate or default_collate)([train_data[i] for i in chosen])
+
+
+def step_options(config: TrainConfig) -> dict[str, Any]:
+    """What `plan_memory` and `measure_peak` need to know of a step of `fit`."""
+    return {
+        "optimizer": config.optimizer,
+        "accumulate": config.accumulate,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "precision": "no" if config.precision == "auto" else config.precision,
+    }

@@ -112,9 +112,12 @@ def fills_cache(model: torch.nn.Module) -> bool:
 
 def adapter_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
     """Key and shape of every tensor that a file of this adapter holds."""
-    return {
-        key: tuple(value.shape) for key, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
+    return {key: tuple(value.shape) for key, value in adapter_tensors(model).items()}
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Every tensor that a file of the active adapter holds, by its key there."""
+    return get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
 
 
 def adapter_parameters(model: PeftModel) -> dict[str, str]:
@@ -458,11 +461,27 @@ def base_with_own_head(model: PeftModel) -> Iterator[None]:
     """The base with its own head inside the block; afterwards, unlike peft's, what required a gradient does again."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with model.disable_adapter():
+        with adapter_disabled(model):
             yield
     finally:
         for parameter, requires_grad in trained:
             parameter.requires_grad = requires_grad
+
+
+@contextmanager
+def adapter_disabled(model: PeftModel) -> Iterator[None]:
+    """As peft's `disable_adapter`, which fails on a prompt or prefix of a base that generates nothing: a classifier."""
+    if not model.active_peft_config.is_prompt_learning or hasattr(model, "prepare_inputs_for_generation"):
+        with model.disable_adapter():
+            yield
+        return
+    model.forward = model.base_model.forward
+    model._adapters_disabled = True
+    try:
+        yield
+    finally:
+        del model.forward
+        model._adapters_disabled = False
 
 
 def acts_as_saved(model: PeftModel) -> bool:

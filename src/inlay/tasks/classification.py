@@ -10,6 +10,7 @@ from torch import Tensor
 
 from inlay.bases.load import read_config, resolve_base
 from inlay.errors import BadInput, InlayError, Unsupported
+from inlay.methods._peft import adapter_disabled
 from inlay.tasks.adapter import Adapter
 from inlay.tasks.evaluation import (
     Evaluation,
@@ -231,7 +232,7 @@ def evaluate_classifier(
     if request.compare:
         remark = _explain_missing_base(adapter, labels)
         if not remark:
-            with adapter.model.disable_adapter():
+            with adapter_disabled(adapter.model):
                 base = score_probabilities(predict(), true, request.resamples, exclusive)
     predicted = probabilities.argmax(1)
     rows = [
