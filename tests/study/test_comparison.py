@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from inlay.errors import DamagedFile
+from inlay.errors import DamagedFile, Unsupported
 from inlay.study.comparison import Comparison, Row
 
 ROW = Row(
@@ -71,3 +71,9 @@ def test_what_is_no_comparison_is_refused(tmp_path, text):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(DamagedFile, match="nowhere"):
         Comparison.read(tmp_path / "nowhere.json")
+
+
+def test_a_method_of_another_version_is_named():
+    facts = replace(WHOLE, rows=[replace(ROW, method="hyperlora")]).to_dict()
+    with pytest.raises(Unsupported, match="hyperlora"):
+        Comparison.from_dict(facts)

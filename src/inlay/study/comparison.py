@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from inlay.errors import DamagedFile
+from inlay.errors import DamagedFile, Unsupported
 from inlay.files.atomic import write_json
 from inlay.files.bounded_json import parse_json
+from inlay.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,18 @@ class Comparison:
 
         Raises:
             DamagedFile: A part is missing or of another form.
+            Unsupported: A method that there is not.
         """
         try:
             rows = [Row(**{**row, **_restore_row(row)}) for row in facts["rows"]]
-            return cls(**{**facts, "rows": rows})
+            comparison = cls(**{**facts, "rows": rows})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DamagedFile(f"this is no stored comparison ({error}); compare again.") from error
+        if unknown := [row.method for row in rows if row.method not in METHODS]:
+            raise Unsupported(
+                f"this comparison has the method {unknown[0]!r}, which inlay does not know; compare again."
+            )
+        return comparison
 
     def write(self, path: str | Path) -> Path:
         """Write it as JSON, completely or not at all."""
@@ -114,7 +121,7 @@ class Comparison:
         """The comparison that `write` stored.
 
         Raises:
-            DamagedFile: There is none, or not the whole of it.
+            InlayError: There is none, or not the whole of it, or one with a method that there is not.
         """
         try:
             facts = parse_json(Path(path).read_text(encoding="utf-8"))
