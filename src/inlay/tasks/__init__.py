@@ -1,15 +1,19 @@
 """TASKS: what models are for. A task is one folder and one row here; the first that a base is for is its own."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from inlay.errors import BadInput, Unsupported
 from inlay.tasks.images.task import ImageClassification
 from inlay.tasks.masks.task import MaskGeneration
-from inlay.tasks.options import TaskOptions
 from inlay.tasks.sequences.task import SequenceClassification
 from inlay.tasks.task import Task
 from inlay.tasks.text.task import TextGeneration
 from inlay.tasks.volumes.task import VolumeSegmentation
+
+if TYPE_CHECKING:
+    from inlay.tasks.options import TaskOptions
 
 TASKS: dict[str, Task] = {
     task.name: task
