@@ -1,9 +1,11 @@
 """Load a frozen base for what it is for: `builtin:`, a local folder or a Hub id."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
@@ -12,8 +14,10 @@ from inlay.bases.load import Dtype, load_pretrained, load_structure, read_config
 from inlay.bases.quantize import Quantize
 from inlay.errors import BadInput, Unsupported
 from inlay.tasks import TASKS, find_task, task_of_base
-from inlay.tasks.options import TaskOptions
 from inlay.tasks.task import Task
+
+if TYPE_CHECKING:
+    from inlay.tasks.options import TaskOptions
 
 
 def load_base(
