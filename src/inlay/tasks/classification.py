@@ -19,9 +19,11 @@ from inlay.tasks.evaluation import (
     Split,
     Training,
     choose_split,
+    count_units,
     is_cut,
     split_note,
 )
+from inlay.tasks.groups import hold_out_groups, warn_of_shared_groups
 from inlay.tasks.sampling import (
     hold_out_by_class,
     hold_out_by_content,
@@ -46,7 +48,7 @@ class LabelledRows:
     """Examples with the column `label`.
 
     Attributes:
-        rows: All columns.
+        rows: All columns; those of one `group`, where there is that column, are held out together.
         contents: Equal for rows that are the same example; None: it is not known which are.
     """
 
@@ -63,7 +65,7 @@ class LabelledRows:
         first: bool = True,
         refuse_equal: bool = False,
     ) -> tuple["LabelledRows", "LabelledRows"]:
-        """What is left and what is held out: a share of each class, equal examples on one side.
+        """What is left and what is held out: a share of each class, equal examples and groups on one side.
 
         Args:
             labels: Class names, by the numbers in `label`.
@@ -77,13 +79,22 @@ class LabelledRows:
             InlayError: There are too few.
         """
         ids = self.rows["label"][:]
-        if self.contents is None:
+        if self.groups is not None:
+            held = hold_out_groups(
+                self.groups, self.contents or range(len(ids)), share, seed, noun, ids=ids, labels=labels, warn=first
+            )
+        elif self.contents is None:
             held = hold_out_by_class(ids, labels, share, seed, noun, first)
         elif refuse_equal or not first:
             held = hold_out_by_content(ids, labels, share, seed, noun, self.contents, first)
         else:
             held = hold_out_if_possible_by_content(ids, labels, share, seed, noun, self.contents)
         return self.select(sorted({*range(len(ids))} - {*held})), self.select(held)
+
+    @property
+    def groups(self) -> list[str] | None:
+        """Of each row, where they are known."""
+        return self.rows["group"][:] if "group" in self.rows.column_names else None
 
     def select(self, places: Sequence[int]) -> "LabelledRows":
         """Those in these places, from 0."""
@@ -92,7 +103,8 @@ class LabelledRows:
 
 
 def warn_of_overlaps(parts: dict[str, LabelledRows], noun: str) -> None:
-    """Say how many examples of the data's own splits are training examples too."""
+    """Say how many examples of the data's own splits are training examples too, and which groups stand in two."""
+    warn_of_shared_groups({split: found.groups for split, found in parts.items()}, noun)
     known = parts["train"].contents
     for split, found in parts.items():
         if split != "train" and known is not None and found.contents is not None:
@@ -204,7 +216,8 @@ def evaluate_classifier(
     *,
     data: str,
     split: str,
-    unit: str,
+    noun: str,
+    groups: Sequence[str] | None,
     labels: list[str],
     true: np.ndarray,
     names: list[dict[str, Any]],
@@ -218,7 +231,8 @@ def evaluate_classifier(
         request: How.
         data: Its name.
         split: Which part of it.
-        unit: What one example is called.
+        noun: What one example is called.
+        groups: Of each example, (N,), where examples of one patient or slide are known; then these are resampled.
         labels: Class names, in the order of the columns of probabilities.
         true: Indices of `labels`, (N,).
         names: What tells each example from the others, the first columns of its row.
@@ -227,46 +241,52 @@ def evaluate_classifier(
     """
     exclusive = _classes_exclude_each_other(adapter.model.config)
     probabilities = predict()
-    scores = score_probabilities(probabilities, true, request.resamples, exclusive)
+    scores = score_probabilities(probabilities, true, request.resamples, exclusive, groups)
     base, remark = None, ""
     if request.compare:
         remark = _explain_missing_base(adapter, labels)
         if not remark:
             with adapter_disabled(adapter.model):
-                base = score_probabilities(predict(), true, request.resamples, exclusive)
+                base = score_probabilities(predict(), true, request.resamples, exclusive, groups)
     predicted = probabilities.argmax(1)
     rows = [
         {
             **name,
+            **({} if groups is None else {"group": groups[k]}),
             "true": labels[t],
             "predicted": labels[p],
             "probability": round(float(row[p]), 6),
             "probability_of_true": round(float(row[t]), 6),
             "right": bool(t == p),
         }
-        for name, t, p, row in zip(names, true, predicted, probabilities, strict=True)
+        for k, (name, t, p, row) in enumerate(zip(names, true, predicted, probabilities, strict=True))
     ]
     told = f"Expected calibration error: {BINS} bins of equal width (Guo et al. 2017, arXiv:1706.04599)."
     if not exclusive:
         told = f"{told} The base names several classes at once: the loss is binary cross-entropy, a mean over classes."
+    count, unit, counted = count_units(len(true), noun, groups, request.training.group_for(data))
     return Evaluation(
         data=data,
         task=adapter.task.name,
         split=split,
-        count=len(true),
+        count=count,
         unit=unit,
         scores=scores,
         base=base,
         rows=rows,
-        per_class=class_rows(true, predicted, labels, unit),
+        per_class=class_rows(true, predicted, labels, noun),
         labels=labels,
         confusion=confusion_matrix(true, predicted, len(labels)).tolist(),
-        notes=[*notes, told, *filter(None, [remark])],
+        notes=[*notes, *counted, told, *filter(None, [remark])],
     )
 
 
 def score_probabilities(
-    probabilities: np.ndarray, true: np.ndarray, resamples: int, exclusive: bool = True
+    probabilities: np.ndarray,
+    true: np.ndarray,
+    resamples: int,
+    exclusive: bool = True,
+    groups: Sequence[str] | None = None,
 ) -> dict[str, Score]:
     """Accuracy, macro F1, precision and recall, Matthews correlation, cross-entropy and calibration error.
 
@@ -275,6 +295,7 @@ def score_probabilities(
         true: (N,).
         resamples: Of the bootstrap; 0: no intervals.
         exclusive: Whether one class is true at a time. If not, the cross-entropy is the mean of that of each class.
+        groups: Of each example, (N,), to resample these; None: examples are resampled.
     """
     predicted, confidence = probabilities.argmax(1), probabilities.max(1)
     if exclusive:
@@ -294,7 +315,7 @@ def score_probabilities(
             "ece": calibration_error(confidence[rows], right[rows]),
         }
 
-    return score_with_intervals(statistic, len(true), resamples=resamples)
+    return score_with_intervals(statistic, len(true), groups=groups, resamples=resamples)
 
 
 def _explain_missing_base(adapter: Adapter, labels: list[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,6 +172,11 @@ class Training:
         seed = self.settings.get("seed")
         return seed if type(seed) is int and 0 <= seed < 2**32 else 0
 
+    def group_for(self, data: str) -> str | None:
+        """What kept examples of this data together in training: a column, or a regular expression for paths."""
+        group = self.settings.get("group")
+        return group if isinstance(group, str) and group and self.used(data) else None
+
     def used(self, data: str) -> bool:
         """Whether the adapter was trained on data of this name, or in this place."""
         if self.dataset is None:
@@ -222,6 +228,27 @@ def interval_note(count: int, unit: str) -> list[str]:
     if count == 1:
         return [f"There is no interval: it takes two {unit}s or more."]
     return [f"Intervals over {count} {unit}s are rough, and mostly too narrow."] if count < FEW else []
+
+
+def name_groups(group: str) -> str:
+    """What one group of examples is called: by its column, such as `patient group`; else `group`."""
+    return f"{group} group" if re.fullmatch(r"[\w -]+", group) else "group"
+
+
+def count_units(count: int, noun: str, groups: Sequence[str] | None, group: str | None) -> tuple[int, str, list[str]]:
+    """How many independent units there are, what one is called, and a sentence where they are groups of examples.
+
+    Args:
+        count: Of the examples.
+        noun: What one is called.
+        groups: Of each example; None: they are independent.
+        group: The column or the regular expression that says so.
+    """
+    if groups is None or group is None:
+        return count, noun, []
+    units, unit = len(set(groups)), name_groups(group)
+    note = f"The unit that was resampled is the {unit}: {units} of them hold {count:,} {noun}{'s' * (count != 1)}."
+    return units, unit, [note]
 
 
 def choose_split(data: str, wanted: Split | None, own: Collection[str], scored: Split, training: Training) -> Split:

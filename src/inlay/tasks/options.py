@@ -102,6 +102,11 @@ class TaskOptions:
     quantize: Literal["8bit", "4bit"] | None = option(
         None, "Hold the frozen base in 8 or 4 bits (bitsandbytes); methods that train its own weights cannot."
     )
+    group: str | None = option(
+        None,
+        "Keep together: a column of the data, or a regular expression whose match in a file's path names the patient, "
+        "slide or site.",
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -110,8 +115,8 @@ class TaskOptions:
         """Both splits as the base takes them.
 
         Args:
-            seed: Chooses what is held out where the data does not; all global generators start from it, so that the
-                new weights are the same in each run.
+            seed: Chooses what is held out where the data does not, whole groups where `group` names them; all global
+                generators start from it, so that the new weights are the same in each run.
             test: Keep a third part, `source.test`, that is neither trained on nor chooses; see `load_parts`.
         """
         raise NotImplementedError

@@ -1,7 +1,7 @@
 """What scores are worth: bootstrap intervals, calibration, and per-class scores of a confusion matrix."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,28 +16,42 @@ Indices = npt.NDArray[np.int64]
 
 
 def score_with_intervals(
-    statistic: Callable[[Indices], Mapping[str, float]], units: int, *, resamples: int = 1000, seed: int = 0
+    statistic: Callable[[Indices], Mapping[str, float]],
+    units: int,
+    *,
+    groups: Sequence[str] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> dict[str, Score]:
-    """Scores of all units, with 95 % percentile intervals over bootstrap resamples of them.
+    """Scores of all units, with 95 % percentile intervals over bootstrap resamples of them, or of their groups.
 
     Args:
         statistic: From indices of units (N,), some of them repeated, to scores by name. A NaN is left out.
         units: N, independent of each other: images, prompts, scans; never objects or voxels within them.
+        groups: Of each unit, where units of one group (patient, slide) are alike: then whole groups are drawn.
         resamples: How many.
         seed: Of the resampling; equal for two models, so that they are resampled alike.
 
     Raises:
         InlayError: No units, or fewer than one resample.
 
-    Source: Efron & Tibshirani 1993, chapter 13; `numpy.percentile` at 2.5 and 97.5.
+    Source: Efron & Tibshirani 1993, chapter 13; of groups the cluster bootstrap of Davison & Hinkley 1997, section 3.8
+    (groups drawn, and all units of each taken); `numpy.percentile` at 2.5 and 97.5.
     """
     if units < 1 or resamples < 1:
         raise BadInput(f"there must be something to score and at least 1 resample, got {units} units and {resamples}.")
     values = dict(statistic(np.arange(units)))
-    if units == 1:
+    members = None if groups is None else [np.flatnonzero(np.asarray(groups) == group) for group in sorted({*groups})]
+    independent = units if members is None else len(members)
+    if independent == 1:
         return {name: Score(float(value)) for name, value in values.items()}
     generator = np.random.default_rng(seed)
-    drawn = [statistic(generator.integers(0, units, units)) for _ in range(resamples)]
+
+    def draw() -> Indices:
+        chosen = generator.integers(0, independent, independent)
+        return chosen if members is None else np.concatenate([members[k] for k in chosen])
+
+    drawn = [statistic(draw()) for _ in range(resamples)]
     found = {}
     for name, value in values.items():
         each = np.array([sample[name] for sample in drawn], np.float64)

@@ -98,6 +98,14 @@ def read_table(path: Path) -> Table:
     return table
 
 
+def find_column(table: Table, column: str) -> str | None:
+    """A column's name as the table writes it."""
+    if column in table.names:
+        return column
+    alike = [name for name in table.names if name.strip().lower() == column.lower()]
+    return alike[0] if len(alike) == 1 else None
+
+
 def hub_splits(name: str, revision: str | None, wanted: str) -> dict[str, datasets.Dataset]:
     """Every split of a Hub dataset. Of .csv files all values are text as it is written, but for classes it declares.
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from inlay.errors import BadInput, DamagedFile
 from inlay.tasks.classification import LabelledRows, choose_labelled_rows, warn_of_overlaps
-from inlay.tasks.evaluation import Split, Training, check_labels
+from inlay.tasks.evaluation import Split, Training, check_labels, name_groups
+from inlay.tasks.groups import find_groups, relative_paths
 from inlay.tasks.image_decoding import explain_unreadable
 from inlay.tasks.images.checked import check_images
 from inlay.tasks.sampling import complete_parts, normalise_label, sort_labels
@@ -62,6 +63,7 @@ def load_images(
     image_column: str | None = None,
     label_column: str | None = None,
     corrupt: Literal["refuse", "skip"] = "refuse",
+    group: str | None = None,
     test: bool = False,
 ) -> ImageData:
     """Labelled images for training and validation.
@@ -80,6 +82,8 @@ def load_images(
         image_column: Column of the images, where it cannot be told.
         label_column: Column of the labels, where it cannot be told.
         corrupt: `skip` leaves out images that cannot be read, with a warning that names them.
+        group: Keep together what stands with one value in this column, or what this regular expression finds in the
+            paths of files, from the data's folder on: the patient, the slide. The rows then have a column `group`.
         test: Keep a third part that chooses nothing: the data's test split, or else what would be validation without
             this; validation is then held out of the rest.
 
@@ -96,7 +100,7 @@ def load_images(
     if not len(sources[first]) or (first != "train" and len(sources) > 1):
         sizes = {split: len(rows) for split, rows in sources.items()}
         raise BadInput(f"{name!r} has no rows in a split 'train', but {sizes}; rename one.")
-    image, label = _find_columns(sources[first], name, image_column, label_column)
+    image, label = _find_columns(sources[first], name, image_column, label_column, group)
     splits = {"train": sources[first]}
     held = _find_validation(sources, first, label)
     if held:
@@ -109,6 +113,8 @@ def load_images(
     named = feature.names if isinstance(feature, datasets.ClassLabel) else sort_labels(words["train"])
     labels = list(dict.fromkeys(map(normalise_label, named)))
     parts = {split: _make_rows(rows, image, words[split], labels, path) for split, rows in splits.items()}
+    if group is not None:
+        _add_groups(parts, splits, group, name, path)
     contents = _check_readable(parts, name, labels, corrupt)
     made = {split: LabelledRows(rows, contents[split]) for split, rows in parts.items()}
     warn_of_overlaps(made, "image")
@@ -117,7 +123,7 @@ def load_images(
     def hold_out(rows: LabelledRows, first: bool) -> tuple[LabelledRows, LabelledRows]:
         return rows.hold_out(labels, validation, seed, "image", first=first)
 
-    complete_parts(made, test, hold_out, name, "image")
+    complete_parts(made, test, hold_out, name, name_groups(group) if group else "image")
     tested = made["test"].rows if test else None
     return ImageData(name, made["train"].rows, made["validation"].rows, tuple(labels), tested, test_split)
 
@@ -146,7 +152,8 @@ def load_images_to_score(
     if not sources:
         raise BadInput(f"there are no images in {name!r}; pass data with some.")
     first = "train" if "train" in sources else next(iter(sources))
-    image, label = _find_columns(sources[first], name, None, None)
+    group = training.group_for(name)
+    image, label = _find_columns(sources[first], name, None, None, group)
     held = _find_validation(sources, first, label)
     splits: dict[str, datasets.Dataset] = {}
     for own, rows in sources.items():
@@ -159,8 +166,12 @@ def load_images_to_score(
         words = {own: _read_words(splits[own], label, f"split {own!r} of {name!r}") for own in wanted}
         check_labels(name, sort_labels([word for each in words.values() for word in each]), known, adapter)
         parts = {own: _make_rows(splits[own], image, words[own], known, path) for own in wanted}
+        if group is not None:
+            _add_groups(parts, splits, group, name, path)
         corrupt = "skip" if training.settings.get("corrupt") == "skip" else "refuse"
         contents = _check_readable(parts, name, labels, corrupt)
+        if not all("group" in rows.column_names for rows in parts.values()):  # known of some only
+            parts = {own: rows.select_columns(["image", "label"]) for own, rows in parts.items()}
         rows = datasets.concatenate_datasets(list(parts.values()))
         return LabelledRows(rows, contents[wanted[0]] if len(wanted) == 1 else None)
 
@@ -317,13 +328,15 @@ def _read_parquet(splits: dict[str, list[Path]]) -> dict[str, datasets.Dataset]:
             datasets.enable_progress_bars()
 
 
-def _find_columns(rows: datasets.Dataset, name: str, image: str | None, label: str | None) -> tuple[str, str]:
+def _find_columns(
+    rows: datasets.Dataset, name: str, image: str | None, label: str | None, group: str | None
+) -> tuple[str, str]:
     """The columns of images and of labels: as asked, by type, or by name."""
     kinds = {column: _name_type(feature) for column, feature in rows.features.items()}
     images = [image] if image else [c for c, kind in kinds.items() if kind == "Image"]
     images = images or [c for c, kind in kinds.items() if "binary" in kind or kind == "dict"]
     images = images or [c for c in kinds if str(rows[0][c]).lower().endswith(SUFFIXES)]
-    others = [c for c in kinds if c not in images]
+    others = [c for c in kinds if c not in (*images, group)]
     labels = [c for c in others if kinds[c] == "ClassLabel" or c.lower() in LABEL_COLUMNS]
     labels = [label] if label else labels or (others if len(others) == 1 else [])
     for what, found in (("image", images), ("label", labels)):
@@ -391,6 +404,29 @@ def _make_rows(
         rows = rows.select_columns([image]).rename_columns({image: "image"}).cast_column("image", IMAGE)
     ids = {label: i for i, label in enumerate(labels)}
     return rows.add_column("label", np.array([ids[word] for word in words], np.int64))
+
+
+def _add_groups(
+    parts: dict[str, datasets.Dataset], splits: dict[str, datasets.Dataset], group: str, name: str, source: Path
+) -> None:
+    """Give the rows of all splits, in place, the column `group`; a split besides training may lack it.
+
+    Args:
+        parts: From `_make_rows`.
+        splits: The same rows with all their columns.
+        group: As in `load_images`.
+        name: Of the data.
+        source: Where it is.
+    """
+    in_column = any(group in rows.column_names for rows in splits.values())
+    folder = source if source.is_dir() else source.parent
+    for split, rows in parts.items():
+        columns = splits[split].column_names
+        if in_column and group not in columns and split != "train":
+            continue
+        files = [] if in_column else [image["path"] for image in rows["image"]]
+        paths = relative_paths(files, folder) if files and all(files) else None
+        parts[split] = rows.add_column("group", find_groups(group, name, columns, splits[split].__getitem__, paths))
 
 
 def _check_readable(

@@ -36,13 +36,15 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
     picked = pick_evenly(len(rows), request.limit)
     images = Subset(ImageView(rows, adapter.processor), picked)
     paths = [image["path"] for image in rows.select(picked)["image"]]
+    groups = rows.select(picked)["group"][:] if "group" in rows.column_names else None
     names = [{"image": Path(path).name if path else f"image {i}"} for i, path in zip(picked, paths, strict=True)]
     return evaluate_classifier(
         adapter,
         request,
         data=data,
         split=chosen,
-        unit="image",
+        noun="image",
+        groups=groups,
         labels=labels,
         true=np.array(rows["label"][:], np.int64)[picked],
         names=names,

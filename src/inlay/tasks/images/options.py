@@ -39,7 +39,7 @@ class ImageTask(TaskOptions):
         set_seed(seed)
         with self.offering_embedded_base():
             processor = load_processor(self.model)
-        data = load_images(self.dataset, seed=seed, corrupt=self.corrupt, test=test)
+        data = load_images(self.dataset, seed=seed, corrupt=self.corrupt, group=self.group, test=test)
         validation = ImageView(data.validation, processor)
         return TaskData(
             data,

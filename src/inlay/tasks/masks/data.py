@@ -13,7 +13,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from inlay.errors import BadInput, DamagedFile, InlayError
-from inlay.tasks.evaluation import Split, Training, choose_split, is_cut, split_note
+from inlay.tasks.evaluation import Split, Training, choose_split, is_cut, name_groups, split_note
+from inlay.tasks.groups import group_files, hold_out_groups, list_groups, relative_paths, warn_of_shared_groups
 from inlay.tasks.image_decoding import explain_unreadable
 from inlay.tasks.images.checked import Checked, check_images
 from inlay.tasks.images.data import SUFFIXES, VALIDATION
@@ -35,11 +36,13 @@ class Masked:
         name: The file's stem, or `scene 3`.
         image: A path or an array (H, W, 3), uint8.
         objects: A path or an array (H, W): 0 = background.
+        group: What it is kept together with, where that was asked for.
     """
 
     name: str
     image: Any
     objects: Any
+    group: str | None = None
 
 
 Distinct = tuple[Masked, str]  # and what tells its image from others
@@ -73,6 +76,7 @@ def load_masks(
     validation: float = 0.2,
     meaning: Meaning = "instances",
     limit: int | None = None,
+    group: str | None = None,
     test: bool = False,
 ) -> MaskData:
     """Images with maps of their objects, for training and validation; each is read once, to find what is wrong.
@@ -84,6 +88,8 @@ def load_masks(
         validation: Share to hold out, between 0 and 1.
         meaning: What a number in a map is.
         limit: Take so many images for training at most, and a quarter of that for validation.
+        group: Keep together what this regular expression finds in the paths of images, from the data's folder on: the
+            patient, the slide.
         test: Keep a third part that chooses nothing: the data's test split, or else what would be validation without
             this; validation is then held out of the rest.
 
@@ -96,7 +102,8 @@ def load_masks(
             "validation must be between 0 and 1, meaning instances or classes, and limit at least 1, got "
             f"{validation}, {meaning!r} and {limit}."
         )
-    parts = _read_splits(name, ("train", "validation", "test") if test else ("train", "validation"))
+    parts = _read_splits(name, ("train", "validation", "test") if test else ("train", "validation"), group)
+    warn_of_shared_groups({split: list_groups([row for row, _ in found]) for split, found in parts.items()}, "image")
     for split, found in parts.items():
         if split != "train":
             warn_of_overlap(_list_contents(parts["train"]), _list_contents(found), split, "image")
@@ -105,7 +112,7 @@ def load_masks(
     def hold_out(rows: list[Distinct], first: bool) -> tuple[list[Distinct], list[Distinct]]:
         return _hold_out(rows, validation, seed, name, first=first)
 
-    complete_parts(parts, test, hold_out, name, "image")
+    complete_parts(parts, test, hold_out, name, name_groups(group) if group else "image")
     made = {split: tuple(row for row, _ in found) for split, found in parts.items()}
     train, held = made["train"], made["validation"]
     if limit is not None:
@@ -135,7 +142,7 @@ def load_masks_to_score(
     chosen = choose_split(name, split, own, scored, training)
     cut = is_cut(chosen, own)
     wanted = own if chosen == "all" else ("train",) if cut else (chosen,)
-    parts = _read_splits(name, wanted)
+    parts = _read_splits(name, wanted, training.group_for(name))
     if cut:
         train, held = _hold_out(parts["train"], 0.2, training.seed, name)
         found = train if chosen == "train" else held
@@ -163,14 +170,20 @@ def _split_folders(folder: Path) -> dict[str, Path]:
     return {split: path for split, path in found.items() if path and path.is_dir()}
 
 
-def _read_splits(name: str, wanted: Sequence[str]) -> dict[str, list[Distinct]]:
-    """Those of the splits that there are, all images and maps checked."""
+def _read_splits(name: str, wanted: Sequence[str], group: str | None) -> dict[str, list[Distinct]]:
+    """Those of the splits that there are, all images and maps checked, each with its group."""
     own = _own_splits(name)
     if name.startswith("builtin:"):
-        scenes = _generate_scenes(name)
-        return {split: [(row, row.name) for row in rows] for split, rows in scenes.items() if split in wanted}
+        scenes = {split: rows for split, rows in _generate_scenes(name).items() if split in wanted}
+        return {
+            split: [(row, row.name) for row in group_files(rows, group, name, [row.name for row in rows])]
+            for split, rows in scenes.items()
+        }
     folders = _split_folders(Path(name).expanduser())
     found = {split: _pair_files(folders[split]) for split in own if split in wanted}
+    for split, rows in found.items():
+        paths = relative_paths([row.image for row in rows], Path(name).expanduser())
+        found[split] = group_files(rows, group, name, paths)
     images = {split: [{"bytes": None, "path": str(row.image)} for row in rows] for split, rows in found.items()}
     features = datasets.Features({"image": datasets.Image(decode=False)})
     tables = {split: datasets.Dataset.from_dict({"image": paths}, features=features) for split, paths in images.items()}
@@ -198,7 +211,12 @@ def _hold_out(
     """Images to train on and images held out; equal ones stay on one side, unless, the first time, all are equal."""
     if len(rows) == 1:
         raise BadInput(f"{name!r} has one image, so none can be held out; add some.")
-    held = set(hold_out_unlabelled(share, seed, _list_contents(rows)))
+    groups, contents = list_groups([row for row, _ in rows]), _list_contents(rows)
+    held = (
+        {*hold_out_unlabelled(share, seed, contents)}
+        if groups is None
+        else {*hold_out_groups(groups, contents, share, seed, "image", warn=first)}
+    )
     if not held and not first:
         raise BadInput(f"all images of {name!r} that are left are equal; add others.")
     if not held:

@@ -1,5 +1,6 @@
 """A promptable mask model scored on images with maps: IoU for each object and kind of prompt, with that of its base."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -8,7 +9,8 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from inlay.tasks.adapter import Adapter, check_task
-from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, Score, pick_evenly
+from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, Score, count_units, pick_evenly
+from inlay.tasks.groups import list_groups
 from inlay.tasks.masks.data import load_masks_to_score
 from inlay.tasks.masks.loss import MaskLoss
 from inlay.tasks.masks.view import SCORED_OBJECTS, MaskView, Prompts, scoring_view
@@ -50,18 +52,20 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
             of_base = {"base_iou": round(found[True][kind][k]["iou"], 6)} if able else {}
             rounded = {"iou": round(row["iou"], 6), "predicted_iou": round(row["predicted_iou"], 6)}
             table.append({**row, **rounded, "image": rows[row["image"]].name, **of_base})
-    counted = _count_objects(found[False])
-    notes += [f"Up to {SCORED_OBJECTS} objects of an image, which is the unit that was resampled: {counted}."]
+    groups = list_groups([rows[i] for i in picked])
+    count, unit, counted = count_units(len(picked), "image", groups, request.training.group_for(data))
+    resampled = ", which is the unit that was resampled" if groups is None else ""
+    notes += [f"Up to {SCORED_OBJECTS} objects of an image{resampled}: {_count_objects(found[False])}.", *counted]
     if request.compare and not able:
         notes += ["The base was not scored: the adapter is merged into it."]
     return Evaluation(
         data=data,
         task="mask-generation",
         split=chosen,
-        count=len(picked),
-        unit="image",
-        scores=_score_kinds(found[False], picked, request.resamples),
-        base=_score_kinds(found[True], picked, request.resamples) if able else None,
+        count=count,
+        unit=unit,
+        scores=_score_kinds(found[False], picked, groups, request.resamples),
+        base=_score_kinds(found[True], picked, groups, request.resamples) if able else None,
         rows=table,
         notes=notes,
     )
@@ -94,8 +98,10 @@ def _answer_prompts(model: Any, view: MaskView, picked: list[int]) -> list[dict[
     return rows
 
 
-def _score_kinds(found: dict[str, list[dict[str, Any]]], picked: list[int], resamples: int) -> dict[str, Score]:
-    """Mean IoU over objects for each kind of prompt; images are resampled, each with all its objects."""
+def _score_kinds(
+    found: dict[str, list[dict[str, Any]]], picked: list[int], groups: Sequence[str] | None, resamples: int
+) -> dict[str, Score]:
+    """Mean IoU over objects for each kind of prompt; images or groups are resampled, each with all its objects."""
     place = {image: i for i, image in enumerate(picked)}
     sums, counts = {}, {}
     for kind, rows in found.items():
@@ -106,7 +112,7 @@ def _score_kinds(found: dict[str, list[dict[str, Any]]], picked: list[int], resa
     def statistic(rows: Indices) -> dict[str, float]:
         return {f"mean_iou_{kind}": float(sums[kind][rows].sum() / max(1, counts[kind][rows].sum())) for kind in found}
 
-    return score_with_intervals(statistic, len(picked), resamples=resamples)
+    return score_with_intervals(statistic, len(picked), groups=groups, resamples=resamples)
 
 
 def _count_objects(found: dict[str, list[dict[str, Any]]]) -> str:

@@ -12,10 +12,11 @@ import datasets
 
 from inlay.errors import BadInput
 from inlay.tasks.classification import LabelledRows, choose_labelled_rows, warn_of_overlaps
-from inlay.tasks.evaluation import Split, Training, check_labels
+from inlay.tasks.evaluation import Split, Training, check_labels, name_groups
+from inlay.tasks.groups import read_groups
 from inlay.tasks.sampling import complete_parts, normalise_label, sort_labels
-from inlay.tasks.tables import Table, hub_splits, list_first, read_table
-from inlay.tasks.text.data import SPLITS, find_column, read_folder, warn_of_unused_columns
+from inlay.tasks.tables import Table, find_column, hub_splits, list_first, read_table
+from inlay.tasks.text.data import SPLITS, read_folder, warn_of_unused_columns
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ PAIRS = (
 TEXTS = ("text", "sentence", "review", "content")
 LABELS = ("label", "labels", "class", "target", "category")
 WANTED = "builtin:families, a table, a folder of them or a Hub dataset"
-Row = tuple[str, str | None, str]  # a text, what it is compared with, and its label
+Row = tuple[str, str | None, str, str | None]  # a text, what it is compared with, its label and its group
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def load_sequences(
     text_column: str | None = None,
     pair_column: str | None = None,
     label_column: str | None = None,
+    group: str | None = None,
     test: bool = False,
 ) -> SequenceData:
     """Labelled texts for training, validation and, where the data has one, test.
@@ -83,6 +85,8 @@ def load_sequences(
         text_column: Column of the texts, where it cannot be told.
         pair_column: Column of the second texts; without it, but with text_column, there are none.
         label_column: Column of the labels, where it cannot be told.
+        group: Keep together what stands with one value in this column: the patient, the author. The rows then have a
+            column `group`.
         test: Keep a part that chooses nothing where the data has no test split: what would be validation without this;
             validation is then held out of the rest.
 
@@ -96,9 +100,9 @@ def load_sequences(
         raise BadInput("pair_column needs text_column too; pass both.")
     tables = _read_tables(name, revision)
     columns = _find_columns(tables["train"][0], text_column, pair_column, label_column)
-    own = _labelled_splits(name, tables, columns)
-    rows = {split: [row for table in tables[split] for row in _read_rows(table, columns)] for split in own}
-    labels = sort_labels([label for _, _, label in rows["train"]])
+    own = _labelled_splits(name, tables, columns, group)
+    rows = {split: _read_rows(tables[split], columns, group, name, required=split == "train") for split in own}
+    labels = sort_labels([label for _, _, label, _ in rows["train"]])
     if len(labels) < 2:
         raise BadInput(f"the training texts of {name!r} have one class only ({list_first(labels)}); add another.")
     parts = {split: _label_rows(found, labels, name, split) for split, found in rows.items()}
@@ -108,7 +112,7 @@ def load_sequences(
     def hold_out(found: LabelledRows, first: bool) -> tuple[LabelledRows, LabelledRows]:
         return found.hold_out(labels, validation, seed, "text", first=first, refuse_equal=True)
 
-    complete_parts(parts, test, hold_out, name, "text")
+    complete_parts(parts, test, hold_out, name, name_groups(group) if group else "text")
     made = {split: found.rows for split, found in parts.items()}
     return SequenceData(name, made["train"], made["validation"], tuple(labels), made.get("test"), test_split)
 
@@ -134,25 +138,30 @@ def load_sequences_to_score(
     training = training or Training()
     tables = _read_tables(name, None)
     columns = _find_columns(tables["train"][0], None, None, None)
-    own = _labelled_splits(name, tables, columns)
+    group = training.group_for(name)
+    own = _labelled_splits(name, tables, columns, group)
     known = [normalise_label(label) for label in labels]
 
     def load(parts: list[str]) -> LabelledRows:
-        found = [row for part in parts for table in tables[part] for row in _read_rows(table, columns)]
-        check_labels(name, sort_labels([label for _, _, label in found]), known, adapter)
+        read = [table for part in parts for table in tables[part]]
+        found = _read_rows(read, columns, group, name, required=parts == ["train"])
+        check_labels(name, sort_labels([label for _, _, label, _ in found]), known, adapter)
         return _label_rows(found, known, name, parts[0])
 
     scored: Split = "test" if "test" in own else "validation"
     return choose_labelled_rows(name, own, load, known, wanted=split, scored=scored, training=training, noun="text")
 
 
-def _labelled_splits(name: str, tables: dict[str, list[Table]], columns: tuple[str, str | None, str]) -> list[str]:
+def _labelled_splits(
+    name: str, tables: dict[str, list[Table]], columns: tuple[str, str | None, str], group: str | None
+) -> list[str]:
     """The splits that can be used, train among them; the others, and the columns that are not used, are named."""
     own = [split for split in tables if split == "train" or _has_labels(tables[split], columns[2])]
     for split in tables:
         if split not in own:
             logger.warning("split %s of %r has no labels and is left out.", split, name)
-    warn_of_unused_columns(name, [table for split in own for table in tables[split]], list(filter(None, columns)))
+    used = list(filter(None, (*columns, group)))
+    warn_of_unused_columns(name, [table for split in own for table in tables[split]], used)
     return own
 
 
@@ -227,8 +236,19 @@ def _has_labels(tables: list[Table], label: str) -> bool:
     )
 
 
-def _read_rows(table: Table, columns: tuple[str, str | None, str]) -> list[Row]:
-    """Texts and labels of every row, checked."""
+def _read_rows(
+    tables: list[Table], columns: tuple[str, str | None, str], group: str | None, name: str, *, required: bool
+) -> list[Row]:
+    """Texts, labels and groups of every row, checked; a group that not all tables have may be `required`."""
+    read = [row for table in tables for row in _read_texts(table, columns)]
+    groups = read_groups(tables, group, name, required=required)
+    if groups is None:
+        return [(*row, None) for row in read]
+    return [(*row, each) for row, each in zip(read, groups, strict=True)]
+
+
+def _read_texts(table: Table, columns: tuple[str, str | None, str]) -> list[tuple[str, str | None, str]]:
+    """Texts and labels of a table."""
     text, pair, label = columns
     texts, words = _read_column(table, text), _read_column(table, label)
     pairs: Sequence[Any] = _read_column(table, pair) if pair else [None] * len(texts)
@@ -256,10 +276,12 @@ def _read_column(table: Table, column: str) -> Sequence[Any]:
 
 def _label_rows(rows: list[Row], labels: Sequence[str], name: str, split: str) -> LabelledRows:
     places = {label: i for i, label in enumerate(labels)}
-    unknown = sort_labels([label for _, _, label in rows if label not in places])
+    unknown = sort_labels([label for _, _, label, _ in rows if label not in places])
     if unknown:
         raise BadInput(f"{name!r} has the labels {list_first(unknown)} in {split} only; add them to training.")
     columns = {"text": [r[0] for r in rows], "label": [places[r[2]] for r in rows]}
     if rows[0][1] is not None:
         columns["pair"] = [r[1] for r in rows]
-    return LabelledRows(datasets.Dataset.from_dict(columns), [(text, pair) for text, pair, _ in rows])
+    if rows[0][3] is not None:
+        columns["group"] = [r[3] for r in rows]
+    return LabelledRows(datasets.Dataset.from_dict(columns), [r[:2] for r in rows])

@@ -34,13 +34,15 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
         data, labels, adapter=adapter.name, split=request.split, training=request.training
     )
     rows = rows.select(pick_evenly(len(rows), request.limit))
+    groups = rows["group"][:] if "group" in rows.column_names else None
     names = [{key: row[key] for key in ("text", "pair") if key in row} for row in rows]
     return evaluate_classifier(
         adapter,
         request,
         data=data,
         split=chosen,
-        unit="text",
+        noun="text",
+        groups=groups,
         labels=labels,
         true=np.array(rows["label"][:], np.int64),
         names=names,

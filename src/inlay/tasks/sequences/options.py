@@ -40,7 +40,7 @@ class SequenceTask(TaskOptions):
         from inlay.tasks.sequences.view import SequenceView
 
         set_seed(seed)
-        data = load_sequences(self.dataset, seed=seed, test=test)
+        data = load_sequences(self.dataset, seed=seed, group=self.group, test=test)
         with self.offering_embedded_base():
             tokenizer = load_tokenizer(self.model)
         processor = SequenceProcessor(tokenizer, max_length=self.max_length)

@@ -7,14 +7,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 
 from inlay.errors import BadInput
-from inlay.tasks.evaluation import Split, Training, choose_split, split_note
+from inlay.tasks.evaluation import Split, Training, choose_split, name_groups, split_note
+from inlay.tasks.groups import hold_out_groups, list_groups, read_groups, warn_of_shared_groups
 from inlay.tasks.sampling import complete_parts
-from inlay.tasks.tables import KINDS, Table, hub_splits, kind_of, list_first, read_table
+from inlay.tasks.tables import KINDS, Table, find_column, hub_splits, kind_of, list_first, read_table
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +44,17 @@ SYSTEM = ("system", "system_prompt")  # LLaMA-Factory, Intel's orca_dpo_pairs; O
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # of ShareGPT, in the words of chat templates
 SPLITS = {"train": "train", **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"), "test": "test"}
 WANTED = "builtin:restaurants, a table, a text, a folder of them or a Hub dataset"
-Row = tuple[Any, str]  # a prompt and its completion
 MESSAGE = {"role": datasets.Value("string"), "content": datasets.Value("string")}
 Message: TypeAlias = dict[str, Any]  # role and content
 SPEAKERS = ("user", "assistant")  # of a pair in a history
+
+
+class Row(NamedTuple):
+    """A prompt and its completion, and the group that it belongs to, where one was asked for."""
+
+    prompt: Any
+    completion: str
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,7 @@ def load_texts(
     validation: float = 0.1,
     prompt_column: str | None = None,
     completion_column: str | None = None,
+    group: str | None = None,
     test: bool = False,
 ) -> TextData:
     """Prompts and completions for training, validation and, where the data has one, test.
@@ -143,6 +152,8 @@ def load_texts(
         prompt_column: Column of the prompts, where it cannot be told.
         completion_column: Column of the completions, where it cannot be told; without prompt_column it holds
             chat messages or running text.
+        group: Keep together what stands with one value in this column: the author, the book. Running text is then held
+            out by whole documents. The rows then have a column `group`.
         test: Keep a part that chooses nothing where the data has no test split: what would be validation without this;
             validation is then held out of the rest.
 
@@ -154,16 +165,17 @@ def load_texts(
         raise BadInput(f"validation must be a share between 0 and 1, got {validation}.")
     if prompt_column and not completion_column:
         raise BadInput("prompt_column needs completion_column; pass both.")
-    splits, plain = _read_splits(name, revision, prompt_column, completion_column)
+    splits, plain = _read_splits(name, revision, prompt_column, completion_column, group)
+    warn_of_shared_groups({split: list_groups(rows) for split, rows in splits.items()}, "row")
     for split in ("validation", "test"):
         if split in splits:
             _warn_of_overlap(splits["train"], splits[split], split)
     test_split: Split = "test" if "test" in splits or not test else "validation"
 
     def hold_out(rows: list[Row], first: bool) -> tuple[list[Row], list[Row]]:
-        return _hold_out(rows, plain, validation, seed, name)
+        return _hold_out(rows, plain, validation, seed, name, first=first)
 
-    complete_parts(splits, test, hold_out, name, "text" if plain else "prompt")
+    complete_parts(splits, test, hold_out, name, name_groups(group) if group else "text" if plain else "prompt")
     made = {split: _make_dataset(rows) for split, rows in splits.items()}
     return TextData(name, made["train"], made["validation"], made.get("test"), plain, test_split)
 
@@ -185,7 +197,7 @@ def load_texts_to_score(
         InlayError: As `load_texts`; no such split.
     """
     training = training or Training()
-    splits, plain = _read_splits(name)
+    splits, plain = _read_splits(name, group=training.group_for(name))
     own = [each for each in ("train", "validation", "test") if each in splits]
     chosen = choose_split(name, split, own, "test" if "test" in splits else "validation", training)
     if "validation" not in splits and chosen in ("train", "validation"):
@@ -211,25 +223,34 @@ def _hashable(prompt: Any) -> Any:
 
 
 def _read_splits(
-    name: str, revision: str | None = None, prompt_column: str | None = None, completion_column: str | None = None
+    name: str,
+    revision: str | None = None,
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+    group: str | None = None,
 ) -> tuple[dict[str, list[Row]], bool]:
     """The rows of each split that a source has of its own, and whether they are running text without prompts."""
     tables = _read_tables(name, Path(os.path.expanduser(name)), revision)  # noqa: PTH111 - Path's own raises for an unknown user
     columns = _find_columns(tables["train"][0], prompt_column, completion_column)
     if "test" in tables:
         tables["test"] = [table for table in tables["test"] if _has_completions(table, columns)]
-    warn_of_unused_columns(name, [table for found in tables.values() for table in found], columns.used)
+    used = columns.used if group is None else [*columns.used, group]
+    warn_of_unused_columns(name, [table for found in tables.values() for table in found], used)
     splits = {
-        split: [row for table in found for row in _read_rows(table, columns)]
+        split: [
+            row
+            for table in found
+            for row in _read_rows(table, columns, read_groups([table], group, name, required=split == "train"))
+        ]
         for split, found in tables.items()
         if found
     }
-    if len({type(prompt) for rows in splits.values() for prompt, _ in rows}) > 1:
+    if len({type(row.prompt) for rows in splits.values() for row in rows}) > 1:
         raise BadInput(f"{name!r} mixes chat messages and plain text; split it into two data sets.")
     empty = [split for split, rows in splits.items() if not rows]
     if empty:
         raise BadInput(f"{', '.join(empty)} of {name!r} has no text; fill it or leave it out.")
-    plain = columns.prompt is None and isinstance(splits["train"][0][0], str)
+    plain = columns.prompt is None and isinstance(splits["train"][0].prompt, str)
     return splits, plain
 
 
@@ -290,14 +311,6 @@ def read_folder(folder: Path) -> dict[str, list[Table]]:
     for file, split in named.items():
         tables.setdefault(split, []).append(read_table(file))
     return tables
-
-
-def find_column(table: Table, column: str) -> str | None:
-    """A column's name as the table writes it."""
-    if column in table.names:
-        return column
-    alike = [name for name in table.names if name.strip().lower() == column.lower()]
-    return alike[0] if len(alike) == 1 else None
 
 
 def warn_of_unused_columns(name: str, tables: Sequence[Table], used: Sequence[str]) -> None:
@@ -374,27 +387,30 @@ def _has_completions(table: Table, columns: Columns) -> bool:
     return whole
 
 
-def _read_rows(table: Table, columns: Columns) -> list[Row]:
-    """Prompt and completion of every row, checked."""
+def _read_rows(table: Table, columns: Columns, known: Sequence[str] | None) -> list[Row]:
+    """Prompt and completion of every row, checked, with the groups that are known."""
     if not len(table):
         raise BadInput(f"{table.name!r} has no rows; fill it or leave it out.")
+    groups: Sequence[str | None] = known or [None] * len(table)
     completions = _read_column(table, columns.completion)
     if columns.prompt is None:
         if columns.completion in CHATS or isinstance(completions[0], list):
-            return _read_chats(table, columns, completions)
+            return _read_chats(table, columns, completions, groups)
         _check_text(table, columns.completion, completions)
-        return [("", text) for text in completions if text.strip()]  # lines of a book: some are empty
+        texts = zip(completions, groups, strict=True)
+        return [Row("", text, group) for text, group in texts if text.strip()]  # lines of a book: some are empty
     prompts = _read_column(table, columns.prompt)
     if isinstance(prompts[0], list) or (isinstance(completions[0], list) and columns.completion != "answers"):
-        return _read_chats(table, columns, [_join_chat(*row) for row in zip(prompts, completions, strict=True)])
+        chats = [_join_chat(*row) for row in zip(prompts, completions, strict=True)]
+        return _read_chats(table, columns, chats, groups)
     _check_text(table, columns.prompt, prompts)
     prompts = _surround_prompts(table, columns, prompts)
     if columns.completion == "answers" and not isinstance(completions[0], str):
-        return _expand_answers(table, prompts, completions)
+        return _expand_answers(table, prompts, completions, groups)
     _check_text(table, columns.completion, completions)
     empty = [i for i, text in enumerate(completions) if not text.strip()]
     _refuse_rows(table, empty, "the completion is empty")
-    return list(zip(prompts, completions, strict=True))
+    return list(map(Row, prompts, completions, groups))
 
 
 def _surround_prompts(table: Table, columns: Columns, prompts: Sequence[str]) -> list[str]:
@@ -442,7 +458,9 @@ def _read_turns(history: Any) -> list[Message] | None:
     return [{"role": role, "content": text} for pair in history for role, text in zip(SPEAKERS, pair, strict=True)]
 
 
-def _expand_answers(table: Table, prompts: Sequence[str], answers: Sequence[Any]) -> list[Row]:
+def _expand_answers(
+    table: Table, prompts: Sequence[str], answers: Sequence[Any], groups: Sequence[str | None]
+) -> list[Row]:
     """A row for each different answer, of SQuAD's {"text": [...], "answer_start": [...]} or lists of texts."""
     found: list[Any] = [value.get("text") if isinstance(value, dict) else value for value in answers]
     wrong = [i for i, each in enumerate(found) if not isinstance(each, list) or not all(map(_is_text, each))]
@@ -451,8 +469,8 @@ def _expand_answers(table: Table, prompts: Sequence[str], answers: Sequence[Any]
     if bare:
         logger.warning("%s have no answer (SQuAD 2 has such questions) and are left out.", table.where(bare))
     return [
-        (prompt, text)
-        for prompt, each in zip(prompts, found, strict=True)
+        Row(prompt, text, group)
+        for prompt, each, group in zip(prompts, found, groups, strict=True)
         for text in dict.fromkeys(each)
         if text.strip()
     ]
@@ -498,7 +516,7 @@ def _join_chat(prompt: Any, completion: Any) -> Any:
     return answered if contained and answered[0]["role"] != "assistant" else [*asked, *answered]
 
 
-def _read_chats(table: Table, columns: Columns, chats: Sequence[Any]) -> list[Row]:
+def _read_chats(table: Table, columns: Columns, chats: Sequence[Any], groups: Sequence[str | None]) -> list[Row]:
     """The last message as the completion of those before it."""
     wrong = [i for i, chat in enumerate(chats) if not _is_chat(chat)]
     shape = "list of messages {'role', 'content'} or {'from', 'value'} of text"
@@ -525,7 +543,7 @@ def _read_chats(table: Table, columns: Columns, chats: Sequence[Any]) -> list[Ro
             _put_in_front(chat, [{"role": "system", "content": t}]) if t else chat
             for chat, t in zip(read, told, strict=True)
         ]
-    return [(chat[:-1], chat[-1]["content"]) for chat in read]
+    return [Row(chat[:-1], chat[-1]["content"], group) for chat, group in zip(read, groups, strict=True)]
 
 
 def _put_in_front(chat: list[Message], first: list[Message]) -> list[Message]:
@@ -555,14 +573,21 @@ def _contents(messages: Sequence[Message]) -> list[str]:
     return [message["content"] for message in messages]
 
 
-def _hold_out(rows: list[Row], plain: bool, share: float, seed: int, name: str) -> tuple[list[Row], list[Row]]:
-    """Training and validation: of prompts some, of running text the end."""
+def _hold_out(
+    rows: list[Row], plain: bool, share: float, seed: int, name: str, *, first: bool = True
+) -> tuple[list[Row], list[Row]]:
+    """Training and validation: of prompts some, of running text the end, and of groups some."""
+    groups = list_groups(rows)
+    if groups is not None:
+        contents = [_hashable(row.prompt) or row.completion for row in rows]
+        held = {*hold_out_groups(groups, contents, share, seed, "text" if plain else "prompt", warn=first)}
+        return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
     return _hold_out_end(rows, share, name) if plain else _hold_out_prompts(rows, share, seed, name)
 
 
 def _hold_out_prompts(rows: list[Row], share: float, seed: int, name: str) -> tuple[list[Row], list[Row]]:
     """Training and validation without a prompt in both; by rank of a hash, alike on every machine."""
-    keys = [_hashable(prompt) for prompt, _ in rows]
+    keys = [_hashable(row.prompt) for row in rows]
     prompts = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
     if len(prompts) < 2:
         raise BadInput(
@@ -580,7 +605,7 @@ def _hold_out_end(rows: list[Row], share: float, name: str) -> tuple[list[Row], 
 
     A document that stands on both sides of it, or is cut there and stands elsewhere too, is trained on only.
     """
-    total, row = sum(len(text) for _, text in rows), 0
+    total, row = sum(len(document.completion) for document in rows), 0
     at = min(round(total * (1 - share)), total - 1)
     while row < len(rows) - 1 and at >= len(rows[row][1]):
         at -= len(rows[row][1])
@@ -593,10 +618,10 @@ def _hold_out_end(rows: list[Row], share: float, name: str) -> tuple[list[Row], 
         at = len(text)
     known = {*before, rows[row]}
     parts = (
-        [*before, ("", text[:at]), *(document for document in after if document in known)],
-        [("", text[at:]), *(document for document in after if document not in known)],
+        [*before, Row("", text[:at]), *(document for document in after if document in known)],
+        [Row("", text[at:]), *(document for document in after if document not in known)],
     )
-    train, held = ([(prompt, text) for prompt, text in part if text.strip()] for part in parts)
+    train, held = ([document for document in part if document.completion.strip()] for part in parts)
     if not train or not held:
         raise BadInput(
             f"{name!r} has too little text to hold out a part that is not trained on; add a validation file."
@@ -606,14 +631,16 @@ def _hold_out_end(rows: list[Row], share: float, name: str) -> tuple[list[Row], 
 
 def _warn_of_overlap(train: list[Row], held: list[Row], split: str) -> None:
     """Count the prompts, or the documents without prompts, of a split that are in training too."""
-    known, found = ({_hashable(prompt) or text for prompt, text in rows} for rows in (train, held))
+    known, found = ({_hashable(row.prompt) or row.completion for row in rows} for rows in (train, held))
     if found & known:
-        noun = "prompts" if any(prompt for prompt, _ in held) else "documents"
+        noun = "prompts" if any(row.prompt for row in held) else "documents"
         logger.warning("%d of %d %s of %s are in training too.", len(found & known), len(found), noun, split)
 
 
 def _make_dataset(rows: list[Row]) -> datasets.Dataset:
-    prompts, completions = zip(*rows, strict=True)
+    prompts, completions, _ = zip(*rows, strict=True)
+    groups = list_groups(rows)
     prompt = datasets.Value("string") if isinstance(prompts[0], str) else datasets.List(MESSAGE)
     features = datasets.Features({"prompt": prompt, "completion": datasets.Value("string")})
-    return datasets.Dataset.from_dict({"prompt": list(prompts), "completion": list(completions)}, features=features)
+    made = datasets.Dataset.from_dict({"prompt": list(prompts), "completion": list(completions)}, features=features)
+    return made if groups is None else made.add_column("group", groups)

@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from inlay.errors import InlayError
 from inlay.tasks.adapter import Adapter, check_task
-from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, Score, pick_evenly
+from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, Score, count_units, pick_evenly
+from inlay.tasks.groups import join_units
 from inlay.tasks.statistics import Indices, score_with_intervals
 from inlay.tasks.text.data import group_by_prompt, load_texts_to_score
 from inlay.tasks.text.generate import Decoding, generate
@@ -47,18 +48,21 @@ def evaluate(
     references = {} if plain else group_by_prompt(rows)
     units = len(view) if plain else len(references)
     place = {prompt: i for i, prompt in enumerate(references)}
+    keys = [] if plain else list(_prompt_keys(rows))
     # The unit of each item of the view: its prompt, or itself.
-    owner = np.arange(units) if plain else np.array([place[key] for key in _prompt_keys(rows)])
+    owner = np.arange(units) if plain else np.array([place[key] for key in keys])
     picked = pick_evenly(units, request.limit)
     decoding = decoding or _read_decoding(request.training.decoding)
     prompts = [] if plain else [list(references)[i] for i in picked]
     wanted = [references[prompt] for prompt in prompts]
+    of_prompt = join_units(rows["group"][:], keys) if "group" in rows.column_names else {}
+    groups = [of_prompt[prompt] for prompt in prompts] if of_prompt and prompts else None  # blocks go across documents
 
     def measure(model: Any) -> _Measurement:
         losses, tokens = _sum_losses(model, view, np.isin(owner, picked))
         losses, tokens = (np.bincount(owner, each, minlength=units)[picked] for each in (losses, tokens))
         texts = generate(model, adapter.processor, prompts, decoding) if prompts else []
-        scores, written = _score_units(losses, tokens, texts, wanted, request.resamples)
+        scores, written = _score_units(losses, tokens, texts, wanted, groups, request.resamples)
         return _Measurement(losses, tokens, scores, written)
 
     own, base = measure(adapter.model), None
@@ -73,16 +77,18 @@ def evaluate(
     names: list[dict[str, Any]] = [{"prompt": _format_prompt(prompt)} for prompt in prompts] or [
         {"block": i} for i in picked
     ]
+    noun = "block" if plain else "prompt"
+    count, unit, counted = count_units(len(picked), noun, groups, request.training.group_for(data))
     return Evaluation(
         data=data,
         task="text-generation",
         split=chosen,
-        count=len(picked),
-        unit="block" if plain else "prompt",
+        count=count,
+        unit=unit,
         scores=own.scores,
         base=base.scores if base else None,
         rows=[name | own.row(k) | (base.row(k, "base_") if base else {}) for k, name in enumerate(names)],
-        notes=notes,
+        notes=[*notes, *counted],
     )
 
 
@@ -126,7 +132,12 @@ def _sum_losses(model: Any, view: TextView, wanted: np.ndarray) -> tuple[np.ndar
 
 
 def _score_units(
-    losses: np.ndarray, tokens: np.ndarray, texts: Sequence[str], references: Sequence[Sequence[str]], resamples: int
+    losses: np.ndarray,
+    tokens: np.ndarray,
+    texts: Sequence[str],
+    references: Sequence[Sequence[str]],
+    groups: Sequence[str] | None,
+    resamples: int,
 ) -> tuple[dict[str, Score], TextScores | None]:
     """Scores over all units, and those of each text."""
     written = score_texts(texts, references) if texts else None
@@ -139,7 +150,7 @@ def _score_units(
             found[name] = metric._compute_score_from_stats(counts[rows].sum(0).tolist()).score
         return found | ({"rouge_l": float(rouge[rows].mean())} if written else {})
 
-    return score_with_intervals(statistic, len(losses), resamples=resamples), written
+    return score_with_intervals(statistic, len(losses), groups=groups, resamples=resamples), written
 
 
 def _corpus_statistics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, tuple[Any, np.ndarray]]:

@@ -50,7 +50,7 @@ class TextTask(TaskOptions):
         set_seed(seed)
         with self.offering_embedded_base():
             tokenizer = load_tokenizer(self.model)
-        data = load_texts(self.dataset, seed=seed, test=test)
+        data = load_texts(self.dataset, seed=seed, group=self.group, test=test)
         if virtual_tokens > tokenizer.model_max_length // 2:
             raise BadInput(
                 f"a prompt may take half of the base's {tokenizer.model_max_length} positions, got a length of "

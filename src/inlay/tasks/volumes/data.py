@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 from inlay.errors import BadInput, DamagedFile
-from inlay.tasks.evaluation import Split, Training, choose_split, split_note
+from inlay.tasks.evaluation import Split, Training, choose_split, name_groups, split_note
+from inlay.tasks.groups import group_files, hold_out_groups, list_groups, relative_paths, warn_of_shared_groups
 from inlay.tasks.sampling import complete_parts
 from inlay.tasks.tables import list_first
 from inlay.tasks.volumes.nifti import SUFFIXES, case_name, find_affine_conflict, has_suffix, read_volume
@@ -46,6 +47,7 @@ class Case:
         affine: Voxel index to mm, (4, 4), of voxels in memory; None: what the file says, or 1 mm.
         values: The numbers in the label map of the classes 1..K, in their order; None: 1, 2, ... themselves.
         ignored: The number of voxels that are neither trained on nor scored (nnU-Net's "ignore"); None: there is none.
+        group: What it is kept together with, where that was asked for.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Case:
     affine: np.ndarray | None = None
     values: tuple[int, ...] | None = None
     ignored: int | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ def load_volumes(
     validation: float = 0.2,
     modality: Modality | None = None,
     labels: Sequence[str] | None = None,
+    group: str | None = None,
     test: bool = False,
 ) -> VolumeData:
     """Labelled scans for training and validation; voxels are read only where nothing else tells the classes.
@@ -124,6 +128,8 @@ def load_volumes(
         validation: Share of the cases to hold out, between 0 and 1.
         modality: Instead of the one that dataset.json names; without either "other", which is treated as MR is.
         labels: Names of the classes without background, in the order of their values, instead of those found.
+        group: Keep together what this regular expression finds in the paths of scans, from the data's folder on: the
+            patient, the site.
         test: Keep a third part that chooses nothing: the data's test cases, or else what would be validation without
             this; validation is then held out of the rest.
 
@@ -134,7 +140,7 @@ def load_volumes(
         raise BadInput(
             f"validation must be between 0 and 1, and modality mr, ct or other, got {validation} and {modality!r}."
         )
-    found = find_cases(name)
+    found = _group_cases(find_cases(name), group, name)
     _refuse_faults(name, found.faults)
     named = _name_present_classes(found, [*found.train, *found.validation], name)
     names = tuple(named.values() if labels is None else labels)
@@ -150,12 +156,13 @@ def load_volumes(
     own = {"train": found.train, "validation": found.validation, "test": found.test if test else []}
     parts = {part: _with_values(cases, named, found.ignored) for part, cases in own.items() if cases}
     _warn_of_affines([case for cases in parts.values() for case in cases])
+    warn_of_shared_groups({part: list_groups(cases) for part, cases in parts.items()}, "scan")
     test_split: Split = "test" if "test" in parts or not test else "validation"
 
     def hold_out(cases: list[Case], first: bool) -> tuple[list[Case], list[Case]]:
         return hold_out_cases(cases, validation, seed, name)
 
-    complete_parts(parts, test, hold_out, name, "scan")
+    complete_parts(parts, test, hold_out, name, name_groups(group) if group else "scan")
     tested = tuple(parts["test"]) if test else None
     modality = modality or found.modality or "other"
     return VolumeData(name, tuple(parts["train"]), tuple(parts["validation"]), names, modality, tested, test_split)
@@ -178,7 +185,7 @@ def load_volumes_to_score(
         InlayError: As `load_volumes`; no such split.
     """
     training = training or Training()
-    found = find_cases(name)
+    found = _group_cases(find_cases(name), training.group_for(name), name)
     parts = {"train": found.train, "validation": found.validation, "test": found.test if split == "test" else []}
     own = [part for part, cases in parts.items() if cases]  # test cases are scored only when asked for
     chosen = choose_split(name, split, own, "validation", training)
@@ -191,6 +198,19 @@ def load_volumes_to_score(
     cases = _with_values(scored, named, found.ignored)
     _warn_of_affines(cases)
     return chosen, tuple(cases), tuple(named.values()), split_note(name, chosen, own, training)
+
+
+def _group_cases(found: FoundCases, group: str | None, name: str) -> FoundCases:
+    """The same cases with the groups that a regular expression finds in their paths; in memory they have names only."""
+    folder = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for an unknown user
+
+    def with_groups(cases: list[Case]) -> list[Case]:
+        files = [case.image if isinstance(case.image, Path) else case.name for case in cases]
+        return group_files(cases, group, name, relative_paths(files, folder))
+
+    return replace(
+        found, train=with_groups(found.train), validation=with_groups(found.validation), test=with_groups(found.test)
+    )
 
 
 def _refuse_faults(name: str, faults: Sequence[tuple[str, str]]) -> None:
@@ -237,7 +257,7 @@ def name_classes(found: FoundCases, present: Iterable[int], name: str) -> dict[i
 
 
 def hold_out_cases(cases: Sequence[Case], share: float, seed: int, name: str) -> tuple[list[Case], list[Case]]:
-    """What is left of training cases and the share that is held out, by rank of a hash of their names.
+    """What is left of training cases and the share that is held out, by rank of a hash of their names, or of groups.
 
     So a new case moves few others.
 
@@ -246,6 +266,10 @@ def hold_out_cases(cases: Sequence[Case], share: float, seed: int, name: str) ->
     """
     if len(cases) < 2:
         raise BadInput(f"{name!r} needs at least two cases, to hold one out, got {len(cases)}; add some.")
+    groups, names = list_groups(cases), [case.name for case in cases]
+    if groups is not None:
+        chosen = {*hold_out_groups(groups, names, share, seed, "scan")}
+        return [case for i, case in enumerate(cases) if i not in chosen], [cases[i] for i in sorted(chosen)]
     ranked = sorted(cases, key=lambda case: hashlib.sha256(f"{seed}:{case.name}".encode()).digest())
     held = {case.name for case in ranked[: min(max(1, round(len(cases) * share)), len(cases) - 1)]}
     return [case for case in cases if case.name not in held], [case for case in cases if case.name in held]

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from inlay.tasks.adapter import Adapter, check_task
-from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, check_labels, pick_evenly
+from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, check_labels, count_units, pick_evenly
+from inlay.tasks.groups import list_groups
 from inlay.tasks.statistics import Indices, score_with_intervals
 from inlay.tasks.volumes.data import Case, load_volumes_to_score
 from inlay.tasks.volumes.grid import reorient_to_ras, spacing_of
@@ -63,17 +64,20 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
         }
         for k, label in enumerate(labels)
     ]
+    groups = list_groups(picked)
+    count, unit, counted = count_units(len(picked), "scan", groups, request.training.group_for(data))
     return Evaluation(
         data=data,
         task="volume-segmentation",
         split=chosen,
-        count=len(picked),
-        unit="scan",
-        scores=score_with_intervals(statistic, len(picked), resamples=request.resamples),
+        count=count,
+        unit=unit,
+        scores=score_with_intervals(statistic, len(picked), groups=groups, resamples=request.resamples),
         rows=[{key: round(v, 6) if isinstance(v, float) else v for key, v in row.items()} for row in rows],
         per_class=per_class,
         notes=[
             *notes,
+            *counted,
             f"Masks are those of `inlay segment` without prompts, on the scans' own grids; surface Dice within "
             f"{TOLERANCE_MM:g} mm.",
             "The base without the adapter has no score: it names no classes of scans.",

@@ -48,7 +48,7 @@ class VolumeTask(TaskOptions):
         from inlay.tasks.volumes.view import VolumeView, collate_volumes
 
         set_seed(seed)
-        data = load_volumes(self.dataset, seed=seed, test=test)
+        data = load_volumes(self.dataset, seed=seed, group=self.group, test=test)
         spacing = tuple(self.spacing_mm) if self.spacing_mm else "median"
         processor = VolumeProcessor.fitted(data, tuple(self.crop), spacing, self.flip)  # type: ignore[arg-type]
         crops = VolumeView(data.validation, processor, training=True, augment=False, flip=())
