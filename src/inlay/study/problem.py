@@ -150,7 +150,7 @@ class Problem:
         }
 
     def fits(self, names: Sequence[str] | None = None, width: int = 8) -> tuple[list[str], dict[str, str]]:
-        """Which methods fit the base, found on its structure, without its weights.
+        """Which methods fit the base, found without its weights, unless they are held in few bits.
 
         Args:
             names: Of METHODS; None: all of them but those that change the base, of which no adapter can be saved.
@@ -299,7 +299,8 @@ class Problem:
             raise Unsupported(f"{trial.method} is for bases of the kinds {', '.join(method.bases)}.")
         if self.task.quantize and method.trains == "model":
             raise Unsupported(f"{trial.method} cannot train weights in 8 or 4 bits.")
-        model = self.skeleton(trial)
+        # Packed weights are packed only where there are values, and some methods refuse them or do without.
+        model = self.adapt(trial) if self.task.quantize else self.skeleton(trial)
         if isinstance(model, PeftModel):
             self.row.check_method(model)
         if self.train.gradient_checkpointing:
