@@ -26,6 +26,7 @@ from inlay.errors import BadInput, DamagedFile, InlayError, Unreachable, Unsuppo
 from inlay.measure import footprint
 from inlay.methods import METHODS
 from inlay.methods._peft import PeftModel
+from inlay.study.costs import measure_trial
 from inlay.study.records import FILE, Records
 from inlay.study.sites import narrow_sites
 from inlay.study.trial import Outcome, Trial
@@ -252,7 +253,8 @@ class Problem:
             if "test" in measured:
                 outcome = replace(outcome, test=self._score(self.wrap(trial, adapted)))
             if "costs" in measured:
-                outcome = replace(outcome, costs=_measure_costs(adapted, result))
+                costs = measure_trial(adapted, self.data, self.train)
+                outcome = replace(outcome, costs={**costs, "steps_per_second": result.steps_per_second})
         except (OSError, BadInput, DamagedFile, Unreachable):  # of the study, not of the trial
             raise
         except Exception as error:  # NaN, no memory, whatever a model raises on inputs that it does not take
@@ -364,10 +366,6 @@ class Problem:
         )  # the interval of a comparison is over seeds
         found = self.row.evaluate(trained, self.task.dataset, request)
         return {name: score.value for name, score in found.scores.items()}
-
-
-def _measure_costs(model: nn.Module, result: FitResult) -> dict[str, Any]:
-    return {"trainable_parameters": footprint(model).trainable, "steps_per_second": result.steps_per_second}
 
 
 @contextmanager
