@@ -38,10 +38,6 @@ peft-suite: setup ## peft's own tests on inlay's methods
 bench: setup ## slow measurements, with their results in tests/benchmarks/results
 	$(BIN)/python tests/benchmarks/fit_speed.py
 	$(BIN)/python tests/benchmarks/frozen_blocks.py
-	PATH="$(BIN):$$PATH" accelerate launch recipes/compare_vit.py --overwrite
-	PATH="$(BIN):$$PATH" accelerate launch recipes/compare_vit.py --methods all --epochs 5 --seeds 0 \
-		--output_dir runs/compare_all --overwrite
-	cp runs/compare_all/comparison.json tests/benchmarks/results/compare_vit.json
 	$(BIN)/python tests/benchmarks/memory_plan.py
 	$(BIN)/python tests/benchmarks/adapter_latency.py
 	$(BIN)/python tests/benchmarks/stories260k.py

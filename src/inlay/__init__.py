@@ -57,8 +57,9 @@ if TYPE_CHECKING:
     from inlay.study.comparison import Comparison, Row
     from inlay.study.measure import measure_costs
     from inlay.study.problem import Problem
+    from inlay.study.report import save_comparison
     from inlay.study.trial import Outcome, Trial
-    from inlay.tasks.base import load_base
+    from inlay.tasks.base import load_base, make_task_options
     from inlay.tasks.images.data import ImageData, load_images
     from inlay.tasks.images.options import ImageTask
     from inlay.tasks.images.predict import draw_sheet, find_pictures, predict
@@ -183,6 +184,7 @@ _MODULE_OF = {
     "load_trained": "compress.prune.trained",
     "load_volumes": "tasks.volumes.data",
     "lora_targets": "bases.sites",
+    "make_task_options": "tasks.base",
     "mask_weights": "compress.prune.masks",
     "measure_costs": "study.measure",
     "merge": "combine.merge",
@@ -199,6 +201,7 @@ _MODULE_OF = {
     "run_recipe": "cli.recipe",
     "sam_targets": "tasks.masks.sites",
     "save_adapter": "adapters.save",
+    "save_comparison": "study.report",
     "save_pruned": "compress.prune.save",
     "scan_sensitivity": "compress.prune.scan",
     "segment": "tasks.volumes.segment",
@@ -285,6 +288,7 @@ __all__ = [
     "load_trained",
     "load_volumes",
     "lora_targets",
+    "make_task_options",
     "mask_weights",
     "measure_costs",
     "merge",
@@ -301,6 +305,7 @@ __all__ = [
     "run_recipe",
     "sam_targets",
     "save_adapter",
+    "save_comparison",
     "save_pruned",
     "scan_sensitivity",
     "segment",

@@ -12,7 +12,6 @@ of papers. The training text is tokenised in its archive; `plain` undoes that, e
 
 import argparse
 import csv
-import json
 import platform
 import re
 import statistics
@@ -20,17 +19,30 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
-from inlay import Decoding, NextToken, TextProcessor, TextTask, TextView, TrainConfig, fit, judge, load_base, load_texts
+from inlay import (
+    Comparison,
+    Decoding,
+    NextToken,
+    TextProcessor,
+    TextTask,
+    TextView,
+    TrainConfig,
+    compare,
+    fit,
+    judge,
+    load_base,
+    load_texts,
+)
 from inlay.files.atomic import writing
 from inlay.methods import METHODS
-from inlay.study.compare import Compared, compare_texts, table
+from inlay.study.report import save_comparison, write_markdown_table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from places import SHARED
@@ -135,7 +147,7 @@ def time_steps(base: Path, data: Path, arguments: argparse.Namespace) -> dict[st
     return {name: statistics.median(each[name] for each in rounds[1:]) for name in steppers}
 
 
-def report(rows: list[Compared], untuned: dict[str, float], arguments: argparse.Namespace) -> str:
+def report(comparison: Comparison, untuned: dict[str, float], arguments: argparse.Namespace) -> str:
     """The table, with what a paper reports beside it."""
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
     scores = ", ".join(f"{name} {value:.1f}" for name, value in untuned.items())
@@ -143,10 +155,9 @@ def report(rows: list[Compared], untuned: dict[str, float], arguments: argparse.
     paragraphs = [
         "# Tuning a small GPT-2 on E2E",
         f"{arguments.steps} steps of {arguments.batch_size} pairs, seeds {arguments.seeds}, width {arguments.width}, "
-        f"beams {arguments.beams}; devset.csv (547 meaning representations, 4,672 references); CPU, "
-        f"{torch.get_num_threads()} thread(s), {versions}. Perplexity is that of held-out training pairs. Written by "
-        "`tests/benchmarks/e2e_gpt2.py`.",
-        table(rows),
+        "greedy; devset.csv (547 meaning representations, 4,672 references); CPU, "
+        f"{torch.get_num_threads()} thread(s), {versions}. Written by `tests/benchmarks/e2e_gpt2.py`.",
+        write_markdown_table(comparison),
         f"The base before tuning: {scores}. It has not seen some names and cuisines; their words have untrained "
         "embeddings, which full tuning alone changes. Steps were timed by turns, 12 of each method.",
         "As reported by Hu et al. 2021 (arXiv:2106.09685, table 3), not measured here: GPT-2 medium (355 M parameters, "
@@ -163,7 +174,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--beams", type=int, default=1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(RATES), choices=list(RATES))
     parser.add_argument("--check", action="store_true", help="Compare `plain` with the development set, and stop.")
@@ -180,33 +190,30 @@ def main() -> None:
         prepare(data, folder)
     if not (folder / "base").exists():
         pretrain(folder, SHARED / "gpt2_tokenizer", arguments.base_steps)
-    decoding = Decoding(beams=arguments.beams, max_new_tokens=72, decode_batch=64)
     processor = TextProcessor(AutoTokenizer.from_pretrained(folder / "base"))
     untuned = judge(
         AutoModelForCausalLM.from_pretrained(folder / "base").eval(),
         processor,
         load_texts(str(folder / "rest")),
-        decoding,
+        Decoding(),
     )
     assert untuned is not None
     print(f"the base before tuning: {untuned}", flush=True)
-    epochs = arguments.steps * arguments.batch_size / len(load_texts(str(folder / "rest")).train)
-    train = TrainConfig(
-        str(folder / "runs"), epochs=epochs, batch_size=arguments.batch_size, eval_every=arguments.steps, workers=0
-    )
-    rows = compare_texts(
+    comparison = compare(
         TextTask(str(folder / "base"), str(folder / "rest")),
-        train,
+        TrainConfig(str(folder / "runs"), batch_size=arguments.batch_size, eval_every=arguments.steps, workers=0),
         methods=arguments.methods,
-        learning_rates=[RATES[name] for name in arguments.methods],
+        learning_rates={name: [RATES[name]] for name in arguments.methods},
         seeds=arguments.seeds,
         width=arguments.width,
-        decoding=decoding,
+        steps=arguments.steps,
     )
     seconds = time_steps(folder / "base", folder / "rest", arguments)
-    rows = [replace(row, steps_per_second=1 / seconds[row.method]) for row in rows]
-    text = report(rows, untuned.total, arguments)
-    RESULTS.with_suffix(".json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    rows = [replace(row, costs={**row.costs, "steps_per_second": 1 / seconds[row.method]}) for row in comparison.rows]
+    comparison = replace(comparison, base="gpt2-e2e", data="e2e_nlg", rows=rows)
+    save_comparison(comparison, folder / "report")
+    text = report(comparison, untuned.total, arguments)
+    comparison.write(RESULTS.with_suffix(".json"))
     RESULTS.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
 

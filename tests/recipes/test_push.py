@@ -50,7 +50,7 @@ def test_a_recipe_trains_and_pushes_and_goes_on_after_a_broken_push(hub, monkeyp
         ("lora_vit.py", "", "'' is no name on the Hub"),
         ("lora_vit.py", "ann/digits/a b", "'ann/digits/a b' is no name on the Hub"),
         ("lora_vit.py", "ann/digits", "set HF_TOKEN"),
-        ("compare_vit.py", "ann/digits", "this recipe saves no adapter, so there is nothing to push"),
+        ("compare.py", "ann/digits", "this recipe saves no adapter, so there is nothing to push"),
     ],
 )
 def test_what_cannot_be_pushed_is_said_before_the_training(hub, monkeypatch, capsys, tmp_path, recipe, repo, sentence):

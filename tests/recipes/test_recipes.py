@@ -95,13 +95,12 @@ def test_predict_recipe_reads_what_was_saved(trained, monkeypatch, capsys, tmp_p
     assert sum(line.startswith("a handwritten") for line in lines) == 16 and (tmp_path / "sheet.png").is_file()
 
 
-def test_compare_vit_prints_one_row_a_method(monkeypatch, capsys, tmp_path):
-    arguments = ["--output_dir", tmp_path / "c", "--epochs", 0.1, "--seeds", 0, 1, "--methods", "probe", "lora"]
-    run(monkeypatch, "compare_vit.py", *arguments, "--workers", 0)
-    rows = json.loads((tmp_path / "c" / "comparison.json").read_text())
-    assert [row["method"] for row in rows] == ["probe", "lora"] and len(rows[0]["scores"]["accuracy"]) == 2
-    assert 0 < rows[0]["trainable"] < rows[1]["trainable"]
-    assert "| probe |" in capsys.readouterr().out
+def test_compare_prints_one_row_a_method(monkeypatch, capsys, tmp_path):
+    arguments = ["--output_dir", tmp_path / "c", "--epochs", 0.05, "--seeds", 0, "--methods", "probe", "--dataset"]
+    run(monkeypatch, "compare.py", *arguments, "builtin:digits")
+    (row,) = json.loads((tmp_path / "c" / "comparison.json").read_text())["rows"]
+    assert row["method"] == "probe" and len(row["scores"]["accuracy"]) == 1 and len(row["curve"]) >= 4
+    assert "| probe" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -284,12 +284,3 @@ def test_chats_are_asked_as_in_training_and_scored_by_what_was_held_out_there(mo
         cli.main()
     out, err = capsys.readouterr()
     assert out.strip() == found["by_prompt"][0]["generated"] and err == ""
-
-
-def test_compare_gpt2_prints_one_row_a_method(pairs, monkeypatch, capsys, tmp_path):
-    arguments = ["--dataset", pairs, "--output_dir", tmp_path / "c", "--methods", "lora", "prompt", "--seeds", 0]
-    run(monkeypatch, "compare_gpt2.py", *arguments, *SHORT, "--width", 4)
-    rows = json.loads((tmp_path / "c" / "comparison.json").read_text())
-    assert [row["method"] for row in rows] == ["lora", "prompt"] and rows[1]["trainable"] == 4 * 128
-    assert rows[0]["scores"].keys() == {"perplexity", "bleu", "chrf", "rouge_l"} and rows[0]["peak_bytes"] > 6_000_000
-    assert "| prompt | 512 |" in capsys.readouterr().out

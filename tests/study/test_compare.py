@@ -1,16 +1,20 @@
-"""Methods side by side: each trained as it says, one table of what they cost and score."""
+"""Methods at their best learning rate: chosen on one part of the data, scored on another."""
 
-import csv
-import json
+import math
 from dataclasses import replace
 
 import pytest
 
-from inlay import Decoding, ImageTask, InlayError, TextTask, TrainConfig, load_base
+from inlay import ImageTask, InlayError, TrainConfig, compare, load_base
 from inlay.methods import METHODS
-from inlay.study.compare import Compared, compare_images, compare_texts, table
+from inlay.study import compare as module
+from inlay.study.compare import _Search, sort_rows
+from inlay.study.comparison import Row
+from inlay.study.problem import Problem
+from inlay.study.records import Records
+from inlay.study.trial import Outcome, Trial
 
-TEXTS = TextTask("builtin:gpt2-tiny", "builtin:restaurants")
+QUICK = {"width": 2, "steps": 2, "costs": False, "forgetting": False, "tell": None}
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if "vision" in method.bases])
@@ -23,107 +27,169 @@ def test_a_method_trains_what_it_says(name):
     assert any("classifier" not in n for n in trained) == (name != "probe")
 
 
-def test_unknown_methods_and_no_seeds_are_refused(tmp_path):
-    config = TrainConfig(output_dir=str(tmp_path / "run"))
-    with pytest.raises(InlayError, match="probe, lora"):
-        compare_images(ImageTask("builtin:vit-tiny", "builtin:digits"), config, methods=["nothing"])
-    with pytest.raises(InlayError, match="one seed or more"):
-        compare_images(ImageTask("builtin:vit-tiny", "builtin:digits"), config, seeds=[])
-    assert not (tmp_path / "run").exists()
+class Judged:
+    """Stands for a Problem: the loss of a rate is its distance from the best one, in decades."""
+
+    larger_is_better = True
+
+    def __init__(self, best, broken=math.inf):
+        self.best, self.broken = best, broken
+
+    def complete(self, trial):
+        return trial
+
+    def run(self, trial):
+        if trial.learning_rate > self.broken:
+            return Outcome(trial, failed="training broke at step 1: loss nan.")
+        return Outcome(trial, validation={"loss": abs(math.log10(trial.learning_rate / self.best))})
+
+    def main_score(self, outcome):
+        return math.nan if outcome.failed else -outcome.validation["loss"]
 
 
-def test_table_gives_mean_and_spread():
-    rows = [
-        Compared("lora", 2e-3, 12_345, {"accuracy": [0.9, 0.8, 1.0]}, 4.0, 56_400),
-        Compared("probe", 1e-2, 970, {"accuracy": [0.5]}, 9.0, 4_300),
-    ]
-    assert table(rows).splitlines()[2:] == [
-        "| lora | 12,345 | 0.002 | 0.9000 ± 0.1000 | 250 | 56 |",
-        "| probe | 970 | 0.01 | 0.5000 | 111 | 4 |",
-    ]
+def search(problem, rates=None):
+    """All rates that are tried in the end, in their order."""
+    found = _Search.plan(problem, Trial("lora", 1e-2), rates, (0.1, 0.316, 1.0, 3.16))
+    module._search_rates([found], lambda what, trials: [problem.run(trial) for trial in trials])
+    return found
 
 
-@pytest.fixture
-def pairs(tmp_path):
-    """A folder of csv files of E2E's form: 12 meanings with 2 references each."""
-    folder = tmp_path / "pairs"
-    folder.mkdir()
-    meanings = [(name, food) for name in ("The Oak", "Fern", "Cotto", "Zizzi") for food in ("Thai", "French", "Indian")]
-    rows = [
-        (f"name[{name}], food[{food}]", said)
-        for name, food in meanings
-        for said in (f"{name} serves {food} food.", f"Go to {name} for {food} food.")
-    ]
-    for split, part in (("train", rows[:12]), ("devset", rows[12:18]), ("test", rows[18:])):
-        with (folder / f"{split}.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([("mr", "ref"), *part])
+@pytest.mark.parametrize(
+    ("problem", "tried", "best", "edge"),
+    [
+        (Judged(3e-3), [0.001, 0.0032, 0.01, 0.032], 0.0032, False),
+        (Judged(3e-2), [0.001, 0.0032, 0.01, 0.032, 0.1], 0.032, False),
+        (Judged(1e-1), [0.001, 0.0032, 0.01, 0.032, 0.1, 0.32], 0.1, False),
+        (Judged(1e1), [0.001, 0.0032, 0.01, 0.032, 0.1, 0.32], 0.32, True),  # two half-decades and no more
+        (Judged(1e-9), [0.001, 0.0032, 0.01, 0.032, 0.00032, 0.0001], 0.0001, True),
+        (Judged(1e-1, broken=2e-3), [0.001, 0.0032, 0.01, 0.032, 0.00032], 0.001, False),
+        (Judged(1e-1, broken=1e-9), [0.001, 0.0032, 0.01, 0.032, 0.00032, 0.0001], None, False),
+    ],
+)
+def test_a_grid_grows_where_its_best_rate_is_at_an_edge(problem, tried, best, edge):
+    found = search(problem)
+    assert (found.rates, found.best, found.edge) == (tried, best, edge)
+    assert len(found.list_finals([0, 1, 2])) == (0 if best is None else 3)
+
+
+def test_rates_that_are_given_are_those_that_are_tried():
+    assert search(Judged(1.0), [1e-3, 1e-4]).rates == [1e-4, 1e-3]
+    assert search(Judged(1.0), {"lora": [5e-4]}).rates == [5e-4]
+    assert len(search(Judged(3e-3), {"ia3": [5e-4]}).rates) == 4
+
+
+def test_among_equal_scores_the_smallest_loss_chooses():
+    problem = Judged(1e-2)
+    problem.main_score = lambda outcome: 0.5
+    assert search(problem, [1e-3, 1e-2, 1e-1]).best == 1e-2
+
+
+def test_rows_stand_by_their_means():
+    def row(name, *scores):
+        return Row(name, 1e-3, 8, {}, False, {"s": list(scores)} if scores else {}, [])
+
+    rows = [row("none"), row("low", 0.1, 0.3), row("one", math.nan, 0.9), row("high", 0.5, 0.7)]
+    assert [r.method for r in sort_rows(rows, "s", True)] == ["one", "high", "low", "none"]
+    assert [r.method for r in sort_rows(rows, "s", False)] == ["low", "high", "one", "none"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    folder, found = tmp_path_factory.mktemp("digits"), load_digits()
+    for digit in range(3):
+        (folder / str(digit)).mkdir()
+        for i in [i for i, label in enumerate(found.target) if label == digit][:15]:
+            Image.fromarray((found.images[i] * 15.9).astype("uint8")).save(folder / str(digit) / f"{i}.png")
     return folder
 
 
-def test_texts_are_compared_by_what_is_written_and_that_is_read_back(pairs, tmp_path, monkeypatch):
-    train = TrainConfig(output_dir=str(tmp_path / "c"), epochs=2, batch_size=6, workers=0)
-
-    def compare(max_new_tokens=6):
-        return compare_texts(
-            TextTask("builtin:gpt2-tiny", str(pairs), label_smoothing=0.1),
-            train,
-            methods=["lora", "bias"],
-            seeds=[3],
-            width=4,
-            decoding=Decoding(max_new_tokens=max_new_tokens),
-        )
-
-    rows = compare()
-    assert [(row.method, row.learning_rate) for row in rows] == [
-        (n, METHODS[n].learning_rate) for n in ("lora", "bias")
-    ]
-    assert rows[0].trainable == 6 * 4 * (512 + 256 + 640 + 640)  # rank 4 on the four matrices of 6 blocks
-    for row in rows:
-        assert list(row.scores) == ["perplexity", "bleu", "chrf", "rouge_l"]
-        assert all(len(values) == 1 for values in row.scores.values()) and row.scores["perplexity"][0] > 1
-        assert row.peak_bytes > 4 * 1_484_800 and row.file_bytes > 4 * row.trainable  # the base only takes as much
-        stored = json.loads((tmp_path / "c" / f"{row.method}-3" / "scores.json").read_text())
-        assert stored["scores"] == {name: value for name, (value,) in row.scores.items()}
-        assert stored["by"]["max_new_tokens"] == 6
-    heads = (
-        "| method | trained parameters | learning rate | perplexity | bleu | chrf | rouge_l | ms per step | peak MB | "
-    )
-    head, _, *lines = table(rows).splitlines()
-    assert head == heads + "file, kB |" and len(lines) == 2
-    perplexity, peak = f"{rows[0].scores['perplexity'][0]:.2f}", f"{rows[0].peak_bytes / 1e6:,.1f}"
-    cells = [cell.strip() for cell in lines[0].strip("|").split("|")]
-    assert (cells[0], cells[1], cells[3], cells[8]) == ("lora", "49,152", perplexity, peak)
-
-    def judged(*_):
-        raise AssertionError("texts are written again")
-
-    monkeypatch.setattr("inlay.study.compare.judge", judged)
-    assert [row.scores for row in compare()] == [row.scores for row in rows]
-    with pytest.raises(AssertionError, match="written again"):
-        compare(max_new_tokens=5)
+@pytest.fixture(scope="module")
+def compared(digits, tmp_path_factory):
+    """Makes a comparison of two methods at two rates, one of which breaks a training; its folder; what was told."""
+    folder, told = tmp_path_factory.mktemp("c") / "run", []
+    options = {**QUICK, "methods": ["probe", "full", "prompt"], "learning_rates": [1e-2, 1e30], "tell": told.append}
+    task, train = ImageTask("builtin:vit-tiny", str(digits)), TrainConfig(str(folder), batch_size=4, workers=0)
+    return lambda seeds=(3, 5): compare(task, train, **{**options, "costs": True, "seeds": seeds}), folder, told
 
 
-def test_unknown_methods_are_refused_before_texts_are_read(tmp_path):
-    config = TrainConfig(output_dir=str(tmp_path / "run"))
-    with pytest.raises(InlayError, match="probe, lora"):
-        compare_texts(TEXTS, config, methods=["nothing"])
-    with pytest.raises(InlayError, match="1 learning rates for 2 methods"):
-        compare_texts(TEXTS, config, learning_rates=[1e-3])
-    assert not (tmp_path / "run").exists()
+def test_a_comparison_says_what_was_tried_and_what_it_cost(digits, compared):
+    run, folder, told = compared
+    found = run()
+    assert (found.base, found.data, found.task) == ("builtin:vit-tiny", str(digits), "image-classification")
+    assert (found.score, found.larger_is_better, found.seeds) == ("accuracy", True, [3, 5])
+    assert found.budget == {"steps": 2, "batch_size": 4} and sum(found.counts.values()) == 45
+    assert found.refused == {"prompt": "prompt is for bases of the kinds text."}
+    by_name = {row.method: row for row in found.rows}
+    full = by_name["full"]
+    assert by_name.keys() == {"probe", "full"} and full.learning_rate == 1e-2
+    assert math.isnan(full.curve[1e30]) and full.curve[1e-2] == full.validation[0]
+    assert len(full.failed) == 1 and full.failed[0].startswith("learning rate 1e+30, seed 3: training broke at step 2")
+    assert all(len(values) == 2 for values in full.scores.values()) and {"accuracy", "ece"} <= full.scores.keys()
+    assert full.costs["trainable_parameters"] > by_name["probe"].costs["trainable_parameters"] > 0
+    assert 0 < found.search_seconds < found.seconds == sum(row.seconds for row in found.rows)
+    assert told[0].startswith("rates 1/4: probe, width 2, learning rate 0.01, seed 3: accuracy 0.")
+    assert sum(line.startswith("test ") for line in told) == 4 and ", test 0." in told[4]
+    tried = Records(folder / "trials.jsonl").outcomes
+    assert len(tried) == 6 and sum(outcome.test is not None for outcome in tried) == 4
+    assert all(outcome.test is None for outcome in tried if outcome.trial.learning_rate == 1e30)
 
 
-@pytest.mark.parametrize(("compare", "task"), [(compare_images, ImageTask), (compare_texts, TextTask)])
-def test_weights_in_few_bits_are_not_trained(tmp_path, compare, task):
-    config = TrainConfig(output_dir=str(tmp_path / "run"))
-    with pytest.raises(InlayError, match="full and partial cannot train weights in 8 or 4 bits"):
-        compare(task(quantize="8bit"), config, methods=["lora", "full", "partial"])
+def test_it_is_read_back_whole_and_goes_on_with_further_seeds(compared, monkeypatch):
+    run, _, _ = compared
+    found, computed = run(), []
+    compute = Problem.compute
+    monkeypatch.setattr(Problem, "compute", lambda self, trial, *a: computed.append(trial) or compute(self, trial, *a))
+    assert run().to_dict() == found.to_dict() and computed == []
+    more = run(seeds=(3, 5, 6))
+    assert {trial.seed for trial in computed} == {6} and len(computed) == 2
+    assert [row.scores["accuracy"][:2] for row in more.rows] == [row.scores["accuracy"] for row in found.rows]
 
 
-def test_what_would_stop_the_last_method_is_found_before_the_first_is_trained(tmp_path):
-    methods = {"methods": ["lora", "prompt", "prefix"], "width": 20, "seeds": [0]}
-    config = TrainConfig(output_dir=str(tmp_path / "run"))
-    with pytest.raises(InlayError, match="max_new_tokens 240 and 20 virtual tokens"):
-        compare_texts(TEXTS, config, **methods, decoding=Decoding(max_new_tokens=240))
-    with pytest.raises(InlayError, match="prefix tuning puts keys and values into the cache"):
-        compare_texts(TEXTS, replace(config, gradient_checkpointing=True), **methods)
-    assert not (tmp_path / "run").exists()
+def test_seeds_follow_from_the_time_of_a_run():
+    def outcomes(seconds):
+        found = search(Judged(3e-3))
+        return [replace(found, tried={rate: replace(o, seconds=seconds) for rate, o in found.tried.items()})]
+
+    assert module._choose_seed_count(outcomes(59)) == 5 and module._choose_seed_count(outcomes(61)) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"methods": ["nothing"]}, "unknown method 'nothing'; choose some of probe, lora"),
+        ({"methods": ["prompt"]}, "no method to compare on builtin:vit-tiny: prompt is for bases of the kinds text"),
+        ({"seeds": []}, "seeds must be different whole numbers from 0, at least one"),
+        ({"seeds": [1, 1]}, "seeds must be different"),
+        ({"width": 0}, "width must be over 0, got 0"),
+        ({"seconds": 1.0}, "the budget is in steps or in seconds; give one of them"),
+        ({"steps": None, "seconds": -1}, "seconds must be over 0, got -1"),
+        ({"jobs": 0}, "jobs must be at least 1, not 0"),
+        ({"engine": "slurm"}, "unknown engine 'slurm'; choose one of processes, ray, dask"),
+        ({"learning_rates": [-1e-3]}, r"learning_rates must be one number over 0 or more, got \[-0.001\]"),
+        ({"learning_rates": {"lora": []}}, r"learning_rates lora must be one number over 0 or more, got \[\]"),
+        ({"factors": [0]}, "factors must be one number over 0 or more"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_trained(digits, tmp_path, changes, sentence):
+    task, train = ImageTask("builtin:vit-tiny", str(digits)), TrainConfig(str(tmp_path / "run"), workers=0)
+    with pytest.raises(InlayError, match=sentence):
+        compare(task, train, **{**QUICK, "methods": ["probe"], **changes})
+    assert not (tmp_path / "run" / "trials.jsonl").exists()
+
+
+def test_two_at_a_time_would_overwrite_each_other(digits, tmp_path):
+    from inlay.files.atomic import lock_folder
+
+    task, train = ImageTask("builtin:vit-tiny", str(digits)), TrainConfig(str(tmp_path / "run"), workers=0)
+    with lock_folder(tmp_path / "run"), pytest.raises(InlayError, match="another process is writing"):
+        compare(task, train, **QUICK)
+
+
+@pytest.mark.parametrize(("engine", "package"), [("ray", "ray"), ("dask", "distributed")])
+def test_an_engine_that_is_not_installed_is_named(digits, tmp_path, monkeypatch, engine, package):
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(InlayError, match=f"the engine {engine} is not installed: pip install"):
+        compare(ImageTask("builtin:vit-tiny", str(digits)), TrainConfig(str(tmp_path)), engine=engine, jobs=2)

@@ -82,7 +82,7 @@ def compare(
         InlayError: An unknown method, a number out of its range, a base that fits no method, a folder that holds
             another study or is in use, data or a base that cannot be loaded.
     """
-    _check_numbers(width, seeds, steps, seconds)
+    _check_numbers(width, learning_rates, factors, seeds, steps, seconds)
     check_engine(engine, jobs)
     problem = Problem(task, train, train.output_dir)
     run = partial(_run, problem, jobs, engine, tell)
@@ -313,7 +313,21 @@ def _describe(problem: Problem, jobs: int) -> dict[str, Any]:
     }
 
 
-def _check_numbers(width: int, seeds: Sequence[int] | None, steps: int | None, seconds: float | None) -> None:
+def _check_numbers(
+    width: int,
+    learning_rates: Rates | None,
+    factors: Sequence[float],
+    seeds: Sequence[int] | None,
+    steps: int | None,
+    seconds: float | None,
+) -> None:
+    lists = {"factors": factors}
+    if learning_rates is not None:
+        by_method = learning_rates if isinstance(learning_rates, Mapping) else {"": learning_rates}
+        lists |= {f"learning_rates {method}".strip(): rates for method, rates in by_method.items()}
+    for name, values in lists.items():
+        if not len(values) or not all(value > 0 and math.isfinite(value) for value in values):
+            raise BadInput(f"{name} must be one number over 0 or more, got {list(values)}.")
     if seeds is not None and (not len(seeds) or len(set(seeds)) < len(seeds) or min(seeds) < 0):
         raise BadInput(f"seeds must be different whole numbers from 0, at least one, got {list(seeds)}.")
     for name, value in (("width", width), ("steps", steps), ("seconds", seconds)):

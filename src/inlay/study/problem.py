@@ -26,6 +26,7 @@ from inlay.errors import BadInput, DamagedFile, InlayError, Unreachable, Unsuppo
 from inlay.measure import footprint
 from inlay.methods import METHODS
 from inlay.methods._peft import PeftModel
+from inlay.study.costs import measure_trial
 from inlay.study.records import FILE, Records
 from inlay.study.sites import narrow_sites
 from inlay.study.trial import Outcome, Trial
@@ -150,7 +151,7 @@ class Problem:
         }
 
     def fits(self, names: Sequence[str] | None = None, width: int = 8) -> tuple[list[str], dict[str, str]]:
-        """Which methods fit the base, found on its structure, without its weights.
+        """Which methods fit the base, found without its weights, unless they are held in few bits.
 
         Args:
             names: Of METHODS; None: all of them but those that change the base, of which no adapter can be saved.
@@ -252,7 +253,8 @@ class Problem:
             if "test" in measured:
                 outcome = replace(outcome, test=self._score(self.wrap(trial, adapted)))
             if "costs" in measured:
-                outcome = replace(outcome, costs=_measure_costs(adapted, result))
+                costs = measure_trial(adapted, self.data, self.train)
+                outcome = replace(outcome, costs={**costs, "steps_per_second": result.steps_per_second})
         except (OSError, BadInput, DamagedFile, Unreachable):  # of the study, not of the trial
             raise
         except Exception as error:  # NaN, no memory, whatever a model raises on inputs that it does not take
@@ -299,7 +301,8 @@ class Problem:
             raise Unsupported(f"{trial.method} is for bases of the kinds {', '.join(method.bases)}.")
         if self.task.quantize and method.trains == "model":
             raise Unsupported(f"{trial.method} cannot train weights in 8 or 4 bits.")
-        model = self.skeleton(trial)
+        # Packed weights are packed only where there are values, and some methods refuse them or do without.
+        model = self.adapt(trial) if self.task.quantize else self.skeleton(trial)
         if isinstance(model, PeftModel):
             self.row.check_method(model)
         if self.train.gradient_checkpointing:
@@ -363,10 +366,6 @@ class Problem:
         )  # the interval of a comparison is over seeds
         found = self.row.evaluate(trained, self.task.dataset, request)
         return {name: score.value for name, score in found.scores.items()}
-
-
-def _measure_costs(model: nn.Module, result: FitResult) -> dict[str, Any]:
-    return {"trainable_parameters": footprint(model).trainable, "steps_per_second": result.steps_per_second}
 
 
 @contextmanager
