@@ -16,11 +16,12 @@ TRANSFORMER_EXPONENT, CONVOLUTIONAL_EXPONENT = 0.78, 1.0
 def scale_rate(rate: float, model: nn.Module) -> float:
     """The rate for a base of this width, where `rate` suits the embedded bases; never more than that.
 
-    The best rate of a transformer falls with its hidden size to the power of 0.78, for LoRA and for all weights alike:
-    0.775 on Qwen, 0.781 on Llama (Schulman and Thinking Machines Lab 2025, LoRA Without Regret). The width of a
-    convolutional network is the median number of channels that its layers give; there the rate of Adam falls with
-    1 / width (Yang et al. 2022, arXiv:2203.03466), which gives a quarter for MobileNetV2. Measured on it, 0.1 to 0.3
-    of the rates of METHODS are best (docs/benchmarks/images.md).
+    The best rate of a transformer falls with its hidden size to the power of 0.78, for LoRA and for all weights alike,
+    as Schulman and Thinking Machines Lab 2025 (LoRA Without Regret) found on Llama: 0.781. On Qwen their code has
+    0.0775, with which it hardly falls (tinker-cookbook, hyperparam_utils.py); the steeper law is the careful one. The
+    width of a convolutional network is the median number of channels that its layers give; there the rate of Adam falls
+    with 1 / width (Yang et al. 2022, arXiv:2203.03466), which gives a quarter for MobileNetV2. Measured on it, 0.1 to
+    0.3 of the rates of METHODS are best (docs/benchmarks/images.md).
 
     Args:
         rate: Of a method, on a base as wide as the embedded ones.
