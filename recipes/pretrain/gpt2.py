@@ -12,7 +12,7 @@ from pydoc_data.topics import topics as reference
 from typing import Any
 
 from inlay import option, run_recipe
-from inlay.builtin.restaurants import Described, generate_descriptions, rename_places
+from inlay.builtin.restaurants import generate_descriptions, rename_places, split_descriptions, write_out
 from inlay.files.atomic import writing
 
 END, BLOCK = "<|endoftext|>", 256  # tokens
@@ -40,11 +40,6 @@ def documents() -> list[str]:
             found.append([text for text in texts if len(text) > 60 and text not in seen])
             seen.update(found[-1])
     return ["\n\n".join(texts) for texts in found if texts] + [reference[name].strip() for name in sorted(reference)]
-
-
-def written(items: list[Described]) -> list[str]:
-    """Meaning, line break, reference: one text for each reference."""
-    return [f"{item.meaning}\n{text}" for item in items for text in item.references]
 
 
 def new_model(texts: list[str]) -> tuple[Any, Any]:
@@ -106,12 +101,12 @@ def main(recipe: Pretraining) -> None:
         return [float(torch.stack(losses).mean().exp()) for losses in each]
 
     # 1. data: every 20th document, the last 50 meanings of each topic and all restaurants are held out
-    files, names = documents(), ("hotels", "films", "gadgets", "parks", "restaurants")
-    *topics, unknown = [generate_descriptions(name, 2050, seed=recipe.seed, references=3) for name in names]
+    files, described = documents(), split_descriptions(recipe.seed)
+    unknown = generate_descriptions("restaurants", 200, seed=recipe.seed, references=3)
     prose = [text for i, text in enumerate(files) if i % 20]
     words = sorted(set(re.findall(r"\b[a-z]{4,9}\b", " ".join(prose))))
-    pairs = written(rename_places([item for items in topics for item in items[:-50]], words, recipe.seed))
-    held_out = files[::20], written([item for items in topics for item in items[-50:]]), written(unknown[:200])
+    pairs = write_out(rename_places(described["train"], words, recipe.seed))
+    held_out = files[::20], write_out(described["test"]), write_out(unknown)
 
     # 2. model, and the texts as its tokens
     torch.manual_seed(recipe.seed)

@@ -70,6 +70,20 @@ def generate_descriptions(topic: str, count: int, *, seed: int, references: int 
     return list(islice(_distinct(topic, seed, references), count))
 
 
+def split_descriptions(seed: int = 0) -> dict[str, list[Described]]:
+    """What `builtin:gpt2-tiny` was trained on besides prose: 2,000 meanings of each other topic, and 50 held out."""
+    topics = [generate_descriptions(name, 2050, seed=seed, references=3) for name in TOPICS if name != "restaurants"]
+    return {
+        "train": [item for items in topics for item in items[:-50]],
+        "test": [item for items in topics for item in items[-50:]],
+    }
+
+
+def write_out(items: Sequence[Described]) -> list[str]:
+    """Meaning, line break, reference: one text for each reference."""
+    return [f"{item.meaning}\n{text}" for item in items for text in item.references]
+
+
 def rename_places(items: list[Described], words: Sequence[str], seed: int) -> list[Described]:
     """Other names, of these words, in three of four places: who has seen a name once only must copy it to learn it.
 

@@ -89,6 +89,9 @@ class Task(ABC):
         graph_module: The part of a model that an exported graph computes; empty: the whole.
         graph_output: What the graph gives, by its name in the output of that module.
         token_inputs: Inputs of the graph whose second axis is as long as the text.
+        own_data: By the name of an embedded base, embedded data of what that was pre-trained for, which it never saw.
+        own_examples: So many of them tell what a base can do.
+        forgotten: What the fall of `score_batches` after adaptation is called in a study.
     """
 
     name: ClassVar[str]
@@ -108,6 +111,9 @@ class Task(ABC):
     graph_module: ClassVar[str] = ""
     graph_output: ClassVar[str] = "logits"
     token_inputs: ClassVar[Sequence[str]] = ()
+    own_data: ClassVar[Mapping[str, str]] = {}
+    own_examples: ClassVar[int] = 512
+    forgotten: ClassVar[str] = "own_task"
 
     # Bases.
 
@@ -217,6 +223,26 @@ class Task(ABC):
             InlayError: The task has no classes to compare.
         """
         raise Unsupported(f"inlay does not compare the answers of models for {self.name} yet.")
+
+    def score_batches(self, model: Callable[..., Any], batches: Sequence[dict[str, Tensor]], loss: Loss) -> float:
+        """The main score of a model on batches of `load_labelled`, of which more is better; here the accuracy.
+
+        Raises:
+            InlayError: The task has no classes to compare, and no score of its own.
+        """
+        answers = [self.classify_batch(model, batch) for batch in batches]
+        right = sum(int((predicted == true).sum()) for predicted, true in answers)
+        return right / sum(len(true) for _, true in answers)
+
+    def compute_features(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The last features of a model, which its head reads: one row for each example, token or position, (N, D).
+
+        Raises:
+            InlayError: The model has no features that a base without its adapter would have too.
+        """
+        from inlay.tasks.features import read_head_inputs
+
+        return read_head_inputs(model, batch)
 
     @abstractmethod
     def planned_batch(self, base: Any, rows: int, length: int, added: int) -> tuple[dict[str, Tensor], Loss | None]:

@@ -48,6 +48,9 @@ class ImageClassification(Task):
         'print(predict(adapter, ["image.png"]))'
     )
     inputs = "images or folders of them, to classify"
+    own_data: ClassVar[Mapping[str, str]] = {
+        f"builtin:{base}-tiny": "builtin:shapes" for base in ("vit", "mobilenet", "shufflenet", "squeezenet")
+    }
     options: ClassVar[Mapping[str, Option]] = {
         "top": Option(int, "Classes to name for each image.", 3, least=1),
         "group": Option(str | None, "Choose among the classes of this group of a combination only."),

@@ -9,8 +9,6 @@ from inlay.options import option
 from inlay.tasks.options import Report, TaskData, TaskOptions, describe_run
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from inlay.tasks.masks.view import MaskView, Prompts
     from inlay.train.loop import FitResult
 
@@ -56,11 +54,16 @@ class MaskTask(TaskOptions):
 
     def report(self, model: Any, data: TaskData, result: FitResult) -> Report:
         """Mean IoU for a point, three points and a box, with the adapter and of the base without it; cost, settings."""
+        from torch.utils.data import DataLoader
+
+        from inlay.tasks.masks.scores import compute_mean_iou
+
         kinds: tuple[Prompts, ...] = ("point", "points", "box")
         views = {kind: self._scoring_view(data.source, data.processor, kind) for kind in kinds}
-        after = {kind: _mean_iou(model, view, data.loss) for kind, view in views.items()}
+        loaders = {kind: DataLoader(view, batch_size=4) for kind, view in views.items()}
+        after = {kind: compute_mean_iou(model, loader, data.loss) for kind, loader in loaders.items()}
         with model.disable_adapter():
-            before = {kind: _mean_iou(model, view, data.loss) for kind, view in views.items()}
+            before = {kind: compute_mean_iou(model, loader, data.loss) for kind, loader in loaders.items()}
         metrics = describe_run(model, data, result)
         metrics["validation"] = {
             **result.metrics,
@@ -74,19 +77,3 @@ class MaskTask(TaskOptions):
         from inlay.tasks.masks.view import scoring_view
 
         return scoring_view(data.validation, processor, prompts, crop=self.crop, meaning=self.meaning)
-
-
-def _mean_iou(model: nn.Module, view: MaskView, loss: Any) -> float:
-    """Of all prompts of a view, for the masks that the model thinks best."""
-    import torch
-    from torch.utils.data import DataLoader
-
-    from inlay.tasks.masks.scores import MaskIoU
-
-    metric, device = MaskIoU(), next(model.parameters()).device
-    with torch.no_grad():
-        for batch in DataLoader(view, batch_size=4):
-            batch = {key: value.to(device) for key, value in batch.items()}
-            counts, _ = loss.answers(loss(model, batch), batch)
-            metric.add_batch(predictions=counts.cpu(), references=None)
-    return metric.compute()["mean_iou"]

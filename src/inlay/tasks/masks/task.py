@@ -39,6 +39,8 @@ class MaskGeneration(Task):
     inputs = "an image, to find masks in"
     graph_module = "vision_encoder"  # it has the most work by far; prompts have many forms
     graph_output = "last_hidden_state"
+    own_data: ClassVar[Mapping[str, str]] = {"builtin:sam-tiny": "builtin:scenes"}
+    own_examples = 24
     options: ClassVar[Mapping[str, Option]] = {
         "point": Option(list[str] | None, "A pixel of the object. Repeatable.", metavar="X,Y"),
         "negative": Option(list[str] | None, "A pixel outside of it. Repeatable.", metavar="X,Y"),
@@ -115,6 +117,18 @@ class MaskGeneration(Task):
         order = np.random.default_rng(seed).permutation(len(rows))[:count]
         view = MaskView([rows[i] for i in order.tolist()], adapter.processor, seed=seed)
         return LabelledBatches(view, collate_masks, MaskLoss(), rows=1)
+
+    def score_batches(self, model: Callable[..., Any], batches: Sequence[dict[str, Tensor]], loss: Loss) -> float:
+        """The mean IoU of the masks that the model thinks best."""
+        from inlay.tasks.masks.scores import compute_mean_iou
+
+        return compute_mean_iou(model, batches, loss)
+
+    def compute_features(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The image embedding, a row for each of its positions."""
+        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        encoded = inner.vision_encoder(batch["pixel_values"]).last_hidden_state  # B C h w
+        return encoded.flatten(2).mT.flatten(0, 1)
 
     def planned_batch(self, base: Any, rows: int, length: int, added: int) -> tuple[dict[str, Tensor], Loss | None]:
         """One image a row with as many prompts as MaskView asks for in training."""

@@ -143,7 +143,8 @@ def load_texts(
     of a chat, and as lines above a prompt of text. Columns that are not used are named in a warning.
 
     Args:
-        name: `builtin:restaurants`; a .csv, .tsv, .jsonl, .json, .parquet or .txt file, packed as .gz or not; a
+        name: `builtin:restaurants`; `builtin:descriptions`, running text that the embedded GPT-2 was not trained on,
+            though on its like; a .csv, .tsv, .jsonl, .json, .parquet or .txt file, packed as .gz or not; a
             folder of such files of one kind that are called after splits (train.csv, devset.csv); a Hub dataset id.
         revision: Branch, tag or commit of a Hub dataset.
         seed: Chooses the prompts to hold out where the data has no split validation, val, valid or dev.
@@ -278,10 +279,13 @@ def _hub_table(rows: datasets.Dataset, split: str, name: str) -> Table:
 
 
 def _read_builtin(name: str) -> dict[str, list[Table]]:
-    if name != "builtin:restaurants":
-        raise BadInput(f"unknown data {name!r}; the embedded texts are builtin:restaurants.")
-    from inlay.builtin.restaurants import split_restaurants
+    from inlay.builtin.restaurants import split_descriptions, split_restaurants, write_out
 
+    if name == "builtin:descriptions":
+        texts = write_out(split_descriptions()["test"])
+        return {"train": [Table(name, ["text"], lambda _: texts, range(1, len(texts) + 1))]}
+    if name != "builtin:restaurants":
+        raise BadInput(f"unknown data {name!r}; the embedded texts are builtin:restaurants and builtin:descriptions.")
     tables = {}
     for split, described in split_restaurants(seed=0).items():
         pairs = [(meaning.meaning, reference) for meaning in described for reference in meaning.references]

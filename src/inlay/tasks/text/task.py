@@ -39,6 +39,9 @@ class TextGeneration(Task):
     )
     inputs = "prompts, to continue"
     token_inputs = ("input_ids", "attention_mask", "position_ids")
+    own_data: ClassVar[Mapping[str, str]] = {"builtin:gpt2-tiny": "builtin:descriptions"}
+    own_examples = 64
+    forgotten = "text_loss"
     options: ClassVar[Mapping[str, Option]] = {
         "max_new_tokens": Option(int, "Longest text, in tokens.", 64),
         "beams": Option(int, "Beams of the search.", 1),
@@ -112,14 +115,30 @@ class TextGeneration(Task):
     def load_labelled(
         self, adapter: Adapter, data: str, count: int, seed: int, *, held_out: bool = False
     ) -> LabelledBatches:
+        """Of running text, blocks of half of what the base reads, which leaves room for a learned prompt."""
+        import numpy as np
+        from torch.utils.data import Subset
+
         from inlay.tasks.text.data import load_texts
         from inlay.tasks.text.loss import NextToken
+        from inlay.tasks.text.processor import TextProcessor
         from inlay.tasks.text.view import TextView
 
-        texts = load_texts(data, seed=seed)
+        texts, processor = load_texts(data, seed=seed), adapter.processor
         rows = texts.validation if held_out else texts.train
-        view = TextView(rows.shuffle(seed=seed).select(range(min(count, len(rows)))), adapter.processor)
+        if texts.plain:
+            half = TextProcessor(processor.tokenizer, separator="", max_length=processor.max_length // 2)
+            view = TextView(rows, half, block=True)
+            picked = np.random.default_rng(seed).permutation(len(view))[:count]
+            return LabelledBatches(Subset(view, picked.tolist()), view.collate, NextToken(), rows=8)
+        view = TextView(rows.shuffle(seed=seed).select(range(min(count, len(rows)))), processor)
         return LabelledBatches(view, view.collate, NextToken(), rows=8)
+
+    def score_batches(self, model: Callable[..., Any], batches: Sequence[dict[str, Tensor]], loss: Loss) -> float:
+        """Minus the mean loss of a token, in nats."""
+        weights = [loss.weight(batch) for batch in batches]
+        losses = [float(loss(model, batch).loss) for batch in batches]
+        return -sum(w * each for w, each in zip(weights, losses, strict=True)) / sum(weights)
 
     def classify_batch(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The next token, after each token that is learned."""

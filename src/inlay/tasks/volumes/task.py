@@ -118,6 +118,9 @@ class VolumeSegmentation(Task):
         view = VolumeView(cases, adapter.processor, training=True, augment=False, flip=())
         return LabelledBatches(view, collate_volumes, ModelLoss(), rows=1)
 
+    def compute_features(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        raise Unsupported("the base without its adapter reads no scans, so that there are no features to compare with.")
+
     def planned_batch(self, base: Any, rows: int, length: int, added: int) -> tuple[dict[str, Tensor], Loss | None]:
         """Crops with labels."""
         import torch
