@@ -38,7 +38,7 @@ class Examples:
         return total
 
 
-def load_examples(loaded: Adapter, data: str, count: int, seed: int) -> Examples:
+def load_examples(loaded: Adapter, data: str, count: int, seed: int, *, group: str | None = None) -> Examples:
     """Up to so many examples of an adapter's own task; equal seeds draw the same.
 
     Args:
@@ -46,11 +46,12 @@ def load_examples(loaded: Adapter, data: str, count: int, seed: int) -> Examples
         data: Name of labelled data, as the loader of that task takes it.
         count: How many images, texts or crops of scans.
         seed: Of all that is drawn.
+        group: What the adapter's training kept together.
 
     Raises:
         InlayError: Data of other labels, or none of that task.
     """
-    labelled = loaded.task.load_labelled(loaded, data, count, seed)
+    labelled = loaded.task.load_labelled(loaded, data, count, seed, group=group)
     with _seed_draws(seed):
         items = [labelled.view[i] for i in range(min(count, len(labelled.view)))]
     weight = next(p for p in loaded.model.parameters() if p.is_floating_point())

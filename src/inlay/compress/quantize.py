@@ -23,7 +23,7 @@ from inlay.compress.probe import PASSES, TURNS, Answers, Row, collect_answers, n
 from inlay.compress.source import Source, load_source
 from inlay.compress.torch_modes import TORCH_MODES, TORCHAO, check_torch_mode, convert_in_torch
 from inlay.errors import BadInput, ComputationFailed, Unsupported
-from inlay.tasks.evaluation import align_columns
+from inlay.tasks.evaluation import Training, align_columns
 
 TORCH, FLOAT32 = "float32 (torch)", "float32"  # what modes are compared with: the model as it is, and its graph
 FAMILIES = {
@@ -175,7 +175,8 @@ def load_batches(source: Source, data: str, count: int, seed: int, *, held_out: 
     Raises:
         InlayError: Data of other labels, or none of that task.
     """
-    labelled = source.task.load_labelled(source, data, count, seed, held_out=held_out)
+    group = Training.from_metrics(source.metrics).group_for(data)
+    labelled = source.task.load_labelled(source, data, count, seed, held_out=held_out, group=group)
     state = random.getstate()
     random.seed(seed)
     try:

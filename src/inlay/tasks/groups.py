@@ -41,7 +41,7 @@ def find_groups(
         InlayError: No such column, no regular expression, or an example without a group.
     """
     if group in columns:
-        found = ["" if value is None else str(value).strip() for value in read_column(group)]
+        found = ["" if value is None or value != value else str(value).strip() for value in read_column(group)]
         empty = [i for i, value in enumerate(found) if not value]
         if empty:
             raise BadInput(
@@ -49,16 +49,17 @@ def find_groups(
                 f"{list_first(empty)}); every example needs a group."
             )
         return found
-    has = f"it has {list_first([*map(repr, columns)])}" if columns else "it has none"
+    known = ", ".join(map(repr, columns)) or "none"
     if paths is None:
-        raise BadInput(f"{data!r} has no column {group!r} to keep together; {has}.")
+        raise BadInput(f"{data!r} has no column {group!r} to keep together; choose one of its columns ({known}).")
+    subject = f"the regular expression {group!r}"
+    if columns:
+        subject = f"{group!r} is no column of {data!r} (it has {known}), and as a regular expression it"
     try:
         expression = regex.compile(group)
         matches = [expression.search(path, timeout=SECONDS) for path in paths]
     except regex.error as error:
-        raise BadInput(
-            f"{group!r} is no column of {data!r} ({has}), and no regular expression either: {error}."
-        ) from error
+        raise BadInput(f"{subject} cannot be read: {error}.") from error
     except TimeoutError:
         raise BadInput(
             f"the regular expression {group!r} takes more than {SECONDS:g} s for one path of {data!r}; simplify it."
@@ -66,10 +67,7 @@ def find_groups(
     found = [(match[1 if expression.groups else 0] or "") if match else "" for match in matches]
     without = [path for path, value in zip(paths, found, strict=True) if not value]
     if len(without) == len(found):
-        raise BadInput(
-            f"{group!r} is no column of {data!r} ({has}), and as a regular expression it matches no path (the first is "
-            f"{paths[0]!r}); give one that does."
-        )
+        raise BadInput(f"{subject} matches no path of {data!r} (the first is {paths[0]!r}); give one that does.")
     if without:
         raise BadInput(
             f"{len(without)} of {len(found)} paths of {data!r} have no match of {group!r} ({list_first(without)}); "

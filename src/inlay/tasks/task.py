@@ -201,7 +201,14 @@ class Task(ABC):
 
     @abstractmethod
     def load_labelled(
-        self, adapter: Adapter, data: str, count: int, seed: int, *, held_out: bool = False
+        self,
+        adapter: Adapter,
+        data: str,
+        count: int,
+        seed: int,
+        *,
+        held_out: bool = False,
+        group: str | None = None,
     ) -> LabelledBatches:
         """Up to `count` training examples of labelled data, as this adapter's model takes them.
 
@@ -211,6 +218,7 @@ class Task(ABC):
             count: Of examples.
             seed: Chooses them, and what is held out where the data does not say.
             held_out: Take validation examples instead.
+            group: What the adapter's training kept together, as `TaskOptions.group`.
 
         Raises:
             InlayError: Data of other labels, or none of this task.

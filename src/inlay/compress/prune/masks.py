@@ -58,7 +58,11 @@ def mask_weights(
     masked = copy.deepcopy(trained.model)
     layers = find_layers(masked)
     before = count_nonzero(layers.values())
-    known = load_examples(trained, data, examples, trained.seed) if criterion == "wanda" and data else None
+    known = (
+        load_examples(trained, data, examples, trained.seed, group=trained.group_for(data))
+        if criterion == "wanda" and data
+        else None
+    )
     if known is not None:
         norms = _input_norms(masked, layers, known)
         for name, layer in layers.items():

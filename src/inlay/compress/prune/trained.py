@@ -20,6 +20,10 @@ class TrainedModel(Source):
         """By which its training held out a part of data without a split; 0 where that is not known."""
         return Training.from_metrics(self.metrics).seed
 
+    def group_for(self, data: str) -> str | None:
+        """What kept examples of this data together in its training; None where that is not known."""
+        return Training.from_metrics(self.metrics).group_for(data)
+
     def score(
         self, data: str, *, limit: int | None = None, split: Split | None = None, resamples: int = 100
     ) -> Evaluation:
@@ -34,7 +38,7 @@ class TrainedModel(Source):
         Raises:
             InlayError: Data of other labels, or none of this task.
         """
-        training = Training(data, {"seed": self.seed})
+        training = Training(data, {"seed": self.seed, "group": self.group_for(data)})
         request = Request(split=split, limit=limit, compare=False, resamples=resamples, training=training)
         return self.task.evaluate(self, data, request)
 

@@ -114,7 +114,7 @@ def load_images(
     labels = list(dict.fromkeys(map(normalise_label, named)))
     parts = {split: _make_rows(rows, image, words[split], labels, path) for split, rows in splits.items()}
     if group is not None:
-        _add_groups(parts, splits, group, name, path)
+        _add_groups(parts, splits, group, (image, label), name, path)
     contents = _check_readable(parts, name, labels, corrupt)
     made = {split: LabelledRows(rows, contents[split]) for split, rows in parts.items()}
     warn_of_overlaps(made, "image")
@@ -167,7 +167,7 @@ def load_images_to_score(
         check_labels(name, sort_labels([word for each in words.values() for word in each]), known, adapter)
         parts = {own: _make_rows(splits[own], image, words[own], known, path) for own in wanted}
         if group is not None:
-            _add_groups(parts, splits, group, name, path)
+            _add_groups(parts, splits, group, (image, label), name, path)
         corrupt = "skip" if training.settings.get("corrupt") == "skip" else "refuse"
         contents = _check_readable(parts, name, labels, corrupt)
         if not all("group" in rows.column_names for rows in parts.values()):  # known of some only
@@ -407,7 +407,12 @@ def _make_rows(
 
 
 def _add_groups(
-    parts: dict[str, datasets.Dataset], splits: dict[str, datasets.Dataset], group: str, name: str, source: Path
+    parts: dict[str, datasets.Dataset],
+    splits: dict[str, datasets.Dataset],
+    group: str,
+    used: tuple[str, str],
+    name: str,
+    source: Path,
 ) -> None:
     """Give the rows of all splits, in place, the column `group`; a split besides training may lack it.
 
@@ -415,18 +420,21 @@ def _add_groups(
         parts: From `_make_rows`.
         splits: The same rows with all their columns.
         group: As in `load_images`.
+        used: Columns of images and labels, which are no groups.
         name: Of the data.
         source: Where it is.
     """
-    in_column = any(group in rows.column_names for rows in splits.values())
+    others = {split: [c for c in rows.column_names if c not in used] for split, rows in splits.items()}
+    in_column = any(group in columns for columns in others.values())
     folder = source if source.is_dir() else source.parent
     for split, rows in parts.items():
-        columns = splits[split].column_names
-        if in_column and group not in columns and split != "train":
+        if in_column and group not in others[split] and split != "train":
             continue
         files = [] if in_column else [image["path"] for image in rows["image"]]
         paths = relative_paths(files, folder) if files and all(files) else None
-        parts[split] = rows.add_column("group", find_groups(group, name, columns, splits[split].__getitem__, paths))
+        parts[split] = rows.add_column(
+            "group", find_groups(group, name, others[split], splits[split].__getitem__, paths)
+        )
 
 
 def _check_readable(

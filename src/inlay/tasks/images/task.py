@@ -91,7 +91,14 @@ class ImageClassification(Task):
         return ImageTask
 
     def load_labelled(
-        self, adapter: Adapter, data: str, count: int, seed: int, *, held_out: bool = False
+        self,
+        adapter: Adapter,
+        data: str,
+        count: int,
+        seed: int,
+        *,
+        held_out: bool = False,
+        group: str | None = None,
     ) -> LabelledBatches:
         """The classes take turns; numbers of labels are those of the adapter."""
         import torch
@@ -103,7 +110,7 @@ class ImageClassification(Task):
         from inlay.tasks.sampling import by_turns
         from inlay.train.losses import ModelLoss
 
-        images = load_images(data, seed=seed)
+        images = load_images(data, seed=seed, group=group)
         numbers = torch.tensor(number_labels(data, images.labels, adapter))
         rows = images.validation if held_out else images.train
         view = ImageView(rows.select(by_turns(rows["label"][:], seed)[:count]), adapter.processor)

@@ -103,7 +103,14 @@ class MaskGeneration(Task):
         return scores["mean_iou"]  # held-out images are scored by a point
 
     def load_labelled(
-        self, adapter: Adapter, data: str, count: int, seed: int, *, held_out: bool = False
+        self,
+        adapter: Adapter,
+        data: str,
+        count: int,
+        seed: int,
+        *,
+        held_out: bool = False,
+        group: str | None = None,
     ) -> LabelledBatches:
         """Up to 8 objects of an image, asked for by points, boxes or both."""
         import numpy as np
@@ -112,7 +119,7 @@ class MaskGeneration(Task):
         from inlay.tasks.masks.loss import MaskLoss
         from inlay.tasks.masks.view import MaskView, collate_masks
 
-        masks = load_masks(data, seed=seed)
+        masks = load_masks(data, seed=seed, group=group)
         rows = masks.validation if held_out else masks.train
         order = np.random.default_rng(seed).permutation(len(rows))[:count]
         view = MaskView([rows[i] for i in order.tolist()], adapter.processor, seed=seed)

@@ -133,7 +133,14 @@ class SequenceClassification(Task):
         return SequenceTask
 
     def load_labelled(
-        self, adapter: Adapter, data: str, count: int, seed: int, *, held_out: bool = False
+        self,
+        adapter: Adapter,
+        data: str,
+        count: int,
+        seed: int,
+        *,
+        held_out: bool = False,
+        group: str | None = None,
     ) -> LabelledBatches:
         """The classes take turns; numbers of labels are those of the adapter."""
         from inlay.tasks.classification import number_labels
@@ -142,7 +149,7 @@ class SequenceClassification(Task):
         from inlay.tasks.sequences.loss import SequenceLoss
         from inlay.tasks.sequences.view import SequenceView
 
-        found = load_sequences(data, seed=seed)
+        found = load_sequences(data, seed=seed, group=group)
         numbers = number_labels(data, found.labels, adapter)
         split = found.validation if held_out else found.train
         rows = split.select(by_turns(split["label"][:], seed)[:count])

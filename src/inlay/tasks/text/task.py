@@ -113,7 +113,14 @@ class TextGeneration(Task):
         return math.exp(min(scores["loss"], 700))  # of a diverged run it would be too large for a float
 
     def load_labelled(
-        self, adapter: Adapter, data: str, count: int, seed: int, *, held_out: bool = False
+        self,
+        adapter: Adapter,
+        data: str,
+        count: int,
+        seed: int,
+        *,
+        held_out: bool = False,
+        group: str | None = None,
     ) -> LabelledBatches:
         """Of running text, blocks of half of what the base reads, which leaves room for a learned prompt."""
         import numpy as np
@@ -124,7 +131,7 @@ class TextGeneration(Task):
         from inlay.tasks.text.processor import TextProcessor
         from inlay.tasks.text.view import TextView
 
-        texts, processor = load_texts(data, seed=seed), adapter.processor
+        texts, processor = load_texts(data, seed=seed, group=group), adapter.processor
         rows = texts.validation if held_out else texts.train
         if texts.plain:
             half = TextProcessor(processor.tokenizer, separator="", max_length=processor.max_length // 2)

@@ -98,7 +98,14 @@ class VolumeSegmentation(Task):
         return VolumeTask
 
     def load_labelled(
-        self, adapter: Adapter, data: str, count: int, seed: int, *, held_out: bool = False
+        self,
+        adapter: Adapter,
+        data: str,
+        count: int,
+        seed: int,
+        *,
+        held_out: bool = False,
+        group: str | None = None,
     ) -> LabelledBatches:
         """A crop of each scan, without prompts."""
         import numpy as np
@@ -107,7 +114,7 @@ class VolumeSegmentation(Task):
         from inlay.tasks.volumes.view import VolumeView, collate_volumes
         from inlay.train.losses import ModelLoss
 
-        volumes = load_volumes(data, seed=seed)
+        volumes = load_volumes(data, seed=seed, group=group)
         if list(volumes.labels) != adapter.labels:
             raise BadInput(
                 f"the data {data!r} has the classes {', '.join(volumes.labels)}, but the combination has "
