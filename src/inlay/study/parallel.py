@@ -80,8 +80,7 @@ def _compute_elsewhere(
     """Outcomes in the order in which they are done."""
     threads = max(1, torch.get_num_threads() // jobs) if engine == "processes" else None
     plan = _Plan(problem.task, problem.train, str(problem.folder), problem.split_seed, threads)
-    limits = {"inner_max_num_threads": threads} if threads else {}
-    with parallel_config(_BACKENDS[engine], n_jobs=jobs, **limits):
+    with parallel_config(_BACKENDS[engine], n_jobs=jobs):
         run = Parallel(return_as="generator_unordered", pre_dispatch=jobs)
         yield from run(delayed(_compute_in_worker)(plan, trial, measured) for trial, measured in missing)
 
