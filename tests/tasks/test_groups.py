@@ -3,7 +3,6 @@
 import csv
 import json
 from collections import Counter
-from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -11,8 +10,7 @@ import pytest
 from sklearn.model_selection import StratifiedGroupKFold
 
 from inlay import BadInput, ImageTask, InlayError, MaskTask, SequenceTask, TextTask, VolumeTask, evaluate, load_adapter
-from inlay.tasks import TASKS
-from inlay.tasks.evaluation import Request, Training, count_units
+from inlay.tasks.evaluation import Training, count_units
 from inlay.tasks.groups import find_groups, hold_out_groups, relative_paths
 from inlay.tasks.images.data import load_images, load_images_to_score
 from inlay.tasks.statistics import score_with_intervals
