@@ -49,6 +49,7 @@ def compare(
     seconds: float | None = None,
     costs: bool = True,
     forgetting: bool = True,
+    base_data: str | None = None,
     jobs: int = 1,
     engine: Engine = "processes",
     tell: Tell | None = print,
@@ -74,6 +75,7 @@ def compare(
             to it; evaluations are not counted.
         costs: Measure what each method costs, of its run with the first seed.
         forgetting: Measure what the base has lost.
+        base_data: Data of what the base was pre-trained for; default: that of an embedded base.
         jobs: Runs at a time.
         engine: As in `run_trials`.
         tell: Is given a line about each run; None: nobody is.
@@ -84,7 +86,7 @@ def compare(
     """
     _check_numbers(width, learning_rates, factors, seeds, steps, seconds)
     check_engine(engine, jobs)
-    problem = Problem(task, train, train.output_dir)
+    problem = Problem(task, train, train.output_dir, base_data=base_data)
     run = partial(_run, problem, jobs, engine, tell)
     with lock_folder(problem.folder, wait_s=0):
         names, refused = problem.fits(None if methods == "all" else methods, width)

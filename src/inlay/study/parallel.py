@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from joblib import Parallel, delayed, parallel_config
+from joblib.parallel import get_active_backend
 
 from inlay.errors import BadInput, Unsupported
 from inlay.study.problem import Problem
@@ -79,11 +80,14 @@ def _compute_elsewhere(
 ) -> Iterator[Outcome]:
     """Outcomes in the order in which they are done."""
     threads = max(1, torch.get_num_threads() // jobs) if engine == "processes" else None
-    plan = _Plan(problem.task, problem.train, str(problem.folder), problem.split_seed, threads)
-    limits = {"inner_max_num_threads": threads} if threads else {}
-    with parallel_config(_BACKENDS[engine], n_jobs=jobs, **limits):
-        run = Parallel(return_as="generator_unordered", pre_dispatch=jobs)
-        yield from run(delayed(_compute_in_worker)(plan, trial, measured) for trial, measured in missing)
+    plan = _Plan(problem.task, problem.train, str(problem.folder), problem.split_seed, problem.base_data, threads)
+    calls = [delayed(_compute_in_worker)(plan, trial, measured) for trial, measured in missing]
+    with parallel_config(_BACKENDS[engine], n_jobs=jobs):
+        if get_active_backend()[0].supports_return_generator:
+            yield from Parallel(return_as="generator_unordered", pre_dispatch=jobs)(calls)
+            return
+        for begin in range(0, len(calls), jobs):  # of such an engine nothing is known before all are done
+            yield from Parallel()(calls[begin : begin + jobs])
 
 
 @dataclass
@@ -94,6 +98,7 @@ class _Plan:
     train: TrainConfig
     folder: str
     split_seed: int
+    base_data: str | None
     threads: int | None
 
 
@@ -107,7 +112,8 @@ def _compute_in_worker(plan: _Plan, trial: Trial, measured: frozenset[str]) -> O
         torch.set_num_threads(plan.threads)
     with redirect_stderr(io.StringIO()):  # the bars of several runs would write over each other
         if _of_this_worker is None or _of_this_worker[0] != plan:
-            _of_this_worker = plan, Problem(plan.task, plan.train, plan.folder, plan.split_seed)
+            problem = Problem(plan.task, plan.train, plan.folder, plan.split_seed, base_data=plan.base_data)
+            _of_this_worker = plan, problem
         return _of_this_worker[1].compute(trial, measured)
 
 

@@ -20,13 +20,14 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import nn
 
-from inlay.bases.learning_rate import scale_rate
 from inlay.bases.load import find_size
 from inlay.errors import BadInput, DamagedFile, InlayError, Unreachable, Unsupported
 from inlay.measure import footprint
 from inlay.methods import METHODS
 from inlay.methods._peft import PeftModel
 from inlay.study.costs import measure_trial
+from inlay.study.forgetting import RememberedBase, measure_forgetting, remember_base
+from inlay.study.priors import start_rate
 from inlay.study.records import FILE, Records
 from inlay.study.sites import narrow_sites
 from inlay.study.trial import Outcome, Trial
@@ -79,12 +80,21 @@ class Problem:
         train: How every trial is trained, but for the learning rate, the seed and the steps, which are the trial's.
         folder: Holds `trials.jsonl`, and a folder of each trial.
         split_seed: Chooses what is held out where the data does not.
+        base_data: Of what the base was pre-trained for, by which forgetting is measured, as `remember_base` takes it.
         row: Of TASKS.
         score: The main score, of the test part and of the part that chooses.
         larger_is_better: Of the main score.
     """
 
-    def __init__(self, task: TaskOptions, train: TrainConfig, folder: str | Path, split_seed: int = 0) -> None:
+    def __init__(
+        self,
+        task: TaskOptions,
+        train: TrainConfig,
+        folder: str | Path,
+        split_seed: int = 0,
+        *,
+        base_data: str | None = None,
+    ) -> None:
         """Nothing is loaded yet.
 
         Raises:
@@ -93,6 +103,7 @@ class Problem:
         if PartialState().num_processes > 1:
             raise BadInput("a study starts its own processes; start it as one process, and give jobs=2 or more.")
         self.task, self.train, self.folder, self.split_seed = task, train, Path(folder).expanduser(), split_seed
+        self.base_data = base_data
         self.row = task_of_options(task)
         self.score, self.larger_is_better = self.row.main_score, not self.row.smaller_is_better
         self._base: tuple[int, Any, _RandomState] | None = None
@@ -131,6 +142,11 @@ class Problem:
         }
 
     @cached_property
+    def remembered(self) -> RememberedBase:
+        """The base before any trial, with which the model of each is compared."""
+        return remember_base(self._copy_base(0), self.row, self.data, base_data=self.base_data)
+
+    @cached_property
     def records(self) -> Records:
         """The finished trials in `folder`.
 
@@ -147,6 +163,7 @@ class Problem:
             **asdict(self.task),
             **train,
             "split_seed": self.split_seed,
+            "base_data": self.base_data,
             "counts": self.parts.counts,
         }
 
@@ -252,6 +269,8 @@ class Problem:
             outcome = Outcome(trial, validation=dict(result.metrics))
             if "test" in measured:
                 outcome = replace(outcome, test=self._score(self.wrap(trial, adapted)))
+            if "forgetting" in measured:
+                outcome = replace(outcome, forgetting=measure_forgetting(adapted, self.remembered))
             if "costs" in measured:
                 costs = measure_trial(adapted, self.data, self.train)
                 outcome = replace(outcome, costs={**costs, "steps_per_second": result.steps_per_second})
@@ -263,7 +282,7 @@ class Problem:
 
     def start_rate(self, method: str, width: int) -> float:
         """The learning rate with which the search of a method starts."""
-        return scale_rate(METHODS[method].learning_rate, self._load_skeleton())
+        return start_rate(method, self._load_skeleton(), width)
 
     def measure_step(self, trial: Trial) -> float:
         """Seconds that a training step of a trial takes here, of its method and width; measured once for a study."""
