@@ -20,13 +20,13 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import nn
 
-from inlay.bases.learning_rate import scale_rate
 from inlay.bases.load import find_size
 from inlay.errors import BadInput, DamagedFile, InlayError, Unreachable, Unsupported
 from inlay.measure import footprint
 from inlay.methods import METHODS
 from inlay.methods._peft import PeftModel
 from inlay.study.costs import measure_trial
+from inlay.study.priors import start_rate
 from inlay.study.records import FILE, Records
 from inlay.study.sites import narrow_sites
 from inlay.study.trial import Outcome, Trial
@@ -263,7 +263,7 @@ class Problem:
 
     def start_rate(self, method: str, width: int) -> float:
         """The learning rate with which the search of a method starts."""
-        return scale_rate(METHODS[method].learning_rate, self._load_skeleton())
+        return start_rate(method, self._load_skeleton(), width)
 
     def measure_step(self, trial: Trial) -> float:
         """Seconds that a training step of a trial takes here, of its method and width; measured once for a study."""
