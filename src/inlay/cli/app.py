@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from inlay.cli import combine, compress, evaluate, hub, measure, prune, study, trust, volumes
+from inlay.cli import combine, compress, evaluate, hub, measure, prune, report, study, trust, volumes
 from inlay.cli.predict import predict
 from inlay.cli.show import AdapterArgument, BaseOption, DeviceOption, JsonOption, printable, show
 from inlay.errors import InlayError
@@ -128,7 +128,7 @@ app.command(
 # The options of a task's recipes are options of a comparison too.
 app.command("compare", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(study.compare)
 
-for group in (evaluate, measure, volumes, combine, compress, prune, hub, trust):
+for group in (evaluate, measure, report, volumes, combine, compress, prune, hub, trust):
     for name, verb in group.VERBS.items():
         app.command(name)(verb)
 

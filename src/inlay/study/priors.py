@@ -19,11 +19,12 @@ from typing import Any
 from torch import nn
 
 from inlay.bases.learning_rate import CONVOLUTIONAL_EXPONENT, TRANSFORMER_EXPONENT, measure_width, scale_rate
-from inlay.errors import BadInput, InlayError
+from inlay.errors import InlayError
 from inlay.files.atomic import replacing
 from inlay.measure import footprint
 from inlay.methods import METHODS
 from inlay.study.comparison import Comparison
+from inlay.study.report.save import read_comparisons
 from inlay.tasks.base import load_skeleton
 
 FILE = Path(__file__).with_name("priors.json")
@@ -120,12 +121,8 @@ def collect_priors(folders: Iterable[str | Path], known: Iterable[Prior] = ()) -
         InlayError: A folder without a comparison, a damaged one, or a base that is not here any more.
     """
     found = {record.key: record for record in known}
-    for folder in map(Path, folders):
-        paths = sorted(folder.rglob("comparison.json"))
-        if not paths:
-            raise BadInput(f"there is no comparison.json in {folder}; give folders that a comparison has written.")
-        for path in paths:
-            found |= {record.key: record for record in _read_records(Comparison.read(path))}
+    for comparison in read_comparisons(folders):
+        found |= {record.key: record for record in _read_records(comparison)}
     return sorted(found.values(), key=lambda record: record.key)
 
 

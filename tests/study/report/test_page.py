@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 
+from inlay.cli.report import report
 from inlay.errors import BadInput
 from inlay.methods import METHODS
 from inlay.methods.method import Kind
@@ -150,3 +151,14 @@ def test_what_cannot_be_saved_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="another folder"):
         save_comparison(replace(COMPARISON, rows=[]), tmp_path / "file")
+
+
+def test_stored_comparisons_are_shown_together(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        replace(COMPARISON, data=name, rows=[]).write(tmp_path / "runs" / name / "comparison.json")
+    report([tmp_path / "runs"], tmp_path / "out")
+    assert "builtin:vit-tiny on b" in capsys.readouterr().out
+    assert {each.name for each in (tmp_path / "out").iterdir() if each.is_dir()} == {"1_a_vit-tiny", "2_b_vit-tiny"}
+    with pytest.raises(BadInput, match=r"no comparison\.json"):
+        report([tmp_path / "out" / "none"], tmp_path / "out")

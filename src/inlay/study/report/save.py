@@ -1,7 +1,7 @@
 """Everything that shows a comparison, as files of one folder."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from inlay.errors import BadInput
@@ -12,6 +12,22 @@ from inlay.study.report.plots import draw_all
 from inlay.study.report.table import write_csv_table, write_markdown_table, write_overview_table
 
 PAGE, TABLE, STORED = "comparison.html", "comparison.md", "comparison.json"
+
+
+def read_comparisons(folders: Iterable[str | Path]) -> list[Comparison]:
+    """Every `comparison.json` in these folders or below, in their order.
+
+    Raises:
+        InlayError: A folder that has none, or a damaged one.
+    """
+    found = []
+    for folder in folders:
+        path = Path(folder).expanduser()
+        paths = [path] if path.is_file() else sorted(path.rglob(STORED))
+        if not paths:
+            raise BadInput(f"there is no {STORED} in {folder}; give folders that a comparison has written.")
+        found += [Comparison.read(each) for each in paths]
+    return found
 
 
 def save_comparison(
