@@ -41,6 +41,10 @@ def compare(
     ] = None,
     costs: Annotated[bool, typer.Option(help="Measure what each method costs.")] = True,
     forgetting: Annotated[bool, typer.Option(help="Measure what the base loses.")] = True,
+    base_data: Annotated[
+        str | None,
+        typer.Option(help="Data of what the base was pre-trained for, to measure that on; embedded bases have theirs."),
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
     engine: Annotated[str, typer.Option(help="What starts them: processes, or a cluster: ray, dask.")] = "processes",
     output: Annotated[str, typer.Option("-o", "--output", help="Folder of the runs and the report.")] = "runs/compare",
@@ -76,6 +80,7 @@ def compare(
         seconds=seconds,
         costs=costs,
         forgetting=forgetting,
+        base_data=base_data,
         jobs=jobs,
         engine=engine,  # type: ignore[arg-type]
         tell=None if as_json else print,

@@ -79,7 +79,7 @@ def _compute_elsewhere(
 ) -> Iterator[Outcome]:
     """Outcomes in the order in which they are done."""
     threads = max(1, torch.get_num_threads() // jobs) if engine == "processes" else None
-    plan = _Plan(problem.task, problem.train, str(problem.folder), problem.split_seed, threads)
+    plan = _Plan(problem.task, problem.train, str(problem.folder), problem.split_seed, problem.base_data, threads)
     limits = {"inner_max_num_threads": threads} if threads else {}
     with parallel_config(_BACKENDS[engine], n_jobs=jobs, **limits):
         run = Parallel(return_as="generator_unordered", pre_dispatch=jobs)
@@ -94,6 +94,7 @@ class _Plan:
     train: TrainConfig
     folder: str
     split_seed: int
+    base_data: str | None
     threads: int | None
 
 
@@ -107,7 +108,7 @@ def _compute_in_worker(plan: _Plan, trial: Trial, measured: frozenset[str]) -> O
         torch.set_num_threads(plan.threads)
     with redirect_stderr(io.StringIO()):  # the bars of several runs would write over each other
         if _of_this_worker is None or _of_this_worker[0] != plan:
-            _of_this_worker = plan, Problem(plan.task, plan.train, plan.folder, plan.split_seed)
+            _of_this_worker = plan, Problem(plan.task, plan.train, plan.folder, plan.split_seed, plan.base_data)
         return _of_this_worker[1].compute(trial, measured)
 
 
