@@ -43,7 +43,8 @@ def compare(
     costs: Annotated[bool, typer.Option(help="Measure what each method costs.")] = True,
     forgetting: Annotated[bool, typer.Option(help="Measure what the base loses.")] = True,
     base_data: Annotated[
-        str | None, typer.Option(help="Data of what the base was pre-trained for, on which forgetting is measured.")
+        str | None,
+        typer.Option(help="Data of what the base was pre-trained for, to measure that on; embedded bases have theirs."),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
     engine: Annotated[str, typer.Option(help="What starts them: processes, or a cluster: ray, dask.")] = "processes",

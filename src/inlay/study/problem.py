@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,10 @@ from inlay.study.records import FILE, Records
 from inlay.study.sites import narrow_sites
 from inlay.study.trial import Outcome, Trial
 from inlay.tasks import task_of_options
-from inlay.tasks.adapter import route_group
+from inlay.tasks.adapter import TaskModel
 from inlay.tasks.base import load_skeleton
 from inlay.tasks.evaluation import Request
 from inlay.tasks.options import Parts, TaskData, TaskOptions
-from inlay.tasks.task import Task
 from inlay.train.config import TrainConfig
 from inlay.train.launch import enable_checkpointing
 from inlay.train.loop import FitResult, fit
@@ -44,29 +43,6 @@ from inlay.train.loop import FitResult, fit
 # Of TrainConfig: what a trial says itself, or what follows from it.
 _OF_A_TRIAL = ("learning_rate", "seed", "epochs")
 _WARM_UP, _TIMED = 2, 10  # steps of which the time of one is measured
-
-
-@dataclass
-class TrainedTrial:
-    """The model of a trial, as the functions of a task take an adapter.
-
-    Attributes:
-        name: Of the trial.
-        model: In eval mode, with its best weights.
-        task: A row of TASKS.
-        processor: Makes its inputs.
-        labels: Class names in the order of the outputs; none for what has no classes.
-    """
-
-    name: str
-    model: Any
-    task: Task
-    processor: Any
-    labels: list[str]
-
-    def route(self, group: str | None) -> tuple[list[str], list[int]]:
-        """As in `Adapter`; there are no groups."""
-        return route_group(self.name, self.labels, {}, group)
 
 
 class Problem:
@@ -80,7 +56,7 @@ class Problem:
         train: How every trial is trained, but for the learning rate, the seed and the steps, which are the trial's.
         folder: Holds `trials.jsonl`, and a folder of each trial.
         split_seed: Chooses what is held out where the data does not.
-        base_data: Of what the base was pre-trained for, by which forgetting is measured, as `remember_base` takes it.
+        base_data: Data of what the base was pre-trained for, as in `remember_base`.
         row: Of TASKS.
         score: The main score, of the test part and of the part that chooses.
         larger_is_better: Of the main score.
@@ -103,10 +79,11 @@ class Problem:
         if PartialState().num_processes > 1:
             raise BadInput("a study starts its own processes; start it as one process, and give jobs=2 or more.")
         self.task, self.train, self.folder, self.split_seed = task, train, Path(folder).expanduser(), split_seed
-        self.base_data = base_data
         self.row = task_of_options(task)
         self.score, self.larger_is_better = self.row.main_score, not self.row.smaller_is_better
+        self.base_data = base_data
         self._base: tuple[int, Any, _RandomState] | None = None
+        self._remembered: RememberedBase | None = None
 
     @cached_property
     def parts(self) -> Parts:
@@ -140,11 +117,6 @@ class Problem:
             "blocks": blocks,
             "width": width,
         }
-
-    @cached_property
-    def remembered(self) -> RememberedBase:
-        """The base before any trial, with which the model of each is compared."""
-        return remember_base(self._copy_base(0), self.row, self.data, base_data=self.base_data)
 
     @cached_property
     def records(self) -> Records:
@@ -269,16 +241,33 @@ class Problem:
             outcome = Outcome(trial, validation=dict(result.metrics))
             if "test" in measured:
                 outcome = replace(outcome, test=self._score(self.wrap(trial, adapted)))
-            if "forgetting" in measured:
-                outcome = replace(outcome, forgetting=measure_forgetting(adapted, self.remembered))
             if "costs" in measured:
                 costs = measure_trial(adapted, self.data, self.train)
                 outcome = replace(outcome, costs={**costs, "steps_per_second": result.steps_per_second})
+            if "forgetting" in measured:
+                outcome = replace(outcome, forgetting=measure_forgetting(adapted, self.remember_base()))
         except (OSError, BadInput, DamagedFile, Unreachable):  # of the study, not of the trial
             raise
         except Exception as error:  # NaN, no memory, whatever a model raises on inputs that it does not take
             outcome = Outcome(trial, failed=_explain(error))
         return replace(outcome, seconds=time.perf_counter() - begun)
+
+    def remember_base(self) -> RememberedBase:
+        """The base as it is without any training, with which trials are compared; it is looked at once.
+
+        Raises:
+            InlayError: `base_data` that cannot be used.
+        """
+        if self._remembered is None:
+            self._remembered = remember_base(self._copy_base(0), self.row, self.data, base_data=self.base_data)
+        return self._remembered
+
+    def load_trained(self, trial: Trial) -> tuple[TaskModel, FitResult]:
+        """The model of a finished trial with its best weights; where these were deleted, it is trained again."""
+        trial = self.complete(trial)
+        adapted = self.adapt(trial)
+        result = self._fit(adapted, trial)
+        return self.wrap(trial, adapted), result
 
     def start_rate(self, method: str, width: int) -> float:
         """The learning rate with which the search of a method starts."""
@@ -373,13 +362,13 @@ class Problem:
                 settings={**asdict(self.task), **asdict(trial), "split_seed": self.split_seed},
             )
 
-    def wrap(self, trial: Trial, model: Any) -> TrainedTrial:
+    def wrap(self, trial: Trial, model: Any) -> TaskModel:
         """A trained model of `adapt`, as the functions of a task take an adapter."""
         wrapped = isinstance(model, PeftModel)
         base, method = (model.get_base_model(), model.active_peft_config) if wrapped else (model, None)
-        return TrainedTrial(trial.key, model, self.row, self.data.processor, self.row.labels(base, method))
+        return TaskModel(trial.key, model, self.row, self.data.processor, self.row.labels(base, method))
 
-    def _score(self, trained: TrainedTrial) -> dict[str, float]:
+    def _score(self, trained: TaskModel) -> dict[str, float]:
         request = Request(
             split=self.parts.test_split, compare=False, resamples=1, training=self.parts.training
         )  # the interval of a comparison is over seeds
