@@ -135,8 +135,9 @@ def find_adapted_places(model: nn.Module) -> set[Spot]:
     return spots
 
 
-_CELL, _ROW, _EDGE, _TOP = 92, 40, 14, 78  # pixels
-_INK, _PALE, _NONE = (30, 30, 30), (150, 150, 150), (240, 240, 240)
+_CELL, _ROW, _EDGE, _TOP = 104, 40, 14, 78  # pixels
+_INK, _PALE, _NONE = (30, 30, 30), (130, 130, 130), (240, 240, 240)
+_UNCLEAR = 0.25  # of its colour has a cell whose difference may be chance
 _BEST, _WORST = (202, 80, 32), (40, 96, 170)
 
 
@@ -152,7 +153,7 @@ def _draw(found: Placement) -> Image.Image:
     pen.text(
         (_EDGE, 10), f"{title(found.score)} on {found.data}: trials that adapt a place, less the others", _INK, font
     )
-    told = f"{found.trials} trials of {found.steps} steps; ± is one standard error; grey: less than two of them"
+    told = f"{found.trials} trials of {found.steps} steps; ± is one standard error; pale: less than two of them"
     pen.text((_EDGE, 30), told, _INK, small)
     largest = max((abs(cell.difference) for cell in found.cells), default=0.0) or 1e-9
     for column, block in enumerate(blocks):
@@ -162,15 +163,15 @@ def _draw(found: Placement) -> Image.Image:
         pen.text((left - 10, y + _ROW / 2), kind, _INK, small, anchor="rm")
         for column, block in enumerate(blocks):
             x, cell = left + column * _CELL, cells.get((block, kind))
-            colour = _NONE if cell is None else _mix(cell.difference / largest)
-            pen.rectangle((x, y, x + _CELL - 2, y + _ROW - 2), colour)
+            shade = 0.0 if cell is None else cell.difference / largest * (1 if cell.clear else _UNCLEAR)
+            pen.rectangle((x, y, x + _CELL - 2, y + _ROW - 2), _NONE if cell is None else _mix(shade))
             if cell is not None:
-                strong = abs(cell.difference) > 0.7 * largest
-                ink = _PALE if not cell.clear and not strong else ("white" if strong else _INK)
-                text = f"{cell.difference:+.3f} ± {cell.error:.3f}"
-                pen.text((x + _CELL / 2 - 1, y + 12), text, ink, small, anchor="mm")
-                told = f"{cell.adapting} of {cell.adapting + cell.others}"
-                pen.text((x + _CELL / 2 - 1, y + 27), told, ink, small, anchor="mm")
+                ink = "white" if abs(shade) > 0.6 else _INK if cell.clear else _PALE
+                error = "one trial" if math.isnan(cell.error) else f"± {cell.error:.3f}"
+                middle = x + _CELL / 2 - 1
+                pen.text((middle, y + 12), f"{cell.difference:+.3f}", ink, font, anchor="mm")
+                lower = f"{error}, {cell.adapting} of {cell.adapting + cell.others}"
+                pen.text((middle, y + 27), lower, ink, small, anchor="mm")
     y = _TOP + len(rows) * _ROW + 14
     for i in range(-10, 11):
         pen.rectangle((left + (i + 10) * 10, y, left + (i + 11) * 10, y + 10), _mix(i / 10))
