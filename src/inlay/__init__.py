@@ -58,7 +58,10 @@ if TYPE_CHECKING:
     from inlay.study.measure import measure_costs
     from inlay.study.problem import Problem
     from inlay.study.report import save_comparison
+    from inlay.study.sites import narrow_sites
     from inlay.study.trial import Outcome, Trial
+    from inlay.study.tune.budget import parse_budget
+    from inlay.study.tune.run import tune
     from inlay.tasks.base import load_base, make_task_options
     from inlay.tasks.images.data import ImageData, load_images
     from inlay.tasks.images.options import ImageTask
@@ -70,6 +73,7 @@ if TYPE_CHECKING:
     from inlay.tasks.masks.predict import predict_masks
     from inlay.tasks.masks.sites import sam_targets
     from inlay.tasks.masks.view import MaskView
+    from inlay.tasks.options import describe_run
     from inlay.tasks.sequences.data import SequenceData, load_sequences
     from inlay.tasks.sequences.options import SequenceTask
     from inlay.tasks.sequences.predict import classify_texts
@@ -160,6 +164,7 @@ _MODULE_OF = {
     "classify_texts": "tasks.sequences.predict",
     "combine": "combine",
     "compare": "study.compare",
+    "describe_run": "tasks.options",
     "draw_sheet": "tasks.images.predict",
     "evaluate": "adapters.evaluate",
     "export": "compress.export",
@@ -188,8 +193,10 @@ _MODULE_OF = {
     "mask_weights": "compress.prune.masks",
     "measure_costs": "study.measure",
     "merge": "combine.merge",
+    "narrow_sites": "study.sites",
     "option": "options",
     "overlap": "combine.report",
+    "parse_budget": "study.tune.budget",
     "predict": "tasks.images.predict",
     "predict_masks": "tasks.masks.predict",
     "prune": "compress.prune.pruning",
@@ -205,6 +212,7 @@ _MODULE_OF = {
     "save_pruned": "compress.prune.save",
     "scan_sensitivity": "compress.prune.scan",
     "segment": "tasks.volumes.segment",
+    "tune": "study.tune.run",
     "write_report": "combine.heatmap",
 }
 
@@ -264,6 +272,7 @@ __all__ = [
     "classify_texts",
     "combine",
     "compare",
+    "describe_run",
     "draw_sheet",
     "evaluate",
     "export",
@@ -292,8 +301,10 @@ __all__ = [
     "mask_weights",
     "measure_costs",
     "merge",
+    "narrow_sites",
     "option",
     "overlap",
+    "parse_budget",
     "predict",
     "predict_masks",
     "prune",
@@ -309,6 +320,7 @@ __all__ = [
     "save_pruned",
     "scan_sensitivity",
     "segment",
+    "tune",
     "write_report",
 ]
 

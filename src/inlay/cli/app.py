@@ -130,6 +130,7 @@ app.command(
 )(predict)
 # The options of a task's recipes are options of a comparison too.
 app.command("compare", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(study.compare)
+app.command("tune", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(study.tune)
 
 for group in (evaluate, measure, report, volumes, combine, compress, prune, hub, trust):
     for name, verb in group.VERBS.items():

@@ -1,8 +1,10 @@
-"""The verb `inlay compare`."""
+"""The verbs `inlay compare` and `inlay tune`."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -91,6 +93,83 @@ def compare(
         print(json.dumps(found.to_dict(), indent=2))
     else:
         print(f"\n{write_terminal_table(found)}\n\nreport: {page}")
+
+
+def tune(
+    context: typer.Context,
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Labelled data, as the recipes of its task take it.")],
+    base: Annotated[str, typer.Option(help="Embedded base, local folder or Hub id.")],
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="Limits of the adapter (params=200k, latency=+5%, macs=+1%, file=500kB, memory=2GB) and of the search "
+            "(minutes=20, or trials=16 of full length)."
+        ),
+    ] = "trials=16",
+    kind: Annotated[
+        str | None,
+        typer.Option(help="What the base is to do, such as text-classification; default: what it is for."),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Names in inlay.METHODS, comma-separated; default: one of each kind that fits the base."),
+    ] = None,
+    strategy: Annotated[str, typer.Option(help="halving, random or topk.")] = "halving",
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    finals: Annotated[int, typer.Option(help="Fresh seeds with which the winner is trained and scored.")] = 3,
+    unmerged: Annotated[
+        bool, typer.Option("--unmerged", help="Count work and latency unmerged, as when adapters share a base.")
+    ] = False,
+    epochs: Annotated[
+        float | None, typer.Option(help="Of a trial of full length: passes over the data; default 10.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per step; default 32.")] = None,
+    group: Annotated[
+        str | None, typer.Option(help="Column or rule that says which examples belong together, such as a patient.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
+    engine: Annotated[str, typer.Option(help="What starts them: processes, or a cluster: ray, dask.")] = "processes",
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder of the runs and the winner.")] = "runs/tune",
+    as_json: JsonOption = False,
+) -> None:
+    """Search the method, its places, width and learning rate for your data within a budget, and save the winner.
+
+    Further options are those of the task's recipes, such as --augment none, --max-length 128 or --precision bf16. The
+    same command goes on where it was interrupted.
+    """
+    from inlay.study.tune.budget import parse_budget
+
+    limits = parse_budget(budget)
+
+    from inlay.study.problem import Problem
+    from inlay.study.tune.run import tune as search
+    from inlay.study.tune.winner import write_results
+    from inlay.tasks.base import make_task_options
+    from inlay.train.config import TrainConfig
+
+    chosen = make_task_options(base, data, kind)
+    task, train = parse([chosen, TrainConfig(output_dir=output, workers=0)], context.args)
+    given = {"epochs": epochs, "batch_size": batch_size}
+    train = replace(train, **{name: value for name, value in given.items() if value is not None})
+    problem = Problem(task if group is None else replace(task, group=group), train, output)
+    found = search(
+        problem,
+        limits,
+        methods=[name.strip() for name in methods.split(",")] if methods else (),
+        strategy=strategy,  # type: ignore[arg-type]
+        seed=seed,
+        finals=finals,
+        merged=not unmerged,
+        jobs=jobs,
+        engine=engine,  # type: ignore[arg-type]
+        tell=lambda line: print(line, file=sys.stderr),
+    )
+    best = write_results(found, problem, output)
+    if as_json:
+        print((Path(output) / "search.json").read_text(encoding="utf-8"), end="")
+    else:
+        print(f"{found}\n\nthe adapter: {best / 'adapter'}; trained again by {best / 'recipe.sh'}")
+        print(f"the places as an image: {Path(output) / 'placement.png'}")
 
 
 def read_numbers(option: str, text: str | None, kind: Callable[[str], Any]) -> list[Any] | None:

@@ -108,7 +108,7 @@ class Problem:
     @cached_property
     def base(self) -> dict[str, Any]:
         """Facts of the base: name, kind of model, parameters, number of blocks, width of their output."""
-        model = self._load_skeleton()
+        model = self.load_base_skeleton()
         blocks, width = find_size(model.config)
         return {
             "name": self.task.model,
@@ -172,7 +172,7 @@ class Problem:
         Raises:
             InlayError: The method does not fit the base.
         """
-        return self._attach(self._load_skeleton(), trial)
+        return self._attach(self.load_base_skeleton(), trial)
 
     def adapt(self, trial: Trial) -> nn.Module:
         """The model of a trial before its first step.
@@ -271,7 +271,7 @@ class Problem:
 
     def start_rate(self, method: str, width: int) -> float:
         """The learning rate with which the search of a method starts."""
-        return start_rate(method, self._load_skeleton(), width)
+        return start_rate(method, self.load_base_skeleton(), width)
 
     def measure_step(self, trial: Trial) -> float:
         """Seconds that a training step of a trial takes here, of its method and width; measured once for a study."""
@@ -285,6 +285,29 @@ class Problem:
         with tempfile.TemporaryDirectory() as folder:
             return self._fit(self.adapt(trial), trial, folder=folder, validate=False).seconds
 
+    def make_train_config(self, trial: Trial) -> TrainConfig:
+        """How `fit` trains a trial."""
+        examples, batch_size = len(self.data.train), self.train.batch_size
+        return replace(
+            self.train,
+            output_dir=str(self.folder_of(trial)),
+            overwrite=False,
+            learning_rate=trial.learning_rate,
+            seed=trial.seed,
+            epochs=(self.complete(trial).steps - 0.5) * batch_size / examples,  # rounded up to the steps
+            eval_every=self.train.eval_every or max(1, round(examples / batch_size)),
+        )
+
+    def train_trial(self, trial: Trial) -> tuple[nn.Module, FitResult]:
+        """The model of a trial with its best weights: those in its folder, or trained again.
+
+        Raises:
+            InlayError: The method does not fit the base; the training failed.
+        """
+        trial = self.complete(trial)
+        model = self.adapt(trial)
+        return model, self._fit(model, trial)
+
     def folder_of(self, trial: Trial) -> Path:
         """Where a trial is trained; its best weights stay there until `delete_weights`."""
         return self.folder / "trials" / self.complete(trial).key
@@ -297,7 +320,8 @@ class Problem:
         """The main score of an outcome on the part that chooses; NaN if it failed."""
         return float("nan") if outcome.failed else self.row.find_main_score(outcome.validation)
 
-    def _load_skeleton(self) -> Any:
+    def load_base_skeleton(self) -> Any:
+        """The base without its weights, on the meta device."""
         labels = self.data.source.labels if self.row.classifies else None
         return load_skeleton(self.task.model, task=self.row.name, labels=labels, quantize=self.task.quantize)
 
@@ -340,16 +364,9 @@ class Problem:
         return copy.deepcopy(base)
 
     def _fit(self, model: nn.Module, trial: Trial, *, folder: str | None = None, validate: bool = True) -> FitResult:
-        data, examples, batch_size = self.data, len(self.data.train), self.train.batch_size
-        config = replace(
-            self.train,
-            output_dir=folder or str(self.folder_of(trial)),
-            overwrite=False,
-            learning_rate=trial.learning_rate,
-            seed=trial.seed,
-            epochs=(trial.steps - 0.5) * batch_size / examples,  # rounded up to the steps
-            eval_every=self.train.eval_every or max(1, round(examples / batch_size)),
-        )
+        data, config = self.data, self.make_train_config(trial)
+        if folder is not None:
+            config = replace(config, output_dir=folder)
         with _quiet():
             return fit(
                 model,

@@ -19,6 +19,7 @@ class Records:
         {"settings": {...}}                             what all trials share, the first line
         {"outcome": {...}, "measured": ["test", ...]}   a finished trial, and what was asked of it
         {"seconds_per_step": {...}}                     by method and width, where the budget is in seconds
+        {"latency_ms": {...}}                           with and without an adapter, where it is limited
 
     A later line about a trial replaces an earlier one. A last line without its end, which a killed process leaves, is
     ignored and overwritten.
@@ -33,11 +34,12 @@ class Records:
 
         Raises:
             BadInput: The file is of a study with other settings.
-            DamagedFile: A line that is none of the three kinds.
+            DamagedFile: A line that is none of these kinds.
         """
         self.path = Path(path)
         self.settings: dict[str, Any] = {}
         self.seconds_per_step: dict[str, float] = {}
+        self.latency_ms: dict[str, list[float]] = {}
         self._outcomes: dict[Trial, Outcome] = {}
         self._measured: dict[Trial, frozenset[str]] = {}
         self._end = 0  # bytes of all whole lines
@@ -72,6 +74,11 @@ class Records:
         self._append({"seconds_per_step": {name: seconds}})
         self.seconds_per_step[name] = seconds
 
+    def add_latency(self, name: str, latency_ms: list[float]) -> None:
+        """Append how long an input takes with an adapter and without it."""
+        self._append({"latency_ms": {name: latency_ms}})
+        self.latency_ms[name] = latency_ms
+
     def _keep(self, outcome: Outcome, measured: Collection[str]) -> None:
         self._outcomes[outcome.trial] = outcome
         self._measured[outcome.trial] = frozenset(measured)
@@ -95,6 +102,8 @@ class Records:
             self.settings = dict(row["settings"])
         elif "seconds_per_step" in row:
             self.seconds_per_step |= row["seconds_per_step"]
+        elif "latency_ms" in row:
+            self.latency_ms |= row["latency_ms"]
         else:
             trial = dict(row["outcome"].pop("trial"))
             blocks = trial["blocks"]

@@ -63,7 +63,7 @@ def narrow_sites(
         )
     kept = [target for target in targets if f"{target}.".startswith(within)]
     if modules != "all":
-        layers = _beginnings(_list_modules(found)[modules])
+        layers = _beginnings(list_modules(found)[modules])
         kept = [target for target in kept if f"{target}.".startswith(layers)]
     if not kept:
         what = "layers" if modules == "all" else f"{modules} layers"
@@ -97,7 +97,8 @@ def _choose_blocks(found: Sites, blocks: Sequence[int] | None) -> Sequence[str]:
     return [found.blocks[i] for i in blocks]
 
 
-def _list_modules(found: Sites) -> dict[str, tuple[str, ...]]:
+def list_modules(found: Sites) -> dict[str, tuple[str, ...]]:
+    """What belongs to the attention, and what to the MLP, of all blocks: names of modules, and of parts of these."""
     attention = (found.attention, found.around_attention, found.q, found.k, found.v, found.out)
     mlp = (found.around_mlp, found.mlp_in, found.mlp_out)
     return {"attention": sum(attention, ()), "mlp": sum(mlp, ())}

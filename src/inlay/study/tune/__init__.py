@@ -1,0 +1,1 @@
+"""Search method, learning rate, places and width within a budget."""

@@ -1,0 +1,121 @@
+"""What a search leaves behind: the winner as an adapter and as a recipe, its facts, and the image of places."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from inlay.adapters.save import save_adapter
+from inlay.files.atomic import replacing, write_json
+from inlay.methods import METHODS
+from inlay.study.problem import Problem
+from inlay.study.trial import Outcome, Trial
+from inlay.study.tune import recipe
+from inlay.study.tune.run import Tuned, describe
+from inlay.tasks.options import describe_run
+
+_NOT_IN_A_RECIPE = ("output_dir", "overwrite", "push_to", "private", "embedded_rate")
+
+
+def write_results(found: Tuned, problem: Problem, folder: str | Path) -> Path:
+    """Write best/ (adapter, recipe, settings), placement.png and search.json into a folder.
+
+    best/recipe.sh trains the adapter of best/adapter again. best/train.py is a recipe like those of the repository,
+    with the method, its width and its places as options; best/config.yaml holds what the search found.
+
+    Args:
+        found: What `tune` gave.
+        problem: Of that search; the weights of the final trials are in its folder, or are trained again.
+        folder: Where.
+
+    Returns:
+        The folder best.
+    """
+    folder = Path(folder)
+    best = folder / "best"
+    best.mkdir(parents=True, exist_ok=True)
+    chosen = _choose_final(found, problem)
+    model, result = problem.train_trial(chosen.trial)
+    metrics = describe_run(model, problem.data, result)
+    metrics |= {"test": chosen.test, "study": {**_describe_search(found), "costs": chosen.costs}}
+    save_adapter(model, best / "adapter", processor=problem.data.processor, metrics=metrics)
+    _write_recipe(best, problem, chosen.trial)
+    for final in found.finals:
+        problem.delete_weights(final.trial)
+    found.placement.draw(folder / "placement.png")
+    write_json(folder / "search.json", {**_describe_search(found), **_list_runs(found)})
+    return best
+
+
+def _choose_final(found: Tuned, problem: Problem) -> Outcome:
+    """Of the final trials the best on the part that chooses, whose weights are saved."""
+    sign = 1 if found.larger_is_better else -1
+    return max((final for final in found.finals if final.test), key=lambda final: sign * problem.main_score(final))
+
+
+def _write_recipe(folder: Path, problem: Problem, trial: Trial) -> None:
+    kind = type(problem.task).__name__
+    code = Path(recipe.__file__).read_text(encoding="utf-8").replace("ImageTask", kind)
+    settings = make_settings(problem, trial)
+    told = f"# {describe(trial)}: {METHODS[trial.method].paper}\n"
+    texts = {
+        "train.py": code,
+        "config.yaml": told + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
+        "recipe.sh": f'#!/bin/sh\n{told}cd "$(dirname "$0")" && accelerate launch train.py config.yaml\n',
+    }
+    for name, text in texts.items():
+        with replacing(folder / name) as new:
+            new.write_text(text, encoding="utf-8")
+    (folder / "recipe.sh").chmod(0o755)
+
+
+def make_settings(problem: Problem, trial: Trial) -> dict[str, Any]:
+    """The options of the recipe under which it trains what the trial did."""
+    trained = problem.make_train_config(trial)
+    dataset = Path(problem.task.dataset)  # the recipe runs in a folder of its own
+    task = {**asdict(problem.task), "dataset": str(dataset.resolve()) if dataset.exists() else problem.task.dataset}
+    base = Path(problem.task.model)
+    task["model"] = str(base.resolve()) if base.exists() else problem.task.model
+    settings = {
+        "method": trial.method,
+        "width": trial.width,
+        "blocks": list(trial.blocks or ()),
+        "modules": trial.modules,
+        "split_seed": problem.split_seed,
+        **task,
+        **{key: value for key, value in asdict(trained).items() if key not in _NOT_IN_A_RECIPE},
+    }
+    return {key: value for key, value in settings.items() if value is not None and value != []}
+
+
+def _describe_search(found: Tuned) -> dict[str, Any]:
+    """What stands with the saved adapter."""
+    return {
+        "data": found.data,
+        "base": found.base,
+        "score": found.score,
+        "strategy": found.strategy,
+        "seed": found.seed,
+        "budget": asdict(found.budget),
+        "steps": found.steps,
+        "trials": sum(len(rung) for rung in found.rungs),
+        "winner": asdict(found.winner.trial),
+        "params": found.winner.params,
+        "test": found.test_scores,
+    }
+
+
+def _list_runs(found: Tuned) -> dict[str, Any]:
+    return {
+        "seconds": round(found.seconds, 1),
+        "planned": [asdict(rung) for rung in found.planned],
+        "rungs": [[{**asdict(each.trial), "score": _finite(each.score)} for each in rung] for rung in found.rungs],
+        "front": [asdict(each) for each in found.find_front()],
+        "places": [{**asdict(cell), "error": _finite(cell.error)} for cell in found.placement.cells],
+        "failed": found.failed,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if value == value else None  # NaN is no JSON

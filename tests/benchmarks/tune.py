@@ -1,0 +1,166 @@
+"""inlay tune next to random search, one-epoch top-K and peft's defaults, all with the same compute and parameters.
+
+    python tests/benchmarks/tune.py digits                  # builtin:digits on builtin:vit-tiny: an hour on one core
+    python tests/benchmarks/tune.py restaurants             # texts on builtin:gpt2-tiny
+    python tests/benchmarks/tune.py mr flowers e2e --seeds 0 1 2
+
+Each seed is a search of its own, by each strategy, of TRIALS trials of full length in all; its winner is trained once
+more with a fresh seed and scored on the test part, which chose nothing. The defaults are those of peft's quicktour
+(https://huggingface.co/docs/peft/quicktour): LoRA with r = 8 on the query and value projections, alpha 32, dropout
+0.1, learning rate 1e-3; once with the steps of one trial, and once with all the steps that a search takes. A search may
+train no more parameters than that LoRA has. Trials that several searches have in common are run once, and count for
+each. Everything is stored as soon as it is done; the same command goes on.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft import LoraConfig
+
+from inlay import ImageTask, Problem, SequenceTask, TextTask, TrainConfig, Trial, lora_targets, tune
+from inlay.files.atomic import write_json
+from inlay.methods import METHODS
+from inlay.study.statistics import mean_interval, paired_interval
+from inlay.study.tune.budget import Budget
+from inlay.study.tune.limits import count_adapter_parameters
+from inlay.study.tune.search import STRATEGIES
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from places import SHARED
+
+RESULTS = Path(__file__).parent / "results" / "tune"
+TRIALS = 8  # of full length, in a search
+RATE = 1e-3
+
+DEFAULTS = replace(
+    METHODS["lora"],
+    name="peft-defaults",
+    learning_rate=RATE,
+    config=lambda model, rank: LoraConfig(
+        r=rank, lora_alpha=32, lora_dropout=0.1, target_modules=lora_targets(model, "attention")
+    ),
+)
+METHODS[DEFAULTS.name] = DEFAULTS
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task, and how long a trial of full length is."""
+
+    task: Any
+    epochs: float
+    batch_size: int = 32
+
+
+CASES = {
+    "digits": Case(ImageTask(), 2),
+    "restaurants": Case(TextTask(max_length=128), 1),
+    "mr": Case(SequenceTask(), 3),
+    "flowers": Case(
+        ImageTask(str(SHARED / "mobilenet_imagenet/hf/mobilenet_v2_1.0_224"), str(SHARED / "flowers5/dev")), 5
+    ),
+    "e2e": Case(TextTask(dataset=str(SHARED / "e2e_nlg")), 0.1, 8),
+}
+
+
+def run_case(name: str, seeds: list[int], runs: Path) -> None:
+    """All searches and defaults of a case, and its tables."""
+    case = CASES[name]
+    problem = Problem(case.task, TrainConfig(epochs=case.epochs, batch_size=case.batch_size, workers=0), runs / name)
+    defaults = Trial(DEFAULTS.name, RATE, 8)
+    budget = Budget(params=count_adapter_parameters(problem.skeleton(defaults)), trials=TRIALS)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for seed in seeds:
+        for strategy in STRATEGIES:
+            found = tune(problem, budget, strategy=strategy, seed=seed, finals=1, tell=print)
+            rows.setdefault(strategy, []).append(
+                {
+                    "seed": seed,
+                    "test": found.test_scores[0],
+                    "validation": found.winner.score,
+                    "params": found.winner.params,
+                    "steps": found.steps,
+                    "winner": found.winner.trial.key,
+                }
+            )
+        for label, steps in (("defaults", problem.steps), ("defaults, long", TRIALS * problem.steps)):
+            trial = replace(defaults, steps=steps, seed=seed + 1)
+            outcome = problem.run(trial, test=True)
+            problem.delete_weights(trial)
+            rows.setdefault(label, []).append(
+                {
+                    "seed": seed,
+                    "test": (outcome.test or {})[problem.score],
+                    "validation": problem.main_score(outcome),
+                    "params": budget.params,
+                    "steps": steps,
+                    "winner": trial.key,
+                }
+            )
+        _store(name, problem, budget, rows)
+
+
+def _store(name: str, problem: Problem, budget: Budget, rows: dict[str, list[dict[str, Any]]]) -> None:
+    facts = {
+        "data": Path(problem.task.dataset).name,
+        "base": Path(problem.task.model).name,
+        "score": problem.score,
+        "larger_is_better": problem.larger_is_better,
+        "params": budget.params,
+        "steps_of_a_trial": problem.steps,
+        "trials": TRIALS,
+        "counts": problem.parts.counts,
+        "rows": rows,
+        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+    }
+    path = RESULTS.with_suffix(".json")
+    all_facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    all_facts[name] = facts
+    write_json(path, all_facts)
+    tables = [f"## {case['data']} on {case['base']}\n\n{_write_table(case)}" for case in all_facts.values()]
+    RESULTS.with_suffix(".md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
+
+
+def _write_table(facts: dict[str, Any]) -> str:
+    """Means over the seeds with t-intervals, and the difference to halving, seed by seed."""
+    lines = [f"| | {facts['score']} on the test part | 95 % | less halving | 95 % | median parameters |"]
+    lines.append("|---|---:|---|---:|---|---:|")
+    halving = {row["seed"]: row["test"] for row in facts["rows"]["halving"]}
+    for label, rows in facts["rows"].items():
+        mean, low, high = mean_interval([row["test"] for row in rows])
+        cells = [label, f"{mean:.4f}", f"{low:.4f} to {high:.4f}"]
+        less, *ends = paired_interval([row["test"] - halving[row["seed"]] for row in rows])
+        cells += ["", ""] if label == "halving" else [f"{less:+.4f}", f"{ends[0]:+.4f} to {ends[1]:+.4f}"]
+        cells.append(f"{statistics.median(row['params'] for row in rows):,.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    seeds = len(facts["rows"]["halving"])
+    return "\n".join(lines) + (
+        f"\n\n{seeds} seeds; {facts['trials']} trials of {facts['steps_of_a_trial']} steps each; at most "
+        f"{facts['params']:,} parameters besides the head."
+    )
+
+
+def main() -> None:
+    """Run the cases that are asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("cases", nargs="+", choices=list(CASES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark_tune"))
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in asked.cases:
+        run_case(name, asked.seeds, asked.runs)
+
+
+if __name__ == "__main__":
+    main()

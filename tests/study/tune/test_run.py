@@ -1,0 +1,178 @@
+"""A search as a whole: the same at each start and after any interruption, within its budget, and what it leaves."""
+
+import json
+import math
+import runpy
+from dataclasses import replace
+from itertools import pairwise
+from typing import ClassVar
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from inlay import (
+    BadInput,
+    ComputationFailed,
+    ImageTask,
+    Outcome,
+    Problem,
+    TrainConfig,
+    load_adapter,
+    parse_budget,
+    tune,
+)
+from inlay.study.tune.run import choose_methods
+from inlay.study.tune.search import STRATEGIES
+from inlay.study.tune.winner import write_results
+
+
+class Interruption(Exception):
+    """A kill, as far as a test can have one."""
+
+
+class Synthetic(Problem):
+    """Trials that train nothing: the score is best at a learning rate of 1e-2, and for narrow adapters."""
+
+    fails_at = None
+    built: ClassVar[dict] = {}  # by what a trial adapts: counting reads a skeleton only
+
+    def skeleton(self, trial):
+        adapter = (trial.method, trial.width, trial.blocks, trial.modules)
+        if adapter not in self.built:
+            self.built[adapter] = super().skeleton(trial)
+        return self.built[adapter]
+
+    def compute(self, trial, measured=()):
+        self.calls = [*getattr(self, "calls", []), trial]
+        if len(self.calls) - 1 == self.fails_at:
+            raise Interruption
+        if trial.method == "bottleneck":
+            return Outcome(trial, failed="the loss is NaN", seconds=1.0)
+        score = 1 - abs(math.log10(trial.learning_rate) + 2) / 4 - trial.width / 1000 + trial.seed / 1e4
+        score += 0.01 * (trial.blocks is not None and 0 in trial.blocks)
+        test = {"accuracy": score - 0.05} if "test" in measured else None
+        return Outcome(trial, {"accuracy": score, "loss": 1.0}, test=test, seconds=trial.steps * 0.5)
+
+
+def synthetic(digits, folder, **changes):
+    train = TrainConfig(batch_size=4, epochs=2, workers=0)  # 14 steps in all
+    made = Synthetic(ImageTask("builtin:vit-tiny", str(digits)), train, folder)
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+BUDGET = parse_budget("params=8k,trials=4")
+METHODS_HERE = ("ssf", "bottleneck", "lora")
+
+
+@pytest.fixture(scope="module")
+def first(digits, tmp_path_factory):
+    made = synthetic(digits, tmp_path_factory.mktemp("first") / "s")
+    return made, tune(made, BUDGET, methods=METHODS_HERE, finals=2)
+
+
+def list_trials(found):
+    return [[each.trial for each in rung] for rung in found.rungs]
+
+
+def test_two_starts_say_the_same(digits, first, tmp_path):
+    again = tune(synthetic(digits, tmp_path / "s"), BUDGET, methods=METHODS_HERE, finals=2)
+    assert str(again) == str(first[1]) and list_trials(again) == list_trials(first[1])
+    other = tune(synthetic(digits, tmp_path / "t"), BUDGET, methods=METHODS_HERE, finals=2, seed=1)
+    assert list_trials(other) != list_trials(first[1])
+
+
+def test_killed_at_any_trial_and_started_again_it_ends_the_same(digits, first, tmp_path):
+    made, found = first
+    for place in range(len(made.calls)):
+        killed = synthetic(digits, tmp_path / str(place), fails_at=place)
+        with pytest.raises(Interruption):
+            tune(killed, BUDGET, methods=METHODS_HERE, finals=2)
+        again = synthetic(digits, tmp_path / str(place))
+        assert str(tune(again, BUDGET, methods=METHODS_HERE, finals=2)) == str(found)
+        assert killed.calls[:-1] + again.calls == made.calls  # nothing was run twice
+    assert len(made.calls) >= 9
+
+
+def test_the_winner_is_the_best_of_the_last_rung_and_failures_are_said(first):
+    made, found = first
+    assert found.winner.score == max(each.score for each in found.candidates)
+    assert {each.trial.steps for each in found.candidates} == {made.steps}
+    assert found.failed and "trials gave no score: the loss is NaN" in str(found)
+    assert all("bottleneck" in key for key in found.failed)
+    assert not any(each.trial.method == "bottleneck" for each in found.candidates)
+    assert [final.trial for final in found.finals] == [replace(found.winner.trial, seed=seed) for seed in (1, 2)]
+    assert found.test_scores == [final.test["accuracy"] for final in found.finals]
+    front = found.find_front()
+    assert [each.params for each in front] == sorted(each.params for each in front)
+    assert all(a.score < b.score for a, b in pairwise(front))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_has_the_same_compute(digits, strategy, tmp_path):
+    made = synthetic(digits, tmp_path / "s")
+    found = tune(made, BUDGET, methods=["ssf"], strategy=strategy, finals=1)
+    run = sum(trial.steps for trial in made.calls if trial.seed == 0)
+    assert found.steps == run and 4 * made.steps - found.planned[0].steps < run <= 4 * made.steps
+
+
+def test_seconds_are_a_limit_of_everything(digits, tmp_path):
+    """A step takes half a second by the records: 14 steps 7 s, of which two final trials take 14."""
+    made = synthetic(digits, tmp_path / "s")
+    budget = parse_budget("params=8k,seconds=60")
+    found = tune(made, budget, methods=["ssf"], finals=2)
+    assert found.seconds <= 60 and found.seconds == sum(0.5 * trial.steps for trial in made.calls)
+    assert 60 * 0.9 - found.seconds < 7.5  # no trial more would have had room
+    again = tune(synthetic(digits, tmp_path / "s"), budget, methods=["ssf"], finals=2)
+    assert again.planned == found.planned  # what the first run took is in the records
+
+
+def test_what_cannot_be_searched_is_said(digits, tmp_path):
+    made = synthetic(digits, tmp_path / "s")
+    with pytest.raises(BadInput, match="full makes no adapter"):
+        choose_methods(made, ["full"])
+    with pytest.raises(BadInput, match="conv-adapter does not fit builtin:vit-tiny"):
+        choose_methods(made, ["lora", "conv-adapter"])
+    with pytest.raises(BadInput, match="unknown method 'laura'"):
+        choose_methods(made, ["laura"])
+    with pytest.raises(BadInput, match="finals must be at least 1"):
+        tune(made, BUDGET, finals=0)
+    with pytest.raises(ComputationFailed, match="all trials failed; the first: the loss is NaN"):
+        tune(made, BUDGET, methods=["bottleneck"])
+
+
+@pytest.fixture(scope="module")
+def real(digits, tmp_path_factory):
+    """A search that trains, and what it leaves."""
+    folder = tmp_path_factory.mktemp("real") / "s"
+    train = TrainConfig(batch_size=12, epochs=2, workers=0)
+    made = Problem(ImageTask("builtin:vit-tiny", str(digits), augment="crop"), train, folder)
+    found = tune(made, parse_budget("params=5k,trials=2"), methods=["ssf", "lora"], finals=2)
+    return found, write_results(found, made, folder), folder
+
+
+def test_a_real_search_saves_its_winner(real):
+    found, best, folder = real
+    loaded = load_adapter(best / "adapter")
+    trained = sum(p.numel() for n, p in loaded.model.named_parameters() if "default" in n and "modules_to" not in n)
+    assert loaded.verified and trained == found.winner.params <= 5000
+    facts = json.loads((folder / "search.json").read_text())
+    assert facts["winner"] == json.loads(json.dumps(vars(found.winner.trial)))
+    assert facts["test"] == found.test_scores and len(facts["test"]) == 2
+    assert json.loads((best / "adapter" / "metrics.json").read_text())["study"]["strategy"] == "halving"
+    assert (folder / "placement.png").is_file()
+    assert not list((folder / "trials").iterdir())  # weights of trials are gone; what came of them is in trials.jsonl
+
+
+def test_its_recipe_trains_the_same_adapter(real, tmp_path, monkeypatch, capsys):
+    _, best, _ = real
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py", str(best / "config.yaml")])
+    runpy.run_path(str(best / "train.py"), run_name="__main__")
+    assert "saved run/adapter" in capsys.readouterr().out
+    saved, again = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (best, tmp_path / "run"))
+    assert saved.keys() == again.keys() and all(torch.equal(saved[key], again[key]) for key in saved)
+    script = (best / "recipe.sh").read_text()
+    assert script.splitlines()[-1] == 'cd "$(dirname "$0")" && accelerate launch train.py config.yaml'
