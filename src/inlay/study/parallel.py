@@ -126,9 +126,9 @@ def _register(engine: str) -> None:
             register_ray()
         elif engine == "dask":
             _connect_dask()
-    except ImportError:
+    except ImportError as error:
         package = {"ray": "ray", "dask": "'dask[distributed]'"}[engine]
-        raise Unsupported(f"the engine {engine} is not installed: pip install {package}.") from None
+        raise Unsupported(f"the engine {engine} is not installed ({error}): pip install {package}.") from None
 
 
 def _connect_dask() -> Any:
