@@ -133,8 +133,9 @@ def test_a_folder_holds_every_form(tmp_path):
     path = save_comparison(small, tmp_path)
     drawn = ("quality_parameters", "quality_latency", "quality_memory", "rates")
     files = {f"{name}.{kind}" for name in drawn for kind in ("png", "svg")}
-    files |= {f"comparison.{kind}" for kind in ("html", "md", "csv", "json")}
+    files |= {f"comparison.{kind}" for kind in ("html", "md", "csv", "json")} | {"pros_and_cons.md"}
     assert {file.name for file in tmp_path.iterdir()} == files | {"trials.jsonl"}
+    assert "- **-** Unmerged, compared with the base:" in (tmp_path / "pros_and_cons.md").read_text()
     assert path == tmp_path / "comparison.html" and Comparison.read(tmp_path / "comparison.json") == small
 
 
