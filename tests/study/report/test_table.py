@@ -155,4 +155,7 @@ def test_the_overview_has_a_column_for_each_comparison():
     assert len(heads) == 3 and len(lines) == 15
     cells = dict(lines)
     assert cells["full"][0][1] and cells["full"][1] == ("-", False)
-    assert cells["lora"][1][1] and not cells["probe"][0][1]
+    best = find_best(few).method
+    assert [name for name in cells if cells[name][1][1]] == [best]
+    other = "dora" if best == "lora" else "lora"
+    assert cells[other][1][0].endswith(" tie") == standing(other, few).ties

@@ -14,6 +14,7 @@ from inlay.study.report.kinds import judge_kinds
 from inlay.study.report.plots import draw_all
 from inlay.study.report.standing import find_standings
 from inlay.study.report.table import (
+    OVERVIEW_NOTE,
     describe_budget,
     describe_machine,
     format_seconds,
@@ -68,10 +69,7 @@ def _write_overview(comparisons: Sequence[Comparison]) -> str:
         _write_row([(cell, "") for cell, _ in [(method, False), *cells]], [leads for _, leads in [("", False), *cells]])
         for method, cells in lines
     )
-    return (
-        f"<h2>All comparisons</h2>\n{_wrap_table(heads, rows, sortable=False)}\n"
-        '<p class="note">In bold: the best of a column, and those that tie with it.</p>'
-    )
+    return f'<h2>All comparisons</h2>\n{_wrap_table(heads, rows, sortable=False)}\n<p class="note">{OVERVIEW_NOTE}</p>'
 
 
 def _write_section(comparison: Comparison, anchors: bool, several: bool) -> str:

@@ -296,23 +296,26 @@ def _is_unknown(value: float | str | bool | None) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+OVERVIEW_NOTE = "In bold the best of a column. A tie is not told apart from it by these seeds."
+
+
 def list_overview(comparisons: Sequence[Comparison]) -> tuple[list[str], list[tuple[str, list[tuple[str, bool]]]]]:
     """Several comparisons as one table: a row for each method, a column for each comparison.
 
     Returns:
-        The headings, and of each method its name and its cells, with whether it is the best there or ties with it.
+        The headings, and of each method its name and its cells, with whether it is the best there.
     """
     cells: dict[str, list[tuple[str, bool]]] = {}
     for k, comparison in enumerate(comparisons):
         for each in find_standings(comparison):
             line = cells.setdefault(each.method, [("-", False)] * len(comparisons))
-            leads = (each.difference is None and bool(each.scores)) or bool(each.ties)
-            line[k] = (format_estimate(each.scores.get(comparison.score)), leads)
+            text = format_estimate(each.scores.get(comparison.score)) + " tie" * bool(each.ties)
+            line[k] = (text, each.difference is None and bool(each.scores))
     return ["method", *(f"{each.data}, {each.base}: {title(each.score)}" for each in comparisons)], list(cells.items())
 
 
 def write_overview_table(comparisons: Sequence[Comparison]) -> str:
-    """`list_overview` as Markdown, with the best and its ties in bold."""
+    """`list_overview` as Markdown, with the best in bold."""
     heads, lines = list_overview(comparisons)
     return "\n".join(
         [
@@ -320,7 +323,7 @@ def write_overview_table(comparisons: Sequence[Comparison]) -> str:
             f"|---|{'---:|' * len(comparisons)}",
             *(f"| {method} | {' | '.join(f'**{t}**' if b else t for t, b in cells)} |" for method, cells in lines),
             "",
-            "Bold: the best of a column, and those that tie with it.",
+            OVERVIEW_NOTE,
             "",
         ]
     )
