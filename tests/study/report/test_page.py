@@ -12,7 +12,7 @@ from inlay.errors import BadInput
 from inlay.methods import METHODS
 from inlay.methods.method import Kind
 from inlay.study.comparison import Comparison
-from inlay.study.report import kinds, plots, save_comparison
+from inlay.study.report import kinds, plots, save_comparison, write_terminal_table
 from inlay.study.report.anchors import load_anchors
 from inlay.study.report.kinds import judge_kinds
 from inlay.study.report.page import list_limits, render_page
@@ -163,3 +163,17 @@ def test_stored_comparisons_are_shown_together(tmp_path, capsys):
     assert {each.name for each in (tmp_path / "out").iterdir() if each.is_dir()} == {"1_a_vit-tiny", "2_b_vit-tiny"}
     with pytest.raises(BadInput, match=r"no comparison\.json"):
         report([tmp_path / "out" / "none"], tmp_path / "out")
+
+
+def test_a_method_that_diverged_everywhere_is_a_row_without_scores():
+    nothing = dict.fromkeys(COMPARISON.rows[1].curve, float("nan"))
+    lost = replace(
+        COMPARISON.rows[1], curve=nothing, scores={}, validation=[], costs={}, forgetting={}, failed=["lost"]
+    )
+    comparison = replace(COMPARISON, rows=[COMPARISON.rows[0], lost])
+    assert "lora: lost" in Page(render_page([comparison])).text
+    line = next(line for line in write_terminal_table(comparison).splitlines() if line.startswith("lora"))
+    assert line.split()[:3] == ["lora", "-", "-"]
+    assert next(each for each in judge_kinds(comparison) if "lora" in each.methods).cons
+    only = replace(COMPARISON, rows=[lost])
+    assert "lora: lost" in Page(render_page([only])).text and "<svg" not in render_page([only])
