@@ -12,7 +12,7 @@ from inlay.errors import BadInput
 from inlay.methods import METHODS
 from inlay.methods.method import Kind
 from inlay.study.comparison import Comparison
-from inlay.study.report import kinds, plots, save_comparison
+from inlay.study.report import kinds, plots, save_comparison, write_terminal_table
 from inlay.study.report.anchors import load_anchors
 from inlay.study.report.kinds import judge_kinds
 from inlay.study.report.page import list_limits, render_page
@@ -133,8 +133,9 @@ def test_a_folder_holds_every_form(tmp_path):
     path = save_comparison(small, tmp_path)
     drawn = ("quality_parameters", "quality_latency", "quality_memory", "rates")
     files = {f"{name}.{kind}" for name in drawn for kind in ("png", "svg")}
-    files |= {f"comparison.{kind}" for kind in ("html", "md", "csv", "json")}
+    files |= {f"comparison.{kind}" for kind in ("html", "md", "csv", "json")} | {"pros_and_cons.md"}
     assert {file.name for file in tmp_path.iterdir()} == files | {"trials.jsonl"}
+    assert "- **-** Unmerged, compared with the base:" in (tmp_path / "pros_and_cons.md").read_text()
     assert path == tmp_path / "comparison.html" and Comparison.read(tmp_path / "comparison.json") == small
 
 
@@ -162,3 +163,17 @@ def test_stored_comparisons_are_shown_together(tmp_path, capsys):
     assert {each.name for each in (tmp_path / "out").iterdir() if each.is_dir()} == {"1_a_vit-tiny", "2_b_vit-tiny"}
     with pytest.raises(BadInput, match=r"no comparison\.json"):
         report([tmp_path / "out" / "none"], tmp_path / "out")
+
+
+def test_a_method_that_diverged_everywhere_is_a_row_without_scores():
+    nothing = dict.fromkeys(COMPARISON.rows[1].curve, float("nan"))
+    lost = replace(
+        COMPARISON.rows[1], curve=nothing, scores={}, validation=[], costs={}, forgetting={}, failed=["lost"]
+    )
+    comparison = replace(COMPARISON, rows=[COMPARISON.rows[0], lost])
+    assert "lora: lost" in Page(render_page([comparison])).text
+    line = next(line for line in write_terminal_table(comparison).splitlines() if line.startswith("lora"))
+    assert line.split()[:3] == ["lora", "-", "-"]
+    assert next(each for each in judge_kinds(comparison) if "lora" in each.methods).cons
+    only = replace(COMPARISON, rows=[lost])
+    assert "lora: lost" in Page(render_page([only])).text and "<svg" not in render_page([only])

@@ -109,6 +109,28 @@ def test_the_markdown_table_has_every_column():
     assert (partial["added MACs"], partial["added latency"], partial["latency merged"]) == ("+0.0 %", "+0 %", "+0 %")
 
 
+def test_latencies_of_a_busy_machine_are_marked():
+    lora = COMPARISON.rows[1]
+    quiet, busy = (replace(lora, costs={**lora.costs, "latency_spread_ms": spread}) for spread in (1.0, 3.0))
+    assert "~" not in write_markdown_table(replace(COMPARISON, rows=[quiet]))
+    text = write_markdown_table(replace(COMPARISON, rows=[busy]))
+    percent = 100 * (lora.costs["latency_ms"] / 6 - 1)
+    assert f"| ~+{percent:.0f} % | ~+0 % |" in text and "the machine was busy" in text
+
+
+def test_energy_is_shown_with_its_source():
+    costs = {"energy_j": 0.0123, "energy_source": "measured: RAPL, package-0"}
+    rows = [replace(COMPARISON.rows[0], costs=costs)]
+    text = write_markdown_table(replace(COMPARISON, rows=rows))
+    assert "| 12.3 |" in text and "Energy is measured: RAPL, package-0." in text
+
+
+def test_steps_are_shown_where_they_differ():
+    rows = [replace(row, steps=steps) for row, steps in zip(COMPARISON.rows, (1000, 2000), strict=False)]
+    assert "| 1,000 |" in write_markdown_table(replace(COMPARISON, rows=rows))
+    assert "steps |" not in write_markdown_table(COMPARISON)
+
+
 def test_names_of_users_break_no_table():
     evil = make_comparison(data="a|b <script>\x1b[31m\nnew line")
     markdown = write_markdown_table(evil)
@@ -133,4 +155,7 @@ def test_the_overview_has_a_column_for_each_comparison():
     assert len(heads) == 3 and len(lines) == 15
     cells = dict(lines)
     assert cells["full"][0][1] and cells["full"][1] == ("-", False)
-    assert cells["lora"][1][1] and not cells["probe"][0][1]
+    best = find_best(few).method
+    assert [name for name in cells if cells[name][1][1]] == [best]
+    other = "dora" if best == "lora" else "lora"
+    assert cells[other][1][0].endswith(" tie") == standing(other, few).ties

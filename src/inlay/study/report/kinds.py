@@ -7,7 +7,7 @@ from inlay.methods import METHODS
 from inlay.methods.method import Kind
 from inlay.study.comparison import Comparison
 from inlay.study.report.standing import Estimate, Standing, find_standings
-from inlay.study.report.table import find_digits, format_estimate, format_number
+from inlay.study.report.table import escape_markdown, find_digits, format_estimate, format_number
 from inlay.tasks.evaluation import title
 
 
@@ -47,6 +47,15 @@ def judge_kinds(comparison: Comparison) -> list[Judgement]:
         _judge(kind, [each for each in standings if METHODS[each.method].kind == kind], comparison)
         for kind in sorted(kinds, key=lambda kind: kind == "baseline")
     ]
+
+
+def write_markdown_kinds(comparison: Comparison) -> str:
+    """The judgements as a page of Markdown."""
+    parts = [f"# Pros and cons, as measured: {escape_markdown(comparison.base)} on {escape_markdown(comparison.data)}"]
+    for found in judge_kinds(comparison):
+        lines = [f"- **+** {said}" for said in found.pros] + [f"- **-** {said}" for said in found.cons]
+        parts.append(f"## {found.heading}\n\n{', '.join(found.methods)}\n\n" + "\n".join(lines))
+    return "\n\n".join(parts) + "\n"
 
 
 def find_dimension_changers() -> list[str]:
@@ -115,7 +124,8 @@ def _say_cost(standings: Sequence[Standing]) -> str:
     macs = _say_range(standings, lambda each: each.added_macs, "{:+.1f} %")
     latency = _say_range(standings, lambda each: each.added_latency, "{:+.0f} %")
     said = " and ".join(part for part in (f"latency {latency}" * bool(latency), f"MACs {macs}" * bool(macs)) if part)
-    return f"Unmerged, compared with the base: {said}." if said else ""
+    busy = " (on a busy machine)" if latency and any(each.noisy for each in standings) else ""
+    return f"Unmerged, compared with the base: {said}{busy}." if said else ""
 
 
 _LOSSES = {

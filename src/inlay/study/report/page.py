@@ -13,7 +13,15 @@ from inlay.study.report.anchors import NOT_COMPARABLE, find_anchors, load_anchor
 from inlay.study.report.kinds import judge_kinds
 from inlay.study.report.plots import draw_all
 from inlay.study.report.standing import find_standings
-from inlay.study.report.table import describe_budget, describe_machine, format_seconds, list_columns, list_overview
+from inlay.study.report.table import (
+    OVERVIEW_NOTE,
+    describe_budget,
+    describe_machine,
+    format_seconds,
+    list_columns,
+    list_measurement_notes,
+    list_overview,
+)
 from inlay.tasks.evaluation import title
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -61,10 +69,7 @@ def _write_overview(comparisons: Sequence[Comparison]) -> str:
         _write_row([(cell, "") for cell, _ in [(method, False), *cells]], [leads for _, leads in [("", False), *cells]])
         for method, cells in lines
     )
-    return (
-        f"<h2>All comparisons</h2>\n{_wrap_table(heads, rows, sortable=False)}\n"
-        '<p class="note">In bold: the best of a column, and those that tie with it.</p>'
-    )
+    return f'<h2>All comparisons</h2>\n{_wrap_table(heads, rows, sortable=False)}\n<p class="note">{OVERVIEW_NOTE}</p>'
 
 
 def _write_section(comparison: Comparison, anchors: bool, several: bool) -> str:
@@ -74,8 +79,8 @@ def _write_section(comparison: Comparison, anchors: bool, several: bool) -> str:
         _write_facts(comparison),
         f"<h2>{html.escape(about)}{'results' if about else 'Results'}</h2>",
         _write_table(comparison, costs=False),
-        _write_list(_say_below_table(comparison), "note"),
         _write_table(comparison, costs=True),
+        _write_list(_say_below_table(comparison), "note"),
         *(f"<figure>{canvas.to_svg(inline=True)}</figure>" for canvas in draw_all(comparison).values()),
         "<h2>Pros and cons, as measured</h2>",
         _write_kinds(comparison),
@@ -153,6 +158,7 @@ def _say_below_table(comparison: Comparison) -> list[str]:
         "± and brackets are 95 % t-intervals over the seeds; differences are paired by seed; a tie is a difference "
         "whose interval includes 0; edge: the best rate is the smallest or largest that was tried."
     ]
+    notes += list_measurement_notes(comparison)
     return notes + [f"{row.method}: {said}" for row in comparison.rows for said in row.failed]
 
 

@@ -47,23 +47,26 @@ class Cost:
         title: Of the axis, with the unit.
         value: Of a method; None where it was not measured.
         log: Its axis is logarithmic.
-        base: What the base alone costs, drawn as a line.
+        base: What the base costs, drawn as a line.
+        timed: It is a time, which depends on what else the machine does.
     """
 
     name: str
     title: str
     value: Callable[[Standing], float | None]
     log: bool = False
-    base: Callable[[Row], float | None] | None = None
+    base: float | None = None
+    timed: bool = False
 
 
 COSTS = (
     Cost("parameters", "trained parameters", lambda each: each.trainable, log=True),
     Cost(
         "latency",
-        "latency of a forward pass before merging, ms",
-        lambda each: each.latency_ms,
-        base=lambda row: row.costs.get("base_latency_ms"),
+        "latency that is added before merging, % of the base's",
+        lambda each: each.added_latency,
+        base=0.0,
+        timed=True,
     ),
     Cost("memory", "peak memory of a training step, MB", lambda each: each.peak_mb),
 )
@@ -140,12 +143,13 @@ def draw_quality(comparison: Comparison, cost: Cost) -> Canvas:
         raise BadInput(f"no method of this comparison has both a score and {cost.title}; nothing can be drawn.")
     costs = [float(cost.value(each) or 0.0) for each in shown]
     means = [each.scores[score].mean for each in shown]
-    base = next((b for each in shown if cost.base and (b := cost.base(each.row)) is not None), None)
+    base = cost.base
     canvas = Canvas(*SIZE, f"{title(score)} against {cost.title}")
     count = len(comparison.seeds)
     seeds = f"mean and 95 % interval of {count} seeds" if count > 1 else "one seed"
     heading = f"{title(score)} against {cost.title.partition(',')[0]}"
-    _draw_head(canvas, heading, f"{comparison.base} on {comparison.data}, {seeds}")
+    busy = ", timed on a busy machine" if cost.timed and any(each.noisy for each in shown) else ""
+    _draw_head(canvas, heading, f"{comparison.base} on {comparison.data}, {seeds}{busy}")
     _draw_kinds(canvas, [METHODS[each.method].kind for each in shown])
     across = _make_cost_axis([*costs, *([] if base is None else [base])], cost.log)
     up = _make_score_axis(shown, score)
@@ -306,7 +310,8 @@ def draw_rates(comparison: Comparison) -> Canvas:
     if any(not math.isfinite(value) for row in rows for value in row.curve.values()):
         told += ", a cross one that diverged"
     canvas.add(Text((48, 148), told, _SMALL, MUTED))
-    columns = min(len(rows), 5 if len(rows) > 8 else 4 if len(rows) > 4 else 3)
+    columns = next(wide for wide, most in ((3, 6), (4, 8), (5, 15), (6, math.inf)) if len(rows) <= most)
+    columns = min(columns, len(rows))
     lines = math.ceil(len(rows) / columns)
     left, top, right, bottom = 96.0, 180.0, SIZE[0] - 30.0, SIZE[1] - 50.0
     wide, high = (right - left) / columns, (bottom - top) / lines

@@ -7,6 +7,7 @@ from pathlib import Path
 from inlay.errors import BadInput
 from inlay.files.atomic import replacing
 from inlay.study.comparison import Comparison
+from inlay.study.report.kinds import write_markdown_kinds
 from inlay.study.report.page import write_page
 from inlay.study.report.plots import draw_all
 from inlay.study.report.table import write_csv_table, write_markdown_table, write_overview_table
@@ -33,7 +34,7 @@ def read_comparisons(folders: Iterable[str | Path]) -> list[Comparison]:
 def save_comparison(
     comparison: Comparison | Sequence[Comparison], folder: str | Path, *, anchors: bool = False
 ) -> Path:
-    """Write a comparison as .json, .md, .csv, plots and one page; of several each into a folder of its own.
+    """Write a comparison as .json, .md, .csv, plots, pros and cons, and one page; of several each into its own folder.
 
     Files that are there already are replaced, each completely or not at all; others in the folder stay.
 
@@ -69,6 +70,7 @@ def _save_files(comparison: Comparison, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     comparison.write(folder / STORED)
     _write_text(folder / TABLE, write_markdown_table(comparison))
+    _write_text(folder / "pros_and_cons.md", write_markdown_kinds(comparison))
     _write_text(folder / "comparison.csv", write_csv_table(comparison))
     for name, canvas in draw_all(comparison).items():
         _write_text(folder / f"{name}.svg", canvas.to_svg())

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from inlay.study.comparison import Comparison, Row
 from inlay.study.statistics import mean_interval, paired_interval
 
+_NOISE = 0.2  # of a latency
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -35,6 +37,7 @@ class Standing:
         added_macs: Percent of the base's multiply-accumulates, unmerged.
         added_latency: Percent of the base's time for a forward pass, unmerged.
         merged_latency: The same after merging.
+        noisy: The latencies of its turns lie apart by more than a fifth, as on a busy machine.
         trainable: Parameters.
         peak_mb: Of a training step, in 10⁶ bytes.
         energy_mj: Of a forward pass, in 10⁻³ joules.
@@ -49,8 +52,8 @@ class Standing:
     added_macs: float | None
     added_latency: float | None
     merged_latency: float | None
+    noisy: bool
     trainable: float | None
-    latency_ms: float | None
     peak_mb: float | None
     energy_mj: float | None
     file_kb: float | None
@@ -95,8 +98,8 @@ def _stand(row: Row, score: str, best: Row | None) -> Standing:
         added_macs=_percent_over(costs.get("mmacs"), costs.get("base_mmacs")),
         added_latency=_percent_over(costs.get("latency_ms"), costs.get("base_latency_ms")),
         merged_latency=_percent_over(costs.get("merged_latency_ms"), costs.get("base_latency_ms")),
+        noisy=costs.get("latency_spread_ms", 0.0) > _NOISE * costs.get("latency_ms", math.inf),
         trainable=costs.get("trainable_parameters"),
-        latency_ms=costs.get("latency_ms"),
         peak_mb=_scale(costs.get("peak_bytes"), 1e-6),
         energy_mj=_scale(costs.get("energy_j"), 1e3),
         file_kb=_scale(costs.get("file_bytes"), 1e-3),

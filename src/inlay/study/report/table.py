@@ -25,7 +25,7 @@ class Column:
         value: By which a page sorts; None for what is unknown.
         short: Its heading in a terminal; None where it is left out there.
         brief: What a cell says in a terminal, where that is less.
-        is_cost: It is a cost, rather than a score.
+        is_cost: It is a cost or a setting, rather than a score.
     """
 
     title: str
@@ -41,6 +41,7 @@ def list_columns(comparison: Comparison, standings: Sequence[Standing]) -> list[
     score = comparison.score
     others = dict.fromkeys(name for each in standings for name in each.scores if name != score)
     lost = dict.fromkeys(name for each in standings for name in each.forgetting)
+    names = ["ece"] * ("ece" in others) + [name for name in others if name != "ece"]
     columns = [
         Column("method", lambda each: each.method, lambda each: each.method, "method"),
         _score_column(score, title(score), score),
@@ -51,17 +52,31 @@ def list_columns(comparison: Comparison, standings: Sequence[Standing]) -> list[
             "to the best",
             lambda each: format_difference(each, score, interval=False),
         ),
-        *(_score_column(name, _HEADINGS.get(name, title(name)), _HEADINGS.get(name)) for name in others),
+        *(_score_column(name, _HEADINGS.get(name, title(name)), _HEADINGS.get(name)) for name in names),
         *(_forgetting_column(name) for name in lost),
         _number_column("trained parameters", lambda each: each.trainable, "{:,.0f}", "trained"),
         _number_column("added MACs", lambda each: each.added_macs, "{:+.1f} %"),
-        _number_column("added latency", lambda each: each.added_latency, "{:+.0f} %", "latency"),
-        Column("latency merged", _format_merged, lambda each: each.merged_latency, "merged", is_cost=True),
+        Column(
+            "added latency",
+            lambda each: _format_latency(each, each.added_latency),
+            lambda each: each.added_latency,
+            "latency",
+            is_cost=True,
+        ),
+        Column(
+            "latency merged",
+            lambda each: _format_latency(each, each.merged_latency) if each.row.merges else "no",
+            lambda each: each.merged_latency,
+            "merged",
+            is_cost=True,
+        ),
         _number_column("peak memory, MB", lambda each: each.peak_mb, "{:,.0f}", "peak MB"),
         _number_column("energy, mJ", lambda each: each.energy_mj, "{:,.3g}"),
         _number_column("file, kB", lambda each: each.file_kb, "{:,.0f}"),
-        Column("learning rate", format_rate, lambda each: each.row.learning_rate, "rate"),
+        Column("learning rate", format_rate, lambda each: each.row.learning_rate, "rate", is_cost=True),
     ]
+    if len({each.row.steps for each in standings}) > 1:
+        columns.append(_number_column("steps", lambda each: each.row.steps, "{:,.0f}", "steps"))
     return columns[:1] + [c for c in columns[1:] if any(c.text(each) not in ("-", "") for each in standings)]
 
 
@@ -134,10 +149,9 @@ def format_rate(standing: Standing) -> str:
     return f"{standing.row.learning_rate:.2g}{' edge' if standing.row.edge else ''}"
 
 
-def _format_merged(standing: Standing) -> str:
-    if not standing.row.merges:
-        return "no"
-    return "-" if standing.merged_latency is None else format_number(standing.merged_latency, "{:+.0f} %")
+def _format_latency(standing: Standing, percent: float | None) -> str:
+    """Such as +24 %, or ~+24 % where the machine was busy."""
+    return "-" if percent is None else f"{'~' * standing.noisy}{format_number(percent, '{:+.0f} %')}"
 
 
 def write_markdown_table(comparison: Comparison) -> str:
@@ -149,11 +163,11 @@ def write_markdown_table(comparison: Comparison) -> str:
         f"|---|{'---:|' * (len(columns) - 1)}",
         *(f"| {' | '.join(column.text(each) for column in columns)} |" for each in standings),
     ]
-    notes = "\n".join(f"- {_escape_markdown(note)}" for note in list_notes(comparison))
+    notes = "\n".join(f"- {escape_markdown(note)}" for note in list_notes(comparison))
     return "\n".join(lines) + f"\n\n{notes}\n"
 
 
-def _escape_markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Names are anyone's: a line of a list, without tags."""
     return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
@@ -176,6 +190,7 @@ def list_notes(comparison: Comparison) -> list[str]:
     ]
     if about := describe_machine(comparison):
         notes.append(f"Measured with {', '.join(f'{key} {value}' for key, value in about.items())}.")
+    notes += list_measurement_notes(comparison)
     notes += [f"{row.method}: {said}" for row in comparison.rows for said in row.failed]
     return notes + [f"{name} was not compared: {reason}" for name, reason in comparison.refused.items()]
 
@@ -184,6 +199,15 @@ def describe_machine(comparison: Comparison) -> dict[str, str]:
     """Device, threads and versions, by name; settings, of which there are many, are left to the .json file."""
     about = {key: value for key, value in comparison.about.items() if not isinstance(value, dict | list)}
     return {key: str(value) for key, value in {**about, **comparison.about.get("versions", {})}.items()}
+
+
+def list_measurement_notes(comparison: Comparison) -> list[str]:
+    """How energy was measured, and which latencies are not to be trusted."""
+    sources = {row.costs.get("energy_source") for row in comparison.rows if row.costs.get("energy_j") is not None}
+    notes = [f"Energy is {source}." for source in sorted(filter(None, sources))]
+    if any(each.noisy for each in find_standings(comparison)):
+        notes.append("~ marks latencies whose repetitions lie apart by more than a fifth: the machine was busy.")
+    return notes
 
 
 def describe_budget(comparison: Comparison) -> str:
@@ -245,7 +269,8 @@ def write_csv_table(comparison: Comparison) -> str:
         line |= {
             "trainable_parameters": each.trainable,
             "added_macs_percent": each.added_macs,
-            "latency_ms": each.latency_ms,
+            "latency_ms": each.row.costs.get("latency_ms"),
+            "latency_noisy": each.noisy,
             "added_latency_percent": each.added_latency,
             "merged_latency_percent": each.merged_latency,
             "peak_memory_mb": each.peak_mb,
@@ -271,31 +296,34 @@ def _is_unknown(value: float | str | bool | None) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+OVERVIEW_NOTE = "In bold the best of a column. A tie is not told apart from it by these seeds."
+
+
 def list_overview(comparisons: Sequence[Comparison]) -> tuple[list[str], list[tuple[str, list[tuple[str, bool]]]]]:
     """Several comparisons as one table: a row for each method, a column for each comparison.
 
     Returns:
-        The headings, and of each method its name and its cells, with whether it is the best there or ties with it.
+        The headings, and of each method its name and its cells, with whether it is the best there.
     """
     cells: dict[str, list[tuple[str, bool]]] = {}
     for k, comparison in enumerate(comparisons):
         for each in find_standings(comparison):
             line = cells.setdefault(each.method, [("-", False)] * len(comparisons))
-            leads = (each.difference is None and bool(each.scores)) or bool(each.ties)
-            line[k] = (format_estimate(each.scores.get(comparison.score)), leads)
+            text = format_estimate(each.scores.get(comparison.score)) + " tie" * bool(each.ties)
+            line[k] = (text, each.difference is None and bool(each.scores))
     return ["method", *(f"{each.data}, {each.base}: {title(each.score)}" for each in comparisons)], list(cells.items())
 
 
 def write_overview_table(comparisons: Sequence[Comparison]) -> str:
-    """`list_overview` as Markdown, with the best and its ties in bold."""
+    """`list_overview` as Markdown, with the best in bold."""
     heads, lines = list_overview(comparisons)
     return "\n".join(
         [
-            f"| {' | '.join(map(_escape_markdown, heads))} |",
+            f"| {' | '.join(map(escape_markdown, heads))} |",
             f"|---|{'---:|' * len(comparisons)}",
             *(f"| {method} | {' | '.join(f'**{t}**' if b else t for t, b in cells)} |" for method, cells in lines),
             "",
-            "Bold: the best of a column, and those that tie with it.",
+            OVERVIEW_NOTE,
             "",
         ]
     )
