@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from inlay import InlayError, evaluate, load_adapter, read_adapter
-from inlay.adapters import evaluate as module
+from inlay.adapters import notes
 from inlay.adapters.evaluate import KEY, write_evaluation
 from inlay.adapters.file import CARD, CONFIG, METRICS, WEIGHTS
 from inlay.adapters.verify import verify
@@ -76,7 +76,7 @@ def test_what_breaks_on_the_way_leaves_all_as_it_was(zoo, evaluation, monkeypatc
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_with_section", full)
+    monkeypatch.setattr(notes, "put_section", full)
     with pytest.raises(OSError, match="No space"):
         write_evaluation(zoo, evaluation)
     assert {path.name: path.read_bytes() for path in zoo.iterdir()} == before

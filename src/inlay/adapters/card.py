@@ -9,6 +9,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from inlay.adapters.curve import CURVE, is_drawable
 from inlay.adapters.method_names import cite_method, describe_sites, name_method
+from inlay.adapters.notes import mark_section
+from inlay.adapters.study import SECTION, write_study_section
 from inlay.adapters.tables import describe_cost, make_table
 from inlay.errors import BadInput, DamagedFile
 from inlay.tasks import TASKS
@@ -38,7 +40,8 @@ def make_card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str,
     Args:
         record: What the safetensors metadata says: base, task, labels, preprocessing.
         config: adapter_config.json.
-        metrics: metrics.json; its `license` (of the adapter, such as apache-2.0) goes into the header.
+        metrics: metrics.json; its `license` (of the adapter, such as apache-2.0) goes into the header, and what a
+            `study` found has a section.
     """
     base, task = record["base"], record["task"]
     dataset = metrics.get("dataset") or "unknown data"
@@ -53,6 +56,7 @@ def make_card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str,
         make_table(("metric", "value"), [(_metric(split, key), f"{value:.4f}") for split, key, value in scores])
         or "Not measured.",
         *([f"![Loss and scores by step]({CURVE})"] if is_drawable(metrics.get("history")) else []),
+        *([mark_section(SECTION, study)] if (study := write_study_section(metrics)) else []),
         "## Cost",
         *describe_cost(metrics.get("cost", {})),
         "## Load",

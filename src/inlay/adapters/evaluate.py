@@ -1,18 +1,15 @@
 """A saved adapter scored on labelled data, and its scores written next to it."""
 
-import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from inlay.adapters.file import CARD, METRICS, ORIGIN, AdapterFile, expand_path, read_adapter
+from inlay.adapters.file import AdapterFile, expand_path, read_adapter
 from inlay.adapters.load import LoadedAdapter, load_adapter
+from inlay.adapters.notes import check_writable, write_note
 from inlay.adapters.tables import make_table
 from inlay.bases.device import Device
 from inlay.errors import BadInput
-from inlay.files.atomic import write_json, writing
-from inlay.files.outputs import check_output_folder
 from inlay.tasks.adapter import Adapter
 from inlay.tasks.evaluation import Evaluation, Request, Split, Training, class_title, interval_note, title
 
@@ -67,7 +64,7 @@ def evaluate(
     if write:  # before all the work
         if loaded is not None and file is None:
             raise BadInput(f"scores are written next to an adapter, and {loaded.name!r} is none; leave write out.")
-        _check_writable(file or _read_own(str(adapter)))
+        check_writable(file or _read_own(str(adapter)))
     if loaded is None:
         opened = load_adapter(adapter, base, device=device)  # type: ignore[arg-type]
         loaded, file = opened, opened.file
@@ -93,45 +90,15 @@ def write_evaluation(folder: str | Path, evaluation: Evaluation) -> None:
         InlayError: No adapter, or one in the Hub's cache.
     """
     file = read_adapter(folder)
-    _check_writable(file)
-    card = file.folder / CARD
-    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {file.name}\n"
-    earlier = file.metrics.get(KEY)
+    earlier, name = file.metrics.get(KEY), _told(evaluation.data)
     kept = {**(earlier if isinstance(earlier, dict) else {}), evaluation.data: evaluation.summary()}
-    with writing(file.folder) as new:
-        shutil.copytree(file.folder, new, symlinks=True, dirs_exist_ok=True)
-        for name in (CARD, METRICS):  # a link would lead the new content to where the old one is
-            (new / name).unlink(missing_ok=True)
-        write_json(new / METRICS, {**file.metrics, KEY: kept})
-        (new / CARD).write_text(_with_section(text, evaluation), encoding="utf-8")
-        read_adapter(new)
+    write_note(file, KEY, kept, f"evaluation of {name}", _section(name, evaluation))
 
 
 def _read_own(folder: str) -> AdapterFile | None:
     """An adapter on this disk; None for a Hub id."""
     path = expand_path(folder)
     return read_adapter(path) if path.exists() else None
-
-
-def _check_writable(file: AdapterFile | None) -> None:
-    if file is None or (file.origin and not (file.folder / ORIGIN).is_file()):
-        name = "it" if file is None else repr(file.name)
-        raise BadInput(f"scores are written into a folder of your own, and {name} is on the Hub; `inlay pull` first.")
-    check_output_folder(file.folder)
-
-
-def _with_section(card: str, evaluation: Evaluation) -> str:
-    """A card with the section of this evaluation, which stands before the costs, or at the end."""
-    name = _told(evaluation.data)
-    begin, end = f"<!-- evaluation of {name} -->", f"<!-- end of evaluation of {name} -->"
-    section = f"{begin}\n{_section(name, evaluation)}\n{end}"
-    if begin in card and end in card:
-        before, _, rest = card.partition(begin)
-        return before + section + rest.partition(end)[2]
-    at = re.search(r"^## Cost$", card, re.MULTILINE)
-    if at is None:
-        return f"{card.rstrip()}\n\n{section}\n"
-    return f"{card[: at.start()]}{section}\n\n{card[at.start() :]}"
 
 
 def _section(name: str, evaluation: Evaluation) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from inlay.adapters.file import AdapterFile, read_adapter
 from inlay.adapters.method_names import name_method
+from inlay.adapters.study import read_study
 
 
 def summarise_adapter(folder: str | Path) -> dict[str, Any]:
@@ -33,6 +34,7 @@ def summarise_adapter(folder: str | Path) -> dict[str, Any]:
         "validation": _measured(file, "validation"),
         "test": _measured(file, "test"),
         "cost": _measured(file, "cost"),
+        "study": read_study(file.metrics),
         "from": " at ".join(file.origin[key] for key in ("repo", "commit") if key in file.origin),
         "trained_with": _measured(file, "versions"),
         "verified": "file whole, checksum right"

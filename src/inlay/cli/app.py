@@ -38,6 +38,7 @@ def info(
         trust.show_checks(adapter, base, device, as_json)
         return
     from inlay.adapters.hub.fetch import fetch
+    from inlay.adapters.study import describe_study
     from inlay.adapters.summary import summarise_adapter
 
     facts = summarise_adapter(fetch(adapter))
@@ -49,6 +50,8 @@ def info(
         facts["fits"] = (
             f"{base}: yes, golden output {golden}" if loaded.verified else f"{base}: it loads, but is unverified"
         )
+    if not as_json:
+        facts["study"] = " ".join(describe_study(facts["study"]))
     show(facts, as_json)
 
 

@@ -1,0 +1,108 @@
+"""What a study found, next to the adapter that it found it of: in metrics.json, on the card, in `inlay info`."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from inlay.adapters.file import read_adapter
+from inlay.adapters.notes import write_note
+from inlay.adapters.study import KEY, SECTION, write_study_section
+from inlay.errors import BadInput, WrongBase
+from inlay.study.comparison import Comparison, Row
+from inlay.study.report.standing import Estimate, find_standings
+from inlay.study.statistics import paired_interval
+
+
+def attach_study(
+    folder: str | Path, comparison: Comparison, method: str, *, placement: str | None = None, made_by: str = "compare"
+) -> Path:
+    """Write what a comparison says of a method into metrics.json and the card of an adapter that was trained by it.
+
+    An earlier study there is replaced. The folder is replaced whole or stays as it was.
+
+    Args:
+        folder: Of the adapter, on this machine.
+        comparison: In which the method has a row.
+        method: Name in METHODS.
+        placement: What a search found of where the method belongs, in a sentence.
+        made_by: `compare` or `tune`.
+
+    Raises:
+        InlayError: No adapter, or one of another base; a method that was not compared.
+    """
+    file = read_adapter(folder)
+    if file.base_name and file.base_name != comparison.base:
+        raise WrongBase(
+            f"adapter {file.name!r} is of {file.base_name}, and the comparison of {comparison.base}; give an adapter "
+            "of that base."
+        )
+    study = describe_row(comparison, method, placement=placement, made_by=made_by)
+    write_note(file, KEY, study, SECTION, write_study_section({KEY: study}))
+    return file.folder
+
+
+def describe_row(
+    comparison: Comparison, method: str, *, placement: str | None = None, made_by: str = "compare"
+) -> dict[str, Any]:
+    """What a comparison says of a method, as metrics.json holds it under `study` and `read_study` reads it.
+
+    Its difference is to the best of the other methods: the winner's to the second, and that of every other to the
+    winner, over the seeds that both have.
+
+    Raises:
+        InlayError: The method was not compared.
+    """
+    standings = find_standings(comparison)
+    place = next((i for i, standing in enumerate(standings) if standing.method == method), None)
+    if place is None:
+        compared = ", ".join(row.method for row in comparison.rows)
+        raise BadInput(f"{method!r} was not compared; choose one of {compared}.")
+    standing = standings[place]
+    row = standing.row
+    others = [each.row for each in standings if each.row is not row and comparison.score in each.scores]
+    study: dict[str, Any] = {
+        "made_by": made_by,
+        "base": comparison.base,
+        "data": comparison.data,
+        "task": comparison.task,
+        "score": comparison.score,
+        "larger_is_better": comparison.larger_is_better,
+        "method": method,
+        "width": row.width,
+        "steps": row.steps,
+        "learning_rate": row.learning_rate,
+        "edge": row.edge,
+        "curve": [[rate, _find_finite(score)] for rate, score in row.curve.items()],
+        "seeds": comparison.seeds,
+        "counts": comparison.counts,
+        "budget": comparison.budget,
+        "rank": place + 1,
+        "methods": len(standings),
+        "test": {name: _describe_estimate(each) for name, each in standing.scores.items()},
+        "forgetting": {name: _describe_estimate(each) for name, each in standing.forgetting.items()},
+        "search_seconds": comparison.search_seconds,
+        "seconds": comparison.seconds,
+    }
+    if others and (difference := _describe_difference(row, others[0], comparison.score)):
+        study["difference"] = difference
+    if placement is not None:
+        study["placement"] = placement
+    return study
+
+
+def _describe_difference(row: Row, other: Row, score: str) -> dict[str, Any] | None:
+    """Seed by seed; None where no seed has a score of both."""
+    pairs = zip(row.scores.get(score, []), other.scores[score], strict=False)
+    apart = [own - theirs for own, theirs in pairs if math.isfinite(own) and math.isfinite(theirs)]
+    if not apart:
+        return None
+    estimate = Estimate(*paired_interval(apart))
+    return {"to": other.method, **_describe_estimate(estimate), "tie": estimate.low <= 0 <= estimate.high}
+
+
+def _describe_estimate(estimate: Estimate) -> dict[str, float | None]:
+    return {"mean": estimate.mean, "low": _find_finite(estimate.low), "high": _find_finite(estimate.high)}
+
+
+def _find_finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
