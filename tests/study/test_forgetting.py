@@ -18,6 +18,7 @@ from inlay.builtin.shapes import SHAPE_LABELS
 from inlay.errors import BadInput
 from inlay.study.forgetting import RememberedBase, linear_cka, measure_forgetting, remember_base
 from inlay.tasks import TASKS
+from inlay.tasks.adapter import TaskModel
 from inlay.tasks.base import load_base, read_task
 from inlay.tasks.evaluation import Request
 from inlay.tasks.options import TaskData
@@ -229,10 +230,8 @@ def test_a_language_model_that_became_a_classifier(text_file: str):
 
 def test_the_text_of_the_embedded_language_model_is_what_its_card_tells():
     """Its card: a perplexity of 1.54 on held-out descriptions."""
-    from inlay.study.forgetting import OwnTask
-
     base = load_base("builtin:gpt2-tiny")
-    own = OwnTask(base, TEXTS, TEXTS.load_processor("builtin:gpt2-tiny", None), [])
+    own = TaskModel("base", base, TEXTS, TEXTS.load_processor("builtin:gpt2-tiny", None), [])
     found = TEXTS.evaluate(own, "builtin:descriptions", Request(compare=False, resamples=1, limit=12))
     assert found.scores["perplexity"].value == pytest.approx(1.54, abs=0.03)
 

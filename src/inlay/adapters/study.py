@@ -53,9 +53,9 @@ def write_study_section(metrics: Mapping[str, Any]) -> str:
 
 
 def _describe_rank(study: Mapping[str, Any]) -> str:
-    score = study.get("score")
-    if not {"rank", "methods", "data"} <= study.keys() or score not in study.get("test", {}):
+    if not {"rank", "methods", "data", "score"} <= study.keys() or study["score"] not in study.get("test", {}):
         return ""
+    score = study["score"]
     seeds = len(study.get("seeds", ()))
     on = f"{study['data']} ({study['base']})" if "base" in study else study["data"]
     several = f", mean of {seeds} seeds with its 95 % t-interval" if seeds > 1 else ""
@@ -136,10 +136,9 @@ def _read_difference(value: Any) -> dict[str, Any] | None:
 
 
 def _read_curve(value: Any) -> list[list[Any]]:
-    pairs = (
-        [pair for pair in value[:_MOST] if isinstance(pair, list) and len(pair) == 2] if isinstance(value, list) else []
-    )
-    return [[_read_number(rate), _read_number(score)] for rate, score in pairs if _read_number(rate) is not None]
+    pairs = value[:_MOST] if isinstance(value, list) else []
+    read = [[_read_number(each) for each in pair] for pair in pairs if isinstance(pair, list) and len(pair) == 2]
+    return [[rate, score] for rate, score in read if rate is not None]
 
 
 _READERS: dict[str, Callable[[Any], Any]] = {

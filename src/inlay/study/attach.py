@@ -6,11 +6,16 @@ from typing import Any
 
 from inlay.adapters.file import read_adapter
 from inlay.adapters.notes import write_note
+from inlay.adapters.save import save_adapter
 from inlay.adapters.study import KEY, SECTION, write_study_section
 from inlay.errors import BadInput, WrongBase
+from inlay.methods import METHODS
 from inlay.study.comparison import Comparison, Row
+from inlay.study.problem import Problem
 from inlay.study.report.standing import Estimate, find_standings
 from inlay.study.statistics import paired_interval
+from inlay.study.trial import Trial
+from inlay.tasks.options import describe_run
 
 
 def attach_study(
@@ -39,6 +44,28 @@ def attach_study(
     study = describe_row(comparison, method, placement=placement, made_by=made_by)
     write_note(file, KEY, study, SECTION, write_study_section({KEY: study}))
     return file.folder
+
+
+def save_best(problem: Problem, comparison: Comparison) -> Path | None:
+    """Save the adapter of the best method that makes one, of its run with the first seed, with the study on its card.
+
+    Returns:
+        `best/adapter` in the folder of the problem; None where no method gives an adapter that can be saved.
+    """
+    makes_adapter = {name for name, row in METHODS.items() if row.trains == "adapter" and not row.starts_from_weights}
+    scored = [row for row in comparison.rows if row.scores.get(comparison.score) and row.method in makes_adapter]
+    if not scored:
+        return None
+    row = scored[0]
+    trial = Trial(row.method, row.learning_rate, row.width, steps=row.steps, seed=comparison.seeds[0])
+    trained, result = problem.load_trained(trial)
+    metrics = describe_run(trained.model, problem.data, result)
+    metrics["training"] |= problem.parts.training.settings  # by which `evaluate` finds the same test part
+    metrics["test"] = problem.records.read(trial).test
+    metrics[KEY] = describe_row(comparison, row.method)
+    return save_adapter(
+        trained.model, problem.folder / "best" / "adapter", processor=trained.processor, metrics=metrics
+    )
 
 
 def describe_row(

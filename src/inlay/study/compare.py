@@ -16,9 +16,10 @@ from typing import Any, Literal
 import torch
 
 from inlay.adapters.save import read_versions
-from inlay.errors import BadInput, Unsupported
+from inlay.errors import BadInput, InlayError, Unsupported
 from inlay.files.atomic import lock_folder
 from inlay.methods import METHODS
+from inlay.study.attach import save_best
 from inlay.study.comparison import Comparison, Row
 from inlay.study.parallel import Engine, check_engine, run_trials
 from inlay.study.problem import Problem
@@ -59,7 +60,8 @@ def compare(
     Every method is tried at the same multiples of the rate where its search starts; a grid whose best rate is at an
     edge grows that way by up to two half-decades. All runs have the same budget: the epochs of `train`, `steps`, or
     `seconds` of training steps on this machine. A run that diverges is told of in its row. `train.output_dir` holds the
-    finished runs: a comparison that is interrupted goes on where it was.
+    finished runs: a comparison that is interrupted goes on where it was. In the end `best/adapter` in it is the adapter
+    of the best method that makes one, of the run with the first seed, with what was found on its card.
 
     Args:
         task: Options of a task: base and data.
@@ -93,6 +95,10 @@ def compare(
         if not names:
             raise Unsupported(f"no method to compare on {task.model}: {next(iter(refused.values()), 'none is named.')}")
         seed = seeds[0] if seeds else 0
+        remarks = problem.remembered.remarks if forgetting else []
+        if tell is not None:
+            for remark in remarks:
+                tell(f"not measured: {remark}")
         starts = [Trial(name, problem.start_rate(name, width), width, steps=steps or 0, seed=seed) for name in names]
         if seconds is not None:
             starts = [replace(start, steps=max(1, int(seconds / problem.measure_step(start)))) for start in starts]
@@ -102,22 +108,35 @@ def compare(
             seeds = range(_choose_seed_count(searches))
         rows = _retrain(searches, seeds, run, costs=costs, forgetting=forgetting)
         _delete_weights(searches, seeds)
-    budget = {"steps": float(searches[0].start.steps)} if seconds is None else {"seconds": seconds}
-    return Comparison(
-        base=task.model,
-        data=task.dataset,
-        task=problem.row.name,
-        score=problem.score,
-        larger_is_better=problem.larger_is_better,
-        seeds=list(seeds),
-        counts=problem.parts.counts,
-        budget={**budget, "batch_size": problem.batch_size},
-        rows=sort_rows(rows, problem.score, problem.larger_is_better),
-        refused=refused,
-        search_seconds=sum(search.seconds_of_losers() for search in searches),
-        seconds=sum(row.seconds for row in rows),
-        about=_describe(problem, jobs),
-    )
+        budget = {"steps": float(searches[0].start.steps)} if seconds is None else {"seconds": seconds}
+        comparison = Comparison(
+            base=task.model,
+            data=task.dataset,
+            task=problem.row.name,
+            score=problem.score,
+            larger_is_better=problem.larger_is_better,
+            seeds=list(seeds),
+            counts=problem.parts.counts,
+            budget={**budget, "batch_size": problem.batch_size},
+            rows=sort_rows(rows, problem.score, problem.larger_is_better),
+            refused=refused,
+            search_seconds=sum(search.seconds_of_losers() for search in searches),
+            seconds=sum(row.seconds for row in rows),
+            about=_describe(problem, jobs),
+        )
+        _save_best(problem, comparison, tell)
+    return comparison
+
+
+def _save_best(problem: Problem, comparison: Comparison, tell: Tell | None) -> None:
+    """Save the best adapter; one that cannot be saved is told of, and costs nobody the comparison."""
+    try:
+        saved = save_best(problem, comparison)
+        said = "" if saved is None else f"the best adapter is in {saved}"
+    except InlayError as error:
+        said = f"the best adapter is not saved: {error}"
+    if said and tell is not None:
+        tell(said)
 
 
 def sort_rows(rows: Sequence[Row], score: str, larger_is_better: bool) -> list[Row]:

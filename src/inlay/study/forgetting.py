@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from inlay.errors import BadInput, InlayError, Unsupported
 from inlay.methods._peft import PeftModel
-from inlay.tasks.adapter import place_inputs, route_group
+from inlay.tasks.adapter import TaskModel, place_inputs
 from inlay.tasks.base import load_base, read_task
 from inlay.tasks.evaluation import pick_evenly
 from inlay.tasks.options import TaskData
@@ -31,44 +31,18 @@ AT_ONCE = 8
 Batch = dict[str, Tensor]
 
 
-@dataclass
-class OwnTask:
-    """What a base was pre-trained for: the Adapter of inlay.tasks.adapter, without an adapter in it.
-
-    Attributes:
-        model: The base with its own head.
-        task: That it is for.
-        processor: Makes its inputs.
-        labels: Its classes; none for what has no classes.
-    """
-
-    model: Any
-    task: Task
-    processor: Any
-    labels: list[str]
-
-    @property
-    def name(self) -> str:
-        """The base's."""
-        return str(self.model.name_or_path)
-
-    def route(self, group: str | None) -> tuple[list[str], list[int]]:
-        """As an adapter's; a base has no groups."""
-        return route_group(self.name, self.labels, {}, group)
-
-
 @dataclass(frozen=True)
 class OwnScore:
     """How a base did in its own task on data of that.
 
     Attributes:
-        own: The base and its task.
+        own: The base with its own head, and the task that it was pre-trained for.
         batches: Of the data.
         loss: Of a batch.
         score: Of the base, of `Task.score_batches`.
     """
 
-    own: OwnTask
+    own: TaskModel
     batches: list[Batch]
     loss: Loss
     score: float
@@ -203,7 +177,7 @@ def _score_own_task(base: PreTrainedModel, trained_on: str, base_data: str | Non
         raise BadInput(f"{data} is what {name} was pre-trained for and what it is adapted to; name other data.")
     weight = _first_weight(base)
     model: Any = load_base(name, task=task.name).to(weight.device, weight.dtype)
-    own = OwnTask(model, task, task.load_processor(name, None), task.labels(model, None))
+    own = TaskModel(name, model, task, task.load_processor(name, None), task.labels(model, None))
     examples = task.load_labelled(own, data, task.own_examples, seed=0)
     items = range(len(examples.view))
     batches = [

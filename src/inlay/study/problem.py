@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,10 @@ from inlay.study.records import FILE, Records
 from inlay.study.sites import narrow_sites
 from inlay.study.trial import Outcome, Trial
 from inlay.tasks import task_of_options
-from inlay.tasks.adapter import route_group
+from inlay.tasks.adapter import TaskModel
 from inlay.tasks.base import load_skeleton
 from inlay.tasks.evaluation import Request
 from inlay.tasks.options import Parts, TaskData, TaskOptions
-from inlay.tasks.task import Task
 from inlay.train.config import TrainConfig
 from inlay.train.launch import enable_checkpointing
 from inlay.train.loop import FitResult, fit
@@ -44,29 +43,6 @@ from inlay.train.loop import FitResult, fit
 # Of TrainConfig: what a trial says itself, or what follows from it.
 _OF_A_TRIAL = ("learning_rate", "seed", "epochs")
 _WARM_UP, _TIMED = 2, 10  # steps of which the time of one is measured
-
-
-@dataclass
-class TrainedTrial:
-    """The model of a trial, as the functions of a task take an adapter.
-
-    Attributes:
-        name: Of the trial.
-        model: In eval mode, with its best weights.
-        task: A row of TASKS.
-        processor: Makes its inputs.
-        labels: Class names in the order of the outputs; none for what has no classes.
-    """
-
-    name: str
-    model: Any
-    task: Task
-    processor: Any
-    labels: list[str]
-
-    def route(self, group: str | None) -> tuple[list[str], list[int]]:
-        """As in `Adapter`; there are no groups."""
-        return route_group(self.name, self.labels, {}, group)
 
 
 class Problem:
@@ -280,6 +256,13 @@ class Problem:
             outcome = Outcome(trial, failed=_explain(error))
         return replace(outcome, seconds=time.perf_counter() - begun)
 
+    def load_trained(self, trial: Trial) -> tuple[TaskModel, FitResult]:
+        """The model of a finished trial with its best weights; where these were deleted, it is trained again."""
+        trial = self.complete(trial)
+        adapted = self.adapt(trial)
+        result = self._fit(adapted, trial)
+        return self.wrap(trial, adapted), result
+
     def start_rate(self, method: str, width: int) -> float:
         """The learning rate with which the search of a method starts."""
         return start_rate(method, self._load_skeleton(), width)
@@ -373,13 +356,13 @@ class Problem:
                 settings={**asdict(self.task), **asdict(trial), "split_seed": self.split_seed},
             )
 
-    def wrap(self, trial: Trial, model: Any) -> TrainedTrial:
+    def wrap(self, trial: Trial, model: Any) -> TaskModel:
         """A trained model of `adapt`, as the functions of a task take an adapter."""
         wrapped = isinstance(model, PeftModel)
         base, method = (model.get_base_model(), model.active_peft_config) if wrapped else (model, None)
-        return TrainedTrial(trial.key, model, self.row, self.data.processor, self.row.labels(base, method))
+        return TaskModel(trial.key, model, self.row, self.data.processor, self.row.labels(base, method))
 
-    def _score(self, trained: TrainedTrial) -> dict[str, float]:
+    def _score(self, trained: TaskModel) -> dict[str, float]:
         request = Request(
             split=self.parts.test_split, compare=False, resamples=1, training=self.parts.training
         )  # the interval of a comparison is over seeds

@@ -1,6 +1,7 @@
 """What a task asks of an adapter on its base: `LoadedAdapter` of inlay.adapters has it."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,29 @@ class Adapter(Protocol):
 
     def route(self, group: str | None) -> tuple[list[str], list[int]]:
         """Class names of one group of a combination, and which logits stand for them; None: all classes."""
+
+
+@dataclass
+class TaskModel:
+    """A model in the place of an adapter.
+
+    Attributes:
+        name: For messages.
+        model: In eval mode.
+        task: A row of TASKS.
+        processor: Makes its inputs.
+        labels: Class names in the order of the outputs; none for what has no classes.
+    """
+
+    name: str
+    model: Any
+    task: Task
+    processor: Any
+    labels: list[str]
+
+    def route(self, group: str | None) -> tuple[list[str], list[int]]:
+        """As in `Adapter`; there are no groups."""
+        return route_group(self.name, self.labels, {}, group)
 
 
 def route_group(

@@ -24,7 +24,8 @@ def read_head_inputs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         InlayError: The head is not called, or not with features.
     """
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    head = inner.get_output_embeddings() or inner.get_submodule(find_head(inner)[0])
+    drawn = getattr(inner, "new_poolers", [])  # with the head, by a seed
+    head = inner.get_output_embeddings() or inner.get_submodule((drawn or find_head(inner))[0])
     seen: list[Tensor] = []
     handle = head.register_forward_pre_hook(
         lambda _, args, kwargs: seen.extend([value for value in (*args, *kwargs.values()) if torch.is_tensor(value)]),
