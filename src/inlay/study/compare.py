@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from inlay.adapters.save import read_versions
-from inlay.errors import BadInput, Unsupported
+from inlay.errors import BadInput, InlayError, Unsupported
 from inlay.files.atomic import lock_folder
 from inlay.methods import METHODS
 from inlay.study.attach import save_best
@@ -96,7 +96,7 @@ def compare(
         if not names:
             raise Unsupported(f"no method to compare on {task.model}: {next(iter(refused.values()), 'none is named.')}")
         seed = seeds[0] if seeds else 0
-        remarks = problem.remember_base().remarks if forgetting else []
+        remarks = problem.remembered.remarks if forgetting else []
         if tell is not None:
             for remark in remarks:
                 tell(f"not measured: {remark}")
@@ -125,10 +125,19 @@ def compare(
             seconds=sum(row.seconds for row in rows),
             about=_describe(problem, jobs),
         )
-        saved = save_best(problem, comparison)
-    if saved and tell:
-        tell(f"best adapter: {saved}")
+        _save_best(problem, comparison, tell)
     return comparison
+
+
+def _save_best(problem: Problem, comparison: Comparison, tell: Tell | None) -> None:
+    """Save the best adapter; one that cannot be saved is told of, and costs nobody the comparison."""
+    try:
+        saved = save_best(problem, comparison)
+        said = "" if saved is None else f"the best adapter is in {saved}"
+    except InlayError as error:
+        said = f"the best adapter is not saved: {error}"
+    if said and tell is not None:
+        tell(said)
 
 
 def sort_rows(rows: Sequence[Row], score: str, larger_is_better: bool) -> list[Row]:

@@ -83,7 +83,6 @@ class Problem:
         self.score, self.larger_is_better = self.row.main_score, not self.row.smaller_is_better
         self.base_data = base_data
         self._base: tuple[int, Any, _RandomState] | None = None
-        self._remembered: RememberedBase | None = None
 
     @cached_property
     def parts(self) -> Parts:
@@ -117,6 +116,15 @@ class Problem:
             "blocks": blocks,
             "width": width,
         }
+
+    @cached_property
+    def remembered(self) -> RememberedBase:
+        """The base without any training, with which trials are compared.
+
+        Raises:
+            InlayError: `base_data` that cannot be used.
+        """
+        return remember_base(self._copy_base(0), self.row, self.data, base_data=self.base_data)
 
     @cached_property
     def records(self) -> Records:
@@ -245,22 +253,12 @@ class Problem:
                 costs = measure_trial(adapted, self.data, self.train)
                 outcome = replace(outcome, costs={**costs, "steps_per_second": result.steps_per_second})
             if "forgetting" in measured:
-                outcome = replace(outcome, forgetting=measure_forgetting(adapted, self.remember_base()))
+                outcome = replace(outcome, forgetting=measure_forgetting(adapted, self.remembered))
         except (OSError, BadInput, DamagedFile, Unreachable):  # of the study, not of the trial
             raise
         except Exception as error:  # NaN, no memory, whatever a model raises on inputs that it does not take
             outcome = Outcome(trial, failed=_explain(error))
         return replace(outcome, seconds=time.perf_counter() - begun)
-
-    def remember_base(self) -> RememberedBase:
-        """The base as it is without any training, with which trials are compared; it is looked at once.
-
-        Raises:
-            InlayError: `base_data` that cannot be used.
-        """
-        if self._remembered is None:
-            self._remembered = remember_base(self._copy_base(0), self.row, self.data, base_data=self.base_data)
-        return self._remembered
 
     def load_trained(self, trial: Trial) -> tuple[TaskModel, FitResult]:
         """The model of a finished trial with its best weights; where these were deleted, it is trained again."""
