@@ -1,8 +1,10 @@
 """A search as a whole: the same at each start and after any interruption, within its budget, and what it leaves."""
 
+import io
 import json
 import math
 import runpy
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from itertools import pairwise
 from typing import ClassVar
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from command import run
 from inlay import (
     BadInput,
     ComputationFailed,
@@ -22,9 +25,9 @@ from inlay import (
     parse_budget,
     tune,
 )
+from inlay.cli import app as cli
 from inlay.study.tune.run import choose_methods
 from inlay.study.tune.search import STRATEGIES
-from inlay.study.tune.winner import write_results
 
 
 class Interruption(Exception):
@@ -145,29 +148,35 @@ def test_what_cannot_be_searched_is_said(digits, tmp_path):
 
 @pytest.fixture(scope="module")
 def real(digits, tmp_path_factory):
-    """A search that trains, and what it leaves."""
+    """What the command leaves after a search that trains, and what it prints."""
     folder = tmp_path_factory.mktemp("real") / "s"
-    train = TrainConfig(batch_size=12, epochs=2, workers=0)
-    made = Problem(ImageTask("builtin:vit-tiny", str(digits), augment="crop"), train, folder)
-    found = tune(made, parse_budget("params=5k,trials=2"), methods=["ssf", "lora"], finals=2)
-    return found, write_results(found, made, folder), folder
+    arguments = ["tune", digits, "--base", "builtin:vit-tiny", "--budget", "params=5k,trials=2", "-o", folder]
+    arguments += ["--methods", "ssf, lora", "--finals", 2, "--epochs", 2, "--batch-size", 12, "--augment", "crop"]
+    said, told = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(told):
+        patch.setattr("sys.argv", ["inlay", *map(str, arguments)])
+        with pytest.raises(SystemExit) as status:
+            cli.main()
+    assert status.value.code in (0, None), told.getvalue()
+    return folder, said.getvalue(), told.getvalue()
 
 
 def test_a_real_search_saves_its_winner(real):
-    found, best, folder = real
-    loaded = load_adapter(best / "adapter")
-    trained = sum(p.numel() for n, p in loaded.model.named_parameters() if "default" in n and "modules_to" not in n)
-    assert loaded.verified and trained == found.winner.params <= 5000
+    folder, said, told = real
     facts = json.loads((folder / "search.json").read_text())
-    assert facts["winner"] == json.loads(json.dumps(vars(found.winner.trial)))
-    assert facts["test"] == found.test_scores and len(facts["test"]) == 2
-    assert json.loads((best / "adapter" / "metrics.json").read_text())["study"]["strategy"] == "halving"
+    loaded = load_adapter(folder / "best" / "adapter")
+    trained = sum(p.numel() for n, p in loaded.model.named_parameters() if "default" in n and "modules_to" not in n)
+    assert loaded.verified and trained == facts["params"] <= 5000
+    assert {facts["winner"]["method"]} < {"ssf", "lora"} and len(facts["test"]) == 2
+    assert f"{facts['params']:,} parameters" in said and f"trained again by {folder / 'best' / 'recipe.sh'}" in said
+    assert len(told.splitlines()) == facts["trials"] + 2
+    assert json.loads((folder / "best" / "adapter" / "metrics.json").read_text())["study"]["strategy"] == "halving"
     assert (folder / "placement.png").is_file()
     assert not list((folder / "trials").iterdir())  # weights of trials are gone; what came of them is in trials.jsonl
 
 
 def test_its_recipe_trains_the_same_adapter(real, tmp_path, monkeypatch, capsys):
-    _, best, _ = real
+    best = real[0] / "best"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["train.py", str(best / "config.yaml")])
     runpy.run_path(str(best / "train.py"), run_name="__main__")
@@ -176,3 +185,15 @@ def test_its_recipe_trains_the_same_adapter(real, tmp_path, monkeypatch, capsys)
     assert saved.keys() == again.keys() and all(torch.equal(saved[key], again[key]) for key in saved)
     script = (best / "recipe.sh").read_text()
     assert script.splitlines()[-1] == 'cd "$(dirname "$0")" && accelerate launch train.py config.yaml'
+
+
+def test_a_mistake_on_the_command_line_is_one_sentence(digits, tmp_path, capsys, monkeypatch):
+    for option, value, match in (
+        ("--budget", "params=0", "params=0 is no limit"),
+        ("--strategy", "hyperband", "unknown strategy 'hyperband'"),
+        ("--methods", "full", "full makes no adapter"),
+        ("--augmint", "none", "there is no option --augmint"),
+    ):
+        asked = ["tune", digits, "--base", "builtin:vit-tiny", "-o", tmp_path / "s", option, value]
+        status, out, err = run(capsys, monkeypatch, *asked)
+        assert (status, out) == (2, "") and match in err and err.count("\n") == 1

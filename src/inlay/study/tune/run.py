@@ -189,7 +189,8 @@ def tune(
         raise BadInput(f"finals must be at least 1, got {finals}: the winner is scored on the test part.")
     check_engine(engine, jobs)
     runner = _Runner(problem, budget, finals, jobs, engine, tell)
-    whole = problem.steps
+    whole, epoch = problem.steps, max(1, round(len(problem.data.train) / problem.batch_size))
+    planned = plan_rungs(strategy, whole * (budget.trials or TRIALS), whole, epoch)
     limits = Limits(problem, budget, merged)
     space = Space(
         choose_methods(problem, methods),
@@ -201,13 +202,9 @@ def tune(
     )
     candidates: Iterator[Trial] = space.draw()
     first = next(candidates)
-    epoch = max(1, round(len(problem.data.train) / problem.batch_size))
-    total = whole * (budget.trials or TRIALS)
     if budget.seconds is not None:  # the first run tells how long the others take
-        steps = plan_rungs(strategy, 1000 * whole, whole, epoch)[0].steps
-        runner.score([replace(first, steps=steps)])
-        total = runner.count_affordable_steps(whole)
-    planned = plan_rungs(strategy, total, whole, epoch)
+        runner.score([replace(first, steps=planned[0].steps)])
+        planned = plan_rungs(strategy, runner.count_affordable_steps(whole), whole, epoch)
     rungs = run_rungs(planned, chain([first], candidates), runner.score, runner.may_start, jobs)
     best = find_best(rungs)
     if best is None:
