@@ -157,15 +157,21 @@ WRITTEN = [["P5", "P6"], ["P3", "P4"]]
 
 
 def test_a_group_larger_than_a_share_is_held_out_where_there_is_no_smaller_one():
-    held = hold_out_groups(["a"] * 6 + ["b"] * 4, range(10), 0.2, 0, "image")
-    assert held == [6, 7, 8, 9]
+    for seed in range(4):
+        assert hold_out_groups(["a"] * 6 + ["b"] * 4, range(10), 0.2, seed, "image") == [6, 7, 8, 9]
+        # Of a class with two patients one is held out, though it has half of that class.
+        names, ids = [f"P{i}" for i in range(12)], [0] * 10 + [1] * 2
+        held = hold_out_groups(names, range(12), 0.2, seed, "image", ids=ids, labels=["many", "few"])
+        assert [ids[i] for i in held] == [0, 0, 1]
 
 
 def test_a_class_of_one_group_stays_in_training(caplog):
     names, ids = ["a", "b", "c", "d", "e", "only"] * 4, [0, 0, 0, 0, 0, 1] * 4
     held = hold_out_groups(names, range(24), 0.2, 0, "image", ids=ids, labels=["cat", "dog"])
     assert "only" not in {names[i] for i in held} and len(held) == 4
-    assert "no image of these classes is held out, as their groups are too few or too large: dog." in caplog.text
+    assert (
+        "no image of these classes is held out, as training would be left without one of a class: dog." in caplog.text
+    )
     with pytest.raises(BadInput, match="every group has all images of a class"):
         hold_out_groups(["a", "b"], range(2), 0.2, 0, "image", ids=[0, 1], labels=["cat", "dog"])
 
@@ -224,13 +230,14 @@ def test_mistakes_are_named(tmp_path):
             ImageTask(dataset=table, group="patent"),
             r"'patent' is no column of .* \(it has 'patient'\), and as a regular expression it matches no path",
         ),
-        (ImageTask(dataset=photos, group=r"slide\d+"), r"matches no path of .* \(the first is 'a/P00_tile0.png'\)"),
-        (ImageTask(dataset=photos, group="P(0"), r"the regular expression 'P\(0' cannot be read: missing"),
+        (ImageTask(dataset=photos, group=r"slide\d+"), r"'slide\\d\+' for .* matches no path \(the first is 'a/P00_"),
+        (ImageTask(dataset=photos, group="P(0"), r"the regular expression 'P\(0' for .* cannot be read: missing"),
         (ImageTask(dataset=photos, group="P0[0-8]_"), r"24 of 60 paths of .* have no match of 'P0\[0-8\]_'"),
         (ImageTask(dataset=photos, group="tile"), "all 60 images are of one group .'tile'.*add others"),
         (ImageTask(dataset="builtin:digits", group=r"P\d+"), "'builtin:digits' has no column"),
+        (ImageTask(dataset=table, group="label"), r"'label' is no column of .* \(it has 'patient'\)"),
         (SequenceTask(dataset=texts, group="patent"), r"no column 'patent' to keep together; choose one of .*'text2'"),
-        (MaskTask(dataset=book, group="(x*)"), r"the regular expression '\(x\*\)' matches no path"),
+        (MaskTask(dataset=book, group="(x*)"), r"the regular expression '\(x\*\)' for .* matches no path"),
         (VolumeTask(group="[0-9]+$", dataset="builtin:volumes", crop=[8, 8, 8]), None),
     ):
         if said is None:  # scans in memory have names only

@@ -45,16 +45,16 @@ def find_groups(
         empty = [i for i, value in enumerate(found) if not value]
         if empty:
             raise BadInput(
-                f"column {group!r} of {data!r} is empty in {len(empty)} of {len(found)} rows (from 0: "
+                f"column '{group}' of {data!r} is empty in {len(empty)} of {len(found)} rows (from 0: "
                 f"{list_first(empty)}); every example needs a group."
             )
         return found
     known = ", ".join(map(repr, columns)) or "none"
     if paths is None:
-        raise BadInput(f"{data!r} has no column {group!r} to keep together; choose one of its columns ({known}).")
-    subject = f"the regular expression {group!r}"
+        raise BadInput(f"{data!r} has no column '{group}' to keep together; choose one of its columns ({known}).")
+    subject = f"the regular expression '{group}' for {data!r}"
     if columns:
-        subject = f"{group!r} is no column of {data!r} (it has {known}), and as a regular expression it"
+        subject = f"'{group}' is no column of {data!r} (it has {known}), and as a regular expression it"
     try:
         expression = regex.compile(group)
         matches = [expression.search(path, timeout=SECONDS) for path in paths]
@@ -62,15 +62,15 @@ def find_groups(
         raise BadInput(f"{subject} cannot be read: {error}.") from error
     except TimeoutError:
         raise BadInput(
-            f"the regular expression {group!r} takes more than {SECONDS:g} s for one path of {data!r}; simplify it."
+            f"the regular expression '{group}' takes more than {SECONDS:g} s for one path of {data!r}; simplify it."
         ) from None
     found = [(match[1 if expression.groups else 0] or "") if match else "" for match in matches]
     without = [path for path, value in zip(paths, found, strict=True) if not value]
     if len(without) == len(found):
-        raise BadInput(f"{subject} matches no path of {data!r} (the first is {paths[0]!r}); give one that does.")
+        raise BadInput(f"{subject} matches no path (the first is {paths[0]!r}); give one that does.")
     if without:
         raise BadInput(
-            f"{len(without)} of {len(found)} paths of {data!r} have no match of {group!r} ({list_first(without)}); "
+            f"{len(without)} of {len(found)} paths of {data!r} have no match of '{group}' ({list_first(without)}); "
             "give an expression that finds a group in each."
         )
     return found
@@ -185,7 +185,7 @@ def hold_out_groups(
     missing = sorted({*classes.tolist()} - {*classes[held].tolist()})
     if warn and missing:
         logger.warning(
-            "no %s of these classes is held out, as their groups are too few or too large: %s.",
+            "no %s of these classes is held out, as training would be left without one of a class: %s.",
             noun, list_first([labels[i] for i in missing]),
         )  # fmt: skip
     return held
@@ -204,8 +204,8 @@ def _choose_groups(groups: Sequence[str], classes: np.ndarray, share: float, see
     shares = counts[:, counts.any(0)] / counts.sum(0)[counts.any(0)]  # of each class, that a group has
 
     def distance(taken: np.ndarray) -> float:
-        """From the share of each class; infinite if nothing of a class is left in training."""
-        return float(((taken - share) ** 2).sum()) if (taken < 1 - 1e-9).all() else math.inf
+        """From the share of each class, more where nothing of a class is held out; infinite where nothing is left."""
+        return float(((taken - share) ** 2 + (taken == 0)).sum()) if (taken < 1 - 1e-9).all() else math.inf
 
     best: list[int] = []
     nearest = np.zeros(shares.shape[1])
@@ -220,9 +220,6 @@ def _choose_groups(groups: Sequence[str], classes: np.ndarray, share: float, see
             best, nearest = chosen, taken
         if np.abs(nearest - share).max() < NEAR:
             break
-    if not best:  # each group is larger than what is asked for
-        alone = min(range(len(names)), key=lambda i: distance(shares[i]))
-        best = [alone] if distance(shares[alone]) < math.inf else []
     return np.flatnonzero(np.isin(place, best)).tolist()
 
 
@@ -257,11 +254,11 @@ def warn_of_shared_groups(parts: Mapping[str, Sequence[str] | None], noun: str) 
     for held, before in (("validation", ("train",)), ("test", ("train", "validation"))):
         for split in before:
             here, there = parts.get(held), parts.get(split)
-            shared = sorted({*(here or ())} & {*(there or ())})
+            shared = {*(here or ())} & {*(there or ())}
             if here and shared:
-                count = sum(group in set(shared) for group in here)
+                count = sum(group in shared for group in here)
                 known = "training" if split == "train" else split
                 logger.warning(
                     "%d of %d groups of %s (%d of its %d %ss) are in %s too: %s.",
-                    len(shared), len({*here}), held, count, len(here), noun, known, list_first(shared),
+                    len(shared), len({*here}), held, count, len(here), noun, known, list_first(sorted(shared)),
                 )  # fmt: skip

@@ -336,9 +336,10 @@ def _find_columns(
     images = [image] if image else [c for c, kind in kinds.items() if kind == "Image"]
     images = images or [c for c, kind in kinds.items() if "binary" in kind or kind == "dict"]
     images = images or [c for c in kinds if str(rows[0][c]).lower().endswith(SUFFIXES)]
-    others = [c for c in kinds if c not in (*images, group)]
+    others = [c for c in kinds if c not in images]
     labels = [c for c in others if kinds[c] == "ClassLabel" or c.lower() in LABEL_COLUMNS]
-    labels = [label] if label else labels or (others if len(others) == 1 else [])
+    rest = [c for c in others if c != group]
+    labels = [label] if label else labels or (rest if len(rest) == 1 else [])
     for what, found in (("image", images), ("label", labels)):
         if len(found) != 1 or found[0] not in kinds:
             raise BadInput(

@@ -140,7 +140,7 @@ def load_volumes(
         raise BadInput(
             f"validation must be between 0 and 1, and modality mr, ct or other, got {validation} and {modality!r}."
         )
-    found = _group_cases(find_cases(name), group, name)
+    found = _group_cases(find_cases(name), group, name, test=test)
     _refuse_faults(name, found.faults)
     named = _name_present_classes(found, [*found.train, *found.validation], name)
     names = tuple(named.values() if labels is None else labels)
@@ -185,7 +185,7 @@ def load_volumes_to_score(
         InlayError: As `load_volumes`; no such split.
     """
     training = training or Training()
-    found = _group_cases(find_cases(name), training.group_for(name), name)
+    found = _group_cases(find_cases(name), training.group_for(name), name, test=split == "test")
     parts = {"train": found.train, "validation": found.validation, "test": found.test if split == "test" else []}
     own = [part for part, cases in parts.items() if cases]  # test cases are scored only when asked for
     chosen = choose_split(name, split, own, "validation", training)
@@ -200,17 +200,19 @@ def load_volumes_to_score(
     return chosen, tuple(cases), tuple(named.values()), split_note(name, chosen, own, training)
 
 
-def _group_cases(found: FoundCases, group: str | None, name: str) -> FoundCases:
-    """The same cases with the groups that a regular expression finds in their paths; in memory they have names only."""
+def _group_cases(found: FoundCases, group: str | None, name: str, *, test: bool) -> FoundCases:
+    """The same cases with the groups that a regular expression finds in their paths; in memory they have names only.
+
+    Those of test cases are not looked for unless `test` is true: they do not stop a training.
+    """
     folder = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for an unknown user
 
     def with_groups(cases: list[Case]) -> list[Case]:
         files = [case.image if isinstance(case.image, Path) else case.name for case in cases]
         return group_files(cases, group, name, relative_paths(files, folder))
 
-    return replace(
-        found, train=with_groups(found.train), validation=with_groups(found.validation), test=with_groups(found.test)
-    )
+    tested = with_groups(found.test) if test else found.test
+    return replace(found, train=with_groups(found.train), validation=with_groups(found.validation), test=tested)
 
 
 def _refuse_faults(name: str, faults: Sequence[tuple[str, str]]) -> None:
