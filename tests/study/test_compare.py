@@ -166,6 +166,7 @@ def instant(monkeypatch):
         return [Outcome(trial, {"loss": 1.0, "accuracy": 0.5}, test={"accuracy": trial.seed / 10}) for trial in trials]
 
     monkeypatch.setattr(module, "run_trials", run_trials)
+    monkeypatch.setattr(module, "save_best", lambda problem, comparison: None)
     monkeypatch.setattr(Problem, "measure_step", lambda self, trial: 0.5 if trial.method == "lora" else 0.25)
     return asked
 
