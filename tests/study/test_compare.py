@@ -156,6 +156,37 @@ def test_seeds_follow_from_the_time_of_a_run():
     assert module._choose_seed_count(outcomes(59)) == 5 and module._choose_seed_count(outcomes(61)) == 3
 
 
+@pytest.fixture
+def instant(monkeypatch):
+    """Trials that take no time; gives all that are asked for."""
+    asked = []
+
+    def run_trials(problem, trials, **options):
+        asked.extend(trials)
+        return [Outcome(trial, {"loss": 1.0, "accuracy": 0.5}, test={"accuracy": trial.seed / 10}) for trial in trials]
+
+    monkeypatch.setattr(module, "run_trials", run_trials)
+    monkeypatch.setattr(module, "save_best", lambda problem, comparison: None)
+    monkeypatch.setattr(Problem, "measure_step", lambda self, trial: 0.5 if trial.method == "lora" else 0.25)
+    return asked
+
+
+def test_equal_seconds_are_steps_of_each_method(digits, tmp_path, instant):
+    task, train = ImageTask("builtin:vit-tiny", str(digits)), TrainConfig(str(tmp_path / "run"), batch_size=4)
+    found = compare(task, train, methods=["lora", "probe"], seconds=1.25, tell=None)
+    assert {row.method: row.steps for row in found.rows} == {"lora": 2, "probe": 5}
+    assert {(trial.method, trial.steps) for trial in instant} == {("lora", 2), ("probe", 5)}
+    assert found.budget == {"seconds": 1.25, "batch_size": 4} and found.seeds == [0, 1, 2, 3, 4]
+    assert found.rows[0].scores == {"accuracy": [0, 0.1, 0.2, 0.3, 0.4]}
+
+
+def test_equal_epochs_are_steps_too(digits, tmp_path, instant):
+    task, train = ImageTask("builtin:vit-tiny", str(digits)), TrainConfig(str(tmp_path / "run"), batch_size=4, epochs=2)
+    found = compare(task, train, methods=["lora", "probe"], seeds=[7], width=3, tell=None)
+    wanted = math.ceil(2 * found.counts["train"] / 4)
+    assert found.budget["steps"] == wanted and {(t.steps, t.width, t.seed) for t in instant} == {(wanted, 3, 7)}
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

@@ -92,6 +92,8 @@ def test_text_trials_do_not_depend_on_each_other_either(tmp_path):
     assert outcome.validation == alone.run(trial).validation
     assert shared.main_score(outcome) == pytest.approx(math.exp(outcome.validation["loss"]))
     assert not shared.larger_is_better
+    names, refused = shared.fits(["prompt", "lora"], width=250)
+    assert names == ["lora"] and "do not hold a prompt of 250 and the longest example of" in refused["prompt"]
 
 
 def test_a_base_in_8_bits_is_loaded_for_each_trial(digits, tmp_path):

@@ -261,7 +261,11 @@ class Problem:
         return replace(outcome, seconds=time.perf_counter() - begun)
 
     def load_trained(self, trial: Trial) -> tuple[TaskModel, FitResult]:
-        """The model of a finished trial with its best weights; where these were deleted, it is trained again."""
+        """The model of a trial with its best weights: those in its folder, or trained again.
+
+        Raises:
+            InlayError: The method does not fit the base; the training failed.
+        """
         trial = self.complete(trial)
         adapted = self.adapt(trial)
         result = self._fit(adapted, trial)
@@ -295,16 +299,6 @@ class Problem:
             epochs=(self.complete(trial).steps - 0.5) * batch_size / examples,  # rounded up to the steps
             eval_every=self.train.eval_every or max(1, round(examples / batch_size)),
         )
-
-    def train_trial(self, trial: Trial) -> tuple[nn.Module, FitResult]:
-        """The model of a trial with its best weights: those in its folder, or trained again.
-
-        Raises:
-            InlayError: The method does not fit the base; the training failed.
-        """
-        trial = self.complete(trial)
-        model = self.adapt(trial)
-        return model, self._fit(model, trial)
 
     def folder_of(self, trial: Trial) -> Path:
         """Where a trial is trained; its best weights stay there until `delete_weights`."""

@@ -36,7 +36,8 @@ def write_results(found: Tuned, problem: Problem, folder: str | Path) -> Path:
     best = folder / "best"
     best.mkdir(parents=True, exist_ok=True)
     chosen = _choose_final(found, problem)
-    model, result = problem.train_trial(chosen.trial)
+    trained, result = problem.load_trained(chosen.trial)
+    model = trained.model
     metrics = describe_run(model, problem.data, result)
     metrics |= {"test": chosen.test, "study": {**_describe_search(found), "costs": chosen.costs}}
     save_adapter(model, best / "adapter", processor=problem.data.processor, metrics=metrics)

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from inlay.errors import BadInput
+from inlay.errors import BadInput, Unsupported
 from inlay.options import option
 from inlay.tasks.options import Report, TaskData, TaskOptions, describe_run
 from inlay.tasks.text.vocabulary import check_vocabulary, vocabulary_of
@@ -80,6 +80,19 @@ class TextTask(TaskOptions):
         for view in (data.train, data.validation):
             check_vocabulary(self.model, int(view.tokens.max()), vocabulary_of(base))
         return self._announced(base)
+
+    def fit_method(self, config: Any, model: nn.Module, data: TaskData) -> Any:
+        """A learned prompt takes positions of the base; those that are left must hold the longest example."""
+        from inlay.methods._peft import count_virtual_tokens
+
+        added, most = count_virtual_tokens(config), data.processor.tokenizer.model_max_length
+        longest = max(int(max(view.lengths)) for view in (data.train, data.validation))
+        if added and added + longest > most:
+            raise Unsupported(
+                f"{self.model} reads {most} tokens, which do not hold a prompt of {added} and the longest example of "
+                f"{longest}; pass a smaller width, or max_length {most - added}."
+            )
+        return config
 
     def report(self, model: nn.Module, data: TaskData, result: FitResult, decoding: Decoding) -> Report:
         """Perplexity, what the model writes for prompts that it has not seen, cost and settings.
