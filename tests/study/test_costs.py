@@ -6,14 +6,15 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
 from inlay import METHODS, TrainConfig
-from inlay.measure import Energy
+from inlay.measure import Energy, Latency
 from inlay.measure import costs as measured
+from inlay.study import costs
 from inlay.study.costs import measure_trial
 from inlay.tasks.options import TaskData
 
@@ -151,10 +152,21 @@ def test_a_learned_prompt_of_a_classifier_of_texts_is_switched_off(config: type)
     assert torch.equal(model(**ids).logits, adapted)
 
 
-def test_a_merged_copy_stands_next_to_the_others(monkeypatch):
-    joules = Energy(2.0, "measured", "a counter", 1)
-    monkeypatch.setattr(measured, "measure_energy", lambda *_, **__: joules)
-    model = get_peft_model(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4)), LoraConfig(r=2, target_modules=["0"]))
-    merged = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
-    row = measured.cost(model, {"input": torch.ones(1, 8)}, merged=merged)
-    assert row["merged_mmacs"] == row["base_mmacs"] and row["merged_latency_ms"] > 0 and row["merged_energy_j"] == 2.0
+def test_energy_of_every_state(monkeypatch):
+    joules = iter([2.0, 1.0, 1.5])
+    monkeypatch.setattr(costs, "measure_energy", lambda *_, **__: Energy(next(joules), "measured", "a counter", 1))
+    found = measure_trial(METHODS["lora"].adapt(small_vit(), 2), images(), TrainConfig())
+    assert (found["energy_j"], found["base_energy_j"], found["merged_energy_j"]) == (2.0, 1.0, 1.5)
+    assert found["energy_source"] == "measured: a counter"
+
+
+def test_latency_is_that_of_the_fastest_passes(monkeypatch):
+    def turns(states, inputs):
+        return {
+            state: [Latency(90.0, low + turn, 99.0, "cpu", 1, 1, 5) for turn in (3, 0, 8)]
+            for state, low in zip(states, (2.0, 1.0, 1.25), strict=True)
+        }
+
+    monkeypatch.setattr(costs, "time_by_turns", turns)
+    found = measure_trial(METHODS["lora"].adapt(small_vit(), 2), images(), TrainConfig())
+    assert [found[f"{state}latency_ms"] for state in ("", "base_", "merged_")] == [2.0, 1.0, 1.25]

@@ -23,19 +23,12 @@ _TURNS, _PASSES = 6, 5
 _BUDGET_S = 2.0  # for all turns; one turn is always taken
 
 
-def cost(
-    model: nn.Module, inputs: dict[str, Tensor], *, merged: nn.Module | None = None
-) -> dict[str, int | float | str]:
+def cost(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int | float | str]:
     """Parameters, multiply-accumulates, latency and energy of one forward pass of `inputs`, for `model` as it is now.
 
     For a model with an adapter, the row also has the cost of its base without the adapter, under the same names with
     the prefix `base_`. The difference is the cost of the adapter. Latencies of both are measured by turns, so that
     other load on the machine affects both.
-
-    Args:
-        model: Any module, with or without an adapter.
-        inputs: Keyword arguments of its forward.
-        merged: The same model with its adapter merged; measured by turns with the others, with the prefix `merged_`.
 
     Returns:
         parameters and trainable_parameters (counts); weights_mb and trainable_mb (10^6 bytes in memory); mmacs (10^6
@@ -65,10 +58,6 @@ def cost(
             states["base_"] = partial(without_adapter, model)
         except InlayError:  # the base cannot compute such inputs without its adapter
             pass
-    if merged is not None:
-        states["merged_"] = partial(nullcontext, merged)
-        with suppress(Unsupported):
-            macs["merged_"] = count_macs(merged, inputs)
     times = time_by_turns(states, inputs)
     medians = {name: [time.median_ms for time in turns] for name, turns in times.items()}
     for name, state in states.items():

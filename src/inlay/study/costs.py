@@ -4,18 +4,24 @@ import copy
 import logging
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from inlay.adapters.load import merge_in_memory
-from inlay.measure.costs import cost
+from inlay.errors import Unsupported
+from inlay.measure.costs import time_by_turns
+from inlay.measure.energy import measure_energy
 from inlay.measure.footprint import footprint
+from inlay.measure.macs import count_macs
 from inlay.measure.memory import collate_largest_batch, measure_peak, step_options
-from inlay.methods._peft import PeftModel, adapter_tensors
+from inlay.measure.speed import forward_passes
+from inlay.methods._peft import PeftModel, adapter_tensors, remove_all_adapters
 from inlay.tasks.options import TaskData
 from inlay.train.config import TrainConfig
 
@@ -27,8 +33,10 @@ _OF_A_PASS = ("mmacs", "latency_ms", "energy_j")
 def measure_trial(model: nn.Module, data: TaskData, train: TrainConfig) -> dict[str, Any]:
     """The costs of a trained model, as `Row.costs` has them: what cannot be measured is absent.
 
-    The model stays as it is, and so do the random generators of torch. Base, adapter and a merged copy pass one example
-    by turns in one run. A plain model (a probe, full fine-tuning) adds nothing to its base: it costs what that costs.
+    The model stays as it is, and so do the random generators of torch. Model, base and a merged copy pass one example
+    by turns in one run. Latencies are those of the fastest passes: other work on the machine only ever slows a pass,
+    and makes a median that of a time slice. A plain model (a probe, full fine-tuning) adds nothing to its base: it
+    costs what that costs.
 
     Args:
         model: A PeftModel as it was trained, or a plain model whose trained parameters require a gradient.
@@ -37,14 +45,14 @@ def measure_trial(model: nn.Module, data: TaskData, train: TrainConfig) -> dict[
 
     Returns:
         trainable_parameters; file_bytes of a safetensors file of what was trained, without inlay's record; mmacs,
-        latency_ms and energy_j of one example, the same with the prefixes `base_` and `merged_`; latency_spread_ms;
-        energy_source; device; threads; peak_bytes of all tensors in a training step.
+        latency_ms and energy_j of one example, the same with the prefixes `base_` and `merged_`; energy_source; device;
+        threads; peak_bytes of all tensors in a training step.
     """
     found: dict[str, Any] = {"trainable_parameters": footprint(model).trainable}
     devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else []
     with torch.random.fork_rng(devices=devices):
         _add_figures(found, "file size", lambda: {"file_bytes": _measure_file(model)})
-        _add_figures(found, "forward pass", lambda: _measure_pass(model, data))
+        _add_figures(found, "forward pass", lambda: _measure_pass(model, data.example()))
         _add_figures(found, "training step", lambda: {"peak_bytes": _measure_step(model, data, train)})
     return found
 
@@ -70,24 +78,48 @@ def _measure_file(model: nn.Module) -> int:
         return path.stat().st_size
 
 
-def _measure_pass(model: nn.Module, data: TaskData) -> dict[str, Any]:
-    """Costs of one example in each state."""
-    merged = _merge_copy(model) if isinstance(model, PeftModel) else None
-    row = cost(model, data.example(), merged=merged)
-    kept = (*_OF_A_PASS, "latency_spread_ms", "energy_source", "device", "threads")
-    found = {key: value for key, value in row.items() if key.removeprefix("base_").removeprefix("merged_") in kept}
+def _measure_pass(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Costs of one example in each state: as it was trained, `base_`, `merged_`."""
+    models = {"": model, **(_make_copies(model, inputs) if isinstance(model, PeftModel) else {})}
+    times = time_by_turns({state: partial(nullcontext, each) for state, each in models.items()}, inputs)
+    found: dict[str, Any] = {"device": times[""][0].device, "threads": times[""][0].threads}
+    for state, each in models.items():
+        with suppress(Unsupported):
+            found[f"{state}mmacs"] = round(count_macs(each, inputs) / 1e6, 3)
+        found[f"{state}latency_ms"] = round(min(turn.p10_ms for turn in times[state]), 3)
+        energy = measure_energy(each, inputs, warmup=0)
+        found.setdefault("energy_source", str(energy))
+        if energy.joules is not None:
+            found[f"{state}energy_j"] = float(f"{energy.joules:.4g}")
     if not isinstance(model, PeftModel):
-        found |= {f"{state}_{key}": row[key] for state in ("base", "merged") for key in _OF_A_PASS if key in row}
+        found |= {f"{state}{key}": found[key] for state in ("base_", "merged_") for key in _OF_A_PASS if key in found}
     return found
 
 
-def _merge_copy(model: PeftModel) -> nn.Module | None:
-    """A copy of the model with its adapter merged; None where it does not merge, or memory does not suffice."""
-    try:
-        return merge_in_memory(copy.deepcopy(model))[0]
-    except Exception as error:
-        logger.info("the merged model could not be measured (%s).", error)
-        return None
+def _make_copies(model: PeftModel, inputs: dict[str, Tensor]) -> dict[str, nn.Module]:
+    """A copy of the base without the adapter, whose wrappers cost time too, and one with the adapter merged.
+
+    One that there cannot be is left out: a base that does not take these inputs, a method that does not merge.
+    """
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "base_": partial(_copy_base, model, inputs),
+        "merged_": lambda: merge_in_memory(copy.deepcopy(model))[0],
+    }
+    copies = {}
+    for state, make in makers.items():
+        try:
+            copies[state] = make()
+        except Exception as error:
+            logger.info("the state %s could not be measured (%s).", state.rstrip("_"), error)
+    return copies
+
+
+def _copy_base(model: PeftModel, inputs: dict[str, Tensor]) -> nn.Module:
+    base = copy.deepcopy(model.get_base_model())
+    remove_all_adapters(base)
+    with forward_passes(base, inputs) as run:
+        run()
+    return base
 
 
 def _measure_step(model: nn.Module, data: TaskData, train: TrainConfig) -> int:
