@@ -173,7 +173,7 @@ def instant(monkeypatch):
 
 def test_equal_seconds_are_steps_of_each_method(digits, tmp_path, instant):
     task, train = ImageTask("builtin:vit-tiny", str(digits)), TrainConfig(str(tmp_path / "run"), batch_size=4)
-    found = compare(task, train, methods=["lora", "probe"], seconds=1.25, tell=None)
+    found = compare(task, train, methods=["lora", "probe"], seconds=1.25, forgetting=False, tell=None)
     assert {row.method: row.steps for row in found.rows} == {"lora": 2, "probe": 5}
     assert {(trial.method, trial.steps) for trial in instant} == {("lora", 2), ("probe", 5)}
     assert found.budget == {"seconds": 1.25, "batch_size": 4} and found.seeds == [0, 1, 2, 3, 4]
@@ -182,7 +182,7 @@ def test_equal_seconds_are_steps_of_each_method(digits, tmp_path, instant):
 
 def test_equal_epochs_are_steps_too(digits, tmp_path, instant):
     task, train = ImageTask("builtin:vit-tiny", str(digits)), TrainConfig(str(tmp_path / "run"), batch_size=4, epochs=2)
-    found = compare(task, train, methods=["lora", "probe"], seeds=[7], width=3, tell=None)
+    found = compare(task, train, methods=["lora", "probe"], seeds=[7], width=3, forgetting=False, tell=None)
     wanted = math.ceil(2 * found.counts["train"] / 4)
     assert found.budget["steps"] == wanted and {(t.steps, t.width, t.seed) for t in instant} == {(wanted, 3, 7)}
 

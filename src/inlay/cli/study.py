@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,27 +73,27 @@ def compare(
     given = {"epochs": epochs, "batch_size": batch_size}
     train = replace(train, **{name: value for name, value in given.items() if value is not None})
     task = task if group is None else replace(task, group=group)
-    found = compare_methods(
-        task,
-        train,
-        methods="all" if methods == "all" else [name.strip() for name in methods.split(",")],
-        width=width,
-        learning_rates=numbers["rates"],
-        seeds=numbers["seeds"],
-        steps=steps,
-        seconds=seconds,
-        costs=costs,
-        forgetting=forgetting,
-        base_data=base_data,
-        jobs=jobs,
-        engine=engine,  # type: ignore[arg-type]
-        tell=None if as_json else print,
-    )
+    with redirect_stdout(sys.stderr):  # what is said meanwhile is no part of the result
+        found = compare_methods(
+            task,
+            train,
+            methods="all" if methods == "all" else [name.strip() for name in methods.split(",")],
+            width=width,
+            learning_rates=numbers["rates"],
+            seeds=numbers["seeds"],
+            steps=steps,
+            seconds=seconds,
+            costs=costs,
+            forgetting=forgetting,
+            base_data=base_data,
+            jobs=jobs,
+            engine=engine,  # type: ignore[arg-type]
+        )
     page = save_comparison(found, output)
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
     else:
-        print(f"\n{write_terminal_table(found)}\n\nreport: {page}")
+        print(f"{write_terminal_table(found)}\n\nreport: {page}")
 
 
 def tune(
