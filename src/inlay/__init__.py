@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     )
     from inlay.options import option
     from inlay.serve.bank import Bank
+    from inlay.study.attach import attach_study
     from inlay.study.compare import compare
     from inlay.study.comparison import Comparison, Row
     from inlay.study.measure import measure_costs
@@ -160,6 +161,7 @@ _MODULE_OF = {
     "VolumeTask": "tasks.volumes.options",
     "VolumeView": "tasks.volumes.view",
     "WrongBase": "errors",
+    "attach_study": "study.attach",
     "carry_adapter": "compress.prune.carry",
     "classify_texts": "tasks.sequences.predict",
     "combine": "combine",
@@ -268,6 +270,7 @@ __all__ = [
     "VolumeTask",
     "VolumeView",
     "WrongBase",
+    "attach_study",
     "carry_adapter",
     "classify_texts",
     "combine",

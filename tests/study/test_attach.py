@@ -5,11 +5,13 @@ import math
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 from typer.testing import CliRunner
 
-from inlay import read_adapter
+from inlay import ImageTask, TrainConfig, compare, evaluate, load_adapter, read_adapter
 from inlay.adapters.card import make_card
 from inlay.adapters.file import CARD, CONFIG, METRICS, WEIGHTS
 from inlay.adapters.study import KEY, describe_study, read_study, write_study_section
@@ -157,3 +159,53 @@ def test_a_study_from_elsewhere_is_bounded_and_made_safe():
     assert len(json.dumps(found)) < 200_000 and "unknown" not in found and len(found["seeds"]) == 100
     text = write_study_section({KEY: bad})
     assert "<script>" not in text and "\x1b" not in text and "\n## Cost" not in text
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for label, bright in (("dark", 0), ("light", 120)):
+        (folder / label).mkdir()
+        for i in range(12):
+            pixels = generator.integers(bright, bright + 130, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{i}.png")
+    return folder
+
+
+def test_after_a_comparison_the_best_adapter_is_there(images: Path, tmp_path: Path):
+    told: list[str] = []
+    found = compare(
+        ImageTask("builtin:vit-tiny", str(images), augment="none"),
+        TrainConfig(str(tmp_path / "run"), batch_size=8, workers=0),
+        methods=["probe", "ssf"], learning_rates=[1e-3], seeds=[1], steps=2, width=2, costs=False, tell=told.append,
+    )  # fmt: skip
+    assert all(row.forgetting.keys() == {"own_task", "drift"} for row in found.rows)
+    probe = next(row for row in found.rows if row.method == "probe")
+    assert probe.forgetting["own_task"] == [0.0] and probe.forgetting["drift"][0] == pytest.approx(0, abs=1e-12)
+    folder = tmp_path / "run" / "best" / "adapter"
+    assert told[-1] == f"the best adapter is in {folder}"
+    adapter = load_adapter(folder)
+    row = next(row for row in found.rows if row.method == "ssf")
+    study = adapter.metrics[KEY]
+    assert (study["method"], study["rank"]) == ("ssf", found.rows.index(row) + 1)
+    # it is the adapter that was scored: the recipe's own way to its test part gives the same
+    scores = evaluate(adapter, str(images), resamples=1).scores
+    assert scores["accuracy"].value == pytest.approx(row.scores["accuracy"][0])
+    assert scores["loss"].value == pytest.approx(row.scores["loss"][0], abs=1e-5)
+    assert "## Study" in (folder / CARD).read_text()
+
+
+def test_a_comparison_without_an_adapter_to_save(images: Path, tmp_path: Path, monkeypatch):
+    told: list[str] = []
+    task = ImageTask("builtin:vit-tiny", str(images), augment="none")
+    settings = {"learning_rates": [1e-3], "seeds": [0], "steps": 1, "width": 2, "costs": False, "forgetting": False}
+    train = TrainConfig(str(tmp_path / "run"), batch_size=8, workers=0)
+    compare(task, train, methods=["probe"], tell=told.append, **settings)
+    assert not (tmp_path / "run" / "best").exists() and "best adapter" not in told[-1]
+
+    def refuse(*_, **__):
+        raise BadInput("no room.")
+
+    monkeypatch.setattr("inlay.study.attach.save_adapter", refuse)
+    found = compare(task, train, methods=["probe", "ssf"], tell=told.append, **settings)
+    assert told[-1] == "the best adapter is not saved: no room." and len(found.rows) == 2

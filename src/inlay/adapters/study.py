@@ -9,7 +9,7 @@ from inlay.tasks.printing import printable
 
 KEY = "study"  # in metrics.json
 SECTION = "study"  # of the card
-_LONGEST, _MOST = 500, 100  # characters of a text, members of a list or object
+_LONGEST, _MOST = 1000, 100  # characters of a text, members of a list or object
 
 
 def read_study(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -18,10 +18,11 @@ def read_study(metrics: Mapping[str, Any]) -> dict[str, Any]:
     Anyone may have written that file: texts are cut and made safe for a terminal, numbers are finite, lists are short.
 
     Returns:
-        made_by (`compare` or `tune`), base, data, task, score, method, placement: texts. width, rank, methods: how many
-        were compared; steps, learning_rate, search_seconds, seconds: numbers. larger_is_better, edge. seeds. counts,
-        budget: numbers by name. test, forgetting: by name a mean and its interval. difference: such an interval, `to`
-        which method, and whether it is a `tie`. curve: pairs of a learning rate and a score, None where it diverged.
+        Texts: made_by (`compare` or `tune`), base, data, task, score, method, modules, strategy, placement. Numbers:
+        width, steps, learning_rate, params, rank, methods and trials (how many there were), search_seconds, seconds.
+        Yes or no: larger_is_better, edge. Lists of numbers: seeds, blocks. Numbers by name: counts, budget. A mean and
+        its interval by name: test, forgetting. difference: such an interval, `to` which method, and whether it is a
+        `tie`. curve: pairs of a learning rate and a score, None where it diverged.
     """
     found = metrics.get(KEY)
     if not isinstance(found, dict):
@@ -32,7 +33,7 @@ def read_study(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe_study(study: Mapping[str, Any]) -> list[str]:
     """What `read_study` gave, in sentences; those of which something is missing are left out."""
-    lines = [_describe_rank(study), _describe_difference(study), _describe_rate(study)]
+    lines = [_describe_rank(study), _describe_search(study), _describe_difference(study), _describe_rate(study)]
     if counts := study.get("counts"):
         lines.append(f"Examples: {', '.join(f'{count:,.0f} {part}' for part, count in counts.items())}.")
     if forgotten := study.get("forgetting"):
@@ -40,9 +41,14 @@ def describe_study(study: Mapping[str, Any]) -> list[str]:
         lines.append(f"What the base lost: {said}.")
     if "placement" in study:
         lines.append(f"Placement: {study['placement']}")
-    if "seconds" in study and "search_seconds" in study:
-        took, whole = (_format_seconds(study[key]) for key in ("search_seconds", "seconds"))
-        lines.append(f"The search took {took} of {whole} in all.")
+    if "seconds" in study:
+        whole = _format_seconds(study["seconds"])
+        search = study.get("search_seconds")
+        lines.append(
+            f"All runs took {whole}."
+            if search is None
+            else f"The search took {_format_seconds(search)} of {whole} in all."
+        )
     return [line for line in lines if line]
 
 
@@ -53,15 +59,28 @@ def write_study_section(metrics: Mapping[str, Any]) -> str:
 
 
 def _describe_rank(study: Mapping[str, Any]) -> str:
-    if not {"rank", "methods", "data", "score"} <= study.keys() or study["score"] not in study.get("test", {}):
+    if not {"rank", "methods"} <= study.keys() or not (scored := _describe_score(study)):
         return ""
-    score = study["score"]
-    seeds = len(study.get("seeds", ()))
+    return f"Number {study['rank']:.0f} of {study['methods']:.0f} methods {scored}."
+
+
+def _describe_search(study: Mapping[str, Any]) -> str:
+    if "trials" not in study or not (scored := _describe_score(study)):
+        return ""
+    how = f", {study['strategy']}" if "strategy" in study else ""
+    return f"Winner of a search ({study['trials']:.0f} runs{how}) {scored}."
+
+
+def _describe_score(study: Mapping[str, Any]) -> str:
+    """On what, by which score of the test part; nothing where that is missing."""
+    if not {"data", "score"} <= study.keys() or study["score"] not in study.get("test", {}):
+        return ""
+    score, seeds = study["score"], len(study.get("seeds", ()))
     on = f"{study['data']} ({study['base']})" if "base" in study else study["data"]
     several = f", mean of {seeds} seeds with its 95 % t-interval" if seeds > 1 else ""
     return (
-        f"Number {study['rank']:.0f} of {study['methods']:.0f} methods on {on} by {title(score).lower()} of the test "
-        f"part, which chose nothing: {_format(study['test'][score])}{several}."
+        f"on {on} by {title(score).lower()} of the test part, which chose nothing: {_format(study['test'][score])}"
+        f"{several}"
     )
 
 
@@ -142,10 +161,15 @@ def _read_curve(value: Any) -> list[list[Any]]:
 
 
 _READERS: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("made_by", "base", "data", "task", "score", "method", "placement"), _read_text),
-    **dict.fromkeys(("width", "steps", "learning_rate", "rank", "methods", "search_seconds", "seconds"), _read_number),
+    **dict.fromkeys(
+        ("made_by", "base", "data", "task", "score", "method", "modules", "strategy", "placement"), _read_text
+    ),
+    **dict.fromkeys(
+        ("width", "steps", "learning_rate", "params", "rank", "methods", "trials", "search_seconds", "seconds"),
+        _read_number,
+    ),
     **dict.fromkeys(("larger_is_better", "edge"), _read_flag),
-    "seeds": _read_numbers,
+    **dict.fromkeys(("seeds", "blocks"), _read_numbers),
     **dict.fromkeys(("counts", "budget"), lambda value: _read_named(value, _read_number)),
     **dict.fromkeys(("test", "forgetting"), lambda value: _read_named(value, _read_estimate)),
     "difference": _read_difference,

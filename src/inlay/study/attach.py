@@ -105,8 +105,8 @@ def describe_row(
         "budget": comparison.budget,
         "rank": place + 1,
         "methods": len(standings),
-        "test": {name: _describe_estimate(each) for name, each in standing.scores.items()},
-        "forgetting": {name: _describe_estimate(each) for name, each in standing.forgetting.items()},
+        "test": {name: describe_estimate(each) for name, each in standing.scores.items()},
+        "forgetting": {name: describe_estimate(each) for name, each in standing.forgetting.items()},
         "search_seconds": comparison.search_seconds,
         "seconds": comparison.seconds,
     }
@@ -124,10 +124,11 @@ def _describe_difference(row: Row, other: Row, score: str) -> dict[str, Any] | N
     if not apart:
         return None
     estimate = Estimate(*paired_interval(apart))
-    return {"to": other.method, **_describe_estimate(estimate), "tie": estimate.low <= 0 <= estimate.high}
+    return {"to": other.method, **describe_estimate(estimate), "tie": estimate.low <= 0 <= estimate.high}
 
 
-def _describe_estimate(estimate: Estimate) -> dict[str, float | None]:
+def describe_estimate(estimate: Estimate) -> dict[str, float | None]:
+    """As `read_study` reads it."""
     return {"mean": estimate.mean, "low": _find_finite(estimate.low), "high": _find_finite(estimate.high)}
 
 

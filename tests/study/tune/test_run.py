@@ -25,6 +25,7 @@ from inlay import (
     parse_budget,
     tune,
 )
+from inlay.adapters.study import read_study
 from inlay.cli import app as cli
 from inlay.study.tune.run import choose_methods
 from inlay.study.tune.search import STRATEGIES
@@ -170,7 +171,12 @@ def test_a_real_search_saves_its_winner(real):
     assert {facts["winner"]["method"]} < {"ssf", "lora"} and len(facts["test"]) == 2
     assert f"{facts['params']:,} parameters" in said and f"trained again by {folder / 'best' / 'recipe.sh'}" in said
     assert len(told.splitlines()) == facts["trials"] + 2
-    assert json.loads((folder / "best" / "adapter" / "metrics.json").read_text())["study"]["strategy"] == "halving"
+    study = read_study(loaded.metrics)
+    assert (study["made_by"], study["strategy"], study["trials"]) == ("tune", "halving", facts["trials"])
+    assert study["test"]["accuracy"]["mean"] == pytest.approx(sum(facts["test"]) / 2)
+    assert study["placement"].startswith("places")
+    card = (folder / "best" / "adapter" / "README.md").read_text()
+    assert f"Winner of a search ({facts['trials']} runs, halving) on" in card
     assert (folder / "placement.png").is_file()
     assert not list((folder / "trials").iterdir())  # weights of trials are gone; what came of them is in trials.jsonl
 

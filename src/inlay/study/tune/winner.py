@@ -7,9 +7,13 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from inlay.adapters.save import save_adapter
+from inlay.adapters.study import KEY
 from inlay.files.atomic import replacing, write_json
 from inlay.methods import METHODS
+from inlay.study.attach import describe_estimate
 from inlay.study.problem import Problem
+from inlay.study.report.standing import Estimate
+from inlay.study.statistics import mean_interval
 from inlay.study.trial import Outcome, Trial
 from inlay.study.tune import recipe
 from inlay.study.tune.run import Tuned, describe
@@ -39,7 +43,7 @@ def write_results(found: Tuned, problem: Problem, folder: str | Path) -> Path:
     trained, result = problem.load_trained(chosen.trial)
     model = trained.model
     metrics = describe_run(model, problem.data, result)
-    metrics |= {"test": chosen.test, "study": {**_describe_search(found), "costs": chosen.costs}}
+    metrics |= {"test": chosen.test, KEY: _describe_winner(found, problem)}
     save_adapter(model, best / "adapter", processor=problem.data.processor, metrics=metrics)
     _write_recipe(best, problem, chosen.trial)
     for final in found.finals:
@@ -90,8 +94,38 @@ def make_settings(problem: Problem, trial: Trial) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if value is not None and value != []}
 
 
+def _describe_winner(found: Tuned, problem: Problem) -> dict[str, Any]:
+    """What stands with the saved adapter, as `read_study` reads it."""
+    trial = found.winner.trial
+    tested = [final for final in found.finals if final.test]
+    values = {name: [final.test[name] for final in tested if final.test] for name in (tested[0].test or {})}
+    return {
+        "made_by": "tune",
+        "strategy": found.strategy,
+        "trials": sum(len(rung) for rung in found.rungs),
+        "base": found.base,
+        "data": found.data,
+        "task": problem.row.name,
+        "score": found.score,
+        "larger_is_better": found.larger_is_better,
+        "method": trial.method,
+        "width": trial.width,
+        "steps": trial.steps,
+        "learning_rate": trial.learning_rate,
+        "blocks": list(trial.blocks or ()),
+        "modules": trial.modules,
+        "params": found.winner.params,
+        "seeds": [final.trial.seed for final in tested],
+        "counts": problem.parts.counts,
+        "budget": asdict(found.budget),
+        "test": {name: describe_estimate(Estimate(*mean_interval(each))) for name, each in values.items()},
+        "placement": str(found.placement),
+        "seconds": found.seconds,
+    }
+
+
 def _describe_search(found: Tuned) -> dict[str, Any]:
-    """What stands with the saved adapter."""
+    """The search without its runs."""
     return {
         "data": found.data,
         "base": found.base,
