@@ -216,6 +216,25 @@ def test_it_is_scored_by_its_own_words(name, tmp_path_factory):
     assert found.base or any("base" in note for note in found.notes)
 
 
+@pytest.mark.parametrize(
+    ("name", "group", "unit"),
+    [
+        ("text-generation", "completion", "completion group"),
+        ("mask-generation", r"scene \d", "group"),
+        ("volume-segmentation", r"body_\d\d", "group"),
+        ("text-classification", "label", "label group"),
+    ],
+)
+def test_groups_of_its_training_are_resampled(name, group, unit, tmp_path_factory):
+    """tests/tasks/test_groups.py does so for images, whose embedded data has no groups."""
+    loaded, data = load_adapter(made(name, tmp_path_factory).folder), ROWS[name].options.dataset
+    noted = {"dataset": data, "training": {"seed": 0, "group": group}, "decoding": {"max_new_tokens": 2}}
+    loaded.file.metrics.update(noted)
+    found = evaluate(loaded, data, limit=2, compare=False, resamples=2)
+    assert found.unit == unit and 1 <= found.count <= 2
+    assert any(f"The unit that was resampled is the {unit}: {found.count} of them hold 2" in n for n in found.notes)
+
+
 @EVERY
 def test_two_add(name, tmp_path_factory, tmp_path):
     folder = made(name, tmp_path_factory).folder

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections import Counter
 
 import datasets
@@ -10,6 +11,8 @@ import pytest
 from sklearn.model_selection import StratifiedGroupKFold
 
 from inlay import BadInput, ImageTask, InlayError, MaskTask, SequenceTask, TextTask, VolumeTask, evaluate, load_adapter
+from inlay.compress.prune.trained import load_trained
+from inlay.compress.quantize import load_batches
 from inlay.tasks.evaluation import Training, count_units
 from inlay.tasks.groups import find_groups, hold_out_groups, relative_paths
 from inlay.tasks.images.data import load_images, load_images_to_score
@@ -238,11 +241,7 @@ def test_mistakes_are_named(tmp_path):
         (ImageTask(dataset=table, group="label"), r"'label' is no column of .* \(it has 'patient'\)"),
         (SequenceTask(dataset=texts, group="patent"), r"no column 'patent' to keep together; choose one of .*'text2'"),
         (MaskTask(dataset=book, group="(x*)"), r"the regular expression '\(x\*\)' for .* matches no path"),
-        (VolumeTask(group="[0-9]+$", dataset="builtin:volumes", crop=[8, 8, 8]), None),
     ):
-        if said is None:  # scans in memory have names only
-            assert len(task.load(0).source.validation) >= 1
-            continue
         with pytest.raises(BadInput, match=said):
             task.load(0)
     write_csv(tmp_path / "gaps/all.csv", ["text", "label", "patient"], [["x", "a", "P1"], ["y", "b", " "]])
@@ -323,6 +322,21 @@ def test_evaluate_resamples_groups(digits_adapter, tmp_path):
     assert load_images_to_score(other, ["a", "b"], adapter="x", training=Training.from_metrics(loaded.metrics))[
         1
     ].column_names == ["image", "label"]
+
+
+def test_a_model_that_is_pruned_or_quantised_keeps_to_the_groups_of_its_adapter(digits_adapter, tmp_path):
+    for i in range(48):
+        picture(i, tmp_path / "data" / f"digit {i % 4}" / f"P{i % 12:02}_{i}.png")
+    data = str(tmp_path / "data")
+    shutil.copytree(digits_adapter, tmp_path / "adapter")
+    noted = {"dataset": data, "training": {"seed": 3, "group": r"P\d+"}}
+    (tmp_path / "adapter" / "metrics.json").write_text(json.dumps(noted))
+    trained, parts = load_trained(tmp_path / "adapter"), load_images(data, seed=3, group=r"P\d+")
+    assert {row["group"] for row in trained.score(data, resamples=2).rows} == {*parts.validation["group"]}
+    healed_on = trained.task.load_labelled(trained, data, 100, trained.seed, group=trained.group_for(data))
+    assert {*healed_on.view.rows["group"]} == {*parts.train["group"]}
+    held = load_batches(trained, data, 100, 3, held_out=True)
+    assert sum(len(batch["labels"]) for batch in held) == len(parts.validation)
 
 
 def test_the_unit_is_called_after_its_column():
