@@ -73,7 +73,7 @@ def test_the_winner_next_to_the_second(adapter: Path):
     for said in (
         "Number 1 of 4 methods on builtin:digits (builtin:vit-tiny) by accuracy of the test part",
         "0.92 (0.8703 to 0.9697), mean of 3 seeds",
-        "Difference to full, seed by seed: +0.02",
+        "Difference to full with the same seeds: +0.02",
         "which is a tie",
         "Learning rate 0.003, chosen on the validation part (0.001: 0.8, 0.003: 0.9, 0.01: diverged)",
         "1,152 train, 285 validation, 360 test",
@@ -99,6 +99,12 @@ def test_others_next_to_the_winner():
     only = comparison(rows=comparison().rows[:1], seeds=[0])
     assert "difference" not in describe_row(only, "lora")
     json.dumps(describe_row(only, "lora"), allow_nan=False)
+
+
+def test_a_card_tells_no_paths_of_a_machine():
+    study = describe_row(comparison(data="/home/me/patients/", base="~/models/vit"), "lora")
+    told = write_study_section({KEY: study})
+    assert "on patients (vit) by" in told and "home" not in told and "models/" not in told
 
 
 def test_mistakes(adapter: Path):

@@ -76,7 +76,7 @@ def _describe_score(study: Mapping[str, Any]) -> str:
     if not {"data", "score"} <= study.keys() or study["score"] not in study.get("test", {}):
         return ""
     score, seeds = study["score"], len(study.get("seeds", ()))
-    on = f"{study['data']} ({study['base']})" if "base" in study else study["data"]
+    on = _shorten(study["data"]) + (f" ({_shorten(study['base'])})" if "base" in study else "")
     several = f", mean of {seeds} seeds with its 95 % t-interval" if seeds > 1 else ""
     return (
         f"on {on} by {title(score).lower()} of the test part, which chose nothing: {_format(study['test'][score])}"
@@ -84,12 +84,17 @@ def _describe_score(study: Mapping[str, Any]) -> str:
     )
 
 
+def _shorten(name: str) -> str:
+    """Of a path on somebody's machine the last part."""
+    return name.rstrip("/").rpartition("/")[2] if name.startswith(("/", "~", ".")) else name
+
+
 def _describe_difference(study: Mapping[str, Any]) -> str:
     apart = study.get("difference")
     if not apart:
         return ""
     tie = "; the interval includes 0, which is a tie" if apart["tie"] else ""
-    return f"Difference to {apart['to']}, seed by seed: {_format(apart, '+')}{tie}."
+    return f"Difference to {apart['to']} with the same seeds: {_format(apart, '+')}{tie}."
 
 
 def _describe_rate(study: Mapping[str, Any]) -> str:

@@ -70,9 +70,14 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = BIN
 
     Source: Guo et al. 2017, arXiv:1706.04599, equation 3.
     """
-    place = np.clip(np.ceil(np.asarray(confidence, np.float64) * bins).astype(int) - 1, 0, bins - 1)
+    place = find_bins(confidence, bins)
     gaps = np.bincount(place, np.asarray(right, np.float64) - confidence, minlength=bins)
     return float(np.abs(gaps).sum() / len(place))
+
+
+def find_bins(confidence: np.ndarray, bins: int = BINS) -> npt.NDArray[np.int64]:
+    """The number of the bin, from 0, of each confidence (N,), as `calibration_error` has them."""
+    return np.clip(np.ceil(np.asarray(confidence, np.float64) * bins).astype(np.int64) - 1, 0, bins - 1)
 
 
 def confusion_matrix(true: np.ndarray, predicted: np.ndarray, classes: int) -> npt.NDArray[np.int64]:

@@ -398,6 +398,11 @@ def test_the_small_llama_learns_from_parquet_on_an_8_bit_base(tmp_path):
         "001",
         "1",
     ]
+    error = 0.0  # of calibration, by hand: 15 bins of equal width
+    for k in range(15):
+        inside = [row for row in found.rows if k / 15 < row["probability"] <= (k + 1) / 15]
+        error += abs(sum(row["right"] - row["probability"] for row in inside)) / len(found.rows)
+    assert found.scores["ece"].value == pytest.approx(error, abs=1e-4)
     both = classify_texts(adapter, ["Lily was so happy and sang all day.", "Tom was sad."])
     alone = classify_texts(adapter, ["Tom was sad."])
     assert both[1].label == alone[0].label and both[1].probabilities == pytest.approx(alone[0].probabilities, abs=0.02)

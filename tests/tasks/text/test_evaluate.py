@@ -140,9 +140,28 @@ def test_resampled_corpora_are_sacrebleus():
 def test_running_text_has_perplexity_by_block(folder, tmp_path):
     (tmp_path / "book.txt").write_text("The river was wide, and the pub stood by it. " * 90)
     found = evaluate(folder, tmp_path / "book.txt", resamples=20)
-    assert found.unit == "block" and set(found.scores) == {"perplexity"} and found.count == len(found.rows) > 1
+    assert found.unit == "block" and set(found.scores) == {"perplexity", "ece"} and found.count == len(found.rows) > 1
     held = evaluate(folder, tmp_path / "book.txt", split="validation", resamples=5)
     assert held.count < found.count and "recipes hold out" in held.notes[0]
+
+
+def test_calibration_is_that_of_the_most_probable_next_token(folder, pubs):
+    """By hand: 15 bins of equal width over every token of every completion."""
+    found, loaded = evaluate(folder, pubs, resamples=5), load_adapter(folder)
+    confidences, rights = [], []
+    for prompt, completion in ROWS:
+        asked, answer = (loaded.processor.encode_prompt(prompt), loaded.processor.encode_completion(completion, prompt))
+        with torch.no_grad():
+            chances = loaded.model(torch.tensor([[*asked, *answer]])).logits[0].double().softmax(-1)
+        for place, token in enumerate(answer, start=len(asked) - 1):
+            confidences.append(float(chances[place].max()))
+            rights.append(int(chances[place].argmax()) == token)
+    error = 0.0
+    for k in range(15):
+        inside = [i for i, each in enumerate(confidences) if k / 15 < each <= (k + 1) / 15]
+        error += abs(sum(rights[i] - confidences[i] for i in inside)) / len(confidences)
+    assert found.scores["ece"].value == pytest.approx(error, abs=1e-5) and found.base["ece"].value > 0
+    assert found.scores["ece"].low <= found.scores["ece"].high
 
 
 def test_chats_are_scored_and_listed_as_text(folder, tmp_path):

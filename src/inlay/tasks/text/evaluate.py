@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from inlay.errors import InlayError
 from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, Score, count_units, pick_evenly
 from inlay.tasks.groups import join_units
-from inlay.tasks.statistics import Indices, score_with_intervals
+from inlay.tasks.statistics import BINS, Indices, find_bins, score_with_intervals
 from inlay.tasks.text.data import group_by_prompt, load_texts_to_score
 from inlay.tasks.text.generate import Decoding, generate
 from inlay.tasks.text.loss import IGNORED, NextToken
@@ -30,8 +30,9 @@ def evaluate(
 ) -> Evaluation:
     """Score a language model: what it makes of the references, and how close what it writes comes to them.
 
-    Perplexity is exp of the mean loss over all tokens of all completions, as in training. Running text, which has no
-    prompts, has perplexity only, and its units are blocks of the processor's max_length.
+    Perplexity is exp of the mean loss over all tokens of all completions, as in training. The calibration error (ECE)
+    is that of Guo et al. 2017, arXiv:1706.04599, of the most probable next token, over the same tokens. Running text,
+    which has no prompts, has these two only, and its units are blocks of the processor's max_length.
 
     Args:
         adapter: From `load_adapter`.
@@ -59,11 +60,11 @@ def evaluate(
     groups = [of_prompt[prompt] for prompt in prompts] if of_prompt and prompts else None  # blocks go across documents
 
     def measure(model: Any) -> _Measurement:
-        losses, tokens = _sum_losses(model, view, np.isin(owner, picked))
-        losses, tokens = (np.bincount(owner, each, minlength=units)[picked] for each in (losses, tokens))
+        by_item = _sum_over_tokens(model, view, np.isin(owner, picked))
+        sums = _TokenSums(*(_add_up(each, owner, units)[picked] for each in by_item))
         texts = generate(model, adapter.processor, prompts, decoding) if prompts else []
-        scores, written = _score_units(losses, tokens, texts, wanted, groups, request.resamples)
-        return _Measurement(losses, tokens, scores, written)
+        scores, written = _score_units(sums, texts, wanted, groups, request.resamples)
+        return _Measurement(sums, scores, written)
 
     own, base = measure(adapter.model), None
     if request.compare and hasattr(adapter.model, "disable_adapter"):
@@ -92,19 +93,32 @@ def evaluate(
     )
 
 
-@dataclass(frozen=True)
-class _Measurement:
-    """What one model did: by unit the sum of the losses of its tokens and their number, (N,); scores; its texts'."""
+class _TokenSums(NamedTuple):
+    """Over the learned tokens of each unit: the sum of their losses and their number, (N,); their calibration gaps.
+
+    Attributes:
+        losses: In nats.
+        tokens: How many.
+        gaps: (N, BINS): in each bin of confidence, how many tokens were predicted right, less the confidence in them.
+    """
 
     losses: np.ndarray
     tokens: np.ndarray
+    gaps: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """What one model did: sums by unit, scores, and those of its texts."""
+
+    sums: _TokenSums
     scores: dict[str, Score]
     written: TextScores | None
 
     def row(self, k: int, prefix: str = "") -> dict[str, Any]:
         """What there is of unit k: the text with its scores, and perplexity."""
         found = dict(self.written.by_prompt[k]) if self.written else {}
-        found["perplexity"] = float(np.exp(self.losses[k] / max(1.0, self.tokens[k])))
+        found["perplexity"] = float(np.exp(self.sums.losses[k] / max(1.0, self.sums.tokens[k])))
         return {prefix + key: round(v, 4) if isinstance(v, float) else v for key, v in found.items()}
 
 
@@ -115,10 +129,10 @@ def _prompt_keys(rows: Any) -> Iterator[Any]:
 
 
 @torch.inference_mode()
-def _sum_losses(model: Any, view: TextView, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each item of the view that is wanted the sum of the losses of its tokens and their number, (N,); else 0."""
+def _sum_over_tokens(model: Any, view: TextView, wanted: np.ndarray) -> _TokenSums:
+    """The sums of each item of the view that is wanted; 0 for the others."""
     loss, device = NextToken(), next(model.parameters()).device
-    sums, counts = np.zeros(len(view)), np.zeros(len(view))
+    losses, tokens, gaps = np.zeros(len(view)), np.zeros(len(view)), np.zeros((len(view), BINS))
     items = sorted(np.flatnonzero(wanted).tolist(), key=lambda i: -view.lengths[i])  # alike in length
     for begin in range(0, len(items), AT_ONCE):
         part = items[begin : begin + AT_ONCE]
@@ -126,14 +140,25 @@ def _sum_losses(model: Any, view: TextView, wanted: np.ndarray) -> tuple[np.ndar
         logits = loss(model, batch).logits.float()  # B L V
         labels = batch["labels"][:, -logits.shape[1] :]  # B L
         each = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
-        sums[part] = each.view_as(labels).double().sum(1).cpu().numpy()
-        counts[part] = (labels != IGNORED).sum(1).cpu().numpy()
-    return sums, counts
+        losses[part] = each.view_as(labels).double().sum(1).cpu().numpy()
+        tokens[part] = (labels != IGNORED).sum(1).cpu().numpy()
+        best, predicted = logits.max(-1)
+        confidence = (best - logits.logsumexp(-1)).exp().double().cpu().numpy()
+        learned, right = (labels != IGNORED).cpu().numpy(), (predicted == labels).cpu().numpy()
+        rows = np.broadcast_to(np.array(part)[:, None], learned.shape)[learned]
+        np.add.at(gaps, (rows, find_bins(confidence[learned])), right[learned] - confidence[learned])
+    return _TokenSums(losses, tokens, gaps)
+
+
+def _add_up(values: np.ndarray, owner: np.ndarray, units: int) -> np.ndarray:
+    """Sums of the rows of each unit, (units, ...)."""
+    sums = np.zeros((units, *values.shape[1:]))
+    np.add.at(sums, owner, values)
+    return sums
 
 
 def _score_units(
-    losses: np.ndarray,
-    tokens: np.ndarray,
+    sums: _TokenSums,
     texts: Sequence[str],
     references: Sequence[Sequence[str]],
     groups: Sequence[str] | None,
@@ -145,12 +170,16 @@ def _score_units(
     rouge = np.array([row["rouge_l"] for row in written.by_prompt]) if written else np.empty(0)
 
     def statistic(rows: Indices) -> dict[str, float]:
-        found = {"perplexity": float(np.exp(losses[rows].sum() / max(1.0, tokens[rows].sum())))}
+        count = max(1.0, sums.tokens[rows].sum())
+        found = {
+            "perplexity": float(np.exp(sums.losses[rows].sum() / count)),
+            "ece": float(np.abs(sums.gaps[rows].sum(0)).sum() / count),
+        }
         for name, (metric, counts) in corpora.items():
             found[name] = metric._compute_score_from_stats(counts[rows].sum(0).tolist()).score
         return found | ({"rouge_l": float(rouge[rows].mean())} if written else {})
 
-    return score_with_intervals(statistic, len(losses), groups=groups, resamples=resamples), written
+    return score_with_intervals(statistic, len(sums.losses), groups=groups, resamples=resamples), written
 
 
 def _corpus_statistics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, tuple[Any, np.ndarray]]:
