@@ -27,7 +27,14 @@ def of_kinds(kinds):
     return [(m, b) for b in kinds for m in PLACED if KINDS[b] in METHODS[m].bases and (m, b) != ("bias", "llama")]
 
 
-@pytest.mark.parametrize(("method", "base"), of_kinds(KINDS))
+@pytest.mark.parametrize(
+    ("method", "base"),
+    [
+        (m, b)
+        for m, b in of_kinds(KINDS)
+        if b in ("vit", "gpt2") or m in ("lora", "ia3", "bottleneck", "conv-adapter", "lora-conv")
+    ],
+)
 def test_narrowed_it_trains_two_blocks_and_is_saved_and_loaded_so(method, base, tmp_path):
     model = build(base)
     config = narrow_sites(METHODS[method].config(model, 4), model, (0, 1))
@@ -44,7 +51,7 @@ def test_narrowed_it_trains_two_blocks_and_is_saved_and_loaded_so(method, base, 
 
 
 @pytest.mark.parametrize("base", ["builtin:vit-tiny", "builtin:gpt2-tiny"])
-@pytest.mark.parametrize("method", ["lora", "ia3", "partial", "mam"])
+@pytest.mark.parametrize("method", ["lora", "mam"])
 def test_its_file_passes_every_check(method, base, tmp_path):
     labels = ["a", "b"] if "vit" in base else None
     model = load_base(base, labels=labels)

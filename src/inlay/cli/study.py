@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -140,7 +141,7 @@ def tune(
     """
     from inlay.study.tune.budget import parse_budget
 
-    limits = parse_budget(budget)
+    started, limits = time.monotonic(), parse_budget(budget)
 
     from inlay.study.problem import Problem
     from inlay.study.tune.run import tune as search
@@ -163,6 +164,7 @@ def tune(
         merged=not unmerged,
         jobs=jobs,
         engine=engine,  # type: ignore[arg-type]
+        started=started,
         tell=lambda line: print(line, file=sys.stderr),
     )
     best = write_results(found, problem, output)

@@ -20,6 +20,7 @@ class Records:
         {"outcome": {...}, "measured": ["test", ...]}   a finished trial, and what was asked of it
         {"seconds_per_step": {...}}                     by method and width, where the budget is in seconds
         {"latency_ms": {...}}                           with and without an adapter, where it is limited
+        {"steps_of_search": {...}}                      for which a search has time, where its budget is in seconds
 
     A later line about a trial replaces an earlier one. A last line without its end, which a killed process leaves, is
     ignored and overwritten.
@@ -40,6 +41,7 @@ class Records:
         self.settings: dict[str, Any] = {}
         self.seconds_per_step: dict[str, float] = {}
         self.latency_ms: dict[str, list[float]] = {}
+        self.steps_of_search: dict[str, int] = {}
         self._outcomes: dict[Trial, Outcome] = {}
         self._measured: dict[Trial, frozenset[str]] = {}
         self._end = 0  # bytes of all whole lines
@@ -79,6 +81,11 @@ class Records:
         self._append({"latency_ms": {name: latency_ms}})
         self.latency_ms[name] = latency_ms
 
+    def add_steps_of_search(self, name: str, steps: int) -> None:
+        """Append how many steps a search may take."""
+        self._append({"steps_of_search": {name: steps}})
+        self.steps_of_search[name] = steps
+
     def _keep(self, outcome: Outcome, measured: Collection[str]) -> None:
         self._outcomes[outcome.trial] = outcome
         self._measured[outcome.trial] = frozenset(measured)
@@ -104,6 +111,8 @@ class Records:
             self.seconds_per_step |= row["seconds_per_step"]
         elif "latency_ms" in row:
             self.latency_ms |= row["latency_ms"]
+        elif "steps_of_search" in row:
+            self.steps_of_search |= row["steps_of_search"]
         else:
             trial = dict(row["outcome"].pop("trial"))
             blocks = trial["blocks"]

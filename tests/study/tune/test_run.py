@@ -4,6 +4,7 @@ import io
 import json
 import math
 import runpy
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from itertools import pairwise
@@ -67,7 +68,7 @@ def synthetic(digits, folder, **changes):
     return made
 
 
-BUDGET = parse_budget("params=8k,trials=4")
+BUDGET = parse_budget("params=8k,trials=3")
 METHODS_HERE = ("ssf", "bottleneck", "lora")
 
 
@@ -119,18 +120,22 @@ def test_every_strategy_has_the_same_compute(digits, strategy, tmp_path):
     made = synthetic(digits, tmp_path / "s")
     found = tune(made, BUDGET, methods=["ssf"], strategy=strategy, finals=1)
     run = sum(trial.steps for trial in made.calls if trial.seed == 0)
-    assert found.steps == run and 4 * made.steps - found.planned[0].steps < run <= 4 * made.steps
+    assert found.steps == run and 3 * made.steps - found.planned[0].steps < run <= 3 * made.steps
 
 
 def test_seconds_are_a_limit_of_everything(digits, tmp_path):
-    """A step takes half a second by the records: 14 steps 7 s, of which two final trials take 14."""
+    """A step takes half a second by the records."""
     made = synthetic(digits, tmp_path / "s")
-    budget = parse_budget("params=8k,seconds=60")
+    budget = parse_budget("params=8k,seconds=90")
     found = tune(made, budget, methods=["ssf"], finals=2)
-    assert found.seconds <= 60 and found.seconds == sum(0.5 * trial.steps for trial in made.calls)
-    assert 60 * 0.9 - found.seconds < 7.5  # no trial more would have had room
+    assert found.seconds <= 90 and found.seconds == sum(0.5 * trial.steps for trial in made.calls)
+    assert 90 * 0.9 - found.seconds < 0.5 * made.steps  # no trial more would have had room
     again = tune(synthetic(digits, tmp_path / "s"), budget, methods=["ssf"], finals=2)
     assert again.planned == found.planned  # what the first run took is in the records
+    # Half of the time is gone before: fewer candidates, but the last rung and the final trials are not left out.
+    late = tune(synthetic(digits, tmp_path / "t"), budget, methods=["ssf"], finals=2, started=time.monotonic() - 45)
+    assert late.seconds <= 45 and len(late.rungs[0]) < len(found.rungs[0])
+    assert [len(rung) for rung in late.rungs] == [rung.count for rung in late.planned] and len(late.finals) == 2
 
 
 def test_what_cannot_be_searched_is_said(digits, tmp_path):
@@ -152,7 +157,7 @@ def real(digits, tmp_path_factory):
     """What the command leaves after a search that trains, and what it prints."""
     folder = tmp_path_factory.mktemp("real") / "s"
     arguments = ["tune", digits, "--base", "builtin:vit-tiny", "--budget", "params=5k,trials=2", "-o", folder]
-    arguments += ["--methods", "ssf, lora", "--finals", 2, "--epochs", 2, "--batch-size", 12, "--augment", "crop"]
+    arguments += ["--methods", "ssf, lora", "--finals", 1, "--epochs", 2, "--batch-size", 12, "--augment", "crop"]
     said, told = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(told):
         patch.setattr("sys.argv", ["inlay", *map(str, arguments)])
@@ -168,13 +173,13 @@ def test_a_real_search_saves_its_winner(real):
     loaded = load_adapter(folder / "best" / "adapter")
     trained = sum(p.numel() for n, p in loaded.model.named_parameters() if "default" in n and "modules_to" not in n)
     assert loaded.verified and trained == facts["params"] <= 5000
-    assert {facts["winner"]["method"]} < {"ssf", "lora"} and len(facts["test"]) == 2
+    assert facts["winner"]["method"] in ("ssf", "lora") and len(facts["test"]) == 1
     assert f"{facts['params']:,} parameters" in said and f"trained again by {folder / 'best' / 'recipe.sh'}" in said
-    assert len(told.splitlines()) == facts["trials"] + 2
+    assert len(told.splitlines()) == facts["trials"] + 1
     study = read_study(loaded.metrics)
     assert (study["made_by"], study["strategy"], study["trials"]) == ("tune", "halving", facts["trials"])
-    assert study["test"]["accuracy"]["mean"] == pytest.approx(sum(facts["test"]) / 2)
-    assert study["placement"].startswith("places")
+    assert study["test"]["accuracy"]["mean"] == facts["test"][0]
+    assert "to tell places apart" in study["placement"]
     card = (folder / "best" / "adapter" / "README.md").read_text()
     assert f"Winner of a search ({facts['trials']} runs, halving) on" in card
     assert (folder / "placement.png").is_file()

@@ -103,10 +103,19 @@ def test_several_at_a_time_are_the_same_search(at_once):
 def test_where_the_time_runs_out_the_rung_ends(at_once):
     left = iter([True] * 7)
     found, steps = search(
-        plan_rungs("halving", 360, 30, 6), lambda t: t.width, may_start=lambda t: next(left, False), at_once=at_once
+        plan_rungs("halving", 360, 30, 6),
+        lambda t: t.width,
+        may_start=lambda t, after: next(left, False),
+        at_once=at_once,
     )
     assert len(found[0]) == 7 and found[1] == [] and steps == [10] * 7
     assert find_best(found).trial.width == 7
+
+
+def test_before_each_run_the_steps_of_later_rungs_are_told():
+    asked = []
+    search([Rung(4, 10), Rung(2, 30)], lambda t: t.width, may_start=lambda t, after: asked.append(after) or True)
+    assert asked == [60] * 4 + [0] * 2
 
 
 def test_what_no_search_can_be_made_of_is_said():

@@ -1,5 +1,6 @@
 """What a search may try: places of a base, widths and costs that keep to a budget."""
 
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -13,7 +14,7 @@ from inlay.study.tune.limits import Limits
 from inlay.study.tune.space import Space, find_widest, list_places
 from methods.bases import build
 
-METHODS_HERE = ["lora", "bottleneck-parallel", "ssf"]
+METHODS_HERE = ["bottleneck-parallel", "ssf"]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_widths_are_the_widest_and_powers_of_two(problem, base):
 
 def test_all_that_is_drawn_keeps_to_the_budget_and_methods_take_turns(problem):
     budget = "params=6k,macs=+0.6%"
-    drawn = list(islice(space(problem, budget, widest=48).draw(), 9))
+    drawn = list(islice(space(problem, budget, widest=48).draw(), 6))
     base_macs = count_macs(problem.load_base_skeleton(), problem.data.example())
     for trial in drawn:
         model = problem.skeleton(trial)
@@ -93,7 +94,7 @@ def test_all_that_is_drawn_keeps_to_the_budget_and_methods_take_turns(problem):
         start = METHODS[trial.method].learning_rate
         assert start / 10**0.76 < trial.learning_rate < start * 10**0.76
     turns = [trial.method for trial in drawn]
-    assert turns[:3] * 3 == turns and set(turns) == set(METHODS_HERE)
+    assert turns[:2] * 3 == turns and set(turns) == set(METHODS_HERE)
     assert any(trial.blocks is None for trial in drawn) and any(trial.blocks is not None for trial in drawn)
 
 
@@ -145,8 +146,9 @@ def test_latency_is_measured_once_and_kept(problem, monkeypatch):
 
 def test_file_and_memory(problem):
     trial = Trial("lora", 0.0, 2)
-    costs = Limits(problem, parse_budget("file=1kB,memory=1kB")).find_costs(trial)
+    limits = Limits(problem, parse_budget("file=1kB,memory=1GB"))
+    costs = limits.find_costs(trial)
     assert 4 * costs.params < costs.file < 4 * costs.params + 60_000  # head, names and what a file says of itself
-    assert "file" in Limits(problem, parse_budget("file=1kB")).explain_excess(trial)
-    assert "memory" in Limits(problem, parse_budget("memory=1kB")).explain_excess(trial)
-    assert Limits(problem, parse_budget("file=1MB,memory=1GB")).explain_excess(trial) is None
+    assert limits.explain_excess(trial) == f"file {costs.file:,} bytes, 1,000 allowed"
+    for budget, reason in (("file=1MB,memory=1kB", "memory"), ("file=1MB,memory=1GB", "None")):
+        assert reason in str(replace(limits, budget=parse_budget(budget)).explain_excess(trial))

@@ -120,7 +120,7 @@ class Tuned:
             "",
             f"winner: {describe(self.winner.trial)}, {self.winner.params:,} parameters",
             f"{self.score} on the test part with {count} fresh seed{'s' * (count > 1)}: {mean:.4f}{interval}",
-            str(self.placement),
+            f"places: {self.placement}",
         ]
         if self.failed:
             first = next(iter(self.failed.values()))
@@ -160,6 +160,7 @@ def tune(
     merged: bool = True,
     jobs: int = 1,
     engine: Engine = "processes",
+    started: float | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Tuned:
     """Search method, places, width and learning rate; then train the winner with fresh seeds, and score it.
@@ -179,6 +180,7 @@ def tune(
         merged: As in `Limits`.
         jobs: Trials at a time.
         engine: As in `run_trials`.
+        started: When the time of the budget began, by `time.monotonic`; None: now.
         tell: Told of each run.
 
     Raises:
@@ -188,7 +190,7 @@ def tune(
     if finals < 1:
         raise BadInput(f"finals must be at least 1, got {finals}: the winner is scored on the test part.")
     check_engine(engine, jobs)
-    runner = _Runner(problem, budget, finals, jobs, engine, tell)
+    runner = _Runner(problem, budget, finals, jobs, engine, time.monotonic() if started is None else started, tell)
     whole, epoch = problem.steps, max(1, round(len(problem.data.train) / problem.batch_size))
     planned = plan_rungs(strategy, whole * (budget.trials or TRIALS), whole, epoch)
     limits = Limits(problem, budget, merged)
@@ -204,7 +206,10 @@ def tune(
     first = next(candidates)
     if budget.seconds is not None:  # the first run tells how long the others take
         runner.score([replace(first, steps=planned[0].steps)])
-        planned = plan_rungs(strategy, runner.count_affordable_steps(whole), whole, epoch)
+        known, name = problem.records.steps_of_search, f"{strategy}, seed {seed}, {budget}"
+        if name not in known:
+            problem.records.add_steps_of_search(name, runner.count_affordable_steps(whole))
+        planned = plan_rungs(strategy, known[name], whole, epoch)
     rungs = run_rungs(planned, chain([first], candidates), runner.score, runner.may_start, jobs)
     best = find_best(rungs)
     if best is None:
@@ -260,16 +265,22 @@ class _Runner:
     """
 
     def __init__(
-        self, problem: Problem, budget: Budget, finals: int, jobs: int, engine: Engine, tell: Callable[[str], None]
+        self,
+        problem: Problem,
+        budget: Budget,
+        finals: int,
+        jobs: int,
+        engine: Engine,
+        started: float,
+        tell: Callable[[str], None],
     ) -> None:
         self.problem, self.budget, self.finals = problem, budget, finals
-        self.jobs, self.engine, self.tell = jobs, engine, tell
+        self.jobs, self.engine, self.started, self.tell = jobs, engine, started, tell
         self.sign = 1 if problem.larger_is_better else -1
         self.failed: dict[str, str] = {}
         self.seconds_of_runs = 0.0
         self._steps_of_runs = 0
         self._earlier = 0.0  # seconds of trials that an earlier start has run
-        self._begun = time.monotonic()
         self._done: dict[Trial, Outcome] = {}
 
     def run(self, trials: Sequence[Trial], *, test: bool = False) -> list[Outcome]:
@@ -296,18 +307,19 @@ class _Runner:
             self.problem.delete_weights(trial)
         return scores
 
-    def may_start(self, trial: Trial) -> bool:
-        """Whether there is time for a trial and, after it, for the final ones."""
+    def may_start(self, trial: Trial, after: int) -> bool:
+        """Whether there is time for a trial, for the steps of the rungs after it, and for the final trials."""
         if self.budget.seconds is None or trial in self._done or not self._steps_of_runs:
             return True
-        steps = trial.steps + math.ceil(self.finals / self.jobs) * self.problem.steps
+        steps = trial.steps + after / self.jobs + math.ceil(self.finals / self.jobs) * self.problem.steps
         return self._elapsed() + steps * self._seconds_per_step <= _SPARE * self.budget.seconds
 
     def count_affordable_steps(self, whole: int) -> int:
-        """Steps of a search for which there is time, the final trials taken off; at least one whole trial's."""
+        """Steps of a search for which there is time, without the final trials; at least one whole trial's."""
         assert self.budget.seconds is not None
-        affordable = self.jobs * _SPARE * self.budget.seconds / self._seconds_per_step
-        return max(whole, math.floor(affordable) - self.finals * whole)
+        left = self.jobs * (_SPARE * self.budget.seconds - self._elapsed())
+        affordable = self._steps_of_runs + math.floor(left / self._seconds_per_step) - self.finals * whole
+        return max(whole, affordable)
 
     def finish(self, winner: Trial) -> list[Outcome]:
         """The winner with fresh seeds, scored on the test part: at least one, and no more than there is time for."""
@@ -329,7 +341,7 @@ class _Runner:
         return self.budget.seconds is None or self._elapsed() + needed <= self.budget.seconds
 
     def _elapsed(self) -> float:
-        return time.monotonic() - self._begun + self._earlier
+        return time.monotonic() - self.started + self._earlier
 
 
 def _last_rung(rungs: Sequence[Sequence[Scored]]) -> Sequence[Scored]:

@@ -95,7 +95,7 @@ def run_rungs(
     rungs: Sequence[Rung],
     candidates: Iterator[Trial],
     score: Callable[[Sequence[Trial]], Sequence[float]],
-    may_start: Callable[[Trial], bool] = lambda trial: True,
+    may_start: Callable[[Trial, int], bool] = lambda trial, after: True,
     at_once: int = 1,
 ) -> list[list[Scored]]:
     """Run a search: the best of each rung go into the next, in the order of their scores.
@@ -104,24 +104,29 @@ def run_rungs(
         rungs: Of `plan_rungs`.
         candidates: What the first rung trains; the steps of a trial are those of its rung.
         score: Trains some trials and gives their scores, NaN for one that failed.
-        may_start: Asked before each run; the first no ends its rung.
+        may_start: Asked before each run, with the steps of the rungs after this one; the first no ends the rung.
         at_once: Trials that are scored in one call.
 
     Returns:
         What was run, by rung; fewer than planned where the candidates or the time run out.
     """
     found: list[list[Scored]] = []
-    for rung in rungs:
+    for number, rung in enumerate(rungs):
+        after = count_steps(rungs[number + 1 :])
         chosen = candidates if not found else iter([each.trial for each in sort_by_score(found[-1]) if not each.failed])
         runs: list[Scored] = []
         while len(runs) < rung.count:
             next_ones = [replace(t, steps=rung.steps) for t in islice(chosen, min(at_once, rung.count - len(runs)))]
-            trials = list(takewhile(may_start, next_ones))
+            trials = _take_while(may_start, next_ones, after)
             runs += [Scored(trial, value) for trial, value in zip(trials, score(trials), strict=True)] if trials else []
             if not trials or len(trials) < len(next_ones):
                 break
         found.append(runs)
     return found
+
+
+def _take_while(may_start: Callable[[Trial, int], bool], trials: Iterable[Trial], after: int) -> list[Trial]:
+    return list(takewhile(lambda trial: may_start(trial, after), trials))
 
 
 def sort_by_score(runs: Iterable[Scored]) -> list[Scored]:
