@@ -68,7 +68,7 @@ def test_the_image_has_a_cell_for_each_place(tmp_path):
     ]
     found = Placement("digits", "accuracy", 12, 10, cells)
     text = str(found)
-    assert "attention of block 0 +0.200 ± 0.050 (3 of 12)" in text and "1 of 2 differ" in text
+    assert "attention of block 0 +0.200 ± 0.050 (3 of 12)" in text and "1 of 2 places differ" in text
     image = np.asarray(Image.open(found.draw(tmp_path / "p.png")).convert("RGB")).astype(int)
     reds, blues = (image == (202, 80, 32)).all(-1), (image == (201, 215, 234)).all(-1)  # a quarter of (40, 96, 170)
     assert reds.sum() > 1500 and blues.sum() > 1500  # one cell each, and an end of the legend

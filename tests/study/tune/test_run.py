@@ -173,13 +173,13 @@ def test_a_real_search_saves_its_winner(real):
     loaded = load_adapter(folder / "best" / "adapter")
     trained = sum(p.numel() for n, p in loaded.model.named_parameters() if "default" in n and "modules_to" not in n)
     assert loaded.verified and trained == facts["params"] <= 5000
-    assert {facts["winner"]["method"]} < {"ssf", "lora"} and len(facts["test"]) == 1
+    assert facts["winner"]["method"] in ("ssf", "lora") and len(facts["test"]) == 1
     assert f"{facts['params']:,} parameters" in said and f"trained again by {folder / 'best' / 'recipe.sh'}" in said
     assert len(told.splitlines()) == facts["trials"] + 1
     study = read_study(loaded.metrics)
     assert (study["made_by"], study["strategy"], study["trials"]) == ("tune", "halving", facts["trials"])
-    assert study["test"]["accuracy"]["mean"] == pytest.approx(facts["test"][0])
-    assert study["placement"].startswith("places")
+    assert study["test"]["accuracy"]["mean"] == facts["test"][0]
+    assert "to tell places apart" in study["placement"]
     card = (folder / "best" / "adapter" / "README.md").read_text()
     assert f"Winner of a search ({facts['trials']} runs, halving) on" in card
     assert (folder / "placement.png").is_file()

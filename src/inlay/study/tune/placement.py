@@ -66,14 +66,14 @@ class Placement:
     def __str__(self) -> str:
         sure = [cell for cell in self.cells if not math.isnan(cell.error)]
         if not sure:
-            return f"places: {self.trials} trials are too few, or too alike, to tell places apart"
+            return f"{self.trials} trials are too few, or too alike, to tell places apart."
         ordered = sorted(sure, key=lambda cell: -cell.difference)
         shown = ordered if len(ordered) < 4 else [*ordered[:2], ordered[-1]]
         told = "; ".join(f"{cell.layers} of block {cell.block} {_say_difference(cell)}" for cell in shown)
         clear = sum(cell.clear for cell in sure)
         return (
-            f"places, by the mean {self.score} of the trials that adapt one, less that of the others, ± its standard "
-            f"error ({self.trials} trials of {self.steps} steps): {told}. {clear} of {len(sure)} differ by more than "
+            f"mean {self.score} of the trials that adapt a place, less that of the others, ± its standard error "
+            f"({self.trials} trials of {self.steps} steps): {told}. {clear} of {len(sure)} places differ by more than "
             "two standard errors."
         )
 

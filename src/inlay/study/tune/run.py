@@ -120,7 +120,7 @@ class Tuned:
             "",
             f"winner: {describe(self.winner.trial)}, {self.winner.params:,} parameters",
             f"{self.score} on the test part with {count} fresh seed{'s' * (count > 1)}: {mean:.4f}{interval}",
-            str(self.placement),
+            f"places: {self.placement}",
         ]
         if self.failed:
             first = next(iter(self.failed.values()))

@@ -41,10 +41,10 @@ def write_results(found: Tuned, problem: Problem, folder: str | Path) -> Path:
     best.mkdir(parents=True, exist_ok=True)
     chosen = _choose_final(found, problem)
     trained, result = problem.load_trained(chosen.trial)
-    model = trained.model
-    metrics = describe_run(model, problem.data, result)
+    metrics = describe_run(trained.model, problem.data, result)
+    metrics["training"] |= problem.parts.training.settings  # by which `evaluate` finds the same test part
     metrics |= {"test": chosen.test, KEY: _describe_winner(found, problem)}
-    save_adapter(model, best / "adapter", processor=problem.data.processor, metrics=metrics)
+    save_adapter(trained.model, best / "adapter", processor=trained.processor, metrics=metrics)
     _write_recipe(best, problem, chosen.trial)
     for final in found.finals:
         problem.delete_weights(final.trial)
