@@ -2,13 +2,15 @@
 
     python tests/benchmarks/int8.py [--only NAME ...]
     python tests/benchmarks/int8.py --table dense=FOLDER pruned=FOLDER healed=FOLDER --data builtin:digits
+    python tests/benchmarks/int8.py --table dense=FOLDER ... --data FOLDER --split test --name int8_table_mobilenet
 
 Speed is that of one input by turns, with one thread. Agreement and accuracy are of held-out images that calibrated
 nothing. The ViTs of the sizes S and B have random weights: of them only the speed means something. MobileNetV2 with its
 1,001 labels of ImageNet is asked about flowers and ten other photos, so its accuracy there is agreement too.
 
 The table sets models side by side: as torch computes them, and the first and the last of them as graphs, in float32 and
-in the mode that `quantize` chooses. Accuracy is that of all held-out examples.
+in the mode that `quantize` chooses. Accuracy is that of all held-out examples, or of the split that is named:
+`quantize` chooses by the validation split, so a test split is the fairer one where the data has it.
 """
 
 import argparse
@@ -44,6 +46,7 @@ from inlay.compress.source import Source, load_source
 from inlay.measure.footprint import footprint
 from inlay.measure.macs import count_macs
 from inlay.tasks import find_task
+from inlay.tasks.evaluation import SPLITS, Split
 from inlay.tasks.images.processing import process_images
 
 RESULTS = Path(__file__).parent / "results"
@@ -174,14 +177,14 @@ def probe(case: Case) -> list[dict[str, Any]]:
     return [row.to_dict() for row in [*table, *failed]]
 
 
-def compare_models(folders: dict[str, str], data: str) -> list[dict[str, Any]]:
+def compare_models(folders: dict[str, str], data: str, split: Split | None) -> list[dict[str, Any]]:
     """A row for each model in torch, and two for the first and the last one as graphs."""
     rows, models = [], {}
     with tempfile.TemporaryDirectory() as work:
         for name, folder in folders.items():
             source = load_source(folder)
             models[name] = source.model
-            rows.append(describe(name, source, data))
+            rows.append(describe(name, source, data, split))
         for name in dict.fromkeys((next(iter(folders)), list(folders)[-1])):
             source, out = load_source(folders[name]), Path(work)
             made = [export(folders[name], out / f"{name}-graph")]
@@ -189,21 +192,21 @@ def compare_models(folders: dict[str, str], data: str) -> list[dict[str, Any]]:
             for each in made:
                 loaded, key = load_exported(each.folder), f"{name}, graph in {each.mode}"
                 models[key] = loaded.model
-                score = evaluate(loaded, data, resamples=1).scores["accuracy"].value
-                rows.append({**describe(key, source, data), "accuracy": score, "bytes": each.bytes})
+                score = evaluate(loaded, data, split=split, resamples=1).scores["accuracy"].value
+                rows.append({**describe(key, source, data, split), "accuracy": score, "bytes": each.bytes})
         batch = source.task.golden_inputs(source.model, source.processor)
         for row, speed in zip(rows, time_by_turns(models, batch).values(), strict=True):
             row |= {key: round(value, 4) for key, value in vars(speed).items()}
     return rows
 
 
-def describe(name: str, source: Source, data: str) -> dict[str, Any]:
+def describe(name: str, source: Source, data: str, split: Split | None) -> dict[str, Any]:
     """Accuracy, parameters, multiply-accumulates and bytes of a model in torch."""
     size = footprint(source.model)
     batch = source.task.golden_inputs(source.model, source.processor)
     return {
         "model": name,
-        "accuracy": evaluate(source, data, resamples=1).scores["accuracy"].value,
+        "accuracy": evaluate(source, data, split=split, resamples=1).scores["accuracy"].value,
         "parameters": size.parameters,
         "mmacs": round(count_macs(source.model, batch) / 1e6, 3),
         "bytes": size.bytes_total,
@@ -231,16 +234,19 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--table", nargs="+", metavar="NAME=FOLDER", help="Models side by side.")
     parser.add_argument("--data", default="builtin:digits", help="Of the table.")
+    parser.add_argument("--split", choices=SPLITS, help="Of this data; default: what `inlay evaluate` scores.")
+    parser.add_argument("--name", default="int8_table", help="Of the table's results.")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="Train adapters here, or take those of before.")
     arguments = parser.parse_args()
     KEPT.extend([arguments.keep] if arguments.keep else [])
     torch.set_num_threads(1)
     if arguments.table:
         folders = dict(each.split("=", 1) for each in arguments.table)
-        rows = compare_models(folders, arguments.data)
+        rows = compare_models(folders, arguments.data, arguments.split)
         header = ("model", "accuracy", "parameters", "MACs, M", "latency, ms", "CPU, ms", "bytes")
         cells = [tuple(f"{row[key]:{form}}" for key, form in TABLE.items()) for row in rows]
-        write("int8_table", {**machine(), "data": arguments.data, "rows": rows}, make_table(header, cells))
+        about = {**machine(), "data": Path(arguments.data).name, "split": arguments.split, "rows": rows}
+        write(arguments.name, about, make_table(header, cells))
         return
     path = RESULTS / "int8.json"
     found: dict[str, Any] = json.loads(path.read_text())["models"] if path.is_file() else {}
