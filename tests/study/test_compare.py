@@ -94,19 +94,6 @@ def test_rows_stand_by_their_means():
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    folder, found = tmp_path_factory.mktemp("digits"), load_digits()
-    for digit in range(3):
-        (folder / str(digit)).mkdir()
-        for i in [i for i, label in enumerate(found.target) if label == digit][:15]:
-            Image.fromarray((found.images[i] * 15.9).astype("uint8")).save(folder / str(digit) / f"{i}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def compared(digits, tmp_path_factory):
     """Makes a comparison of two methods at two rates, one of which breaks a training; its folder; what was told."""
     folder, told = tmp_path_factory.mktemp("c") / "run", []
@@ -121,7 +108,7 @@ def test_a_comparison_says_what_was_tried_and_what_it_cost(digits, compared):
     assert (found.base, found.data, found.task) == ("builtin:vit-tiny", str(digits), "image-classification")
     assert (found.score, found.larger_is_better, found.seeds) == ("accuracy", True, [3, 5])
     assert found.budget == {"steps": 2, "batch_size": 4} and sum(found.counts.values()) == 45
-    assert found.refused == {"prompt": "prompt is for bases of the kinds text."}
+    assert found.refused == {"prompt": "not made for an image classifier."}
     by_name = {row.method: row for row in found.rows}
     full = by_name["full"]
     assert by_name.keys() == {"probe", "full"} and full.learning_rate == 1e-2
@@ -191,7 +178,7 @@ def test_equal_epochs_are_steps_too(digits, tmp_path, instant):
     ("changes", "sentence"),
     [
         ({"methods": ["nothing"]}, "unknown method 'nothing'; choose some of probe, lora"),
-        ({"methods": ["prompt"]}, "no method to compare on builtin:vit-tiny: prompt is for bases of the kinds text"),
+        ({"methods": ["prompt"]}, "no method to compare on builtin:vit-tiny: prompt: not made for an image classifier"),
         ({"seeds": []}, "seeds must be different whole numbers from 0, at least one"),
         ({"seeds": [1, 1]}, "seeds must be different"),
         ({"width": 0}, "width must be over 0, got 0"),

@@ -94,7 +94,8 @@ def compare(
     with lock_folder(problem.folder, wait_s=0):
         names, refused = problem.fits(None if methods == "all" else methods, width)
         if not names:
-            raise Unsupported(f"no method to compare on {task.model}: {next(iter(refused.values()), 'none is named.')}")
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "none is named."
+            raise Unsupported(f"no method to compare on {task.model}: {reasons}")
         seed = seeds[0] if seeds else 0
         remarks = problem.remembered.remarks if forgetting else []
         if tell is not None:
