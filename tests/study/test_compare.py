@@ -102,8 +102,9 @@ def compared(digits, tmp_path_factory):
     return lambda seeds=(3, 5): compare(task, train, **{**options, "costs": True, "seeds": seeds}), folder, told
 
 
-def test_a_comparison_says_what_was_tried_and_what_it_cost(digits, compared):
+def test_a_comparison_says_what_was_tried_and_what_it_cost(digits, compared, monkeypatch):
     run, folder, told = compared
+    monkeypatch.setattr("inlay.study.problem.measure_trial", lambda model, data, train: {"mmacs": 5.0})
     found = run()
     assert (found.base, found.data, found.task) == ("builtin:vit-tiny", str(digits), "image-classification")
     assert (found.score, found.larger_is_better, found.seeds) == ("accuracy", True, [3, 5])
@@ -115,7 +116,7 @@ def test_a_comparison_says_what_was_tried_and_what_it_cost(digits, compared):
     assert math.isnan(full.curve[1e30]) and full.curve[1e-2] == full.validation[0]
     assert len(full.failed) == 1 and full.failed[0].startswith("learning rate 1e+30, seed 3: training broke at step 2")
     assert all(len(values) == 2 for values in full.scores.values()) and {"accuracy", "ece"} <= full.scores.keys()
-    assert full.costs["trainable_parameters"] > by_name["probe"].costs["trainable_parameters"] > 0
+    assert full.costs.keys() == {"mmacs", "steps_per_second"} and full.costs["steps_per_second"] > 0
     assert 0 < found.search_seconds < found.seconds == sum(row.seconds for row in found.rows)
     assert told[0].startswith("rates 1/4: probe, width 2, learning rate 0.01, seed 3: accuracy 0.")
     assert sum(line.startswith("test ") for line in told) == 4 and ", test 0." in told[4]
