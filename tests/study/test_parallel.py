@@ -9,19 +9,6 @@ from inlay.study.parallel import run_trials
 TRIALS = [Trial("probe", 1e-2, width=2, steps=2, seed=4), Trial("lora", 1e-2, width=2, steps=2, seed=4)]
 
 
-@pytest.fixture
-def digits(tmp_path):
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    folder, found = tmp_path / "digits", load_digits()
-    for digit in range(2):
-        (folder / str(digit)).mkdir(parents=True)
-        for i in [i for i, label in enumerate(found.target) if label == digit][:10]:
-            Image.fromarray((found.images[i] * 15.9).astype("uint8")).save(folder / str(digit) / f"{i}.png")
-    return folder
-
-
 @pytest.mark.parametrize(
     ("backend", "trials"),
     [

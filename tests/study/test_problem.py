@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,21 +17,6 @@ from inlay.train.loop import _Trainer
 from inlay.train.run import WEIGHTS
 
 LORA = Trial("lora", 3e-3, width=2, steps=3, seed=1)
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """A folder of 5 images for each of 3 digits: the smallest data with all parts."""
-    from PIL import Image as Pillow
-    from sklearn.datasets import load_digits
-
-    folder, found = tmp_path_factory.mktemp("digits"), load_digits()
-    for digit in range(3):
-        (folder / str(digit)).mkdir()
-        for i in [i for i, label in enumerate(found.target) if label == digit][:15]:
-            pixels = (found.images[i] * 15.9).astype("uint8")
-            Pillow.fromarray(pixels).convert("RGB").save(folder / str(digit) / f"{i}.png")
-    return folder
 
 
 def problem(digits, folder, **changes):
@@ -161,6 +147,7 @@ def test_steps_are_the_budget_and_the_schedule_is_over_them(digits, after_others
 
 
 def test_the_time_of_a_step_is_measured_once(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr("inlay.study.problem._TIMED", 2)
     timed = problem(digits, tmp_path / "t")
     seconds = timed.measure_step(LORA)
     assert 0 < seconds < 5 and list(timed.folder.iterdir()) == [timed.folder / "trials.jsonl"]
@@ -171,7 +158,7 @@ def test_the_time_of_a_step_is_measured_once(digits, tmp_path, monkeypatch):
 def test_what_fits_is_found_without_weights(digits, tmp_path):
     names, refused = problem(digits, tmp_path).fits()
     assert {"probe", "lora", "full", "visual-prompt"} <= {*names} and names[0] == "probe"
-    assert refused["prompt"] == "prompt is for bases of the kinds text."
+    assert refused["prompt"] == refused["spatial"] == "not made for an image classifier."
     assert "has no convolution of more than 1x1" in refused["conv-adapter"] and "name it" in refused["pissa"]
     assert problem(digits, tmp_path).fits(["pissa"])[0] == ["pissa"]
     with pytest.raises(InlayError, match="unknown method 'nothing'; choose some of probe, lora"):
@@ -216,3 +203,9 @@ def test_records_of_another_study_and_damaged_ones_are_refused(digits, after_oth
     (tmp_path / "trials.jsonl").write_text('{"settings": {"a": 1}}\n{"outcome": {}}\n')
     with pytest.raises(InlayError, match=r"line 2 of .* is no trial"):
         Records(tmp_path / "trials.jsonl")
+
+
+def test_processes_that_were_launched_together_are_refused(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr("inlay.study.problem.PartialState", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(InlayError, match="start it as one process, and give jobs=2 or more"):
+        problem(digits, tmp_path)

@@ -166,7 +166,7 @@ class Problem:
         refused: dict[str, str] = {}
         for name in METHODS if names is None else names:
             if names is None and METHODS[name].starts_from_weights:
-                refused[name] = f"{name} changes the base's weights; name it to compare it."
+                refused[name] = "changes the base's weights; name it to compare it."
                 continue
             try:
                 self._check_fit(Trial(name, METHODS[name].learning_rate, width))
@@ -320,11 +320,11 @@ class Problem:
     def _check_fit(self, trial: Trial) -> None:
         method = METHODS[trial.method]
         if method.trains == "head" and not self.row.classifies:
-            raise Unsupported(f"{trial.method} trains a new head, and {self.row.base_noun} has none.")
+            raise Unsupported(f"trains a new head, and {self.row.base_noun} has none.")
         if method.trains != "head" and not {*method.bases} & {*self.row.base_kinds}:
-            raise Unsupported(f"{trial.method} is for bases of the kinds {', '.join(method.bases)}.")
+            raise Unsupported(f"not made for {self.row.base_noun}.")
         if self.task.quantize and method.trains == "model":
-            raise Unsupported(f"{trial.method} cannot train weights in 8 or 4 bits.")
+            raise Unsupported("cannot train weights in 8 or 4 bits.")
         # Packed weights are packed only where there are values, and some methods refuse them or do without.
         model = self.adapt(trial) if self.task.quantize else self.skeleton(trial)
         if isinstance(model, PeftModel):

@@ -85,7 +85,7 @@ def test_the_terminal_table_fits_and_names_every_method():
     assert max(map(len, lines)) <= 120
     assert [line.split()[0] for line in lines[1:16]] == [row.method for row in COMPARISON.rows]
     assert len({len(line) for line in lines[:16]}) == 1
-    assert "lora-conv was not compared: ViT has no grouped convolutions; use lora." in lines
+    assert "Not compared: lora-conv: ViT has no grouped convolutions; use lora." in lines
     assert "The search for the learning rates took 21 min of 41 min in all." in lines
 
 

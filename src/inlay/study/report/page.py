@@ -21,6 +21,7 @@ from inlay.study.report.table import (
     list_columns,
     list_measurement_notes,
     list_overview,
+    list_refused,
 )
 from inlay.tasks.evaluation import title
 
@@ -88,8 +89,7 @@ def _write_section(comparison: Comparison, anchors: bool, several: bool) -> str:
     if anchors and (published := _write_anchors(comparison)):
         parts.append(published)
     if comparison.refused:
-        refused = [f"{name}: {reason}" for name, reason in comparison.refused.items()]
-        parts += ["<h2>Methods that were not compared</h2>", _write_list(refused)]
+        parts += ["<h2>Methods that were not compared</h2>", _write_list(list_refused(comparison))]
     return "\n".join([*parts, "<h2>Limits</h2>", _write_list(list_limits(comparison))])
 
 

@@ -192,7 +192,15 @@ def list_notes(comparison: Comparison) -> list[str]:
         notes.append(f"Measured with {', '.join(f'{key} {value}' for key, value in about.items())}.")
     notes += list_measurement_notes(comparison)
     notes += [f"{row.method}: {said}" for row in comparison.rows for said in row.failed]
-    return notes + [f"{name} was not compared: {reason}" for name, reason in comparison.refused.items()]
+    return notes + [f"Not compared: {said}" for said in list_refused(comparison)]
+
+
+def list_refused(comparison: Comparison) -> list[str]:
+    """The methods that were not compared, by reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in comparison.refused.items():
+        names.setdefault(reason, []).append(name)
+    return [f"{', '.join(each)}: {reason}" for reason, each in names.items()]
 
 
 def describe_machine(comparison: Comparison) -> dict[str, str]:

@@ -1,11 +1,13 @@
-"""A folder of images so small that a trial on it takes a tenth of a second."""
+"""What the tests of studies share: the smallest data that has all three parts."""
+
+from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    """15 images for each of 3 digits: the smallest data with all parts."""
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 15 images for each of 3 digits."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
