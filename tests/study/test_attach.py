@@ -16,6 +16,7 @@ from inlay.adapters.card import make_card
 from inlay.adapters.file import CARD, CONFIG, METRICS, WEIGHTS
 from inlay.adapters.study import KEY, describe_study, read_study, write_study_section
 from inlay.adapters.verify import verify
+from inlay.builtin.shapes import SHAPE_LABELS, generate_shapes
 from inlay.cli.app import app
 from inlay.errors import BadInput, WrongBase
 from inlay.study.attach import attach_study, describe_row
@@ -178,12 +179,24 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_after_a_comparison_the_best_adapter_is_there(images: Path, tmp_path: Path):
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of what the base was pre-trained for, in folders that are called as its labels."""
+    folder = tmp_path_factory.mktemp("shapes")
+    for i, (pixels, label) in enumerate(zip(*generate_shapes(120, seed=30_000), strict=True)):
+        if label < 4:
+            (folder / SHAPE_LABELS[label]).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(folder / SHAPE_LABELS[label] / f"{i}.png")
+    return folder
+
+
+def test_after_a_comparison_the_best_adapter_is_there(images: Path, shapes: Path, tmp_path: Path):
     told: list[str] = []
     found = compare(
         ImageTask("builtin:vit-tiny", str(images), augment="none"),
         TrainConfig(str(tmp_path / "run"), batch_size=8, workers=0),
-        methods=["probe", "ssf"], learning_rates=[1e-3], seeds=[1], steps=2, width=2, costs=False, tell=told.append,
+        methods=["probe", "ssf"], learning_rates=[1e-3], seeds=[1], steps=2, width=2, costs=False,
+        base_data=str(shapes), tell=told.append,
     )  # fmt: skip
     assert all(row.forgetting.keys() == {"own_task", "drift"} for row in found.rows)
     probe = next(row for row in found.rows if row.method == "probe")

@@ -30,7 +30,7 @@ class Row:
             last features before and after, 0 to 1).
         costs: trainable_parameters, file_bytes, mmacs, base_mmacs, latency_ms, base_latency_ms, merged_latency_ms
             (absent where the method does not merge), peak_bytes (of a training step), energy_j, base_energy_j,
-            steps_per_second. What could not be measured is absent.
+            steps_per_second. What could not be measured is absent; `measure_trial` says how the rest was.
         merges: It folds into the base's weights.
         seconds: Of all its runs, the search for the rate included.
         failed: Runs that gave no score, and why.

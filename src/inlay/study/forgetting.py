@@ -5,7 +5,7 @@ A base is looked at once, before any trial; each trained model is then compared 
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,15 +81,15 @@ def remember_base(base: PreTrainedModel, task: Task, data: TaskData, *, base_dat
         InlayError: `base_data` that does not exist or that the base's own task does not take.
     """
     remarks: list[str] = []
-    batches = _collate_held_out(data)
+    batches: list[Batch] = []
     features = None
     try:
-        features = _compute_features(base, task, batches)
+        features = _compute_features(base, task, _collate_held_out(data, into=batches))
     except (InlayError, RuntimeError, ValueError) as error:
         remarks.append(f"drift: {_first_line(error)}")
     own = None
     try:
-        own = _score_own_task(base, data.source.name, base_data)
+        own = _score_own_task(base, task, data.source.name, base_data)
     except InlayError as error:
         if base_data is not None:
             raise
@@ -141,15 +141,17 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     return float(alike.clamp(max=1.0))
 
 
-def _collate_held_out(data: TaskData) -> list[Batch]:
-    """Held-out inputs, spread evenly over the part that chooses."""
+def _collate_held_out(data: TaskData, into: list[Batch]) -> Iterator[Batch]:
+    """Held-out inputs, spread evenly over the part that chooses; those that are asked for are put into a list."""
     picked, collate = pick_evenly(len(data.validation), EXAMPLES), data.collate or default_collate
-    return [collate([data.validation[i] for i in picked[at : at + AT_ONCE]]) for at in range(0, len(picked), AT_ONCE)]
+    for at in range(0, len(picked), AT_ONCE):
+        into.append(collate([data.validation[i] for i in picked[at : at + AT_ONCE]]))
+        yield into[-1]
 
 
 @torch.no_grad()
-def _compute_features(model: nn.Module, task: Task, batches: Sequence[Batch]) -> Tensor:
-    """(N, D), of at most ROWS rows, spread evenly over those of the first batches that have so many, or of all."""
+def _compute_features(model: nn.Module, task: Task, batches: Iterable[Batch]) -> Tensor:
+    """(N, D), of at most ROWS rows, spread evenly over those of the first batches; more than they need are not read."""
     parts, rows = [], 0
     with _evaluating(model):
         weight = _first_weight(model)
@@ -162,11 +164,12 @@ def _compute_features(model: nn.Module, task: Task, batches: Sequence[Batch]) ->
 
 
 @torch.no_grad()
-def _score_own_task(base: PreTrainedModel, trained_on: str, base_data: str | None) -> OwnScore:
+def _score_own_task(base: PreTrainedModel, adapted_for: Task, trained_on: str, base_data: str | None) -> OwnScore:
     """Load a base with its own head, and data of its own task, and score it.
 
     Raises:
-        InlayError: Its own task or data is not known, or is what it is adapted to.
+        InlayError: Its own task or data is not known, or is what it is adapted to; an adapted model that cannot be
+            asked for it.
     """
     name = str(base.name_or_path)
     task = read_task(name)
@@ -177,6 +180,8 @@ def _score_own_task(base: PreTrainedModel, trained_on: str, base_data: str | Non
         raise BadInput(f"{data} is what {name} was pre-trained for and what it is adapted to; name other data.")
     weight = _first_weight(base)
     model: Any = load_base(name, task=task.name).to(weight.device, weight.dtype)
+    if task is not adapted_for and model.base_model is model:
+        raise Unsupported(f"a model for {adapted_for.name} has no head of {task.name} that could be put over it.")
     own = TaskModel(name, model, task, task.load_processor(name, None), task.labels(model, None))
     examples = task.load_labelled(own, data, task.own_examples, seed=0)
     items = range(len(examples.view))
