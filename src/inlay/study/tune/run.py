@@ -34,6 +34,7 @@ USUAL = (
     "spatial",
 )
 TRIALS = 16  # of full length, where the budget says neither trials nor minutes
+_UNKNOWN_WIDTH = 128  # stands for that of a base whose blocks differ in it: a convolutional network
 _SPARE = 0.9  # of the seconds is for runs; the rest for drawing, counting and saving
 
 
@@ -199,7 +200,7 @@ def tune(
         list_places(problem.load_base_skeleton()),
         limits,
         lambda trial: problem.start_rate(trial.method, trial.width),
-        widest=max(8, problem.base["width"] // 2),
+        widest=max(8, (problem.base["width"] or _UNKNOWN_WIDTH) // 2),
         seed=seed,
     )
     candidates: Iterator[Trial] = space.draw()
