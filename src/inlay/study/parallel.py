@@ -1,5 +1,6 @@
 """Trials in several processes, of this machine or of others: joblib starts them, and one process writes the records."""
 
+import gc
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
@@ -71,8 +72,21 @@ def run_trials(
 
 
 def _compute_here(problem: Problem, missing: Sequence[tuple[Trial, frozenset[str]]]) -> Iterator[Outcome]:
-    for trial, measured in missing:
-        yield problem.compute(trial, measured)
+    if not missing:
+        return
+    _freeze_old_objects(problem)
+    try:
+        for trial, measured in missing:
+            yield problem.compute(trial, measured)
+    finally:
+        gc.unfreeze()
+
+
+def _freeze_old_objects(problem: Problem) -> None:
+    """Let the search for garbage, with which each run ends, leave out modules and data: 0.2 s a run instead of 0.5."""
+    problem.parts  # noqa: B018 - loaded now, to be left out too
+    gc.collect()
+    gc.freeze()
 
 
 def _compute_elsewhere(
@@ -113,6 +127,7 @@ def _compute_in_worker(plan: _Plan, trial: Trial, measured: frozenset[str]) -> O
     with redirect_stderr(io.StringIO()):  # the bars of several runs would write over each other
         if _of_this_worker is None or _of_this_worker[0] != plan:
             problem = Problem(plan.task, plan.train, plan.folder, plan.split_seed, base_data=plan.base_data)
+            _freeze_old_objects(problem)
             _of_this_worker = plan, problem
         return _of_this_worker[1].compute(trial, measured)
 
