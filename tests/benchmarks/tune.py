@@ -14,6 +14,7 @@ each. Everything is stored as soon as it is done; the same command goes on.
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import sys
@@ -79,34 +80,36 @@ def run_case(name: str, seeds: list[int], runs: Path) -> None:
     defaults = Trial(DEFAULTS.name, RATE, 8)
     budget = Budget(params=count_adapter_parameters(problem.skeleton(defaults)), trials=TRIALS)
     rows: dict[str, list[dict[str, Any]]] = {}
+
+    def add(label: str, **row: Any) -> None:
+        rows.setdefault(label, []).append(row)
+        _store(name, problem, budget, rows)
+
     for seed in seeds:
         for strategy in STRATEGIES:
             found = tune(problem, budget, strategy=strategy, seed=seed, finals=1, tell=print)
-            rows.setdefault(strategy, []).append(
-                {
-                    "seed": seed,
-                    "test": found.test_scores[0],
-                    "validation": found.winner.score,
-                    "params": found.winner.params,
-                    "steps": found.steps,
-                    "winner": found.winner.trial.key,
-                }
+            add(
+                strategy,
+                seed=seed,
+                test=found.test_scores[0],
+                validation=found.winner.score,
+                params=found.winner.params,
+                steps=found.steps,
+                winner=found.winner.trial.key,
             )
         for label, steps in (("defaults", problem.steps), ("defaults, long", TRIALS * problem.steps)):
             trial = replace(defaults, steps=steps, seed=seed + 1)
             outcome = problem.run(trial, test=True)
             problem.delete_weights(trial)
-            rows.setdefault(label, []).append(
-                {
-                    "seed": seed,
-                    "test": (outcome.test or {})[problem.score],
-                    "validation": problem.main_score(outcome),
-                    "params": budget.params,
-                    "steps": steps,
-                    "winner": trial.key,
-                }
+            add(
+                label,
+                seed=seed,
+                test=(outcome.test or {})[problem.score],
+                validation=problem.main_score(outcome),
+                params=budget.params,
+                steps=steps,
+                winner=trial.key,
             )
-        _store(name, problem, budget, rows)
 
 
 def _store(name: str, problem: Problem, budget: Budget, rows: dict[str, list[dict[str, Any]]]) -> None:
@@ -127,7 +130,7 @@ def _store(name: str, problem: Problem, budget: Budget, rows: dict[str, list[dic
     all_facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     all_facts[name] = facts
     write_json(path, all_facts)
-    tables = [f"## {case['data']} on {case['base']}\n\n{_write_table(case)}" for case in all_facts.values()]
+    tables = [f"**{case['data']} on {case['base']}**\n\n{_write_table(case)}" for case in all_facts.values()]
     RESULTS.with_suffix(".md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
 
 
@@ -137,17 +140,23 @@ def _write_table(facts: dict[str, Any]) -> str:
     lines.append("|---|---:|---|---:|---|---:|")
     halving = {row["seed"]: row["test"] for row in facts["rows"]["halving"]}
     for label, rows in facts["rows"].items():
-        mean, low, high = mean_interval([row["test"] for row in rows])
-        cells = [label, f"{mean:.4f}", f"{low:.4f} to {high:.4f}"]
+        mean, *ends = mean_interval([row["test"] for row in rows])
+        cells = [label, f"{mean:.4f}", _write_interval(ends, "")]
         less, *ends = paired_interval([row["test"] - halving[row["seed"]] for row in rows])
-        cells += ["", ""] if label == "halving" else [f"{less:+.4f}", f"{ends[0]:+.4f} to {ends[1]:+.4f}"]
+        cells += ["", ""] if label == "halving" else [f"{less:+.4f}", _write_interval(ends, "+")]
         cells.append(f"{statistics.median(row['params'] for row in rows):,.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     seeds = len(facts["rows"]["halving"])
+    several = f"{seeds} seed{'s' * (seeds > 1)}"
     return "\n".join(lines) + (
-        f"\n\n{seeds} seeds; {facts['trials']} trials of {facts['steps_of_a_trial']} steps each; at most "
+        f"\n\n{several}; {facts['trials']} trials of {facts['steps_of_a_trial']} steps each; at most "
         f"{facts['params']:,} parameters besides the head."
     )
+
+
+def _write_interval(ends: list[float], sign: str) -> str:
+    low, high = ends
+    return "one seed" if math.isnan(low) else f"{low:{sign}.4f} to {high:{sign}.4f}"
 
 
 def main() -> None:
