@@ -6,8 +6,10 @@ import re
 import runpy
 import sys
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from inlay import ImageTask, MaskTask, SequenceTask, TextTask, TrainConfig, VolumeTask, load_adapter, read_adapter
 from places import ROOT
@@ -96,8 +98,18 @@ def test_predict_recipe_reads_what_was_saved(trained, monkeypatch, capsys, tmp_p
 
 
 def test_compare_prints_one_row_a_method(monkeypatch, capsys, tmp_path):
-    arguments = ["--output_dir", tmp_path / "c", "--epochs", 0.05, "--seeds", 0, "--methods", "probe", "--dataset"]
-    run(monkeypatch, "compare.py", *arguments, "builtin:digits")
+    for name, found in (
+        ("measure_trial", {}),
+        ("measure_forgetting", {}),
+        ("remember_base", SimpleNamespace(remarks=[])),
+    ):
+        monkeypatch.setattr(f"inlay.study.problem.{name}", lambda *_, found=found, **__: found)
+    for i in range(30):  # two labels, black and white
+        path = tmp_path / "data" / str(i % 2) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8 + i), (255 * (i % 2),) * 3).save(path)
+    arguments = ["--output_dir", tmp_path / "c", "--epochs", 0.1, "--seeds", 0, "--methods", "probe", "--dataset"]
+    run(monkeypatch, "compare.py", *arguments, tmp_path / "data")
     (row,) = json.loads((tmp_path / "c" / "comparison.json").read_text())["rows"]
     assert row["method"] == "probe" and len(row["scores"]["accuracy"]) == 1 and len(row["curve"]) >= 4
     assert "| probe" in capsys.readouterr().out
