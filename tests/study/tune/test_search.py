@@ -35,7 +35,9 @@ def search(rungs, objective, **options):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("trials", "steps", "epoch"), [(1, 30, 6), (2, 30, 30), (4, 31, 7), (12, 30, 6), (17, 100, 9)])
+@pytest.mark.parametrize(
+    ("trials", "steps", "epoch"), [(1, 30, 6), (2, 30, 30), (4, 31, 7), (12, 30, 6), (17, 100, 9), (5, 1, 1), (6, 2, 1)]
+)
 def test_all_strategies_have_the_same_compute_to_within_a_run(strategy, trials, steps, epoch):
     for total in (trials * steps, trials * steps + steps // 2):
         rungs = plan_rungs(strategy, total, steps, epoch)

@@ -28,7 +28,6 @@ from inlay.study.trial import Trial
 Strategy = Literal["halving", "random", "topk"]
 STRATEGIES: tuple[Strategy, ...] = ("halving", "random", "topk")
 ETA = 3
-_FIRST = 1 / 3  # of the steps of a whole trial: the least that the first rung of halving has
 
 
 @dataclass(frozen=True)
@@ -74,16 +73,12 @@ def plan_rungs(strategy: Strategy, total: int, steps: int, epoch: int) -> list[R
         short, last = min(epoch, steps), max(1, total // (2 * steps))
         first = (total - last * steps) // short
         return [Rung(first, short), Rung(last, steps)] if first > last else [Rung(total // steps, steps)]
-    lengths = [steps]
-    while lengths[0] / ETA >= _FIRST * steps * (1 - 1e-9):
-        lengths.insert(0, math.ceil(lengths[0] / ETA))
-    bracket = sum(ETA ** (len(lengths) - 1 - i) * length for i, length in enumerate(lengths))
-    if total < bracket:  # too few to choose among three
+    short = math.ceil(steps / ETA)  # the first rung is never less than a third, so that there are two
+    bracket = ETA * short + steps
+    if short == steps or total < bracket:  # too few to choose among
         return [Rung(total // steps, steps)]
     last = total // bracket
-    rungs = [Rung(last * ETA ** (len(lengths) - 1 - i), length) for i, length in enumerate(lengths)]
-    spare = (total - last * bracket) // rungs[0].steps
-    return [Rung(rungs[0].count + spare, rungs[0].steps), *rungs[1:]]
+    return [Rung((total - last * steps) // short, short), Rung(last, steps)]
 
 
 def count_steps(rungs: Iterable[Rung]) -> int:
