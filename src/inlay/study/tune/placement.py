@@ -66,7 +66,7 @@ class Placement:
     def __str__(self) -> str:
         sure = [cell for cell in self.cells if not math.isnan(cell.error)]
         if not sure:
-            return f"{self.trials} trials are too few, or too alike, to tell places apart."
+            return f"the trials ({self.trials}) are too few, or too alike, to tell places apart."
         ordered = sorted(sure, key=lambda cell: -cell.difference)
         shown = ordered if len(ordered) < 4 else [*ordered[:2], ordered[-1]]
         told = "; ".join(f"{cell.layers} of block {cell.block} {_say_difference(cell)}" for cell in shown)
