@@ -15,17 +15,25 @@ from inlay.cli.command_line import parse
 from inlay.cli.show import JsonOption
 from inlay.errors import BadInput
 
+BaseOption = Annotated[str, typer.Option(help="Embedded base, local folder or Hub id.")]
+KindOption = Annotated[
+    str | None, typer.Option(help="What the base is to do, such as text-classification; default: what it is for.")
+]
+BatchSizeOption = Annotated[int | None, typer.Option(help="Examples per step; default 32.")]
+GroupOption = Annotated[
+    str | None, typer.Option(help="Column, or pattern in paths, of what is kept together: a patient, a slide.")
+]
+JobsOption = Annotated[int, typer.Option(help="Runs at a time.")]
+EngineOption = Annotated[str, typer.Option(help="What starts them: processes, or a cluster: ray, dask.")]
+
 
 def compare(
     context: typer.Context,
     data: Annotated[
         str, typer.Option("--task", metavar="DATA", help="Labelled data, as the recipes of its task take it.")
     ],
-    base: Annotated[str, typer.Option(help="Embedded base, local folder or Hub id.")],
-    kind: Annotated[
-        str | None,
-        typer.Option(help="What the base is to do, such as text-classification; default: what it is for."),
-    ] = None,
+    base: BaseOption,
+    kind: KindOption = None,
     methods: Annotated[str, typer.Option(help="Names in inlay.METHODS, comma-separated, or all that fit.")] = "all",
     width: Annotated[int, typer.Option(help="Rank or other width of the adapters.")] = 8,
     rates: Annotated[
@@ -39,19 +47,16 @@ def compare(
     epochs: Annotated[float | None, typer.Option(help="Budget of each run: passes over the data; default 10.")] = None,
     steps: Annotated[int | None, typer.Option(help="Budget of each run: steps of the optimiser.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Budget of each run: seconds of training.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples per step; default 32.")] = None,
-    group: Annotated[
-        str | None,
-        typer.Option(help="Column, or pattern in paths, of what is kept together: a patient, a slide."),
-    ] = None,
+    batch_size: BatchSizeOption = None,
+    group: GroupOption = None,
     costs: Annotated[bool, typer.Option(help="Measure what each method costs.")] = True,
     forgetting: Annotated[bool, typer.Option(help="Measure what the base loses.")] = True,
     base_data: Annotated[
         str | None,
         typer.Option(help="Data of what the base was pre-trained for, to measure that on; embedded bases have theirs."),
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
-    engine: Annotated[str, typer.Option(help="What starts them: processes, or a cluster: ray, dask.")] = "processes",
+    jobs: JobsOption = 1,
+    engine: EngineOption = "processes",
     output: Annotated[str, typer.Option("-o", "--output", help="Folder of the runs and the report.")] = "runs/compare",
     as_json: JsonOption = False,
 ) -> None:
@@ -100,7 +105,7 @@ def compare(
 def tune(
     context: typer.Context,
     data: Annotated[str, typer.Argument(metavar="DATA", help="Labelled data, as the recipes of its task take it.")],
-    base: Annotated[str, typer.Option(help="Embedded base, local folder or Hub id.")],
+    base: BaseOption,
     budget: Annotated[
         str,
         typer.Option(
@@ -108,10 +113,7 @@ def tune(
             "(minutes=20, or trials=16 of full length)."
         ),
     ] = "trials=16",
-    kind: Annotated[
-        str | None,
-        typer.Option(help="What the base is to do, such as text-classification; default: what it is for."),
-    ] = None,
+    kind: KindOption = None,
     methods: Annotated[
         str | None,
         typer.Option(help="Names in inlay.METHODS, comma-separated; default: one of each kind that fits the base."),
@@ -125,12 +127,10 @@ def tune(
     epochs: Annotated[
         float | None, typer.Option(help="Of a trial of full length: passes over the data; default 10.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples per step; default 32.")] = None,
-    group: Annotated[
-        str | None, typer.Option(help="Column or rule that says which examples belong together, such as a patient.")
-    ] = None,
-    jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
-    engine: Annotated[str, typer.Option(help="What starts them: processes, or a cluster: ray, dask.")] = "processes",
+    batch_size: BatchSizeOption = None,
+    group: GroupOption = None,
+    jobs: JobsOption = 1,
+    engine: EngineOption = "processes",
     output: Annotated[str, typer.Option("-o", "--output", help="Folder of the runs and the winner.")] = "runs/tune",
     as_json: JsonOption = False,
 ) -> None:
