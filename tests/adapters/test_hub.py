@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import logging as hub_logging
 from PIL import Image
@@ -85,7 +85,10 @@ def test_a_name_on_the_hub_is_that_of_an_adapter_or_of_a_model(hub, adapter, tmp
     from inlay.adapters.hub.fetch import fetch_if_adapter
 
     push_adapter(adapter, "ann/zoo")
-    load_base("builtin:vit-tiny").push_to_hub("ann/base")
+    load_base("builtin:vit-tiny").save_pretrained(tmp_path / "base")
+    api = HfApi(endpoint=hub.url, token=TOKEN)
+    api.create_repo("ann/base")
+    api.upload_folder(repo_id="ann/base", folder_path=tmp_path / "base")
     assert (fetch_if_adapter("ann/zoo") / CONFIG).is_file()
     assert fetch_if_adapter("ann/base") is None
     assert not [path for path in cached(tmp_path) if path.name == "model.safetensors"], "its weights are not needed"

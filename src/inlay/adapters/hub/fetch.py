@@ -4,7 +4,6 @@ from pathlib import Path
 
 from inlay.adapters.file import CONFIG, expand_path
 from inlay.adapters.hub.repository import download
-from inlay.bases.load import read_config, resolve_base
 from inlay.errors import BadInput, InlayError, Unreachable
 from inlay.files.folder_or_hub import refuse_ambiguous
 
@@ -63,6 +62,8 @@ def fetch_if_adapter(name: str | Path) -> Path | None:
 
 
 def _is_model_on_hub(name: str) -> bool:
+    from inlay.bases.load import read_config, resolve_base  # imports torch, which combining does without
+
     try:
         read_config(name, resolve_base(name), None)
     except InlayError:
