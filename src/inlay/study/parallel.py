@@ -72,14 +72,15 @@ def run_trials(
 
 
 def _compute_here(problem: Problem, missing: Sequence[tuple[Trial, frozenset[str]]]) -> Iterator[Outcome]:
-    if not missing:
-        return
-    _freeze_old_objects(problem)
+    several = len(missing) > 1  # a single run would gain nothing
+    if several:
+        _freeze_old_objects(problem)
     try:
         for trial, measured in missing:
             yield problem.compute(trial, measured)
     finally:
-        gc.unfreeze()
+        if several:
+            gc.unfreeze()
 
 
 def _freeze_old_objects(problem: Problem) -> None:
