@@ -247,7 +247,7 @@ def test_nothing_that_a_config_names_is_imported(zoo, plain, five, tmp_path, mon
 
 
 def test_no_line_of_the_package_runs_what_it_reads():
-    """No pickle but through torch's reader of tensors alone (joblib only starts processes), no code from a repository."""
+    """No pickle but through torch's reader of tensors, no code from a repository; joblib only starts processes."""
     asked = {"from_pretrained": "trust_remote_code", "from_config": "trust_remote_code"}
     own = ("PeftConfig", "PeftModel", "json")  # read no code
     calls = 0

@@ -59,21 +59,24 @@ def test_a_base_that_was_measured_starts_at_its_best_rate():
         mobilenet = MobileNetV2ForImageClassification(MobileNetV2Config())
     assert start_rate("lora", mobilenet) == 9e-4  # a third of the rate on the embedded bases
     assert start_rate("ssf", mobilenet) == 3e-3
-    assert start_rate("lora", load_skeleton("builtin:vit-tiny")) == 3e-3
+    assert start_rate("lora", load_skeleton("builtin:vit-tiny")) == 9.5e-3
     assert start_rate("lora", load_skeleton("builtin:squeezenet-tiny")) == 9e-3
 
 
 def test_the_rate_falls_with_the_width_of_a_transformer():
-    assert start_rate("lora", vit(768)) == pytest.approx(3e-3 * (96 / 768) ** 0.78, rel=1e-2)
-    assert start_rate("lora", vit(48)) == 3e-3  # and never rises
+    assert start_rate("lora", vit(768)) == pytest.approx(9.5e-3 * (96 / 768) ** 0.78, rel=1e-2)
+    assert start_rate("lora", vit(48)) == 9.5e-3  # and never rises
 
 
-@pytest.mark.parametrize(("method", "at_2000"), [("lora", 5e-4), ("full", 5e-5)])
-def test_the_records_agree_with_the_published_law_to_a_factor_of_two(method, at_2000):
-    """LR = 5e-5 (LoRA: ten times that) x (2000 / hidden) ** 0.781, as the authors use it for Llama."""
+@pytest.mark.parametrize(("method", "at_2000", "factor"), [("lora", 5e-4, 2), ("full", 5e-5, 6)])
+def test_the_records_next_to_the_published_law(method, at_2000, factor):
+    """LR = 5e-5 (LoRA: ten times that) x (2000 / hidden) ** 0.781, as the authors use it for Llama.
+
+    All weights of a tiny base in 180 steps want six times as much; a search goes on from there.
+    """
     for width in (96, 768, 4096):
         published = at_2000 * (2000 / width) ** 0.781
-        assert 0.5 < start_rate(method, vit(width)) / published < 2
+        assert 0.5 < start_rate(method, vit(width)) / published < factor
 
 
 def test_the_nearest_records_count_and_their_mean_is_geometric():

@@ -319,29 +319,35 @@ def draw_rates(comparison: Comparison) -> Canvas:
     for k, row in enumerate(rows):
         x, y = left + (k % columns) * wide, top + (k // columns) * high
         across = _Axis(min(rates) / 1.6, max(rates) * 1.6, x + 14, x + wide - 18, log=True)
-        up = _Axis(min(values) - 0.1 * spread, max(values) + 0.4 * spread, y + high - 38, y + 42)
-        _draw_curve(canvas, row, across, up, first=k % columns == 0, last=k + columns >= len(rows))
+        up = _Axis(min(values) - 0.1 * spread, max(values) + 0.55 * spread, y + high - 38, y + 42)
+        highest = max(values) + 0.15 * spread  # above it there is room for the number of a mark
+        _draw_curve(canvas, row, across, up, highest, first=k % columns == 0, last=k + columns >= len(rows))
     canvas.add(Text((SIZE[0] / 2, SIZE[1] - 24), "learning rate", _LABEL, INK, "middle"))
     return canvas
 
 
-def _draw_curve(canvas: Canvas, row: Row, across: _Axis, up: _Axis, *, first: bool, last: bool) -> None:
-    """One panel; only the first of a line has numbers at the side, and the last of a column below."""
+def _draw_curve(canvas: Canvas, row: Row, across: _Axis, up: _Axis, highest: float, *, first: bool, last: bool) -> None:
+    """One panel; only the first of a line has numbers at the side, up to `highest`, and the last of a column below."""
     kind = METHODS[row.method].kind
-    canvas.add(Text((across.start, up.end - 22), row.method, _SMALL, bold=True))
-    ticks = up.list_ticks()
-    ticks = ticks if up.start - up.end > 200 else ticks[:: max(1, len(ticks) // 3)]
+    fitting = min(1.0, (across.end - across.start) / measure_text(row.method, _SMALL, bold=True))
+    canvas.add(Text((across.start, up.end - 24), row.method, _SMALL * fitting, bold=True))
+    ticks = [tick for tick in up.list_ticks() if tick <= highest]
+    ticks = ticks if up.start - up.end > 200 else ticks[:: math.ceil(len(ticks) / 3)]
     for tick, said in zip(ticks, up.format_ticks(ticks), strict=True):
         y = up.place(tick)
         canvas.add(Line([(across.start, y), (across.end, y)], GRID, 2))
         if first:
             canvas.add(Text((across.start - 10, y), said, 22, INK, "end"))
     canvas.add(Line([(across.start, up.start), (across.end, up.start)], MUTED, 1.5))
-    for tick in across.list_ticks():
+    decades = across.list_ticks()
+    room = (across.end - across.start) / (measure_text("1e-4", 22) + 8)
+    written = decades[:: math.ceil(len(decades) / room)]
+    for tick in decades:
         x = across.place(tick)
         canvas.add(Line([(x, up.start), (x, up.start + 6)], MUTED, 1.5))
-        if last:
-            canvas.add(Text((x, up.start + 20), f"{tick:.0e}".replace("e-0", "e-"), 22, INK, "middle"))
+        if last and tick in written:
+            said = "1" if tick == 1 else f"{tick:.0e}".replace("e-0", "e-").replace("e+0", "e")
+            canvas.add(Text((x, up.start + 20), said, 22, INK, "middle"))
     ordered = sorted(row.curve.items())
     points = [(across.place(rate), up.place(value)) for rate, value in ordered if math.isfinite(value)]
     if len(points) > 1:
