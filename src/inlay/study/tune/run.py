@@ -112,11 +112,11 @@ class Tuned:
         runs = " + ".join(f"{len(rung)} x {rung[0].trial.steps}" for rung in self.rungs if rung)
         mean, low, high = mean_interval(self.test_scores)
         interval = "" if math.isnan(low) else f" (95 % {low:.4f} to {high:.4f})"
-        count = len(self.finals)
+        count, last = len(self.finals), len(self.candidates)
         lines = [
             f"{self.data} on {self.base}, {self.strategy}, seed {self.seed}: {runs} = {self.steps:,} steps",
             "",
-            f"front of the {len(self.candidates)} candidates of the last rung: {self.score} on the part that chooses",
+            f"front of the {last} candidate{'s' * (last > 1)} of the last rung: {self.score} on the part that chooses",
             *_write_table(self.find_front()),
             "",
             f"winner: {describe(self.winner.trial)}, {self.winner.params:,} parameters",
