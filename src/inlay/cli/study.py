@@ -71,14 +71,8 @@ def compare(
 
     from inlay.study.compare import compare as compare_methods
     from inlay.study.report import save_comparison, write_terminal_table
-    from inlay.tasks.base import make_task_options
-    from inlay.train.config import TrainConfig
 
-    chosen = make_task_options(base, data, kind)
-    task, train = parse([chosen, TrainConfig(output_dir=output, workers=0)], context.args)
-    given = {"epochs": epochs, "batch_size": batch_size}
-    train = replace(train, **{name: value for name, value in given.items() if value is not None})
-    task = task if group is None else replace(task, group=group)
+    task, train = read_settings(context, base, data, kind, group, output, epochs=epochs, batch_size=batch_size)
     with redirect_stdout(sys.stderr):  # what is said meanwhile is no part of the result
         found = compare_methods(
             task,
@@ -146,14 +140,9 @@ def tune(
     from inlay.study.problem import Problem
     from inlay.study.tune.run import tune as search
     from inlay.study.tune.winner import write_results
-    from inlay.tasks.base import make_task_options
-    from inlay.train.config import TrainConfig
 
-    chosen = make_task_options(base, data, kind)
-    task, train = parse([chosen, TrainConfig(output_dir=output, workers=0)], context.args)
-    given = {"epochs": epochs, "batch_size": batch_size}
-    train = replace(train, **{name: value for name, value in given.items() if value is not None})
-    problem = Problem(task if group is None else replace(task, group=group), train, output)
+    task, train = read_settings(context, base, data, kind, group, output, epochs=epochs, batch_size=batch_size)
+    problem = Problem(task, train, output)
     found = search(
         problem,
         limits,
@@ -173,6 +162,19 @@ def tune(
     else:
         print(f"{found}\n\nthe adapter: {best / 'adapter'}; trained again by {best / 'recipe.sh'}")
         print(f"the places as an image: {Path(output) / 'placement.png'}")
+
+
+def read_settings(
+    context: typer.Context, base: str, data: str, kind: str | None, group: str | None, output: str, **given: Any
+) -> tuple[Any, Any]:
+    """The options of the task and of the training, from those of the verb and from what is left on the command line."""
+    from inlay.tasks.base import make_task_options
+    from inlay.train.config import TrainConfig
+
+    defaults = [make_task_options(base, data, kind), TrainConfig(output_dir=output, workers=0)]
+    task, train = parse(defaults, context.args)
+    train = replace(train, **{name: value for name, value in given.items() if value is not None})
+    return task if group is None else replace(task, group=group), train
 
 
 def read_numbers(option: str, text: str | None, kind: Callable[[str], Any]) -> list[Any] | None:

@@ -58,14 +58,27 @@ def save_best(problem: Problem, comparison: Comparison) -> Path | None:
         return None
     row = scored[0]
     trial = Trial(row.method, row.learning_rate, row.width, steps=row.steps, seed=comparison.seeds[0])
+    folder = problem.folder / "best" / "adapter"
+    return save_trial(problem, trial, folder, problem.records.read(trial).test, describe_row(comparison, row.method))
+
+
+def save_trial(
+    problem: Problem, trial: Trial, folder: Path, test: dict[str, float] | None, study: dict[str, Any]
+) -> Path:
+    """Save the adapter of a trial with its scores of the test part, and with what a study found on its card.
+
+    Args:
+        problem: Of which the weights of the trial are in its folder, or are trained again.
+        trial: Whose method makes an adapter.
+        folder: Of the adapter.
+        test: Scores by name.
+        study: As `describe_row` makes it.
+    """
     trained, result = problem.load_trained(trial)
     metrics = describe_run(trained.model, problem.data, result)
     metrics["training"] |= problem.parts.training.settings  # by which `evaluate` finds the same test part
-    metrics["test"] = problem.records.read(trial).test
-    metrics[KEY] = describe_row(comparison, row.method)
-    return save_adapter(
-        trained.model, problem.folder / "best" / "adapter", processor=trained.processor, metrics=metrics
-    )
+    metrics |= {"test": test, KEY: study}
+    return save_adapter(trained.model, folder, processor=trained.processor, metrics=metrics)
 
 
 def describe_row(

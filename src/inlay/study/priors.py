@@ -1,6 +1,6 @@
 """Where the search for a learning rate starts: what was best in earlier comparisons, on the base most like this one.
 
-    python -m inlay.study.priors runs/compare_vit runs/compare_gpt2      # take up what these comparisons found
+    python -m inlay.study.priors runs/compare runs/photos      # take up what these comparisons found
 
 `priors.json` holds a record for each method, base and data. A record says where to start, and no more: the best rate
 depends on data, steps and pre-training too, so a search has to go on from there.
@@ -80,8 +80,9 @@ def start_rate(method: str, base: nn.Module, width: int = 8, priors: Sequence[Pr
     Of the records of this method on bases of the same kind (transformers or convolutional networks), those count whose
     base is nearest in width, and among these those of the nearest width of the adapter: the geometric mean of their
     best rates. On a wider base it falls as in `scale_rate`: the authors' law for transformers was found on language
-    models with a hidden size of 2,048 and more, and our records, which are of 96 and 128, agree with it to a factor of
-    two. Without a record it is the rate of METHODS, scaled for the base.
+    models with a hidden size of 2,048 and more. Our records of LoRA, on 96 and 128, agree with it to a factor of two;
+    those of all weights are up to six times higher, as their runs were short. Without a record it is the rate of
+    METHODS, scaled for the base.
 
     Args:
         method: Name in METHODS.

@@ -6,18 +6,15 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from inlay.adapters.save import save_adapter
-from inlay.adapters.study import KEY
 from inlay.files.atomic import replacing, write_json
 from inlay.methods import METHODS
-from inlay.study.attach import describe_estimate
+from inlay.study.attach import describe_estimate, save_trial
 from inlay.study.problem import Problem
 from inlay.study.report.standing import Estimate
 from inlay.study.statistics import mean_interval
 from inlay.study.trial import Outcome, Trial
 from inlay.study.tune import recipe
 from inlay.study.tune.run import Tuned, describe
-from inlay.tasks.options import describe_run
 
 _NOT_IN_A_RECIPE = ("output_dir", "overwrite", "push_to", "private", "embedded_rate")
 
@@ -40,11 +37,7 @@ def write_results(found: Tuned, problem: Problem, folder: str | Path) -> Path:
     best = folder / "best"
     best.mkdir(parents=True, exist_ok=True)
     chosen = _choose_final(found, problem)
-    trained, result = problem.load_trained(chosen.trial)
-    metrics = describe_run(trained.model, problem.data, result)
-    metrics["training"] |= problem.parts.training.settings  # by which `evaluate` finds the same test part
-    metrics |= {"test": chosen.test, KEY: _describe_winner(found, problem)}
-    save_adapter(trained.model, best / "adapter", processor=trained.processor, metrics=metrics)
+    save_trial(problem, chosen.trial, best / "adapter", chosen.test, _describe_winner(found, problem))
     _write_recipe(best, problem, chosen.trial)
     for final in found.finals:
         problem.delete_weights(final.trial)
