@@ -342,8 +342,12 @@ def __dir__() -> list[str]:
 # whether these modules were imported before or after. Where they are not needed this costs nothing.
 _REGISTERS_WITH = {
     "peft": ["inlay.methods"],
-    "transformers.models.auto.configuration_auto": ["inlay.bases.networks.configs"],
-    "transformers.models.auto.modeling_auto": ["inlay.bases.networks.models", "inlay.bases.pruned_configs"],
+    "transformers.models.auto.configuration_auto": ["inlay.bases.networks.configs", "inlay.bases.diffusion.config"],
+    "transformers.models.auto.modeling_auto": [
+        "inlay.bases.networks.models",
+        "inlay.bases.pruned_configs",
+        "inlay.bases.diffusion.model",
+    ],
 }
 
 

@@ -17,6 +17,13 @@ from transformers.utils import logging as transformers_logging
 
 from inlay.bases.batch_norm import freeze_statistics
 from inlay.bases.device import Device, choose_device
+from inlay.bases.diffusion.config import (
+    INDEX,
+    is_diffusion,
+    is_pipeline_folder,
+    is_pipeline_on_hub,
+    read_diffusion_config,
+)
 from inlay.bases.quantize import Quantize, compute_plainly, find_stored_form, flatten_inputs, make_quantization_config
 from inlay.bases.sites import find_last_norms, head_modules
 from inlay.errors import BadInput, DamagedFile, InlayError, Unreachable, Unsupported
@@ -24,11 +31,13 @@ from inlay.files.folder_or_hub import refuse_ambiguous
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 BUILTIN = Path(__file__).parents[1] / "builtin"
+_INDEXES = ("config.json", INDEX)  # a folder with one of these holds a model, or a pipeline of diffusers
 
 
 def list_builtin_bases() -> list[str]:
     """The embedded bases, as `builtin:` names."""
-    return sorted(f"builtin:{path.parent.name}" for path in BUILTIN.glob("*/config.json"))
+    found = {path.parent.name for index in _INDEXES for path in BUILTIN.glob(f"*/{index}")}
+    return sorted(f"builtin:{name}" for name in found)
 
 
 def resolve_base(name: str | Path, revision: str | None = None) -> str:
@@ -47,9 +56,13 @@ def resolve_base(name: str | Path, revision: str | None = None) -> str:
         return str(BUILTIN / name.removeprefix("builtin:"))
     path = Path(name).expanduser()
     if path.is_dir() and name:
-        if not (path / "config.json").is_file():
-            raise BadInput(f"{name} has no config.json, so it is no model; give the folder that save_pretrained wrote.")
-        refuse_ambiguous(name, "config.json", revision)
+        index = next((index for index in _INDEXES if (path / index).is_file()), None)
+        if index is None:
+            raise BadInput(
+                f"{name} has neither config.json nor {INDEX}, so it is no model; give the folder that save_pretrained "
+                "wrote."
+            )
+        refuse_ambiguous(name, index, revision)
         return str(path)
     of_windows = "\\" in name or re.match(r"[A-Za-z]:", name)
     if path.is_file() or of_windows or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
@@ -165,9 +178,14 @@ def is_mask_generator(config: Any) -> bool:
     return type(config) in AutoModelForMaskGeneration._model_mapping
 
 
+def is_headless(config: Any) -> bool:
+    """True for the config of a base that has neither head nor labels: a SAM, a text-to-image pipeline."""
+    return is_mask_generator(config) or is_diffusion(config)
+
+
 def find_head(model: Any) -> list[str]:
-    """Names of the task head, which new labels replace (`head_modules`); SAM has none."""
-    return [] if is_mask_generator(getattr(model, "config", None)) else head_modules(model)
+    """Names of the task head, which new labels replace (`head_modules`); a headless base has none."""
+    return [] if is_headless(getattr(model, "config", None)) else head_modules(model)
 
 
 def find_size(config: Any) -> tuple[int | None, int | None]:
@@ -218,8 +236,14 @@ def _quiet(local: bool) -> Iterator[None]:
 def read_config(name: str, where: str, revision: str | None) -> Any:
     """The config of a base, from `resolve_base(name)`."""
     try:
+        if is_pipeline_folder(where):
+            return read_diffusion_config(name, where, None)
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
+    except InlayError:
+        raise
     except Exception as error:  # a config is data from anywhere: it fails in any way
+        if is_pipeline_on_hub(where, revision):
+            return read_diffusion_config(name, where, revision)
         raise explain_load_error(name, error) from error
     inner = (config, *(getattr(config, part, None) for part in config.sub_configs))
     if kernels := [k for k in (getattr(part, "_attn_implementation", None) for part in inner) if "/" in str(k)]:

@@ -8,7 +8,7 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 
 from inlay.bases.batch_norm import freeze_statistics
-from inlay.bases.load import is_mask_generator
+from inlay.bases.load import is_headless
 from inlay.bases.sites import sites
 
 MakeConfig = Callable[[nn.Module, int], PeftConfig | None]  # of a model of transformers and a width
@@ -31,7 +31,7 @@ class Method:
         learning_rate: A rate that suits it on a small task, where a recipe gives none.
         config: Takes a model of transformers and a width; gives peft's config, or None where nothing is added.
         bases: On what it works: vision (token sequences), sam, conv (MobileNets, ResNets ...), text, volume
-            (SAM on scans).
+            (SAM on scans), diffusion (text-to-image pipelines).
         trains: What is trained: the adapter and the head of a classifier, the head without an adapter, or the whole
             model.
         skeleton_config: Of a method that starts from the base's weights, and moves a part of them into the adapter: a
@@ -82,7 +82,7 @@ class Method:
 
 def _find_trained_head(model: nn.Module) -> list[str]:
     """Names of the head that belongs to a task, and is trained with every method."""
-    headless = writes_text(model) or is_mask_generator(getattr(model, "config", None))
+    headless = writes_text(model) or is_headless(getattr(model, "config", None))
     return [] if headless else list(sites(model).head)
 
 

@@ -10,6 +10,7 @@ from inlay.tasks.masks.task import MaskGeneration
 from inlay.tasks.sequences.task import SequenceClassification
 from inlay.tasks.task import Task
 from inlay.tasks.text.task import TextGeneration
+from inlay.tasks.text_to_image.task import TextToImage
 from inlay.tasks.volumes.task import VolumeSegmentation
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ TASKS: dict[str, Task] = {
         MaskGeneration(),
         VolumeSegmentation(),
         SequenceClassification(),
+        TextToImage(),
     )
 }
 

@@ -18,8 +18,8 @@ class Loss(Protocol):
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Any:
         """Compute the output of the model, with `loss` and `logits`."""
 
-    def weight(self, batch: dict[str, Any]) -> int:
-        """Number of examples or tokens over which the loss of a batch is the mean."""
+    def weight(self, batch: dict[str, Any]) -> float:
+        """Over how much the loss of a batch is the mean: examples or tokens, or the sum of their weights."""
 
 
 class ModelLoss:

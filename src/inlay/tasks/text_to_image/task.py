@@ -1,0 +1,151 @@
+"""Text to image: a pipeline of diffusers that paints what a prompt says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from inlay.errors import Unsupported
+from inlay.tasks.task import Answer, LabelledBatches, Option, Record, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from inlay.tasks.adapter import Adapter
+    from inlay.tasks.options import TaskOptions
+    from inlay.train.losses import Loss
+
+GOLDEN_PROMPT = "a photo of a dog and a toy on grass"
+
+
+class TextToImage(Task):
+    """Bases are pipelines of diffusers: Stable Diffusion 1 and 2, SDXL, Stable Diffusion 3. They have no labels."""
+
+    name = "text-to-image"
+    auto_class = "AutoModel"
+    base_noun = "a text-to-image pipeline"
+    hub_tag = "text-to-image"
+    base_kinds = ("diffusion",)
+    function = "paint"
+    main_score = "loss"
+    smaller_is_better = True
+    limits = "It paints what it has seen: subjects of a few images come back in poses and places like those."
+    usage = (
+        'from inlay import load_adapter, paint\n\nadapter = load_adapter("FOLDER")\n'
+        'paint(adapter, "a photo of sks dog on grass")[0].save("dog.png")'
+    )
+    inputs = "prompts, to paint images of"
+    options: ClassVar[Mapping[str, Option]] = {}
+
+    def takes_base(self, config: Any) -> bool:
+        from inlay.bases.diffusion.config import is_diffusion
+
+        return is_diffusion(config)
+
+    def takes_processor(self, processor: Any) -> bool:
+        from inlay.tasks.text_to_image.processor import PromptProcessor
+
+        return isinstance(processor, PromptProcessor)
+
+    def load_processor(self, base_name: str, settings: Record | None) -> Any:
+        from inlay.tasks.text_to_image.processor import load_prompt_processor
+
+        return load_prompt_processor(base_name, settings)
+
+    def save_processor(self, processor: Any, folder: Any) -> None:
+        """The pipeline's folder has its tokenizers already."""
+
+    def golden_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
+        """A made image with fixed noise at a middle level, and a prompt."""
+        return _make_inputs(model, processor, [GOLDEN_PROMPT])
+
+    def golden_values(self, output: Any, count: int) -> Tensor:
+        """Numbers of the prediction, evenly spaced."""
+        flat = output.prediction.flatten()
+        return flat[:: max(1, len(flat) // count)][:count]
+
+    def random_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
+        return _make_inputs(model, processor, ["a red dog", "a blue toy"])
+
+    def training_options(self) -> type[TaskOptions]:
+        from inlay.tasks.text_to_image.options import TextToImageTask
+
+        return TextToImageTask
+
+    def load_labelled(
+        self,
+        adapter: Adapter,
+        data: str,
+        count: int,
+        seed: int,
+        *,
+        held_out: bool = False,
+        group: str | None = None,
+    ) -> LabelledBatches:
+        """Images with prompts, at fixed noise."""
+        from torch.utils.data import default_collate
+
+        from inlay.tasks.text_to_image.data import load_captioned
+        from inlay.tasks.text_to_image.loss import DenoisingLoss
+        from inlay.tasks.text_to_image.view import PromptView
+
+        found = load_captioned(data, seed=seed)
+        rows = (found.validation if held_out else found.train)[:count]
+        config = adapter.model.config
+        view = PromptView(rows, adapter.processor, seed=seed, levels=config.train_timesteps)
+        loss = DenoisingLoss(prediction_type=str(config.scheduler.get("prediction_type", "epsilon")))
+        return LabelledBatches(view, default_collate, loss, rows=4)
+
+    def score_batches(self, model: Callable[..., Any], batches: Sequence[dict[str, Tensor]], loss: Loss) -> float:
+        """The negative mean loss."""
+        import torch
+
+        with torch.no_grad():
+            losses = [float(loss(model, batch).loss) for batch in batches]
+        return -sum(losses) / len(losses)
+
+    def compute_features(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        raise Unsupported("a text-to-image pipeline has no features that a head reads.")
+
+    def planned_batch(self, base: Any, rows: int, length: int, added: int) -> tuple[dict[str, Tensor], Loss | None]:
+        """Images of the size that the base was trained on, with prompts of the full length."""
+        import torch
+
+        from inlay.bases.diffusion.families import T5_TOKENS
+        from inlay.tasks.text_to_image.loss import DenoisingLoss
+
+        config, tokens = base.config, {}
+        for name in config.text_encoders:
+            longest = config.parts[name]["config"].get("max_position_embeddings", T5_TOKENS)
+            tokens[name.replace("text_encoder", "input_ids")] = torch.zeros(rows, longest, dtype=torch.long)
+        side = config.image_size
+        batch = {
+            "pixel_values": torch.zeros(rows, 3, side, side),
+            **tokens,
+            "timesteps": torch.zeros(rows, dtype=torch.long),
+            "noise": torch.zeros(rows, config.latent_channels, *[side // config.latent_scale] * 2),
+        }
+        return batch, DenoisingLoss()
+
+    def prepare(self, inputs: Sequence[str], options: Mapping[str, Any]) -> Callable[[Adapter], Answer]:
+        raise Unsupported("inlay predict does not paint yet.")
+
+    def describe_inputs(self, record: Record) -> list[str]:
+        size = record["preprocessing"].get("image_size")
+        return ["Prompts", f"Trained on images of {size} x {size} pixels, each with its prompt."]
+
+
+def _make_inputs(model: Any, processor: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Images and noise that are the same on every machine, at noise levels in the middle."""
+    import torch
+
+    count, side = len(prompts), processor.image_size
+    config = getattr(model, "config", None)
+    channels, height, width = processor.latent_shape
+    grid = torch.linspace(-1, 1, side)
+    waves = torch.stack([torch.sin(4 * grid + i) for i in range(3)])  # 3 S
+    pixels = (waves[:, :, None] * waves[:, None, :].flip(-1)).expand(count, 3, side, side).contiguous()
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.full((count,), int(getattr(config, "train_timesteps", 1000)) // 2)
+    noise = torch.randn(count, channels, height, width, generator=generator)
+    return {"pixel_values": pixels, **processor.tokenize(prompts), "timesteps": levels, "noise": noise}
