@@ -15,7 +15,7 @@ from inlay.measure.energy import measure_energy
 from inlay.measure.footprint import footprint, true_size
 from inlay.measure.macs import count_macs
 from inlay.measure.speed import Latency, latency
-from inlay.methods._peft import PeftModel, acts_as_saved, base_modules, base_with_own_head
+from inlay.methods._peft import PeftModel, acts_as_saved, base_modules, base_with_own_head, layers_taken_out
 
 State = Callable[[], AbstractContextManager[nn.Module]]  # yields the model as it is in that state
 # Turns, the first of which is a warm-up, and passes per turn: 25 passes are counted in each state.
@@ -82,9 +82,9 @@ def find_adapter_parameters(model: PeftModel) -> list[nn.Parameter]:
 
 @contextmanager
 def without_adapter(model: PeftModel) -> Iterator[nn.Module]:
-    """The State of a base with its own head."""
-    with base_with_own_head(model):
-        yield model
+    """The State of a base with its own head, and without the adapter's layers: switched off they take time, too."""
+    with base_with_own_head(model), layers_taken_out(model.get_base_model()):
+        yield model.get_base_model()
 
 
 def time_by_turns(states: Mapping[str, State], inputs: dict[str, Tensor]) -> dict[str, list[Latency]]:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from inlay.adapters.load import merge_in_memory
 from inlay.errors import Unsupported
-from inlay.measure.costs import time_by_turns
+from inlay.measure.costs import State, time_by_turns, without_adapter
 from inlay.measure.energy import measure_energy
 from inlay.measure.footprint import footprint
 from inlay.measure.macs import count_macs
 from inlay.measure.memory import collate_largest_batch, measure_peak, step_options
 from inlay.measure.speed import forward_passes
-from inlay.methods._peft import PeftModel, adapter_tensors, remove_all_adapters
+from inlay.methods._peft import PeftModel, adapter_tensors
 from inlay.tasks.options import TaskData
 from inlay.train.config import TrainConfig
 
@@ -80,46 +80,47 @@ def _measure_file(model: nn.Module) -> int:
 
 def _measure_pass(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
     """Costs of one example in each state: as it was trained, `base_`, `merged_`."""
-    models = {"": model, **(_make_copies(model, inputs) if isinstance(model, PeftModel) else {})}
-    times = time_by_turns({state: partial(nullcontext, each) for state, each in models.items()}, inputs)
+    states: dict[str, State] = {"": partial(nullcontext, model)}
+    if isinstance(model, PeftModel):
+        states |= _find_states(model, inputs)
+    times = time_by_turns(states, inputs)
     found: dict[str, Any] = {"device": times[""][0].device, "threads": times[""][0].threads}
-    for state, each in models.items():
-        with suppress(Unsupported):
-            found[f"{state}mmacs"] = round(count_macs(each, inputs) / 1e6, 3)
-        found[f"{state}latency_ms"] = round(min(turn.p10_ms for turn in times[state]), 3)
-        energy = measure_energy(each, inputs, warmup=0)
+    for name, state in states.items():
+        with state() as each:
+            with suppress(Unsupported):
+                found[f"{name}mmacs"] = round(count_macs(each, inputs) / 1e6, 3)
+            energy = measure_energy(each, inputs, warmup=0)
+        found[f"{name}latency_ms"] = round(min(turn.p10_ms for turn in times[name]), 3)
         found.setdefault("energy_source", str(energy))
         if energy.joules is not None:
-            found[f"{state}energy_j"] = float(f"{energy.joules:.4g}")
+            found[f"{name}energy_j"] = float(f"{energy.joules:.4g}")
     if not isinstance(model, PeftModel):
         found |= {f"{state}{key}": found[key] for state in ("base_", "merged_") for key in _OF_A_PASS if key in found}
     return found
 
 
-def _make_copies(model: PeftModel, inputs: dict[str, Tensor]) -> dict[str, nn.Module]:
-    """A copy of the base without the adapter, whose wrappers cost time too, and one with the adapter merged.
+def _find_states(model: PeftModel, inputs: dict[str, Tensor]) -> dict[str, State]:
+    """The base without the adapter, and a copy with the adapter merged.
 
     One that there cannot be is left out: a base that does not take these inputs, a method that does not merge.
     """
-    makers: dict[str, Callable[[], nn.Module]] = {
-        "base_": partial(_copy_base, model, inputs),
-        "merged_": lambda: merge_in_memory(copy.deepcopy(model))[0],
+    makers: dict[str, Callable[[], State]] = {
+        "base_": lambda: _try_base(model, inputs),
+        "merged_": lambda: partial(nullcontext, merge_in_memory(copy.deepcopy(model))[0]),
     }
-    copies = {}
-    for state, make in makers.items():
+    states = {}
+    for name, make in makers.items():
         try:
-            copies[state] = make()
+            states[name] = make()
         except Exception as error:
-            logger.info("the state %s could not be measured (%s).", state.rstrip("_"), error)
-    return copies
+            logger.info("the state %s could not be measured (%s).", name.rstrip("_"), error)
+    return states
 
 
-def _copy_base(model: PeftModel, inputs: dict[str, Tensor]) -> nn.Module:
-    base = copy.deepcopy(model.get_base_model())
-    remove_all_adapters(base)
-    with forward_passes(base, inputs) as run:
+def _try_base(model: PeftModel, inputs: dict[str, Tensor]) -> State:
+    with without_adapter(model) as base, forward_passes(base, inputs) as run:
         run()
-    return base
+    return partial(without_adapter, model)
 
 
 def _measure_step(model: nn.Module, data: TaskData, train: TrainConfig) -> int:

@@ -21,7 +21,7 @@ from inlay.measure.energy import measure_energy
 from inlay.measure.footprint import footprint, true_size
 from inlay.measure.macs import count_macs_by_module
 from inlay.measure.memory import measure_forward_peak
-from inlay.methods._peft import PeftModel
+from inlay.methods._peft import PeftModel, base_with_own_head
 from inlay.tasks.base import load_base, load_skeleton, read_task
 
 _PEFT_PREFIX = "base_model.model."
@@ -205,8 +205,8 @@ def _find_states(adapted: LoadedAdapter, inputs: dict[str, Tensor], remarks: lis
     assert isinstance(model, PeftModel)
     states: dict[str, State] = {"unmerged": partial(nullcontext, model)}
     try:
-        with without_adapter(model) as base:
-            _count(base, inputs)
+        with base_with_own_head(model):
+            _count(model, inputs)
         states = {"base": partial(without_adapter, model), **states}
     except InlayError:
         remarks.append("the base cannot compute these inputs without the adapter.")
@@ -231,7 +231,7 @@ def _measure_states(
     model: nn.Module, states: Mapping[str, State], inputs: dict[str, Tensor], counts: Mapping[str, dict[str, int]]
 ) -> tuple[dict[str, Cost], str]:
     """Costs by state, and how energy was measured."""
-    added = find_adapter_parameters(model) if isinstance(model, PeftModel) else []
+    added = {id(each) for each in find_adapter_parameters(model)} if isinstance(model, PeftModel) else set()
     rows = len(next(iter(inputs.values())))
     costs, source = {}, ""
     times = time_by_turns(states, inputs)
@@ -241,7 +241,8 @@ def _measure_states(
         with enter() as current:
             held, peak = footprint(current), measure_forward_peak(current, inputs)
             energy = measure_energy(current, inputs, warmup=0)
-        aside = added if state == "base" else []  # there, but not used
+            # a new head next to the base's own: there, but not used
+            aside = [each for each in current.parameters() if state == "base" and id(each) in added]
         bytes_aside = sum(parameter.nbytes for parameter in aside)
         source = str(energy)
         costs[state] = Cost(
