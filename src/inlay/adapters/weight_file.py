@@ -160,7 +160,7 @@ def find_alpha(config: Mapping[str, Any], layer: str) -> float:
     """alpha of one layer under a LoRA's settings: the first pattern that matches counts, as in peft."""
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", layer):
-            return value  # type: ignore[no-any-return]
+            return value
     return config.get("lora_alpha", 8)
 
 
