@@ -13,21 +13,17 @@ from typing import Any
 
 from inlay.adapters.config import check_config
 from inlay.adapters.metadata import check_record
+from inlay.adapters.weight_file import PIPELINE_WEIGHTS, WEIGHTS, find_peft_keys, find_weights
 from inlay.errors import BadInput, DamagedFile, Unsupported
 from inlay.files.bounded_json import is_text, parse_json
 from inlay.files.tensor_header import DIGEST, read_header
 
-CONFIG, WEIGHTS, METRICS, CARD = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "metrics.json",
-    "README.md",
-)
+CONFIG, METRICS, CARD = "adapter_config.json", "metrics.json", "README.md"
 PICKLE = "adapter_model.bin"  # of peft before 0.7; only an import opens one
 ORIGIN = "origin.json"  # of a pulled folder: repository, commit and hashes
 FORMAT = 1  # of the record; raised when an older inlay would read it wrong
 # Larger ones are refused before they are read; a usual config has a few kB.
-MAX_BYTES = {CONFIG: 1_000_000, METRICS: 16_000_000, WEIGHTS: 16_000_000_000}
+MAX_BYTES = {CONFIG: 1_000_000, METRICS: 16_000_000, WEIGHTS: 16_000_000_000, PIPELINE_WEIGHTS: 16_000_000_000}
 _INCIDENTAL = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
 
 
@@ -38,10 +34,10 @@ class AdapterFile:
     Attributes:
         folder: Where it is.
         config: adapter_config.json.
-        shapes: Key and shape of every tensor.
+        shapes: Key, as peft has it, and shape of every tensor.
         record: What inlay stored, empty for an adapter saved by plain peft.
         metrics: metrics.json, empty if there is none.
-        bytes_weights: Size of adapter_model.safetensors.
+        bytes_weights: Size of the file with the tensors.
         digest: SHA-256 of that file's content, as stored in it; empty for an adapter saved by plain peft.
     """
 
@@ -58,6 +54,11 @@ class AdapterFile:
         """The folder's name; of one in the Hub's cache that of the repository."""
         cached = _cached(self.folder)
         return cached["repo"] if cached else self.folder.resolve().name
+
+    @property
+    def weights(self) -> Path:
+        """The file with the tensors."""
+        return find_weights(self.folder)
 
     @property
     def origin(self) -> dict[str, str]:
@@ -116,7 +117,7 @@ class Reading:
         folder: Of the adapter.
         digest: As in `read_adapter`.
         metadata: Of the safetensors file.
-        shapes: Key and shape of every tensor.
+        shapes: Key, as peft has it, and shape of every tensor.
         config: adapter_config.json.
         record: What inlay stored.
         metrics: metrics.json.
@@ -132,7 +133,7 @@ class Reading:
 
     def file(self) -> AdapterFile:
         """What was read, once all steps are done."""
-        size = (self.folder / WEIGHTS).stat().st_size
+        size = find_weights(self.folder).stat().st_size
         digest = self.metadata.get(DIGEST, "")
         return AdapterFile(self.folder, self.config, self.shapes, self.record, self.metrics, size, digest)
 
@@ -143,7 +144,7 @@ def check_digest(folder: str | Path) -> None:
     Raises:
         InlayError: The file is damaged.
     """
-    read_header(Path(folder) / WEIGHTS)
+    read_header(find_weights(Path(folder)))
 
 
 def run_step(name: str, reading: Reading) -> None:
@@ -167,8 +168,10 @@ def _check_folder(reading: Reading) -> None:
             state = f"is not an adapter: it has no {CONFIG}" if folder.is_dir() else "is a file"
             if inner := sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")):
                 state += f"; there is one in its folder {', '.join(inner[:5])}"
+            if (folder / PIPELINE_WEIGHTS).is_file():
+                state += f"; inlay import makes one of its {PIPELINE_WEIGHTS}"
         raise BadInput(f"{folder} {state}; give the folder that save_adapter or peft wrote.")
-    if not (folder / WEIGHTS).is_file():
+    if not find_weights(folder).is_file():
         pickled = (
             f" ({PICKLE} is a pickle, which loading never opens: inlay import makes safetensors of its tensors)"
             if (folder / PICKLE).exists()
@@ -182,9 +185,10 @@ def _check_folder(reading: Reading) -> None:
 
 def _read_tensor_header(reading: Reading) -> None:
     """The names and shapes of the tensors, which fill the file without a gap; its checksum."""
-    header = read_header(reading.folder / WEIGHTS, digest=reading.digest)
-    reading.metadata = header.pop("__metadata__", {})
-    reading.shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
+    path = find_weights(reading.folder)
+    header = read_header(path, digest=reading.digest)
+    reading.metadata = header.get("__metadata__", {})
+    reading.shapes = {key: tuple(header[stored]["shape"]) for stored, key in find_peft_keys(path, header).items()}
 
 
 def _read_config(reading: Reading) -> None:
@@ -222,7 +226,7 @@ def _check_files(folder: Path) -> None:
     """Each file is there itself, or is a link within: the Hub's cache keeps them in `blobs` next to `snapshots`."""
     inside = folder.resolve()
     homes = [inside, *(parent.parent / "blobs" for parent in inside.parents if parent.name == "snapshots")]
-    for name in (CONFIG, WEIGHTS, METRICS, CARD):
+    for name in (CONFIG, find_weights(folder).name, METRICS, CARD):
         path = folder / name
         if path.is_symlink() and not any(_target(path).is_relative_to(home) for home in homes):
             raise Unsupported(f"{path} is a link to a file outside of the folder; put the file itself there.")
@@ -291,11 +295,11 @@ def _record(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
             raise ValueError("task is not text")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedFile(
-            f"the record inside {folder / WEIGHTS} cannot be read ({error}); download the adapter again."
+            f"the record inside {find_weights(folder)} cannot be read ({error}); download the adapter again."
         ) from None
     if version > FORMAT:
         raise Unsupported(
             f"{folder} was saved in format {version}, this inlay reads up to {FORMAT}: pip install --upgrade inlay."
         )
-    check_record(record, folder / WEIGHTS)
+    check_record(record, find_weights(folder))
     return record

@@ -7,7 +7,7 @@ from typing import Any
 from inlay.adapters.file import AdapterFile
 from inlay.adapters.identity import check_base, identify_base
 from inlay.adapters.task import find_task_of_file
-from inlay.bases.load import find_size, read_config
+from inlay.bases.load import find_size, is_model_folder, read_config
 from inlay.errors import BadInput, InlayError
 from inlay.tasks.base import load_base
 
@@ -57,20 +57,21 @@ def choose_base_in(file: AdapterFile, folder: str | Path) -> Path:
 def holds_models(folder: str | Path) -> bool:
     """True for a folder that is no model itself, and has models in it."""
     path = Path(folder).expanduser()
-    return path.is_dir() and not (path / "config.json").is_file() and any(True for _ in _models_in(path))
+    return path.is_dir() and not is_model_folder(path) and any(True for _ in _models_in(path))
 
 
 def _models_in(folder: Path) -> Iterator[Path]:
-    """Models in a folder, or in the folders in it (user/name)."""
-    for pattern in ("*/config.json", "*/*/config.json"):
+    """Models in a folder, or in the folders in it (user/name); the parts of a pipeline are none."""
+    for pattern in ("*/", "*/*/"):
         for path in sorted(folder.glob(pattern)):
-            yield path.parent
+            if is_model_folder(path) and not is_model_folder(path.parent):
+                yield path
 
 
 def _has_structure(file: AdapterFile, folder: Path) -> bool:
     """Whether a folder holds a model of the recorded type, blocks and width; of any, where none are recorded."""
     try:
-        if not (folder / "config.json").is_file():
+        if not is_model_folder(folder):
             return False
         config: Any = read_config(str(folder), str(folder), None)
         find_task_of_file(file, config)

@@ -20,7 +20,9 @@ from inlay.adapters.config import find_base_changing_init
 from inlay.adapters.curve import CURVE, draw_curve, is_drawable
 from inlay.adapters.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, hash_config, read_adapter
 from inlay.adapters.sketch import find_precision, sketch
+from inlay.adapters.weight_file import PIPELINE_WEIGHTS, describe_parts, find_layers, find_stored_key, fits_pipeline
 from inlay.bases.batch_norm import is_batch_norm
+from inlay.bases.diffusion.config import is_diffusion
 from inlay.bases.load import find_head, find_size
 from inlay.errors import BadInput, ComputationFailed, Unsupported
 from inlay.files.atomic import write_json, writing
@@ -49,8 +51,9 @@ def save_adapter(
     """Save the active adapter, its head and all that loading must check, as a folder that plain peft reads too.
 
     adapter_config.json and adapter_model.safetensors are peft's; the safetensors metadata holds the base's
-    name, revision and sketch, the labels, the preprocessing and a golden output. README.md is the model card,
-    metrics.json holds `metrics`. An earlier adapter of that name is replaced in one step. Under several processes the
+    name, revision and sketch, the labels, the preprocessing and a golden output. LoRA of a text-to-image pipeline goes
+    into pytorch_lora_weights.safetensors instead, which diffusers loads. README.md is the model card, metrics.json
+    holds `metrics`. An earlier adapter of that name is replaced in one step. Under several processes the
     main one writes.
 
     Args:
@@ -94,6 +97,11 @@ def save_adapter(
             set_adapter_values(model, weights)
         _check_weights(model, weights)
         config = _complete_config(new / CONFIG, model.active_peft_config)
+        path = new / WEIGHTS
+        if is_diffusion(model.get_base_model().config) and fits_pipeline(config, weights):
+            path.unlink()
+            path = new / PIPELINE_WEIGHTS
+            config = _name_layers(new / CONFIG, config, weights)
         record = {
             **_record(model, processor, task),
             "config": hash_config(config),
@@ -101,10 +109,10 @@ def save_adapter(
         }
         if not np.isfinite(record["golden"]).all():
             raise ComputationFailed("the model's output on the golden input is NaN or Inf; nothing was saved.")
-        data = to_bytes(
-            weights, {"format": "pt", "inlay": json.dumps(record, separators=(",", ":"), ensure_ascii=False)}
-        )
-        (new / WEIGHTS).write_bytes(sign(data))
+        parts = describe_parts(path, config, {key: tuple(value.shape) for key, value in weights.items()})
+        stored = {find_stored_key(path, key): value for key, value in weights.items()}
+        told = json.dumps(record, separators=(",", ":"), ensure_ascii=False)
+        path.write_bytes(sign(to_bytes(stored, {"format": "pt", **parts, "inlay": told})))
         write_json(new / METRICS, metrics)
         if is_drawable(metrics.get("history")):
             draw_curve(metrics["history"], new / CURVE)
@@ -192,5 +200,16 @@ def _complete_config(path: Path, method: Any) -> dict[str, Any]:
     for key, value in config.items():
         if isinstance(value, list) and isinstance(getattr(method, key, None), set):
             config[key] = sorted(value)
+    write_json(path, config)
+    return config
+
+
+def _name_layers(path: Path, config: dict[str, Any], weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The config with the full name of each layer: `to_q` says nothing of the part of a pipeline."""
+    config = {
+        **config,
+        "target_modules": find_layers(weights),
+        **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
+    }
     write_json(path, config)
     return config

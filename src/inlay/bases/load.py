@@ -40,6 +40,11 @@ def list_builtin_bases() -> list[str]:
     return sorted(f"builtin:{name}" for name in found)
 
 
+def is_model_folder(folder: Path) -> bool:
+    """True for a folder with the config of a model, or the index of a pipeline of diffusers."""
+    return any((folder / index).is_file() for index in _INDEXES)
+
+
 def resolve_base(name: str | Path, revision: str | None = None) -> str:
     """The folder of an embedded or local model; a Hub id is returned as it is.
 

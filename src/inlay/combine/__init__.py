@@ -10,11 +10,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
-from inlay.adapters.file import CONFIG, WEIGHTS
+from inlay.adapters.file import CONFIG
+from inlay.adapters.weight_file import PIPELINE_WEIGHTS, PREFIX, WEIGHTS, fits_pipeline
 from inlay.combine.heads import WAYS, Heads, join_heads
 from inlay.combine.method_sum import Sum, SumOptions
 from inlay.combine.norms import total_error
-from inlay.combine.parts import PREFIX, Array, Part, Source
+from inlay.combine.parts import Array, Part, Source
 from inlay.combine.read import open_adapters, wait_for_digests
 from inlay.combine.rules import RULES, Settings, find_rule, weights_under_rule
 from inlay.combine.sums import SUM_BY_PEFT_TYPE
@@ -266,8 +267,10 @@ def _write_combination(
     config, shapes = make_config(sources, made, heads), list_shapes(made.values(), heads)
     said = _describe_combination(sources, heads, rule)
     record = make_record(sources, heads, keep, dict(said))
+    of_pipeline = any(source.file.weights.name == PIPELINE_WEIGHTS for source in sources)
     with writing(folder) as new:
-        _write_tensors(Stream(new / WEIGHTS, shapes, make_metadata(config, record)), made, heads)
+        path = new / (PIPELINE_WEIGHTS if of_pipeline and fits_pipeline(config, shapes) else WEIGHTS)
+        _write_tensors(Stream(path, shapes, make_metadata(path, shapes, config, record)), made, heads)
         errors = {site: value for each in made.values() for site, value in each.errors.items()}
         norms = {site: each.norms.get(site, 0.0) for each in made.values() for site in each.errors}
         off = total_error(errors, norms)

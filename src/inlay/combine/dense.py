@@ -14,9 +14,10 @@ from peft import get_peft_model
 
 from inlay.adapters.load import load_adapter
 from inlay.adapters.save import save_adapter
+from inlay.adapters.weight_file import PREFIX
 from inlay.combine.heads import Heads
 from inlay.combine.method_sum import SumOptions
-from inlay.combine.parts import PREFIX, Array, Source
+from inlay.combine.parts import Array, Source
 from inlay.errors import BadInput, Unsupported
 from inlay.methods._peft import adapter_shapes, merge_keeping_weights, set_adapter_values
 from inlay.methods.partial import PartialConfig

@@ -20,10 +20,11 @@ from torch import nn
 from torch.func import functional_call
 
 from inlay.adapters.load import load_adapter
+from inlay.adapters.weight_file import PREFIX
 from inlay.combine.examples import load_examples
 from inlay.combine.heads import Heads
 from inlay.combine.method_sum import Sum, SumOptions
-from inlay.combine.parts import PREFIX, Source
+from inlay.combine.parts import Source
 from inlay.errors import BadInput, Unsupported
 from inlay.methods._peft import adapter_parameters
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from inlay.combine.parts import PREFIX, Array, Source, Tensors
+from inlay.adapters.weight_file import PREFIX
+from inlay.combine.parts import Array, Source, Tensors
 from inlay.errors import BadInput, Unsupported, WrongBase
 
 WAYS = ("auto", "stack", "average")

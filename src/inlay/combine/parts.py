@@ -11,24 +11,26 @@ import numpy as np
 import numpy.typing as npt
 
 from inlay.adapters.file import AdapterFile
+from inlay.adapters.weight_file import find_peft_keys
 from inlay.errors import DamagedFile, Unsupported
 
 Array = npt.NDArray[np.float32]
-PREFIX = "base_model.model."  # of the keys in a file of peft
 
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 class Tensors:
-    """The tensors of a safetensors file that `read_adapter` has checked, each read, as float32, when asked for."""
+    """The tensors of a safetensors file that `read_adapter` has checked, each read, as float32, when asked for.
+
+    Keys are those of peft.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb", buffering=0)
         length = int.from_bytes(self._file.read(8), "little")
         header = json.loads(self._file.read(length))
-        header.pop("__metadata__", None)
         self._start = 8 + length
-        self._entries: dict[str, Any] = header
+        self._entries: dict[str, Any] = {key: header[stored] for stored, key in find_peft_keys(path, header).items()}
         self.path = path
 
     def __iter__(self) -> Iterator[str]:

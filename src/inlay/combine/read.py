@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from inlay.adapters.file import WEIGHTS, AdapterFile, check_digest, read_adapter
+from inlay.adapters.file import AdapterFile, check_digest, read_adapter
 from inlay.adapters.hub.fetch import fetch
 from inlay.adapters.patterns import check_patterns
 from inlay.adapters.sketch_distance import explain_difference
-from inlay.combine.parts import PREFIX, Part, Source, Tensors
+from inlay.adapters.weight_file import PREFIX
+from inlay.combine.parts import Part, Source, Tensors
 from inlay.combine.sums import SUM_BY_PEFT_TYPE
 from inlay.errors import BadInput, DamagedFile, Unsupported, WrongBase
 
@@ -41,7 +42,7 @@ def open_adapters(adapters: Mapping[Any, float]) -> Iterator[list[Source]]:
             names = shorten_names([file.folder for file in files])
             _check_bases(dict(zip(names, files, strict=True)))
             for name, weight, file, future in zip(names, adapters.values(), files, whole, strict=True):
-                tensors = Tensors(file.folder / WEIGHTS)
+                tensors = Tensors(file.weights)
                 held.callback(tensors.close)
                 sources.append(_sort_tensors(name, float(weight), file, tensors, future))
             yield sources

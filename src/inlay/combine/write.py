@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from inlay.adapters.file import CARD, CONFIG, FORMAT, METRICS, WEIGHTS, hash_config, read_adapter
+from inlay.adapters.file import CARD, CONFIG, FORMAT, METRICS, hash_config, read_adapter
+from inlay.adapters.weight_file import PIPELINE_WEIGHTS, describe_parts, find_stored_key, find_weights
 from inlay.combine.heads import Heads
 from inlay.combine.parts import Array, Source
 from inlay.errors import BadInput, ComputationFailed
@@ -26,7 +27,7 @@ class Stream:
     """A safetensors file in float32 that is written one tensor at a time, in the order of its header.
 
     Each tensor is read back and compared with what is in memory; another thread takes the digest for the header from
-    what stands in the file.
+    what stands in the file. Keys are those of peft; a pipeline's file gets its own.
     """
 
     def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, str]) -> None:
@@ -35,7 +36,7 @@ class Stream:
         at = 0
         for key, shape in shapes.items():
             end = at + 4 * int(np.prod(shape, dtype=np.int64))
-            header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, end]}
+            header[find_stored_key(path, key)] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, end]}
             at = end
         self._header, self._back = header, np.empty(_PIECE, "<i4")
         self._file = path.open("w+b", buffering=0)
@@ -173,16 +174,21 @@ def write_settings(folder: Path, config: dict[str, Any], record: dict[str, Any],
         text = make_card(record, config, metrics)
         text = text.replace("## Results", f"{said}\n## Results", 1)
     else:
-        text = f"---\nlibrary_name: peft\n---\n\n# {folder.name.strip('.').removesuffix('.inlay-new')}\n\n{said}"
+        library = "diffusers" if find_weights(folder).name == PIPELINE_WEIGHTS else "peft"
+        name = folder.name.strip(".").removesuffix(".inlay-new")
+        text = f"---\nlibrary_name: {library}\n---\n\n# {name}\n\n{said}"
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
-def make_metadata(config: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
+def make_metadata(
+    path: Path, shapes: dict[str, tuple[int, ...]], config: dict[str, Any], record: dict[str, Any]
+) -> dict[str, str]:
     """The metadata of the safetensors header."""
-    if not record:
-        return {"format": "pt"}
-    said = json.dumps({**record, "config": hash_config(config)}, separators=(",", ":"), ensure_ascii=False)
-    return {"format": "pt", "inlay": said}
+    metadata = {"format": "pt", **describe_parts(path, config, shapes)}
+    if record:
+        own = {**record, "config": hash_config(config)}
+        metadata["inlay"] = json.dumps(own, separators=(",", ":"), ensure_ascii=False)
+    return metadata
 
 
 def read_back(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -192,7 +198,7 @@ def read_back(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         InlayError: The file is not what was computed.
     """
     if read_adapter(folder, digest=False).shapes != shapes:
-        raise ComputationFailed(f"{folder / WEIGHTS} does not hold what was computed; is the disk full?")
+        raise ComputationFailed(f"{find_weights(folder)} does not hold what was computed; is the disk full?")
 
 
 @cache

@@ -22,21 +22,23 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from inlay.adapters.base_weights import is_base_with, split_base_weights
-from inlay.adapters.convert.factors import Factors, read_factors, read_tensors
+from inlay.adapters.convert.factors import Factors, check_factors, check_finite, read_factors, read_tensors
+from inlay.adapters.convert.pipelines import holds_pipeline_lora, read_pipeline_factors
 from inlay.adapters.file import CONFIG, PICKLE, WEIGHTS, AdapterFile, read_adapter
 from inlay.adapters.hub.fetch import fetch
 from inlay.adapters.load import LoadedAdapter, load_adapter
 from inlay.adapters.patterns import check_patterns
 from inlay.adapters.save import save_adapter
+from inlay.adapters.weight_file import PIPELINE_WEIGHTS, PREFIX, describe_parts, find_stored_key, fits_pipeline
 from inlay.adapters.weights import read_weights
-from inlay.bases.load import explain_load_error, read_config, resolve_base
+from inlay.bases.diffusion.config import is_diffusion
+from inlay.bases.load import explain_load_error, load_structure, read_config, resolve_base
 from inlay.bases.sites import is_linear, linear_shape
 from inlay.errors import BadInput, DamagedFile, InlayError, Unsupported, WrongBase
 from inlay.files.atomic import write_json, writing
 from inlay.files.outputs import check_output_folder
 from inlay.tasks.base import load_base
 
-START = "base_model.model."
 PARTS = ("q", "k", "v")  # of a fused layer, in the order of its rows
 _HEADS = ("classifier", "score", "fc", "head")
 
@@ -72,15 +74,17 @@ def import_adapter(
 ) -> Imported:
     """Convert an adapter, and compare it with its base as far as that is at hand.
 
-    Where the base's weights are (an image classifier, language model or SAM), the result carries a record and is
-    verified from then on; otherwise it is what plain peft would have saved.
+    Where the base's weights are (a base of any task), the result carries a record and is verified from then on;
+    otherwise it is what plain peft, or diffusers, would have saved.
 
     Args:
         source: A folder or Hub id of peft with names of an older transformers, or with adapter_model.bin of an older
-            peft; a file of loralib, or of the text encoder of Stable Diffusion (diffusers, kohya, cloneofsimo).
+            peft; a file of loralib; a file of diffusers, kohya or cloneofsimo for Stable Diffusion, or the folder with
+            diffusers' pytorch_lora_weights.safetensors.
         out: A new folder.
-        base: Name, folder or Hub id of the base, where the source does not name it.
-        alpha: Of loralib, and of a file of peft without its config: ΔW = alpha / r · B·A.
+        base: Name, folder or Hub id of the base, where the source does not name it: of Stable Diffusion the whole
+            pipeline. With CLIP's text encoder as base, the part of the text encoder becomes an adapter of that.
+        alpha: Where the file does not say it (loralib, peft or diffusers without settings): ΔW = alpha / r · B·A.
         fused: Of loralib's fused layers: which of q, k and v are adapted, such as ("q", "v").
 
     Raises:
@@ -93,6 +97,8 @@ def import_adapter(
     place = Path(source).expanduser()
     if place.is_file() and place.name in (WEIGHTS, PICKLE) and (place.parent / CONFIG).is_file():
         place = place.parent  # the file of a peft adapter, whose config lies next to it
+    elif (place / PIPELINE_WEIGHTS).is_file() and not (place / CONFIG).is_file():
+        place = place / PIPELINE_WEIGHTS
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "adapter"
         folder.mkdir()
@@ -144,11 +150,11 @@ def _from_peft(file: AdapterFile, folder: Path, base: str | None) -> tuple[Impor
     skeleton = base_skeleton(name)
     weights = read_weights(file)
     names = _renaming(skeleton)
-    moved = {key: START + names(key.removeprefix(START)) for key in weights}
+    moved = {key: PREFIX + names(key.removeprefix(PREFIX)) for key in weights}
     sites = {_site(key): _site(moved[key]) for key in weights if ".lora_" in key}
-    check_patterns(config, {site.removeprefix(START) for site in sites}, file.name)
+    check_patterns(config, {site.removeprefix(PREFIX) for site in sites}, file.name)
     config = copy.deepcopy(config)
-    config |= {"target_modules": sorted(new.removeprefix(START) for new in sites.values())}
+    config |= {"target_modules": sorted(new.removeprefix(PREFIX) for new in sites.values())}
     config |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
     config["base_model_name_or_path"] = name
     for key in ("rank_pattern", "alpha_pattern"):
@@ -170,8 +176,8 @@ def _follow(pattern: Mapping[str, Any], sites: Mapping[str, str]) -> dict[str, A
     told = {}
     for old, new in sites.items():
         for text, value in pattern.items():
-            if re.match(rf"(.*\.)?({text})$", old.removeprefix(START)):
-                told[re.escape(new.removeprefix(START))] = value
+            if re.match(rf"(.*\.)?({text})$", old.removeprefix(PREFIX)):
+                told[re.escape(new.removeprefix(PREFIX))] = value
                 break
     return told
 
@@ -179,47 +185,95 @@ def _follow(pattern: Mapping[str, Any], sites: Mapping[str, str]) -> dict[str, A
 def _from_file(
     path: Path, folder: Path, base: str | None, alpha: float | None, fused: Sequence[str] | None
 ) -> tuple[Imported, str]:
-    found = read_factors(path)
-    if alpha is not None and found.alphas:
+    tensors, metadata = read_tensors(path)
+    check_finite(path, tensors)
+    of_pipeline = holds_pipeline_lora(tensors)
+    skeleton = None if base is None else _find_skeleton(base, of_pipeline)
+    if of_pipeline:
+        pipeline = skeleton if skeleton is None or is_diffusion(skeleton.config) else None
+        found = read_pipeline_factors(path, tensors, metadata, pipeline)
+        if skeleton is not None and pipeline is None:
+            found = _take_text_encoder(path, found)
+    else:
+        found = read_factors(path, tensors)
+    check_factors(path, found)
+    base = _check_what_is_said(path, found, base, alpha, fused)
+    names = str if skeleton is None or found.pipeline else _renaming(skeleton)
+    layers = {names(f"{name}.weight").removesuffix(".weight"): factors for name, factors in found.layers.items()}
+    alphas = {names(f"{name}.weight").removesuffix(".weight"): value for name, value in found.alphas.items()}
+    whole = {names(key): value for key, value in found.whole.items()}
+    if skeleton is not None:
+        _check_sites(path.name, skeleton, layers)
+    made, config = _plain_lora(path, found, layers, dict.fromkeys(layers, float(alpha or 0)) | alphas, fused, skeleton)
+    heads = sorted({key.split(".")[0] for key in whole})
+    if skeleton is not None:
+        _check_shapes(path.name, skeleton, made, whole)
+    made |= {f"{PREFIX}{key}": value.contiguous() for key, value in whole.items()}
+    of_text_encoder = of_pipeline and not found.pipeline
+    settings = LoraConfig(
+        **config, base_model_name_or_path=base, modules_to_save=heads or None, inference_mode=True,
+        task_type="FEATURE_EXTRACTION" if of_text_encoder else "SEQ_CLS" if "classifier" in heads else None,
+    )  # fmt: skip
+    settings.save_pretrained(str(folder))
+    _write_tensors(folder, settings.to_dict(), made, found.pipeline)
+    renamed = len(made) if of_pipeline else sum(key not in found.layers for key in layers)
+    checked = "its base's structure" if skeleton is not None else "nothing: its base is not at hand"
+    return Imported(folder, found.form, len(layers), renamed, found.left_out, checked), base
+
+
+def _find_skeleton(base: str, of_pipeline: bool) -> transformers.PreTrainedModel | None:
+    """The structure of a base; None for one that is not at hand: then nothing is compared with it."""
+    try:
+        return base_skeleton(base, "CLIPTextModel" if of_pipeline else None)
+    except InlayError:
+        if Path(base).is_dir() or base.startswith("builtin:"):
+            raise
+        return None
+
+
+def _take_text_encoder(path: Path, found: Factors) -> Factors:
+    """The part of CLIP's text encoder, under its own names."""
+    start = "text_encoder."
+    layers = {name.removeprefix(start): value for name, value in found.layers.items() if name.startswith(start)}
+    if not layers:
+        raise WrongBase(f"{path} adapts no text encoder, so its base is the whole pipeline; give that as --base.")
+    layers = {name.removeprefix("text_model."): value for name, value in layers.items()}
+    alphas = {
+        name.removeprefix(start).removeprefix("text_model."): value
+        for name, value in found.alphas.items()
+        if name.startswith(start)
+    }
+    others = sum(len(value) for name, value in found.layers.items() if not name.startswith(start))
+    left = [f"{others} tensors of the UNet (they take the pipeline as base)"] if others else []
+    return Factors(found.form, layers, alphas, left_out=left + found.left_out)
+
+
+def _check_what_is_said(
+    path: Path, found: Factors, base: str | None, alpha: float | None, fused: Sequence[str] | None
+) -> str:
+    """The base's name, where nothing lacks and nothing is said that has no effect."""
+    unknown = found.layers.keys() - found.alphas.keys()
+    if alpha is not None and not unknown:
         raise BadInput(f"{path} holds the alpha of each layer, so alpha={alpha:g} would have no effect; leave it out.")
     if fused is not None and found.form != "loralib":
         raise BadInput(f"{path} is a LoRA of {found.form}, which has no fused layers; leave fused out.")
     lacking = []
     if base is None:
-        hint = " (openai/clip-vit-large-patch14 for Stable Diffusion 1)" if found.text_encoder else ""
-        lacking.append(f"the name of its base: --base{hint}")
-    if alpha is None and not found.alphas:
+        hint = " (that of the whole pipeline, such as stable-diffusion-v1-5/stable-diffusion-v1-5)"
+        lacking.append(f"the name of its base: --base{hint if found.pipeline else ''}")
+    if alpha is None and unknown:
         lacking.append("alpha, by which its updates are scaled as alpha / r: --alpha")
     if base is None or lacking:
         raise BadInput(f"{path} is a LoRA of {found.form}, which lacks {'; '.join(lacking)}.")
-    try:
-        skeleton = base_skeleton(base, "CLIPTextModel" if found.text_encoder else None)
-    except InlayError:
-        if Path(base).is_dir() or base.startswith("builtin:"):
-            raise
-        skeleton = None  # not at hand: written as the file says, and not compared
-    names = _renaming(skeleton) if skeleton is not None else str
-    layers = {names(f"{name}.weight").removesuffix(".weight"): pair for name, pair in found.layers.items()}
-    alphas = {names(f"{name}.weight").removesuffix(".weight"): value for name, value in found.alphas.items()}
-    whole = {names(key): value for key, value in found.whole.items()}
-    if skeleton is not None:
-        _check_sites(path.name, skeleton, layers)
-    tensors, config = _plain_lora(
-        path, found, layers, alphas or dict.fromkeys(layers, float(alpha or 0)), fused, skeleton
-    )
-    heads = sorted({key.split(".")[0] for key in whole})
-    if skeleton is not None:
-        _check_shapes(path.name, skeleton, tensors, whole)
-    tensors |= {f"{START}{key}": value.contiguous() for key, value in whole.items()}
-    settings = LoraConfig(
-        **config, base_model_name_or_path=base, modules_to_save=heads or None, inference_mode=True,
-        task_type="FEATURE_EXTRACTION" if found.text_encoder else "SEQ_CLS" if "classifier" in heads else None,
-    )  # fmt: skip
-    settings.save_pretrained(str(folder))
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    renamed = len(tensors) if found.text_encoder else sum(key not in found.layers for key in layers)
-    checked = "its base's structure" if skeleton is not None else "nothing: its base is not at hand"
-    return Imported(folder, found.form, len(layers), renamed, found.left_out, checked), base
+    return base
+
+
+def _write_tensors(folder: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor], pipeline: bool) -> None:
+    """The file of a pipeline's LoRA, or of any other adapter."""
+    path = folder / (PIPELINE_WEIGHTS if pipeline and fits_pipeline(config, tensors) else WEIGHTS)
+    parts = describe_parts(path, config, {key: tuple(value.shape) for key, value in tensors.items()})
+    stored = {find_stored_key(path, key): value for key, value in tensors.items()}
+    save_file(stored, path, {"format": "pt", **parts})
 
 
 def _plain_lora(
@@ -232,8 +286,13 @@ def _plain_lora(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and settings of peft for ΔW = alpha / r · B·A of each layer."""
     tensors, ranks, scales = {}, {}, {}
+    biased, dora = (any(leaf in pair for pair in layers.values()) for leaf in ("bias", "magnitude"))
+    if dora and (plain := next((name for name, pair in layers.items() if "magnitude" not in pair), None)):
+        raise Unsupported(
+            f"{path} is a DoRA that lacks the magnitudes of {plain}; peft has DoRA for all layers or none."
+        )
     for name, pair in layers.items():
-        down, up, scale = pair["A"].float(), pair["B"].float(), alphas[name]
+        down, up, scale = pair["A"].float(), pair["B"].float(), float(alphas[name])
         size = _rows(skeleton, name)
         if len(down) != up.shape[1] or (found.form == "loralib" and size == len(PARTS) * len(up)):
             if size is None or found.form != "loralib" or len(down) % up.shape[1]:
@@ -244,8 +303,13 @@ def _plain_lora(
             up = _unfuse(path, name, up, groups, fused, size)
             scale *= groups  # peft divides by the rank of all groups together
         ranks[name], scales[name] = len(down), scale
-        tensors[f"{START}{name}.lora_A.weight"] = down.contiguous()
-        tensors[f"{START}{name}.lora_B.weight"] = up.contiguous()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = down.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = up.contiguous()
+        if biased:
+            tensors[f"{PREFIX}{name}.lora_B.bias"] = pair.get("bias", up.new_zeros(len(up))).float().contiguous()
+        if dora:
+            rows = pair["magnitude"].float().flatten()
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = rows if up.ndim == 2 else rows[None, :, None, None]
     usual, scale = max(ranks.values()), max(scales.values())
     return tensors, {
         "r": usual,
@@ -253,6 +317,8 @@ def _plain_lora(
         "target_modules": sorted(layers),
         "rank_pattern": {re.escape(name): rank for name, rank in ranks.items() if rank != usual},
         "alpha_pattern": {re.escape(name): value for name, value in scales.items() if value != scale},
+        **({"use_dora": True} if dora else {}),
+        **({"lora_bias": True} if biased else {}),
     }
 
 
@@ -290,6 +356,8 @@ def base_skeleton(name: str, architecture: str | None = None) -> transformers.Pr
         InlayError: No such base, or none of transformers' classes.
     """
     config = read_config(name, resolve_base(name), None)
+    if is_diffusion(config):
+        return load_structure(name, "AutoModel", config)
     if architecture and (inner := getattr(config, "text_config", None)) is not None:
         config = inner
     named = architecture or next(iter(config.architectures or []), "")
@@ -329,13 +397,24 @@ def _check_shapes(
 ) -> None:
     """Factors as the layers want them; tensors of a head may have another number of classes."""
     for key, value in tensors.items():
-        module = skeleton.get_submodule(_site(key).removeprefix(START))
-        if not is_linear(module):
-            raise WrongBase(f"{name} adapts {_site(key)}, which is not a linear layer of {type(skeleton).__name__}.")
-        size_in, size_out = linear_shape(module)
-        size, found = (size_in, value.shape[1]) if ".lora_A." in key else (size_out, value.shape[0])
-        if size != found:
-            raise WrongBase(f"{name} does not fit its base: {key} has {found} features, and the layer has {size}.")
+        module = skeleton.get_submodule(_site(key).removeprefix(PREFIX))
+        if isinstance(module, torch.nn.Conv2d):
+            size_in, size_out = tuple(module.weight.shape[1:]), len(module.weight)
+        elif is_linear(module):
+            size_in, size_out = linear_shape(module)[:1], linear_shape(module)[1]
+        else:
+            raise WrongBase(
+                f"{name} adapts {_site(key)}, which is neither a linear layer nor a convolution of "
+                f"{type(skeleton).__name__}."
+            )
+        if ".lora_A." in key and tuple(value.shape[1:]) != size_in:
+            raise WrongBase(
+                f"{name} does not fit its base: {key} takes {tuple(value.shape[1:])} features, and the layer {size_in}."
+            )
+        if ".lora_B." in key and len(value) != size_out:
+            raise WrongBase(
+                f"{name} does not fit its base: {key} gives {len(value)} features, and the layer {size_out}."
+            )
     known = dict(skeleton.named_parameters())
     for key, value in whole.items():
         if key not in known or not key.startswith(_HEADS) or known[key].shape[1:] != value.shape[1:]:
@@ -356,7 +435,7 @@ def _load_on_base(name: str, folder: Path) -> LoadedAdapter | None:
     if carried and not is_base_with(model, carried):
         load_adapter(folder, name)
         return None
-    heads = [shape[0] for key, shape in file.shapes.items() if key.removeprefix(START).startswith(_HEADS)]
+    heads = [shape[0] for key, shape in file.shapes.items() if key.removeprefix(PREFIX).startswith(_HEADS)]
     if heads and heads[-1] != getattr(model.config, "num_labels", None):
         model = load_base(name, labels=[f"LABEL_{i}" for i in range(heads[-1])])
     return load_adapter(folder, model)

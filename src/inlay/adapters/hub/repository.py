@@ -17,11 +17,13 @@ from inlay.adapters.card import address_card
 from inlay.adapters.file import CARD, CONFIG, METRICS, ORIGIN, WEIGHTS, expand_path, read_adapter
 from inlay.adapters.hub.exchange import TOKEN, check_name, retry_exchange
 from inlay.adapters.hub.index import INDEX, check_index, find_adapters, render_index, write_index
+from inlay.adapters.weight_file import PIPELINE_WEIGHTS
 from inlay.errors import BadInput, DamagedFile, Unreachable
 from inlay.files.atomic import write_json, writing
 from inlay.files.outputs import check_output_folder
 
-FILES = (CONFIG, WEIGHTS, METRICS, CARD, "*.png")  # of an adapter; nothing else is sent or fetched, so never a pickle
+# Of an adapter; nothing else is sent or fetched, so never a pickle.
+FILES = (CONFIG, WEIGHTS, PIPELINE_WEIGHTS, METRICS, CARD, "*.png")
 _COLLECTION = "---\nlibrary_name: peft\ntags:\n- inlay\n---\n\n"
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from inlay.adapters.load import load_adapter
 from inlay.adapters.save import save_adapter
+from inlay.adapters.weight_file import PREFIX
 from inlay.adapters.weights import read_weights
 from inlay.bases.pruned import read_widths
 from inlay.bases.widths import Group, find_groups, narrowed, places_that_stay, weight_axis
-from inlay.combine.parts import PREFIX
 from inlay.compress.prune.pruning import Pruned, leave_out, prune
 from inlay.compress.prune.save import read_record
 from inlay.compress.prune.trained import load_trained

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import nn
 
-from inlay.adapters.file import WEIGHTS
 from inlay.adapters.save import save_adapter
+from inlay.adapters.weight_file import find_weights
 from inlay.measure import count_macs
 from inlay.measure.costs import State, time_by_turns, without_adapter
 from inlay.measure.footprint import true_size
@@ -130,7 +130,7 @@ class Limits:
         with tempfile.TemporaryDirectory() as folder:
             model = self.problem.adapt(adapter).eval()
             saved = save_adapter(model, Path(folder) / "adapter", processor=self.problem.data.processor)
-            return (saved / WEIGHTS).stat().st_size
+            return find_weights(saved).stat().st_size
 
     def _plan_memory(self, adapter: Trial) -> int:
         data, train = self.problem.data, self.problem.train
