@@ -86,6 +86,7 @@ if TYPE_CHECKING:
     from inlay.tasks.text.options import TextTask
     from inlay.tasks.text.processor import TextProcessor
     from inlay.tasks.text.view import TextView
+    from inlay.tasks.text_to_image.paint import draw_paintings, paint
     from inlay.tasks.volumes.data import VolumeData, load_volumes
     from inlay.tasks.volumes.options import VolumeTask
     from inlay.tasks.volumes.scan import VolumeProcessor
@@ -167,6 +168,7 @@ _MODULE_OF = {
     "combine": "combine",
     "compare": "study.compare",
     "describe_run": "tasks.options",
+    "draw_paintings": "tasks.text_to_image.paint",
     "draw_sheet": "tasks.images.predict",
     "evaluate": "adapters.evaluate",
     "export": "compress.export",
@@ -198,6 +200,7 @@ _MODULE_OF = {
     "narrow_sites": "study.sites",
     "option": "options",
     "overlap": "combine.report",
+    "paint": "tasks.text_to_image.paint",
     "parse_budget": "study.tune.budget",
     "predict": "tasks.images.predict",
     "predict_masks": "tasks.masks.predict",
@@ -276,6 +279,7 @@ __all__ = [
     "combine",
     "compare",
     "describe_run",
+    "draw_paintings",
     "draw_sheet",
     "evaluate",
     "export",
@@ -307,6 +311,7 @@ __all__ = [
     "narrow_sites",
     "option",
     "overlap",
+    "paint",
     "parse_budget",
     "predict",
     "predict_masks",

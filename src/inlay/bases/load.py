@@ -114,7 +114,7 @@ def load_pretrained(
     loader = getattr(transformers, auto_class)
     stored = find_stored_form(name, config, quantize)
     try:
-        with _quiet(local=Path(where).is_dir()):
+        with quiet_loading(local=Path(where).is_dir()):
             model, report = loader.from_pretrained(
                 where,
                 config=config,
@@ -211,7 +211,7 @@ def set_labels(config: Any, labels: Sequence[str]) -> None:
 
 
 @contextmanager
-def _quiet(local: bool) -> Iterator[None]:
+def quiet_loading(local: bool) -> Iterator[None]:
     """Silence what transformers says while it loads a base, and no longer.
 
     modeling_utils reports a new head and mismatched weights (`_check_report` refuses the second), tensor_parallel lists

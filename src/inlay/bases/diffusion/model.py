@@ -1,6 +1,11 @@
 """A pipeline of diffusers as one model of transformers: what is adapted, checked, merged and saved."""
 
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -85,8 +90,17 @@ class DiffusionModel(PreTrainedModel):
         return (model, report) if options.get("output_loading_info") else model
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:
-        """Write a folder that diffusers loads as a pipeline, with its tokenizers and scheduler."""
-        self.make_pipeline().save_pretrained(save_directory)
+        """Write a folder that diffusers loads as a pipeline, with its tokenizers and scheduler.
+
+        Whatever the weights are stored in, diffusers loads its own parts in float32 unless it is told otherwise; the
+        configs of the text encoders ask for the same, so that all parts compute together.
+        """
+        with _without_notes_on_absent_parts():
+            self.make_pipeline().save_pretrained(save_directory)
+        for name in self.config.text_encoders:
+            path = Path(save_directory) / name / "config.json"
+            config = json.loads(path.read_text(encoding="utf-8"))
+            path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 
     def make_pipeline(self) -> Any:
         """The pipeline of diffusers around these very modules; adapters in them take part.
@@ -194,6 +208,21 @@ class DiffusionModel(PreTrainedModel):
         sigma = shift * sigma / (1 + (shift - 1) * sigma)
         of_noise = sigma[:, None, None, None]
         return (1 - of_noise) * latents + of_noise * noise, noise - latents, sigma * steps, None
+
+
+@contextmanager
+def _without_notes_on_absent_parts() -> Iterator[None]:
+    """Keep diffusers from telling that what a pipeline is without, such as T5, cannot be saved."""
+    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    logger.addFilter(_tells_more_than_absence)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_tells_more_than_absence)
+
+
+def _tells_more_than_absence(record: logging.LogRecord) -> bool:
+    return "=None of type" not in str(record.msg)
 
 
 def _new_report() -> dict[str, list[Any]]:
