@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from inlay.adapters.load import load_adapter
     from inlay.adapters.save import save_adapter
     from inlay.bases.batch_norm import freeze_statistics
+    from inlay.bases.diffusion.sites import pipeline_targets
     from inlay.bases.load import resolve_base
     from inlay.bases.networks.configs import ShuffleNetV1Config, ShuffleNetV2Config, SqueezeNetConfig
     from inlay.bases.processors import load_processor, load_tokenizer
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     from inlay.tasks.text.options import TextTask
     from inlay.tasks.text.processor import TextProcessor
     from inlay.tasks.text.view import TextView
+    from inlay.tasks.text_to_image.options import TextToImageTask
     from inlay.tasks.text_to_image.paint import draw_paintings, paint
     from inlay.tasks.volumes.data import VolumeData, load_volumes
     from inlay.tasks.volumes.options import VolumeTask
@@ -150,6 +152,7 @@ _MODULE_OF = {
     "TextData": "tasks.text.data",
     "TextProcessor": "tasks.text.processor",
     "TextTask": "tasks.text.options",
+    "TextToImageTask": "tasks.text_to_image.options",
     "TextView": "tasks.text.view",
     "TrainConfig": "train.config",
     "Trial": "study.trial",
@@ -202,6 +205,7 @@ _MODULE_OF = {
     "overlap": "combine.report",
     "paint": "tasks.text_to_image.paint",
     "parse_budget": "study.tune.budget",
+    "pipeline_targets": "bases.diffusion.sites",
     "predict": "tasks.images.predict",
     "predict_masks": "tasks.masks.predict",
     "prune": "compress.prune.pruning",
@@ -261,6 +265,7 @@ __all__ = [
     "TextData",
     "TextProcessor",
     "TextTask",
+    "TextToImageTask",
     "TextView",
     "TrainConfig",
     "Trial",
@@ -313,6 +318,7 @@ __all__ = [
     "overlap",
     "paint",
     "parse_budget",
+    "pipeline_targets",
     "predict",
     "predict_masks",
     "prune",
