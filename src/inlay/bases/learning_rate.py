@@ -1,6 +1,7 @@
 """How far a learning rate has to fall for a base that is wider than those on which it was found."""
 
 import statistics
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
@@ -44,9 +45,9 @@ def measure_width(model: nn.Module) -> tuple[int, bool]:
         InlayError: It has no blocks that `sites` finds.
     """
     base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     if is_diffusion(config) and config.hidden_size:
-        return config.hidden_size, True
+        return int(config.hidden_size), True
     modules = dict(base_modules_of(base))
     queries = sites(base).q
     if queries:

@@ -17,9 +17,9 @@ Quantize = Literal["8bit", "4bit"]
 def make_quantization_config(quantize: Quantize | None, name: str, config: Any, kind: Any, dtype: str) -> Any:
     """bitsandbytes' settings for a base of the auto class `kind`.
 
-    Head and pooler stay whole, as an int8 weight cannot be trained; of a text-to-image pipeline all but the linear layers
-    in the denoiser's blocks. So do, under 4 bits, layers whose input is no multiple of NF4's block of 64: bitsandbytes 0.50 dequantises them wrongly on a CPU (relative error 0.23 instead of
-    0.09 for 96 inputs).
+    Head and pooler stay whole, as an int8 weight cannot be trained; of a text-to-image pipeline all but the linear
+    layers in the denoiser's blocks. So do, under 4 bits, layers whose input is no multiple of NF4's block of 64:
+    bitsandbytes 0.50 dequantises them wrongly on a CPU (relative error 0.23 instead of 0.09 for 96 inputs).
     """
     if quantize is None:
         return None

@@ -133,8 +133,6 @@ def fit(
         net = wrap_for_cache(model, config, accelerator)
         wrapped, optimizer, scheduler = accelerator.prepare(net, optimizer, scheduler)
         resumed = run.resume()
-        if callback is not None:
-            _call_on_main(accelerator, model, lambda: callback.begin(run.folder))
         lengths = getattr(train_data, "lengths", None)
         order = SeededSampler(
             len(train_data), config.batch_size, steps, config.seed, done=run.progress.step, lengths=lengths
@@ -187,15 +185,6 @@ def _choose_rate(config: TrainConfig, model: nn.Module, accelerator: Accelerator
     return replace(config, learning_rate=rate)
 
 
-def _call_on_main(accelerator: Accelerator, model: nn.Module, call: "Callable[[], None]") -> None:
-    """Call something on the main process with the model in eval mode; then all processes go on."""
-    if accelerator.is_main_process:
-        model.eval()
-        call()
-        set_train_mode(model)
-    accelerator.wait_for_everyone()
-
-
 class _Trainer:
     """The loop of one run, and the objects it works with."""
 
@@ -222,6 +211,8 @@ class _Trainer:
 
     def train(self, loader: Any, validation: Any, stop: StopRequest, resumed: bool) -> None:
         progress, config = self.run.progress, self.config
+        if (callback := self.callback) is not None:
+            self._call_on_main(lambda: callback.begin(self.run.folder))
         hidden = None if self.accelerator.is_local_main_process else True  # None hides the bar without a terminal
         bar = tqdm(
             total=self.steps,
@@ -419,5 +410,13 @@ class _Trainer:
             shown = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if k != "step")
             bar.write(f"step {progress.step:>5}/{self.steps}  {shown}{'  best' if better else ''}")
         if (callback := self.callback) is not None:
+            self._call_on_main(lambda: callback.evaluated(progress.step))
+
+    def _call_on_main(self, call: "Callable[[], None]") -> None:
+        """Call something on the main process with the model in eval mode; then all processes go on."""
+        if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.model)
-            _call_on_main(self.accelerator, model, lambda: callback.evaluated(progress.step))
+            model.eval()
+            call()
+            set_train_mode(model)
+        self.accelerator.wait_for_everyone()
