@@ -11,6 +11,8 @@ from inlay.errors import BadInput, Unsupported
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 # ... and of the text encoders in transformers: CLIP, T5.
 _TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "q", "k", "v", "o")
+# The text encoder whose last layer a pipeline does not read: SDXL takes the states before it, and pools those of its other.
+_LAST_UNREAD = {"StableDiffusionXLPipeline": "text_encoder"}
 
 
 def pipeline_targets(
@@ -27,7 +29,7 @@ def pipeline_targets(
         sites: `attention` takes the projections of the attention in the denoiser's blocks, as the scripts of diffusers
             do; `all` every linear layer and 1x1 convolution in them.
         convolutions: Take the convolutions in its blocks too.
-        text_encoders: Take the projections of the attention in all text encoders too.
+        text_encoders: Take the projections of the attention in all text encoders too, where a pipeline reads them.
 
     Raises:
         InlayError: The model is no text-to-image base, or nothing of the kind is there.
@@ -48,6 +50,9 @@ def pipeline_targets(
         for part in config.text_encoders:
             inside = model.get_submodule(part).named_modules()
             linear = [name for name, module in inside if isinstance(module, nn.Linear)]
+            if part == _LAST_UNREAD.get(config.pipeline):
+                last = config.parts[part]["config"]["num_hidden_layers"] - 1
+                linear = [name for name in linear if f".layers.{last}." not in name]
             found += [f"{part}.{name}" for name in linear if name.rpartition(".")[2] in _TEXT_ATTENTION]
     if not found:
         raise Unsupported(f"found no attention in the blocks of the {config.denoiser}; give target_modules.")
