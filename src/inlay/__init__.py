@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from inlay.adapters.load import load_adapter
     from inlay.adapters.save import save_adapter
     from inlay.bases.batch_norm import freeze_statistics
+    from inlay.bases.diffusion.sites import pipeline_targets
     from inlay.bases.load import resolve_base
     from inlay.bases.networks.configs import ShuffleNetV1Config, ShuffleNetV2Config, SqueezeNetConfig
     from inlay.bases.processors import load_processor, load_tokenizer
@@ -86,6 +87,8 @@ if TYPE_CHECKING:
     from inlay.tasks.text.options import TextTask
     from inlay.tasks.text.processor import TextProcessor
     from inlay.tasks.text.view import TextView
+    from inlay.tasks.text_to_image.options import TextToImageTask
+    from inlay.tasks.text_to_image.paint import draw_paintings, paint
     from inlay.tasks.volumes.data import VolumeData, load_volumes
     from inlay.tasks.volumes.options import VolumeTask
     from inlay.tasks.volumes.scan import VolumeProcessor
@@ -149,6 +152,7 @@ _MODULE_OF = {
     "TextData": "tasks.text.data",
     "TextProcessor": "tasks.text.processor",
     "TextTask": "tasks.text.options",
+    "TextToImageTask": "tasks.text_to_image.options",
     "TextView": "tasks.text.view",
     "TrainConfig": "train.config",
     "Trial": "study.trial",
@@ -167,6 +171,7 @@ _MODULE_OF = {
     "combine": "combine",
     "compare": "study.compare",
     "describe_run": "tasks.options",
+    "draw_paintings": "tasks.text_to_image.paint",
     "draw_sheet": "tasks.images.predict",
     "evaluate": "adapters.evaluate",
     "export": "compress.export",
@@ -198,7 +203,9 @@ _MODULE_OF = {
     "narrow_sites": "study.sites",
     "option": "options",
     "overlap": "combine.report",
+    "paint": "tasks.text_to_image.paint",
     "parse_budget": "study.tune.budget",
+    "pipeline_targets": "bases.diffusion.sites",
     "predict": "tasks.images.predict",
     "predict_masks": "tasks.masks.predict",
     "prune": "compress.prune.pruning",
@@ -258,6 +265,7 @@ __all__ = [
     "TextData",
     "TextProcessor",
     "TextTask",
+    "TextToImageTask",
     "TextView",
     "TrainConfig",
     "Trial",
@@ -276,6 +284,7 @@ __all__ = [
     "combine",
     "compare",
     "describe_run",
+    "draw_paintings",
     "draw_sheet",
     "evaluate",
     "export",
@@ -307,7 +316,9 @@ __all__ = [
     "narrow_sites",
     "option",
     "overlap",
+    "paint",
     "parse_budget",
+    "pipeline_targets",
     "predict",
     "predict_masks",
     "prune",

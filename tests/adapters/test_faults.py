@@ -156,7 +156,7 @@ def test_path_traversal_in_the_name_of_the_base(base, zoo, rewrite):
 @pytest.mark.parametrize("base", ["../..", "/etc", "../../etc/passwd"])
 def test_a_base_elsewhere_on_the_disk(base, zoo, rewrite):
     rewrite(zoo, record=lambda r: r["base"].update(name=base))
-    refused(zoo, r"has no config.json, so it is no model|no model folder at")
+    refused(zoo, r"has neither config.json nor model_index.json, so it is no model|no model folder at")
 
 
 @pytest.mark.parametrize("length", [100 * 1000**3, 2**64 - 1, 2**63, 100_000_001])

@@ -194,7 +194,7 @@ def test_a_name_that_leads_nowhere(name, message):
 
 
 def test_a_folder_without_a_model(tmp_path):
-    refused(r"has no config.json, so it is no model", tmp_path)
+    refused(r"has neither config.json nor model_index.json, so it is no model", tmp_path)
     assert resolve_base("someone/something") == "someone/something"
 
 

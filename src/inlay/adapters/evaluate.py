@@ -33,6 +33,7 @@ def evaluate(
     limit: int | None = None,
     compare: bool = True,
     group: str | None = None,
+    encoder: str | Path | None = None,
     resamples: int = 1000,
     write: bool = False,
     device: Device | None = None,
@@ -45,10 +46,12 @@ def evaluate(
         base: Load the adapter on this one, not on its own.
         split: `validation`, `test`, `train` or `all`; by itself what a recipe would score. Data without a split is
             scored whole; but if the adapter was trained on it, the part that was held out.
-        limit: Score so many images, prompts or scans at most, spread evenly.
+        limit: Score so many images, prompts or scans at most, spread evenly; paint from so many seeds.
         compare: Score the base without the adapter too, where that means something.
         group: Of labels, in a combination of classifiers: choose among its classes only.
-        resamples: Of the images, prompts or scans, for the intervals (bootstrap).
+        encoder: Of an adapter that paints: the folder or Hub id of a DINO, a CLIP or another image model by whose
+            features images are compared; default: an embedded one.
+        resamples: Of the images, prompts, scans or seeds, for the intervals (bootstrap).
         write: Put the scores into the adapter's metrics.json and README.md, under the name of the data.
         device: As in `load_adapter`.
 
@@ -56,7 +59,7 @@ def evaluate(
         InlayError: Whatever `load_adapter` and the task's loader of data find; labels that the adapter does not know;
             `write` to what is no folder of one's own.
     """
-    request = Request(split, limit, compare, group, resamples)
+    request = Request(split, limit, compare, group, None if encoder is None else str(encoder), resamples)
     loaded = None if isinstance(adapter, str | Path) else adapter
     if loaded is not None and not base is device is None:
         raise BadInput("this adapter is loaded already; leave base and device out, or give the adapter's folder.")
@@ -72,6 +75,8 @@ def evaluate(
         raise BadInput(
             f"adapter {loaded.name!r} is for {loaded.task.name} and has no groups of labels; leave group out."
         )
+    if encoder is not None and not loaded.task.compares_images:
+        raise BadInput(f"adapter {loaded.name!r} is for {loaded.task.name} and paints nothing; leave encoder out.")
     # A model without an adapter has nothing to be compared with.
     request = replace(request, training=Training.from_metrics(loaded.metrics), compare=compare and file is not None)
     found = loaded.task.evaluate(loaded, str(data), request)

@@ -1,10 +1,12 @@
 """How far a learning rate has to fall for a base that is wider than those on which it was found."""
 
 import statistics
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
 
+from inlay.bases.diffusion.config import is_diffusion
 from inlay.bases.sites import base_modules_of, is_linear, linear_shape, sites
 from inlay.errors import InlayError
 
@@ -37,12 +39,15 @@ def scale_rate(rate: float, model: nn.Module) -> float:
 
 
 def measure_width(model: nn.Module) -> tuple[int, bool]:
-    """The width of a base, and whether it is a transformer.
+    """The width of a base, and whether it is a transformer; a denoiser is one, as its blocks attend.
 
     Raises:
         InlayError: It has no blocks that `sites` finds.
     """
     base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    config: Any = getattr(base, "config", None)
+    if is_diffusion(config) and config.hidden_size:
+        return int(config.hidden_size), True
     modules = dict(base_modules_of(base))
     queries = sites(base).q
     if queries:

@@ -24,7 +24,14 @@ from inlay.bases.diffusion.config import (
     is_pipeline_on_hub,
     read_diffusion_config,
 )
-from inlay.bases.quantize import Quantize, compute_plainly, find_stored_form, flatten_inputs, make_quantization_config
+from inlay.bases.quantize import (
+    Quantize,
+    compute_plainly,
+    find_stored_form,
+    flatten_inputs,
+    make_quantization_config,
+    quantize_layers,
+)
 from inlay.bases.sites import find_last_norms, head_modules
 from inlay.errors import BadInput, DamagedFile, InlayError, Unreachable, Unsupported
 from inlay.files.folder_or_hub import refuse_ambiguous
@@ -119,7 +126,9 @@ def load_pretrained(
     loader = getattr(transformers, auto_class)
     stored = find_stored_form(name, config, quantize)
     try:
-        with _quiet(local=Path(where).is_dir()):
+        packing = None if stored else make_quantization_config(quantize, name, config, loader, dtype)
+        by_us = packing is not None and is_diffusion(config)  # diffusers quantises on a GPU only
+        with quiet_loading(local=Path(where).is_dir()):
             model, report = loader.from_pretrained(
                 where,
                 config=config,
@@ -129,7 +138,7 @@ def load_pretrained(
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                quantization_config=None if stored else make_quantization_config(quantize, name, config, loader, dtype),
+                quantization_config=None if by_us else packing,
                 # packed on the device itself
                 device_map=None if placed is None or not (quantize or stored) else {"": placed},
             )
@@ -142,6 +151,8 @@ def load_pretrained(
     if new_head:
         model.new_poolers = _missing_poolers(model, report["missing_keys"])
     _check_report(name, model, report, new_head)
+    if by_us:
+        quantize_layers(model, packing, placed or choose_device(None))
     if new_head:
         _draw_head(model)
     if "4bit" in (quantize, stored):
@@ -167,6 +178,8 @@ def load_structure(
     try:
         with torch.device("meta"):
             model = loader.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
+    except InlayError:
+        raise
     except Exception as error:  # whatever a strange config makes transformers raise
         raise explain_load_error(name, error) from error
     if settings is not None:
@@ -216,7 +229,7 @@ def set_labels(config: Any, labels: Sequence[str]) -> None:
 
 
 @contextmanager
-def _quiet(local: bool) -> Iterator[None]:
+def quiet_loading(local: bool) -> Iterator[None]:
     """Silence what transformers says while it loads a base, and no longer.
 
     modeling_utils reports a new head and mismatched weights (`_check_report` refuses the second), tensor_parallel lists

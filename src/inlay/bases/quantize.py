@@ -6,6 +6,8 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from inlay.bases.diffusion.config import is_diffusion
+from inlay.bases.diffusion.sites import list_denoiser_layers
 from inlay.bases.sites import head_modules, is_linear, linear_shape
 from inlay.errors import BadInput, Unsupported
 
@@ -15,9 +17,9 @@ Quantize = Literal["8bit", "4bit"]
 def make_quantization_config(quantize: Quantize | None, name: str, config: Any, kind: Any, dtype: str) -> Any:
     """bitsandbytes' settings for a base of the auto class `kind`.
 
-    Head and pooler stay whole, as an int8 weight cannot be trained. So do, under 4 bits, layers whose input is no
-    multiple of NF4's block of 64: bitsandbytes 0.50 dequantises them wrongly on a CPU (relative error 0.23 instead of
-    0.09 for 96 inputs).
+    Head and pooler stay whole, as an int8 weight cannot be trained; of a text-to-image pipeline all but the linear
+    layers in the denoiser's blocks. So do, under 4 bits, layers whose input is no multiple of NF4's block of 64:
+    bitsandbytes 0.50 dequantises them wrongly on a CPU (relative error 0.23 instead of 0.09 for 96 inputs).
     """
     if quantize is None:
         return None
@@ -32,10 +34,15 @@ def make_quantization_config(quantize: Quantize | None, name: str, config: Any, 
 
     with torch.device("meta"):
         skeleton = kind.from_config(config, trust_remote_code=False)
-    heads = head_modules(skeleton)
-    heads += [n for n, _ in skeleton.named_modules() if n.rpartition(".")[2] == "pooler"]  # it may be new as well
+    linear = {n: m for n, m in skeleton.named_modules() if is_linear(m)}
+    if is_diffusion(config):
+        inside = {n for n, _ in list_denoiser_layers(skeleton)}
+        heads = [n for n in linear if n not in inside]
+    else:
+        heads = head_modules(skeleton)
+        heads += [n for n, _ in skeleton.named_modules() if n.rpartition(".")[2] == "pooler"]  # it may be new as well
     outside = tuple(f"{head}." for head in heads)
-    linear = {n: m for n, m in skeleton.named_modules() if is_linear(m) and not f"{n}.".startswith(outside)}
+    linear = {n: m for n, m in linear.items() if not f"{n}.".startswith(outside)}
     whole = [n for n, m in linear.items() if bits == 4 and linear_shape(m)[0] % 64]
     if len(whole) == len(linear):
         raise Unsupported(f"{name} has no linear layer outside its head that {bits} bits can hold; leave quantize out.")
@@ -47,6 +54,25 @@ def make_quantization_config(quantize: Quantize | None, name: str, config: Any, 
         bnb_4bit_compute_dtype=getattr(torch, dtype),
         llm_int8_skip_modules=heads + whole,
     )
+
+
+def quantize_layers(model: Any, settings: Any, device: str | torch.device) -> None:
+    """Quantise the linear layers of a loaded text-to-image base in place, on the device that they go to.
+
+    As transformers does where it loads a model by itself; diffusers does so only on a GPU.
+    """
+    from transformers.integrations import replace_with_bnb_linear
+
+    whole = dict(model.named_modules())
+    replace_with_bnb_linear(model, settings.llm_int8_skip_modules, settings)
+    for name, layer in model.named_modules():
+        if layer is not whole[name]:
+            weight = layer.weight
+            layer.weight = type(weight)(whole[name].weight.data, requires_grad=False, **vars(weight)).to(device)
+            layer.bias = whole[name].bias
+    model.to(device)
+    model.is_quantized = True
+    model.is_loaded_in_8bit, model.is_loaded_in_4bit = settings.load_in_8bit, settings.load_in_4bit  # read by peft
 
 
 def find_stored_form(name: str, config: Any, quantize: Quantize | None) -> str | None:

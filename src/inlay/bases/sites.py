@@ -15,6 +15,8 @@ from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from inlay.bases.diffusion.config import is_diffusion
+from inlay.bases.diffusion.sites import list_denoiser_layers, pipeline_targets
 from inlay.bases.pruned_configs import PRUNED
 from inlay.errors import BadInput, Unsupported
 
@@ -248,6 +250,10 @@ def sites(model: nn.Module) -> Sites:
     Raises:
         InlayError: There is neither a row nor such blocks, or they are those of an encoder and a decoder.
     """
+    if is_diffusion(getattr(model, "config", None)):
+        raise Unsupported(
+            "a text-to-image pipeline has no single stack of equal blocks; use lora, or give target_modules by hand."
+        )
     modules = dict(base_modules_of(model))
     text = find_text_part(model)
     backbone = text if text and text in modules else _find_backbone(model)
@@ -540,13 +546,17 @@ def lora_targets(model: nn.Module, sites: Literal["all", "attention"] = "all") -
             there they hold most of the weights (ResNet, SqueezeNet). `attention` takes the query and value projections
             only (Hu et al. 2021, section 7.1), or all where there is no attention. Convolutions in groups are left out:
             peft's LoRA on them cannot be merged, and is larger than they are where they are depth-wise. `lora-conv` of
-            METHODS takes them. So are convolutions that make another weight of theirs first (BiT).
+            METHODS takes them. So are convolutions that make another weight of theirs first (BiT). Of a text-to-image
+            pipeline those of the denoiser's blocks are taken, and of their attention all projections
+            (`pipeline_targets`).
 
     Raises:
         InlayError: Nothing of the kind is there.
     """
     if sites not in ("all", "attention"):
         raise BadInput(f"sites must be all or attention, got {sites!r}.")
+    if is_diffusion(getattr(model, "config", None)):
+        return pipeline_targets(model, sites)
     text = find_text_part(model)
     unseen = leaves_read_by_kernels(model)
     inner = {
@@ -593,8 +603,11 @@ def _find_stem(model: nn.Module) -> tuple[str, ...]:
 def list_layers(model: nn.Module) -> list[str]:
     """Names of every linear layer and convolution outside the head that is called as such.
 
-    Left out are poolers, and the output projection of torch's MultiheadAttention, which reads its weight.
+    Left out are poolers, and the output projection of torch's MultiheadAttention, which reads its weight; of a
+    text-to-image pipeline all but the denoiser's blocks.
     """
+    if is_diffusion(getattr(model, "config", None)):
+        return [name for name, _ in list_denoiser_layers(model)]
     return [
         name
         for name, module in _outside(model, _heads(model))

@@ -24,7 +24,9 @@ def evaluate(
             help="validation, test, train or all; default: the split that a recipe scores, or all of unsplit data."
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Score at most this many images, prompts or scans.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Score at most this many images, prompts or scans; paint from so many seeds.")
+    ] = None,
     base: BaseOption = None,
     device: DeviceOption = None,
     adapter_only: Annotated[
@@ -33,8 +35,15 @@ def evaluate(
     group: Annotated[
         str | None, typer.Option(help="Choose only among the classes of this group of a combined adapter.")
     ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Compare painted images by the features of this image model, such as a DINO or CLIP."
+        ),
+    ] = None,
     csv: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write one row per image, prompt, object, or scan and class.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write one row per image, prompt, object, seed, or scan and class."),
     ] = None,
     matrix: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw the confusion matrix of a classifier.")
@@ -61,6 +70,7 @@ def evaluate(
         limit=limit,
         compare=not adapter_only,
         group=group,
+        encoder=encoder,
         write=write,
         device=None if model else device,
     )

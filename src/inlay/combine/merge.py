@@ -87,7 +87,7 @@ def merge(
     limit: float = 0.05,
     inputs: Mapping[str, torch.Tensor] | None = None,
 ) -> Merged:
-    """Save an adapter's base with the adapter folded in, as a plain model of transformers with its head and labels.
+    """Save an adapter's base with the adapter folded in: a plain model with its head and labels, or a plain pipeline.
 
     The folder appears whole or not at all; an earlier merged model there is replaced. merge.json holds the report.
 
@@ -144,7 +144,7 @@ def merge(
         change = float((unmerged - plain).norm())
         effect = change / max(float(plain.norm()), 1e-12)
         error = off / change if effect > 1e-7 else math.inf
-        size = sum(path.stat().st_size for path in new.iterdir())
+        size = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
         report = Merged(
             folder=out,
             adapter=loaded.file.name,
@@ -158,15 +158,15 @@ def merge(
         )
         if not error <= limit:
             raise ComputationFailed(_explain_refusal(report, limit))
-        _write_report_and_card(report, new, loaded)
+        _write_report_and_card(report, new, loaded, written)
     return report
 
 
 @torch.no_grad()
 def compute_outputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """All logits of a model, or SAM's masks and predicted IoU, one after the other in float64."""
+    """Logits, SAM's masks and predicted IoU, or what a denoiser predicts: one after the other in float64."""
     output = model.eval()(**batch)
-    found = [output[key] for key in ("logits", "pred_masks", "iou_scores") if key in output]
+    found = [output[key] for key in ("logits", "pred_masks", "iou_scores", "prediction") if key in output]
     if not found:
         raise Unsupported(f"{type(model).__name__} gives neither logits nor masks, so merging cannot be measured.")
     return torch.cat([values.flatten().double() for values in found])
@@ -213,11 +213,7 @@ def _write_model(merged: PreTrainedModel, new: Path, stored: str, loaded: Loaded
             few.config._name_or_path = ""
             save_quietly(few, new)
     else:
-        kind = getattr(torch, stored)
-        values = {key: v.to(kind) if v.is_floating_point() else v for key, v in merged.state_dict().items()}
-        save_quietly(merged, new, values)
-        config = json.loads((new / "config.json").read_text(encoding="utf-8"))
-        write_json(new / "config.json", {**config, "dtype": stored})
+        save_quietly(merged.to(getattr(torch, stored)), new)
     loaded.task.save_processor(loaded.processor, new)
 
 
@@ -246,7 +242,7 @@ def _explain_refusal(report: Merged, limit: float) -> str:
     )
 
 
-def _write_report_and_card(report: Merged, new: Path, loaded: LoadedAdapter) -> None:
+def _write_report_and_card(report: Merged, new: Path, loaded: LoadedAdapter, model: nn.Module) -> None:
     """merge.json and the model card."""
     record = loaded.file.record
     facts = {**asdict(report), "folder": report.folder.name, "labels": loaded.labels}
@@ -255,9 +251,8 @@ def _write_report_and_card(report: Merged, new: Path, loaded: LoadedAdapter) -> 
     facts |= {"metrics": {"validation": metrics.get("validation"), **Training.select(metrics)}}
     write_json(new / REPORT, facts)
     name = report.base if report.base.count("/") == 1 and not report.base.startswith((".", "/", "~")) else None
-    head = ["---", "library_name: transformers", f"pipeline_tag: {loaded.task.hub_tag}"]
+    head = ["---", f"library_name: {loaded.task.library}", f"pipeline_tag: {loaded.task.hub_tag}"]
     head += [f"base_model: {name}", "base_model_relation: finetune"] if name else []
-    auto = loaded.task.auto_class
     text = [
         *head,
         "---",
@@ -269,9 +264,7 @@ def _write_report_and_card(report: Merged, new: Path, loaded: LoadedAdapter) -> 
         f"changed them by {report.error:.2g} of that.",
         "",
         "```python",
-        f"from transformers import {auto}",
-        "",
-        f'model = {auto}.from_pretrained("{report.folder.name}")',
+        *loaded.task.loading_code(model, report.folder.name),
         "```",
         "",
     ]

@@ -382,12 +382,13 @@ def collate_largest_batch(
 ) -> dict[str, Any]:
     """The batch of one process in a step of `fit` that takes most memory.
 
-    It holds the longest examples if the data has `lengths`, else the first ones.
+    It holds the longest examples if the data has `lengths`, else the first ones; some twice where the data has fewer
+    than a batch, as batches of `fit` are always full.
     """
-    rows = min(len(train_data), -(-config.batch_size // PartialState().num_processes))
+    rows = -(-config.batch_size // PartialState().num_processes)
     lengths = getattr(train_data, "lengths", None)
-    chosen = range(rows) if lengths is None else sorted(range(len(lengths)), key=lambda i: -lengths[i])[:rows]
-    return (collate or default_collate)([train_data[i] for i in chosen])
+    order = range(len(train_data)) if lengths is None else sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return (collate or default_collate)([train_data[order[i % len(order)]] for i in range(rows)])
 
 
 def step_options(config: TrainConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM, PeftModelForSequenceClassification, PeftType
+from peft.helpers import rescale_adapter_scale
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, get_peft_config
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.ia3.layer import _ConvNd as IA3Convolution
@@ -482,6 +483,25 @@ def adapter_disabled(model: PeftModel) -> Iterator[None]:
     finally:
         del model.forward
         model._adapters_disabled = False
+
+
+@contextmanager
+def scale_adapter(model: torch.nn.Module, weight: float) -> Iterator[None]:
+    """A LoRA adapter of the model times a weight inside the block, by peft's `rescale_adapter_scale`.
+
+    Raises:
+        InlayError: A weight other than 1 for a model that has no LoRA layer to scale, or one that is merged.
+    """
+    if weight == 1:
+        yield
+        return
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if not layers or not all(isinstance(layer, LoraLayer) and not layer.merged for layer in layers):
+        raise Unsupported(
+            f"weight {weight:g} scales unmerged LoRA layers, and this model has others or none; leave it."
+        )
+    with rescale_adapter_scale(model, weight):
+        yield
 
 
 def acts_as_saved(model: PeftModel) -> bool:

@@ -23,6 +23,6 @@ FULL = Method(
     kind="baseline",
     learning_rate=1e-3,
     config=lambda model, width: None,
-    bases=EVERY_BASE,
+    bases=(*EVERY_BASE, "diffusion"),
     trains="model",
 )

@@ -40,7 +40,7 @@ LORA = Method(
     kind="update",
     learning_rate=3e-3,
     config=lora_config(),
-    bases=EVERY_BASE,
+    bases=(*EVERY_BASE, "diffusion"),
 )
 RSLORA = Method(
     name="rslora",
@@ -51,7 +51,7 @@ RSLORA = Method(
     kind="update",
     learning_rate=3e-3,
     config=lora_config(use_rslora=True),
-    bases=EVERY_BASE,
+    bases=(*EVERY_BASE, "diffusion"),
 )
 DORA = Method(
     name="dora",
@@ -62,6 +62,7 @@ DORA = Method(
     kind="update",
     learning_rate=3e-3,
     config=lora_config(use_dora=True),
+    bases=("vision", "sam", "text", "diffusion"),
 )
 PISSA = Method(
     name="pissa",

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from peft import PeftConfig, get_peft_model
 from torch import nn
 
 from inlay.bases.batch_norm import freeze_statistics
+from inlay.bases.diffusion.config import is_diffusion
 from inlay.bases.load import is_headless
 from inlay.bases.sites import sites
 
@@ -33,7 +34,7 @@ class Method:
         bases: On what it works: vision (token sequences), sam, conv (MobileNets, ResNets ...), text, volume
             (SAM on scans), diffusion (text-to-image pipelines).
         trains: What is trained: the adapter and the head of a classifier, the head without an adapter, or the whole
-            model.
+            model (of a text-to-image pipeline the denoiser).
         skeleton_config: Of a method that starts from the base's weights, and moves a part of them into the adapter: a
             config of the same shapes for a base that has none (on the meta device). None for all others.
     """
@@ -75,7 +76,7 @@ class Method:
         freeze_statistics(model)
         if config is not None:
             return get_peft_model(model, config)
-        for name in _find_trained_head(model) if self.trains == "head" else [""]:
+        for name in _find_trained_head(model) if self.trains == "head" else [_find_trained_part(model)]:
             model.get_submodule(name).requires_grad_(True)
         return model
 
@@ -84,6 +85,12 @@ def _find_trained_head(model: nn.Module) -> list[str]:
     """Names of the head that belongs to a task, and is trained with every method."""
     headless = writes_text(model) or is_headless(getattr(model, "config", None))
     return [] if headless else list(sites(model).head)
+
+
+def _find_trained_part(model: nn.Module) -> str:
+    """Name of what full fine-tuning trains; empty: the whole model."""
+    config: Any = getattr(model, "config", None)
+    return str(config.denoiser) if is_diffusion(config) else ""
 
 
 def writes_text(model: nn.Module) -> bool:

@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn import MultiheadAttention
 from typing_extensions import override
 
+from inlay.bases.diffusion.config import is_diffusion
 from inlay.bases.sites import OTHER_INPUTS, Sites, is_cross, is_norm
 from inlay.errors import BadInput, Unsupported
 from inlay.methods._peft import PeftType, register_method
@@ -202,6 +203,13 @@ def find_shared_parameters(model: nn.Module) -> set[int]:
 
 register_method("inlay_partial", PartialConfig, PartialModel)
 
+
+def _bias_config(model: nn.Module, width: int) -> PartialConfig:
+    """The biases of the whole model; of a text-to-image pipeline those of its denoiser."""
+    config: Any = getattr(model, "config", None)
+    return PartialConfig(train="bias", target_modules=[config.denoiser] if is_diffusion(config) else None)
+
+
 LAST_BLOCK = Method(
     name="partial",
     paper=PEFT_TYPES["INLAY_PARTIAL"].paper,
@@ -221,8 +229,8 @@ BIT_FIT = Method(
     merges=True,
     kind="part",
     learning_rate=1e-2,
-    config=lambda model, width: PartialConfig(train="bias"),
-    bases=EVERY_BASE,
+    config=_bias_config,
+    bases=(*EVERY_BASE, "diffusion"),
 )
 NORM = Method(
     name="norm",

@@ -349,7 +349,7 @@ class Problem:
                 base = self.task.base(self.data)
             self._base = seed, base, _RandomState()
         _, base, state = self._base
-        if getattr(base, "hf_quantizer", None) is not None:  # packed weights do not survive a copy
+        if getattr(base, "is_quantized", False):  # packed weights do not survive a copy
             self._base = None
             return base
         state.restore()

@@ -20,8 +20,11 @@ TITLES = {
     "accuracy": "Accuracy",
     "bleu": "BLEU",
     "chrf": "chrF",
+    "clip_score": "CLIP score",
     "dice": "Dice",
     "dice_model_grid": "Dice on the model's grid, as recipes score it",
+    "drift_features": "Drift, features",
+    "drift_pixels": "Drift, pixels",
     "ece": "Expected calibration error",
     "f1": "Macro F1",
     "hd95_mm": "HD95, mm",
@@ -32,10 +35,12 @@ TITLES = {
     "mean_iou_point": "Mean IoU, one point",
     "mean_iou_points": "Mean IoU, three points",
     "nsd": "Surface Dice (NSD)",
+    "own_fidelity": "Subject fidelity, own images",
     "perplexity": "Perplexity",
     "precision": "Macro precision",
     "recall": "Macro recall",
     "rouge_l": "ROUGE-L",
+    "subject_fidelity": "Subject fidelity",
 }
 
 
@@ -196,6 +201,7 @@ class Request:
         limit: Score so many units at most, spread evenly; None: all.
         compare: Score the base without the adapter too, where that means something.
         group: Of labels, in a combination of classifiers: choose among its classes only.
+        encoder: Model whose features compare painted images; None: an embedded one.
         resamples: Of the units, for the intervals.
         training: What metrics.json tells of the adapter's own.
 
@@ -207,6 +213,7 @@ class Request:
     limit: int | None = None
     compare: bool = True
     group: str | None = None
+    encoder: str | None = None
     resamples: int = 1000
     training: Training = field(default_factory=Training)
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from inlay.tasks.evaluation import Split, Training
+    from inlay.train.callback import Callback
     from inlay.train.config import TrainConfig
     from inlay.train.loop import FitResult
     from inlay.train.losses import Loss
@@ -169,14 +170,23 @@ class TaskOptions:
         PartialState().print(describe_memory(model, data.train, train, collate=data.collate, loss=data.loss))
         return fit(
             model,
-            data.train,
+            self.complete_training(data.train, train),
             data.validation,
             train,
             metrics=data.metrics,
             collate=data.collate,
             loss=data.loss,
             settings={**asdict(self), **asdict(method)},
+            callback=self.make_callback(model, data),
         )
+
+    def complete_training(self, view: Any, train: TrainConfig) -> Any:
+        """The training view with what is made for this run only; most tasks add nothing."""
+        return view
+
+    def make_callback(self, model: nn.Module, data: TaskData) -> Callback | None:
+        """What is done in the course of a run besides the steps; most tasks do nothing."""
+        return None
 
     @contextmanager
     def offering_embedded_base(self) -> Iterator[None]:

@@ -78,6 +78,8 @@ class Task(ABC):
         hub_tag: The Hub's pipeline tag.
         base_kinds: What the rows of METHODS call its bases.
         classifies: Labels can be given to a base, whose head is then new; the adapter holds that head.
+        compares_images: `evaluate` compares what it paints by the features of an encoder.
+        library: That loads a merged model.
         peft_task_type: What plain peft calls it in a config, where peft names it.
         function: Of inlay, that uses such an adapter.
         limits: A sentence for the card: what to beware of.
@@ -100,6 +102,8 @@ class Task(ABC):
     hub_tag: ClassVar[str]
     base_kinds: ClassVar[Sequence[str]]
     classifies: ClassVar[bool] = False
+    compares_images: ClassVar[bool] = False
+    library: ClassVar[str] = "transformers"
     peft_task_type: ClassVar[str | None] = None
     function: ClassVar[str]
     limits: ClassVar[str]
@@ -176,6 +180,14 @@ class Task(ABC):
     def check_merges(self, name: str) -> None:
         """Raise InlayError where the task's adapters cannot become a plain model of transformers."""
         return
+
+    def loading_code(self, model: nn.Module, folder: str) -> list[str]:
+        """Lines of Python that load a merged model from its folder with `library` only."""
+        return [
+            f"from transformers import {self.auto_class}",
+            "",
+            f'model = {self.auto_class}.from_pretrained("{folder}")',
+        ]
 
     @abstractmethod
     def random_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from transformers import get_scheduler
 
 from inlay.bases.learning_rate import scale_rate
 from inlay.errors import BadInput, ComputationFailed
+from inlay.train.callback import Callback
 from inlay.train.config import TrainConfig
 from inlay.train.evaluation import count_rows, evaluate_on, set_train_mode, split_batch
 from inlay.train.frozen_cache.frozen_blocks import FitData, use_cached_states, wrap_for_cache
@@ -71,6 +72,7 @@ def fit(
     loss: Loss | None = None,
     settings: dict[str, Any] | None = None,
     best_by: str | None = None,
+    callback: Callback | None = None,
 ) -> FitResult:
     """Train the parameters of `model` that require a gradient, and leave the model in eval mode with the best weights.
 
@@ -91,6 +93,7 @@ def fit(
         settings: Further settings that the run depends on (rank, data ...). A run is resumed only with the same ones.
         best_by: Name of the score that chooses the best evaluation, such as "f1"; default: the score with the name of
             the first metric (`choose_score_name`).
+        callback: What else is to be done before the first step and after each evaluation, such as painting samples.
 
     Raises:
         InlayError: Nothing to train; an impossible launch; a run folder with other settings; NaN or Inf in the loss or
@@ -136,7 +139,9 @@ def fit(
         )
         if config.tracker is not None:
             accelerator.init_trackers("inlay", config=config.identity())
-        trainer = _Trainer(accelerator, wrapped, optimizer, scheduler, run, config, steps, loss, list(metrics), best_by)
+        trainer = _Trainer(
+            accelerator, wrapped, optimizer, scheduler, run, config, steps, loss, list(metrics), best_by, callback
+        )
         data = FitData(SeededDataset(train_data, config.seed), validation_data, collate, config.workers)
         with use_cached_states(net, data, config, accelerator) as data, StopRequest() as stop:
             loader, validation = build_loaders(data, order, config.batch_size, accelerator)
@@ -195,8 +200,9 @@ class _Trainer:
         loss: Loss,
         metrics: "list[evaluate.Metric]",
         best_by: str | None,
+        callback: Callback | None,
     ) -> None:
-        self.best_by = best_by
+        self.best_by, self.callback = best_by, callback
         self.accelerator, self.model, self.optimizer, self.scheduler = accelerator, model, optimizer, scheduler
         self.run, self.config, self.steps, self.loss, self.metrics = run, config, steps, loss, metrics
         self.eval_every = config.eval_every or max(1, round(steps / config.epochs))
@@ -205,6 +211,8 @@ class _Trainer:
 
     def train(self, loader: Any, validation: Any, stop: StopRequest, resumed: bool) -> None:
         progress, config = self.run.progress, self.config
+        if (callback := self.callback) is not None:
+            self._call_on_main(lambda: callback.begin(self.run.folder))
         hidden = None if self.accelerator.is_local_main_process else True  # None hides the bar without a terminal
         bar = tqdm(
             total=self.steps,
@@ -401,3 +409,14 @@ class _Trainer:
         if self.accelerator.is_main_process:
             shown = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if k != "step")
             bar.write(f"step {progress.step:>5}/{self.steps}  {shown}{'  best' if better else ''}")
+        if (callback := self.callback) is not None:
+            self._call_on_main(lambda: callback.evaluated(progress.step))
+
+    def _call_on_main(self, call: "Callable[[], None]") -> None:
+        """Call something on the main process with the model in eval mode; then all processes go on."""
+        if self.accelerator.is_main_process:
+            model = self.accelerator.unwrap_model(self.model)
+            model.eval()
+            call()
+            set_train_mode(model)
+        self.accelerator.wait_for_everyone()

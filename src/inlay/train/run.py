@@ -6,6 +6,8 @@
     best/           trainable weights of the best evaluation
     finished.json   the result; the run is complete if this file exists
 
+    prior/, samples/, sheet.png     what a callback has painted, to train on and on the way
+
 None of them contains the frozen base.
 """
 
@@ -28,7 +30,7 @@ from inlay.train.config import TrainConfig
 
 WEIGHTS = "trainable.safetensors"
 # in the order in which they are deleted
-_RUN_FILES = ("finished.json", "last", "best", "log.jsonl", "logs", "run.json")
+_RUN_FILES = ("finished.json", "last", "best", "log.jsonl", "logs", "prior", "samples", "sheet.png", "run.json")
 
 
 @dataclass

@@ -1,6 +1,11 @@
 """A pipeline of diffusers as one model of transformers: what is adapted, checked, merged and saved."""
 
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -63,16 +68,13 @@ class DiffusionModel(PreTrainedModel):
     def from_pretrained(cls, where: Any, *args: Any, **options: Any) -> Any:
         """Load every part by the class of its own, as `AutoModel.from_pretrained` calls it.
 
-        Takes config, dtype, revision, use_safetensors, output_loading_info, quantization_config (of the denoiser) and
-        device_map; other options have no meaning for a pipeline.
+        Takes config, dtype, revision, use_safetensors and output_loading_info; other options have no meaning for a
+        pipeline.
         """
         config, dtype, report = options["config"], options.get("dtype"), _new_report()
         parts: dict[str, nn.Module] = {}
         for name, entry in config.parts.items():
             place = {"revision": options.get("revision"), "use_safetensors": options.get("use_safetensors", True)}
-            quantization = options.get("quantization_config") if name == config.denoiser else None
-            if quantization is not None:
-                place |= {"quantization_config": quantization, "device_map": options.get("device_map")}
             key = "dtype" if entry["library"] == "transformers" else "torch_dtype"
             part, found = _find_class(entry).from_pretrained(
                 where, subfolder=name, output_loading_info=True, **{key: dtype}, **place
@@ -85,17 +87,24 @@ class DiffusionModel(PreTrainedModel):
         return (model, report) if options.get("output_loading_info") else model
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:
-        """Write a folder that diffusers loads as a pipeline, with its tokenizers and scheduler."""
-        self.make_pipeline().save_pretrained(save_directory)
+        """Write a folder that diffusers loads as a pipeline, with its tokenizers and scheduler.
+
+        Whatever the weights are stored in, diffusers loads its own parts in float32 unless it is told otherwise; the
+        configs of the text encoders ask for the same, so that all parts compute together.
+        """
+        with _without_notes_on_absent_parts():
+            self.make_pipeline().save_pretrained(save_directory)
+        for name in self.config.text_encoders:
+            path = Path(save_directory) / name / "config.json"
+            config = json.loads(path.read_text(encoding="utf-8"))
+            path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 
     def make_pipeline(self) -> Any:
         """The pipeline of diffusers around these very modules; adapters in them take part.
 
         A safety checker and what else it may hold next to `PARTS` are left out.
         """
-        import diffusers
-
-        kind = getattr(diffusers, self.config.pipeline)
+        kind = getattr(_import_diffusers(), self.config.pipeline)
         held = {name: getattr(self, name) for name in self.config.parts or {}}
         if "safety_checker" in kind._optional_components:
             held |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -115,15 +124,16 @@ class DiffusionModel(PreTrainedModel):
 
     def load_scheduler(self) -> Any:
         """The pipeline's own scheduler, for painting."""
-        import diffusers
-
         settings = self.config.scheduler or {}
-        return getattr(diffusers, str(settings.get("_class_name"))).from_config(settings)
+        return getattr(_import_diffusers(), str(settings.get("_class_name"))).from_config(settings)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Latents (B, c, h, w) of images (B, 3, H, W) from -1 to 1: the mean of what the VAE says of them."""
-        with torch.no_grad():
-            found = self.vae.encode(pixels)
+        """Latents (B, c, h, w) of images (B, 3, H, W) from -1 to 1: the mean of what the VAE says of them.
+
+        The VAE computes in the type of its weights also under autocast: that of SDXL overflows in float16.
+        """
+        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+            found = self.vae.encode(pixels.to(self.vae.dtype))
         latents = found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latents
         settings = self.vae.config
         return (latents - (getattr(settings, "shift_factor", None) or 0.0)) * settings.scaling_factor
@@ -196,6 +206,34 @@ class DiffusionModel(PreTrainedModel):
         return (1 - of_noise) * latents + of_noise * noise, noise - latents, sigma * steps, None
 
 
+@contextmanager
+def _without_notes_on_absent_parts() -> Iterator[None]:
+    """Keep diffusers from telling that what a pipeline is without, such as T5, cannot be saved."""
+    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    logger.addFilter(_tells_more_than_absence)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_tells_more_than_absence)
+
+
+def _tells_more_than_absence(record: logging.LogRecord) -> bool:
+    return "=None of type" not in str(record.msg)
+
+
+def _import_diffusers() -> Any:
+    """The library, which is an extra.
+
+    Raises:
+        InlayError: It is not installed.
+    """
+    try:
+        import diffusers
+    except ImportError:
+        raise Unsupported("text-to-image pipelines need diffusers: pip install 'inlay[diffusion]'.") from None
+    return diffusers
+
+
 def _new_report() -> dict[str, list[Any]]:
     return {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
 
@@ -207,8 +245,7 @@ def _put_in_front(part: str, found: Any) -> Any:
 
 def _find_class(entry: dict[str, Any]) -> Any:
     """The class of a part: a model of diffusers or transformers, and nothing else that they export."""
-    import diffusers
-
+    diffusers = _import_diffusers()
     library = diffusers if entry["library"] == "diffusers" else transformers
     kind = getattr(library, str(entry["class"]), None)
     if not (isinstance(kind, type) and issubclass(kind, (diffusers.ModelMixin, PreTrainedModel))):
@@ -226,12 +263,10 @@ def _make_part(entry: dict[str, Any]) -> nn.Module:
 
 def _compute_schedule(config: DiffusionConfig) -> Tensor:
     """Share of the image in the variance at each noise level, (T,), as the scheduler of training has it."""
-    import diffusers
-
     if config.predicts_flow:
         return torch.zeros(0)
     with torch.device("cpu"):  # also where the model itself is made on the meta device
-        return diffusers.DDPMScheduler.from_config(config.scheduler or {}).alphas_cumprod.float()
+        return _import_diffusers().DDPMScheduler.from_config(config.scheduler or {}).alphas_cumprod.float()
 
 
 AutoModel.register(DiffusionConfig, DiffusionModel, exist_ok=True)

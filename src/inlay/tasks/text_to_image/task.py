@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from inlay.errors import Unsupported
+from inlay.errors import BadInput, Unsupported
+from inlay.files.outputs import check_output_folder
 from inlay.tasks.task import Answer, LabelledBatches, Option, Record, Task
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from inlay.tasks.adapter import Adapter
+    from inlay.tasks.evaluation import Evaluation, Request
     from inlay.tasks.options import TaskOptions
     from inlay.train.losses import Loss
 
@@ -26,6 +29,8 @@ class TextToImage(Task):
     base_noun = "a text-to-image pipeline"
     hub_tag = "text-to-image"
     base_kinds = ("diffusion",)
+    compares_images = True
+    library = "diffusers"
     function = "paint"
     main_score = "loss"
     smaller_is_better = True
@@ -35,7 +40,17 @@ class TextToImage(Task):
         'paint(adapter, "a photo of sks dog on grass")[0].save("dog.png")'
     )
     inputs = "prompts, to paint images of"
-    options: ClassVar[Mapping[str, Option]] = {}
+    options: ClassVar[Mapping[str, Option]] = {
+        "seeds": Option(int, "Images of each prompt.", 1, least=1),
+        "seed": Option(int, "Seed of the first image of a prompt; the next have the numbers after it.", 0, least=0),
+        "steps": Option(int | None, "From noise to image; default: the pipeline's own.", least=1),
+        "guidance": Option(float | None, "Scale of classifier-free guidance; default: the pipeline's own.", least=0),
+        "negative_prompt": Option(str | None, "What images should not show.", metavar="PROMPT"),
+        "image_size": Option(int | None, "Pixels a side; default: those that it was trained on.", least=1),
+        "weight": Option(float, "Of a LoRA adapter: 1 as it was trained, 0 the base.", 1.0),
+        "sheet": Option(Path | None, "Save all images as one sheet, a row for each prompt.", metavar="FILE.png"),
+        "output": Option(Path | None, "Save each image as a PNG in this folder.", metavar="FOLDER"),
+    }
 
     def takes_base(self, config: Any) -> bool:
         from inlay.bases.diffusion.config import is_diffusion
@@ -63,6 +78,16 @@ class TextToImage(Task):
         """Numbers of the prediction, evenly spaced."""
         flat = output.prediction.flatten()
         return flat[:: max(1, len(flat) // count)][:count]
+
+    def loading_code(self, model: nn.Module, folder: str) -> list[str]:
+        config: Any = model.config
+        absent = config.pipeline == "StableDiffusion3Pipeline" and "text_encoder_3" not in config.parts
+        without = ", text_encoder_3=None, tokenizer_3=None" if absent else ""  # which diffusers wants to be told
+        return [
+            "from diffusers import DiffusionPipeline",
+            "",
+            f'pipeline = DiffusionPipeline.from_pretrained("{folder}"{without})',
+        ]
 
     def random_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
         return _make_inputs(model, processor, ["a red dog", "a blue toy"])
@@ -128,7 +153,48 @@ class TextToImage(Task):
         return batch, DenoisingLoss()
 
     def prepare(self, inputs: Sequence[str], options: Mapping[str, Any]) -> Callable[[Adapter], Answer]:
-        raise Unsupported("inlay predict does not paint yet.")
+        from inlay.tasks.text_to_image.paint import (
+            Sampling,
+            check_prompts,
+            check_sheet,
+            draw_paintings,
+            paint_pairs,
+            save_paintings,
+        )
+
+        check_prompts(inputs)
+        sheet, output = options["sheet"], options["output"]
+        if sheet is output is None:
+            raise BadInput("nothing would keep the images; give --sheet FILE.png, --output FOLDER or both.")
+        if sheet is not None:
+            check_sheet(sheet)
+        if output is not None:
+            check_output_folder(output)
+        seeds = range(options["seed"], options["seed"] + options["seeds"])
+        sampling = Sampling(
+            options["steps"], options["guidance"], options["negative_prompt"], options["image_size"], options["weight"]
+        )
+        pairs = [(prompt, seed) for prompt in inputs for seed in seeds]
+
+        def answer(adapter: Adapter) -> Answer:
+            images = paint_pairs(adapter, pairs, sampling)
+            lines, facts = [], [{"prompt": prompt, "seed": seed} for prompt, seed in pairs]
+            if output is not None:
+                for fact, path in zip(facts, save_paintings(images, pairs, output), strict=True):
+                    fact["file"] = str(path)
+                lines.append(f"{len(images)} images in {output}")
+            if sheet is not None:
+                rows = [images[i : i + len(seeds)] for i in range(0, len(images), len(seeds))]
+                draw_paintings(rows, inputs, sheet, columns=[f"seed {seed}" for seed in seeds])
+                lines.append(f"sheet: {sheet}")
+            return Answer(lines, {"images": facts} | ({} if sheet is None else {"sheet": str(sheet)}))
+
+        return answer
+
+    def evaluate(self, adapter: Adapter, data: str, request: Request) -> Evaluation:
+        from inlay.tasks.text_to_image.evaluate import evaluate
+
+        return evaluate(adapter, data, request)
 
     def describe_inputs(self, record: Record) -> list[str]:
         size = record["preprocessing"].get("image_size")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -39,6 +40,12 @@ class PromptView(Dataset[dict[str, Any]]):
     ) -> None:
         self.rows, self.processor = rows, processor
         self.flip, self.drop_prompts, self.seed, self.levels = flip, drop_prompts, seed, levels
+
+    def with_rows(self, rows: Sequence[Captioned]) -> PromptView:
+        """Other images under the same settings."""
+        other = copy(self)
+        other.rows = rows
+        return other
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,0 +1,175 @@
+"""A painter scored on images of its subject: what it paints is compared with them, with its prompts and its base."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from inlay.errors import BadInput
+from inlay.tasks.adapter import Adapter, check_task, place_inputs
+from inlay.tasks.evaluation import (
+    EVERYTHING,
+    Evaluation,
+    Request,
+    Score,
+    Split,
+    Training,
+    choose_split,
+    pick_evenly,
+    split_note,
+)
+from inlay.tasks.statistics import Indices, score_with_intervals
+from inlay.tasks.text_to_image.data import Captioned, load_captioned, open_captioned
+from inlay.tasks.text_to_image.encoder import ImageEncoder, load_encoder
+from inlay.tasks.text_to_image.loss import DenoisingLoss
+from inlay.tasks.text_to_image.paint import Sampling, paint_pairs, split_models
+from inlay.tasks.text_to_image.scores import (
+    Values,
+    compare_own_images,
+    compare_with_subject,
+    measure_feature_drift,
+    measure_pixel_drift,
+)
+from inlay.tasks.text_to_image.view import PromptView
+
+SEEDS = 16  # images of each kind, unless a limit is given
+STEPS = 25  # from noise to image
+DENOISED = 8  # images of the data whose loss is computed at each seed
+ENCODER = "builtin:vit-tiny"
+UNRELATED = (  # prompts that say nothing of a subject
+    "a red circle on grass",
+    "a blue square on sand",
+    "a yellow star at night",
+    "a white triangle on water",
+    "a green ring on snow",
+    "a purple cross on brick",
+)
+
+
+def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Evaluation:
+    """Paint the prompts of the data and prompts that have nothing to do with it, each from its own seed, and compare.
+
+    `subject_fidelity` is how alike the images of the data's prompts and the data itself are; the base's is the floor,
+    and `own_fidelity`, of the data's images among each other, the ceiling. `drift_features` and `drift_pixels` tell how
+    far adapter and base are apart where neither is asked for the subject. `loss` is that of training, on the data with
+    fixed noise.
+
+    Args:
+        adapter: From `load_adapter`.
+        data: As for `load_captioned`.
+        request: Which part, and how; its limit is the number of seeds, 16 by itself.
+
+    Raises:
+        InlayError: As `load_captioned` and `load_encoder`; an adapter of another task.
+    """
+    check_task(adapter, "text-to-image")
+    training, model = request.training, adapter.model
+    chosen, rows, notes = _load_rows(data, request.split, training)
+    seeds = list(range(request.limit or SEEDS))
+    encoder = load_encoder(request.encoder or ENCODER, next(model.parameters()).device)
+    if request.encoder is None:
+        notes.append(f"Features are those of {ENCODER}, which has seen drawn shapes only; give encoder a DINO or CLIP.")
+    own = encoder.encode_images([open_captioned(row) for row in rows])
+    prompts = list(dict.fromkeys(row.prompt for row in rows))
+    asked = [(prompts[i % len(prompts)], seed) for i, seed in enumerate(seeds)]
+    unrelated = [(UNRELATED[i % len(UNRELATED)], seed) for i, seed in enumerate(seeds)]
+    able = request.compare and hasattr(model, "disable_adapter")
+    found: dict[bool, dict[str, Values]] = {}
+    pictures: dict[bool, list[Image.Image]] = {}
+    sampling = Sampling(steps=STEPS)
+    for without in (False, True) if able else (False,):
+        with model.disable_adapter() if without else nullcontext():
+            painted = paint_pairs(adapter, asked, sampling)
+            found[without] = _score_images(encoder, painted, own, [prompt for prompt, _ in asked])
+            found[without]["loss"] = _compute_losses(adapter, rows, seeds)
+            pictures[without] = paint_pairs(adapter, unrelated, sampling) if able else []
+    if able:
+        features = [encoder.encode_images(pictures[without]) for without in (False, True)]
+        found[False]["drift_features"] = measure_feature_drift(*features)
+        found[False]["drift_pixels"] = measure_pixel_drift(pictures[False], pictures[True])
+    elif request.compare:
+        notes.append("The base was not scored, nor drift from it: the adapter is merged into it.")
+    scores = _summarise(found[False], request.resamples)
+    if (ceiling := compare_own_images(own)) is not None:
+        scores["own_fidelity"] = Score(ceiling)
+    notes.append(
+        f"Each seed paints one of the {len(prompts)} prompts of the data and one of {len(UNRELATED)} unrelated ones in "
+        f"{STEPS} steps, compared by {encoder.name} with {len(rows)} images."
+    )
+    return Evaluation(
+        data=data,
+        task="text-to-image",
+        split=chosen,
+        count=len(seeds),
+        unit="seed",
+        scores=scores,
+        base=_summarise(found[True], request.resamples) if able else None,
+        rows=_make_rows(asked, unrelated, found),
+        notes=notes,
+    )
+
+
+def _load_rows(data: str, wanted: Split | None, training: Training) -> tuple[Split, list[Captioned], list[str]]:
+    """Images to compare with: the whole, or the part that is held out of training where there is one."""
+    prompt = training.settings.get("prompt")
+    found = load_captioned(data, prompt if isinstance(prompt, str) else None, seed=training.seed)
+    chosen = choose_split(data, wanted, ["train"], "validation", training)
+    if chosen == "validation" and not found.validation:
+        if wanted is not None:
+            raise BadInput(f"nothing is held out of the {len(found.train)} images of {data!r}; leave split out.")
+        chosen = "all"
+    parts = {"train": found.train, "validation": found.validation, "all": (*found.train, *found.validation)}
+    return chosen, list(parts[chosen]), split_note(data, chosen, ["train"], training)
+
+
+def _score_images(
+    encoder: ImageEncoder, painted: Sequence[Image.Image], own: Tensor, prompts: Sequence[str]
+) -> dict[str, Values]:
+    """Of each painted image: how alike it is to the subject, and of a CLIP how well its prompt describes it."""
+    features = encoder.encode_images(painted)
+    found = {"subject_fidelity": compare_with_subject(features, own)}
+    if encoder.tokenizer is not None:
+        found["clip_score"] = 1 - measure_feature_drift(features, encoder.encode_texts(prompts))
+    return found
+
+
+@torch.inference_mode()
+def _compute_losses(adapter: Adapter, rows: Sequence[Captioned], seeds: Sequence[int]) -> Values:
+    """Loss of the same images at the noise of each seed."""
+    model, base = split_models(adapter)
+    weight, loss = next(p for p in model.parameters() if p.is_floating_point()), DenoisingLoss()
+    picked = [rows[i] for i in pick_evenly(len(rows), DENOISED)]
+    losses = []
+    for seed in seeds:
+        view = PromptView(picked, adapter.processor, seed=seed, levels=base.config.train_timesteps)
+        batch = place_inputs(default_collate([view[i] for i in range(len(view))]), weight)
+        losses.append(float(loss(model, batch).loss))
+    return np.array(losses)
+
+
+def _summarise(found: dict[str, Values], resamples: int) -> dict[str, Score]:
+    """Means over seeds, the main score first."""
+    names = sorted(found, key=lambda name: name != "loss")
+
+    def statistic(rows: Indices) -> dict[str, float]:
+        return {name: float(found[name][rows].mean()) for name in names}
+
+    return score_with_intervals(statistic, len(found["loss"]), resamples=resamples)
+
+
+def _make_rows(
+    asked: Sequence[tuple[str, int]], unrelated: Sequence[tuple[str, int]], found: dict[bool, dict[str, Values]]
+) -> list[dict[str, Any]]:
+    """Of each seed its prompts and values, those of the base with `base_` in front."""
+    rows = []
+    for i, (prompt, seed) in enumerate(asked):
+        row: dict[str, Any] = {"seed": seed, "prompt": prompt, "unrelated_prompt": unrelated[i][0]}
+        for without, values in found.items():
+            row |= {f"{'base_' * without}{name}": round(float(value[i]), 6) for name, value in values.items()}
+        rows.append(row)
+    return rows
