@@ -100,6 +100,7 @@ FAMILIES = {
     "gpt2": "text-generation",
     "bert": "text-classification",
     "sam": "mask-generation",
+    "lora": "text-to-image",
 }
 
 

@@ -11,7 +11,17 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from inlay import ImageTask, MaskTask, SequenceTask, TextTask, TrainConfig, VolumeTask, load_adapter, read_adapter
+from inlay import (
+    ImageTask,
+    MaskTask,
+    SequenceTask,
+    TextTask,
+    TextToImageTask,
+    TrainConfig,
+    VolumeTask,
+    load_adapter,
+    read_adapter,
+)
 from places import ROOT
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.py"))
@@ -23,6 +33,7 @@ FAMILIES = {
     "gpt2": TextTask,
     "sam": MaskTask,
     "bert": SequenceTask,
+    "lora": TextToImageTask,
 }
 ADAPTERS = [p for p in PUBLIC if p.stem.rpartition("_")[2] in FAMILIES and not p.stem.startswith(("compare", "prune"))]
 
@@ -160,6 +171,14 @@ IMPOSSIBLE = {
     "max_drop": (-0.1, 1.1),
     "min_agreement": (1.1,),
     "share": (0, 1.1),
+    "image_size": (0,),
+    "snr_gamma": (0,),
+    "drop_prompts": (1, -0.1),
+    "prior_images": (0,),
+    "prior_weight": (0,),
+    "validation_images": (0,),
+    "sampling_steps": (0,),
+    "guidance": (-1,),
 }
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import Subset
 from transformers import BertConfig, BertForMaskedLM
 
 from command import run
+from diffusion_models import write_pipeline
 from inlay import (
     Bank,
     ImageTask,
@@ -20,6 +21,7 @@ from inlay import (
     SequenceTask,
     SpatialAdapterConfig,
     TextTask,
+    TextToImageTask,
     TrainConfig,
     VolumeTask,
     combine,
@@ -68,7 +70,21 @@ ROWS = {
         VolumeTask(), [], ["--beams", "5"], merges="makes a model for scans", banks="a bank holds", heads="one"
     ),
     "text-classification": Row(SequenceTask(), ["It welcomes families.", "It is cheap."], ["--beams", "5"]),
+    "text-to-image": Row(None, ["a dog", "--steps", "2", "--sheet", "OUT"], ["--beams", "5"]),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def painter(tmp_path_factory):
+    """A tiny pipeline and four images of a subject; the embedded ones take longer."""
+    folder = tmp_path_factory.mktemp("painter")
+    for i in range(4):
+        Image.new("RGB", (16, 16), (60 * i, 90, 120)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("sks")
+    base = write_pipeline(tmp_path_factory.mktemp("pipeline") / "sd")
+    ROWS["text-to-image"].options = TextToImageTask(model=str(base), dataset=str(folder))
+
+
 EVERY = pytest.mark.parametrize("name", ROWS)
 
 
@@ -107,7 +123,8 @@ def made(name, tmp_path_factory):
         config = LoraConfig(r=2, target_modules=sam_targets(model, "linear", "encoder"))
     else:
         head = head_modules(model) if task.classifies else None
-        attention = ["c_attn"] if "gpt2" in options.model else ["q_proj", "v_proj"]
+        attention = {"text-to-image": ["to_q", "to_v"]}.get(name, ["q_proj", "v_proj"])
+        attention = ["c_attn"] if "gpt2" in options.model else attention
         config = LoraConfig(r=2, target_modules=attention, modules_to_save=head)
     model = get_peft_model(model, config)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -281,7 +298,7 @@ def test_a_bank_takes_it_or_says_why_not(name, tmp_path_factory):
             Bank(base, {"one": trained.folder})
         return
     found = Bank(base, {"one": trained.folder})(inputs, ["one"])
-    key = "logits" if "logits" in expected else "pred_masks"
+    key = next(key for key in ("logits", "pred_masks", "prediction") if key in expected)
     assert torch.allclose(found[key], expected[key], atol=1e-4)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from inlay.errors import BadInput
 from inlay.options import option
@@ -28,7 +28,9 @@ class TextToImageTask(TaskOptions):
     dataset: str = option("builtin:dog", "Embedded subject, or folder of images.")
     prompt: str | None = option(None, "Of images without captions, with a rare word: a photo of sks dog.")
     image_size: int | None = option(None, "Pixels a side; default: those that the base was trained on.", least=8)
-    flip: bool = option(False, "Mirror images at random, where left and right do not matter.")
+    augment: Literal["none", "flip"] = option(
+        "none", "flip mirrors images at random, where left and right do not matter."
+    )
     snr_gamma: float | None = option(
         None, "Count noise levels of a larger signal-to-noise ratio less (min-SNR; 5 in its paper).", above=0
     )
@@ -71,12 +73,17 @@ class TextToImageTask(TaskOptions):
         with self.offering_embedded_base():
             processor = load_prompt_processor(self.model, None, self.image_size)
             config = read_config(self.model, resolve_base(self.model), None)
+        if self.snr_gamma is not None and config.predicts_flow:
+            raise BadInput(
+                f"snr_gamma weights noise levels by their signal-to-noise ratio, and {self.model} is trained by flow "
+                "matching, which has none; leave it out."
+            )
         data = load_captioned(self.dataset, self.prompt, seed=seed, test=test)
         held = data.validation or data.train
         fixed = PromptView(held, processor, seed=seed, levels=config.train_timesteps)
         return TaskData(
             data,
-            PromptView(data.train, processor, flip=self.flip, drop_prompts=self.drop_prompts),
+            PromptView(data.train, processor, flip=self.augment == "flip", drop_prompts=self.drop_prompts),
             fixed if data.validation else None,
             processor,
             metrics=(),
