@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -14,7 +15,7 @@ from diffusion_models import write_pipeline
 from inlay import combine, import_adapter, load_adapter, load_base
 from inlay.adapters.convert.pipelines import _name_layers_of_kohya
 from inlay.adapters.file import read_adapter
-from inlay.adapters.weight_file import PIPELINE_WEIGHTS, SETTINGS
+from inlay.adapters.weight_file import PIPELINE_WEIGHTS, SETTINGS, find_weights
 from inlay.errors import InlayError
 from places import SHARED
 
@@ -220,6 +221,23 @@ def test_dora_of_kohya(base, layers, tmp_path):
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(InlayError, match=f"lacks the magnitudes of {conv}"):
         import_adapter(tmp_path / "x.safetensors", tmp_path / "no", base=PIPELINE)
+
+
+def test_a_unet_that_peft_has_saved_by_itself(base, tmp_path):
+    """pipe.load_lora_weights takes nothing of such a folder; here it is the pipeline's."""
+    unet = get_peft_model(
+        load_base(base).unet, LoraConfig(r=2, target_modules=["to_q"], rank_pattern={"attn2.to_q": 3})
+    )
+    torch.manual_seed(0)
+    wanted = {}
+    for name, module in unet.get_base_model().named_modules():
+        if hasattr(module, "lora_B"):
+            nn.init.normal_(module.lora_B["default"].weight)
+            wanted[f"unet.{name}"] = module.get_delta_weight("default").double()
+    unet.save_pretrained(tmp_path / "peft")
+    made = import_adapter(tmp_path / "peft", tmp_path / "out", base=str(base))
+    assert (made.checked, find_weights(made.folder).name) == ("its base's weights", PIPELINE_WEIGHTS)
+    check(made.folder, base, wanted)
 
 
 def test_settings_of_one_part_do_not_count_for_another(tmp_path):

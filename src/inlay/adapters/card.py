@@ -12,6 +12,7 @@ from inlay.adapters.method_names import cite_method, describe_sites, name_method
 from inlay.adapters.notes import mark_section
 from inlay.adapters.study import SECTION, write_study_section
 from inlay.adapters.tables import describe_cost, make_table
+from inlay.adapters.weight_file import fits_pipeline
 from inlay.errors import BadInput, DamagedFile
 from inlay.tasks import TASKS
 
@@ -62,8 +63,10 @@ def make_card(record: dict[str, Any], config: dict[str, Any], metrics: dict[str,
         "## Load",
         "Checked against the base it was trained on:",
         f"```python\n{TASKS[task].usage}\n```",
-        "With peft only, which checks nothing:",
-        _peft_snippet(record, config["peft_type"]),
+        f"With {_find_library(record, config)} only, which checks nothing:",
+        _pipeline_snippet(record)
+        if _find_library(record, config) == "diffusers"
+        else _peft_snippet(record, config["peft_type"]),
         *_inputs(record),
         "## Method",
         describe_sites(record, config),
@@ -103,6 +106,7 @@ def address_card(text: str, repo: str, inside: str = "", licence: str | None = N
         )
     if inside:
         text = text.replace('(base, "FOLDER")', f'(base, "{repo}", subfolder="{inside}")')
+        text = text.replace('lora_weights("FOLDER")', f'lora_weights("{repo}", subfolder="{inside}")')
     text = text.replace('"FOLDER"', f'"{repo}/{inside}"'.replace('/"', '"'))
     if text.startswith("---") or licence:
         try:
@@ -138,7 +142,7 @@ def _header(record: dict[str, Any], config: dict[str, Any], metrics: dict[str, A
         base_model=base["name"] if known else None,
         base_model_relation="adapter" if known else None,
         datasets=[dataset] if _on_hub(dataset) and "/" in dataset else None,
-        library_name="peft",
+        library_name=_find_library(record, config),
         license=metrics.get("license"),
         pipeline_tag=TASKS[task].hub_tag,
         tags=["inlay", config["peft_type"].lower(), base["model_type"], f"base:{_told(base['name'])}"],
@@ -214,6 +218,33 @@ def _told(value: Any) -> Any:
 
 def _revision(base: dict[str, Any]) -> str:
     return f" (revision `{base['revision'][:12]}`)" if base.get("revision") else ""
+
+
+def _find_library(record: dict[str, Any], config: dict[str, Any]) -> str:
+    """Which library loads the adapter by itself: a LoRA of a text-to-image pipeline is stored for diffusers."""
+    names = config.get("target_modules")
+    keys = [f"{name}.lora_A.weight" for name in names] if isinstance(names, list) else []
+    of_pipeline = record["base"]["model_type"] == "diffusion" and not config.get("modules_to_save")
+    return "diffusers" if of_pipeline and fits_pipeline(config, keys) else "peft"
+
+
+def _pipeline_snippet(record: dict[str, Any]) -> str:
+    base = record["base"]
+    revision = f', revision="{base["revision"]}"' if base.get("revision") else ""
+    where, own = f'"{base["name"]}"', []
+    if base["name"].startswith("builtin:"):
+        own, where = (
+            ["from inlay import resolve_base  # only the folder of the embedded base"],
+            f"resolve_base({where})",
+        )
+    lines = [
+        "from diffusers import DiffusionPipeline",
+        *own,
+        "",
+        f"pipeline = DiffusionPipeline.from_pretrained({where}{revision})",
+        'pipeline.load_lora_weights("FOLDER")',
+    ]
+    return "```python\n" + "\n".join(lines) + "\n```"
 
 
 def _peft_snippet(record: dict[str, Any], kind: str) -> str:

@@ -23,7 +23,7 @@ PICKLE = "adapter_model.bin"  # of peft before 0.7; only an import opens one
 ORIGIN = "origin.json"  # of a pulled folder: repository, commit and hashes
 FORMAT = 1  # of the record; raised when an older inlay would read it wrong
 # Larger ones are refused before they are read; a usual config has a few kB.
-MAX_BYTES = {CONFIG: 1_000_000, METRICS: 16_000_000, WEIGHTS: 16_000_000_000, PIPELINE_WEIGHTS: 16_000_000_000}
+MAX_BYTES = {CONFIG: 1_000_000, METRICS: 16_000_000, WEIGHTS: 16_000_000_000}
 _INCIDENTAL = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
 
 
@@ -226,11 +226,10 @@ def _check_files(folder: Path) -> None:
     """Each file is there itself, or is a link within: the Hub's cache keeps them in `blobs` next to `snapshots`."""
     inside = folder.resolve()
     homes = [inside, *(parent.parent / "blobs" for parent in inside.parents if parent.name == "snapshots")]
-    for name in (CONFIG, find_weights(folder).name, METRICS, CARD):
-        path = folder / name
+    for path in (folder / CONFIG, weights := find_weights(folder), folder / METRICS, folder / CARD):
         if path.is_symlink() and not any(_target(path).is_relative_to(home) for home in homes):
             raise Unsupported(f"{path} is a link to a file outside of the folder; put the file itself there.")
-        limit = MAX_BYTES.get(name)
+        limit = MAX_BYTES.get(WEIGHTS if path == weights else path.name)
         if limit and path.is_file() and (size := path.stat().st_size) > limit:
             raise DamagedFile(
                 f"{path} has {size:,} bytes, and inlay reads at most {limit:,}; that is too large for an adapter."

@@ -35,7 +35,9 @@ def import_(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="New folder for the result.")],
     base: Annotated[str | None, typer.Option(help="Base of the adapter, if the source does not name it.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="For loralib files: the update is alpha / r times B A.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Where the file does not say it: the update is alpha / r times B A.")
+    ] = None,
     fused: Annotated[
         str | None, typer.Option(metavar="q,v", help="For loralib's fused layers: which of q, k, v are adapted.")
     ] = None,
@@ -46,7 +48,8 @@ def import_(
 ) -> None:
     """Convert an adapter of another program, or torchvision's SqueezeNet or ShuffleNet v2.
 
-    Adapters are those of loralib, of Stable Diffusion's text encoder, and of peft with names of an older transformers.
+    Adapters are those of loralib, of Stable Diffusion (diffusers, kohya, cloneofsimo), and of peft with names of an
+    older transformers.
     """
     from inlay.adapters.convert.convert import import_adapter
     from inlay.adapters.convert.networks import holds_network, import_network, read_labels

@@ -25,7 +25,7 @@ from inlay.adapters.base_weights import is_base_with, split_base_weights
 from inlay.adapters.convert.factors import Factors, check_factors, check_finite, read_factors, read_tensors
 from inlay.adapters.convert.pipelines import holds_pipeline_lora, read_pipeline_factors
 from inlay.adapters.file import CONFIG, PICKLE, WEIGHTS, AdapterFile, read_adapter
-from inlay.adapters.hub.fetch import fetch
+from inlay.adapters.hub.fetch import fetch, fetch_folder
 from inlay.adapters.load import LoadedAdapter, load_adapter
 from inlay.adapters.patterns import check_patterns
 from inlay.adapters.save import save_adapter
@@ -79,8 +79,8 @@ def import_adapter(
 
     Args:
         source: A folder or Hub id of peft with names of an older transformers, or with adapter_model.bin of an older
-            peft; a file of loralib; a file of diffusers, kohya or cloneofsimo for Stable Diffusion, or the folder with
-            diffusers' pytorch_lora_weights.safetensors.
+            peft; a file of loralib; a file of diffusers, kohya or cloneofsimo for Stable Diffusion, or the folder or
+            Hub id with diffusers' pytorch_lora_weights.safetensors.
         out: A new folder.
         base: Name, folder or Hub id of the base, where the source does not name it: of Stable Diffusion the whole
             pipeline. With CLIP's text encoder as base, the part of the text encoder becomes an adapter of that.
@@ -94,11 +94,7 @@ def import_adapter(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out} exists; give a new folder.")
     check_output_folder(out)
-    place = Path(source).expanduser()
-    if place.is_file() and place.name in (WEIGHTS, PICKLE) and (place.parent / CONFIG).is_file():
-        place = place.parent  # the file of a peft adapter, whose config lies next to it
-    elif (place / PIPELINE_WEIGHTS).is_file() and not (place / CONFIG).is_file():
-        place = place / PIPELINE_WEIGHTS
+    place = _find_place(source)
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "adapter"
         folder.mkdir()
@@ -128,6 +124,18 @@ def import_adapter(
     return made
 
 
+def _find_place(source: str | Path) -> Path:
+    """The folder of an adapter with a config, or else the file; what is on the Hub is fetched."""
+    place = Path(source).expanduser()
+    if place.is_file():
+        of_adapter = place.name in (WEIGHTS, PIPELINE_WEIGHTS, PICKLE) and (place.parent / CONFIG).is_file()
+        return place.parent if of_adapter else place
+    folder = fetch_folder(source)
+    if (folder / PIPELINE_WEIGHTS).is_file() and not (folder / CONFIG).is_file():
+        return folder / PIPELINE_WEIGHTS
+    return place
+
+
 def _read_pickle(folder: Path, out: Path) -> Path | None:
     """The adapter of an older peft with its tensors as safetensors; None where it has them, or is no such folder."""
     if not (folder / PICKLE).is_file() or not (folder / CONFIG).is_file() or (folder / WEIGHTS).is_file():
@@ -151,6 +159,9 @@ def _from_peft(file: AdapterFile, folder: Path, base: str | None) -> tuple[Impor
     weights = read_weights(file)
     names = _renaming(skeleton)
     moved = {key: PREFIX + names(key.removeprefix(PREFIX)) for key in weights}
+    pipeline = is_diffusion(skeleton.config)
+    if pipeline:
+        moved = _name_part(moved, skeleton)
     sites = {_site(key): _site(moved[key]) for key in weights if ".lora_" in key}
     check_patterns(config, {site.removeprefix(PREFIX) for site in sites}, file.name)
     config = copy.deepcopy(config)
@@ -160,11 +171,22 @@ def _from_peft(file: AdapterFile, folder: Path, base: str | None) -> tuple[Impor
     for key in ("rank_pattern", "alpha_pattern"):
         config[key] = _follow(config.get(key) or {}, sites)
     _check_sites(file.name, skeleton, config["target_modules"])
-    save_file({moved[key]: value for key, value in weights.items()}, folder / WEIGHTS, {"format": "pt"})
+    _write_tensors(folder, config, {moved[key]: value for key, value in weights.items()}, pipeline)
     write_json(folder / CONFIG, config)
     renamed = sum(old != new for old, new in moved.items())
     form = "peft, under names of an older transformers" if renamed else "peft"
     return Imported(folder, form, len(sites), renamed, checked="its base's structure"), name
+
+
+def _name_part(moved: Mapping[str, str], skeleton: transformers.PreTrainedModel) -> dict[str, str]:
+    """Keys of a UNet or transformer that peft has adapted by itself, under its name in the pipeline."""
+    modules, denoiser = {name for name, _ in skeleton.named_modules()}, skeleton.config.denoiser
+    named = {}
+    for key, new in moved.items():
+        name = new.removeprefix(PREFIX)
+        inside = ".lora_" in new and f"{denoiser}.{_site(name)}" in modules
+        named[key] = f"{PREFIX}{denoiser}.{name}" if inside else new
+    return named
 
 
 def _site(key: str) -> str:

@@ -11,6 +11,18 @@ MODEL_CONFIG = "config.json"
 
 
 def fetch(path: str | Path, revision: str | None = None) -> Path:
+    """The folder of an adapter, as `fetch_folder` gives it.
+
+    Raises:
+        InlayError: What is on the Hub is no adapter; what `fetch_folder` says.
+    """
+    found = fetch_folder(path, revision)
+    if found != expand_path(path) and not (found / CONFIG).is_file():
+        raise BadInput(f"{path} on the Hub is not an adapter: it has no {CONFIG}; one of several is user/name/adapter.")
+    return found
+
+
+def fetch_folder(path: str | Path, revision: str | None = None) -> Path:
     """A local folder as it is; user/name, or user/name/adapter of several, from the Hub or its cache.
 
     Raises:
@@ -25,12 +37,9 @@ def fetch(path: str | Path, revision: str | None = None) -> Path:
         return folder
     user, name, *inside = text.split("/")
     try:
-        found = download(f"{user}/{name}", revision, *inside)
+        return download(f"{user}/{name}", revision, *inside)
     except InlayError as error:
         raise Unreachable(f"no folder {text!r} here, and the Hub does not give it: {error}") from None
-    if not (found / CONFIG).is_file():
-        raise BadInput(f"{text} on the Hub is not an adapter: it has no {CONFIG}; one of several is user/name/adapter.")
-    return found
 
 
 def fetch_if_adapter(name: str | Path) -> Path | None:
