@@ -280,7 +280,9 @@ def test_the_blocks_of_the_denoiser_are_held_in_few_bits(bits, folders, bases):
     wide = {name for name in blocks if bits == "8bit" or model.get_submodule(name).in_features % 64 == 0}
     assert packed == wide and packed
     skeleton = load_skeleton(folders["sd"], quantize=bits)
-    assert {type(skeleton.get_submodule(name)) for name in packed} == {type(model.get_submodule(name)) for name in packed}
+    assert packed == {
+        name for name, m in skeleton.named_modules() if type(m).__name__ in ("Linear8bitLt", "Linear4bit")
+    }
     batch = draw(bases["sd"], folders["sd"])
     with torch.no_grad():
         found, whole = model(**batch).prediction, bases["sd"](**batch).prediction

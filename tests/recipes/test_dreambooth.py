@@ -161,7 +161,8 @@ def test_overwriting_paints_the_prior_again(trained, options, tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--convolutions", "--text_encoder", "--sites", "all", "--drop_prompts", 0.5, "--snr_gamma", 5, "--augment", "flip"],
+        ["--convolutions", "--text_encoder", "--sites", "all", "--augment", "flip"],
+        ["--drop_prompts", 0.5, "--snr_gamma", 5, "--text_encoder"],
         ["--precision", "bf16", "--gradient_checkpointing"],
         ["--quantize", "8bit"],
     ],

@@ -4,6 +4,7 @@ import csv
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import datasets
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inlay import ImageTask, InlayError, MaskTask, SequenceTask, TextTask, VolumeTask, load_adapter
+from diffusion_models import write_pipeline
+from inlay import ImageTask, InlayError, MaskTask, SequenceTask, TextTask, TextToImageTask, VolumeTask, load_adapter
 from inlay.tasks import TASKS
 from inlay.tasks.evaluation import Request
 from inlay.tasks.image_decoding import open_image
@@ -19,6 +21,7 @@ from inlay.tasks.images.data import load_images, load_images_to_score
 from inlay.tasks.masks.data import load_masks_to_score
 from inlay.tasks.sequences.data import load_sequences_to_score
 from inlay.tasks.text.data import group_by_prompt, load_texts_to_score
+from inlay.tasks.text_to_image.data import load_captioned_to_score, open_captioned
 from inlay.tasks.volumes.data import load_volumes_to_score
 from inlay.tasks.volumes.nifti import write_volume
 from places import SHARED
@@ -35,6 +38,13 @@ LAYOUTS = {  # examples in each split of the data, and the split that is the tes
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def painter(tmp_path_factory):
+    """A tiny pipeline in the place of the embedded one."""
+    base = write_pipeline(tmp_path_factory.mktemp("pipeline") / "sd")
+    ROWS["text-to-image"].options = partial(TextToImageTask, model=str(base))
 
 
 # Every example stands twice, so that parts could share its content.
@@ -74,6 +84,13 @@ def write_masks(folder, numbers):
     for i in numbers:
         for copy in "12":
             Image.fromarray(np.eye(8, dtype=np.uint8)).save(folder / "labels" / f"{i}_{copy}.png")
+    return found
+
+
+def write_captioned(folder, numbers):
+    found = [picture(i, folder / f"{i}_{copy}.png") for i in numbers for copy in "12"]
+    for path in folder.glob("*.png"):
+        path.with_suffix(".txt").write_text("a dog")
     return found
 
 
@@ -127,6 +144,12 @@ ROWS = {
         write_volumes,
         lambda rows: [case.name for case in rows],
         lambda *a, **k: load_volumes_to_score(*a, **k)[1],
+    ),
+    "text-to-image": Row(
+        TextToImageTask,
+        write_captioned,
+        lambda rows: [open_captioned(row).tobytes() for row in rows],
+        lambda *a, **k: load_captioned_to_score(*a, **k)[1],
     ),
 }
 EVERY = pytest.mark.parametrize("name", ROWS)

@@ -21,12 +21,14 @@ _PACKAGES = (
     "onnxruntime",
     "nibabel",
     "monai",
+    "diffusers",
 )
 _EXTRAS = {  # how pip installs a package, and what it is for
     "bitsandbytes": "'inlay[quantize]' for 8-bit and 4-bit bases",
     "onnxruntime": "'inlay[export]' for ONNX graphs and int8",
     "nibabel": "'inlay[volumes]' for scans",
     "monai": "'inlay[volumes]' for scans",
+    "diffusers": "'inlay[diffusion]' for text to image",
 }
 
 

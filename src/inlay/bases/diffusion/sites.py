@@ -11,7 +11,7 @@ from inlay.errors import BadInput, Unsupported
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 # ... and of the text encoders in transformers: CLIP, T5.
 _TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "q", "k", "v", "o")
-# The text encoder whose last layer a pipeline does not read: SDXL takes the states before it, and pools those of its other.
+# The text encoder whose last layer a pipeline does not read: SDXL takes the states before it, and pools only its other.
 _LAST_UNREAD = {"StableDiffusionXLPipeline": "text_encoder"}
 
 

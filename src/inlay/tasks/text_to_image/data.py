@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 from PIL import Image, ImageOps
@@ -20,7 +20,11 @@ from inlay.tasks.tables import list_first
 
 HELD_OUT_FROM = 10  # images; of fewer all are trained on, as DreamBooth does
 CAPTIONS = "metadata.jsonl"  # of datasets' imagefolder: {"file_name": ..., "text": ...}
-BUILTIN = {"builtin:dog": "a photo of sks dog", "builtin:toy": "a photo of zwx toy"}  # and the prompt of each
+# The embedded subjects, and the prompt of each.
+BUILTIN: dict[str, tuple[Literal["dog", "toy"], str]] = {
+    "builtin:dog": ("dog", "a photo of sks dog"),
+    "builtin:toy": ("toy", "a photo of zwx toy"),
+}
 
 
 @dataclass(frozen=True)
@@ -131,10 +135,12 @@ def load_captioned_to_score(
     found = [pair for part in wanted for pair in parts[part]]
     if cut:
         train, held = _hold_out(found, 0.2, training.seed)
-        if not held:
-            chosen, cut = "all", False
-        else:
+        if not held and split == "validation":
+            raise BadInput(f"nothing is held out of the {len(found)} images of {name!r}; leave split out.")
+        if held:
             found = train if chosen == "train" else held
+        elif chosen == "validation":
+            chosen = "all"
     return chosen, tuple(row for row, _ in found), split_note(name, chosen, own, training)
 
 
@@ -174,10 +180,10 @@ def _generate_subject(name: str, prompt: str | None) -> list[Captioned]:
         raise BadInput(f"unknown data {name!r}; the embedded subjects are {', '.join(BUILTIN)}.")
     from inlay.builtin.paintings import generate_subject
 
-    subject = name.removeprefix("builtin:")
-    images = generate_subject(subject)
+    subject, own_prompt = BUILTIN[name]
     return [
-        Captioned(f"{subject} {i}", Image.fromarray(image), prompt or BUILTIN[name]) for i, image in enumerate(images)
+        Captioned(f"{subject} {i}", Image.fromarray(image), prompt or own_prompt)
+        for i, image in enumerate(generate_subject(subject))
     ]
 
 

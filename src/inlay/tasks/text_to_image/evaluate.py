@@ -10,21 +10,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from inlay.errors import BadInput
 from inlay.tasks.adapter import Adapter, check_task, place_inputs
 from inlay.tasks.evaluation import (
     EVERYTHING,
     Evaluation,
     Request,
     Score,
-    Split,
-    Training,
-    choose_split,
     pick_evenly,
-    split_note,
 )
 from inlay.tasks.statistics import Indices, score_with_intervals
-from inlay.tasks.text_to_image.data import Captioned, load_captioned, open_captioned
+from inlay.tasks.text_to_image.data import Captioned, load_captioned_to_score, open_captioned
 from inlay.tasks.text_to_image.encoder import ImageEncoder, load_encoder
 from inlay.tasks.text_to_image.loss import DenoisingLoss
 from inlay.tasks.text_to_image.paint import Sampling, paint_pairs, split_models
@@ -61,15 +56,17 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
 
     Args:
         adapter: From `load_adapter`.
-        data: As for `load_captioned`.
+        data: As for `load_captioned`; a few images of a subject are compared with as a whole.
         request: Which part, and how; its limit is the number of seeds, 16 by itself.
 
     Raises:
-        InlayError: As `load_captioned` and `load_encoder`; an adapter of another task.
+        InlayError: As `load_captioned_to_score` and `load_encoder`; an adapter of another task.
     """
     check_task(adapter, "text-to-image")
     training, model = request.training, adapter.model
-    chosen, rows, notes = _load_rows(data, request.split, training)
+    chosen, rows, notes = load_captioned_to_score(
+        data, training.settings.get("prompt"), split=request.split, training=training
+    )
     seeds = list(range(request.limit or SEEDS))
     encoder = load_encoder(request.encoder or ENCODER, next(model.parameters()).device)
     if request.encoder is None:
@@ -112,19 +109,6 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
         rows=_make_rows(asked, unrelated, found),
         notes=notes,
     )
-
-
-def _load_rows(data: str, wanted: Split | None, training: Training) -> tuple[Split, list[Captioned], list[str]]:
-    """Images to compare with: the whole, or the part that is held out of training where there is one."""
-    prompt = training.settings.get("prompt")
-    found = load_captioned(data, prompt if isinstance(prompt, str) else None, seed=training.seed)
-    chosen = choose_split(data, wanted, ["train"], "validation", training)
-    if chosen == "validation" and not found.validation:
-        if wanted is not None:
-            raise BadInput(f"nothing is held out of the {len(found.train)} images of {data!r}; leave split out.")
-        chosen = "all"
-    parts = {"train": found.train, "validation": found.validation, "all": (*found.train, *found.validation)}
-    return chosen, list(parts[chosen]), split_note(data, chosen, ["train"], training)
 
 
 def _score_images(
