@@ -46,6 +46,9 @@ SETTINGS: list[tuple[str, float, dict[str, Any]]] = [
     ("magnitude", 0.5, {"density": 0.2}),
     ("knots", 1.0, {"density": 0.3}),
     ("knots", 0.7, {"density": 1.0}),
+    ("zip", 1.0, {}),
+    ("zip", 0.5, {}),
+    ("zip", 0.33, {}),
 ]
 
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from inlay import BottleneckConfig, PartialConfig, load_base, load_processor, save_adapter
@@ -130,3 +130,25 @@ def classifier(folder, labels, seed, processor=None, base=BASE, change=0.0):
     randomise(model, "default", seed)
     metrics = {"dataset": f"data of {folder.name}"}
     return save_adapter(model, folder, processor=processor or load_processor(BASE), metrics=metrics)
+
+
+# Of a made-up pipeline: output sizes, then those of the input (channels, and the sides of a kernel).
+LAYERS = {
+    "unet.mid.to_q": ((7,), (12,)),
+    "unet.mid.conv1": ((9, 1, 1), (5, 3, 3)),
+    "text_encoder.layers.0.q_proj": ((6,), (8,)),
+}
+
+
+def write_lora(folder, seed, rank=3, layers=LAYERS, change=None):
+    """A random LoRA of linear layers and convolutions, as plain peft writes it, without any model."""
+    generator, weights = torch.Generator().manual_seed(seed), {}
+    for site, ((rows, *ones), (channels, *sides)) in layers.items():
+        weights[f"base_model.model.{site}.lora_A.weight"] = torch.randn(rank, channels, *sides, generator=generator)
+        weights[f"base_model.model.{site}.lora_B.weight"] = torch.randn(rows, rank, *ones, generator=generator)
+    if change is not None:
+        change(weights)
+    config = LoraConfig(r=rank, lora_alpha=seed + 2, target_modules=[*layers])
+    config.save_pretrained(folder)
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    return folder

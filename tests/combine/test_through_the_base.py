@@ -91,7 +91,7 @@ def test_weights_are_fitted_on_a_few_examples(tmp_path):
     other = classifier(tmp_path / "other", ["cat", "dog"], 5)
     with pytest.raises(InlayError, match="labels that the adapter does not have"):
         combine({other: 1.0}, fit="builtin:digits", out=tmp_path / "none")
-    with pytest.raises(InlayError, match="the other rules have no gradient"):
+    with pytest.raises(InlayError, match="which are linear in them"):
         combine({other: 1.0}, "ties", fit="builtin:digits", out=tmp_path / "none")
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
 
-from combine.cases import Convolutions, load, lora, off, partial, same_outputs, save, updates, wide
+from combine.cases import Convolutions, load, lora, off, partial, same_outputs, save, updates, wide, write_lora
 from inlay import InlayError, PartialConfig, combine
 from inlay.combine.low_rank import choose_ranks, decompose_factors, fit_factors
 from inlay.combine.rules import RULES, Settings, dare, magnitude, ties
@@ -189,6 +189,36 @@ def test_rules_work_on_the_true_updates(rule, pair, tmp_path):
     same = [(tmp_path / n / "adapter_model.safetensors").read_bytes() for n in ("out", "again")]
     assert same[0] == same[1] and again.errors == made.errors
     assert load("vit", tmp_path / "out")(**batch("vit")).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("rule", ["average", "ties", "dare", "magnitude", "knots"])
+def test_rules_work_on_convolutions_next_to_linear_layers(rule, tmp_path):
+    """Kernels are flat there, one column for each input channel and place."""
+    weights, density, rank = (1.0, 0.5), 0.3, 2
+    a, b = (write_lora(tmp_path / name, seed, rank) for name, seed in (("a", 3), ("b", 4)))
+    made = combine({a: weights[0], b: weights[1]}, rule, density=density, seed=7, out=tmp_path / "out")
+    found, first, second = map(updates, (tmp_path / "out", a, b))
+    assert {site: own.shape for site, own in found.items()} == {site: own.shape for site, own in first.items()}
+    for site, own in found.items():
+        deltas = [first[site].float(), second[site].float()]
+        scaled = [weight * delta for weight, delta in zip(weights, deltas, strict=True)]
+        if rule == "average":
+            assert (own - (deltas[0] + 0.5 * deltas[1]) / 1.5).norm() < 1e-6 * own.norm()
+            continue
+        if rule == "knots":
+            u, s, v = torch.linalg.svd(torch.cat([delta.double() for delta in deltas], 1), full_matrices=False)
+            real = int((s > 1e-5 * s[0]).sum())
+            each = [part.numpy() for part in v[:real].chunk(2, dim=1)]
+            whole = (u[:, :real] * s[:real]) @ torch.from_numpy(ties_of_the_paper(each, weights, density))
+        elif rule == "dare":
+            whole = torch.from_numpy(dare([d.numpy() for d in deltas], weights, Settings(density, 7), site)).double()
+        else:
+            function = {"ties": merge_utils.ties, "magnitude": merge_utils.magnitude_prune}[rule]
+            whole = function(scaled, torch.ones(2), density=density).double()
+        u, s, v = torch.linalg.svd(whole, full_matrices=False)
+        cut = (u[:, : 2 * rank] * s[: 2 * rank]) @ v[: 2 * rank]
+        assert (own - cut).norm() < 1e-4 * cut.norm()
+        assert made.errors[site] == pytest.approx(((whole - cut).norm() / whole.norm()).item(), abs=1e-4)
 
 
 def test_knots_of_one_adapter_at_full_density_is_that_adapter(pair, tmp_path):

@@ -37,13 +37,20 @@ def merge(
 
 def combine(
     adapters: Annotated[
-        list[str], typer.Argument(metavar="ADAPTER=WEIGHT...", help="Folders or Hub ids; weight 1 where none is given.")
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER=WEIGHT...",
+            help="Folders or Hub ids; weight 1 where none is given. Or a weight for each part of the base: "
+            "dog=unet:1,text_encoder:0.5.",
+        ),
     ],
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FOLDER", help="The result; without it only the report is printed."),
     ] = None,
-    rule: Annotated[str, typer.Option(help="add, average, task_arithmetic, ties, dare, magnitude or knots.")] = "add",
+    rule: Annotated[
+        str, typer.Option(help="add, average, task_arithmetic, ties, dare, magnitude, knots or zip.")
+    ] = "add",
     width: Annotated[str | None, typer.Option(help="Largest rank or other width of the result, or auto.")] = None,
     error: Annotated[float, typer.Option(help="With --width auto: largest relative error of the update.")] = 0.01,
     density: Annotated[float, typer.Option(help="Share of entries that ties, dare, magnitude and knots keep.")] = 0.5,
@@ -91,13 +98,24 @@ def combine(
     show(facts, as_json)
 
 
-def _parse_weight(text: str) -> tuple[str, float]:
-    """A folder and its weight."""
-    path, found, number = text.rpartition("=")
+def _parse_weight(text: str) -> tuple[str, float | dict[str, float]]:
+    """A folder and its weight, or its weight in each part of the base."""
+    path, found, said = text.rpartition("=")
+    if not found:
+        return text, 1.0
     try:
-        return (path, float(number)) if found else (text, 1.0)
+        if ":" not in said:
+            return path, float(said)
+        rows = [row.split(":") for row in said.split(",")]
+        weights = {part.strip(): float(number) for part, number in rows}
     except ValueError:
-        raise BadInput(f"{text!r} must be ADAPTER=WEIGHT, such as runs/a=0.5.") from None
+        raise BadInput(
+            f"{text!r} must be ADAPTER=WEIGHT, such as runs/a=0.5, or with a weight for each part of the base, such as "
+            "runs/a=unet:1,text_encoder:0.5."
+        ) from None
+    if len(weights) < len(rows):
+        raise BadInput(f"one part is named twice in {text!r}; give it once.")
+    return path, weights
 
 
 VERBS: dict[str, Callable[..., None]] = {"merge": merge, "combine": combine}

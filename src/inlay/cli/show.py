@@ -40,7 +40,7 @@ def show(facts: dict[str, Any], as_json: bool) -> None:
 
 def _format_value(value: Any) -> str:
     if isinstance(value, dict):
-        if any(isinstance(v, list) for v in value.values()):
+        if any(isinstance(v, list | dict) for v in value.values()):
             return "; ".join(f"{k}: {_format_value(v)}" for k, v in value.items())
         return ", ".join(f"{k} {_format_value(v)}" for k, v in value.items())
     if isinstance(value, list):

@@ -15,10 +15,11 @@ from inlay.adapters.weight_file import PIPELINE_WEIGHTS, PREFIX, WEIGHTS, fits_p
 from inlay.combine.heads import WAYS, Heads, join_heads
 from inlay.combine.method_sum import Sum, SumOptions
 from inlay.combine.norms import total_error
-from inlay.combine.parts import Array, Part, Source
+from inlay.combine.parts import Array, Source
 from inlay.combine.read import open_adapters, wait_for_digests
 from inlay.combine.rules import RULES, Settings, find_rule, weights_under_rule
 from inlay.combine.sums import SUM_BY_PEFT_TYPE
+from inlay.combine.weights import Weight
 from inlay.combine.write import Stream, list_versions, make_metadata, make_record, read_back, write_settings
 from inlay.errors import BadInput, DamagedFile, InlayError, Unsupported
 from inlay.files.atomic import writing
@@ -37,7 +38,7 @@ class Combined:
     Attributes:
         folder: Where it was written.
         rule: Its row in RULES.
-        weights: By adapter, as the rule took them.
+        weights: By adapter, as the rule took them; by part of the base where they were given so.
         widths: Rank, units or length of each method; none for differences of weights.
         heads: What became of the heads.
         labels: Class names in the order of the logits.
@@ -49,7 +50,7 @@ class Combined:
 
     folder: Path
     rule: str
-    weights: dict[str, float]
+    weights: dict[str, Weight]
     widths: dict[str, int]
     heads: str
     labels: list[str]
@@ -60,7 +61,7 @@ class Combined:
 
 
 def combine(
-    adapters: Mapping[Any, float],
+    adapters: Mapping[Any, float | Mapping[str, float]],
     rule: str = "add",
     *,
     out: str | Path,
@@ -83,7 +84,8 @@ def combine(
     passes its check against the adapters.
 
     Args:
-        adapters: Folders (or Hub ids) and weights, any real numbers.
+        adapters: Folders (or Hub ids) and weights, any real numbers. A weight may also be one for each part that the
+            adapter changes: `{"unet": 1.0, "text_encoder": 0.5}`, by the names of the modules at the top of the base.
         rule: A name in RULES.
         out: Folder of the result.
         width: Largest rank, or size of a bottleneck, of the result; auto: the smallest that `error` allows.
@@ -114,7 +116,7 @@ def combine(
         folder = _check_folder(out, sources)
         weights = weights_under_rule(row, [source.weight for source in sources])
         sources = [source.with_weight(weight) for source, weight in zip(sources, weights, strict=True)]
-        head = join_heads(sources, heads, exact=row.merge is None and (fit is None or row.normal))
+        head = join_heads(sources, heads, exact=row.linear and (fit is None or row.normal))
         keep = heads if heads not in WAYS else None
         options = SumOptions(row, settings, width, error, keep, dict(activations or {}))
         fitted = _fit_weights(sources, head, options, fit, examples, seed) if fit is not None else None
@@ -193,14 +195,14 @@ def make_sums(sources: Sequence[Source], options: SumOptions) -> dict[str, Sum]:
     Raises:
         InlayError: A method that does not add.
     """
-    kinds = dict.fromkeys(kind for source in sources for kind in source.parts)
+    kinds = dict.fromkeys(kind for source in sources for kind in source.methods)
     for source in sources:
         if changed := source.file.record.get("changed_weights"):
             raise Unsupported(
                 f"adapter {source.name!r} was trained next to modules that make another weight of their own "
                 f"({changed[0]}), so that its tensors are no update and do not add; train lora-conv instead."
             )
-        for kind in source.parts:
+        for kind in source.methods:
             if kind not in SUM_BY_PEFT_TYPE:
                 raise Unsupported(
                     f"adapter {source.name!r} is of the method {kind}, which is no sum over a width, so that two of "
@@ -213,13 +215,13 @@ def make_sums(sources: Sequence[Source], options: SumOptions) -> dict[str, Sum]:
         )
     found: dict[str, Sum] = {}
     for kind in kinds:
-        parts: list[Part] = [source.parts[kind] for source in sources if kind in source.parts]
+        parts = [part for source in sources for part in source.list_parts(kind)]
         try:
             found[kind] = SUM_BY_PEFT_TYPE[kind](parts, options)
         except InlayError:
             raise
         except Exception as error:  # a config is data from anywhere: it makes this fail in any way
-            names = ", ".join(part.name for part in parts)
+            names = ", ".join(dict.fromkeys(part.name for part in parts))
             raise DamagedFile(
                 f"the configs of {names} do not fit their tensors ({type(error).__name__}: {error}); download them "
                 "again."

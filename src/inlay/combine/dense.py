@@ -18,6 +18,7 @@ from inlay.adapters.weight_file import PREFIX
 from inlay.combine.heads import Heads
 from inlay.combine.method_sum import SumOptions
 from inlay.combine.parts import Array, Source
+from inlay.combine.weights import Weight, weight_at
 from inlay.errors import BadInput, Unsupported
 from inlay.methods._peft import adapter_shapes, merge_keeping_weights, set_adapter_values
 from inlay.methods.partial import PartialConfig
@@ -38,6 +39,10 @@ def write_dense(
         InlayError: No base is named; an adapter that does not fold into it; one that changes weights which two modules
             share.
     """
+    if options.rule.needs_factors:
+        raise Unsupported(
+            f"{options.rule.name} works on the factors of low-rank updates; use ties, or leave dense out."
+        )
     name = base or next((source.file.base_name for source in sources if source.file.base_name), "")
     if not name:
         raise BadInput("a dense combination takes the base's weights, but no adapter names it; give base=.")
@@ -93,10 +98,10 @@ def _find_update(loaded: Any, name: str, source: Source) -> dict[str, Array]:
     return found
 
 
-def _merge_deltas(deltas: list[dict[str, Array]], weights: list[float], options: SumOptions) -> dict[str, Array]:
+def _merge_deltas(deltas: list[dict[str, Array]], weights: list[Weight], options: SumOptions) -> dict[str, Array]:
     merge, found = options.rule.merge, {}
     for key in dict.fromkeys(key for own in deltas for key in own):
-        here = [(own[key], weight) for own, weight in zip(deltas, weights, strict=True) if key in own]
+        here = [(own[key], weight_at(weight, key)) for own, weight in zip(deltas, weights, strict=True) if key in own]
         if merge is not None:
             found[key] = merge([d for d, _ in here], [w for _, w in here], options.settings, key)
         else:

@@ -11,6 +11,7 @@ without gradients.
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from inlay.combine.examples import load_examples
 from inlay.combine.heads import Heads
 from inlay.combine.method_sum import Sum, SumOptions
 from inlay.combine.parts import Source
+from inlay.combine.weights import Weight, list_numbers, replace_numbers, weight_at
 from inlay.errors import BadInput, Unsupported
 from inlay.methods._peft import adapter_parameters
 
@@ -36,13 +38,13 @@ class Fitted:
     """Fitted weights.
 
     Attributes:
-        weights: By adapter.
+        weights: By adapter, and by part of the base where they were given so.
         before: Loss on the examples with the weights that were given.
         after: With the fitted ones.
         examples: How many.
     """
 
-    weights: dict[str, float]
+    weights: dict[str, Weight]
     before: float
     after: float
     examples: int
@@ -79,28 +81,31 @@ def fit_weights(
         InlayError: Weights that have no gradient, such as those of prefixes; data of other labels; a base that cannot
             be loaded.
     """
-    if options.rule.merge is not None:
-        raise Unsupported("weights are fitted for add, average and task_arithmetic; the other rules have no gradient.")
+    if not options.rule.linear:
+        raise Unsupported("weights are fitted for add, average and task_arithmetic, which are linear in them.")
     if examples < 1 or steps < 1:
         raise BadInput(f"examples and steps must be at least 1; they are {examples} and {steps}.")
-    start = [source.weight for source in sources]
+    given = [source.weight for source in sources]
+    parts, start = map(list, zip(*list_numbers(given), strict=True))
     fixed = replace(options, width=None, zeros=True)
 
-    def weight_sources(weights: list[float]) -> list[Source]:
+    def weight_sources(numbers: list[float]) -> list[Source]:
+        weights = replace_numbers(given, numbers)
         return [source.with_weight(weight) for source, weight in zip(sources, weights, strict=True)]
 
-    ones = weight_sources([1.0] * len(sources))
+    ones = weight_sources([1.0] * len(start))
     with tempfile.TemporaryDirectory() as folder:
         write(ones, sums(ones, fixed), Path(folder) / "sum")
         loaded = load_adapter(Path(folder) / "sum", device="cpu")
     labelled = load_examples(loaded, data, examples, seed)
-    corners = [weight_sources([float(i == k) for i in range(len(sources))]) for k in range(-1, len(sources))]
+    corners = [weight_sources([float(i == k) for i in range(len(start))]) for k in range(-1, len(start))]
     base, *slopes = _find_slopes([sums(corner, fixed) for corner in corners])
     names = adapter_parameters(loaded.model)
-    means = _HeadMeans(heads, [source.name for source in sources])
+    means = _HeadMeans(heads, sources)
+    same_part = torch.tensor([[float(one == other) for other in parts] for one in parts])
 
     def as_used(weights: torch.Tensor) -> torch.Tensor:
-        return weights / weights.sum() if options.rule.normal else weights
+        return weights / (same_part @ weights) if options.rule.normal else weights
 
     def values_at(weights: torch.Tensor) -> dict[str, torch.Tensor]:
         used = as_used(weights)
@@ -125,23 +130,27 @@ def fit_weights(
         if now < best[0] and means.exist_at(as_used(weights)):
             best = (now, as_used(weights).tolist())
         optimizer.step()
-    fitted = dict(zip((s.name for s in sources), (round(w, 6) for w in best[1]), strict=True))
+    found = replace_numbers(given, [round(number, 6) for number in best[1]])
+    fitted = {source.name: weight for source, weight in zip(sources, found, strict=True)}
     return Fitted(fitted, before, best[0], labelled.count)
 
 
 class _HeadMeans:
     """The rows of heads that are means by the weights, as functions of these: `Heads.make` with a gradient."""
 
-    def __init__(self, heads: Heads, names: list[str]) -> None:
+    def __init__(self, heads: Heads, sources: list[Source]) -> None:
+        order = replace_numbers([source.weight for source in sources], count())  # where each number stands among all
+        number_of = {source.name: numbers for source, numbers in zip(sources, order, strict=True)}
         self.parts: dict[str, list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
         self.counts: dict[str, torch.Tensor] = {}
         for key, rows in heads.rows.items():
+            plain = key.removeprefix(PREFIX)
             places = [torch.from_numpy(part.places) for part in rows]
-            count = torch.bincount(torch.cat(places))
-            if (count > 1).any():
-                self.counts[key] = count
+            holders = torch.bincount(torch.cat(places))
+            if (holders > 1).any():
+                self.counts[key] = holders
                 self.parts[key] = [
-                    (names.index(part.adapter), place, torch.from_numpy(part.read()))
+                    (int(weight_at(number_of[part.adapter], plain)), place, torch.from_numpy(part.read()))
                     for part, place in zip(rows, places, strict=True)
                 ]
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from inlay.adapters.weight_file import PREFIX
 from inlay.combine.parts import Array, Source, Tensors
+from inlay.combine.weights import Weight, weight_at
 from inlay.errors import BadInput, Unsupported, WrongBase
 
 WAYS = ("auto", "stack", "average")
@@ -77,7 +78,7 @@ class Heads:
     groups: dict[str, dict[str, int]] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     rows: dict[str, list[Rows]] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, Weight] = field(default_factory=dict)
 
     def make(self, key: str) -> Array:
         """One tensor.
@@ -98,24 +99,25 @@ class Heads:
 
         Where all weights of a row are 0, they count alike.
         """
-        parts = self.rows[key]
+        parts, plain = self.rows[key], key.removeprefix(PREFIX)
+        weights = {part.adapter: weight_at(self.weights[part.adapter], plain) for part in parts}
         total, any_weight, count = np.zeros((3, _count_rows(self.shapes[key])))  # of each row
         for part in parts:
-            total[part.places] += self.weights[part.adapter]
-            any_weight[part.places] += abs(self.weights[part.adapter])
+            total[part.places] += weights[part.adapter]
+            any_weight[part.places] += abs(weights[part.adapter])
             count[part.places] += 1
         shared = (count > 1) & (any_weight > 0)
         if np.any(total[shared] <= 1e-9 * any_weight[shared]):
-            weights = ", ".join(f"{name} {weight:g}" for name, weight in self.weights.items())
+            said = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
             raise BadInput(
-                f"heads cannot be averaged by weights that add up to 0 or less ({weights}); name the adapter whose "
+                f"heads cannot be averaged by weights that add up to 0 or less ({said}); name the adapter whose "
                 f"head is kept: heads={' or '.join(map(repr, self.weights))}."
             )
         alike = 1 / np.maximum(count, 1)
         total = np.where(shared, total, 1)
-        return [np.where(shared, self.weights[part.adapter] / total, alike)[part.places] for part in parts]
+        return [np.where(shared, weights[part.adapter] / total, alike)[part.places] for part in parts]
 
-    def with_weights(self, weights: Mapping[str, float]) -> "Heads":
+    def with_weights(self, weights: Mapping[str, Weight]) -> "Heads":
         """The same with other weights."""
         return replace(self, weights={name: weights[name] for name in self.weights})
 
@@ -199,7 +201,7 @@ def _sum_copies(sources: Sequence[Source], labels: list[str], how: str, exact: b
         sizes = {source.tensors.shape(source.head[plain]) for source in having}
         if len(sizes) > 1:
             raise WrongBase(f"{plain} has the shapes {sorted(sizes)}, which cannot be averaged; {keep}.")
-        total = sum(source.weight for source in having)
+        total = sum(weight_at(source.weight, plain) for source in having)
         if how == "auto" and not (exact and math.isclose(total, 1, rel_tol=1e-6)):
             raise Unsupported(
                 f"{plain} is a whole copy in {' and '.join(repr(source.name) for source in having)}, not an update: "

@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from inlay.combine.report import MEASURES, Overlap
+from inlay.combine.weights import describe_weight
 from inlay.errors import BadInput
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -46,7 +47,7 @@ def draw_heatmap(report: Overlap) -> Image.Image:
                 _draw_cell(pen, x + i * _CELL, y, None if found is None else getattr(found, measure), small)
     for column, (first, second) in enumerate(pairs):
         x = left + column * (block + _GAP)
-        title = f"{first} x {report.adapters[first]:g},  {second} x {report.adapters[second]:g}"
+        title = ",  ".join(f"{name} x {describe_weight(report.adapters[name])}" for name in (first, second))
         pen.text((x + block / 2, _EDGE + 10), _shorten_text(title, font, block + _GAP), _INK, font, anchor="mm")
         for i, measure in enumerate(MEASURES):
             pen.text((x + (i + 0.5) * _CELL, _TOP - 14), _shorten_text(measure, small, _CELL), _INK, small, anchor="mm")

@@ -1,5 +1,7 @@
 """Sums of LoRA: exact by concatenation, smaller by an SVD of the factors, other rules on ΔW module by module.
 
+A rule may also scale the columns of each A, an input (of a convolution a channel) each, before the concatenation.
+
 The scale (alpha / r, or alpha / √r with rsLoRA) and the weight go into B, so that the result is a plain LoRA with
 alpha = r. Modules may have different ranks, and one adapter may have modules that others lack.
 """
@@ -9,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -187,6 +190,20 @@ class LoraSum(Sum):
             made[_BIAS] = self._sum_biases(site)
         return made
 
+    def _scale_inputs(self, site: str) -> list[Array | None]:
+        """What each part's A is multiplied with, by the rule: a factor for each input (channel); None: with nothing."""
+        here, scale = self.acting_parts(site), self.options.rule.scale
+        if scale is None:
+            return [None] * len(here)
+        (_, channels, *size), groups = here[0].shape(site, _name_leaves(here[0], site)[0]), self._count_groups(site)
+        pairs = [_split_by_group(read_factors(part, site), groups) for part in here]
+        grams = np.zeros((channels, len(here), len(here)))
+        for i, j in product(range(len(here)), repeat=2):  # (B_i A_i)ᵀ B_j A_j, its diagonal only
+            for (up, down), (other_up, other_down) in zip(pairs[i], pairs[j], strict=True):
+                inner = here[i].weight * here[j].weight * (up.T.astype(np.float64) @ other_up)
+                grams[:, i, j] += (down * (inner @ other_down)).sum(0).reshape(channels, -1).sum(1)
+        return [factors.astype(np.float32).reshape(1, channels, *[1] * len(size)) for factors in scale(grams).T]
+
     def _join_units(self, site: str) -> tuple[Array, Array]:
         """B and A with the units of all; those of a convolution in groups stand group by group."""
         (a, b), groups = _name_leaves(self.acting_parts(site)[0], site), self._count_groups(site)
@@ -195,13 +212,15 @@ class LoraSum(Sum):
         rows = down.reshape(groups, -1, *shapes[a][1:])
         probe = _draw_input(self._count_features(site)[1])
         wanted, at = np.zeros((groups, len(up) // groups)), 0
-        for part in self.acting_parts(site):
+        for part, factors in zip(self.acting_parts(site), self._scale_inputs(site), strict=True):
             width = part.shape(site, a)[0] // groups
             piece, factor = rows[:, at : at + width], part.weight * scale_at(part, site)
             if groups == 1:
                 part.tensors.read_into(part.sites[site][a], piece[0])
             else:
                 piece[...] = part.read(site, a).reshape(piece.shape)
+            if factors is not None:
+                piece *= factors
             own = part.read(site, b)
             hidden = piece.reshape(groups, width, -1) @ probe  # G w
             wanted += factor * np.einsum("gow,gw->go", own.reshape(groups, -1, width), hidden)
@@ -217,10 +236,13 @@ class LoraSum(Sum):
     def _decompose_sum(self, site: str) -> list[Spectrum]:
         """Of the exact sum, with the weights in B, group by group; kernels of convolutions are flat."""
         groups = self._count_groups(site)
-        parts = [
-            (_split_by_group(read_factors(part, site), groups), np.float32(part.weight))
-            for part in self.acting_parts(site)
-        ]
+        parts = []
+        for part, factors in zip(self.acting_parts(site), self._scale_inputs(site), strict=True):
+            up, down = read_factors(part, site)
+            if factors is not None:
+                shape = part.shape(site, _name_leaves(part, site)[0])
+                down = (down.reshape(shape) * factors).reshape(down.shape)
+            parts.append((_split_by_group((up, down), groups), np.float32(part.weight)))
         found = []
         for k in range(groups):
             up = np.concatenate([weight * own[k][0] for own, weight in parts], axis=1)
@@ -281,10 +303,16 @@ class LoraSum(Sum):
         here = [part for part in self.acting_parts(site) if _BIAS in part.sites[site]]
         total = np.zeros(self.shapes[site][_BIAS], np.float32)
         biases = [part.read(site, _BIAS) * np.float32(scale_at(part, site)) for part in here]
-        if self.options.rule.merge is not None and biases:
-            return self.options.rule.merge(biases, [p.weight for p in here], self.options.settings, f"{site}.bias")
-        for part, bias in zip(here, biases, strict=True):
-            total += np.float32(part.weight) * bias
+        rule = self.options.rule
+        if rule.merge is not None and biases:
+            return rule.merge(biases, [p.weight for p in here], self.options.settings, f"{site}.bias")
+        biases = [np.float32(part.weight) * bias for part, bias in zip(here, biases, strict=True)]
+        if rule.scale is not None and biases:  # the column of an input that is always 1
+            stacked = np.stack(biases).astype(np.float64)
+            factors = rule.scale((stacked @ stacked.T)[None])[0]
+            biases = [np.float32(factor) * bias for factor, bias in zip(factors, biases, strict=True)]
+        for bias in biases:
+            total += bias
         return total
 
 

@@ -76,7 +76,7 @@ class Sum(ABC):
         self.errors: dict[str, float] = {}
         self.norms: dict[str, float] = {}
         self.names = list(dict.fromkeys(site for part in parts for site in part.sites))
-        if options.rule.merge is not None and not self.has_updates:
+        if not options.rule.linear and not self.has_updates:
             raise Unsupported(f"this rule works on updates of weights, which {self.title} does not have; use add.")
         wrong = [part for part in parts if not self.has_multiples and part.weight not in (0, 1)]
         if wrong:
@@ -124,10 +124,11 @@ class Sum(ABC):
         size = scale if scale is not None else norm(wanted)
         off = norm(found.astype(np.float64) - wanted)
         if not np.isfinite(off) or off > TOLERANCE * max(size, 1e-30):
+            names = ", ".join(dict.fromkeys(part.name for part in self.parts))
             what = "NaN or Inf" if not np.isfinite(off) else f"{off / max(size, 1e-30):.2g} off"
             raise ComputationFailed(
-                f"the combination of {', '.join(part.name for part in self.parts)} does not pass its check at "
-                f"{site or 'its tokens'} ({what}); nothing was written."
+                f"the combination of {names} does not pass its check at {site or 'its tokens'} ({what}); nothing was "
+                "written."
             )
 
 

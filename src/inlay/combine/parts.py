@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from inlay.adapters.file import AdapterFile
 from inlay.adapters.weight_file import find_peft_keys
+from inlay.combine.weights import Weight, find_part
 from inlay.errors import DamagedFile, Unsupported
 
 Array = npt.NDArray[np.float32]
@@ -88,17 +89,17 @@ class Part:
 
     Attributes:
         name: The adapter's.
-        weight: What it is multiplied with.
         config: The method's settings.
         sites: By the module's name in the base: the key in the file of each leaf, such as `lora_A.weight`.
         tensors: The file.
+        weight: What it is multiplied with.
     """
 
     name: str
-    weight: float
     config: dict[str, Any]
     sites: dict[str, dict[str, str]]
     tensors: Tensors
+    weight: float = 1.0
 
     def shape(self, site: str, leaf: str) -> tuple[int, ...]:
         """Of one leaf."""
@@ -118,20 +119,35 @@ class Source:
         weight: What its effect is multiplied with.
         file: Its config and record.
         tensors: Its file.
-        parts: By peft_type.
+        methods: What each method of it holds, by peft_type, without the weight.
         intact: That the file is what its digest says, once that is known.
         head: Key in the file of each tensor of a module that was trained whole, by name without PREFIX.
     """
 
     name: str
-    weight: float
+    weight: Weight
     file: AdapterFile
     tensors: Tensors
-    parts: dict[str, Part]
+    methods: dict[str, Part]
     intact: Future[None]
     head: dict[str, str] = field(default_factory=dict)
 
-    def with_weight(self, weight: float) -> "Source":
+    def list_parts(self, kind: str) -> list[Part]:
+        """What one method holds, with its weight; where weights go by part of the base, each of these by itself."""
+        if kind not in self.methods:
+            return []
+        whole = self.methods[kind]
+        if not isinstance(self.weight, dict):
+            return [replace(whole, weight=self.weight)]
+        found: dict[str, dict[str, dict[str, str]]] = {}
+        for site, leaves in whole.sites.items():
+            found.setdefault(find_part(site), {})[site] = leaves
+        return [replace(whole, sites=sites, weight=self.weight[part]) for part, sites in found.items()]
+
+    def list_modules(self) -> list[str]:
+        """Names of all modules that it adapts, and of the tensors of those that were trained whole."""
+        return [*(site for part in self.methods.values() for site in part.sites), *self.head]
+
+    def with_weight(self, weight: Weight) -> "Source":
         """The same adapter with another weight."""
-        parts = {kind: replace(part, weight=weight) for kind, part in self.parts.items()}
-        return replace(self, weight=weight, parts=parts)
+        return replace(self, weight=weight)

@@ -6,8 +6,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from inlay.adapters.file import AdapterFile, check_digest, read_adapter
 from inlay.adapters.hub.fetch import fetch
 from inlay.adapters.patterns import check_patterns
@@ -15,25 +13,25 @@ from inlay.adapters.sketch_distance import explain_difference
 from inlay.adapters.weight_file import PREFIX
 from inlay.combine.parts import Part, Source, Tensors
 from inlay.combine.sums import SUM_BY_PEFT_TYPE
+from inlay.combine.weights import Weight, check_parts, check_weight, spread_weights
 from inlay.errors import BadInput, DamagedFile, Unsupported, WrongBase
 
 
 @contextmanager
-def open_adapters(adapters: Mapping[Any, float]) -> Iterator[list[Source]]:
+def open_adapters(adapters: Mapping[Any, float | Mapping[str, float]]) -> Iterator[list[Source]]:
     """Adapters by folder or Hub id, with their weights, checked to be of one base.
 
     Digests are taken while the block works: `wait_for_digests` waits for them, as does the end of the
     block. A block that fails on a damaged file fails with the error of the damage.
 
     Raises:
-        InlayError: Whatever `read_adapter` finds; no adapter; a weight that is no finite number; other bases; tensors
-            that belong neither to a method nor to a head.
+        InlayError: Whatever `read_adapter` finds; no adapter; a weight that is no finite number; weights by part that
+            do not name the very parts of the adapter; other bases; tensors that belong neither to a method nor to a
+            head.
     """
     if not adapters:
         raise BadInput("there are no adapters to combine; give them with their weights, such as {'a': 1.0, 'b': 0.5}.")
-    for path, weight in adapters.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not np.isfinite(weight):
-            raise BadInput(f"the weight of {path} must be a finite number, not {weight!r}.")
+    weights = [check_weight(path, weight) for path, weight in adapters.items()]
     files = [read_adapter(fetch(path), digest=False) for path in adapters]
     sources: list[Source] = []
     with ThreadPoolExecutor(min(len(adapters), 4)) as pool, ExitStack() as held:
@@ -41,11 +39,13 @@ def open_adapters(adapters: Mapping[Any, float]) -> Iterator[list[Source]]:
         try:
             names = shorten_names([file.folder for file in files])
             _check_bases(dict(zip(names, files, strict=True)))
-            for name, weight, file, future in zip(names, adapters.values(), files, whole, strict=True):
+            for name, weight, file, future in zip(names, weights, files, whole, strict=True):
                 tensors = Tensors(file.weights)
                 held.callback(tensors.close)
-                sources.append(_sort_tensors(name, float(weight), file, tensors, future))
-            yield sources
+                sources.append(_sort_tensors(name, weight, file, tensors, future))
+                check_parts(name, weight, sources[-1].list_modules())
+            spread = spread_weights(weights, [source.list_modules() for source in sources])
+            yield [source.with_weight(weight) for source, weight in zip(sources, spread, strict=True)]
         finally:
             for future in whole:
                 future.result()
@@ -93,7 +93,7 @@ def _check_bases(files: Mapping[str, AdapterFile]) -> None:
             )
 
 
-def _sort_tensors(name: str, weight: float, file: AdapterFile, tensors: Tensors, intact: Future[None]) -> Source:
+def _sort_tensors(name: str, weight: Weight, file: AdapterFile, tensors: Tensors, intact: Future[None]) -> Source:
     config = file.config
     inner, whole = config.get("parts") or [], config.get("modules_to_save") or []
     named = isinstance(whole, list) and all(isinstance(module, str) for module in whole)
@@ -123,8 +123,8 @@ def _sort_tensors(name: str, weight: float, file: AdapterFile, tensors: Tensors,
                 "adapters cannot be combined."
             )
     check_patterns(config, {site for found in sites.values() for site in found}, name)
-    parts = {kind: Part(name, weight, configs[kind], sites[kind], tensors) for kind in configs}
-    return Source(name, weight, file, tensors, parts, intact, head)
+    methods = {kind: Part(name, configs[kind], sites[kind], tensors) for kind in configs}
+    return Source(name, weight, file, tensors, methods, intact, head)
 
 
 def _parse_key(key: str, own: str) -> tuple[str, str, str]:

@@ -15,7 +15,7 @@ All but the conflict come from the factors; that is counted by strips of rows. B
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from inlay.combine.norms import norm
 from inlay.combine.parts import Array, Part, Source
 from inlay.combine.read import open_adapters
 from inlay.combine.sums import SUM_BY_PEFT_TYPE
+from inlay.combine.weights import Weight, describe_weight
 from inlay.errors import WrongBase
 
 MEASURES = ("cosine", "read", "written", "conflict", "interference")
@@ -55,7 +56,7 @@ class Overlap:
         meetings: Modules that two of them change.
     """
 
-    adapters: dict[str, float]
+    adapters: dict[str, Weight]
     alone: dict[str, list[str]]
     meetings: list[Meeting]
 
@@ -72,7 +73,7 @@ class Overlap:
     def __str__(self) -> str:
         """A line for each pair of adapters, and the modules where it may hurt most."""
         lines = [
-            f"{name} x {weight:g}: the only one in {len(self.alone[name])} modules"
+            f"{name} x {describe_weight(weight)}: the only one in {len(self.alone[name])} modules"
             for name, weight in self.adapters.items()
         ]
         for first, second in combinations(self.adapters, 2):
@@ -87,11 +88,11 @@ class Overlap:
         return "\n".join(lines)
 
 
-def overlap(adapters: Mapping[Any, float]) -> Overlap:
+def overlap(adapters: Mapping[Any, float | Mapping[str, float]]) -> Overlap:
     """Compare adapters, two at a time, module by module, before combining them.
 
     Args:
-        adapters: Folders or Hub ids, and weights.
+        adapters: Folders or Hub ids, and weights, as `combine` takes them.
 
     Raises:
         InlayError: As `combine`, for what cannot be read or is of another base.
@@ -102,16 +103,15 @@ def overlap(adapters: Mapping[Any, float]) -> Overlap:
 
 def compare_sources(sources: Sequence[Source]) -> Overlap:
     """The same for adapters that are open."""
-    modules = {source.name: [site for part in source.parts.values() for site in part.sites] for source in sources}
+    modules = {source.name: [site for part in source.methods.values() for site in part.sites] for source in sources}
     alone = {
         name: [site or "the input" for site in own if not any(site in o for n, o in modules.items() if n != name)]
         for name, own in modules.items()
     }
     meetings = []
     for a, b in combinations(sources, 2):
-        for kind in a.parts:
-            if kind in b.parts:
-                own, other = a.parts[kind], b.parts[kind]
+        for kind in a.methods:
+            for own, other in product(a.list_parts(kind), b.list_parts(kind)):
                 meetings += [_compare_at(kind, site, own, other) for site in own.sites if site in other.sites]
     return Overlap({source.name: source.weight for source in sources}, alone, meetings)
 

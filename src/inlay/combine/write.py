@@ -16,6 +16,7 @@ from inlay.adapters.file import CARD, CONFIG, FORMAT, METRICS, hash_config, read
 from inlay.adapters.weight_file import PIPELINE_WEIGHTS, describe_parts, find_stored_key, find_weights
 from inlay.combine.heads import Heads
 from inlay.combine.parts import Array, Source
+from inlay.combine.weights import describe_weight
 from inlay.errors import BadInput, ComputationFailed
 from inlay.files.atomic import write_json
 from inlay.files.tensor_header import DIGEST, start_digest
@@ -160,7 +161,7 @@ def write_settings(folder: Path, config: dict[str, Any], record: dict[str, Any],
     write_json(folder / CONFIG, config)
     write_json(folder / METRICS, metrics)
     made = metrics["combined"]
-    rows = "\n".join(f"| {row['name']} | {row['weight']:g} |" for row in made["of"])
+    rows = "\n".join(f"| {row['name']} | {describe_weight(row['weight'])} |" for row in made["of"])
     said = (
         f"## Combined\n\nBy `{made['rule']}` ({made['paper']}). Relative error of the update: {made['error']:.2g}. "
         f"Head: {made['heads']}.\n\n| adapter | weight |\n|---|---|\n{rows}\n"
