@@ -94,7 +94,7 @@ def test_a_merged_adapter_is_a_plain_pipeline_that_paints_the_same(kind, adapter
 
 def test_weight_scales_an_adapter(folders, adapters):
     """The same as a base to whose weights the scaled update was added by hand."""
-    adapter = load_adapter(adapters["sd"])
+    adapter = load_adapter(adapters["sd"], folders["sd"])
     (painted,) = paint(adapter, ["dog"], weight=0.5, **FEW)
     layers = {name: m for name, m in adapter.model.named_modules() if hasattr(m, "get_delta_weight")}
     base = load_base(folders["sd"])
@@ -105,6 +105,11 @@ def test_weight_scales_an_adapter(folders, adapters):
     assert differ(painted, paint(base, ["dog"], **FEW)[0]) <= 1
     with pytest.raises(InlayError, match=r"weight 0\.5 scales unmerged LoRA layers"):
         paint(base, ["dog"], weight=0.5)
+
+
+def test_the_base_is_found_among_pipelines(folders, adapters):
+    """A pipeline is one model, and its parts are none."""
+    assert load_adapter(adapters["sd"], folders["sd"].parent).model.name_or_path == str(folders["sd"])
 
 
 @pytest.mark.parametrize(
