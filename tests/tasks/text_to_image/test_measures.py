@@ -135,7 +135,7 @@ def test_an_evaluation_is_of_what_adapter_and_base_paint(adapter, data, clip, mo
     (one,), (base,) = (paint(loaded, [unrelated], seeds=[1], steps=4, weight=weight) for weight in (1.0, 0.0))
     pixels = np.abs(np.asarray(one, float) - np.asarray(base, float)).mean() / 255
     assert found.rows[1]["drift_pixels"] == pytest.approx(pixels, abs=2e-3) and pixels > 0.01
-    assert any("the 2 prompts of the data" in note and "in 4 steps" in note for note in found.notes)
+    assert any("one of 2 prompts of the data" in note and "in 4 steps" in note for note in found.notes)
 
 
 def test_a_merged_adapter_has_no_drift_and_says_so(adapter, data, monkeypatch):
