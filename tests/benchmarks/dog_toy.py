@@ -289,8 +289,8 @@ def write_results(found: dict[str, Any]) -> None:
     ceilings = ", ".join(f"{value:.3f} of the {name}'s" for name, value in found["own_fidelity"].items())
     text = [
         write_table(found["points"]),
-        f"{found['seeds']} seeds, {found['steps']} steps, guidance {found['guidance']:g}. The ceiling of fidelity, of the "
-        f"subject's own images among each other: {ceilings}; the base's is the floor.",
+        f"{found['seeds']} seeds, {found['steps']} steps, guidance {found['guidance']:g}. The ceiling of fidelity, of "
+        f"the subject's own images among each other: {ceilings}; the base's is the floor.",
         "\n".join(tell_losses(found["points"])),
     ]
     RESULTS.with_suffix(".md").write_text("\n\n".join(filter(None, text)) + "\n")
