@@ -95,6 +95,12 @@ def test_adapter_and_merged_pipeline_paint_in_diffusers_what_they_paint_here(kin
     assert differ(painted, paint(load_base(merged.folder), ["dog"], seeds=[3], **FEW)[0]) <= 1
 
 
+def test_a_merged_pipeline_is_stored_in_whole_weights(adapters, tmp_path):
+    with pytest.raises(InlayError, match="a text-to-image pipeline is not stored in 8bit when merged; give a dtype"):
+        merge(adapters["sd"], tmp_path / "merged", quantize="8bit")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_weight_scales_an_adapter(folders, adapters):
     """The same as a base to whose weights the scaled update was added by hand."""
     adapter = load_adapter(adapters["sd"], folders["sd"])
