@@ -103,9 +103,11 @@ __version__ = "0.1.0"
 # These messages appear at every start, and a user can do nothing about them:
 # - bitsandbytes, which peft imports, misses the optional package `kernels` on CPUs with AVX512-BF16;
 # - torchao, which peft imports too, lacks its GPU kernels, and registers enums in a way that torch will drop;
+# - diffusers imports image processors, which take Pillow where torchvision is missing, and say so;
 # - transformers has renamed gradient checkpointing, and peft still uses the old name;
 # - peft warns of GPT-2's transposed weights and then corrects its setting itself.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))
+logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "falling back to" not in str(record.msg))
 logging.getLogger("torchao").addFilter(lambda record: "Failed to load" not in str(record.msg))
 logging.getLogger("torch.utils._pytree").addFilter(lambda record: "register_constant" not in str(record.msg))
 warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated", category=FutureWarning)

@@ -26,6 +26,7 @@ from inlay.cli import app as cli
 from inlay.cli import predict as predict_verb
 from inlay.cli import recipe as recipe_cli
 from inlay.tasks import TASKS, find_task
+from inlay.tasks.base import read_task
 from places import ROOT
 
 BLOCKS = [block for page in PAGES for block in read_blocks(page)]
@@ -89,6 +90,8 @@ def check_verb(arguments):
 def task_of(arguments):
     """What the adapter of a command is for: in the pages its folder has the name of the recipe that makes it."""
     adapter = predict_verb._find_adapter(arguments)
+    if adapter.startswith("builtin:"):
+        return read_task(adapter)
     if (ROOT / adapter / "adapter_config.json").is_file():
         return find_task_of_file(read_adapter(ROOT / adapter))
     family = re.search(r"runs/\w+_([a-z0-9]+)/", adapter)

@@ -201,7 +201,7 @@ def test_inputs_go_to_the_device_of_the_model(name, use, tmp_path_factory, tmp_p
         pytest.skip("tests/tasks/volumes segments scans on the meta device")
     Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "p.png")
     options = {"point": ["20,20"]} if "--point" in row.inputs else {}
-    options |= {"sheet": tmp_path / "out.png"} if "--sheet" in row.inputs else {}
+    options |= {"sheet": tmp_path / "out.png", "steps": 2} if "--sheet" in row.inputs else {}
     texts = list(takewhile(lambda word: not word.startswith("--"), row.inputs))
     inputs = [str(tmp_path / "p.png")] if "PICTURE" in row.inputs else texts
     task = find_task(name)

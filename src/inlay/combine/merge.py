@@ -110,10 +110,14 @@ def merge(
     loaded = load_adapter(adapter, base, device="cpu")
     model = loaded.model
     _check_merges(loaded)
+    stored = quantize if quantize and dtype is None else dtype or "float32"
+    if stored == quantize and not loaded.task.stores_few_bits:
+        raise Unsupported(
+            f"{loaded.task.base_noun} is not stored in {stored} when merged; give a dtype such as float16."
+        )
     held = {"int8": "8bit", "nf4": "4bit"}.get(loaded.file.record.get("base", {}).get("precision"))
     if held and held != quantize:
         logger.warning("%s was trained on a base in %s: quantize=%r merges into those weights.", adapter, held, held)
-    stored = quantize if quantize and dtype is None else dtype or "float32"
     used = model  # the adapter as it is used unmerged
     if quantize:
         held_base = load_own_base(loaded.file, base, quantize=quantize, device="cpu")

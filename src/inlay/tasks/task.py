@@ -78,6 +78,7 @@ class Task(ABC):
         hub_tag: The Hub's pipeline tag.
         base_kinds: What the rows of METHODS call its bases.
         classifies: Labels can be given to a base, whose head is then new; the adapter holds that head.
+        stores_few_bits: A merged model can be stored in 8 or 4 bits.
         compares_images: `evaluate` compares what it paints by the features of an encoder.
         library: That loads a merged model.
         peft_task_type: What plain peft calls it in a config, where peft names it.
@@ -102,6 +103,7 @@ class Task(ABC):
     hub_tag: ClassVar[str]
     base_kinds: ClassVar[Sequence[str]]
     classifies: ClassVar[bool] = False
+    stores_few_bits: ClassVar[bool] = True
     compares_images: ClassVar[bool] = False
     library: ClassVar[str] = "transformers"
     peft_task_type: ClassVar[str | None] = None

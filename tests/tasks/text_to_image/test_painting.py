@@ -11,7 +11,7 @@ from PIL import Image
 
 from command import run
 from diffusion_models import write_pipeline
-from inlay import InlayError, load_adapter, load_base, merge, paint, save_adapter
+from inlay import InlayError, load_adapter, load_base, merge, paint, pipeline_targets, save_adapter
 from inlay.tasks.text_to_image.paint import draw_paintings
 from inlay.tasks.text_to_image.processor import load_prompt_processor
 
@@ -42,21 +42,23 @@ def adapters(folders, tmp_path_factory):
         folder = folders[kind]
         base = load_base(folder)
         torch.manual_seed(1)
-        names = [name for name, _ in base.named_modules() if name.endswith(("to_q", "to_v", "q_proj"))]
+        names = pipeline_targets(base, text_encoders=True)
         model = get_peft_model(base, LoraConfig(r=2, target_modules=names, init_lora_weights=False))
         out = tmp_path_factory.mktemp("adapters") / kind
         found[kind] = save_adapter(model, out, processor=load_prompt_processor(str(folder), None))
     return found
 
 
-def paint_with_diffusers(folder, kind, prompt, seed, size=16):
-    """What the pipeline paints, loaded without inlay."""
+def paint_with_diffusers(folder, kind, prompt, seed, adapter=None):
+    """What the pipeline paints, loaded without inlay, with an adapter's folder or without."""
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **(WITHOUT_T5 if kind == "sd3" else {}))
     pipeline.set_progress_bar_config(disable=True)
+    if adapter is not None:
+        pipeline.load_lora_weights(adapter)
     generator = torch.Generator().manual_seed(seed)
-    return pipeline(
-        prompt, generator=generator, num_inference_steps=3, guidance_scale=3.0, height=size, width=size
-    ).images[0]
+    return pipeline(prompt, generator=generator, num_inference_steps=3, guidance_scale=3.0, height=16, width=16).images[
+        0
+    ]
 
 
 def differ(one, other):
@@ -75,11 +77,12 @@ def test_an_image_depends_on_its_prompt_and_seed_only(kind, folders, bases):
 
 
 @pytest.mark.parametrize("kind", ["sd", "sd3"])
-def test_a_merged_adapter_is_a_plain_pipeline_that_paints_the_same(kind, adapters, tmp_path):
+def test_adapter_and_merged_pipeline_paint_in_diffusers_what_they_paint_here(kind, folders, adapters, tmp_path):
     adapter = load_adapter(adapters[kind])
     (painted,) = paint(adapter, ["dog"], seeds=[3], **FEW)
     (of_base,) = paint(adapter, ["dog"], seeds=[3], weight=0.0, **FEW)
     assert differ(painted, of_base) > 1
+    assert differ(painted, paint_with_diffusers(folders[kind], kind, "dog", 3, adapters[kind])) <= 1
     dtype = "float16" if kind == "sd" else None
     merged = merge(adapters[kind], tmp_path / "merged", dtype=dtype)
     assert merged.effect > 0.01 and merged.error < (0.01 if dtype else 1e-4)
@@ -92,9 +95,15 @@ def test_a_merged_adapter_is_a_plain_pipeline_that_paints_the_same(kind, adapter
     assert differ(painted, paint(load_base(merged.folder), ["dog"], seeds=[3], **FEW)[0]) <= 1
 
 
+def test_a_merged_pipeline_is_stored_in_whole_weights(adapters, tmp_path):
+    with pytest.raises(InlayError, match="a text-to-image pipeline is not stored in 8bit when merged; give a dtype"):
+        merge(adapters["sd"], tmp_path / "merged", quantize="8bit")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_weight_scales_an_adapter(folders, adapters):
     """The same as a base to whose weights the scaled update was added by hand."""
-    adapter = load_adapter(adapters["sd"])
+    adapter = load_adapter(adapters["sd"], folders["sd"])
     (painted,) = paint(adapter, ["dog"], weight=0.5, **FEW)
     layers = {name: m for name, m in adapter.model.named_modules() if hasattr(m, "get_delta_weight")}
     base = load_base(folders["sd"])
@@ -105,6 +114,11 @@ def test_weight_scales_an_adapter(folders, adapters):
     assert differ(painted, paint(base, ["dog"], **FEW)[0]) <= 1
     with pytest.raises(InlayError, match=r"weight 0\.5 scales unmerged LoRA layers"):
         paint(base, ["dog"], weight=0.5)
+
+
+def test_the_base_is_found_among_pipelines(folders, adapters):
+    """A pipeline is one model, and its parts are none."""
+    assert load_adapter(adapters["sd"], folders["sd"].parent).model.name_or_path == str(folders["sd"])
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def load_encoder(name: str | Path, device: Device | None = None) -> ImageEncoder
 
     Args:
         name: An embedded classifier, or the folder or Hub id of an image model of transformers, such as DINOv2 or CLIP.
-        device: Such as "cpu" or "cuda:1"; default: the best that this machine has.
+        device: Such as "cpu" or "cuda:1", or that of another model; default: the best that this machine has.
 
     Raises:
         InlayError: What `read_config` and `load_processor` say; weights that are missing; a model of no images.
@@ -106,5 +106,5 @@ def load_encoder(name: str | Path, device: Device | None = None) -> ImageEncoder
     if lacking := [key for key in missing if "pooler" not in key]:
         raise DamagedFile(f"the weights of {name} lack {len(lacking)} tensors ({lacking[0]}); download it again.")
     tokenizer = load_tokenizer(name) if hasattr(model, "get_text_features") else None
-    model.requires_grad_(False).eval().to(choose_device(device))
+    model.requires_grad_(False).eval().to(device if isinstance(device, torch.device) else choose_device(device))
     return ImageEncoder(name, model, processor, tokenizer, has_pooler=not missing)

@@ -21,6 +21,7 @@ from inlay.tasks.evaluation import (
 from inlay.tasks.statistics import Indices, score_with_intervals
 from inlay.tasks.text_to_image.data import Captioned, load_captioned_to_score, open_captioned
 from inlay.tasks.text_to_image.encoder import ImageEncoder, load_encoder
+from inlay.tasks.text_to_image.judge import JUDGE, JUDGED, find_subjects, score_prompts
 from inlay.tasks.text_to_image.loss import DenoisingLoss
 from inlay.tasks.text_to_image.paint import Sampling, paint_pairs, split_models
 from inlay.tasks.text_to_image.scores import (
@@ -52,7 +53,8 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
     `subject_fidelity` is how alike the images of the data's prompts and the data itself are; the base's is the floor,
     and `own_fidelity`, of the data's images among each other, the ceiling. `drift_features` and `drift_pixels` tell how
     far adapter and base are apart where neither is asked for the subject. `loss` is that of training, on the data with
-    fixed noise.
+    fixed noise. On the embedded base a judge says how often an embedded subject is there (`presence`), and how much of
+    what the unrelated prompts name (`prompt_fidelity`).
 
     Args:
         adapter: From `load_adapter`.
@@ -63,13 +65,15 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
         InlayError: As `load_captioned_to_score` and `load_encoder`; an adapter of another task.
     """
     check_task(adapter, "text-to-image")
-    training, model = request.training, adapter.model
+    model, base = split_models(adapter)
+    prompt = request.training.settings.get("prompt")
     chosen, rows, notes = load_captioned_to_score(
-        data, training.settings.get("prompt"), split=request.split, training=training
+        data, prompt if isinstance(prompt, str) else None, split=request.split, training=request.training
     )
     seeds = list(range(request.limit or SEEDS))
-    encoder = load_encoder(request.encoder or ENCODER, next(model.parameters()).device)
-    if request.encoder is None:
+    judged = base.name_or_path == JUDGED
+    encoder = load_encoder(request.encoder or (JUDGE if judged else ENCODER), next(model.parameters()).device)
+    if request.encoder is None and not judged:
         notes.append(f"Features are those of {ENCODER}, which has seen drawn shapes only; give encoder a DINO or CLIP.")
     own = encoder.encode_images([open_captioned(row) for row in rows])
     prompts = list(dict.fromkeys(row.prompt for row in rows))
@@ -77,25 +81,26 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
     unrelated = [(UNRELATED[i % len(UNRELATED)], seed) for i, seed in enumerate(seeds)]
     able = request.compare and hasattr(model, "disable_adapter")
     found: dict[bool, dict[str, Values]] = {}
-    pictures: dict[bool, list[Image.Image]] = {}
-    sampling = Sampling(steps=STEPS)
+    others: dict[bool, list[Image.Image]] = {}  # of unrelated prompts
     for without in (False, True) if able else (False,):
         with model.disable_adapter() if without else nullcontext():
-            painted = paint_pairs(adapter, asked, sampling)
-            found[without] = _score_images(encoder, painted, own, [prompt for prompt, _ in asked])
-            found[without]["loss"] = _compute_losses(adapter, rows, seeds)
-            pictures[without] = paint_pairs(adapter, unrelated, sampling) if able else []
+            painted = paint_pairs(adapter, asked, Sampling(steps=STEPS))
+            others[without] = paint_pairs(adapter, unrelated, Sampling(steps=STEPS)) if able or judged else []
+            found[without] = {"loss": _compute_losses(adapter, rows, seeds)}
+        found[without] |= _compare_images(encoder, painted, own, [prompt for prompt, _ in asked])
+        if judged:
+            found[without] |= _judge_images(data, painted, others[without], [prompt for prompt, _ in unrelated])
     if able:
-        features = [encoder.encode_images(pictures[without]) for without in (False, True)]
+        features = [encoder.encode_images(others[without]) for without in (False, True)]
         found[False]["drift_features"] = measure_feature_drift(*features)
-        found[False]["drift_pixels"] = measure_pixel_drift(pictures[False], pictures[True])
+        found[False]["drift_pixels"] = measure_pixel_drift(others[False], others[True])
     elif request.compare:
         notes.append("The base was not scored, nor drift from it: the adapter is merged into it.")
     scores = _summarise(found[False], request.resamples)
     if (ceiling := compare_own_images(own)) is not None:
         scores["own_fidelity"] = Score(ceiling)
     notes.append(
-        f"Each seed paints one of the {len(prompts)} prompts of the data and one of {len(UNRELATED)} unrelated ones in "
+        f"Each seed paints one of {len(prompts)} prompts of the data and one of {len(UNRELATED)} unrelated ones in "
         f"{STEPS} steps, compared by {encoder.name} with {len(rows)} images."
     )
     return Evaluation(
@@ -111,7 +116,7 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
     )
 
 
-def _score_images(
+def _compare_images(
     encoder: ImageEncoder, painted: Sequence[Image.Image], own: Tensor, prompts: Sequence[str]
 ) -> dict[str, Values]:
     """Of each painted image: how alike it is to the subject, and of a CLIP how well its prompt describes it."""
@@ -120,6 +125,15 @@ def _score_images(
     if encoder.tokenizer is not None:
         found["clip_score"] = 1 - measure_feature_drift(features, encoder.encode_texts(prompts))
     return found
+
+
+def _judge_images(
+    data: str, painted: Sequence[Image.Image], others: Sequence[Image.Image], prompts: Sequence[str]
+) -> dict[str, Values]:
+    """Whether an embedded subject is there where it is asked for, and what is there of what other prompts name."""
+    subject = data.removeprefix("builtin:")
+    presence = {"presence": find_subjects(painted)[subject]} if data.startswith("builtin:") else {}
+    return {**presence, "prompt_fidelity": score_prompts(others, prompts)}
 
 
 @torch.inference_mode()

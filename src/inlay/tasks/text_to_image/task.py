@@ -29,6 +29,7 @@ class TextToImage(Task):
     base_noun = "a text-to-image pipeline"
     hub_tag = "text-to-image"
     base_kinds = ("diffusion",)
+    stores_few_bits = False
     compares_images = True
     library = "diffusers"
     function = "paint"
