@@ -1,5 +1,7 @@
 """What all tests share: no network, one thread (tiny models are slower on several), one trained adapter."""
 
+import gc
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -9,7 +11,49 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tes
 import pytest
 import torch
 
+import forked_program
+
 torch.set_num_threads(1)
+gc.disable()  # until the tests are collected: to search what is imported for garbage takes a third of the time
+
+
+def pytest_collection_finish() -> None:
+    """Imports and collected tests stay for the whole run: no later search for garbage looks through them."""
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pass_over_old_objects() -> None:
+    """Every training ends with a search for garbage, which takes longer than the training of a tiny model where it
+    looks through what earlier tests imported."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory):
+    """Start `python ARGV` in a process forked from a server that has done the slow imports: for programs of which the
+    start is not what is tested. `said` of the process is the file of its output."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(forked_program.IMPORTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        multiprocessing.forkserver.ensure_running()
+    folder, begun = tmp_path_factory.mktemp("said"), []
+
+    def start(*argv: object, environment: dict[str, str] | None = None) -> multiprocessing.Process:
+        said = folder / str(len(begun))
+        arguments = [str(argument) for argument in argv], environment or {}, said
+        process = context.Process(target=forked_program.run, args=arguments)
+        process.said = said
+        begun.append(process)
+        process.start()
+        return process
+
+    yield start
+    for process in begun:
+        process.kill()
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,7 @@
 
 import json
 import logging
-import os
-import pty
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -298,52 +295,6 @@ def test_bits_that_do_nothing_or_do_not_exist(tmp_path, small, monkeypatch):
     refused(r"quantize must be '8bit' or '4bit', got '3bit'", small, quantize="3bit")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     refused(r"a 4-bit base needs bitsandbytes: pip install 'inlay\[quantize\]'", small, quantize="4bit")
-
-
-# quiet
-
-QUIET = """
-from inlay.tasks.base import load_base
-from inlay.bases.processors import load_processor
-from inlay.bases.sites import head_modules, lora_targets
-from peft import LoraConfig, get_peft_model
-import torch, transformers
-torch.set_num_threads(1)
-for options in [{}] + [{"quantize": "8bit"}, {"quantize": "4bit"}] * BITS:
-    base = load_base("builtin:vit-tiny", labels=["a", "b"], **options)
-    model = get_peft_model(base, LoraConfig(target_modules=lora_targets(base), modules_to_save=head_modules(base)))
-    pixels = load_processor("builtin:vit-tiny")(images=torch.zeros(3, 40, 40), return_tensors="pt")["pixel_values"]
-    model.eval()(pixel_values=pixels)
-    assert transformers.utils.logging.is_progress_bar_enabled()
-print("done")
-"""
-
-
-def test_nothing_is_said_on_a_terminal():
-    """Progress bars and warnings show on a terminal only: give it one."""
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        bits = 0
-    else:
-        bits = 1
-    ours, theirs = pty.openpty()
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONWARNINGS", "TRANSFORMERS_VERBOSITY")}
-    command = [sys.executable, "-c", QUIET.replace("BITS", str(bits))]
-    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env={**environment, "HF_HUB_OFFLINE": "1"}):
-        os.close(theirs)
-        said = b""
-        while chunk := read(ours):
-            said += chunk
-    os.close(ours)
-    assert said.split() == [b"done"], said.decode()
-
-
-def read(descriptor):
-    try:
-        return os.read(descriptor, 4096)
-    except OSError:  # Linux says so when the other end is closed
-        return b""
 
 
 def test_what_load_base_silences_speaks_again_afterwards(small, folder):

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -192,22 +190,6 @@ def test_unknown_builds():
         ShuffleNetV1Config.from_groups(5)
     with pytest.raises(InlayError, match=r"unknown width of ShuffleNet v2 3.0"):
         ShuffleNetV2Config.from_width(3.0)
-
-
-REGISTERED = """
-import sys
-import inlay
-from transformers import PreTrainedModel, AutoConfig, AutoModelForImageClassification
-AutoModelForImageClassification.from_config(AutoConfig.for_model("squeezenet", num_labels=2))
-assert "inlay.bases.pruned" not in sys.modules, "it takes seconds to import"
-config = AutoConfig.for_model("vit_pruned", num_hidden_layers=2, widths={"mlp": [3, 5]}, num_labels=2)
-model = AutoModelForImageClassification.from_config(config)
-assert [layer.mlp.fc1.out_features for layer in model.vit.layers] == [3, 5]
-"""
-
-
-def test_registered_while_transformers_is_being_imported():
-    subprocess.run([sys.executable, "-c", REGISTERED], check=True)
 
 
 @pytest.mark.parametrize("config", NETWORK_TYPES.values())

@@ -1,7 +1,6 @@
 """Adapters folded into their bases: equal outputs, no trace of inlay and peft, and a refusal where bits are too few."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -12,7 +11,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskGeneration,
-    AutoTokenizer,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -137,51 +135,6 @@ def test_a_token_embedding_that_is_the_head_too(tmp_path):
     assert torch.equal(plain.lm_head.weight, load_base(GPT2).lm_head.weight)
     assert not torch.equal(plain.transformer.wte.weight, plain.lm_head.weight)
     assert (compute_outputs(plain, INPUTS[GPT2]) - compute_outputs(model, INPUTS[GPT2])).abs().max() < 1e-4
-
-
-ALONE = """
-import sys
-
-import importlib.util
-
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name in ("inlay", "peft") else find(name, package)
-
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("inlay", "peft"):
-            raise ImportError(name)
-
-sys.meta_path.insert(0, Absent())
-import torch
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
-
-image, text = sys.argv[1:]
-torch.set_num_threads(1)
-model, processor = AutoModelForImageClassification.from_pretrained(image), AutoImageProcessor.from_pretrained(image)
-pixels = processor(torch.arange(3 * 32 * 32).reshape(3, 32, 32).numpy().astype("uint8"), return_tensors="pt")
-with torch.no_grad():
-    print(model.config.id2label[model(**pixels).logits.argmax().item()])
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(text), AutoTokenizer.from_pretrained(text)
-    found = model.generate(**tokenizer(["The Oak"], return_tensors="pt"), max_new_tokens=8, do_sample=False)
-print(found.tolist())
-assert "inlay" not in sys.modules and "peft" not in sys.modules
-"""
-
-
-def test_it_loads_where_neither_inlay_nor_peft_is(lora, tmp_path):
-    for name in (VIT, GPT2):
-        merge(lora[name], tmp_path / name[8:])
-    command = [sys.executable, "-c", ALONE, str(tmp_path / "vit-tiny"), str(tmp_path / "gpt2-tiny")]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    loaded = load_adapter(lora[VIT])
-    picture = torch.arange(3 * 32 * 32).reshape(3, 32, 32).numpy().astype("uint8")
-    logits = loaded.model(**loaded.processor(picture, return_tensors="pt")).logits
-    assert said[0] == loaded.labels[logits.argmax().item()]
-    text = load_adapter(lora[GPT2])
-    asked = AutoTokenizer.from_pretrained(tmp_path / "gpt2-tiny")(["The Oak"], return_tensors="pt")
-    assert json.loads(said[1]) == text.model.generate(**asked, max_new_tokens=8, do_sample=False).tolist()
 
 
 def test_the_report_and_the_card(lora, tmp_path):

@@ -44,24 +44,25 @@ SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "in
 TEXT = {"vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def build(base):
+def build(base, blocks=3):
     """A model in eval mode, the same at each call."""
     torch.manual_seed(0)
+    size = SIZE | {"num_hidden_layers": blocks}
     if base == "vit":
-        model = ViTForImageClassification(ViTConfig(**SIZE, image_size=16, patch_size=4, num_labels=5))
+        model = ViTForImageClassification(ViTConfig(**size, image_size=16, patch_size=4, num_labels=5))
     elif base == "sam":
-        size = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "mlp_dim": 64}
+        size["mlp_dim"] = size.pop("intermediate_size")
         # windows of 3 x 3 over 8 x 8 patches: the last ones are padded; the last block attends globally
-        windows = {"image_size": 32, "patch_size": 4, "window_size": 3, "global_attn_indexes": [2]}
+        windows = {"image_size": 32, "patch_size": 4, "window_size": 3, "global_attn_indexes": [blocks - 1]}
         model = SamVisionModel(SamVisionConfig(**size, **windows, output_channels=16, initializer_range=0.02))
     elif base == "resnet":
         model = build_network("ResNet")
     elif base == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=64, **TEXT))
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=blocks, n_head=4, n_positions=64, **TEXT))
     elif base == "bert":
-        model = BertForSequenceClassification(BertConfig(**SIZE, vocab_size=100, initializer_range=0.2))
+        model = BertForSequenceClassification(BertConfig(**size, vocab_size=100, initializer_range=0.2))
     else:
-        model = LlamaForCausalLM(LlamaConfig(**SIZE, num_key_value_heads=2, **TEXT))
+        model = LlamaForCausalLM(LlamaConfig(**size, num_key_value_heads=2, **TEXT))
     return model.eval().requires_grad_(
         False
     )  # attention kernels differ in their last bits when gradients are asked for
@@ -135,11 +136,11 @@ def randomise(model, adapter, seed=3):
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
-def adapted(method, base, width=4, adapter="default"):
+def adapted(method, base, width=4, adapter="default", blocks=3):
     """The base with a random adapter of that name."""
     from peft import get_peft_model
 
-    model = build(base)
+    model = build(base, blocks)
     torch.manual_seed(5)
     config = METHODS[method].config(model, width)
     if base == "vit":

@@ -1,11 +1,11 @@
-"""Run by test_contract.py: DDP over two gloo processes, without find_unused_parameters, against one process."""
+"""Run by test_contract.py, python two_processes.py RANK FOLDER: DDP over two gloo processes, without
+find_unused_parameters, against one process."""
 
 import os
 import sys
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -52,4 +52,4 @@ def work(rank, folder):
 
 
 if __name__ == "__main__":
-    multiprocessing.spawn(work, (sys.argv[1],), nprocs=2)
+    work(int(sys.argv[1]), sys.argv[2])

@@ -1,18 +1,14 @@
 """What the tests of studies share: the smallest data that has all three parts."""
 
-import gc
 from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
-def old_objects_are_passed_over() -> None:
-    """Each training ends with a search for garbage, which takes longer than these trainings: imports are left out."""
+def slow_imports() -> None:
+    """Before the search for garbage leaves out what is there."""
     import inlay.study.compare  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")

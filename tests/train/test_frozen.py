@@ -2,7 +2,6 @@
 
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from forked_program import finish, two_ranks
 from inlay import ConvPassConfig
 from inlay.errors import InlayError
 from inlay.train.config import TrainConfig
@@ -462,19 +462,10 @@ def test_out_of_memory_in_the_frozen_and_in_the_trained_part(tmp_path, capsys, b
 
 
 @pytest.mark.launch
-def test_two_processes(tmp_path, environment):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--main_process_port", "0", __file__]
-    done = subprocess.run(
-        [*launch, str(tmp_path)],
-        env={**environment, "ACCELERATE_USE_CPU": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(KEPT) == 3
+def test_two_processes(tmp_path, forked):
+    processes = [forked(__file__, tmp_path, environment=rank) for rank in two_ranks()]
+    said = "".join(finish(process) for process in processes)
+    assert said.count(KEPT) == 3
     assert len(files(tmp_path)) == 2, "the third run finds the files of the second"
     run(tmp_path / "plain", vit())
     for name in ("memory", "disk", "again"):

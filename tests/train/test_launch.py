@@ -8,14 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.commands import launch as commands
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from safetensors.torch import load_file
 
+from forked_program import PATIENCE_S, finish
 from inlay import InlayError
 from inlay.train import launch
 
 pytestmark = pytest.mark.launch
 JOB = Path(__file__).parent / "train_job.py"
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 # 13 validation examples: the last batch of 8 is padded, for the second process with more than one row.
 SETTINGS = [
     *("--batch_size", "8"),
@@ -33,7 +35,8 @@ def arguments(folder):
 def test_two_processes_equal_one(tmp_path, forked, environment):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
-    command = [*LAUNCH, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", str(JOB), *arguments(two)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command = [*launch, "--main_process_port", "0", str(JOB), *arguments(two)]
     launched = subprocess.Popen(
         command,
         env={**environment, "ACCELERATE_USE_CPU": "1"},
@@ -41,9 +44,7 @@ def test_two_processes_equal_one(tmp_path, forked, environment):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    alone = forked(arguments(one))
-    alone.join(60)
-    assert alone.exitcode == 0
+    finish(forked(JOB, *arguments(one)))
     said, _ = launched.communicate(timeout=120)
     assert launched.returncode == 0, said
     assert said.count("step    17/17") == 1, "both processes report"
@@ -59,12 +60,24 @@ def test_two_processes_equal_one(tmp_path, forked, environment):
         torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-5, rtol=0)
 
 
-def test_a_launch_of_one_process_for_several_is_refused(tmp_path, environment):
-    environment = {k: v for k, v in environment.items() if k != "ACCELERATE_USE_CPU"}
-    command = [*LAUNCH, "--cpu", "--num_processes", "2", "--main_process_port", "0", str(JOB), *arguments(tmp_path)]
-    launched = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert launched.returncode != 0
-    assert "error: several processes were requested, but each would train by itself" in launched.stderr
+def prepare_launch(monkeypatch, *arguments):
+    """The program that `accelerate launch ARGUMENTS` starts as its only process, and the variables of that process."""
+    found = []
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(commands, "simple_launcher", lambda args: found.extend(prepare_simple_launcher_cmd_env(args)))
+    commands.launch_command(commands.launch_command_parser().parse_args(list(arguments)))
+    (python, *argv), environment = found
+    assert python == sys.executable
+    return argv, environment
+
+
+def test_a_launch_of_one_process_for_several_is_refused(tmp_path, forked, monkeypatch):
+    options = ["--cpu", "--num_processes", "2", "--main_process_port", "0"]
+    argv, environment = prepare_launch(monkeypatch, *options, str(JOB), *arguments(tmp_path))
+    launched = forked(*argv, environment=environment)
+    launched.join(PATIENCE_S)
+    assert launched.exitcode == 2
+    assert "error: several processes were requested, but each would train by itself" in launched.said.read_text()
     assert list(tmp_path.iterdir()) == [], "a refused launch must leave nothing"
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from test_launch import prepare_launch
 
+import forked_program
 from inlay.files.atomic import PENDING_FILE
 
-HERE = Path(__file__).parent
-JOB = HERE / "train_job.py"
+JOB = Path(__file__).with_name("train_job.py")
 STEPS = 28
 # Evaluations, checkpoints and epochs fall on different steps.
 SETTINGS = [*("--batch_size", 8), *("--epochs", 5), *("--workers", 2), *("--eval_every", 8), *("--save_every", 3)]
@@ -27,7 +28,7 @@ PATIENCE_S = 30
 
 
 def command(folder):
-    return [str(a) for a in ("--output_dir", folder / "run", "--out", folder / "weights", *SETTINGS)]
+    return [str(a) for a in (JOB, "--output_dir", folder / "run", "--out", folder / "weights", *SETTINGS)]
 
 
 def logged(folder):
@@ -46,7 +47,7 @@ def wait_for_step(folder, step, alive):
 
 
 def kill_at(forked, folder, step, number=signal.SIGKILL):
-    process = forked(command(folder))
+    process = forked(*command(folder))
     wait_for_step(folder, step, process.is_alive)
     os.kill(process.pid, number)
     process.join(PATIENCE_S)
@@ -54,9 +55,7 @@ def kill_at(forked, folder, step, number=signal.SIGKILL):
 
 
 def finish(forked, folder):
-    process = forked(command(folder))
-    process.join(PATIENCE_S)
-    assert process.exitcode == 0
+    forked_program.finish(forked(*command(folder)))
 
 
 def outcome(folder):
@@ -123,7 +122,7 @@ def test_sigterm_saves_and_exits_143(forked, undisturbed, tmp_path):
 
 
 def test_sigterm_to_every_process_as_schedulers_send_it(forked, undisturbed, tmp_path):
-    process = forked(command(tmp_path))
+    process = forked(*command(tmp_path))
     wait_for_step(tmp_path, 5, process.is_alive)
     workers = psutil.Process(process.pid).children(recursive=True)
     assert len(workers) >= 2
@@ -138,7 +137,7 @@ def test_sigterm_to_every_process_as_schedulers_send_it(forked, undisturbed, tmp
 
 
 def test_sigterm_to_the_group_of_a_program_leaves_nothing_behind(forked, undisturbed, tmp_path, environment):
-    arguments = [sys.executable, str(JOB), *command(tmp_path)]
+    arguments = [sys.executable, *command(tmp_path)]
     process = subprocess.Popen(arguments, env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True)
     wait_for_step(tmp_path, 15, lambda: process.poll() is None)
     family = psutil.Process(process.pid).children(recursive=True)
@@ -157,12 +156,12 @@ def test_sigterm_to_the_group_of_a_program_leaves_nothing_behind(forked, undistu
 
 
 @pytest.mark.launch
-def test_killed_under_accelerate_launch(forked, undisturbed, tmp_path, environment):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", str(JOB)]
-    process = subprocess.Popen([*launch, *command(tmp_path)], env=environment, stderr=subprocess.DEVNULL)
-    wait_for_step(tmp_path, 13, lambda: process.poll() is None)
-    (trainer,) = psutil.Process(process.pid).children()
-    trainer.kill()
-    assert process.wait(PATIENCE_S) != 0
+def test_killed_under_accelerate_launch(forked, undisturbed, tmp_path, monkeypatch):
+    argv, environment = prepare_launch(monkeypatch, "--num_processes", "1", "--cpu", *command(tmp_path))
+    process = forked(*argv, environment=environment)
+    wait_for_step(tmp_path, 13, process.is_alive)
+    process.kill()
+    process.join(PATIENCE_S)
+    assert logged(tmp_path) < STEPS
     finish(forked, tmp_path)
     assert outcome(tmp_path) == undisturbed

@@ -1,109 +1,71 @@
 """Runs of a language model, whose batches are of about one length: resumed, shared, in pieces, on an 8-bit base."""
 
 import json
-import multiprocessing
 import os
 import signal
-import socket
 from pathlib import Path
 
 import pytest
-import text_job
 import torch
 from points import log_of, same
 from safetensors.torch import load_file
 from test_resume import logged, outcome, wait_for_step
 from text_job import Paused, adapt, base, views
 
+from forked_program import PATIENCE_S, finish, two_ranks
 from inlay import TrainConfig, fit, load_base
+from places import ROOT
 
-ROOT = Path(__file__).parents[2]
-PATIENCE_S = 60
+JOB = Path(__file__).with_name("text_job.py")
 # More than 32: lengths are sorted anew in the middle. Evaluations, checkpoints and epochs fall on different steps.
 STEPS = 44
 SETTINGS = [*("--batch_size", 8), *("--epochs", 8), *("--workers", 0), *("--eval_every", 15), *("--save_every", 4)]
 
 
 def command(folder, *more):
-    return [str(a) for a in ("--output_dir", folder / "run", "--out", folder / "weights", *SETTINGS, *more)]
+    return [JOB, "--output_dir", folder / "run", "--out", folder / "weights", *SETTINGS, *more]
 
 
 @pytest.fixture(scope="module")
-def begin(forked):
-    """Start text_job.py in a process forked from conftest's server."""
-    begun = []
-
-    def begin(arguments, environment=None, target=text_job.start):
-        context = multiprocessing.get_context("forkserver")
-        process = context.Process(target=target, args=(arguments, environment or {}))
-        process.start()
-        begun.append(process)
-        return process
-
-    yield begin
-    for process in begun:
-        process.kill()
-
-
-def finish(begin, arguments):
-    process = begin(arguments)
-    process.join(PATIENCE_S)
-    assert process.exitcode == 0
-
-
-@pytest.fixture(scope="module")
-def undisturbed(begin, tmp_path_factory):
+def undisturbed(forked, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    finish(begin, command(folder))
+    finish(forked(*command(folder)))
     assert logged(folder) == STEPS
     return outcome(folder)
 
 
 @pytest.mark.parametrize("step", [2, 34])
-def test_a_killed_run_ends_bit_for_bit_as_one_left_alone(begin, undisturbed, tmp_path, step):
-    process = begin(command(tmp_path, "--pause", 0.01))
+def test_a_killed_run_ends_bit_for_bit_as_one_left_alone(forked, undisturbed, tmp_path, step):
+    process = forked(*command(tmp_path, "--pause", 0.01))
     wait_for_step(tmp_path, step, process.is_alive)
     os.kill(process.pid, signal.SIGKILL)
     process.join(PATIENCE_S)
     assert process.exitcode == -signal.SIGKILL and logged(tmp_path) < STEPS
-    finish(begin, command(tmp_path))
+    finish(forked(*command(tmp_path)))
     assert outcome(tmp_path) == undisturbed
 
 
-def together():
-    """What a launcher says to each of two processes on a CPU."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    shared |= {"LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "1", "ACCELERATE_MIXED_PRECISION": "no"}
-    return [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
-
-
-def test_two_processes_equal_one_though_their_shares_hold_different_numbers_of_tokens(begin, tmp_path):
+def test_two_processes_equal_one_though_their_shares_hold_different_numbers_of_tokens(forked, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
     more = ["--dropout", 0, "--accumulate", 2, "--epochs", 3]
-    both = [begin(command(two, *more), each) for each in together()]
-    finish(begin, command(one, *more))
-    for process in both:
-        process.join(PATIENCE_S)
-        assert process.exitcode == 0
+    both = [forked(*command(two, *more), environment=rank) for rank in two_ranks()]
+    for process in (forked(*command(one, *more)), *both):
+        finish(process)
     for a, b in zip(log_of(one / "run"), log_of(two / "run"), strict=True):
         assert b == pytest.approx(a, abs=1e-5), "a line of the loss curve differs"
     same(load_file(one / "weights"), load_file(two / "weights"), atol=1e-5)
 
 
 @pytest.mark.launch
-def test_a_recipe_that_speaks_before_it_trains_runs_in_two_processes_as_in_one(begin, tmp_path):
+def test_a_recipe_that_speaks_before_it_trains_runs_in_two_processes_as_in_one(forked, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(f'{{"prompt": "p{i}", "completion": "{"word " * (i % 5 + 1)}"}}\n' for i in range(9)))
     options = ["--dataset", pairs, "--batch_size", 4, "--epochs", 1.5, "--max_new_tokens", 2]
-    argv = [str(ROOT / "recipes" / "prompt_gpt2.py"), *map(str, options), "--output_dir"]
-    processes = [begin([*argv, str(tmp_path / "two")], each, text_job.start_recipe) for each in together()]
-    processes.append(begin([*argv, str(tmp_path / "one")], None, text_job.start_recipe))
-    for process in processes:
-        process.join(PATIENCE_S)
-        assert process.exitcode == 0
+    argv = [ROOT / "recipes" / "prompt_gpt2.py", *options, "--output_dir"]
+    both = [forked(*argv, tmp_path / "two", environment=rank) for rank in two_ranks()]
+    for process in (forked(*argv, tmp_path / "one"), *both):
+        finish(process)
     for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
         assert b == pytest.approx(a, abs=1e-5), "a line of the loss curve differs"
     one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))

@@ -3,10 +3,6 @@
 python tests/train/text_job.py --out weights.safetensors --output_dir run [any option of TrainConfig]
 """
 
-import gc
-import os
-import runpy
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,23 +88,6 @@ def main(job: Job, train: TrainConfig) -> None:
     if PartialState().is_main_process:
         save_file(trainable(model), Path(job.out))
     print(f"done: resumed {result.resumed}, step {result.steps}", flush=True)
-
-
-def start(argv: list[str], environment: dict[str, str]) -> None:
-    """What the command line does, for a process that was forked after the slow imports, or one of several such."""
-    gc.freeze()
-    os.environ.update(environment)
-    sys.argv = [__file__, *argv]
-    run_recipe(main, Job(), TrainConfig())
-
-
-def start_recipe(argv: list[str], environment: dict[str, str]) -> None:
-    """As `start`, of the recipe whose file is the first argument."""
-    gc.freeze()
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    sys.argv = argv
-    runpy.run_path(argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":

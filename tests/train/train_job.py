@@ -3,10 +3,7 @@
 python tests/train/train_job.py --out weights.safetensors --output_dir run [any option of TrainConfig]
 """
 
-import gc
-import multiprocessing
 import random
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,14 +109,6 @@ def main(job: Job, train: TrainConfig) -> None:
     if PartialState().is_main_process:
         save_file(trainable(model), Path(job.out))
     print(f"done: resumed {result.resumed}, step {result.steps}", flush=True)
-
-
-def start(argv: list[str]) -> None:
-    """What the command line does, for a process that was forked after the slow imports."""
-    multiprocessing.set_start_method("fork", force=True)  # as in a program; here workers would come from a server too
-    gc.freeze()  # what was imported before the fork is not looked through again
-    sys.argv = [__file__, *argv]
-    run_recipe(main, Job(), TrainConfig())
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 import io
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from forked_program import finish
 from inlay import InlayError, load_images, load_masks
 from inlay.tasks.images import checked
 
@@ -152,8 +151,9 @@ print(json.dumps([len(seen), sorted(image["path"] for image in data.validation["
 
 
 @pytest.mark.launch
-def test_of_two_processes_one_decodes(photos, cache):
-    command = [sys.executable, "-c", COUNTING, str(photos), str(cache)]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in started]
+def test_of_two_processes_one_decodes(forked, photos, cache, tmp_path_factory):
+    program = tmp_path_factory.mktemp("program") / "count.py"
+    program.write_text(COUNTING)
+    started = [forked(program, photos, cache) for _ in range(2)]
+    said = [json.loads(finish(process).splitlines()[-1]) for process in started]
     assert sorted(count for count, _ in said) == [0, 10] and said[0][1] == said[1][1]

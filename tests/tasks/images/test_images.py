@@ -3,10 +3,7 @@
 import io
 import json
 import logging
-import pickle
 import random
-import subprocess
-import sys
 import unicodedata
 from pathlib import Path
 
@@ -693,24 +690,6 @@ def test_bad_picture_after_the_check_is_named(gradient):
 def test_unknown_augmentation_is_refused(gradient):
     with pytest.raises(InlayError, match="crop-flip"):
         ImageView(gradient, processor(), "rotate")
-
-
-def test_another_process_gives_the_same_item_quietly_and_without_torchvision(gradient):
-    """What a spawned DataLoader worker does: import, unpickle, and be seeded for each item."""
-    code = """if True:
-        import pickle, random, sys, warnings
-        sys.modules["torchvision"] = None
-        with warnings.catch_warnings(action="error"):
-            import inlay.tasks.images.data
-        view = pickle.load(sys.stdin.buffer)
-        random.seed(5)
-        sys.stdout.buffer.write(view[1]["pixel_values"].numpy().tobytes())"""
-    view = ImageView(gradient, processor(), "crop-flip")
-    random.seed(5)
-    expected = view[1]["pixel_values"].numpy().tobytes()
-    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(view), capture_output=True, timeout=100)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout == expected
 
 
 def test_log_is_quiet_when_all_is_well(tmp_path, caplog):
