@@ -50,7 +50,7 @@ class Pretraining:
     folder: str = option("src/inlay/builtin/paint-tiny", "Where the base is saved.")
     work: str = option("runs/paint", "Where the autoencoder and the checkpoints of a run are kept.")
     images: int = option(30_000, "Paintings whose latents the UNet is trained on.", least=1)
-    autoencoder_steps: int = option(4000, "Optimiser steps of the autoencoder, of 8 crops each.", least=1)
+    autoencoder_steps: int = option(12_000, "Optimiser steps of the autoencoder, of 8 crops each.", least=1)
     steps: int = option(9_000, "Optimiser steps of the UNet and the text encoder.", least=1)
     batch_size: int = option(32, "Paintings a step of the UNet.", least=1)
     learning_rate: float = option(1e-3, "Peak rate of AdamW.", above=0)
@@ -85,30 +85,38 @@ def recolour(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def train_autoencoder(recipe: Pretraining) -> Any:
-    """An autoencoder whose latents have about mean 0 and variance 1, taught on crops of 32 x 32."""
+    """An autoencoder whose latents have about mean 0 and variance 1, taught on crops of 32 x 32.
+
+    In the last third the encoder stays, and the decoder learns what is made of its latents.
+    """
     torch.manual_seed(recipe.seed)
     model = new_autoencoder().to(memory_format=torch.channels_last).train()
     pool = to_pixels(generate_paintings(min(4000, recipe.images), seed=1_000_000 * (recipe.seed + 1) + 1).images)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.99), weight_decay=0.0)
     scheduler = get_scheduler("cosine", optimizer, 50, recipe.autoencoder_steps)
     for step in range(recipe.autoencoder_steps):
-        top, left = torch.randint(33, (2,)).tolist()
-        pixels = recolour(pool[torch.randint(len(pool), (8,)), :, top : top + 32, left : left + 32])
+        if step == recipe.autoencoder_steps * 2 // 3:
+            model.encoder.requires_grad_(False)
+        top, left = (4 * torch.randint(9, (2,))).tolist()
+        pixels = pool[torch.randint(len(pool), (8,)), :, top : top + 32, left : left + 32]
+        if step % 2:
+            pixels = recolour(pixels)
         latents = model.encode(pixels).latents
         error = model.decode(latents + 0.05 * torch.randn_like(latents)).sample - pixels
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         spread = latents.mean((0, 2, 3)).square().mean() + (latents.std((0, 2, 3)) - 1).square().mean()
-        (error.abs().mean() + 0.5 * edges + 0.02 * spread).backward()
+        (error.abs().mean() + 2 * error.square().mean() + 0.5 * edges + 0.02 * spread).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        if step % 200 == 199:
+        if step % 500 == 499:
             print(
                 f"autoencoder {step + 1}/{recipe.autoencoder_steps}  error {error.abs().mean().item():.4f}", flush=True
             )
     model = model.half().float().eval()
-    model.register_to_config(scaling_factor=round(1 / float(model.encode(pool[:500]).latents.std()), 4))
+    with torch.inference_mode():
+        model.register_to_config(scaling_factor=round(1 / float(model.encode(pool[:500]).latents.std()), 4))
     return model
 
 

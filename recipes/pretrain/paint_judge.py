@@ -109,7 +109,8 @@ inlay embeds. It says which background, shapes and colours an image shows, wheth
 that is the embedded dog (`builtin:dog`) or toy (`builtin:toy`). It has never seen what `paint-tiny` paints.
 
 - **Trained on** {images:,} paintings that `inlay.builtin.paintings` draws, many with the embedded subjects, or with
-  dogs and toys that resemble them; some with noise, blur or JPEG's errors, half through the autoencoder of `paint-tiny`.
+  dogs and toys that resemble them; some with noise, blur or JPEG's errors, half through the autoencoder of
+  `paint-tiny`.
 - **Quality** on {count:,} held-out paintings, half of them through that autoencoder, measured with the stored fp16
   weights (right: the likeliest labels, as many as the painting has, are its own; dog, toy: the subject's probability is
   over a half just where it is shown):
