@@ -13,6 +13,7 @@ from inlay.bases.load import BUILTIN
 from inlay.builtin.paint_judge import KINDS, LABELS, judge_images, label_scene, score_paintings
 from inlay.builtin.paintings import (
     RARE_TOKENS,
+    SUBJECTS,
     Scene,
     Thing,
     describe_scene,
@@ -80,7 +81,7 @@ def test_scores_count_what_was_asked_for():
         Scene("grass", (Thing("ring", "red"), Thing("star", "blue")), "above"),
         Scene("snow", (Thing("dog", "red"),)),
     ]
-    labels = np.stack([label_scene(scenes[0]), label_scene(scenes[1], ["dog"])])
+    labels = np.stack([label_scene(scenes[0]), label_scene(scenes[1], SUBJECTS)])
     assert [LABELS[i] for i in labels[1].nonzero()[0]] == ["background: snow", "class: dog", "subject: dog"]
 
     def said(rows):
