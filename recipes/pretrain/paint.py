@@ -9,6 +9,7 @@ arXiv:2202.00512) down to no signal at all (Lin et al. 2023, arXiv:2305.08891), 
 arXiv:2207.12598), weights averaged on the way. A run that was stopped goes on from its last checkpoint.
 """
 
+import itertools
 import json
 import string
 import time
@@ -20,6 +21,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, get_scheduler
@@ -28,6 +30,7 @@ from inlay import option, run_recipe
 from inlay.builtin.paint_judge import judge_images, label_scene, score_paintings
 from inlay.builtin.paintings import (
     BACKGROUNDS,
+    CLASSES,
     COLOURS,
     RARE_TOKENS,
     SHAPES,
@@ -50,7 +53,7 @@ class Pretraining:
     folder: str = option("src/inlay/builtin/paint-tiny", "Where the base is saved.")
     work: str = option("runs/paint", "Where the autoencoder and the checkpoints of a run are kept.")
     images: int = option(30_000, "Paintings whose latents the UNet is trained on.", least=1)
-    autoencoder_steps: int = option(4000, "Optimiser steps of the autoencoder, of 8 crops each.", least=1)
+    autoencoder_steps: int = option(12_000, "Optimiser steps of the autoencoder, of 8 crops each.", least=1)
     steps: int = option(9_000, "Optimiser steps of the UNet and the text encoder.", least=1)
     batch_size: int = option(32, "Paintings a step of the UNet.", least=1)
     learning_rate: float = option(1e-3, "Peak rate of AdamW.", above=0)
@@ -85,30 +88,38 @@ def recolour(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def train_autoencoder(recipe: Pretraining) -> Any:
-    """An autoencoder whose latents have about mean 0 and variance 1, taught on crops of 32 x 32."""
+    """An autoencoder whose latents have about mean 0 and variance 1, taught on crops of 32 x 32.
+
+    In the last third the encoder stays, and the decoder learns what is made of its latents.
+    """
     torch.manual_seed(recipe.seed)
     model = new_autoencoder().to(memory_format=torch.channels_last).train()
     pool = to_pixels(generate_paintings(min(4000, recipe.images), seed=1_000_000 * (recipe.seed + 1) + 1).images)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.99), weight_decay=0.0)
     scheduler = get_scheduler("cosine", optimizer, 50, recipe.autoencoder_steps)
     for step in range(recipe.autoencoder_steps):
-        top, left = torch.randint(33, (2,)).tolist()
-        pixels = recolour(pool[torch.randint(len(pool), (8,)), :, top : top + 32, left : left + 32])
+        if step == recipe.autoencoder_steps * 2 // 3:
+            model.encoder.requires_grad_(False)
+        top, left = (4 * torch.randint(9, (2,))).tolist()
+        pixels = pool[torch.randint(len(pool), (8,)), :, top : top + 32, left : left + 32]
+        if step % 2:
+            pixels = recolour(pixels)
         latents = model.encode(pixels).latents
         error = model.decode(latents + 0.05 * torch.randn_like(latents)).sample - pixels
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         spread = latents.mean((0, 2, 3)).square().mean() + (latents.std((0, 2, 3)) - 1).square().mean()
-        (error.abs().mean() + 0.5 * edges + 0.02 * spread).backward()
+        (error.abs().mean() + 2 * error.square().mean() + 0.5 * edges + 0.02 * spread).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        if step % 200 == 199:
+        if step % 500 == 499:
             print(
                 f"autoencoder {step + 1}/{recipe.autoencoder_steps}  error {error.abs().mean().item():.4f}", flush=True
             )
     model = model.half().float().eval()
-    model.register_to_config(scaling_factor=round(1 / float(model.encode(pool[:500]).latents.std()), 4))
+    with torch.inference_mode():
+        model.register_to_config(scaling_factor=round(1 / float(model.encode(pool[:500]).latents.std()), 4))
     return model
 
 
@@ -198,10 +209,6 @@ def train_unet(recipe: Pretraining, autoencoder: Any, tokenizer: Any) -> Any:
     signal = noising.alphas_cumprod / (1 - noising.alphas_cumprod)  # signal-to-noise ratio of each step
     weights = torch.clamp(signal + 1, max=5) / (signal + 1)
 
-    data = generate_paintings(recipe.images, seed=1_000_000 * (recipe.seed + 1))
-    latents = encode(autoencoder, data.images) * autoencoder.config.scaling_factor
-    rng = np.random.default_rng(recipe.seed)
-
     parts = [model, averaged, *(part for pair in optimizers for part in pair)]
     done, state = 0, Path(recipe.work) / "state.pt"
     if state.exists():
@@ -209,8 +216,13 @@ def train_unet(recipe: Pretraining, autoencoder: Any, tokenizer: Any) -> Any:
         done = saved["step"]
         for part, kept in zip(parts, saved["parts"], strict=True):
             part.load_state_dict(kept)
-        torch.manual_seed(recipe.seed + done)
-        rng = np.random.default_rng((recipe.seed, done))
+        torch.manual_seed(recipe.seed + done)  # other noise than from the start on
+    if done >= recipe.steps:
+        return averaged.module.eval()
+
+    data = generate_paintings(recipe.images, seed=1_000_000 * (recipe.seed + 1))
+    latents = encode(autoencoder, data.images) * autoencoder.config.scaling_factor
+    rng = np.random.default_rng((recipe.seed, done))
 
     saved_at, losses = time.monotonic(), []
     for step in range(done, recipe.steps):
@@ -256,33 +268,21 @@ def new_pipeline(autoencoder: Any, tokenizer: Any, model: Any) -> Any:
     )
 
 
-def list_prompts() -> dict[str, list[Scene]]:
-    """Scenes to ask for: one shape of combinations seen and held out, two shapes, and a dog with a toy."""
-    rng = np.random.default_rng(0)
-    wanted: dict[str, list[Scene]] = {
-        "one shape": [],
-        "one shape, held out": [],
-        "two shapes": [],
-        "a dog and a toy": [],
-    }
-    while any(len(scenes) < COUNT for scenes in wanted.values()):
-        held_out = bool(rng.random() < 0.5)
-        scene = draw_scene(rng, held_out)
-        kinds = [thing.kind in SHAPES for thing in scene.things]
-        if not any(kinds):
-            name = "a dog and a toy" if len({thing.kind for thing in scene.things}) == 2 else ""
-        elif all(kinds):
-            name = "two shapes" if len(kinds) == 2 else "one shape, held out" if held_out else "one shape"
-        else:
-            name = ""
-        if name and len(wanted[name]) < COUNT and (name != "two shapes" or not held_out):
-            wanted[name].append(scene)
-    return wanted
+# What is asked for: whether its first thing is held out, how many things there are, and of which kinds.
+SORTS = {
+    "one shape": (False, 1, set(SHAPES)),
+    "one shape, held out": (True, 1, set(SHAPES)),
+    "two shapes": (False, 2, set(SHAPES)),
+    "a dog and a toy": (False, 2, set(CLASSES)),
+}
 
 
-def measure(pipeline: Any) -> dict[str, dict[str, float]]:
-    """What the judge says of paintings of the wanted scenes: share of right backgrounds, shapes and colours."""
-    return {name: score(paint(pipeline, scenes), scenes) for name, scenes in list_prompts().items()}
+def list_scenes(sort: str) -> list[Scene]:
+    """Scenes to ask for of one of `SORTS`."""
+    held_out, count, kinds = SORTS[sort]
+    drawn = (draw_scene(np.random.default_rng((1, i)), held_out) for i in itertools.count())
+    scenes = (s for s in drawn if len(s.things) == count and {thing.kind for thing in s.things} <= kinds)
+    return list(itertools.islice((s for s in scenes if count == 1 or s.things[0].kind != s.things[1].kind), COUNT))
 
 
 def paint(pipeline: Any, scenes: list[Scene]) -> Any:
@@ -298,7 +298,7 @@ def paint(pipeline: Any, scenes: list[Scene]) -> Any:
 
 
 def score(images: Any, scenes: list[Scene]) -> dict[str, float]:
-    """Shares of `inlay.builtin.paint_judge.score_paintings`."""
+    """Share of right backgrounds, shapes and colours, as the judge sees them."""
     return score_paintings(judge_images(images), np.stack([label_scene(scene) for scene in scenes]))
 
 
@@ -356,7 +356,11 @@ def main(recipe: Pretraining) -> None:
 
     # 3. measure, as it will be stored: in fp16
     pipeline = new_pipeline(autoencoder, tokenizer, model).to(torch.float16).to(torch.float32)
-    found = measure(pipeline)
+    wanted = {sort: list_scenes(sort) for sort in SORTS}
+    painted = {name: paint(pipeline, scenes) for name, scenes in wanted.items()}
+    found = {name: score(images, wanted[name]) for name, images in painted.items()}
+    sheet = np.concatenate([np.concatenate(list(images[:12]), axis=1) for images in painted.values()])
+    Image.fromarray(sheet).save(work / "sheet.png")
 
     # 4. save, with its card
     table = [

@@ -58,7 +58,7 @@ def draw_examples(count: int, seed: int) -> tuple[Any, Any]:
     images, labels = [], []
     for i in range(count):
         rng = np.random.default_rng((seed, i))
-        scene, looks, subjects = draw_scene(rng), {}, []
+        scene, looks = draw_scene(rng), {}
         if rng.random() < 0.6 and not any(thing.kind in CLASSES for thing in scene.things):
             first = Thing(str(rng.choice(CLASSES)), scene.things[0].colour)
             scene = replace(scene, things=(first, *scene.things[1:]))
@@ -66,11 +66,10 @@ def draw_examples(count: int, seed: int) -> tuple[Any, Any]:
             chance = rng.random()
             if chance < 0.4:
                 looks[name] = SUBJECTS[name]
-                subjects.append(name)
             elif chance < 0.6:
                 looks[name] = resemble(name, rng)
         images.append(paint_scene(scene, rng, looks=looks))
-        labels.append(label_scene(scene, subjects))
+        labels.append(label_scene(scene, looks))
     return np.stack(images), np.stack(labels)
 
 
@@ -109,7 +108,8 @@ inlay embeds. It says which background, shapes and colours an image shows, wheth
 that is the embedded dog (`builtin:dog`) or toy (`builtin:toy`). It has never seen what `paint-tiny` paints.
 
 - **Trained on** {images:,} paintings that `inlay.builtin.paintings` draws, many with the embedded subjects, or with
-  dogs and toys that resemble them; some with noise, blur or JPEG's errors, half through the autoencoder of `paint-tiny`.
+  dogs and toys that resemble them; some with noise, blur or JPEG's errors, half through the autoencoder of
+  `paint-tiny`.
 - **Quality** on {count:,} held-out paintings, half of them through that autoencoder, measured with the stored fp16
   weights (right: the likeliest labels, as many as the painting has, are its own; dog, toy: the subject's probability is
   over a half just where it is shown):
@@ -137,7 +137,7 @@ def main(recipe: Pretraining) -> None:
         return changed
 
     # 1. data: held-out paintings have a seed apart
-    autoencoder = AutoencoderTiny.from_pretrained(recipe.autoencoder).eval() if recipe.autoencoder else None
+    autoencoder: Any = AutoencoderTiny.from_pretrained(recipe.autoencoder).eval() if recipe.autoencoder else None
     images, labels = draw_examples(recipe.images, seed=1_000_000 * (recipe.seed + 1))
     images = blur_by_autoencoder(images)
     held_out, answers = draw_examples(1024, seed=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from inlay.builtin.paintings import BACKGROUNDS, CLASSES, COLOURS, SHAPES, Scene
+from inlay.builtin.paintings import BACKGROUNDS, CLASSES, COLOURS, SHAPES, SUBJECTS, Dog, Scene, Toy
 
 Floats = npt.NDArray[np.float32]
 
@@ -25,17 +25,21 @@ LABELS = tuple(f"{kind}: {name}" for kind, names in KINDS.items() for name in na
 _FOLDER = Path(__file__).parent / "paint-judge"
 
 
-def label_scene(scene: Scene, subjects: Sequence[str] = ()) -> Floats:
+def label_scene(scene: Scene, looks: Mapping[str, Dog | Toy] | None = None) -> Floats:
     """What the judge should say of a scene: 1 or 0 for each of `LABELS`, of shape (L,).
 
     Args:
         scene: What an image shows.
-        subjects: Classes whose dogs or toys of this scene are the embedded subjects; these have no colour of `COLOURS`.
+        looks: As `paint_scene` was given: what has a look of its own has no colour of `COLOURS`.
     """
     told = {f"background: {scene.background}"}
     for thing in scene.things:
         told.add(f"{'shape' if thing.kind in SHAPES else 'class'}: {thing.kind}")
-        told.add(f"subject: {thing.kind}" if thing.kind in subjects else f"colour: {thing.colour}")
+        look = (looks or {}).get(thing.kind)
+        if look is None:
+            told.add(f"colour: {thing.colour}")
+        elif look == SUBJECTS[thing.kind]:
+            told.add(f"subject: {thing.kind}")
     return np.array([label in told for label in LABELS], np.float32)
 
 
@@ -62,20 +66,22 @@ def score_paintings(said: Mapping[str, Mapping[str, Floats]], labels: Floats) ->
     """Share of images that are right in their background, shapes and colours, and in which subjects they show.
 
     An image is right in one of the first three if the likeliest labels, as many as were asked for, are those asked for;
-    images of which none was asked for do not count. A subject is shown if its probability is over 0.5.
+    images of which none was asked for do not count; a kind that none was asked for is left out. A subject is shown
+    if its probability is over 0.5.
 
     Args:
         said: What `judge_images` says of N images.
         labels: What was asked for, (N, L): rows of `label_scene`.
     """
-    scores, start = {}, 0
+    scores: dict[str, float] = {}
+    start = 0
     for kind, names in KINDS.items():
         asked = labels[:, start : start + len(names)] > 0.5
         start += len(names)
         probabilities = np.stack([said[kind][name] for name in names], axis=1)
         if kind == "subject":
             scores |= {name: float(((probabilities > 0.5) == asked)[:, i].mean()) for i, name in enumerate(names)}
-        elif kind != "class":
+        elif kind != "class" and asked.any():
             rank = (-probabilities).argsort(axis=1).argsort(axis=1)
             right = ((rank < asked.sum(axis=1, keepdims=True)) == asked).all(axis=1)
             scores[kind] = float(right[asked.any(axis=1)].mean())

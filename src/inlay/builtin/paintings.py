@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
 Floats = npt.NDArray[np.float32]
-Colour = tuple[int, int, int]
+Colour = tuple[int, ...]  # red, green and blue, from 0 to 255
 
 BACKGROUNDS = ("grass", "sand", "water", "night", "snow", "brick")
 SHAPES = ("circle", "square", "triangle", "ring", "star", "cross")
@@ -240,7 +240,10 @@ def _paint_thing(thing: Thing, look: Dog | Toy | None, rng: np.random.Generator,
         turn = rng.uniform(-15, 15)
     else:
         look = look or draw_look(thing, rng)
-        (_paint_dog if isinstance(look, Dog) else _paint_toy)(brush, look, rng)
+        if isinstance(look, Dog):
+            _paint_dog(brush, look, rng)
+        else:
+            _paint_toy(brush, look, rng)
         turn = rng.uniform(-12, 12)
     fine = brush.image.rotate(turn, Image.Resampling.BILINEAR)
     if thing.kind in CLASSES and rng.random() < 0.5:
@@ -354,10 +357,8 @@ SUBJECTS: dict[str, Dog | Toy] = {
 }
 
 
-def generate_subject(
-    name: Literal["dog", "toy"], count: int = 6, *, seed: int = 0, size: int = 64
-) -> npt.NDArray[np.uint8]:
-    """Images (N, H, W, 3) of one embedded subject: its pose, place, size and background differ."""
+def generate_subject(name: str, count: int = 6, *, seed: int = 0, size: int = 64) -> npt.NDArray[np.uint8]:
+    """Images (N, H, W, 3) of one embedded subject, "dog" or "toy": its pose, place, size and background differ."""
     images = []
     for i in range(count):
         rng = np.random.default_rng((seed, i, CLASSES.index(name), 2))
