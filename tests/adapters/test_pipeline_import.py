@@ -240,6 +240,22 @@ def test_a_unet_that_peft_has_saved_by_itself(base, tmp_path):
     check(made.folder, base, wanted)
 
 
+def test_alphas_between_the_keys_of_diffusers(tmp_path):
+    """Some programs put kohya's `.alpha` next to diffusers' names."""
+    one, two = "unet.mid_block.attentions.0.proj_in", "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    down, up = torch.ones(2, 4), torch.ones(4, 2)
+    tensors = {f"{one}.lora.down.weight": down, f"{one}.lora.up.weight": up, f"{one}.alpha": torch.tensor(6.0)}
+    tensors |= {f"{two}.lora_linear_layer.{x}.weight": value for x, value in (("down", down), ("up", up))}
+    tensors[f"{two}.lora_linear_layer.alpha"] = torch.tensor(3.0)
+    save_file({key: value.clone() for key, value in tensors.items()}, tmp_path / "x.safetensors")
+    config = read_adapter(import_adapter(tmp_path / "x.safetensors", tmp_path / "out", base=PIPELINE).folder).config
+    assert config["lora_alpha"] == 6 and list(config["alpha_pattern"].values()) == [3]
+    tensors[f"{one}.lora_A.weight"] = down
+    save_file({key: value.clone() for key, value in tensors.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(InlayError, match="one tensor of its unet under two names"):
+        import_adapter(tmp_path / "x.safetensors", tmp_path / "no", base=PIPELINE)
+
+
 def test_settings_of_one_part_do_not_count_for_another(tmp_path):
     """Without settings for the text encoder, diffusers takes r = alpha = 8 for it."""
     one, two = "unet.mid_block.attentions.0.proj_in", "text_encoder.text_model.encoder.layers.0.mlp.fc1"

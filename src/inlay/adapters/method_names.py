@@ -20,7 +20,7 @@ def describe_sites(record: dict[str, Any], config: dict[str, Any]) -> str:
     for part in config.get("parts") or [config]:
         sizes = [f"{name} {part[key]}" for key, name in wide.items() if part.get(key) is not None]
         targets = part.get("target_modules") or []
-        leaves = [targets] if isinstance(targets, str) else sorted({name.rpartition(".")[2] for name in targets})
+        leaves = [targets] if isinstance(targets, str) else sorted({shorten_layer(name) for name in targets})
         at = f"attached to {', '.join(f'`{leaf}`' for leaf in leaves)}" if leaves else ""
         lines.append("- " + "; ".join(filter(None, (name_method(part), ", ".join(sizes), at))) + ".")
     if record["head"]:
@@ -33,6 +33,12 @@ def describe_sites(record: dict[str, Any], config: dict[str, Any]) -> str:
             f"- Its {base['batch_norms']} batch norms keep the base's running statistics; they were frozen in training."
         )
     return "\n".join(lines)
+
+
+def shorten_layer(name: str) -> str:
+    """The last word of a module's name, and the one before it where that is a number: `to_out.0`."""
+    *rest, last = name.split(".")
+    return ".".join([*rest[-1:], last]) if last.isdigit() else last
 
 
 def cite_method(config: dict[str, Any]) -> str:

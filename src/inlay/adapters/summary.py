@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from inlay.adapters.file import AdapterFile, read_adapter
-from inlay.adapters.method_names import name_method
+from inlay.adapters.method_names import name_method, shorten_layer
 from inlay.adapters.study import read_study
 
 
@@ -61,7 +61,7 @@ def _targets(file: AdapterFile) -> str:
     targets = file.config.get("target_modules")
     if isinstance(targets, str):
         return targets
-    leaves = sorted({name.rpartition(".")[2] for name in targets or []})
+    leaves = sorted({shorten_layer(name) for name in targets or []})
     return f"{', '.join(leaves)} ({len([k for k in file.shapes if '.lora_A.' in k]) or len(targets or [])} modules)"
 
 

@@ -7,6 +7,7 @@ they are. What a file does not say (its base, alpha) is asked for, never guessed
 """
 
 import copy
+import json
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -219,7 +220,7 @@ def _from_file(
     else:
         found = read_factors(path, tensors)
     check_factors(path, found)
-    base = _check_what_is_said(path, found, base, alpha, fused)
+    base = _require_base_and_alpha(path, found, base, alpha, fused)
     names = str if skeleton is None or found.pipeline else _renaming(skeleton)
     layers = {names(f"{name}.weight").removesuffix(".weight"): factors for name, factors in found.layers.items()}
     alphas = {names(f"{name}.weight").removesuffix(".weight"): value for name, value in found.alphas.items()}
@@ -237,7 +238,9 @@ def _from_file(
         task_type="FEATURE_EXTRACTION" if of_text_encoder else "SEQ_CLS" if "classifier" in heads else None,
     )  # fmt: skip
     settings.save_pretrained(str(folder))
-    _write_tensors(folder, settings.to_dict(), made, found.pipeline)
+    saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    write_json(folder / CONFIG, {**saved, "target_modules": sorted(layers)})  # peft writes a set, in any order
+    _write_tensors(folder, saved, made, found.pipeline)
     renamed = len(made) if of_pipeline else sum(key not in found.layers for key in layers)
     checked = "its base's structure" if skeleton is not None else "nothing: its base is not at hand"
     return Imported(folder, found.form, len(layers), renamed, found.left_out, checked), base
@@ -270,10 +273,10 @@ def _take_text_encoder(path: Path, found: Factors) -> Factors:
     return Factors(found.form, layers, alphas, left_out=left + found.left_out)
 
 
-def _check_what_is_said(
+def _require_base_and_alpha(
     path: Path, found: Factors, base: str | None, alpha: float | None, fused: Sequence[str] | None
 ) -> str:
-    """The base's name, where nothing lacks and nothing is said that has no effect."""
+    """The base's name; raises InlayError where that or alpha lacks, and for what would have no effect."""
     unknown = found.layers.keys() - found.alphas.keys()
     if alpha is not None and not unknown:
         raise BadInput(f"{path} holds the alpha of each layer, so alpha={alpha:g} would have no effect; leave it out.")

@@ -75,7 +75,9 @@ def check_finite(path: Path, tensors: Tensors) -> None:
 
 
 def check_factors(path: Path, found: Factors) -> None:
-    """Raise InlayError where a layer lacks one of its factors, or holds what are none."""
+    """Raise InlayError where there is no layer, or where one lacks a factor, or holds what is none."""
+    if not found.layers:
+        raise Unsupported(f"{path} holds no LoRA; inlay imports LoRA of linear layers and convolutions.")
     for name, factors in found.layers.items():
         pair = [factors.get("A"), factors.get("B")]
         shapes = [() if factor is None or not factor.numel() else factor.shape for factor in pair]

@@ -33,6 +33,7 @@ _PART = re.compile(r"(unet|transformer|text_encoder(?:_2)?)\.(.+)")
 # The layers of a UNet, which diffusers wrote without the name of the part at first.
 _UNET = re.compile(r"(?:conv_in|conv_out|time_embedding|add_embedding|down_blocks|mid_block|up_blocks)\.")
 _CLIP = re.compile(r"(?:text_model\.)?(?:encoder\.layers\.\d+\.(?:self_attn|mlp)\.\w+|text_projection)")
+_PROCESSOR = re.compile(r"\.processor\.|_lora\.(?:down|up)\.")
 _LEAF = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(\.weight|\.bias)?")
 _LEAVES = {"lora_A": "A", "lora_B": "B", "lora_magnitude_vector": "magnitude"}
 _KOHYA_LEAVES = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha", "dora_scale": "magnitude"}
@@ -98,27 +99,29 @@ def read_pipeline_factors(path: Path, tensors: Tensors, metadata: Mapping[str, s
             f"{path} is a LoRA of a text-to-image pipeline, which takes diffusers: pip install 'inlay[diffusion]'."
         ) from None
     modules = None if base is None else {name for name, _ in base.named_modules()}
-    with_unet = any(name.startswith("unet.") for name in found.layers)
-    names = {name: _name_in_model(name, modules, with_unet) for name in found.layers}
+    with_transformer = any(name.startswith("transformer.") for name in found.layers)
+    names = {name: _name_in_model(name, modules, with_transformer) for name in found.layers}
     found.layers = {names[name]: factors for name, factors in found.layers.items()}
-    found.alphas = {names[name]: alpha for name, alpha in found.alphas.items()}
+    found.alphas = {names[name]: alpha for name, alpha in found.alphas.items() if name in names}
     return found
 
 
-def _name_in_model(name: str, modules: set[str] | None, with_unet: bool) -> str:
+def _name_in_model(name: str, modules: set[str] | None, with_transformer: bool) -> str:
     """A layer of CLIP with or without `text_model.`, as the base has it.
 
     Without a base at hand as Stable Diffusion and SDXL have it: CLIPTextModel without, CLIPTextModelWithProjection (the
-    second text encoder of SDXL) with it.
+    second text encoder of SDXL) with it. Next to a transformer the first one may be of either class.
     """
     part, _, layer = name.partition(".")
     if not part.startswith("text_encoder") or not _CLIP.fullmatch(layer) or layer == "text_projection":
         return name
     bare = layer.removeprefix("text_model.")
-    forms = [f"{part}.{bare}", f"{part}.text_model.{bare}"]
+    without, within = f"{part}.{bare}", f"{part}.text_model.{bare}"
     if modules is not None:
-        return next((form for form in forms if form in modules), name)
-    return forms[1] if part == "text_encoder_2" else forms[0] if with_unet else name
+        return next((form for form in (without, within) if form in modules), name)
+    if with_transformer:
+        return name
+    return within if part == "text_encoder_2" else without
 
 
 def _read_diffusers(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> Factors:
@@ -137,56 +140,63 @@ def _read_diffusers(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -
             keys.setdefault(found[1], {})[found[2]] = key
     layers: dict[str, dict[str, torch.Tensor]] = {}
     alphas: dict[str, float] = {}
-    mixed = False
     for part, own in keys.items():
-        old = [key for key in own if re.search(r"[._](?:lora|lora_linear_layer)\.(?:down|up)\.", key)]
-        mixed |= bool(old) and part != "text_encoder" and any(".lora_A." in key for key in own)
-        for key, renamed in _rename_to_peft(part, own).items():
-            value = tensors[own[key]]
-            if key.endswith(".alpha") and value.numel() == 1:
-                alphas[f"{part}.{renamed}"] = float(value)
-            elif match := _LEAF.fullmatch(without_adapter_name(renamed)):
+        for key, renamed in _rename_to_peft(path, part, [key for key in own if not key.endswith(".alpha")]).items():
+            if match := _LEAF.fullmatch(without_adapter_name(renamed)):
                 leaf = "bias" if match[3] == ".bias" else _LEAVES[match[2]]
-                layers.setdefault(f"{part}.{match[1]}", {})[leaf] = value
+                layers.setdefault(f"{part}.{match[1]}", {})[leaf] = tensors[own[key]]
             else:
                 left.append(own[key])
-    settings = read_settings(metadata, path)
-    ranks = {name: len(factors["A"]) for name, factors in layers.items() if "A" in factors}
-    alphas = {**_read_alphas(path, settings, ranks), **alphas}
-    if any(".processor." in key or "_lora." in key for key in tensors):  # attention processors: ΔW = B·A
+        for key in own:
+            if key.endswith(".alpha") and tensors[own[key]].numel() == 1:
+                alphas[f"{part}.{_find_layer_of_alpha(path, part, key)}"] = float(tensors[own[key]])
+    ranks = {name: float(len(factors["A"])) for name, factors in layers.items() if "A" in factors}
+    alphas = {**_read_alphas(path, read_settings(metadata, path), ranks), **alphas}
+    if any(_PROCESSOR.search(key) for key in tensors):  # diffusers' own layers before peft: ΔW = B·A
         alphas = {**ranks, **alphas}
-    form = "diffusers, with keys of two kinds, of which diffusers may lose one" if mixed else "diffusers"
+    form = "diffusers"
+    if any(_is_mixed(own) for part, own in keys.items() if not part.startswith("text_encoder")):
+        form = "diffusers, with keys of two kinds, of which diffusers may lose one"
     return Factors(form, layers, alphas, left_out=_describe_rest(left), pipeline=True)
 
 
-def _rename_to_peft(part: str, keys: Iterable[str]) -> dict[str, str]:
-    """Each key within a part as peft names it; of an alpha, its layer."""
+def _is_mixed(keys: Iterable[str]) -> bool:
+    """True where some keys are peft's, and others of diffusers before it."""
+    return any(".lora_A." in key for key in keys) and any(re.search(r"[._]lora\.down\.", key) for key in keys)
+
+
+def _rename_to_peft(path: Path, part: str, keys: Sequence[str]) -> dict[str, str]:
+    """Each key within a part as peft names it, by the converters of diffusers."""
     from diffusers.utils.state_dict_utils import (
         StateDictType,
         convert_state_dict_to_peft,
         convert_unet_state_dict_to_peft,
     )
 
-    text = part.startswith("text_encoder")
-    asked: dict[str, str] = {}  # what is given to diffusers -> key
-    for key in keys:
-        if key.endswith(".alpha"):
-            layer = key.removesuffix(".alpha").removesuffix(".lora").removesuffix(".lora_linear_layer")
-            style = ".down" if layer.endswith("_lora") else ".lora_linear_layer.down" if text else ".lora.down"
-            asked[f"{layer}{style}.weight"] = key
-        else:
-            asked[key] = key
-    if not text:
-        found = convert_unet_state_dict_to_peft({shape: shape for shape in asked})
+    own = {key: key for key in keys}  # they rename the keys of what they are given
+    if part.startswith("text_encoder"):
+        old = any("_lora." in key for key in keys)
+        found = convert_state_dict_to_peft(own, StateDictType.DIFFUSERS_OLD if old else StateDictType.DIFFUSERS)
     else:
-        old = any("_lora." in key for key in asked)
-        kind = StateDictType.DIFFUSERS_OLD if old else StateDictType.DIFFUSERS
-        found = convert_state_dict_to_peft({shape: shape for shape in asked}, kind)
-    named = {asked[shape]: name for name, shape in found.items()}
-    return {key: name.partition(".lora_")[0] if key.endswith(".alpha") else name for key, name in named.items()}
+        found = convert_unet_state_dict_to_peft(own)
+    if len(found) < len(keys):
+        raise DamagedFile(f"{path} holds one tensor of its {part} under two names; download it again.")
+    return {key: name for name, key in found.items()}
 
 
-def _read_alphas(path: Path, settings: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+def _find_layer_of_alpha(path: Path, part: str, key: str) -> str:
+    """The layer of a key that ends with `.alpha`: that of A next to it."""
+    start = key.removesuffix(".alpha").removesuffix(".lora").removesuffix(".lora_linear_layer")
+    if start.endswith("_lora"):
+        beside = f"{start}.down.weight"
+    else:
+        beside = (
+            f"{start}.lora_linear_layer.down.weight" if part.startswith("text_encoder") else f"{start}.lora.down.weight"
+        )
+    return _rename_to_peft(path, part, [beside])[beside].partition(".lora_")[0]
+
+
+def _read_alphas(path: Path, settings: Mapping[str, Any], ranks: Mapping[str, float]) -> dict[str, float]:
     """alpha of each layer whose part has settings, such that ΔW = alpha / r · B·A, with rsLoRA too."""
     alphas = {}
     for part in dict.fromkeys(name.partition(".")[0] for name in ranks):
@@ -200,7 +210,10 @@ def _read_alphas(path: Path, settings: Mapping[str, Any], ranks: Mapping[str, in
             raise DamagedFile(f"alpha_pattern in the metadata of {path} is not a table; download it again.")
         check_patterns(patterns, layers.values(), path.name)
         for name, layer in layers.items():
-            alpha = find_alpha(patterns, layer)
+            try:
+                alpha = find_alpha(patterns, layer)
+            except re.error as error:
+                raise DamagedFile(f"alpha_pattern in the metadata of {path} is no pattern ({error}).") from None
             if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
                 raise DamagedFile(f"alpha of {name} in the metadata of {path} is {alpha!r}; download it again.")
             alphas[name] = alpha * (math.sqrt(ranks[name]) if own.get("use_rslora") else 1.0)
@@ -245,7 +258,7 @@ def _name_layers_of_kohya(path: Path, names: Iterable[str], unet: Any) -> dict[s
     layers = {}
     for key, number in found.items():
         part, _, inner = key.partition(".")
-        name = next(iter(_rename_to_peft(part, [inner]).values())).partition(".lora_")[0]
+        name = _rename_to_peft(path, part, [inner])[inner].partition(".lora_")[0]
         layers[names[int(number)]] = f"{part}.{name}"
     for name in names:
         part, _, layer = layers.get(name, "").partition(".")
