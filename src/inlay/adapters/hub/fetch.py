@@ -7,7 +7,7 @@ from inlay.adapters.hub.repository import download
 from inlay.errors import BadInput, InlayError, Unreachable
 from inlay.files.folder_or_hub import refuse_ambiguous
 
-MODEL_CONFIG = "config.json"
+MODEL_CONFIGS = ("config.json", "model_index.json")  # of transformers, and of a pipeline of diffusers
 
 
 def fetch(path: str | Path, revision: str | None = None) -> Path:
@@ -56,9 +56,9 @@ def fetch_if_adapter(name: str | Path) -> Path | None:
     if folder.is_dir():
         if (folder / CONFIG).is_file():
             return folder
-        if (folder / MODEL_CONFIG).is_file():
+        if any((folder / config).is_file() for config in MODEL_CONFIGS):
             return None
-        raise BadInput(f"{text} is neither an adapter nor a model: it has no {CONFIG} and no {MODEL_CONFIG}.")
+        raise BadInput(f"{text} is neither an adapter nor a model: it has no {CONFIG} and no {MODEL_CONFIGS[0]}.")
     try:
         found = fetch(name)
     except InlayError:

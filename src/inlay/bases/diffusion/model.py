@@ -132,7 +132,8 @@ class DiffusionModel(PreTrainedModel):
 
         The VAE computes in the type of its weights also under autocast: that of SDXL overflows in float16.
         """
-        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+        device = "cpu" if pixels.is_meta else pixels.device.type  # the meta device has no autocast
+        with torch.no_grad(), torch.autocast(device, enabled=False):
             found = self.vae.encode(pixels.to(self.vae.dtype))
         latents = found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latents
         settings = self.vae.config

@@ -153,6 +153,13 @@ class TextToImage(Task):
         }
         return batch, DenoisingLoss()
 
+    def forward_inputs(self, base: Any, rows: int, length: int, size: int | None = None) -> dict[str, Tensor]:
+        """As `Task.forward_inputs`, with noise of the size of the latents."""
+        inputs = super().forward_inputs(base, rows, length, size)
+        side = inputs["pixel_values"].shape[-1] // base.config.latent_scale
+        inputs["noise"] = inputs["noise"].new_zeros(rows, base.config.latent_channels, side, side)
+        return inputs
+
     def prepare(self, inputs: Sequence[str], options: Mapping[str, Any]) -> Callable[[Adapter], Answer]:
         from inlay.tasks.text_to_image.paint import (
             Sampling,
