@@ -230,12 +230,14 @@ def set_labels(config: Any, labels: Sequence[str]) -> None:
 
 @contextmanager
 def quiet_loading(local: bool) -> Iterator[None]:
-    """Silence what transformers says while it loads a base, and no longer.
+    """Silence what transformers and diffusers say while they load a base, and no longer.
 
     modeling_utils reports a new head and mismatched weights (`_check_report` refuses the second), tensor_parallel lists
-    all layers as "not sharded" on a single device. The bar over weights that are on this disk flashes by.
+    all layers as "not sharded" on a single device. configuration_utils of diffusers is surprised by a setting that its
+    own AutoencoderTiny writes. The bar over weights that are on this disk flashes by.
     """
-    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "distributed.tensor_parallel")]
+    names = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel", "diffusers.configuration_utils")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     bar = local and transformers_logging.is_progress_bar_enabled()
     for logger in loggers:

@@ -26,13 +26,15 @@ from inlay.files.outputs import check_output_file
 from inlay.methods._peft import PeftModel, scale_adapter
 from inlay.tasks.adapter import Adapter, check_task
 
+# Steps and guidance by embedded base, where it paints best; the pipeline's own are made for far larger ones.
+EMBEDDED = {"builtin:paint-tiny": (20, 3.0)}
 PIPELINE_STEP = 8  # pixels; the pipelines of Stable Diffusion take multiples of it, whatever their VAE
 _PIPELINES: WeakKeyDictionary[DiffusionModel, Any] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are painted. What is None is the pipeline's own.
+    """How images are painted. What is None is the pipeline's own, or what suits the embedded base.
 
     Attributes:
         steps: From noise to image.
@@ -134,7 +136,11 @@ def paint_pairs(
     if sampling.steps is not None and sampling.steps > base.config.train_timesteps:
         raise BadInput(f"this pipeline has {base.config.train_timesteps} noise levels, got steps {sampling.steps}.")
     pipeline = _find_pipeline(base)
-    asked = {"num_inference_steps": sampling.steps, "guidance_scale": sampling.guidance}
+    steps, guidance = EMBEDDED.get(base.name_or_path, (None, None))
+    asked = {
+        "num_inference_steps": steps if sampling.steps is None else sampling.steps,
+        "guidance_scale": guidance if sampling.guidance is None else sampling.guidance,
+    }
     settings = {name: value for name, value in asked.items() if value is not None}
     starts = range(0, len(pairs), sampling.batch_size)
     images: list[Image.Image] = []
