@@ -34,6 +34,14 @@ def pass_over_old_objects() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def time_briefly():
+    """Every recipe times its model for up to two seconds, which is not what most tests look at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("inlay.measure.costs._BUDGET_S", 0.05)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def draw_embedded_data_once():
     """Whoever loads embedded data draws it anew, the same each time, as tests/builtin shows: here it is kept."""
     from inlay.builtin import bodies, restaurants, scenes
