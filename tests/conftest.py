@@ -1,8 +1,10 @@
 """What all tests share: no network, one thread (tiny models are slower on several), one trained adapter."""
 
+import functools
 import gc
 import multiprocessing
 import os
+import pickle
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,6 +31,31 @@ def pass_over_old_objects() -> None:
     looks through what earlier tests imported."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def time_briefly():
+    """Every recipe times its model for up to two seconds, which is not what most tests look at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("inlay.measure.costs._BUDGET_S", 0.05)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def draw_embedded_data_once():
+    """Whoever loads embedded data draws it anew, the same each time, as tests/builtin shows: here it is kept."""
+    from inlay.builtin import bodies, restaurants, scenes
+
+    def keep(draw):
+        drawn = functools.cache(lambda *args, **options: pickle.dumps(draw(*args, **options)))
+        return lambda *args, **options: pickle.loads(drawn(*args, **options))  # a copy, which may be changed
+
+    with pytest.MonkeyPatch.context() as patch:
+        draw = bodies.generate_bodies
+        patch.setattr(bodies, "generate_bodies", keep(lambda *args, **options: list(draw(*args, **options))))
+        patch.setattr(restaurants, "split_restaurants", keep(restaurants.split_restaurants))
+        patch.setattr(scenes, "generate_scenes", keep(scenes.generate_scenes))
+        yield
 
 
 @pytest.fixture(scope="session")

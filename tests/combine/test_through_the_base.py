@@ -25,6 +25,7 @@ from inlay import (
 from inlay.bases.sites import head_modules, lora_targets
 from inlay.cli import app as cli
 from inlay.combine.examples import load_examples
+from inlay.combine.fit import fit_weights
 from methods.bases import randomise
 
 GPT2, SAM = "builtin:gpt2-tiny", "builtin:sam-tiny"
@@ -74,7 +75,13 @@ def test_a_difference_of_tied_weights_is_refused(targets, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_are_fitted_on_a_few_examples(tmp_path):
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Enough for a loss below that of the start."""
+    monkeypatch.setitem(fit_weights.__kwdefaults__, "steps", 12)
+
+
+def test_weights_are_fitted_on_a_few_examples(few_steps, tmp_path):
     """One adapter was made by taking another one away: fitting has to find out how much of it helps."""
     labels = list(load_images("builtin:digits").labels)
     noise = classifier(tmp_path / "noise", labels, 3)
@@ -96,7 +103,7 @@ def test_weights_are_fitted_on_a_few_examples(tmp_path):
 
 
 @pytest.mark.parametrize("data", ["builtin:restaurants", "builtin:scenes", "builtin:volumes"])
-def test_weights_are_fitted_for_texts_masks_and_volumes(data, tmp_path):
+def test_weights_are_fitted_for_texts_masks_and_volumes(data, few_steps, tmp_path):
     """Of an adapter that is noise, fitting takes away what it can."""
     model = load_base(GPT2 if data == "builtin:restaurants" else SAM)
     if data == "builtin:volumes":

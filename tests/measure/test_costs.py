@@ -54,6 +54,7 @@ def test_latencies_are_taken_by_turns_and_the_first_turn_warms_up(monkeypatch):
         return SimpleNamespace(median_ms=next(times), device="cpu", threads=1)
 
     monkeypatch.setattr(costs, "latency", latency)
+    monkeypatch.setattr(costs, "_BUDGET_S", 60.0)
     row = cost(adapted(), INPUTS)
     assert seen == [True, False] * 6
     assert (row["latency_ms"], row["base_latency_ms"], row["latency_spread_ms"]) == (5.0, 3.0, 2.0)

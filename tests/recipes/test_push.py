@@ -29,9 +29,9 @@ def refused(monkeypatch, capsys, *arguments):
     return error
 
 
-def test_a_recipe_trains_and_pushes_and_goes_on_after_a_broken_push(hub, monkeypatch, capsys, tmp_path):
+def test_a_recipe_trains_and_pushes_and_goes_on_after_a_broken_push(hub, monkeypatch, capsys, two_tasks, tmp_path):
     out = tmp_path / "run"
-    options = ["--output_dir", out, "--epochs", 0.3, "--eval_every", 7, "--workers", 0]
+    options = ["--dataset", two_tasks[0], "--output_dir", out, "--epochs", 5, "--eval_every", 7, "--workers", 0]
     hub.fail("commit/main", "503", times=1000)
     error = refused(monkeypatch, capsys, "lora_vit.py", *options, "--push_to", "ann/digits", "--private")
     assert f"is saved in {out}/adapter; push it with: inlay push {out}/adapter ann/digits --private" in error

@@ -79,8 +79,9 @@ def test_lora_vit_trains_measures_and_saves(trained):
         ("lora_mobilenet.py", ["--rank", 4], "INLAY_CONV_LORA"),
     ],
 )
-def test_the_other_methods_train_save_and_load(monkeypatch, tmp_path, recipe, arguments, method):
-    run(monkeypatch, recipe, "--output_dir", tmp_path / "run", "--epochs", 0.05, "--workers", 0, *arguments)
+def test_the_other_methods_train_save_and_load(monkeypatch, two_tasks, tmp_path, recipe, arguments, method):
+    options = ["--dataset", two_tasks[0], "--output_dir", tmp_path / "run", "--epochs", 1, "--workers", 0]
+    run(monkeypatch, recipe, *options, *arguments)
     file = read_adapter(tmp_path / "run" / "adapter")
     assert file.config["peft_type"] == method
     assert load_adapter(file.folder).deviation < 1e-4
@@ -224,9 +225,19 @@ def test_an_option_for_a_base_in_few_bits_is_refused_where_its_weights_are_train
         assert "error: weights in 8 or 4 bits cannot be trained" in capsys.readouterr().err
 
 
-def test_labels_are_smoothed_and_the_memory_is_said_before_training(monkeypatch, capsys, tmp_path):
-    arguments = ["--output_dir", tmp_path / "run", "--epochs", 0.05, "--workers", 0, "--label_smoothing", 0.2]
-    run(monkeypatch, "partial_vit.py", *arguments, "--augment", "none", "--cache_frozen", "memory")
+def test_labels_are_smoothed_and_the_memory_is_said_before_training(monkeypatch, capsys, two_tasks, tmp_path):
+    arguments = ["--dataset", two_tasks[0], "--output_dir", tmp_path / "run", "--epochs", 1, "--workers", 0]
+    run(
+        monkeypatch,
+        "partial_vit.py",
+        *arguments,
+        "--label_smoothing",
+        0.2,
+        "--augment",
+        "none",
+        "--cache_frozen",
+        "memory",
+    )
     out = capsys.readouterr().out
     assert out.startswith("memory: base ") and "(batch 32)" in out and "cache_frozen stays off" not in out
     file = read_adapter(tmp_path / "run" / "adapter")

@@ -7,9 +7,10 @@ from inlay import read_adapter
 from places import ROOT
 
 
-def test_it_trains_two_methods_and_serves_them_in_one_batch(monkeypatch, capsys, tmp_path):
-    arguments = ["--output_dir", tmp_path / "run", "--epochs", 0.05, "--workers", 0, "--requests", 48, "--rows", 16]
-    monkeypatch.setattr(sys, "argv", ["serve_many.py", *map(str, arguments), "--methods", "lora", "attention-prefix"])
+def test_it_trains_two_methods_and_serves_them_in_one_batch(monkeypatch, capsys, two_tasks, tmp_path):
+    arguments = ["--output_dir", tmp_path / "run", "--epochs", 0.5, "--workers", 0, "--requests", 48, "--rows", 16]
+    arguments += ["--tasks", *two_tasks, "--methods", "lora", "attention-prefix"]
+    monkeypatch.setattr(sys, "argv", ["serve_many.py", *map(str, arguments)])
     runpy.run_path(str(ROOT / "recipes/serve_many.py"), run_name="__main__")
     said = capsys.readouterr().out
     assert "48 images, 2 adapters in every batch of 16" in said and "in memory: digits, shapes" in said

@@ -18,11 +18,6 @@ from inlay.study.measure import Measurement
 from places import ROOT
 
 
-@pytest.fixture(autouse=True)
-def few_passes(monkeypatch):
-    monkeypatch.setattr("inlay.measure.costs._BUDGET_S", 0.05)
-
-
 def adds_up(found: Measurement) -> bool:
     cost = found.states["unmerged" if "unmerged" in found.states else "model"]
     parts = found.modules
