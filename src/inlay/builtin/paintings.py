@@ -53,9 +53,10 @@ class Scene:
 
 @dataclass(frozen=True)
 class Paintings:
-    """Images (N, H, W, 3) uint8, RGB, and the caption and scene of each."""
+    """Images (N, H, W, 3) uint8, RGB, where things are in them (N, H, W), and the caption and scene of each."""
 
     images: npt.NDArray[np.uint8]
+    masks: npt.NDArray[np.bool_]
     captions: list[str]
     scenes: list[Scene]
 
@@ -77,15 +78,15 @@ def generate_paintings(count: int, *, seed: int, size: int = 64, held_out: bool 
     """
     if count < 0 or size < 32:
         raise ValueError(f"expected count >= 0 and size >= 32, but got count={count} and size={size}")
-    images = np.empty((count, size, size, 3), np.uint8)
+    images, masks = np.empty((count, size, size, 3), np.uint8), np.empty((count, size, size), np.bool_)
     captions, scenes = [], []
     for i in range(count):
         rng = np.random.default_rng((seed, i, held_out))
         scene = draw_scene(rng, held_out)
-        images[i] = paint_scene(scene, rng, size=size)
+        images[i], masks[i] = _paint_with_mask(scene, rng, size)
         captions.append(describe_scene(scene, rng))
         scenes.append(scene)
-    return Paintings(images, captions, scenes)
+    return Paintings(images, masks, captions, scenes)
 
 
 def is_held_out(thing: Thing, background: str) -> bool:
@@ -175,13 +176,22 @@ def paint_scene(
 
     `looks` says what dogs or toys look like, whatever their colour: with `SUBJECTS`, they are the embedded subjects.
     """
-    image = Image.fromarray(_paint_background(scene.background, rng, size))
+    return _paint_with_mask(scene, rng, size, looks)[0]
+
+
+def _paint_with_mask(
+    scene: Scene, rng: np.random.Generator, size: int, looks: Mapping[str, Dog | Toy] | None = None
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+    """An image (H, W, 3) and where things are in it (H, W)."""
+    image, mask = Image.fromarray(_paint_background(scene.background, rng, size)), Image.new("L", (size, size))
     for thing, (x, y, reach) in zip(scene.things, _draw_places(scene, rng), strict=True):
         side = round(2 * reach * size / 64)
         sprite = _paint_thing(thing, (looks or {}).get(thing.kind), rng, side)
-        image.paste(sprite, (round((x - reach) * size / 64), round((y - reach) * size / 64)), sprite)
+        corner = round((x - reach) * size / 64), round((y - reach) * size / 64)
+        image.paste(sprite, corner, sprite)
+        mask.paste(255, (*corner, corner[0] + side, corner[1] + side), sprite)
     grain = rng.normal(0, 2, (size, size, 1))
-    return np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8)
+    return np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8), np.asarray(mask) > 127
 
 
 def _draw_places(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, float]]:
