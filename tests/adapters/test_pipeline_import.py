@@ -256,6 +256,22 @@ def test_alphas_between_the_keys_of_diffusers(tmp_path):
         import_adapter(tmp_path / "x.safetensors", tmp_path / "no", base=PIPELINE)
 
 
+def test_a_repository_of_diffusers_on_the_hub(tmp_path, monkeypatch):
+    from huggingface_hub import constants, file_download
+
+    repository = tmp_path / "cache" / "models--user--lora"
+    (repository / "snapshots" / "0123").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    for module in (constants, file_download):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path / "cache"), raising=False)
+    pair = {f"unet.conv_in.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+    told = {SETTINGS: json.dumps({"unet.r": 2, "unet.lora_alpha": 6})}
+    save_file(pair, repository / "snapshots" / "0123" / PIPELINE_WEIGHTS, told)
+    made = import_adapter("user/lora", tmp_path / "out", base=PIPELINE)
+    assert read_adapter(made.folder).config["lora_alpha"] == 6
+
+
 def test_settings_of_one_part_do_not_count_for_another(tmp_path):
     """Without settings for the text encoder, diffusers takes r = alpha = 8 for it."""
     one, two = "unet.mid_block.attentions.0.proj_in", "text_encoder.text_model.encoder.layers.0.mlp.fc1"
