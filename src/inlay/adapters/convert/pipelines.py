@@ -54,7 +54,18 @@ _UNETS: dict[str, dict[str, Any]] = {
     "Stable Diffusion 1": {"cross_attention_dim": 768},
     "Stable Diffusion 2": {"cross_attention_dim": 1024, "use_linear_projection": True},
 }
+# That of stable-diffusion-xl-base-1.0, as far as it decides which layers there are.
+_SDXL: dict[str, Any] = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": [1, 2, 10],
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 _LAYERS_PER_BLOCK = 2  # of all Stable Diffusions
+_ONE_LIST = re.compile(r"lora_unet_(?:input_blocks|middle_block|output_blocks)_")  # names in Stability's code
 _OLD_ORDER = {"attn1": 0, "ff": 1, "attn2": 2}  # in a transformer block, in the diffusers of early 2023
 
 
@@ -268,7 +279,29 @@ def _name_layers_of_kohya(path: Path, names: Iterable[str], unet: Any) -> dict[s
                 f"{path} has the layer {name!r}, which neither a UNet nor CLIP's text encoder has; of kohya's LoRAs "
                 "inlay imports those of Stable Diffusion 1 and 2 and of SDXL."
             )
+    if unet is None and any(_ONE_LIST.match(name) for name in names):
+        _check_known_unet(path, {layer.removeprefix("unet.") for layer in layers.values() if layer.startswith("unet.")})
     return layers
+
+
+def _check_known_unet(path: Path, layers: set[str]) -> None:
+    """Raise InlayError for layers that neither Stable Diffusion nor SDXL has.
+
+    In Stability's code all blocks are in one list: how many layers each has is needed to tell them apart.
+    """
+    from diffusers import UNet2DConditionModel
+
+    unknown: set[str] = set()
+    for settings in ({}, _SDXL):
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(**settings)
+        unknown = layers - {name for name, _ in unet.named_modules()}
+        if not unknown:
+            return
+    raise BadInput(
+        f"{path} has {len(unknown)} layers that neither Stable Diffusion nor SDXL has ({min(unknown)}); give --base, a "
+        "pipeline that is at hand."
+    )
 
 
 def _read_magnitude(path: Path, name: str, value: torch.Tensor) -> torch.Tensor:
