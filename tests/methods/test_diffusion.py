@@ -7,6 +7,8 @@ import torch
 
 from diffusion_models import write_pipeline
 from inlay import METHODS, InlayError, load_adapter, load_base, merge, save_adapter
+from inlay.study.tune.placement import find_adapted_places
+from inlay.study.tune.space import list_places
 from inlay.tasks import find_task
 from inlay.tasks.text_to_image.processor import load_prompt_processor
 
@@ -65,3 +67,9 @@ def test_methods_that_attach_to_a_stack_of_blocks_are_refused_in_one_sentence(pl
         if "diffusion" not in method.bases and name not in ("probe", "prompt", "prefix", "pissa"):
             with pytest.raises(InlayError, match=r"text-to-image pipeline|no mask decoder|vision encoder|is no SAM"):
                 method.adapt(copy.deepcopy(base), 2)
+
+
+def test_a_search_has_one_place(places):
+    _, base, _ = places["sd"]
+    assert [place.blocks for place in list_places(base)] == [None]
+    assert find_adapted_places(METHODS["lora"].adapt(copy.deepcopy(base), 2)) == set()

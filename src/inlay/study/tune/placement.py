@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
+from inlay.bases.diffusion.config import is_diffusion
 from inlay.bases.sites import sites
 from inlay.files.atomic import replacing
 from inlay.methods._peft import PeftModel, name_in_base
@@ -122,6 +123,8 @@ def find_adapted_places(model: nn.Module) -> set[Spot]:
         model: With an adapter; it may be on the meta device.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if is_diffusion(getattr(base, "config", None)):
+        return set()  # it has one place
     found = sites(base)
     beginnings = {f"{block}.": number for number, block in enumerate(found.blocks)}
     layers = {kind: tuple(f"{name}." for name in names) for kind, names in list_modules(found).items()}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from inlay.bases.diffusion.config import is_diffusion
 from inlay.bases.sites import sites
 from inlay.errors import BadInput, InlayError
 from inlay.methods import METHODS
@@ -38,14 +39,18 @@ class Place:
 def list_places(model: nn.Module) -> list[Place]:
     """All blocks, halves, every second block and thirds; of each the whole, the attention and the MLP layers.
 
-    A network in stages has these in place of thirds.
+    A network in stages has these in place of thirds. A text-to-image pipeline, whose denoiser is no stack of equal
+    blocks, has one place: all of them.
 
     Args:
         model: A transformers model, which may have an adapter, and be on the meta device.
     """
+    everywhere = "all blocks"
+    if is_diffusion(getattr(model, "config", None)):
+        return [Place(everywhere, None, "all")]
     found = sites(model)
     count = len(found.blocks)
-    groups: dict[str, tuple[int, ...] | None] = {"all blocks": None}
+    groups: dict[str, tuple[int, ...] | None] = {everywhere: None}
     half = count // 2
     groups["first half"], groups["last half"] = tuple(range(half)), tuple(range(half, count))
     groups["every second block"] = tuple(range(1, count, 2))

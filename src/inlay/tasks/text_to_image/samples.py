@@ -47,11 +47,10 @@ class PaintingRun:
         """Paint the samples of a step, and draw the sheet of all steps so far, those before a resumption included."""
         if not self.prompts:
             return
-        names = [(prompt, f"{i}_{seed}.png") for i, prompt in enumerate(self.prompts) for seed in self.seeds]
-        pairs = [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+        pairs = {f"{i}_{seed}.png": (prompt, seed) for i, prompt in enumerate(self.prompts) for seed in self.seeds}
         (self.folder / FOLDER).mkdir(exist_ok=True)
         with writing(self.folder / FOLDER / f"{step:06}") as new:
-            for (_, name), image in zip(names, paint_pairs(self.model, pairs, self.sampling), strict=True):
+            for name, image in zip(pairs, paint_pairs(self.model, [*pairs.values()], self.sampling), strict=True):
                 image.save(new / name)
         # those of later steps are of a run that was killed before their checkpoint
         steps = sorted(int(path.name) for path in (self.folder / FOLDER).iterdir() if path.name.isdigit())
