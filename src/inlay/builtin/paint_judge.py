@@ -63,11 +63,11 @@ def judge_images(images: npt.NDArray[np.uint8], model: Any = None) -> dict[str, 
 
 
 def score_paintings(said: Mapping[str, Mapping[str, Floats]], labels: Floats) -> dict[str, float]:
-    """Share of images that are right in their background, shapes and colours, and in which subjects they show.
+    """Share of images that are right in their background, shapes, colours and classes, and in which subjects they show.
 
-    An image is right in one of the first three if the likeliest labels, as many as were asked for, are those asked for;
-    images of which none was asked for do not count; a kind that none was asked for is left out. A subject is shown
-    if its probability is over 0.5.
+    An image is right in one of the first four if the likeliest labels, as many as were asked for, are those asked for;
+    images of which none was asked for do not count, and a kind of which none was asked for is left out. A subject is
+    shown if its probability is over 0.5.
 
     Args:
         said: What `judge_images` says of N images.
@@ -81,7 +81,7 @@ def score_paintings(said: Mapping[str, Mapping[str, Floats]], labels: Floats) ->
         probabilities = np.stack([said[kind][name] for name in names], axis=1)
         if kind == "subject":
             scores |= {name: float(((probabilities > 0.5) == asked)[:, i].mean()) for i, name in enumerate(names)}
-        elif kind != "class" and asked.any():
+        elif asked.any():
             rank = (-probabilities).argsort(axis=1).argsort(axis=1)
             right = ((rank < asked.sum(axis=1, keepdims=True)) == asked).all(axis=1)
             scores[kind] = float(right[asked.any(axis=1)].mean())
