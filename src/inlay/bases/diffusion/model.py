@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from inlay.bases.diffusion.config import DiffusionConfig
 from inlay.bases.diffusion.families import FAMILIES
+from inlay.bases.diffusion.tokenizers import load_tokenizers
 from inlay.errors import BadInput, Unsupported
 
 
@@ -117,10 +118,7 @@ class DiffusionModel(PreTrainedModel):
     def load_tokenizers(self) -> dict[str, Any]:
         """The tokenizer of each text encoder, by its name in the pipeline."""
         where, revision = self.source
-        names = [name.replace("text_encoder", "tokenizer") for name in self.config.text_encoders]
-        return {
-            name: transformers.AutoTokenizer.from_pretrained(where, subfolder=name, revision=revision) for name in names
-        }
+        return load_tokenizers(where, self.config.text_encoders, revision)
 
     def load_scheduler(self) -> Any:
         """The pipeline's own scheduler, for painting."""

@@ -70,7 +70,7 @@ def load_prompt_processor(base_name: str, settings: Record | None, image_size: i
     Raises:
         InlayError: No pipeline; tokenizers that cannot be read; a size that the VAE cannot halve often enough.
     """
-    from transformers import AutoTokenizer
+    from inlay.bases.diffusion.tokenizers import load_tokenizers
 
     where = resolve_base(base_name)
     config = read_config(base_name, where, None)
@@ -82,9 +82,8 @@ def load_prompt_processor(base_name: str, settings: Record | None, image_size: i
             f"images for {base_name} must have a multiple of {config.latent_scale} pixels a side, at most {MAX_SIDE}; "
             f"got {size!r}."
         )
-    names = [name.replace("text_encoder", "tokenizer") for name in config.text_encoders]
     try:
-        tokenizers = {name: AutoTokenizer.from_pretrained(where, subfolder=name) for name in names}
+        tokenizers = load_tokenizers(where, config.text_encoders)
     except Exception as error:  # tokenizer files are data from anywhere: they fail in any way
         raise explain_load_error(base_name, error) from error
     side = size // config.latent_scale
