@@ -122,8 +122,11 @@ class DiffusionModel(PreTrainedModel):
 
     def load_scheduler(self) -> Any:
         """The pipeline's own scheduler, for painting."""
-        settings = self.config.scheduler or {}
-        return getattr(_import_diffusers(), str(settings.get("_class_name"))).from_config(settings)
+        diffusers, settings = _import_diffusers(), self.config.scheduler or {}
+        kind = getattr(diffusers, str(settings.get("_class_name")), None)
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+            raise Unsupported(f"diffusers has no scheduler {settings.get('_class_name')!r}; is it too old?")
+        return kind.from_config(settings)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Latents (B, c, h, w) of images (B, 3, H, W) from -1 to 1: the mean of what the VAE says of them.
