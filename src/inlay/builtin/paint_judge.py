@@ -92,4 +92,6 @@ def score_paintings(said: Mapping[str, Mapping[str, Floats]], labels: Floats) ->
 def _load_judge() -> Any:
     from transformers import AutoModelForImageClassification
 
-    return AutoModelForImageClassification.from_pretrained(str(_FOLDER), dtype="float32").eval()
+    return AutoModelForImageClassification.from_pretrained(
+        str(_FOLDER), dtype="float32", trust_remote_code=False
+    ).eval()
