@@ -74,7 +74,9 @@ class DiffusionConfig(PreTrainedConfig):
     @property
     def latent_scale(self) -> int:
         """Pixels a side of what becomes one latent."""
-        return 2 ** (len((self.parts or {})["vae"]["config"]["block_out_channels"]) - 1)
+        found = (self.parts or {})["vae"]["config"]
+        levels = found.get("block_out_channels") or found["decoder_block_out_channels"]  # the second of AutoencoderTiny
+        return 2 ** (len(levels) - 1)
 
     @property
     def image_size(self) -> int:
