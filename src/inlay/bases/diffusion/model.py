@@ -126,7 +126,7 @@ class DiffusionModel(PreTrainedModel):
         kind = getattr(diffusers, str(settings.get("_class_name")), None)
         if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
             raise Unsupported(f"diffusers has no scheduler {settings.get('_class_name')!r}; is it too old?")
-        return kind.from_config(settings)
+        return cast(Any, kind).from_config(settings)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Latents (B, c, h, w) of images (B, 3, H, W) from -1 to 1: the mean of what the VAE says of them.
