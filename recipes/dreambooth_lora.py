@@ -24,8 +24,8 @@ class Lora:
     rank: int = option(8, "Rank r of the update B·A.", least=1)
     alpha: int = option(16, "Scale of the update: alpha / r.", least=1)
     dropout: float = option(0.0, "Dropout on the input of A.", least=0, below=1)
-    sites: Literal["attention", "all"] = option(
-        "attention", "The attention of the denoiser, or every linear layer and 1x1 convolution of its blocks."
+    sites: Literal["all", "attention"] = option(
+        "all", "Every linear layer and 1x1 convolution in the blocks of the denoiser, or their attention only."
     )
     convolutions: bool = option(False, "Adapt the convolutions of its blocks too.")
     text_encoder: bool = option(False, "Adapt the attention of the text encoders too.")
@@ -70,5 +70,5 @@ if __name__ == "__main__":
         main,
         Lora(),
         TextToImageTask(),
-        TrainConfig(output_dir="runs/dreambooth_lora", epochs=100, batch_size=4, eval_every=50),
+        TrainConfig(output_dir="runs/dreambooth_lora", epochs=200, batch_size=4, eval_every=100),
     )

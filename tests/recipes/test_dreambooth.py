@@ -45,7 +45,7 @@ def options(tmp_path_factory):
         "--prior_images": 5,
         "--validation_images": 2,
         "--sampling_steps": 2,
-        "--epochs": 3.2,  # of five images of the subject and five of the prior
+        "--epochs": 5.2,  # of three images of the subject and as many of the prior
         "--batch_size": 4,
         "--eval_every": 2,
         "--workers": 0,
@@ -94,13 +94,17 @@ def test_subject_and_prior_are_learned_in_equal_shares(options, tmp_path):
     class Train:
         output_dir = str(tmp_path)
 
-    rows = task.complete_training(data.train, Train).rows
-    assert [(row.prompt, row.weight) for row in rows] == [(PROMPT, 1.0)] * 5 + [(CLASS, 0.5)] * 5
-    assert [row.name for row in rows] == ["0", "1", "2", "0", "1", "000", "001", "002", "003", "004"]
+    view = task.complete_training(data.train, Train)
+    assert len(view) == 6 and [row.name for row in view.rows] == ["0", "1", "2"]
     (tmp_path / "prior").mkdir()
-    Image.new("RGB", (16, 16)).save(tmp_path / "prior" / "003.png")
-    item = task.complete_training(data.train, Train)[8]
-    assert item["weight"] == 0.5 and torch.equal(item["pixel_values"], torch.full((3, 16, 16), -1.0))
+    for i in range(5):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / "prior" / f"{i:03}.png")
+    torch.manual_seed(0)
+    items = [view[3 + i % 3] for i in range(60)]
+    assert {float(item["weight"]) for item in items} == {0.5} and float(view[0]["weight"]) == 1.0
+    assert {round(float(item["pixel_values"][0, 0, 0] + 1) * 127.5) for item in items} == {0, 1, 2, 3, 4}
+    tokens = data.processor.tokenize([CLASS])["input_ids"][0]
+    assert all(torch.equal(item["input_ids"], tokens) for item in items)
 
 
 def test_the_sheet_has_a_row_for_each_evaluation(trained):
@@ -153,7 +157,7 @@ def test_a_killed_run_ends_as_one_that_was_left_alone(step, trained, options, tm
 def test_overwriting_paints_the_prior_again(trained, options, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "run")
     (folder / "prior" / "000.png").write_bytes(b"")
-    run(*options, "--output_dir", folder, "--overwrite", "--epochs", 0.4)
+    run(*options, "--output_dir", folder, "--overwrite", "--epochs", 0.6)
     assert read_images(folder / "prior") == read_images(trained / "prior")
     assert [path.name for path in (folder / "samples").iterdir()] == ["000001"]
 

@@ -101,7 +101,7 @@ class TextToImageTask(TaskOptions):
     def complete_training(self, view: PromptView, train: TrainConfig) -> PromptView:
         """With the images of the prior, which are painted when the run has begun."""
         prior = self._make_prior()
-        return view if prior is None else view.with_rows(prior.join(view.rows, Path(train.output_dir)))
+        return view if prior is None else view.with_prior(prior.list_images(Path(train.output_dir)))
 
     def make_callback(self, model: nn.Module, data: TaskData) -> PaintingRun:
         """Paints the prior and the samples."""

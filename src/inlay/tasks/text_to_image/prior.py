@@ -6,7 +6,6 @@ section 3.3).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +33,10 @@ class Prior:
     count: int
     weight: float
 
-    def join(self, subject: Sequence[Captioned], run_folder: Path) -> list[Captioned]:
-        """As many images of the subject as of the prior, which may not be painted yet; those of the fewer return."""
+    def list_images(self, run_folder: Path) -> list[Captioned]:
+        """Where they are in the folder of the run, painted or not yet."""
         paths = [run_folder / FOLDER / f"{i:03}.png" for i in range(self.count)]
-        painted = [Captioned(path.stem, path, self.prompt, self.weight) for path in paths]
-        length = max(len(subject), self.count)
-        return [rows[i % len(rows)] for rows in (subject, painted) for i in range(length)]
+        return [Captioned(path.stem, path, self.prompt, self.weight) for path in paths]
 
     def paint(self, model: Any, run_folder: Path, sampling: Sampling) -> bool:
         """Let the base in a model paint them into the folder of the run; False if they are there already."""

@@ -39,19 +39,21 @@ class PromptView(Dataset[dict[str, Any]]):
         levels: int = 1000,
     ) -> None:
         self.rows, self.processor = rows, processor
+        self.prior: Sequence[Captioned] = ()
         self.flip, self.drop_prompts, self.seed, self.levels = flip, drop_prompts, seed, levels
 
-    def with_rows(self, rows: Sequence[Captioned]) -> PromptView:
-        """Other images under the same settings."""
+    def with_prior(self, prior: Sequence[Captioned]) -> PromptView:
+        """As many items again, each an image of the prior that is drawn at random."""
         other = copy(self)
-        other.rows = rows
+        other.prior = prior
         return other
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows) * (2 if self.prior else 1)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[int(index)]
+        subject = int(index) < len(self.rows)
+        row = self.rows[int(index)] if subject else self.prior[int(torch.randint(len(self.prior), ()))]
         pixels = self.processor.read_pixels(open_captioned(row))
         if self.flip and torch.rand(()) < 0.5:
             pixels = pixels.flip(-1)
