@@ -50,9 +50,10 @@ def draw_embedded_data_once():
         drawn = functools.cache(lambda *args, **options: pickle.dumps(draw(*args, **options)))
         return lambda *args, **options: pickle.loads(drawn(*args, **options))  # a copy, which may be changed
 
+    draw_bodies = bodies.generate_bodies  # one after the other
+    kept_bodies = keep(lambda *args, **options: list(draw_bodies(*args, **options)))
     with pytest.MonkeyPatch.context() as patch:
-        draw = bodies.generate_bodies
-        patch.setattr(bodies, "generate_bodies", keep(lambda *args, **options: list(draw(*args, **options))))
+        patch.setattr(bodies, "generate_bodies", lambda *args, **options: iter(kept_bodies(*args, **options)))
         patch.setattr(restaurants, "split_restaurants", keep(restaurants.split_restaurants))
         patch.setattr(scenes, "generate_scenes", keep(scenes.generate_scenes))
         yield
