@@ -1,6 +1,6 @@
 """A dog and a toy, learned apart and added: what is in the images of the sum, by rule and over the weights.
 
-    python tests/benchmarks/dog_toy.py                           # trains both adapters first: an hour on one core
+    python tests/benchmarks/dog_toy.py                           # trains both first; 15 minutes on a quiet core
     python tests/benchmarks/dog_toy.py --dog FOLDER --toy FOLDER # of adapters that are there
 
 Two LoRAs of builtin:paint-tiny, each trained on the six images of an embedded subject, are combined at equal weights
@@ -211,8 +211,10 @@ def tell_losses(points: dict[str, Any]) -> list[str]:
         if not rows:
             continue
         best = max(rows, key=lambda point: point["scores"]["both"]["value"])
-        said = f"`{rule}` has both most often at weight {best['weight']:g}: "
-        said += f"{format_score(best['scores']['both'], True)} of the images."
+        share = f"{format_score(best['scores']['both'], True)} of the images"
+        said = f"`{rule}` has both most often at weight {best['weight']:g}: {share}."
+        if best["scores"]["both"]["value"] == 0:
+            said = f"`{rule}` has both at no weight: {share}."
         for name in SUBJECTS:
             lost = [f"{p['weight']:g}" for p in rows if p["scores"][name]["high"] < 0.5]
             said += f" The {name} is lost at weight {', '.join(lost)}." if lost else ""
