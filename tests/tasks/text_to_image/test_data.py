@@ -9,7 +9,7 @@ from PIL import Image
 
 from diffusion_models import write_pipeline
 from inlay import InlayError, TextToImageTask, load_base
-from inlay.builtin.paintings import generate_subject
+from inlay.builtin.paintings import BACKGROUNDS, generate_subject
 from inlay.tasks import find_task
 from inlay.tasks.evaluation import Training
 from inlay.tasks.text_to_image.data import load_captioned, load_captioned_to_score, open_captioned, read_captioned
@@ -43,7 +43,8 @@ def test_prompts_come_from_captions_and_else_from_the_option(tmp_path):
 @pytest.mark.parametrize("name", ["dog", "toy"])
 def test_the_embedded_subjects_are_those_of_the_generator(name):
     rows = load_captioned(f"builtin:{name}").train
-    assert {row.prompt for row in rows} == {f"a photo of {'sks' if name == 'dog' else 'zwx'} {name}"}
+    beginning = {"dog": "a photo of sks dog", "toy": "a photo of zwx toy"}[name]
+    assert [row.prompt for row in rows] == [f"{beginning} on {background}" for background in BACKGROUNDS]
     assert np.array_equal(np.stack([np.asarray(open_captioned(row)) for row in rows]), generate_subject(name))
     assert load_captioned(f"builtin:{name}", "a dog").train[0].prompt == "a dog"
 

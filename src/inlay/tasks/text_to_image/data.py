@@ -20,7 +20,7 @@ from inlay.tasks.tables import list_first
 
 HELD_OUT_FROM = 10  # images; of fewer all are trained on, as DreamBooth does
 CAPTIONS = "metadata.jsonl"  # of datasets' imagefolder: {"file_name": ..., "text": ...}
-# The embedded subjects, and the prompt of each.
+# The embedded subjects, and the beginning of their prompts; the rest names the background.
 BUILTIN: dict[str, tuple[Literal["dog", "toy"], str]] = {
     "builtin:dog": ("dog", "a photo of sks dog"),
     "builtin:toy": ("toy", "a photo of zwx toy"),
@@ -178,12 +178,13 @@ def _read_splits(name: str, wanted: Sequence[str], prompt: str | None) -> dict[s
 def _generate_subject(name: str, prompt: str | None) -> list[Captioned]:
     if name not in BUILTIN:
         raise BadInput(f"unknown data {name!r}; the embedded subjects are {', '.join(BUILTIN)}.")
-    from inlay.builtin.paintings import generate_subject
+    from inlay.builtin.paintings import BACKGROUNDS, generate_subject
 
-    subject, own_prompt = BUILTIN[name]
+    subject, beginning = BUILTIN[name]
+    images = generate_subject(subject, len(BACKGROUNDS))  # one on each
     return [
-        Captioned(f"{subject} {i}", Image.fromarray(image), prompt or own_prompt)
-        for i, image in enumerate(generate_subject(subject))
+        Captioned(f"{subject} {i}", Image.fromarray(image), prompt or f"{beginning} on {background}")
+        for i, (image, background) in enumerate(zip(images, BACKGROUNDS, strict=True))
     ]
 
 
