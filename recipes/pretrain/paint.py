@@ -1,15 +1,15 @@
 """Pre-train the embedded text-to-image model on generated paintings, on one CPU core.
 
-    python recipes/pretrain/paint.py                         # builtin:paint-tiny, about 50 minutes on a quiet core
+    python recipes/pretrain/paint_autoencoder.py             # the first stage, about 15 minutes on a quiet core
+    python recipes/pretrain/paint.py                         # builtin:paint-tiny, about 40 minutes
 
-A latent diffusion model (Rombach et al. 2022, arXiv:2112.10752), in two stages. An autoencoder makes 16 x 16 latents of
-images of 64 x 64; then a UNet and a text encoder learn to remove noise from them: v-prediction (Salimans and Ho 2022,
-arXiv:2202.00512) down to no signal at all (Lin et al. 2023, arXiv:2305.08891), losses weighted by min-SNR (Hang et al.
-2023, arXiv:2303.09556), captions dropped in a tenth for classifier-free guidance (Ho and Salimans 2022,
-arXiv:2207.12598), weights averaged on the way. A run that was stopped goes on from its last checkpoint.
+The second stage of a latent diffusion model (Rombach et al. 2022, arXiv:2112.10752): a UNet and a text encoder learn to
+remove noise from latents of 16 x 16: v-prediction (Salimans and Ho 2022, arXiv:2202.00512) down to no signal at all
+(Lin et al. 2023, arXiv:2305.08891), losses weighted by min-SNR (Hang et al. 2023, arXiv:2303.09556), captions dropped
+in a tenth for classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598), weights averaged on the way. A run
+that was stopped goes on from its last checkpoint.
 """
 
-import itertools
 import json
 import string
 import time
@@ -28,23 +28,20 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, get_scheduler
 
 from inlay import option, run_recipe
-from inlay.builtin.paint_judge import judge_images, label_scene, score_paintings
+from inlay.builtin.painters import COUNT, SORTS, list_scenes, paint_scenes, score_scenes, to_pixels
 from inlay.builtin.paintings import (
     BACKGROUNDS,
-    CLASSES,
     COLOURS,
     RARE_TOKENS,
     SHAPES,
-    Scene,
     describe_scene,
-    draw_scene,
     generate_paintings,
 )
 from inlay.files.atomic import writing
 
 TOKENS, CHANNELS = 24, 4  # of a caption; of the latents
 STEPS, GUIDANCE = 20, 3.0  # with which it is measured
-COUNT = 96  # paintings of each sort that are measured
+CARD = Path(__file__).with_name("paint_card.md")
 
 
 @dataclass
@@ -52,76 +49,13 @@ class Pretraining:
     """How long, and where to."""
 
     folder: str = option("src/inlay/builtin/paint-tiny", "Where the base is saved.")
-    work: str = option("runs/paint", "Where the autoencoder and the checkpoints of a run are kept.")
+    work: str = option("runs/paint", "Where the checkpoints of a run are kept.")
     images: int = option(30_000, "Paintings whose latents the UNet is trained on.", least=1)
-    autoencoder_steps: int = option(12_000, "Optimiser steps of the autoencoder, of 8 crops each.", least=1)
+    autoencoder: str = option("runs/paint/vae", "What paint_autoencoder.py has saved.")
     steps: int = option(11_000, "Optimiser steps of the UNet and the text encoder.", least=1)
     batch_size: int = option(32, "Paintings a step of the UNet.", least=1)
     learning_rate: float = option(1e-3, "Peak rate of AdamW.", above=0)
     seed: int = option(0, "Seed of weights, paintings and noise.", least=0)
-
-
-def new_autoencoder() -> Any:
-    """16 x 16 latents of 4 channels for images of 64 x 64; its convolutions see a few pixels, so it learns on crops."""
-    return AutoencoderTiny(
-        encoder_block_out_channels=(32,) * 3,
-        decoder_block_out_channels=(32,) * 3,
-        num_encoder_blocks=(0, 1, 1),
-        num_decoder_blocks=(1, 1, 0),
-        latent_channels=CHANNELS,
-    )
-
-
-def to_pixels(images: Any) -> torch.Tensor:
-    """Images (N, H, W, 3) from 0 to 255 as (N, 3, H, W) from -1 to 1."""
-    return (
-        torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last) / 127.5 - 1
-    )
-
-
-def recolour(pixels: torch.Tensor) -> torch.Tensor:
-    """Half of the images with their channels exchanged and stretched: the autoencoder is to know all colours."""
-    changed = pixels.clone()
-    for image in changed[: len(pixels) // 2]:
-        scale, shift = torch.empty(3, 1, 1).uniform_(0.5, 1), torch.empty(3, 1, 1).uniform_(-0.3, 0.3)
-        image.copy_((image[torch.randperm(3)] * scale + shift).clamp(-1, 1))
-    return changed
-
-
-def train_autoencoder(recipe: Pretraining) -> Any:
-    """An autoencoder whose latents have about mean 0 and variance 1, taught on crops of 32 x 32.
-
-    In the last third the encoder stays, and the decoder learns what is made of its latents.
-    """
-    torch.manual_seed(recipe.seed)
-    model = new_autoencoder().to(memory_format=torch.channels_last).train()
-    pool = to_pixels(generate_paintings(min(4000, recipe.images), seed=1_000_000 * (recipe.seed + 1) + 1).images)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    scheduler = get_scheduler("cosine", optimizer, 50, recipe.autoencoder_steps)
-    for step in range(recipe.autoencoder_steps):
-        if step == recipe.autoencoder_steps * 2 // 3:
-            model.encoder.requires_grad_(False)
-        top, left = (4 * torch.randint(9, (2,))).tolist()
-        pixels = pool[torch.randint(len(pool), (8,)), :, top : top + 32, left : left + 32]
-        if step % 2:
-            pixels = recolour(pixels)
-        latents = model.encode(pixels).latents
-        error = model.decode(latents + 0.05 * torch.randn_like(latents)).sample - pixels
-        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        spread = latents.mean((0, 2, 3)).square().mean() + (latents.std((0, 2, 3)) - 1).square().mean()
-        (error.abs().mean() + 2 * error.square().mean() + 0.5 * edges + 0.02 * spread).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        if step % 500 == 499:
-            print(
-                f"autoencoder {step + 1}/{recipe.autoencoder_steps}  error {error.abs().mean().item():.4f}", flush=True
-            )
-    model = model.half().float().eval()
-    with torch.inference_mode():
-        model.register_to_config(scaling_factor=round(1 / float(model.encode(pool[:500]).latents.std()), 4))
-    return model
 
 
 @torch.inference_mode()
@@ -272,78 +206,11 @@ def new_pipeline(autoencoder: Any, tokenizer: Any, model: Any) -> Any:
     )
 
 
-# What is asked for: whether its first thing is held out, how many things there are, and of which kinds.
-SORTS = {
-    "one shape": (False, 1, set(SHAPES)),
-    "one shape, held out": (True, 1, set(SHAPES)),
-    "two shapes": (False, 2, set(SHAPES)),
-    "a dog and a toy": (False, 2, set(CLASSES)),
-}
-
-
-def list_scenes(sort: str) -> list[Scene]:
-    """Scenes to ask for of one of `SORTS`."""
-    held_out, count, kinds = SORTS[sort]
-    drawn = (draw_scene(np.random.default_rng((1, i)), held_out) for i in itertools.count())
-    scenes = (s for s in drawn if len(s.things) == count and {thing.kind for thing in s.things} <= kinds)
-    return list(itertools.islice((s for s in scenes if count == 1 or s.things[0].kind != s.things[1].kind), COUNT))
-
-
-def paint(pipeline: Any, scenes: list[Scene]) -> Any:
-    """Images (N, H, W, 3) of scenes, by their plain captions, with seeds 0, 1, 2 ..."""
-    pipeline.set_progress_bar_config(disable=True)
-    images = []
-    for start in range(0, len(scenes), 32):
-        captions = [describe_scene(scene) for scene in scenes[start : start + 32]]
-        seeds = [torch.Generator().manual_seed(start + i) for i in range(len(captions))]
-        made = pipeline(captions, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=seeds, output_type="np")
-        images.append((made.images * 255).round().astype(np.uint8))
-    return np.concatenate(images)
-
-
-def score(images: Any, scenes: list[Scene]) -> dict[str, float]:
-    """Share of right backgrounds, shapes, colours and classes, as the judge sees them."""
-    return score_paintings(judge_images(images), np.stack([label_scene(scene) for scene in scenes]))
-
-
 def edit_config(path: Path, **changes: Any) -> None:
     """Set values of a stored config; None removes one."""
     config = json.loads(path.read_text(encoding="utf-8")) | changes
     kept = {key: value for key, value in config.items() if value is not None or key not in changes}
     path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-
-
-CARD = """\
-# paint-tiny
-
-A `StableDiffusionPipeline` that paints images of 64 x 64 from a caption: a UNet of {unet:,} parameters on latents of
-16 x 16 x 4, a CLIP text encoder of {text_encoder:,} with {words} tokens, and an `AutoencoderTiny` of {vae:,}, all in
-fp16: the base that inlay embeds, so that recipes and tests run without a download. It is truly pre-trained, and of
-little use beyond that.
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("src/inlay/builtin/paint-tiny")
-pipe("a red ring left of a blue square on grass", num_inference_steps={steps}, guidance_scale={guidance:g}).images[0]
-```
-
-- **Trained on** {images:,} paintings that `inlay.builtin.paintings` draws: one or two things, each a
-  {shapes}
-  in {colours}, plain, striped or dotted, or any dog or toy in one of these colours,
-  on {backgrounds}. The tokenizer knows {rare}, which no caption holds.
-  No photographs, nobody's data, and neither `builtin:dog` nor `builtin:toy`.
-- **Quality**: what `paint-judge` says of {count} paintings of each sort, of the stored fp16 weights, with {steps} steps
-  and guidance {guidance:g} (right: the likeliest labels, as many as were asked for, are those asked for; by chance one
-  in six for one shape). One in six combinations of colour, shape and background was held out from training:
-
-  | asked for | background | shape | colour | dog, toy |
-  |---|---|---|---|---|
-{table}
-- **Made by** `python recipes/pretrain/paint.py`: seed {recipe.seed}, {recipe.steps:,} steps of {recipe.batch_size}
-  paintings, torch {torch}, diffusers {diffusers}.
-- **Licence**: Apache-2.0, as inlay.
-"""
 
 
 def join_words(words: Iterable[str], last: str = "or") -> str:
@@ -357,10 +224,8 @@ def main(recipe: Pretraining) -> None:
     work = Path(recipe.work)
     work.mkdir(parents=True, exist_ok=True)
 
-    # 1. the autoencoder, taken up from an earlier start of this run
-    if not (work / "vae").exists():
-        train_autoencoder(recipe).save_pretrained(work / "vae")
-    autoencoder = AutoencoderTiny.from_pretrained(work / "vae").eval()
+    # 1. the autoencoder
+    autoencoder = AutoencoderTiny.from_pretrained(recipe.autoencoder).eval()
 
     # 2. text encoder and UNet
     tokenizer = new_tokenizer()
@@ -369,8 +234,8 @@ def main(recipe: Pretraining) -> None:
     # 3. measure, as it will be stored: in fp16
     pipeline = new_pipeline(autoencoder, tokenizer, model).to(torch.float16).to(torch.float32)
     wanted = {sort: list_scenes(sort) for sort in SORTS}
-    painted = {name: paint(pipeline, scenes) for name, scenes in wanted.items()}
-    found = {name: score(images, wanted[name]) for name, images in painted.items()}
+    painted = {name: paint_scenes(pipeline, scenes, STEPS, GUIDANCE) for name, scenes in wanted.items()}
+    found = {name: score_scenes(images, wanted[name]) for name, images in painted.items()}
     sheet = np.concatenate([np.concatenate(list(images[:12]), axis=1) for images in painted.values()])
     Image.fromarray(sheet).save(work / "sheet.png")
 
@@ -385,7 +250,7 @@ def main(recipe: Pretraining) -> None:
         edit_config(folder / "text_encoder" / "config.json", dtype="float32")
         # diffusers writes a value that its class warns of, and where the autoencoder lay.
         edit_config(folder / "vae" / "config.json", block_out_channels=None, _name_or_path=None)
-        filled = CARD.format(
+        filled = CARD.read_text(encoding="utf-8").format(
             **sizes,
             words=len(tokenizer),
             steps=STEPS,
