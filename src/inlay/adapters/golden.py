@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from inlay.bases.eval_mode import eval_mode
 from inlay.tasks.adapter import place_inputs
 from inlay.tasks.task import Task
 
@@ -61,16 +62,13 @@ def _full_float32() -> Iterator[None]:
 @torch.no_grad()
 def compute_output(model: torch.nn.Module, processor: Any, task: Task) -> list[float]:
     """What the model, in eval mode, makes of the golden input of its task: at most `OUTPUTS` numbers."""
-    modes = [(module, module.training) for module in model.modules()]
     weight = next(p for p in model.parameters() if p.is_floating_point())
     # accelerate leaves the autocast of mixed precision around a trained model, a loaded one is without
     autocast = vars(model).pop("forward") if "_original_forward" in vars(model) else None
     try:
-        with _full_float32():
-            found = model.eval()(**place_inputs(task.golden_inputs(model, processor), weight))
+        with eval_mode(model), _full_float32():
+            found = model(**place_inputs(task.golden_inputs(model, processor), weight))
     finally:
-        for module, mode in modes:
-            module.training = mode
         if autocast is not None:
             model.forward = autocast
     return [float(f"{value:.6g}") for value in task.golden_values(found, OUTPUTS).float().tolist()]

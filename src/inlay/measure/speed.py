@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from inlay.bases.eval_mode import eval_mode
 from inlay.errors import BadInput
 
 
@@ -95,14 +96,8 @@ def forward_passes(model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[Call
         model(**inputs)
         return _synchronized_time(device) - start
 
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield run
-    finally:
-        for module, training in modes:
-            module.training = training
+    with eval_mode(model), torch.inference_mode():
+        yield run
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import PreTrainedModel
 
+from inlay.bases.eval_mode import eval_mode
 from inlay.errors import BadInput, InlayError, Unsupported
 from inlay.methods._peft import PeftModel
 from inlay.tasks.adapter import TaskModel, place_inputs
@@ -153,7 +154,7 @@ def _collate_held_out(data: TaskData, into: list[Batch]) -> Iterator[Batch]:
 def _compute_features(model: nn.Module, task: Task, batches: Iterable[Batch]) -> Tensor:
     """(N, D), of at most ROWS rows, spread evenly over those of the first batches; more than they need are not read."""
     parts, rows = [], 0
-    with _evaluating(model):
+    with eval_mode(model):
         weight = _first_weight(model)
         for batch in batches:
             parts.append(task.compute_features(model, place_inputs(batch, weight)).float().cpu())
@@ -189,7 +190,7 @@ def _score_own_task(base: PreTrainedModel, adapted_for: Task, trained_on: str, b
         place_inputs(examples.collate([examples.view[i] for i in items[at : at + examples.rows]]), weight)
         for at in items[:: examples.rows]
     ]
-    with _evaluating(model):
+    with eval_mode(model):
         return OwnScore(own, batches, examples.loss, task.score_batches(model, batches, examples.loss))
 
 
@@ -199,10 +200,10 @@ def _score_adapted(model: nn.Module, task: Task, before: OwnScore) -> float:
     own, weight = before.own, _first_weight(model)
     batches = [place_inputs(batch, weight) for batch in before.batches]
     if own.task is task and not task.classifies:  # the head is a part of the base, and what was trained with it
-        with _evaluating(model):
+        with eval_mode(model):
             return task.score_batches(model, batches, before.loss)
     own.model.to(weight.device)
-    with _evaluating(model), _under_own_head(model, own.model) as joined:
+    with eval_mode(model), _under_own_head(model, own.model) as joined:
         return own.task.score_batches(joined, batches, before.loss)
 
 
@@ -232,18 +233,6 @@ def _with_prompt(model: nn.Module, own: PreTrainedModel) -> nn.Module:
     prompted = copy.copy(model)
     prompted._modules = {**model._modules, "base_model": own}
     return prompted
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; afterwards each module is in its own again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _first_weight(model: nn.Module) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from inlay.bases.eval_mode import eval_mode
 from inlay.bases.widths import Group, weight_axis
 from inlay.errors import ComputationFailed
 from inlay.train.losses import Loss
@@ -69,10 +70,8 @@ def observe(
     if not needs:
         return evidence
     readers = {part.module: model.get_submodule(part.module) for group in groups for part in group.read}
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     mask: list[Tensor | None] = [None]  # of the tokens of the present batch
-    with ExitStack() as hooks, _with_gradients(model, groups, "gradients" in needs):
+    with eval_mode(model), ExitStack() as hooks, _with_gradients(model, groups, "gradients" in needs):
         if "activations" in needs:
             for name, reader in readers.items():
                 watch = _watch_inputs(evidence, name, reader, mask)
@@ -89,8 +88,6 @@ def observe(
             else:
                 with torch.no_grad():
                     loss(model, batch)
-    for module, training in modes:
-        module.training = training
     counts = [len(next(iter(batch.values()))) for batch in batches]
     evidence.positive = {name: total / sum(counts) for name, total in evidence.positive.items()}
     evidence.taylor = {name: total / sum(counts) for name, total in evidence.taylor.items()}

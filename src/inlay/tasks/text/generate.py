@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from inlay.bases.eval_mode import eval_mode
 from inlay.errors import BadInput, InlayError
 from inlay.tasks.text.vocabulary import check_vocabulary, vocabulary_of
 
@@ -245,7 +246,6 @@ def _prepare_model(model: nn.Module, base: PreTrainedModel, settings: Generation
 
     transformers leaves out a mask of ones, and then takes a prompt that begins with eos for a padded one, and says so.
     """
-    modes = [(module, module.training) for module in model.modules()]
     # transformers fills what a GenerationConfig leaves open from the model's own, peft sets that too.
     kept, base.generation_config = base.generation_config, settings
     drops = _learns_prompt(model) and "position_ids" in inspect.signature(base.forward).parameters
@@ -253,17 +253,14 @@ def _prepare_model(model: nn.Module, base: PreTrainedModel, settings: Generation
     speaker = logging.getLogger("transformers.modeling_utils")
     speaker.addFilter(_hides_mask_warning)
     try:
-        with warnings.catch_warnings():
+        with eval_mode(model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Position ids are not supported")
-            model.eval()
             yield
     finally:
         base.generation_config = kept
         speaker.removeFilter(_hides_mask_warning)
         if hook:
             hook.remove()
-        for module, training in modes:
-            module.training = training
 
 
 def _hides_mask_warning(record: logging.LogRecord) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 
 from inlay.bases.device import Device, move_model
 from inlay.bases.diffusion.model import DiffusionModel
+from inlay.bases.eval_mode import eval_mode
 from inlay.bases.processors import MAX_SIDE
 from inlay.errors import BadInput, ComputationFailed
 from inlay.files.outputs import check_output_file
@@ -146,7 +146,7 @@ def paint_pairs(
     images: list[Image.Image] = []
     # disable=None: no bar where the output is no terminal
     bar = tqdm(starts, desc="paint", disable=None if starts[1:] else True)
-    with _in_eval_mode(model), scale_adapter(model, sampling.weight):
+    with eval_mode(model), scale_adapter(model, sampling.weight):
         for start in bar:
             batch = pairs[start : start + sampling.batch_size]
             found = pipeline(
@@ -195,17 +195,6 @@ def _check_size(base: DiffusionModel, size: int) -> None:
     most = min(MAX_SIDE, patch * (denoiser.get("pos_embed_max_size") or MAX_SIDE))
     if not step <= size <= most or size % step:
         raise BadInput(f"this pipeline paints images of {step}, {2 * step} ... {most} pixels a side, not {size}.")
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def draw_paintings(
