@@ -39,7 +39,7 @@ def summarise_adapter(folder: str | Path) -> dict[str, Any]:
         "trained_with": _measured(file, "versions"),
         "verified": "file whole, checksum right"
         if file.record
-        else "saved by plain peft: no checksum, base or labels in it",
+        else "saved by peft or by another program: no checksum, base or labels in it",
     }
 
 

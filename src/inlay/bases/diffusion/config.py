@@ -8,10 +8,10 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoConfig, PreTrainedConfig
 
-from inlay.errors import BadInput, DamagedFile, Unsupported
+from inlay.errors import BadInput, DamagedFile, Unreachable, Unsupported
 from inlay.files.bounded_json import parse_json
 
 INDEX = "model_index.json"
@@ -170,10 +170,18 @@ def _read_class(name: str, part: str, entry: Any) -> tuple[str | None, str | Non
 def _read_json(where: str, file: str, revision: str | None) -> dict[str, Any]:
     try:
         path = Path(where) / file if Path(where).is_dir() else Path(hf_hub_download(where, file, revision=revision))
+    except LocalEntryNotFoundError:
+        raise Unreachable(
+            f"{file} of {where} is not in the cache and the Hub cannot be reached; check the network, or give a folder "
+            "of the pipeline."
+        ) from None
+    except (EntryNotFoundError, OSError, ValueError) as error:
+        raise DamagedFile(f"{file} of {where} cannot be read ({error}); download the pipeline again.") from None
+    try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
         found = parse_json(path.read_text(encoding="utf-8"))
-    except (EntryNotFoundError, OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedFile(f"{file} of {where} cannot be read ({error}); download the pipeline again.") from None
     if not isinstance(found, dict):
         raise DamagedFile(f"{file} of {where} must hold a JSON object, not a {type(found).__name__}.")

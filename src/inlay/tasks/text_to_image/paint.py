@@ -22,6 +22,7 @@ from inlay.bases.diffusion.model import DiffusionModel
 from inlay.bases.eval_mode import eval_mode
 from inlay.bases.processors import MAX_SIDE
 from inlay.errors import BadInput, ComputationFailed
+from inlay.files.atomic import replacing
 from inlay.files.outputs import check_output_file
 from inlay.methods._peft import PeftModel, scale_adapter
 from inlay.tasks.adapter import Adapter, check_task
@@ -233,7 +234,8 @@ def draw_paintings(
             fitted = image.resize((side, max(1, round(side * image.height / image.width))), smooth)
             sheet.paste(fitted.crop((0, 0, side, side)), (gap + i * (side + gap), top))
         top += side + 2 * gap
-    sheet.save(path)
+    with replacing(path) as new:
+        sheet.save(new)
     return Path(path)
 
 
@@ -259,7 +261,8 @@ def save_paintings(images: Sequence[Image.Image], pairs: Sequence[tuple[str, int
     for image, (prompt, seed) in zip(images, pairs, strict=True):
         words = re.sub(r"\W+", "_", prompt).strip("_")[:60]
         paths.append(folder / f"{numbers[prompt]}_{words}_{seed}.png")
-        image.save(paths[-1])
+        with replacing(paths[-1]) as new:
+            image.save(new)
     return paths
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import PartialState
 from PIL import Image
 
-from inlay.files.atomic import replacing, writing
+from inlay.files.atomic import writing
 from inlay.tasks.text_to_image.paint import Sampling, draw_paintings, paint_pairs
 from inlay.tasks.text_to_image.prior import Prior
 
@@ -60,8 +60,7 @@ class PaintingRun:
                 files = [self.folder / FOLDER / f"{painted:06}" / f"{i}_{seed}.png" for seed in self.seeds]
                 rows.append([_read_image(file) for file in files])
                 captions.append(f"step {painted}: {prompt}")
-        with replacing(self.folder / SHEET) as new:
-            draw_paintings(rows, captions, new, columns=[f"seed {seed}" for seed in self.seeds])
+        draw_paintings(rows, captions, self.folder / SHEET, columns=[f"seed {seed}" for seed in self.seeds])
 
 
 def _read_image(path: Path) -> Image.Image:

@@ -93,6 +93,11 @@ class TextToImage(Task):
     def random_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
         return _make_inputs(model, processor, ["a red dog", "a blue toy"])
 
+    def graph_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
+        raise Unsupported(
+            "a text-to-image pipeline is no single graph; inlay merge writes it as a folder of diffusers."
+        )
+
     def training_options(self) -> type[TaskOptions]:
         from inlay.tasks.text_to_image.options import TextToImageTask
 
