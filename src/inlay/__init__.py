@@ -88,7 +88,8 @@ if TYPE_CHECKING:
     from inlay.tasks.text.processor import TextProcessor
     from inlay.tasks.text.view import TextView
     from inlay.tasks.text_to_image.options import TextToImageTask
-    from inlay.tasks.text_to_image.paint import draw_paintings, paint
+    from inlay.tasks.text_to_image.paint import Sampling, draw_paintings, paint
+    from inlay.tasks.text_to_image.regions import Region, paint_regions
     from inlay.tasks.volumes.data import VolumeData, load_volumes
     from inlay.tasks.volumes.options import VolumeTask
     from inlay.tasks.volumes.scan import VolumeProcessor
@@ -141,7 +142,9 @@ _MODULE_OF = {
     "PartialConfig": "methods",
     "Problem": "study.problem",
     "PruneReport": "compress.prune.save",
+    "Region": "tasks.text_to_image.regions",
     "Row": "study.comparison",
+    "Sampling": "tasks.text_to_image.paint",
     "SequenceData": "tasks.sequences.data",
     "SequenceProcessor": "tasks.sequences.processor",
     "SequenceTask": "tasks.sequences.options",
@@ -206,6 +209,7 @@ _MODULE_OF = {
     "option": "options",
     "overlap": "combine.report",
     "paint": "tasks.text_to_image.paint",
+    "paint_regions": "tasks.text_to_image.regions",
     "parse_budget": "study.tune.budget",
     "pipeline_targets": "bases.diffusion.sites",
     "predict": "tasks.images.predict",
@@ -254,7 +258,9 @@ __all__ = [
     "PartialConfig",
     "Problem",
     "PruneReport",
+    "Region",
     "Row",
+    "Sampling",
     "SequenceData",
     "SequenceProcessor",
     "SequenceTask",
@@ -319,6 +325,7 @@ __all__ = [
     "option",
     "overlap",
     "paint",
+    "paint_regions",
     "parse_budget",
     "pipeline_targets",
     "predict",

@@ -14,6 +14,10 @@ prompt that names neither. Given are, with 95 % intervals over the seeds:
 - prompt: the share of background, shape and colour of the prompts that name neither subject that the judge finds;
 - drift: 1 - cosine, and mean absolute difference of pixels (0 to 1), of these images and those of the base.
 
+Then the two are painted next to each other in regions of one image (inlay paint), each by its own adapter; and, to tell
+what the regions do from what the adapters do, by the combined ones in both regions, with a prompt for each region or
+the same for both. Their overlap was chosen on the seeds above; they are scored on 64 others.
+
 Everything is stored as soon as it is there; the same command goes on.
 """
 
@@ -32,7 +36,7 @@ import peft
 import torch
 from PIL import Image
 
-from inlay import combine, draw_paintings, load_adapter, load_base, read_adapter
+from inlay import Bank, Region, combine, draw_paintings, load_adapter, load_base, paint_regions, read_adapter
 from inlay.builtin.paintings import BACKGROUNDS
 from inlay.files.atomic import write_json
 from inlay.study.report.canvas import GRID, INK, MUTED, Canvas, Line, Point, Text
@@ -172,13 +176,17 @@ def load_point(bench: Bench, key: str, rule: str, what: dict[Path, float] | Path
     """The base or an adapter, combined where it is not there yet."""
     if what is None:
         return load_base(bench.base)
-    if isinstance(what, dict):
-        digests = "-".join(read_adapter(folder).digest[:8] for folder in what)
-        out = bench.work / "combined" / digests / key.replace(" ", "_")
-        if not out.is_dir():
-            combine(what, rule, out=out)
-        what = out
-    return load_adapter(what, bench.base, device="cpu")
+    folder = combine_once(bench, key, rule, what) if isinstance(what, dict) else what
+    return load_adapter(folder, bench.base, device="cpu")
+
+
+def combine_once(bench: Bench, key: str, rule: str, weights: dict[Path, float]) -> Path:
+    """The folder of a combination, made where it is not there yet."""
+    digests = "-".join(read_adapter(folder).digest[:8] for folder in weights)
+    out = bench.work / "combined" / digests / key.replace(" ", "_")
+    if not out.is_dir():
+        combine(weights, rule, out=out)
+    return out
 
 
 def write_table(points: dict[str, Any]) -> str:
@@ -259,6 +267,15 @@ def draw_presence(points: dict[str, Any]) -> Image.Image:
     return canvas.to_image()
 
 
+def draw_region_sheet(regions: dict[str, Any], work: Path) -> None:
+    """The first images of each way to paint two regions."""
+    rows = []
+    for key in regions:
+        files = [work / "images" / "regions" / f"{key.replace(' ', '_')}_{i}.png" for i in range(SHOWN)]
+        rows.append([Image.open(file).convert("RGB") for file in files])
+    draw_paintings(rows, list(regions), ASSETS / "dog_toy_regions.png", side=200)
+
+
 def draw_sheets(points: dict[str, Any], work: Path) -> None:
     """One sheet of the subjects by their own adapters, and one of the sums over the weights."""
 
@@ -285,6 +302,43 @@ def draw_sheets(points: dict[str, Any], work: Path) -> None:
     draw_paintings(rows, said, ASSETS / "dog_toy_weights.png", columns=columns, side=128)
 
 
+def measure_regions(bench: Bench, folders: dict[str, Path]) -> dict[str, Any]:
+    """Presence by who paints the two regions, and from which prompts."""
+    seeds = [len(bench.seeds) + seed for seed in bench.seeds]
+    found: dict[str, Any] = {}
+    ways = {"each its own adapter": (folders["dog"], folders["toy"])}
+    for rule in RULES:
+        ways[f"{rule} 1 in both"] = (combine_once(bench, f"{rule} 1", rule, dict.fromkeys(folders.values(), 1.0)),) * 2
+    ways["add 1 in both, one prompt"] = ways["add 1 in both"]
+    both = f"{NAMES['dog']} and {NAMES['toy']}"
+    for key, adapters in ways.items():
+        bank = Bank(bench.base, {str(folder): folder for folder in adapters}, device="cpu")
+        words = (both, both) if key.endswith("one prompt") else (NAMES["dog"], NAMES["toy"])
+        images: list[Image.Image] = []
+        for seed in seeds:
+            prompts = [name_prompts(what, [seed])[0][0] for what in words]
+            regions = [Region(str(folder), prompt) for folder, prompt in zip(adapters, prompts, strict=True)]
+            images += paint_regions(bank, regions, seeds=[seed], sampling=bench.sampling)
+        (bench.work / "images" / "regions").mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(images[:SHOWN]):
+            image.save(bench.work / "images" / "regions" / f"{key.replace(' ', '_')}_{i}.png")
+        shares = find_subjects(images)
+        shares["both"] = shares["dog"] * shares["toy"]
+        grounds = score_prompts(images, [name_prompts(both, [seed])[0][0] for seed in seeds])
+        found[key] = {name: find_share(share) for name, share in shares.items()} | find_means({"background": grounds})
+        print(key, json.dumps({name: found[key][name]["value"] for name in PRESENCE}), flush=True)
+    return found
+
+
+def write_region_table(regions: dict[str, Any]) -> str:
+    """A row for each way to paint two regions."""
+    names = (*PRESENCE, "background")
+    lines = ["| who paints the regions | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
+    for key, scores in regions.items():
+        lines.append(f"| {key} | " + " | ".join(format_score(scores[name], True) for name in names) + " |")
+    return "\n".join(lines)
+
+
 def write_results(found: dict[str, Any]) -> None:
     """The JSON, and a page of what is there so far."""
     write_json(RESULTS.with_suffix(".json"), found)
@@ -294,6 +348,7 @@ def write_results(found: dict[str, Any]) -> None:
         f"{found['seeds']} seeds, {found['steps']} steps, guidance {found['guidance']:g}. The ceiling of fidelity, of "
         f"the subject's own images among each other: {ceilings}; the base's is the floor.",
         "\n".join(tell_losses(found["points"])),
+        write_region_table(found["regions"]) if "regions" in found else "",
     ]
     RESULTS.with_suffix(".md").write_text("\n\n".join(filter(None, text)) + "\n")
 
@@ -336,7 +391,11 @@ def main() -> None:
         shares = {name: found["points"][key]["scores"][name]["value"] for name in PRESENCE}
         print(key, json.dumps(shares), flush=True)
         write_results(found)
+    if "regions" not in found:
+        found["regions"] = measure_regions(bench, folders)
+        write_results(found)
     ASSETS.mkdir(exist_ok=True)
+    draw_region_sheet(found["regions"], given.work)
     draw_presence(found["points"]).save(ASSETS / "dog_toy_presence.png")
     draw_sheets(found["points"], given.work)
 

@@ -140,6 +140,12 @@ class DiffusionModel(PreTrainedModel):
         settings = self.vae.config
         return (latents - (getattr(settings, "shift_factor", None) or 0.0)) * settings.scaling_factor
 
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) from -1 to 1 of latents (B, c, h, w), in the type of the VAE's weights."""
+        settings = self.vae.config
+        latents = latents / settings.scaling_factor + (getattr(settings, "shift_factor", None) or 0.0)
+        return cast(Tensor, self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0])
+
     def draw_timesteps(self, count: int) -> Tensor:
         """Noise levels (count,) to train at, from 0 (nearly the image) up."""
         spread = FAMILIES[self.config.pipeline].spread_timesteps(count)

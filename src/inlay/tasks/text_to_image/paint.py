@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
@@ -133,16 +132,8 @@ def paint_pairs(
         raise BadInput(f"a seed must be a whole number of at least 0, got {wrong[0]!r}.")
     own_size = getattr(getattr(adapter, "processor", None), "image_size", None)
     size = sampling.image_size or own_size or base.config.image_size
-    _check_size(base, size)
-    if sampling.steps is not None and sampling.steps > base.config.train_timesteps:
-        raise BadInput(f"this pipeline has {base.config.train_timesteps} noise levels, got steps {sampling.steps}.")
-    pipeline = _find_pipeline(base)
-    steps, guidance = EMBEDDED.get(base.name_or_path, (None, None))
-    asked = {
-        "num_inference_steps": steps if sampling.steps is None else sampling.steps,
-        "guidance_scale": guidance if sampling.guidance is None else sampling.guidance,
-    }
-    settings = {name: value for name, value in asked.items() if value is not None}
+    check_size(base, size)
+    pipeline, settings = find_pipeline(base), choose_settings(base, sampling)
     starts = range(0, len(pairs), sampling.batch_size)
     images: list[Image.Image] = []
     # disable=None: no bar where the output is no terminal
@@ -159,12 +150,7 @@ def paint_pairs(
                 output_type="np",
                 **settings,
             ).images  # B H W 3, from 0 to 1
-            for (prompt, seed), pixels in zip(batch, found, strict=True):
-                if not np.isfinite(pixels).all():
-                    raise ComputationFailed(
-                        f"the image of {prompt!r} from seed {seed} has values that are no numbers; load the base in "
-                        "float32 or bfloat16, or take a smaller weight."
-                    )
+            check_painted(torch.from_numpy(found), batch)
             images += pipeline.numpy_to_pil(found)
     return images
 
@@ -180,7 +166,29 @@ def split_models(adapter: Adapter | nn.Module) -> tuple[nn.Module, DiffusionMode
     return model, base
 
 
-def _find_pipeline(base: DiffusionModel) -> Any:
+def choose_settings(base: DiffusionModel, sampling: Sampling) -> dict[str, Any]:
+    """Steps and guidance for the pipeline of a base, where they are not its own."""
+    if sampling.steps is not None and sampling.steps > base.config.train_timesteps:
+        raise BadInput(f"this pipeline has {base.config.train_timesteps} noise levels, got steps {sampling.steps}.")
+    steps, guidance = EMBEDDED.get(base.name_or_path, (None, None))
+    asked = {
+        "num_inference_steps": steps if sampling.steps is None else sampling.steps,
+        "guidance_scale": guidance if sampling.guidance is None else sampling.guidance,
+    }
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def check_painted(images: torch.Tensor, pairs: Sequence[tuple[str, int]]) -> None:
+    """Raise InlayError where an image, of this prompt and seed, has NaN or Inf."""
+    for (prompt, seed), pixels in zip(pairs, images, strict=True):
+        if not bool(torch.isfinite(pixels).all()):
+            raise ComputationFailed(
+                f"the image of {prompt!r} from seed {seed} has values that are no numbers; load the base in "
+                "float32 or bfloat16, or take a smaller weight."
+            )
+
+
+def find_pipeline(base: DiffusionModel) -> Any:
     """The pipeline around the modules of a base, made once."""
     if base not in _PIPELINES:
         _PIPELINES[base] = base.make_pipeline()
@@ -188,7 +196,8 @@ def _find_pipeline(base: DiffusionModel) -> Any:
     return _PIPELINES[base]
 
 
-def _check_size(base: DiffusionModel, size: int) -> None:
+def check_size(base: DiffusionModel, size: int) -> None:
+    """Raise InlayError where a base cannot paint images of so many pixels a side."""
     config = base.config
     denoiser = (config.parts or {})[config.denoiser]["config"]
     patch = config.latent_scale * (denoiser.get("patch_size") or 1)
@@ -220,20 +229,21 @@ def draw_paintings(
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength
     wrapped = [_wrap_text(caption, width - 2 * gap, lambda text: measure(text, font)) for caption in captions]
     head = line + gap if columns else gap
-    height = head + sum(len(lines) * line + side + 2 * gap for lines in wrapped)
+    heights = [max(1, *(round(side * image.height / image.width) for image in images)) for images in rows]
+    height = head + sum(len(lines) * line + room + 2 * gap for lines, room in zip(wrapped, heights, strict=True))
     sheet = Image.new("RGB", (width, height), "white")
     draw, top = ImageDraw.Draw(sheet), head
     for i, name in enumerate(columns):
         draw.text((gap + i * (side + gap) + side // 2, gap), name, "dimgray", font, anchor="ma")
-    for images, lines in zip(rows, wrapped, strict=True):
+    for images, lines, room in zip(rows, wrapped, heights, strict=True):
         for text in lines:
             draw.text((gap, top), text, "black", font)
             top += line
         for i, image in enumerate(images):
             smooth = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
             fitted = image.resize((side, max(1, round(side * image.height / image.width))), smooth)
-            sheet.paste(fitted.crop((0, 0, side, side)), (gap + i * (side + gap), top))
-        top += side + 2 * gap
+            sheet.paste(fitted, (gap + i * (side + gap), top))
+        top += room + 2 * gap
     with replacing(path) as new:
         sheet.save(new)
     return Path(path)
