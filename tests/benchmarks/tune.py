@@ -2,14 +2,16 @@
 
     python tests/benchmarks/tune.py digits                  # builtin:digits on builtin:vit-tiny: an hour on one core
     python tests/benchmarks/tune.py restaurants             # texts on builtin:gpt2-tiny
-    python tests/benchmarks/tune.py mr flowers e2e --seeds 0 1 2
+    python tests/benchmarks/tune.py mr flowers e2e hippocampus --seeds 0 1 2
+    python tests/benchmarks/tune.py digits-long             # trials as long as the adapter is trained for in the end
 
 Each seed is a search of its own, by each strategy, of TRIALS trials of full length in all; its winner is trained once
 more with a fresh seed and scored on the test part, which chose nothing. The defaults are those of peft's quicktour
 (https://huggingface.co/docs/peft/quicktour): LoRA with r = 8 on the query and value projections, alpha 32, dropout
-0.1, learning rate 1e-3; once with the steps of one trial, and once with all the steps that a search takes. A search may
-train no more parameters than that LoRA has. Trials that several searches have in common are run once, and count for
-each. Everything is stored as soon as it is done; the same command goes on.
+0.1, learning rate 1e-3; once with the steps of one trial, and once with all the steps that a search takes. For scans
+only one method is made, so that the defaults there are its own. A search may train no more parameters than the
+defaults. Trials that several searches have in common are run once, and count for each. Everything is stored as soon as
+it is done; the same command goes on.
 """
 
 import argparse
@@ -27,7 +29,7 @@ import torch
 import transformers
 from peft import LoraConfig
 
-from inlay import ImageTask, Problem, SequenceTask, TextTask, TrainConfig, Trial, lora_targets, tune
+from inlay import ImageTask, Problem, SequenceTask, TextTask, TrainConfig, Trial, VolumeTask, lora_targets, tune
 from inlay.files.atomic import write_json
 from inlay.methods import METHODS
 from inlay.study.statistics import mean_interval, paired_interval
@@ -51,15 +53,17 @@ DEFAULTS = replace(
     ),
 )
 METHODS[DEFAULTS.name] = DEFAULTS
+QUICKTOUR = Trial(DEFAULTS.name, RATE, 8)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A task, and how long a trial of full length is."""
+    """A task, how long a trial of full length is, and the defaults that a search is compared with."""
 
     task: Any
     epochs: float
     batch_size: int = 32
+    defaults: Trial = QUICKTOUR
 
 
 CASES = {
@@ -70,6 +74,13 @@ CASES = {
         ImageTask(str(SHARED / "mobilenet_imagenet/hf/mobilenet_v2_1.0_224"), str(SHARED / "flowers5/dev")), 5
     ),
     "e2e": Case(TextTask(dataset=str(SHARED / "e2e_nlg")), 0.1, 8),
+    "hippocampus": Case(
+        VolumeTask(dataset=str(SHARED / "hippocampus_msd04/dev"), crop=[32, 48, 32]),
+        4,
+        2,
+        Trial("spatial", METHODS["spatial"].learning_rate, 8),
+    ),
+    "digits-long": Case(ImageTask(), 10),
 }
 
 
@@ -77,7 +88,7 @@ def run_case(name: str, seeds: list[int], runs: Path) -> None:
     """All searches and defaults of a case, and its tables."""
     case = CASES[name]
     problem = Problem(case.task, TrainConfig(epochs=case.epochs, batch_size=case.batch_size, workers=0), runs / name)
-    defaults = Trial(DEFAULTS.name, RATE, 8)
+    defaults = case.defaults
     budget = Budget(params=count_adapter_parameters(problem.skeleton(defaults)), trials=TRIALS)
     rows: dict[str, list[dict[str, Any]]] = {}
 
