@@ -14,9 +14,9 @@ from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, Score, count_units, pick_evenly
 from inlay.tasks.groups import join_units
 from inlay.tasks.statistics import BINS, Indices, find_bins, score_with_intervals
+from inlay.tasks.text.chunked_logits import IGNORED, read_logits
 from inlay.tasks.text.data import group_by_prompt, load_texts_to_score
 from inlay.tasks.text.generate import Decoding, generate
-from inlay.tasks.text.loss import IGNORED, NextToken
 from inlay.tasks.text.scores import TextScores, score_texts
 from inlay.tasks.text.view import TextView
 
@@ -131,23 +131,27 @@ def _prompt_keys(rows: Any) -> Iterator[Any]:
 @torch.inference_mode()
 def _sum_over_tokens(model: Any, view: TextView, wanted: np.ndarray) -> _TokenSums:
     """The sums of each item of the view that is wanted; 0 for the others."""
-    loss, device = NextToken(), next(model.parameters()).device
+    device = next(model.parameters()).device
     losses, tokens, gaps = np.zeros(len(view)), np.zeros(len(view)), np.zeros((len(view), BINS))
     items = sorted(np.flatnonzero(wanted).tolist(), key=lambda i: -view.lengths[i])  # alike in length
     for begin in range(0, len(items), AT_ONCE):
         part = items[begin : begin + AT_ONCE]
         batch = {key: value.to(device) for key, value in view.collate([view[i] for i in part]).items()}
-        logits = loss(model, batch).logits.float()  # B L V
-        labels = batch["labels"][:, -logits.shape[1] :]  # B L
-        each = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
-        losses[part] = each.view_as(labels).double().sum(1).cpu().numpy()
-        tokens[part] = (labels != IGNORED).sum(1).cpu().numpy()
-        best, predicted = logits.max(-1)
-        confidence = (best - logits.logsumexp(-1)).exp().double().cpu().numpy()
-        learned, right = (labels != IGNORED).cpu().numpy(), (predicted == labels).cpu().numpy()
-        rows = np.broadcast_to(np.array(part)[:, None], learned.shape)[learned]
-        np.add.at(gaps, (rows, find_bins(confidence[learned])), right[learned] - confidence[learned])
+        counts = (batch["labels"][:, 1:] != IGNORED).sum(1).cpu().numpy()
+        rows = np.repeat(part, counts)  # the item of each learned token
+        found = read_logits(model, batch, _measure_tokens)
+        each, confidence, right = (torch.cat(values).cpu().numpy() for values in zip(*found, strict=True))
+        np.add.at(losses, rows, each)
+        tokens[part] = counts
+        np.add.at(gaps, (rows, find_bins(confidence)), right - confidence)
     return _TokenSums(losses, tokens, gaps)
+
+
+def _measure_tokens(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss of each token, the confidence in the most probable one, and whether that is the right one, all (n,)."""
+    losses = cross_entropy(logits, labels, reduction="none")
+    best, predicted = logits.max(-1)
+    return losses.double(), (best - logits.logsumexp(-1)).exp().double(), predicted == labels
 
 
 def _add_up(values: np.ndarray, owner: np.ndarray, units: int) -> np.ndarray:

@@ -1,23 +1,26 @@
 """The loss of a language model: that of the next token, where there is something to learn."""
 
 import inspect
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import CausalLMOutput
 
 from inlay.errors import BadInput
-
-IGNORED = -100  # the label of tokens that are read and not learned: prompts, padding
+from inlay.tasks.text.chunked_logits import CHUNK, IGNORED, can_split, run_in_chunks, sum_losses, unwrap
+from inlay.tasks.text.vocabulary import vocabulary_of
 
 
 class NextToken:
     """Cross-entropy of the next token, the mean over labels other than -100: every token of the step counts alike.
 
     Logits are computed from the first column on that has a label in any row; the prompts before it cost no product
-    with the vocabulary. Batches are padded on the right, so positions are those of the texts. A batch, or a piece
-    of one, in which no token is learned has a loss and gradients of 0.
+    with the vocabulary. Of more than 2²⁴ logits (334 tokens of GPT-2's vocabulary) only those of tokens with a label
+    are computed, and at most 2²⁴ at a time: the loss is the same but for rounding. Batches are padded on the right, so
+    positions are those of the texts. A batch, or a piece of one, in which no token is learned has a loss and gradients
+    of 0.
 
     Args:
         smoothing: Label smoothing in training, 0 to 1 (0.1 in the E2E set-up of Hu et al. 2021, arXiv:2106.09685);
@@ -33,11 +36,15 @@ class NextToken:
         self.smoothing = smoothing
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> CausalLMOutput:
-        """`loss`, and `logits` (B, T - first, V) for the columns first + 1 to T."""
+        """`loss`; and `logits` (B, T - first, V) for the columns first + 1 to T, unless computed in chunks."""
         labels = batch["labels"][:, 1:]  # B T-1: the logits of a column predict the next one
         learned = (labels != IGNORED).any(0).nonzero()
         first = int(learned[0]) if len(learned) else max(labels.shape[1] - 1, 0)
         inputs = {key: value for key, value in batch.items() if key != "labels"}
+        if len(learned) and labels[:, first:].numel() * vocabulary_of(unwrap(model)) > CHUNK and can_split(model):
+            loss = self._add_up_chunks(model, inputs, labels)
+            if loss is not None:
+                return CausalLMOutput(loss=loss / self.weight(batch))
         keep = {"logits_to_keep": labels.shape[1] - first + 1} if _takes_logits_to_keep(model) else {}
         logits = model(**inputs, **keep, use_cache=False).logits[:, -(labels.shape[1] - first + 1) : -1]
         if len(learned):
@@ -51,6 +58,12 @@ class NextToken:
             loss = 0.0 * logits.float().sum()
         return CausalLMOutput(loss=loss, logits=logits)
 
+    def _add_up_chunks(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Tensor | None:
+        """The losses of all tokens, added up chunk by chunk; None where the model cannot be split."""
+        smoothing = self.smoothing if model.training else 0.0
+        add_up = partial(sum_losses, vocabulary=vocabulary_of(unwrap(model)), smoothing=smoothing)
+        return run_in_chunks(model, inputs, labels, add_up)
+
     def weight(self, batch: dict[str, Any]) -> int:
         """The tokens that are learned."""
         return int((batch["labels"][:, 1:] != IGNORED).sum())
@@ -58,6 +71,4 @@ class NextToken:
 
 def _takes_logits_to_keep(model: nn.Module) -> bool:
     """True if the model under its wrappers can compute the logits of the last columns only."""
-    inner: Any = getattr(model, "module", model)  # DistributedDataParallel
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    return "logits_to_keep" in inspect.signature(type(inner).forward).parameters
+    return "logits_to_keep" in inspect.signature(type(unwrap(model)).forward).parameters

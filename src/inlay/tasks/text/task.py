@@ -149,11 +149,13 @@ class TextGeneration(Task):
 
     def classify_batch(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The next token, after each token that is learned."""
-        from inlay.tasks.text.loss import IGNORED, NextToken
+        import torch
 
-        logits = NextToken()(model, batch).logits  # B L V
-        true = batch["labels"][:, -logits.shape[1] :]  # B L
-        return logits.argmax(-1)[true != IGNORED], true[true != IGNORED]
+        from inlay.tasks.text.chunked_logits import read_logits
+
+        found = read_logits(model, batch, lambda logits, labels: (logits.argmax(-1), labels))
+        predicted, true = zip(*found, strict=True)
+        return torch.cat(predicted), torch.cat(true)
 
     def planned_batch(self, base: Any, rows: int, length: int, added: int) -> tuple[dict[str, Tensor], Loss | None]:
         """Texts of which every token is learned; a prompt adds tokens to each."""
