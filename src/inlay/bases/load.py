@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForMaskGeneration, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from inlay.bases.attention import Attention, explain_attention_error, request_attention
 from inlay.bases.batch_norm import freeze_statistics
 from inlay.bases.device import Device, choose_device
 from inlay.bases.diffusion.config import (
@@ -95,6 +96,7 @@ def load_pretrained(
     quantize: Quantize | None = None,
     revision: str | None = None,
     device: Device | None = None,
+    attention: Attention | None = None,
 ) -> PreTrainedModel:
     """Load a base by one of transformers' auto classes, with all its weights and running statistics frozen.
 
@@ -108,6 +110,7 @@ def load_pretrained(
         quantize: `8bit` (LLM.int8) or `4bit` (NF4) for the linear layers outside the head, through bitsandbytes.
         revision: Branch, tag or commit of a Hub id.
         device: As in `choose_device`; default: where transformers puts it, the CPU, or under `quantize` the GPU.
+        attention: Code that computes it; default: what transformers chooses, sdpa where the model has it.
 
     Returns:
         The model in eval mode, no parameter requiring a gradient; `model.name_or_path` is `name`, `model.new_head` says
@@ -116,9 +119,12 @@ def load_pretrained(
 
     Raises:
         InlayError: No network, weights that are not safetensors or do not fit their own config, bitsandbytes missing or
-            nothing in the model that it could quantise; weights that are stored in other bits than `quantize`.
+            nothing in the model that it could quantise; weights that are stored in other bits than `quantize`; an
+            attention that the model or this machine lacks.
     """
     where, placed = resolve_base(name), None if device is None else choose_device(device)
+    if attention is not None:
+        request_attention(config, attention)
     own = [config.id2label[i] for i in sorted(config.id2label)]
     new_head = labels is not None and list(labels) != own
     if labels is not None and new_head:
@@ -145,7 +151,7 @@ def load_pretrained(
     except InlayError:
         raise
     except Exception as error:  # whatever a strange config or damaged weights make transformers raise
-        raise explain_load_error(name, error) from error
+        raise explain_attention_error(name, attention, error) or explain_load_error(name, error) from error
     # labels of the same names as those of a base that never had a head (LABEL_0, LABEL_1)
     new_head = new_head or (labels is not None and _lacks_heads(model, report["missing_keys"]))
     if new_head:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from inlay.bases.attention import Attention
 from inlay.bases.device import Device
 from inlay.bases.load import Dtype, load_pretrained, load_structure, read_config, resolve_base, set_labels
 from inlay.bases.quantize import Quantize
@@ -29,6 +30,7 @@ def load_base(
     quantize: Quantize | None = None,
     revision: str | None = None,
     device: Device | None = None,
+    attention: Attention | None = None,
 ) -> PreTrainedModel:
     """Load a base of one of TASKS with all its weights frozen.
 
@@ -45,6 +47,10 @@ def load_base(
         revision: Branch, tag or commit of a Hub id.
         device: Such as "cpu" or "cuda:1"; default: the CPU (quantised: the GPU), from where accelerate moves what it
             trains.
+        attention: Code that computes the base's attention: torch's fused kernels (sdpa), FlashAttention 2 (flash: a
+            CUDA GPU, the package flash-attn, 16 bits) or plain products (eager); default: what transformers chooses,
+            sdpa where the model has it. It is no part of what an adapter was trained for: the others give the same
+            outputs but for rounding.
 
     Returns:
         The model in eval mode, no parameter requiring a gradient; `model.name_or_path` is `name`, `model.new_head` says
@@ -53,7 +59,7 @@ def load_base(
     Raises:
         InlayError: Unknown name or task, no network, weights that are not safetensors or do not fit their own config, a
             model of another kind, labels for what has no classes, bitsandbytes missing or nothing in the model that it
-            could quantise, no such device on this machine.
+            could quantise, no such device on this machine, an attention that the model or this machine lacks.
     """
     name = str(name)
     config = read_config(name, resolve_base(name, revision), revision)
@@ -69,6 +75,7 @@ def load_base(
         quantize=quantize,
         revision=revision,
         device=device,
+        attention=attention,
     )
     chosen.complete_base(base)
     return base

@@ -109,6 +109,12 @@ class TaskOptions:
         "slide or site.",
     )
 
+    attention: Literal["sdpa", "flash", "eager"] | None = option(
+        None,
+        "Code that computes the base's attention in training; flash needs flash-attn, a CUDA GPU and --precision bf16. "
+        "Default: what transformers chooses, mostly sdpa.",
+    )
+
     def __post_init__(self) -> None:
         check_options(self)
 
@@ -146,7 +152,7 @@ class TaskOptions:
         from inlay.tasks.base import load_base
 
         with self.offering_embedded_base():
-            base = load_base(self.model, quantize=self.quantize)
+            base = load_base(self.model, quantize=self.quantize, attention=self.attention)
         return self._announced(base)
 
     def fit_method(self, config: Any, model: nn.Module, data: TaskData) -> Any:
@@ -164,11 +170,13 @@ class TaskOptions:
         """
         from accelerate import PartialState
 
+        from inlay.bases.attention import check_precision, leave_flash_attention
         from inlay.measure.memory import describe_memory
         from inlay.train.loop import fit
 
+        check_precision(model, train.precision)
         PartialState().print(describe_memory(model, data.train, train, collate=data.collate, loss=data.loss))
-        return fit(
+        result = fit(
             model,
             self.complete_training(data.train, train),
             data.validation,
@@ -179,6 +187,8 @@ class TaskOptions:
             settings={**asdict(self), **asdict(method)},
             callback=self.make_callback(model, data),
         )
+        leave_flash_attention(model)
+        return result
 
     def complete_training(self, view: Any, train: TrainConfig) -> Any:
         """The training view with what is made for this run only; most tasks add nothing."""

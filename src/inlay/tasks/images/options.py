@@ -58,7 +58,13 @@ class ImageTask(TaskOptions):
         from inlay.tasks.classification import check_one_label_each
 
         with self.offering_embedded_base():
-            base = load_base(self.model, task="image-classification", labels=data.source.labels, quantize=self.quantize)
+            base = load_base(
+                self.model,
+                task="image-classification",
+                labels=data.source.labels,
+                quantize=self.quantize,
+                attention=self.attention,
+            )
         check_one_label_each(base, self.dataset)
         return self._announced(base)
 

@@ -65,7 +65,13 @@ class SequenceTask(TaskOptions):
 
         labels = data.source.labels
         with self.offering_embedded_base():
-            base = load_base(self.model, task="text-classification", labels=labels, quantize=self.quantize)
+            base = load_base(
+                self.model,
+                task="text-classification",
+                labels=labels,
+                quantize=self.quantize,
+                attention=self.attention,
+            )
         check_one_label_each(base, self.dataset)
         for view in (data.train, data.validation):
             check_vocabulary(self.model, max(max(item["input_ids"]) for item in view.items), vocabulary_of(base))

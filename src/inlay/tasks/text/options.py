@@ -76,7 +76,7 @@ class TextTask(TaskOptions):
         """The frozen base; an encoder, which writes no text, is refused, and so are tokens that it does not know."""
         from inlay.tasks.base import load_base
 
-        base = load_base(self.model, task="text-generation", quantize=self.quantize)
+        base = load_base(self.model, task="text-generation", quantize=self.quantize, attention=self.attention)
         for view in (data.train, data.validation):
             check_vocabulary(self.model, int(view.tokens.max()), vocabulary_of(base))
         return self._announced(base)

@@ -53,6 +53,8 @@ class TextToImageTask(TaskOptions):
         super().__post_init__()
         if self.group is not None:
             raise BadInput("images of a subject are one group; leave group out.")
+        if self.attention is not None:
+            raise BadInput("diffusers chooses the attention of a denoiser by itself; leave attention out.")
         for name in ("prompt", "class_prompt"):
             if (value := getattr(self, name)) is not None and not value.strip():
                 raise BadInput(f"{name} must say what the images show, got {value!r}.")

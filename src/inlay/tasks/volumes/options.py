@@ -33,6 +33,8 @@ class VolumeTask(TaskOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.attention is not None:
+            raise BadInput("the 3D encoder computes its attention in windows, by code of its own; leave attention out.")
         for name, sizes in (("crop", self.crop), ("spacing_mm", self.spacing_mm)):
             if sizes is not None and len(sizes) != 3:
                 raise BadInput(f"{name} must be three numbers D, H, W, got {sizes}.")
