@@ -50,19 +50,20 @@ def check_precision(model: nn.Module, precision: str) -> None:
     if precision == "auto":
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     halves = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
-    if _uses_flash(model) and precision not in ("bf16", "fp16") and not halves:
+    if uses_flash(model) and precision not in ("bf16", "fp16") and not halves:
         raise Unsupported("flash attention computes in 16 bits only; add --precision bf16, or choose sdpa.")
 
 
 def leave_flash_attention(model: nn.Module) -> None:
     """Go back to torch's kernels where the weights are in float32, in which the model is used after a bf16 training."""
-    if not _uses_flash(model) or any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
+    if not uses_flash(model) or any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
         return
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.set_attn_implementation("sdpa" if module._supports_sdpa else "eager")
 
 
-def _uses_flash(model: nn.Module) -> bool:
+def uses_flash(model: nn.Module) -> bool:
+    """True if a model, or a part of it, computes its attention by FlashAttention 2."""
     configs = (getattr(module, "config", None) for module in model.modules())
     return any(getattr(config, "_attn_implementation", None) == _NAMES["flash"] for config in configs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -131,7 +131,7 @@ def plan_memory(
         size = footprint(fake)
         try:
             with (
-                assume_one_text_per_row(),
+                nullcontext() if "position_ids" in batch else assume_one_text_per_row(),
                 silence_fake_tensor_log(),
                 _train_mode(fake, gradient_checkpointing, precision, where),
                 live,

@@ -86,11 +86,11 @@ def run_in_chunks(model: nn.Module, inputs: dict[str, Any], labels: Tensor, use:
         next_labels = pad(labels, (0, 1), value=IGNORED).flatten()  # B*T
         learned = (next_labels != IGNORED).nonzero()[:, 0]
         with _replacing_body(inner, body, output) as tail:
-            if not known:
-                with _keeping_random_state():
-                    expected.append(tail(states[0, -1:]))
             rows = states.flatten(0, 1)[learned]  # N D
             found.append(use(LearnedTokens(rows, next_labels[learned], tail, list(inner.parameters()))))
+            if not known:
+                with _keeping_random_state():  # dropout in the head then draws the same once more
+                    expected.append(tail(states[0, -1:]))
         return _replace_states(output, states[:1, -1:])  # the logits of one token, which nothing reads
 
     handle = _find_body(inner).register_forward_hook(use_states)

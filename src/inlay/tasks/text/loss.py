@@ -10,6 +10,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from inlay.errors import BadInput
 from inlay.tasks.text.chunked_logits import CHUNK, IGNORED, can_split, run_in_chunks, sum_losses, unwrap
+from inlay.tasks.text.packing import flatten_rows
 from inlay.tasks.text.vocabulary import vocabulary_of
 
 
@@ -37,6 +38,7 @@ class NextToken:
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> CausalLMOutput:
         """`loss`; and `logits` (B, T - first, V) for the columns first + 1 to T, unless computed in chunks."""
+        batch = flatten_rows(model, batch)
         labels = batch["labels"][:, 1:]  # B T-1: the logits of a column predict the next one
         learned = (labels != IGNORED).any(0).nonzero()
         first = int(learned[0]) if len(learned) else max(labels.shape[1] - 1, 0)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from inlay.tasks.text.generate import Decoding
+    from inlay.train.config import TrainConfig
     from inlay.train.loop import FitResult
 
 
@@ -28,6 +29,10 @@ class TextTask(TaskOptions):
     )
     max_length: int | None = option(None, "Longest example in tokens; default: what the base reads.", least=2)
     over_long: Literal["cut", "drop", "refuse"] = option("cut", "What becomes of examples longer than max_length.")
+    pack: bool = option(
+        False,
+        "Fill rows of max_length tokens with several examples, each read as if alone; batch_size then counts rows.",
+    )
     label_smoothing: float = option(0.0, "Of the training loss, 0 to 1.", least=0, most=1)
 
     def load(self, seed: int, virtual_tokens: int = 0, *, test: bool = False) -> TaskData:
@@ -44,6 +49,7 @@ class TextTask(TaskOptions):
         from inlay.bases.processors import load_tokenizer
         from inlay.tasks.text.data import load_texts
         from inlay.tasks.text.loss import NextToken
+        from inlay.tasks.text.packing import PackedView
         from inlay.tasks.text.processor import TextProcessor
         from inlay.tasks.text.view import TextView
 
@@ -58,8 +64,12 @@ class TextTask(TaskOptions):
             )
         tokenizer.model_max_length -= virtual_tokens
         processor = TextProcessor(tokenizer, separator=data.separator, chat=data.chat, max_length=self.max_length)
-        examples = TextView(data.train, processor, over_long=self.over_long, block=data.plain)
+        examples: Any = TextView(data.train, processor, over_long=self.over_long, block=data.plain)
         held_out = TextView(data.validation, processor, over_long=self.over_long, block=data.plain)
+        if self.pack:
+            if data.plain:
+                raise BadInput(f"{self.dataset!r} is running text, whose blocks are full already; leave pack out.")
+            examples = PackedView(examples, processor.max_length)
         PartialState().print(f"train: {examples.report}\nvalidation: {held_out.report}")
         return TaskData(
             data,
@@ -93,6 +103,14 @@ class TextTask(TaskOptions):
                 f"{longest}; pass a smaller width, or max_length {most - added}."
             )
         return config
+
+    def fit(self, model: nn.Module, data: TaskData, train: TrainConfig, method: Any) -> FitResult:
+        """As `TaskOptions.fit`; a model that reads packed texts otherwise than single ones is refused."""
+        from inlay.tasks.text.packing import check_packing
+
+        if self.pack:
+            check_packing(model, self.model)
+        return super().fit(model, data, train, method)
 
     def report(self, model: nn.Module, data: TaskData, result: FitResult, decoding: Decoding) -> Report:
         """Perplexity, what the model writes for prompts that it has not seen, cost and settings.

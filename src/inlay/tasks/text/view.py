@@ -86,19 +86,24 @@ class TextView(torch.utils.data.Dataset):
         """A batch of input_ids, attention_mask and labels, each (B, T), padded on the right to its longest item.
 
         So every text is read as it would be without the others: on the left, padding would move the positions that
-        GPT-2 learned.
+        GPT-2 learned. Packed rows have position_ids instead of the mask; their padding is a text that is not learned.
         """
         shape = len(items), max(len(item["input_ids"]) for item in items)
+        packed = "position_ids" in items[0]
         batch = {
             "input_ids": torch.full(shape, self.pad),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
+            "position_ids" if packed else "attention_mask": torch.zeros(shape, dtype=torch.long),
             "labels": torch.full(shape, IGNORED),
         }
         for row, item in enumerate(items):
             count = len(item["input_ids"])
             batch["input_ids"][row, :count] = item["input_ids"]
-            batch["attention_mask"][row, :count] = 1
             batch["labels"][row, :count] = item["labels"]
+            if packed:
+                batch["position_ids"][row, :count] = item["position_ids"]
+                batch["position_ids"][row, count:] = torch.arange(shape[1] - count)
+            else:
+                batch["attention_mask"][row, :count] = 1
         return batch
 
 
