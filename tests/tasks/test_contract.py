@@ -14,6 +14,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from command import run
 from diffusion_models import write_pipeline
+from host_reads import watch_steps
 from inlay import (
     Bank,
     ImageTask,
@@ -96,6 +97,7 @@ class Trained:
     folder: Any
     data: Any
     output: torch.Tensor
+    reads: list[tuple[str, ...]]
 
 
 _TRAINED: dict[str, Trained] = {}
@@ -131,17 +133,23 @@ def made(name, tmp_path_factory):
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     train = TrainConfig(output_dir=str(folder.parent / "run"), epochs=1, batch_size=2, workers=0)
     few = Subset(data.train, range(4))
-    result = fit(model, few, None, train, collate=data.collate, loss=data.loss)
+    with watch_steps() as reads:
+        result = fit(model, few, None, train, collate=data.collate, loss=data.loss)
     assert result.steps == 2
     moved = [n for n, p in model.named_parameters() if p.requires_grad and not torch.equal(p, before[n])]
     assert moved and all("lora" in n or "modules_to_save" in n or "spatial" in n or "default" in n for n in moved)
     save_adapter(model, folder, processor=data.processor, metrics={"dataset": data.source.name})
-    _TRAINED[name] = Trained(folder, data, answer(name, model, data.processor))
+    _TRAINED[name] = Trained(folder, data, answer(name, model, data.processor), reads)
     return _TRAINED[name]
 
 
 def test_every_task_has_a_row():
     assert set(ROWS) == set(TASKS)
+
+
+@EVERY
+def test_no_step_reads_from_the_device(name, tmp_path_factory):
+    assert made(name, tmp_path_factory).reads == []
 
 
 @EVERY

@@ -30,6 +30,11 @@ def choose_device(device: Device | None = None) -> torch.device:
     return asked
 
 
+def is_asynchronous(device: torch.device) -> bool:
+    """True if the host runs ahead of the device, and waits for it when it reads a number: all but a CPU."""
+    return device.type != "cpu"
+
+
 def move_model(model: nn.Module, device: Device | None) -> None:
     """Move a model, in place, to the device that was asked for; None leaves it where it is."""
     if device is not None:

@@ -8,7 +8,17 @@ from inlay.options import check_options, option
 
 # Settings that may differ when a run is resumed: none of them changes a weight. The rate that `fit` makes of
 # embedded_rate does, and is compared.
-_FREE = {"output_dir", "overwrite", "workers", "tracker", "save_every", "push_to", "private", "embedded_rate"}
+_FREE = {
+    "output_dir",
+    "overwrite",
+    "workers",
+    "tracker",
+    "save_every",
+    "push_to",
+    "private",
+    "embedded_rate",
+    "read_every",
+}
 
 
 @dataclass
@@ -47,6 +57,11 @@ class TrainConfig:
     cache_gb: float = option(4, "Largest size of the cache_frozen store in GB; in memory, of each process.", above=0)
     eval_every: int | None = option(None, "Steps between evaluations; default: one epoch.", least=1)
     save_every: int | None = option(None, "Steps between checkpoints; default: at every evaluation.", least=1)
+    read_every: int = option(
+        10,
+        "Steps between two reads of loss and gradient norm from a GPU, which wait for it; a CPU is read at each.",
+        least=1,
+    )
     patience: int | None = option(None, "Stop after this many evaluations without a new best score.", least=1)
     # numpy takes seeds below 2**32
     seed: int = option(0, "Seed of the data order, augmentation, dropout and new weights.", least=0, below=2**32)

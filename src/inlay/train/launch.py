@@ -5,6 +5,7 @@ import ctypes
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,17 +171,31 @@ def build_loaders(
     data: "FitData", order: "SeededSampler", batch_size: int, accelerator: Accelerator
 ) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
     """Loaders of the training data in the given order, and of the validation data, short examples first."""
-    train = build_loader(data.train, data.collate, data.workers, accelerator, batch_sampler=order)
+    train = build_step_loader(data, order, accelerator)
     if data.validation is None:
         return train, None
     lengths = getattr(data.validation, "lengths", None)
     sampler = None if lengths is None else sorted(range(len(lengths)), key=lengths.__getitem__)
-    validation = {"batch_size": batch_size, "sampler": sampler}
-    return train, build_loader(data.validation, data.collate, data.workers, accelerator, **validation)
+    validation = build_loader(
+        data.validation, data.collate, data.workers, accelerator, batch_size=batch_size, sampler=sampler
+    )
+    return train, validation
 
 
-def build_loader(data: Any, collate: "Collate | None", workers: int, accelerator: Accelerator, **order: Any) -> Any:
-    """A DataLoader whose batches accelerate divides among the processes and moves to the device."""
+def build_step_loader(data: "FitData", order: "SeededSampler", accelerator: Accelerator) -> Any:
+    """The training batches in this order, still on the CPU: a step counts labels there, where nothing waits."""
+    return build_loader(data.train, data.collate, data.workers, accelerator, place=False, batch_sampler=order)
+
+
+def read_step_batch(data: "FitData", order: "SeededSampler", accelerator: Accelerator, step: int) -> dict[str, Any]:
+    """This process's share of the batch of a step, read again."""
+    return next(iter(build_step_loader(replace(data, workers=0), order.start_at(step), accelerator)))
+
+
+def build_loader(
+    data: Any, collate: "Collate | None", workers: int, accelerator: Accelerator, *, place: bool = True, **order: Any
+) -> Any:
+    """A DataLoader whose batches accelerate divides among the processes and, with `place`, moves to the device."""
     loader = DataLoader(
         data,
         collate_fn=collate,
@@ -190,7 +205,7 @@ def build_loader(data: Any, collate: "Collate | None", workers: int, accelerator
         pin_memory=torch.cuda.is_available(),
         **order,
     )
-    return accelerator.prepare_data_loader(loader)
+    return accelerator.prepare_data_loader(loader, device_placement=place)
 
 
 def _leave_signals_to_main(worker: int) -> None:

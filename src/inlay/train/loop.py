@@ -5,11 +5,12 @@ import signal
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, gather_object, send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from tqdm.auto import tqdm
@@ -22,10 +23,18 @@ from inlay.train.config import TrainConfig
 from inlay.train.evaluation import count_rows, evaluate_on, set_train_mode, split_batch
 from inlay.train.frozen_cache.frozen_blocks import FitData, use_cached_states, wrap_for_cache
 from inlay.train.guards import StopRequest, find_first_bad_number
-from inlay.train.launch import build_loaders, build_optimizer, enable_checkpointing, release_model, start_accelerator
+from inlay.train.launch import (
+    build_loaders,
+    build_optimizer,
+    enable_checkpointing,
+    read_step_batch,
+    release_model,
+    start_accelerator,
+)
 from inlay.train.losses import Loss, ModelLoss
 from inlay.train.run import Run, open_run
 from inlay.train.sampler import SeededDataset, SeededSampler, seed_all
+from inlay.train.step_reader import StepReader, StepValues
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -131,6 +140,7 @@ def fit(
         schedule = {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule)
         scheduler = get_scheduler(schedule, optimizer, round(config.warmup * steps), steps)
         net = wrap_for_cache(model, config, accelerator)
+        reader = StepReader(accelerator, optimizer, config.read_every)
         wrapped, optimizer, scheduler = accelerator.prepare(net, optimizer, scheduler)
         resumed = run.resume()
         lengths = getattr(train_data, "lengths", None)
@@ -140,13 +150,26 @@ def fit(
         if config.tracker is not None:
             accelerator.init_trackers("inlay", config=config.identity())
         trainer = _Trainer(
-            accelerator, wrapped, optimizer, scheduler, run, config, steps, loss, list(metrics), best_by, callback
+            accelerator,
+            wrapped,
+            optimizer,
+            scheduler,
+            run,
+            config,
+            steps,
+            loss,
+            list(metrics),
+            best_by,
+            callback,
+            reader,
         )
         data = FitData(SeededDataset(train_data, config.seed), validation_data, collate, config.workers)
         with use_cached_states(net, data, config, accelerator) as data, StopRequest() as stop:
             loader, validation = build_loaders(data, order, config.batch_size, accelerator)
+
+            read_batch = partial(read_step_batch, data, order, accelerator)
             try:
-                trainer.train(loader, validation, stop, resumed)
+                trainer.train(loader, validation, stop, resumed, read_batch)
             except RuntimeError as error:
                 if not stop.signal or "DataLoader worker" not in str(error):
                     raise
@@ -201,20 +224,25 @@ class _Trainer:
         metrics: "list[evaluate.Metric]",
         best_by: str | None,
         callback: Callback | None,
+        reader: StepReader,
     ) -> None:
-        self.best_by, self.callback = best_by, callback
+        self.best_by, self.callback, self.reader = best_by, callback, reader
         self.accelerator, self.model, self.optimizer, self.scheduler = accelerator, model, optimizer, scheduler
         self.run, self.config, self.steps, self.loss, self.metrics = run, config, steps, loss, metrics
         self.eval_every = config.eval_every or max(1, round(steps / config.epochs))
         self.skipped = 0  # fp16 steps in a row whose gradient overflowed
         self.step_seconds, self.steps_here = 0.0, 0
 
-    def train(self, loader: Any, validation: Any, stop: StopRequest, resumed: bool) -> None:
+    def train(
+        self, loader: Any, validation: Any, stop: StopRequest, resumed: bool, read_batch: "Callable[[int], Any]"
+    ) -> None:
+        """Take all steps that are left; `read_batch(step)` reads the batch of an earlier step again."""
         progress, config = self.run.progress, self.config
+        self.read_batch = read_batch
         if (callback := self.callback) is not None:
             self._call_on_main(lambda: callback.begin(self.run.folder))
         hidden = None if self.accelerator.is_local_main_process else True  # None hides the bar without a terminal
-        bar = tqdm(
+        self.bar = bar = tqdm(
             total=self.steps,
             initial=progress.step,
             unit="step",
@@ -228,21 +256,17 @@ class _Trainer:
         begun = time.perf_counter()
         for batch in loader:
             at = time.perf_counter()
-            rate = self.scheduler.get_last_lr()[0]
-            loss, norm, stopped = self._take_step(batch, progress.step, stop)
+            stopped = self._take_step(batch, progress.step, stop)
             progress.step += 1
-            progress.loss_sum += loss
-            progress.loss_count += 1
-            self.run.log({"step": progress.step, "loss": loss, "learning_rate": rate, "gradient_norm": norm})
-            if config.tracker is not None:
-                self.accelerator.log({"loss": loss, "learning_rate": rate, "gradient_norm": norm}, step=progress.step)
-            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            last = progress.step == self.steps
+            evaluated = last or progress.step % self.eval_every == 0
+            due = progress.step % config.save_every == 0 if config.save_every else evaluated
+            if len(self.reader) and (evaluated or due):  # no weights are kept of a step that has not been read
+                stopped = self._read_steps(stop)
             bar.update()
             self.step_seconds += time.perf_counter() - at
             self.steps_here += 1
 
-            last = progress.step == self.steps
-            evaluated = last or progress.step % self.eval_every == 0
             if evaluated:
                 self._evaluate(validation, bar)
             if evaluated and config.patience is not None and progress.waited >= config.patience:
@@ -252,7 +276,6 @@ class _Trainer:
             now = time.perf_counter()
             progress.seconds += now - begun
             begun = now
-            due = progress.step % config.save_every == 0 if config.save_every else evaluated
             if stopped or (due and not last):
                 self.run.save_checkpoint()
             if last:
@@ -274,8 +297,8 @@ class _Trainer:
         """Speed of the steps that this process took, without evaluations and start-up."""
         return self.steps_here / self.step_seconds if self.step_seconds else 0.0
 
-    def _take_step(self, batch: dict[str, Any], step: int, stop: StopRequest) -> tuple[float, float, int]:
-        """Forward and backward in pieces, clip, update. Returns the loss, the gradient norm and the stop signal."""
+    def _take_step(self, batch: dict[str, Any], step: int, stop: StopRequest) -> int:
+        """Forward and backward in pieces, clip, update. Returns the stop signal, if it has been read."""
         accelerator, run = self.accelerator, self.run
         while True:
             seed_all(self._seed_of_step(step))  # dropout depends on the step only, so a resumed run draws the same
@@ -288,18 +311,38 @@ class _Trainer:
                 reason = str(error).splitlines()[0]
             self._halve_pieces(batch, reason)  # outside the handler, because the error holds the activations
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        norm = torch.zeros(()) if norm is None else norm  # DeepSpeed clips by itself
-        if accelerator.num_processes > 1:  # all must stop after the same step
-            each = accelerator.gather(torch.stack([loss, loss.new_tensor(stop.signal)])[None])  # a row per process
-            loss, signal_ = each[:, 0].mean(), int(each[:, 1].max())
-        else:
-            signal_ = stop.signal
-        loss_value, norm_value = loss.item(), float(norm)
-        self._check_finite(loss_value, norm_value, batch, step)
+        self.reader.add(step + 1, self.scheduler.get_last_lr()[0], loss, norm)
+        alone = accelerator.num_processes == 1
+        stopped = self._read_steps(stop, batch) if self.reader.full or (alone and stop.signal) else 0
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        return loss_value, norm_value, signal_
+        return stopped
+
+    def _read_steps(self, stop: StopRequest, newest: dict[str, Any] | None = None) -> int:
+        """Read the values of the latest steps, log them, and stop at NaN or Inf; `newest` is the batch of the last one.
+
+        Returns:
+            The stop signal, which is the same in all processes.
+        """
+        progress = self.run.progress
+        read, stopped = self.reader.read(stop.signal)
+        for values in read:
+            if not self._may_go_on(values):
+                batch = newest if newest is not None and values is read[-1] else self.read_batch(values.step - 1)
+                self._explain_break(values, batch)
+            progress.loss_sum += values.loss
+            progress.loss_count += 1
+            row = {
+                "loss": values.loss,
+                "learning_rate": values.learning_rate,
+                "gradient_norm": values.gradient_norm,
+            }
+            self.run.log({"step": values.step, **row})
+            if self.config.tracker is not None:
+                self.accelerator.log(row, step=values.step)
+        self.bar.set_postfix_str(f"loss {read[-1].loss:.4f}", refresh=False)
+        return stopped
 
     def _forward_backward(self, batch: dict[str, Any], accumulate: int) -> torch.Tensor:
         """Add up the gradient of the mean loss over this process's share of the batch, in `accumulate` pieces.
@@ -311,19 +354,32 @@ class _Trainer:
         weight = self._mean_weight(batch)
         pieces = list(split_batch(batch, accumulate))
         for i, piece in enumerate(pieces):
+            share = self._share_of(piece, weight)
+            inputs = self._place(piece)
             with nullcontext() if i == len(pieces) - 1 else self.accelerator.no_sync(self.model):
-                share = self.loss.weight(piece) / weight if weight else 0.0  # no row has anything to learn
-                loss = self.loss(self.model, piece).loss * share
+                loss = self.loss(self.model, inputs).loss * share
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
 
-    def _mean_weight(self, batch: dict[str, Any]) -> float:
-        """The weight of the whole batch, divided by the number of processes that share it."""
+    def _mean_weight(self, batch: dict[str, Any]) -> "float | torch.Tensor":
+        """The weight of the whole batch, divided by the number of processes that share it; then it is on the device."""
         weight = float(self.loss.weight(batch))
         if self.accelerator.num_processes == 1 or isinstance(self.loss, ModelLoss):
             return weight
-        return float(self.accelerator.reduce(torch.tensor(weight, device=self.accelerator.device), "mean"))
+        return self.accelerator.reduce(torch.full((), weight, device=self.accelerator.device), "mean")
+
+    def _share_of(self, piece: dict[str, Any], whole: "float | torch.Tensor") -> "float | torch.Tensor":
+        """The share of a piece in the loss of a batch of this weight; 0 if no row has anything to learn."""
+        weight = self.loss.weight(piece)
+        if isinstance(whole, torch.Tensor):  # it is not read: the device divides
+            return torch.full_like(whole, weight) / whole.clamp_min(torch.finfo(whole.dtype).tiny)
+        return weight / whole if whole else 0.0
+
+    def _place(self, piece: dict[str, Any]) -> dict[str, Any]:
+        """A piece of a batch on the device, with what the loss has to read of it while it is on the CPU."""
+        prepare = getattr(self.loss, "prepare", None)
+        return send_to_device(piece if prepare is None else prepare(piece), self.accelerator.device, non_blocking=True)
 
     def _seed_of_step(self, step: int) -> int:
         """A different seed for every step and process."""
@@ -355,24 +411,30 @@ class _Trainer:
             f"out of memory: each step is now computed in {self.run.progress.accumulate} pieces, with the same result"
         )
 
-    def _check_finite(self, loss: float, norm: float, batch: dict[str, Any], step: int) -> None:
-        """Stop at NaN or Inf. An fp16 gradient may overflow up to 50 times in a row; its scaler then skips the step."""
-        finite = loss - loss == 0.0
-        if finite and norm - norm == 0.0:
+    def _may_go_on(self, values: StepValues) -> bool:
+        """False at NaN or Inf. An fp16 gradient may overflow up to 50 times in a row; its scaler skips such a step."""
+        if values.finite:
             self.skipped = 0
-            return
-        if finite and self.accelerator.mixed_precision == "fp16" and self.skipped < 50:
+            return True
+        if math.isfinite(values.loss) and self.accelerator.mixed_precision == "fp16" and self.skipped < 50:
             self.skipped += 1
-            return
-        seed_all(self._seed_of_step(step))
+            return True
+        return False
+
+    def _explain_break(self, values: StepValues, batch: dict[str, Any]) -> NoReturn:
+        """Repeat a step that broke, and say where; the weights are those that it was taken with."""
+        seed_all(self._seed_of_step(values.step - 1))
         with self.accelerator.autocast():
             found = find_first_bad_number(
-                self.accelerator.unwrap_model(self.model), batch, self.loss, self.run.progress.accumulate
+                self.accelerator.unwrap_model(self.model),
+                send_to_device(batch, self.accelerator.device),
+                self.loss,
+                self.run.progress.accumulate,
             )
         found = next(filter(None, gather_object([found])), None)  # every process is here, as the loss is their mean
         where = found or "when the step is repeated, input, weights, outputs and gradients are all finite"
         raise ComputationFailed(
-            f"training broke at step {step + 1}: loss {loss}, gradient norm {norm}; {where}. "
+            f"training broke at step {values.step}: loss {values.loss}, gradient norm {values.gradient_norm}; {where}. "
             f"The weights of the last checkpoint are untouched. Try a lower --learning_rate, or check the data."
         )
 

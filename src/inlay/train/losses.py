@@ -10,7 +10,11 @@ from inlay.train.evaluation import count_rows
 class Loss(Protocol):
     """A mean loss. `weight` says over how much it is the mean, so that pieces of a batch add up to the whole batch.
 
-    A loss may have a third method, `answers(output, batch) -> (predictions, references)`. It returns what the metrics
+    A GPU that is asked for a number first ends all of its work, so training reads what it needs of a batch while that
+    is on the CPU: `weight` is called there, and so is a method `prepare(batch) -> batch`, which a loss may have. The
+    call then gets on the device what `prepare` returned.
+
+    A loss may have another method, `answers(output, batch) -> (predictions, references)`. It returns what the metrics
     compare: two tensors with one row per example, of the same size in all batches. Without it the metrics compare
     `logits.argmax(-1)` with `batch["labels"]`.
     """

@@ -41,6 +41,10 @@ class SeededSampler(Sampler[list[SeededIndex]]):
     def __len__(self) -> int:
         return self.steps - self.done
 
+    def start_at(self, step: int) -> "SeededSampler":
+        """The same batches from this step on."""
+        return SeededSampler(self.examples, self.batch_size, self.steps, self.seed, step, self.lengths)
+
     def __iter__(self) -> Iterator[list[SeededIndex]]:
         group = GROUP if self.lengths is not None else 1
         for first in range(self.done // group * group, self.steps, group):

@@ -177,7 +177,8 @@ def dice_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
     logits, counted = logits.float(), (labels >= 0)
     entropy = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / counted.sum().clamp(min=1)
     shares = logits.softmax(1)[:, 1:] * counted[:, None]
-    wanted = F.one_hot(labels.clamp(min=0), logits.shape[1]).movedim(-1, 1)[:, 1:] * counted[:, None]
+    classes = torch.arange(1, logits.shape[1], device=labels.device)
+    wanted = labels[:, None] == classes[:, None, None, None]  # B K D H W
     both, all_ = (shares * wanted).flatten(2).sum(-1), (shares + wanted).flatten(2).sum(-1)
     dice = (2 * both + 1) / (all_ + 1)
     return (entropy + 1 - dice.mean()) / 2

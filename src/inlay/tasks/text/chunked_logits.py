@@ -62,7 +62,9 @@ def unwrap(model: nn.Module) -> Any:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
-def run_in_chunks(model: nn.Module, inputs: dict[str, Any], labels: Tensor, use: Callable[[LearnedTokens], Any]) -> Any:
+def run_in_chunks(
+    model: nn.Module, inputs: dict[str, Any], labels: Tensor, places: Tensor, use: Callable[[LearnedTokens], Any]
+) -> Any:
     """Run the model, with `use` in the place of its head; None where the model cannot be split after all.
 
     `use` runs inside the model's forward, so under its autocast, and before sharded weights are released.
@@ -71,7 +73,8 @@ def run_in_chunks(model: nn.Module, inputs: dict[str, Any], labels: Tensor, use:
         model: As passed to `fit`.
         inputs: Of its forward, for T tokens in B rows.
         labels: (B, T - 1): of a column, the token that follows it, or IGNORED.
-        use: Is given the learned tokens; there is at least one.
+        places: (N,): of the B*T tokens those whose next one is learned; at least one.
+        use: Is given the learned tokens.
     """
     inner = unwrap(model)
     known = inner in _agrees or isinstance(next(inner.parameters()), FakeTensor)  # fake tensors cannot be compared
@@ -84,10 +87,9 @@ def run_in_chunks(model: nn.Module, inputs: dict[str, Any], labels: Tensor, use:
             return None
         states = output.last_hidden_state[:, -labels.shape[1] - 1 :]  # B T D; a learned prompt stands in front
         next_labels = pad(labels, (0, 1), value=IGNORED).flatten()  # B*T
-        learned = (next_labels != IGNORED).nonzero()[:, 0]
         with _replacing_body(inner, body, output) as tail:
-            rows = states.flatten(0, 1)[learned]  # N D
-            found.append(use(LearnedTokens(rows, next_labels[learned], tail, list(inner.parameters()))))
+            rows = states.flatten(0, 1)[places]  # N D
+            found.append(use(LearnedTokens(rows, next_labels[places], tail, list(inner.parameters()))))
             if not known:
                 with _keeping_random_state():  # dropout in the head then draws the same once more
                     expected.append(tail(states[0, -1:]))
@@ -160,7 +162,8 @@ def read_logits(model: nn.Module, batch: dict[str, Any], read: Callable[[Tensor,
     def read_chunks(tokens: LearnedTokens) -> list[Any]:
         return [read(_widen(tokens.tail(states)), labels) for states, labels in tokens.chunks(vocabulary)]
 
-    found = run_in_chunks(model, inputs, labels, read_chunks) if can_split(model) else None
+    places = pad(columns, (0, 1)).flatten().nonzero()[:, 0]
+    found = run_in_chunks(model, inputs, labels, places, read_chunks) if can_split(model) else None
     if found is None:
         logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] - 1 : -1]
         return [read(_widen(logits[columns]), labels[columns])]

@@ -87,7 +87,7 @@ def flatten_rows(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor
     """A packed batch as one row, where FlashAttention reads it: transformers looks for texts in a single row only."""
     if "position_ids" not in batch or not uses_flash(model):
         return batch
-    return {key: value.reshape(1, -1) for key, value in batch.items()}
+    return {key: value.reshape(1, -1) for key, value in batch.items() if key != "learned"}  # which is of rows
 
 
 def check_packing(model: nn.Module, name: str) -> None:
