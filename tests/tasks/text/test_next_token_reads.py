@@ -45,7 +45,7 @@ def test_a_prepared_batch_is_not_read(make, chunk, monkeypatch):
     prepared = loss.prepare(batch)
     reads = []
     mode = DeviceTensors(reads)
-    mode.there |= {value: True for value in (*batch.values(), prepared["learned"].places)}
+    mode.there |= dict.fromkeys((*batch.values(), prepared["learned"].places), True)
     with mode:
         found = loss(model, prepared).loss
         found.backward()
@@ -56,7 +56,7 @@ def test_a_prepared_batch_is_not_read(make, chunk, monkeypatch):
 def test_an_unprepared_batch_is_read():
     reads, batch = [], padded_batch()
     mode = DeviceTensors(reads)
-    mode.there |= {value: True for value in batch.values()}
+    mode.there |= dict.fromkeys(batch.values(), True)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", num_key_value_heads=1, **SIZES))
     with mode:
         NextToken()(model, batch)
