@@ -73,7 +73,7 @@ def watch_steps():
             return read_steps(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("inlay.train.step_reader", "inlay.tasks.sequences.loss"):
+        for module in ("inlay.train.step_reader", "inlay.bases.attention_masks"):
             patch.setattr(f"{module}.is_asynchronous", lambda device: True)
         patch.setattr("inlay.train.loop.send_to_device", send)
         patch.setattr(_Trainer, "_take_step", step)

@@ -8,21 +8,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import masking_utils
+
+from inlay.bases.device import is_asynchronous
 
 
 @contextmanager
-def make_masks_unread(masked: bool) -> Iterator[None]:
-    """Within the block masks of texts are made as if they had been read.
+def make_masks_unread(masked: bool, device: torch.device) -> Iterator[None]:
+    """Within the block masks of texts on this device are made as if they had been read; on a CPU they are read.
+
+    These functions are transformers' own and no interface: a version without one of them reads the mask.
 
     Args:
         masked: True if some token is padding, or a row holds several texts. A mask is then made in any case, as while a
             graph is traced; it is also right where it masks nothing, but costs the faster attention without a mask.
             False leaves out the mask of a decoder.
+        device: That of the batch.
     """
+    if not is_asynchronous(device):
+        yield
+        return
     answers = {"is_tracing": _say_yes} if masked else {"fast_all": _say_yes, "find_packed_sequence_indices": _say_none}
-    before = {name: getattr(masking_utils, name) for name in answers}
-    vars(masking_utils).update(answers)
+    before = {name: getattr(masking_utils, name) for name in answers if hasattr(masking_utils, name)}
+    vars(masking_utils).update({name: answers[name] for name in before})
     try:
         yield
     finally:

@@ -43,6 +43,7 @@ def test_a_prepared_batch_is_not_read(make, chunk, monkeypatch):
     loss, batch = NextToken(), make()
     expected = loss(model, batch).loss  # also compares a new model in chunks with the whole one, which reads
     prepared = loss.prepare(batch)
+    monkeypatch.setattr("inlay.bases.attention_masks.is_asynchronous", lambda device: True)
     reads = []
     mode = DeviceTensors(reads)
     mode.there |= dict.fromkeys((*batch.values(), prepared["learned"].places), True)

@@ -1,13 +1,11 @@
 """The loss of a classifier of texts."""
 
-from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from inlay.bases.attention_masks import make_masks_unread
-from inlay.bases.device import is_asynchronous
 from inlay.methods.prompt import check_prompt
 from inlay.train.evaluation import count_rows
 
@@ -27,7 +25,7 @@ class SequenceLoss:
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Any:
         """The model's output, with this loss."""
         check_prompt(getattr(model, "module", model))  # DistributedDataParallel's
-        with make_masks_unread(masked=True) if is_asynchronous(batch["labels"].device) else nullcontext():
+        with make_masks_unread(masked=True, device=batch["labels"].device):
             output = model(**batch)
         if self.smoothing and model.training:
             output.loss = cross_entropy(output.logits.float(), batch["labels"], label_smoothing=self.smoothing)

@@ -68,7 +68,7 @@ class NextToken:
         first, places, masked = batch["learned"] if "learned" in batch else read_batch(batch)
         labels = batch["labels"][:, 1:]  # B T-1: the logits of a column predict the next one
         inputs = {key: value for key, value in batch.items() if key not in ("labels", "learned")}
-        with make_masks_unread(masked):
+        with make_masks_unread(masked, labels.device):
             if len(places) and labels[:, first:].numel() * vocabulary_of(unwrap(model)) > CHUNK and can_split(model):
                 loss = self._add_up_chunks(model, inputs, labels, places)
                 if loss is not None:
