@@ -19,7 +19,7 @@ from inlay.adapters.file import CONFIG, METRICS, WEIGHTS, hash_config
 from inlay.adapters.load import load_adapter
 from inlay.adapters.summary import summarise_adapter
 from inlay.errors import InlayError
-from inlay.files.tensor_header import sign
+from inlay.files.tensor_header import DIGEST, sign
 
 SECONDS = 30  # that a case may take, on a busy machine; a usual one takes 0.1
 # Values that no setting expects, each at any place of a config, a record or a header.
@@ -43,7 +43,7 @@ def mutate(folder: Path, draw: random.Random) -> str:
     header = json.loads(data[8:end])
     if how == "plain":
         header["__metadata__"].pop("inlay")
-        header["__metadata__"].pop("inlay_sha256")
+        header["__metadata__"].pop(DIGEST)
         _put(folder, header, data[end:])
     said = _KINDS[how][kind](folder, draw)
     if how == "signed":

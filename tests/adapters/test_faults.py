@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 from inlay.adapters.file import CONFIG, METRICS, WEIGHTS, read_adapter
 from inlay.adapters.load import load_adapter
 from inlay.errors import InlayError
+from inlay.files.tensor_header import DIGEST
 
 KEY = "base_model.model.vit.layers.0.attention.q_proj.lora_A.weight"
 HEAD = "base_model.model.classifier.weight"
@@ -48,7 +49,7 @@ def test_a_flipped_bit_anywhere(zoo, original, outputs):
     meta = data.index(b"__metadata__")
     draw = random.Random(5)
     places = [*range(8), *(draw.randrange(8, end) for _ in range(22)), meta, meta + 5, data.index(b'"inlay"') + 2]
-    places += [data.index(b"inlay_sha256") + 3, data.index(b"data_offsets"), data.index(b"golden"), end - 1]
+    places += [data.index(DIGEST.encode()) + 3, data.index(b"data_offsets"), data.index(b"golden"), end - 1]
     places += [end, len(data) - 1, *(draw.randrange(end, len(data)) for _ in range(26))]
     expected = outputs(original[0])
     for place in places:

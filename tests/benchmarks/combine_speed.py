@@ -1,11 +1,12 @@
-"""Adding two adapter files of 10 MB, and compressing the sum of two of rank 64, beside copying and beside peft's SVD.
+"""Adding two adapter files of 10 and of 300 MB, ties, and compressing a sum, next to copying and to peft's SVD.
 
-    python tests/benchmarks/combine_speed.py [--rounds 7] [--threads 2]
+    python tests/benchmarks/combine_speed.py [--rounds 7] [--threads 1]
 
-Files in the page cache. Copying is cp of both files. `inlay.combine` reads both, checks the digests where they have
-some, adds, writes, and reads the result back against the digest of what was in memory; "no digests" are files as plain
-peft writes them. peft's `combination_type="svd"` is called on a random ViT-base with the same two adapters; ours reads
-them from disk and writes the result.
+Files in the page cache. Copying is shutil.copyfile of both files, over earlier copies; `inlay.combine` reads both,
+checks the digests where they have some, adds, writes the sum and its digest, and takes the place of an earlier
+result. Neither calls fsync. "no digests" are files as plain peft writes them, "older digests" have SHA-256. By turns
+(copy, add, copy, add), medians; speeds are ratios of each pair. CPU time is that of the process, kernel included. ties
+and peft's `combination_type="svd"` get two LoRAs of a ViT-base; ours are read from disk and written there.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,46 +30,62 @@ import numpy as np
 from inlay.adapters.file import WEIGHTS
 from inlay.combine import combine
 from inlay.combine.parts import Tensors
-from inlay.files.tensor_header import sign
+from inlay.files.tensor_header import encode_header, sign, start_digest
 
-RESULTS = Path(__file__).parent / "results" / "combine_speed.json"
+RESULTS = Path(__file__).parent / "results" / "combine_speed"
 SIZE, BLOCKS = 768, 12
-MODULES = [f"vit.layers.{i}.attention.{name}" for i in range(BLOCKS) for name in ("q_proj", "v_proj")]
 
 
-def write(folder: Path, rank: int, seed: int, signed: bool) -> Path:
-    """A LoRA of ViT-base on q and v with values of a usual size."""
+def list_modules(blocks: int) -> list[str]:
+    """q and v of each block."""
+    return [f"vit.layers.{i}.attention.{name}" for i in range(blocks) for name in ("q_proj", "v_proj")]
+
+
+MODULES = list_modules(BLOCKS)
+
+
+def write(folder: Path, rank: int, seed: int, digest: str, size: int = SIZE, blocks: int = BLOCKS) -> Path:
+    """A LoRA on q and v with values of a usual size; of ViT-base, or of as many blocks of another size."""
     from safetensors.numpy import save
 
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
-    tensors = {}
-    for module in MODULES:
-        tensors[f"base_model.model.{module}.lora_A.weight"] = rng.standard_normal((rank, SIZE), np.float32) * 0.03
-        tensors[f"base_model.model.{module}.lora_B.weight"] = rng.standard_normal((SIZE, rank), np.float32) * 0.01
+    modules, tensors = list_modules(blocks), {}
+    for module in modules:
+        tensors[f"base_model.model.{module}.lora_A.weight"] = rng.standard_normal((rank, size), np.float32) * 0.03
+        tensors[f"base_model.model.{module}.lora_B.weight"] = rng.standard_normal((size, rank), np.float32) * 0.01
     data = save(tensors, {"format": "pt"})
-    (folder / WEIGHTS).write_bytes(sign(data) if signed else data)
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": MODULES}
+    (folder / WEIGHTS).write_bytes(
+        {"digests": sign, "older digests": sign_as_before, "no digests": bytes}[digest](data)
+    )
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": modules}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 
-def best(work: Any, rounds: int) -> tuple[float, float]:
-    """Median and shortest time in seconds."""
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times), min(times)
+def sign_as_before(data: bytes) -> bytes:
+    """With SHA-256, as files had it at first."""
+    length = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    seen = start_digest(header, "inlay_sha256")
+    seen.update(body)
+    header["__metadata__"]["inlay_sha256"] = seen.hexdigest()
+    return encode_header(header) + body
 
 
-def adding(folder: Path, rounds: int) -> dict[str, Any]:
-    """Rank 68: 10.0 MB a file."""
+def measure(work: Any) -> tuple[float, float]:
+    """Wall and CPU time in seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def adding(folder: Path, rounds: int, **sizes: int) -> dict[str, Any]:
+    """Two files next to copies of them."""
     rows: dict[str, Any] = {}
-    for signed in (True, False):
-        kind = folder / ("signed" if signed else "plain")
-        a, b = (write(kind / name, 68, seed, signed) for seed, name in enumerate("ab"))
+    for digest in ("digests", "older digests", "no digests"):
+        kind = folder / digest.replace(" ", "-")
+        a, b = (write(kind / name, seed=seed, digest=digest, **sizes) for seed, name in enumerate("ab"))
 
         def copy(a: Path = a, b: Path = b) -> None:
             for path in (a, b):
@@ -78,21 +96,39 @@ def adding(folder: Path, rounds: int) -> dict[str, Any]:
 
         add(), copy()
         # by turns, so that a machine that slows down slows both
-        pairs = [(best(copy, 1)[0], best(add, 1)[0]) for _ in range(rounds)]
-        copied, added = (statistics.median(times) for times in zip(*pairs, strict=True))
-        rows["with digests" if signed else "no digests"] = {
-            "megabytes": round(2 * (a / WEIGHTS).stat().st_size / 1e6, 2),
-            "copy_ms": round(1e3 * copied, 2),
-            "add_ms": round(1e3 * added, 2),
-            "speed_of_copying": round(statistics.median(c / t for c, t in pairs), 3),
-        }
+        pairs = [(measure(copy), measure(add)) for _ in range(rounds)]
+        row: dict[str, Any] = {"megabytes": round(2 * (a / WEIGHTS).stat().st_size / 1e6, 2)}
+        for at, clock in enumerate(("wall", "cpu")):
+            copied, added = ([each[at] for each in times] for times in zip(*pairs, strict=True))
+            speeds = [c / t for c, t in zip(copied, added, strict=True)]
+            row[clock] = {
+                "copy_ms": round(1e3 * statistics.median(copied), 2),
+                "add_ms": round(1e3 * statistics.median(added), 2),
+                "speed_of_copying": round(statistics.median(speeds), 3),
+                "from_to": [round(min(speeds), 3), round(max(speeds), 3)],
+            }
+        rows[digest] = row
+        shutil.rmtree(kind)
     return rows
+
+
+def ties(folder: Path, rounds: int) -> dict[str, Any]:
+    """Two LoRAs of rank 68 by ties, cut to rank 32, and their sum."""
+    a, b = (write(folder / "ties" / name, 68, seed, "digests") for seed, name in enumerate("ab"))
+
+    def run(rule: str, width: int | None) -> Any:
+        return combine({a: 1.0, b: -0.5}, rule, width=width, out=folder / rule)
+
+    times = [(measure(lambda: run("add", None)), measure(lambda: run("ties", 32))) for _ in range(rounds)]
+    cpu = [statistics.median(each[1] for each in own) for own in zip(*times, strict=True)]
+    return {"add_cpu_s": round(cpu[0], 3), "ties_cpu_s": round(cpu[1], 3), "error_said": run("ties", 32).error}
 
 
 def memory(folder: Path) -> dict[str, Any]:
     """Peak of a process that adds those files, above the same process on tiny ones."""
     for name in "ab":
-        write(folder / "tiny" / name, 1, 0, True)
+        write(folder / "tiny" / name, 1, 0, "digests")
+        write(folder / "signed" / name, 68, 0, "digests")
     script = (
         "import sys\nfrom inlay.combine import combine\n"
         "def peak(): return next(1024 * int(x.split()[1]) for x in open('/proc/self/status') if 'VmHWM' in x)\n"
@@ -115,8 +151,9 @@ def compressing(folder: Path, rounds: int) -> dict[str, Any]:
     from peft import PeftModel
     from transformers import ViTConfig, ViTForImageClassification
 
-    a, b = (write(folder / "rank64" / name, 64, seed, False) for seed, name in enumerate("ab", 5))
-    ours, _ = best(lambda: combine({a: 1.0, b: 1.0}, width=32, out=folder / "small"), rounds)
+    a, b = (write(folder / "rank64" / name, 64, seed, "no digests") for seed, name in enumerate("ab", 5))
+    work = lambda: combine({a: 1.0, b: 1.0}, width=32, out=folder / "small")  # noqa: E731
+    ours = statistics.median(measure(work)[0] for _ in range(rounds))
     made = combine({a: 1.0, b: 1.0}, width=32, out=folder / "small")
     base = ViTForImageClassification(ViTConfig())
     model = PeftModel.from_pretrained(base, str(a), adapter_name="a")
@@ -148,6 +185,32 @@ def compressing(folder: Path, rounds: int) -> dict[str, Any]:
     }
 
 
+def describe_machine(threads: int) -> str:
+    """CPU, cores, threads, versions and the file system's place."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    versions = ", ".join(f"{name} {version(name)}" for name in ("numpy", "xxhash", "torch", "peft"))
+    return f"{model}, {os.cpu_count()} cores, {threads} threads; Python {platform.python_version()}, {versions}"
+
+
+def write_table(result: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        "| two files of | | copy, CPU ms | add, CPU ms | speed of copying, CPU | copy, ms | add, ms | speed, wall |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for what in ("add_two_of_10_mb", "add_two_of_300_mb"):
+        for digest, row in result[what].items():
+            cpu, wall = row["cpu"], row["wall"]
+            least, most = cpu["from_to"]
+            lines.append(
+                f"| {row['megabytes'] / 2:.0f} MB | {digest} | {cpu['copy_ms']:.1f} | {cpu['add_ms']:.1f} | "
+                f"**{cpu['speed_of_copying']:.2f}** ({least:.2f} to {most:.2f}) | {wall['copy_ms']:.1f} | "
+                f"{wall['add_ms']:.1f} | {wall['speed_of_copying']:.2f} |"
+            )
+    return "\n".join([*lines, "", result["machine"] + ". No fsync on either side.", ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
@@ -157,14 +220,18 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, few = Path(name), max(2, options.rounds // 3)
         result = {
-            "machine": f"{platform.machine()}, {options.threads} threads of torch",
-            "add_two_files": adding(folder, options.rounds),
+            "machine": describe_machine(options.threads),
+            "fsync": "neither copying nor adding calls it",
+            "add_two_of_10_mb": adding(folder, options.rounds, rank=68),
+            "add_two_of_300_mb": adding(folder, few, rank=143, size=4096, blocks=32),
             "memory": memory(folder),
-            "compress_64_and_64_to_32": compressing(folder, max(2, options.rounds // 3)),
+            "ties_to_32": ties(folder, few),
+            "compress_64_and_64_to_32": compressing(folder, few),
         }
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+    RESULTS.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    RESULTS.with_suffix(".md").write_text(write_table(result))
     print(json.dumps(result, indent=2))
 
 

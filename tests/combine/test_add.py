@@ -29,6 +29,7 @@ from inlay import (
     merge,
     save_adapter,
 )
+from inlay.files.tensor_header import DIGEST, read_header, sign
 from inlay.methods import METHODS
 from methods.bases import KINDS, batch, build, randomise
 
@@ -361,6 +362,22 @@ def test_nan_is_refused_and_the_old_result_stays(tmp_path):
         combine({a: float("nan")}, out=tmp_path / "out")
     with pytest.raises(InlayError, match="one of the adapters"):
         combine({a: 1.0}, out=a)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])  # of weight 0 no tensor is read
+def test_a_damaged_adapter_is_refused_and_a_result_has_its_checksum(weight, tmp_path):
+    a, b = (save(tmp_path / n, "vit", lora(), s) for n, s in (("a", 3), ("b", 4)))
+    for folder in (a, b):
+        path = folder / "adapter_model.safetensors"
+        path.write_bytes(sign(path.read_bytes()))
+    combine({a: 1.0, b: weight}, out=tmp_path / "out")
+    assert DIGEST in read_header(tmp_path / "out/adapter_model.safetensors")["__metadata__"]
+    data = bytearray((b / "adapter_model.safetensors").read_bytes())
+    data[-9] ^= 1
+    (b / "adapter_model.safetensors").write_bytes(data)
+    with pytest.raises(InlayError, match="does not match the checksum stored in it"):
+        combine({a: 1.0, b: weight}, out=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_result_is_checked_before_it_is_written(tmp_path, monkeypatch):

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from combine.cases import Convolutions, load, lora, off, partial, same_outputs, save, updates, wide, write_lora
 from inlay import InlayError, PartialConfig, combine
+from inlay.combine import blocks, low_rank
+from inlay.combine.blocks import multiply_factors, split_rows
 from inlay.combine.low_rank import choose_ranks, decompose_factors, fit_factors
-from inlay.combine.rules import RULES, Settings, dare, magnitude, ties
+from inlay.combine.rules import RULES, Settings, dare, magnitude, merge_in_blocks, ties, trim
 from methods.bases import batch
 
 
@@ -93,21 +95,73 @@ def test_linear_bottlenecks_have_the_narrowest_width_that_their_rank_allows(tmp_
 def test_updates_of_zeros_and_of_one_entry_have_a_spectrum():
     zero = decompose_factors(np.zeros((5, 3), np.float32), np.zeros((3, 4), np.float32))
     assert zero.error(1) == 0 and not np.any(zero.cut(2)[0]) and zero.cut(7)[0].shape == (5, 7)
-    up, down, error = fit_factors(np.array([[2.0]], np.float32), 3)
-    assert up.shape == (1, 3) and np.allclose(up @ down, 2) and error < 1e-7
-    up, down, error = fit_factors(np.zeros((4, 2), np.float32), 1)
-    assert error == 0 and np.isfinite(up).all() and np.isfinite(down).all()
+    two = fit_factors(split_rows(np.array([[2.0]], np.float32)), 3)
+    assert two.up.shape == (1, 3) and np.allclose(two.up @ two.down, 2) and two.error < 1e-7
+    none = fit_factors(split_rows(np.zeros((4, 2), np.float32)), 1)
+    assert none.error == 0 and np.isfinite(none.up).all() and np.isfinite(none.down).all()
     assert choose_ranks({"a": [np.zeros(3, np.float32)]}, 0.1) == {"a": 1}
 
 
-def test_dense_updates_are_cut_as_by_their_svd():
-    for shape in ((30, 20), (20, 30)):
-        dense = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-        up, down, error = fit_factors(dense, 5)
-        values = np.linalg.svd(dense.astype(np.float64), compute_uv=False)
-        best = np.sqrt((values[5:] ** 2).sum() / (values**2).sum())
-        assert abs(error - best) < 1e-6
-        assert abs(np.linalg.norm(dense - up @ down) / np.linalg.norm(dense) - best) < 1e-6
+def relative_error(matrix, width):
+    """Of the best matrix of that rank (Eckart & Young 1936)."""
+    values = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+    return np.sqrt((values[width:] ** 2).sum() / (values**2).sum())
+
+
+@pytest.mark.parametrize("block", [1 << 18, 50])
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
+def test_dense_updates_are_cut_as_by_their_svd(shape, block, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK", block)
+    monkeypatch.setattr(blocks, "HELD", block)  # 50: made again for each pass
+    dense = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    fit = fit_factors(split_rows(dense), 5)
+    assert abs(fit.error - relative_error(dense, 5)) < 1e-6 and fit.norm == pytest.approx(np.linalg.norm(dense))
+    assert abs(np.linalg.norm(dense - fit.up @ fit.down) / np.linalg.norm(dense) - fit.error) < 1e-6
+    assert fit.slope < 1e-5 * fit.norm
+
+
+@pytest.mark.parametrize("falls", [0.0, 0.5, 2.0])
+def test_directions_of_wide_updates_are_as_good_as_those_of_the_svd(falls, monkeypatch):
+    """Spectra that do not fall at all, that fall as those of updates do, and fast; and a rank below the width."""
+    monkeypatch.setattr(low_rank, "EXACT", 0)
+    rng = np.random.default_rng(0)
+    (u, _), (v, _) = (np.linalg.qr(rng.standard_normal((n, 96))) for n in (120, 96))
+    dense = ((u * np.arange(1, 97) ** -falls) @ v.T).astype(np.float32)
+    fit = fit_factors(split_rows(dense), 6)
+    assert fit.error == pytest.approx(relative_error(dense, 6), rel=2e-3) and fit.slope < 1e-5 * fit.norm
+    assert fit.error == pytest.approx(np.linalg.norm(dense - fit.up @ fit.down) / np.linalg.norm(dense), rel=1e-5)
+    exact = (u[:, :4] @ v[:, :4].T).astype(np.float32)
+    assert fit_factors(split_rows(exact), 6).error < 1e-6
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float16])  # in half precision many entries are equal
+@pytest.mark.parametrize("density", [1e-6, 0.2, 0.9])
+def test_the_largest_entries_are_found_block_by_block(density, kind, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK", 64)
+    rng = np.random.default_rng(0)
+    delta = rng.standard_normal((40, 23)).astype(kind).astype(np.float32)
+    delta[3] = 0
+    kept = trim(delta, Settings(density))
+    wanted = merge_utils.magnitude_based_pruning(torch.from_numpy(delta), max(density, 1.1 / delta.size)).numpy()
+    assert np.count_nonzero(kept) == np.count_nonzero(wanted) and set(kept[kept != 0]) <= set(delta.ravel())
+    assert np.array_equal(np.sort(np.abs(kept), axis=None), np.sort(np.abs(wanted), axis=None))
+    delta[5, 6] = np.nan
+    assert np.isnan(trim(delta, Settings(density))[5, 6]), "the check finds it"
+
+
+@pytest.mark.parametrize("rule", ["ties", "magnitude"])
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_rules_in_blocks_give_what_they_give_as_a_whole(rule, density, monkeypatch):
+    rng = np.random.default_rng(0)
+    factors = [[rng.standard_normal(shape).astype(np.float32) for shape in ((40, 3), (3, 23))] for _ in range(3)]
+    weights, settings = (1.0, -0.4, 2.0), Settings(density)
+    whole = RULES[rule].merge([up @ down for up, down in factors], weights, settings, "here")
+    monkeypatch.setattr(blocks, "BLOCK", 64)
+    monkeypatch.setattr(blocks, "HELD", 0)
+    found = merge_in_blocks(RULES[rule], [multiply_factors(*own) for own in factors], weights, settings)
+    assert max(len(block) for block in found) == 2, "rows of 23 entries"
+    assert np.concatenate([*found]) == pytest.approx(whole, abs=1e-6)
+    assert np.array_equal(np.concatenate([*found]), np.concatenate([*found])), "as often as it is asked for"
 
 
 def test_bottlenecks_keep_their_important_units(tmp_path):
@@ -358,3 +412,15 @@ def test_rules_work_on_differences_and_refuse_what_has_none(tmp_path):
         with pytest.raises(InlayError, match=reason):
             combine(given, rule, out=tmp_path / "refused", **more)
         assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("rule", ["add", "ties", "knots"])
+def test_nan_below_a_width_is_refused(rule, pair, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(pair[0], broken)
+    weights = load_file(broken / "adapter_model.safetensors")
+    next(iter(weights.values()))[0, 0] = float("nan")
+    save_file(weights, broken / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(InlayError, match="NaN or Inf"):
+        combine({broken: 1.0, pair[1]: 1.0}, rule, width=3, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

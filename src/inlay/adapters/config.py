@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from inlay.errors import DamagedFile, Unsupported
+from inlay.files.bounded_json import is_text
 from inlay.peft_types import base_changing_init
 
 MAX_SCALE = 1e6  # of alpha and such; the largest in use are below 1e3
@@ -50,7 +51,7 @@ def check_config(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], whe
         where: The file, for the message.
     """
     for path, value in _leaves(config):
-        if any(0xD800 <= ord(c) < 0xE000 for c in f"{path}{value if isinstance(value, str) else ''}"):
+        if not is_text(path) or (isinstance(value, str) and not is_text(value)):
             raise DamagedFile(f"{where} holds half a character (an unpaired surrogate); download it again.")
         if isinstance(value, float) and not math.isfinite(value):
             raise DamagedFile(f"{where} says {path} = {value}, which is not a number; download it again.")

@@ -1,7 +1,8 @@
 """Read an adapter folder as bytes: what it claims to be, checked before a tensor is touched.
 
 Inside the safetensors metadata, `inlay` holds a JSON record (base, labels, preprocessing, head, golden output), and
-`inlay_sha256` the digest of everything else in the file, so that a flipped bit is found wherever it is.
+`inlay_xxh3_128` (in older files `inlay_sha256`) the digest of everything else in the file, so that a flipped bit is
+found wherever it is.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from inlay.adapters.metadata import check_record
 from inlay.adapters.weight_file import PIPELINE_WEIGHTS, WEIGHTS, find_peft_keys, find_weights
 from inlay.errors import BadInput, DamagedFile, Unsupported
 from inlay.files.bounded_json import is_text, parse_json
-from inlay.files.tensor_header import DIGEST, read_header
+from inlay.files.tensor_header import find_digest, read_header
 
 CONFIG, METRICS, CARD = "adapter_config.json", "metrics.json", "README.md"
 PICKLE = "adapter_model.bin"  # of peft before 0.7; only an import opens one
@@ -38,7 +39,7 @@ class AdapterFile:
         record: What inlay stored, empty for an adapter saved by plain peft.
         metrics: metrics.json, empty if there is none.
         bytes_weights: Size of the file with the tensors.
-        digest: SHA-256 of that file's content, as stored in it; empty for an adapter saved by plain peft.
+        digest: Of that file's content, as stored in it; empty for an adapter saved by plain peft.
     """
 
     folder: Path
@@ -95,8 +96,8 @@ def read_adapter(folder: str | Path, *, digest: bool = True) -> AdapterFile:
 
     Args:
         folder: Of the adapter.
-        digest: Compare the tensors with the digest that was stored with them; False where `check_digest` does so later,
-            or for a file of one's own, just made.
+        digest: Compare the tensors with the digest that was stored with them; False where that is done when they are
+            read, or for a file of one's own, just made.
 
     Raises:
         InlayError: Not an adapter folder; files that are links out of it, or too large; a config that is no JSON, asks
@@ -134,17 +135,8 @@ class Reading:
     def file(self) -> AdapterFile:
         """What was read, once all steps are done."""
         size = find_weights(self.folder).stat().st_size
-        digest = self.metadata.get(DIGEST, "")
+        digest = find_digest(self.metadata)
         return AdapterFile(self.folder, self.config, self.shapes, self.record, self.metrics, size, digest)
-
-
-def check_digest(folder: str | Path) -> None:
-    """What `read_adapter` leaves out with digest=False, for later.
-
-    Raises:
-        InlayError: The file is damaged.
-    """
-    read_header(find_weights(Path(folder)))
 
 
 def run_step(name: str, reading: Reading) -> None:

@@ -5,10 +5,13 @@
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from inlay.adapters.file import CONFIG
 from inlay.adapters.weight_file import PIPELINE_WEIGHTS, PREFIX, WEIGHTS, fits_pipeline
@@ -16,12 +19,12 @@ from inlay.combine.heads import WAYS, Heads, join_heads
 from inlay.combine.method_sum import Sum, SumOptions
 from inlay.combine.norms import total_error
 from inlay.combine.parts import Array, Source
-from inlay.combine.read import open_adapters, wait_for_digests
+from inlay.combine.read import check_digests, open_adapters
 from inlay.combine.rules import RULES, Settings, find_rule, weights_under_rule
 from inlay.combine.sums import SUM_BY_PEFT_TYPE
 from inlay.combine.weights import Weight
 from inlay.combine.write import Stream, list_versions, make_metadata, make_record, read_back, write_settings
-from inlay.errors import BadInput, DamagedFile, InlayError, Unsupported
+from inlay.errors import BadInput, ComputationFailed, DamagedFile, InlayError, Unsupported
 from inlay.files.atomic import writing
 from inlay.files.outputs import check_replaceable_folder
 
@@ -127,7 +130,7 @@ def combine(
             from inlay.combine.heatmap import write_report
             from inlay.combine.report import compare_sources
 
-            wait_for_digests(sources)
+            check_digests(sources)
             write_report(compare_sources(sources), report)
         if dense:
             return _combine_dense(sources, head, options, rule, base, folder)
@@ -170,6 +173,7 @@ def _combine_dense(
 
     if options.width is not None:
         raise Unsupported("a difference of weights has no width; leave width or dense out.")
+    check_digests(sources)
     metrics = {
         "combined": {**_describe_combination(sources, heads, rule), "error": 0.0},
         "dataset": _name_datasets(sources),
@@ -272,14 +276,15 @@ def _write_combination(
     of_pipeline = any(source.file.weights.name == PIPELINE_WEIGHTS for source in sources)
     with writing(folder) as new:
         path = new / (PIPELINE_WEIGHTS if of_pipeline and fits_pipeline(config, shapes) else WEIGHTS)
-        _write_tensors(Stream(path, shapes, make_metadata(path, shapes, config, record)), made, heads)
+        with closing(Stream(path, shapes, make_metadata(path, shapes, config, record))) as stream:
+            _write_tensors(stream, made, heads)
         errors = {site: value for each in made.values() for site, value in each.errors.items()}
         norms = {site: each.norms.get(site, 0.0) for each in made.values() for site in each.errors}
         off = total_error(errors, norms)
         metrics = {"combined": {**said, "error": off}, "dataset": _name_datasets(sources), "versions": list_versions()}
         write_settings(new, config, record, metrics)
         read_back(new, shapes)
-        wait_for_digests(sources)
+        check_digests(sources)
     weights = {source.name: source.weight for source in sources}
     widths = {kind: each.width for kind, each in made.items() if each.width}
     return Combined(folder, rule, weights, widths, heads.summary, heads.labels, list(heads.groups), off, errors)
@@ -287,17 +292,20 @@ def _write_combination(
 
 def _write_tensors(stream: Stream, made: Mapping[str, Sum], heads: Heads) -> None:
     """Each tensor as soon as it is there."""
-    try:
-        for key in heads.shapes:
-            stream.write(key, heads.make(key))
-        for each in made.values():
-            for site, leaves in each.shapes.items():
+    for key in heads.shapes:
+        stream.write(key, heads.make(key))
+    for each in made.values():
+        for site, leaves in each.shapes.items():
+            try:
                 tensors = each.make(site)
-                for leaf in leaves:
-                    stream.write(_tensor_key(site, leaf), tensors.pop(leaf))
-        stream.close()
-    finally:
-        stream.abandon()
+            except np.linalg.LinAlgError as error:  # of NaN or Inf in an adapter
+                raise ComputationFailed(
+                    f"the combination has no singular values at {site} ({error}), as an adapter holds NaN or Inf; "
+                    "nothing was written."
+                ) from error
+            for leaf in leaves:
+                stream.write(_tensor_key(site, leaf), tensors.pop(leaf))
+    stream.finish()
 
 
 class _Verb(ModuleType):

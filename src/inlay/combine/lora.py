@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
+from inlay.combine.blocks import Blocks, multiply_factors, split_rows
 from inlay.combine.low_rank import Spectrum, choose_ranks, decompose_factors, fit_factors
 from inlay.combine.method_sum import Leaves, Sum, Update, is_ending, make_common_config, require_equal_settings
 from inlay.combine.norms import norm
 from inlay.combine.parts import Array, Part
+from inlay.combine.rules import merge_in_blocks
 from inlay.errors import BadInput, DamagedFile, Unsupported, WrongBase
 from inlay.peft_types import base_changing_init
 
@@ -206,13 +208,14 @@ class LoraSum(Sum):
 
     def _join_units(self, site: str) -> tuple[Array, Array]:
         """B and A with the units of all; those of a convolution in groups stand group by group."""
-        (a, b), groups = _name_leaves(self.acting_parts(site)[0], site), self._count_groups(site)
-        shapes = self.shapes[site]
+        here, shapes = self.acting_parts(site), self.shapes[site]
+        a, b = _name_leaves(here[0], site)
         down, up = np.empty(shapes[a], np.float32), np.empty(shapes[b], np.float32)
+        groups = len(down) // up.shape[1]
         rows = down.reshape(groups, -1, *shapes[a][1:])
-        probe = _draw_input(self._count_features(site)[1])
+        probe = _draw_input(math.prod(shapes[a][1:]))
         wanted, at = np.zeros((groups, len(up) // groups)), 0
-        for part, factors in zip(self.acting_parts(site), self._scale_inputs(site), strict=True):
+        for part, factors in zip(here, self._scale_inputs(site), strict=True):
             width = part.shape(site, a)[0] // groups
             piece, factor = rows[:, at : at + width], part.weight * scale_at(part, site)
             if groups == 1:
@@ -223,13 +226,14 @@ class LoraSum(Sum):
                 piece *= factors
             own = part.read(site, b)
             hidden = piece.reshape(groups, width, -1) @ probe  # G w
-            wanted += factor * np.einsum("gow,gw->go", own.reshape(groups, -1, width), hidden)
+            wanted += factor * (own.reshape(groups, -1, width) @ hidden[..., None])[..., 0]
             np.multiply(own, np.float32(factor), out=up[:, at : at + width])
             del own  # before the next one is there
             at += width
         hidden = rows.reshape(groups, at, -1) @ probe
-        found = np.einsum("gow,gw->go", up.reshape(groups, -1, at), hidden)
-        size = norm(up) * norm(hidden)  # where terms cancel, rounding is as large as they are
+        found = (up.reshape(groups, -1, at) @ hidden[..., None])[..., 0]  # G d_out/G
+        with np.errstate(over="ignore"):  # of what is no sum in float32; writing it is refused
+            size = float(np.linalg.norm(up)) * norm(hidden)  # where terms cancel, rounding is as large as they are
         self.check(site, found, wanted, max(norm(wanted), size))
         return up, down
 
@@ -267,22 +271,35 @@ class LoraSum(Sum):
 
     def _merge_updates(self, site: str) -> tuple[Array, Array]:
         """A rule on the true updates, and the best update of the width for what it gives."""
-        merge = self.options.rule.merge
-        assert merge is not None
         here, groups = self.acting_parts(site), self._count_groups(site)
         pairs = [_split_by_group(read_factors(part, site), groups) for part in here]
         if self.options.rule.needs_factors:
             return self._cut_update(
                 site, [decompose_factors(*self._merge_in_shared_basis(site, own)) for own in zip(*pairs, strict=True)]
             )
+        rows, columns = self._count_features(site)
+        flip = rows < columns  # ΔWᵀ has a smaller space of rows
+        made = [
+            fit_factors(blocks, self.ranks[site] // groups) for blocks in self._merge_blocks(here, pairs, site, flip)
+        ]
+        self._record_loss(site, [fit.error * fit.norm for fit in made], [fit.norm for fit in made])
+        for fit in made:
+            self.check(site, np.array(fit.slope), np.zeros(()), norm(fit.up) * fit.norm)
+        found = [(fit.down.T, fit.up.T) if flip else (fit.up, fit.down) for fit in made]
+        return np.concatenate([up for up, _ in found]), np.concatenate([down for _, down in found])
+
+    def _merge_blocks(
+        self, here: Sequence[Part], pairs: Sequence[Sequence[tuple[Array, Array]]], site: str, flip: bool
+    ) -> list[Blocks]:
+        """What the rule makes of each group of the module; transposed if `flip`."""
+        rule, settings, weights = self.options.rule, self.options.settings, [part.weight for part in here]
+        if rule.merge_trimmed is not None and len(pairs[0]) == 1:
+            factors = [(down.T, up.T) if flip else (up, down) for ((up, down),) in pairs]
+            return [merge_in_blocks(rule, [multiply_factors(*own) for own in factors], weights, settings)]
+        assert rule.merge is not None
         deltas = [np.concatenate([up @ down for up, down in own]) for own in pairs]
-        whole = np.split(merge(deltas, [part.weight for part in here], self.options.settings, site), groups)
-        made = [fit_factors(dense, self.ranks[site] // groups) for dense in whole]
-        sizes = [norm(dense) for dense in whole]
-        self._record_loss(site, [error * size for (_, _, error), size in zip(made, sizes, strict=True)], sizes)
-        for dense, (up, down, _), size in zip(whole, made, sizes, strict=True):
-            self.check(site, up.T @ (up @ down), up.T @ dense, norm(up) * size)
-        return np.concatenate([up for up, _, _ in made]), np.concatenate([down for _, down, _ in made])
+        whole = np.split(rule.merge(deltas, weights, settings, site), len(pairs[0]))
+        return [split_rows(dense.T if flip else dense) for dense in whole]
 
     def _merge_in_shared_basis(self, site: str, pairs: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
         """[ΔW_1, ..., ΔW_n] = U S [V_1, ..., V_n]ᵀ; the rule on the V_i, between U S and nothing: no ΔW is formed."""

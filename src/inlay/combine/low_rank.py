@@ -5,14 +5,20 @@ norm (Eckart & Young 1936), found without the matrix itself, through r x r matri
 factored form is standard linear algebra.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from inlay.combine.blocks import Blocks
 from inlay.combine.norms import norm, ratio
 from inlay.combine.parts import Array
+
+EXACT = 512  # columns up to which all singular vectors are computed, as that takes no longer
+SPARE = 2  # times as many directions are looked at as are wanted
+GAIN = 1e-3  # of the error: what another pass has to take away
 
 
 @dataclass(frozen=True)
@@ -68,26 +74,79 @@ def decompose_factors(up: Array, down: Array) -> Spectrum:
     return Spectrum(values.astype(np.float32), up, down, left, (left * inverse).T @ inner)
 
 
-def fit_factors(dense: Array, width: int) -> tuple[Array, Array, float]:
-    """B, A and relative error of the best update of rank `width` for a dense one.
+@dataclass(frozen=True)
+class Fit:
+    """The factors that were found for a matrix M, and how near they are to it.
 
-    By the eigenvectors of the smaller of ΔW ΔWᵀ and ΔWᵀ ΔW in float64: several times faster than its SVD.
+    Attributes:
+        up: B, (n, width).
+        down: A, (width, m).
+        error: ‖M - B A‖ / ‖M‖.
+        norm: ‖M‖.
+        slope: ‖Bᵀ (M - B A)‖: 0, but for rounding, as no A is better for this B.
     """
-    flip = dense.shape[0] > dense.shape[1]
-    matrix = dense.T if flip else dense
-    double = matrix.astype(np.float64)
-    _, vectors = np.linalg.eigh(double @ double.T)
-    up = vectors[:, ::-1][:, :width]  # (n, k)
-    down = up.T @ double
-    size = np.linalg.norm(down, axis=1)
-    root = np.sqrt(np.where(size > 0, size, 1))
-    up, down = up * root, down / root[:, None]
-    error = ratio(norm(double - up @ down), norm(double))
-    up, down = (down.T, up.T) if flip else (up, down)
-    missing = width - up.shape[1]
-    if missing > 0:
+
+    up: Array
+    down: Array
+    error: float
+    norm: float
+    slope: float
+
+
+def fit_factors(blocks: Blocks, width: int) -> Fit:
+    """B A of rank `width` for a matrix M that comes in blocks of rows, in float64.
+
+    B is M V, with V the directions (m, width) in which most of M lies, and A the best one for it by least squares;
+    units have equal weight on both sides.
+    """
+    directions = _find_directions(blocks, min(width, *blocks.shape))
+    ups, across = [], np.zeros(directions.shape[::-1])
+    for block in blocks:
+        double = block.astype(np.float64)
+        ups.append(double @ directions)
+        across += ups[-1].T @ double
+    whole_up = np.concatenate(ups)  # its columns are orthogonal, as those of V are singular vectors, or Ritz vectors
+    size = np.linalg.norm(whole_up, axis=0)
+    root = np.sqrt(np.where(size > 1e-7 * size.max(initial=0), size, np.inf))  # others are rounding
+    up, down = (whole_up / root).astype(np.float32), (across / root[:, None] ** 3).astype(np.float32)
+    lost, whole, slope, at = 0.0, 0.0, np.zeros_like(across), 0
+    for block in blocks:
+        own = up[at : at + len(block)].astype(np.float64)
+        left = block - own @ down
+        slope += own.T @ left
+        lost, whole, at = lost + norm(left) ** 2, whole + norm(block) ** 2, at + len(block)
+    if (missing := width - len(down)) > 0:
         up, down = np.pad(up, ((0, 0), (0, missing))), np.pad(down, ((0, missing), (0, 0)))
-    return up.astype(np.float32), down.astype(np.float32), error
+    return Fit(up, down, ratio(lost**0.5, whole**0.5), whole**0.5, norm(slope))
+
+
+def _find_directions(blocks: Blocks, width: int) -> npt.NDArray[np.float64]:
+    """The right singular vectors of M of the `width` largest singular values, or close to them: (m, width).
+
+    Of a matrix with few columns, or if a good part of them is wanted, as the eigenvectors of MᵀM. Else out of SPARE
+    times as many random directions, which are multiplied with MᵀM and made orthogonal again until another pass over M
+    takes less than GAIN of the error away: subspace iteration, Halko et al. 2011, arXiv:0909.4061, algorithm 4.4. What
+    it finds is a Rayleigh-Ritz approximation.
+    """
+    columns, wide = blocks.shape[1], SPARE * width + 8
+    if columns <= EXACT or 4 * wide > columns:
+        gram = np.zeros((columns, columns))
+        for block in blocks:
+            double = block.astype(np.float64)
+            gram += double.T @ double
+        return np.linalg.eigh(gram)[1][:, ::-1][:, :width]
+    basis, error = np.linalg.qr(np.random.default_rng(columns).standard_normal((columns, wide)))[0], np.inf
+    while True:
+        turned, whole = np.zeros_like(basis), 0.0
+        for block in blocks:
+            double = block.astype(np.float64)
+            turned += double.T @ (double @ basis)
+            whole += float(np.vdot(double, double))
+        squares, vectors = np.linalg.eigh(basis.T @ turned)  # of M V
+        before, error = error, math.sqrt(max(whole - squares[-width:].sum(), 0))
+        if not error < (1 - GAIN) * before or error <= 1e-7 * math.sqrt(whole):  # also of NaN, which the check finds
+            return basis @ vectors[:, ::-1][:, :width]
+        basis = np.linalg.qr(turned)[0]
 
 
 def choose_ranks(values: Mapping[str, Sequence[Array]], error: float) -> dict[str, int]:

@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from inlay.adapters.file import AdapterFile
 from inlay.adapters.weight_file import find_peft_keys
 from inlay.combine.weights import Weight, find_part
 from inlay.errors import DamagedFile, Unsupported
+from inlay.files.tensor_header import PIECE, BodyDigest
 
 Array = npt.NDArray[np.float32]
 
@@ -27,10 +28,11 @@ class Tensors:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("rb", buffering=0)
+        self._file = FileIO(path)
         length = int.from_bytes(self._file.read(8), "little")
         header = json.loads(self._file.read(length))
         self._start = 8 + length
+        self._digest = BodyDigest(path, self._file, header, self._start)
         self._entries: dict[str, Any] = {key: header[stored] for stored, key in find_peft_keys(path, header).items()}
         self.path = path
 
@@ -71,12 +73,22 @@ class Tensors:
         if not place.size:
             return
         view, at = memoryview(place.reshape(-1).view(np.uint8)), 0  # type: ignore[arg-type]
-        self._file.seek(self._start + self._entries[key]["data_offsets"][0])
-        while at < len(view):  # one call reads 2 GB at most
-            count = self._file.readinto(view[at:])
+        start = self._start + self._entries[key]["data_offsets"][0]
+        while at < len(view):
+            self._file.seek(start + at)  # the digest may have read what stands before
+            count = self._file.readinto(view[at : at + PIECE])
             if not count:
                 raise DamagedFile(f"{self.path} was cut short while it was read; download it again.")
+            self._digest.add(start + at, view[at : at + count])
             at += count
+
+    def check_digest(self) -> None:
+        """Compare the file with the digest in it, if it has one; this reads what was not read yet.
+
+        Raises:
+            InlayError: The file is damaged.
+        """
+        self._digest.check()
 
     def close(self) -> None:
         """No more reading."""
@@ -120,7 +132,6 @@ class Source:
         file: Its config and record.
         tensors: Its file.
         methods: What each method of it holds, by peft_type, without the weight.
-        intact: That the file is what its digest says, once that is known.
         head: Key in the file of each tensor of a module that was trained whole, by name without PREFIX.
     """
 
@@ -129,7 +140,6 @@ class Source:
     file: AdapterFile
     tensors: Tensors
     methods: dict[str, Part]
-    intact: Future[None]
     head: dict[str, str] = field(default_factory=dict)
 
     def list_parts(self, kind: str) -> list[Part]:

@@ -1,12 +1,11 @@
 """Adapters opened for combining: checked to be of one base, their tensors sorted by method and site; no torch."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from inlay.adapters.file import AdapterFile, check_digest, read_adapter
+from inlay.adapters.file import AdapterFile, read_adapter
 from inlay.adapters.hub.fetch import fetch
 from inlay.adapters.patterns import check_patterns
 from inlay.adapters.sketch_distance import explain_difference
@@ -16,13 +15,16 @@ from inlay.combine.sums import SUM_BY_PEFT_TYPE
 from inlay.combine.weights import Weight, check_parts, check_weight, spread_weights
 from inlay.errors import BadInput, DamagedFile, Unsupported, WrongBase
 
+_KINDS = {each.key_prefix: kind for kind, each in SUM_BY_PEFT_TYPE.items() if each.wraps_modules}
+_PREFIXES = tuple(_KINDS)
+
 
 @contextmanager
 def open_adapters(adapters: Mapping[Any, float | Mapping[str, float]]) -> Iterator[list[Source]]:
     """Adapters by folder or Hub id, with their weights, checked to be of one base.
 
-    Digests are taken while the block works: `wait_for_digests` waits for them, as does the end of the
-    block. A block that fails on a damaged file fails with the error of the damage.
+    Digests are taken of what the block reads: `check_digests` compares them, as does the end of the block. A block that
+    fails on a damaged file fails with the error of the damage.
 
     Raises:
         InlayError: Whatever `read_adapter` finds; no adapter; a weight that is no finite number; weights by part that
@@ -34,31 +36,29 @@ def open_adapters(adapters: Mapping[Any, float | Mapping[str, float]]) -> Iterat
     weights = [check_weight(path, weight) for path, weight in adapters.items()]
     files = [read_adapter(fetch(path), digest=False) for path in adapters]
     sources: list[Source] = []
-    with ThreadPoolExecutor(min(len(adapters), 4)) as pool, ExitStack() as held:
-        whole = [pool.submit(check_digest, file.folder) for file in files]
+    with ExitStack() as held:
+        opened = [held.enter_context(closing(Tensors(file.weights))) for file in files]
         try:
             names = shorten_names([file.folder for file in files])
             _check_bases(dict(zip(names, files, strict=True)))
-            for name, weight, file, future in zip(names, weights, files, whole, strict=True):
-                tensors = Tensors(file.weights)
-                held.callback(tensors.close)
-                sources.append(_sort_tensors(name, weight, file, tensors, future))
+            for name, weight, file, tensors in zip(names, weights, files, opened, strict=True):
+                sources.append(_sort_tensors(name, weight, file, tensors))
                 check_parts(name, weight, sources[-1].list_modules())
             spread = spread_weights(weights, [source.list_modules() for source in sources])
             yield [source.with_weight(weight) for source, weight in zip(sources, spread, strict=True)]
         finally:
-            for future in whole:
-                future.result()
+            for tensors in opened:
+                tensors.check_digest()
 
 
-def wait_for_digests(sources: Iterable[Source]) -> None:
-    """Wait for the digests of all files.
+def check_digests(sources: Iterable[Source]) -> None:
+    """Compare all files with the digests in them.
 
     Raises:
         InlayError: A file is damaged.
     """
     for source in sources:
-        source.intact.result()
+        source.tensors.check_digest()
 
 
 def shorten_names(folders: list[Path]) -> list[str]:
@@ -93,7 +93,7 @@ def _check_bases(files: Mapping[str, AdapterFile]) -> None:
             )
 
 
-def _sort_tensors(name: str, weight: Weight, file: AdapterFile, tensors: Tensors, intact: Future[None]) -> Source:
+def _sort_tensors(name: str, weight: Weight, file: AdapterFile, tensors: Tensors) -> Source:
     config = file.config
     inner, whole = config.get("parts") or [], config.get("modules_to_save") or []
     named = isinstance(whole, list) and all(isinstance(module, str) for module in whole)
@@ -124,7 +124,7 @@ def _sort_tensors(name: str, weight: Weight, file: AdapterFile, tensors: Tensors
             )
     check_patterns(config, {site for found in sites.values() for site in found}, name)
     methods = {kind: Part(name, configs[kind], sites[kind], tensors) for kind in configs}
-    return Source(name, weight, file, tensors, methods, intact, head)
+    return Source(name, weight, file, tensors, methods, head)
 
 
 def _parse_key(key: str, own: str) -> tuple[str, str, str]:
@@ -134,7 +134,7 @@ def _parse_key(key: str, own: str) -> tuple[str, str, str]:
         return own, "", key
     words = key.split(".")
     for i, word in enumerate(words):
-        for peft_type, each in SUM_BY_PEFT_TYPE.items():
-            if each.wraps_modules and word.startswith(each.key_prefix):
-                return peft_type, ".".join(words[:i]), ".".join(words[i:])
+        if word.startswith(_PREFIXES):
+            peft_type = next(kind for prefix, kind in _KINDS.items() if word.startswith(prefix))
+            return peft_type, ".".join(words[:i]), ".".join(words[i:])
     return "", "", key

@@ -7,13 +7,13 @@ width by its SVD.
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from inlay.combine.blocks import BLOCK, Blocks, find_cut, keep_largest
 from inlay.combine.parts import Array
 from inlay.combine.weights import Weight, divide_by_sum
 from inlay.errors import BadInput
@@ -49,6 +49,8 @@ class Rule:
         paper: Where it comes from.
         says: What it does, in a line.
         merge: Updates of one module, weights, settings and the module's name to one update; None: their weighted sum.
+        merge_trimmed: What `merge` does with updates of which the largest entries are left, entry by entry; None: it
+            takes whole updates.
         normal: The weights are divided by their sum.
         needs_factors: It works on updates that come as factors B and A, as those of LoRA do.
         scale: Gram matrices of the weighted updates' columns to what each column is multiplied with; None: with 1.
@@ -58,6 +60,7 @@ class Rule:
     paper: str
     says: str
     merge: Merge | None = None
+    merge_trimmed: Callable[[list[Array], Sequence[float]], Array] | None = None
     normal: bool = False
     needs_factors: bool = False
     scale: Scale | None = None
@@ -68,27 +71,12 @@ class Rule:
         return self.merge is None and self.scale is None
 
 
-def _call_peft(name: str, deltas: list[Array], weights: Sequence[float], **settings: Any) -> Array:
-    """One of peft's functions on stacked updates; it needs torch, which the linear rules do not."""
-    import torch
-
-    from inlay.methods._peft import merge_updates
-
-    merged = merge_updates(name, [torch.from_numpy(delta) for delta in deltas], torch.tensor(weights), **settings)
-    found: Array = merged.numpy()
-    return found
-
-
-def _sum_updates(deltas: list[Array], weights: Sequence[float]) -> Array:
+def sum_updates(deltas: list[Array], weights: Sequence[float]) -> Array:
+    """The weighted sum."""
     total = np.zeros_like(deltas[0])
     for delta, weight in zip(deltas, weights, strict=True):
         total += np.float32(weight) * delta
     return total
-
-
-def _find_density(settings: Settings, size: int) -> float:
-    """The density, of which peft rounds down: one entry at least stays."""
-    return max(settings.density, 1.0 / max(size, 1) * (1 + 1e-9))
 
 
 def ties(deltas: list[Array], weights: Sequence[float], settings: Settings, site: str) -> Array:
@@ -98,7 +86,12 @@ def ties(deltas: list[Array], weights: Sequence[float], settings: Settings, site
     `ties` elects by the updates without their weights, which gives another sign where weights differ. An entry whose
     vectors cancel has no sign and becomes 0.
     """
-    scaled = [np.float32(w) * _keep_largest(delta, settings) for delta, w in zip(deltas, weights, strict=True)]
+    return elect_signs([trim(delta, settings) for delta in deltas], weights)
+
+
+def elect_signs(deltas: list[Array], weights: Sequence[float]) -> Array:
+    """What `ties` does after trimming, entry by entry."""
+    scaled = [np.float32(weight) * delta for delta, weight in zip(deltas, weights, strict=True)]
     elected = np.sign(np.sum(scaled, axis=0, dtype=np.float64))
     total: Array = np.zeros_like(deltas[0])
     count: Array = np.zeros(total.shape, np.float32)
@@ -110,25 +103,56 @@ def ties(deltas: list[Array], weights: Sequence[float], settings: Settings, site
     return total
 
 
-def _keep_largest(delta: Array, settings: Settings) -> Array:
-    density = _find_density(settings, delta.size)
-    return delta if density >= 1 else _call_peft("magnitude_prune", [delta], [1.0], density=density)
+def count_kept(settings: Settings, size: int) -> int:
+    """How many entries of an update are not trimmed: as many as peft keeps, and one at least."""
+    return max(int(settings.density * size), 1)
+
+
+def trim(delta: Array, settings: Settings) -> Array:
+    """Keep the largest entries, and put 0 in place of the others."""
+    if settings.density >= 1 or not delta.size:
+        return delta
+    flat = delta.reshape(-1)
+    pieces = [flat[at : at + BLOCK] for at in range(0, len(flat), BLOCK)]
+    cut = find_cut(pieces, count_kept(settings, len(flat)))
+    return np.concatenate([*keep_largest(pieces, cut)]).reshape(delta.shape)
 
 
 def magnitude(deltas: list[Array], weights: Sequence[float], settings: Settings, site: str) -> Array:
     """Keep the largest entries of each update, and add."""
-    return _sum_updates([_keep_largest(delta, settings) for delta in deltas], weights)
+    return sum_updates([trim(delta, settings) for delta in deltas], weights)
 
 
 def dare(deltas: list[Array], weights: Sequence[float], settings: Settings, site: str) -> Array:
     """Drop entries at random, scale the rest up to keep the expectation, and add; a site draws the same each time."""
     if settings.density >= 1:
-        return _sum_updates(deltas, weights)
-    import torch
+        return sum_updates(deltas, weights)
+    import torch  # which the other rules do not need
+
+    from inlay.methods._peft import merge_updates
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed * 1_000_003 + zlib.crc32(site.encode()))
-        return _call_peft("dare_linear", deltas, weights, density=settings.density)
+        updates = [torch.from_numpy(delta) for delta in deltas]
+        merged: Array = merge_updates("dare_linear", updates, torch.tensor(weights), density=settings.density).numpy()
+    return merged
+
+
+def merge_in_blocks(rule: Rule, updates: Sequence[Blocks], weights: Sequence[float], settings: Settings) -> Blocks:
+    """What a rule with a `merge_trimmed` makes of updates, without one of them as a whole."""
+    merge = rule.merge_trimmed
+    assert merge is not None
+    shape = updates[0].shape
+    count = count_kept(settings, shape[0] * shape[1])
+    cuts = [find_cut(update, count) if settings.density < 1 else None for update in updates]
+
+    def make() -> Iterator[Array]:
+        own = zip(updates, cuts, strict=True)
+        trimmed = [update if cut is None else keep_largest(update, cut) for update, cut in own]
+        for deltas in zip(*trimmed, strict=True):
+            yield merge(list(deltas), weights)
+
+    return Blocks(make, shape)
 
 
 def zip_columns(grams: Doubles) -> Doubles:
@@ -174,9 +198,15 @@ _RULES = (
         "Ilharco et al. 2022, arXiv:2212.04089",
         "the sum; negative weights forget a task: exact",
     ),
-    Rule("ties", "Yadav et al. 2023, arXiv:2306.01708", "trim, elect signs, average those that agree", ties),
+    Rule(
+        "ties",
+        "Yadav et al. 2023, arXiv:2306.01708",
+        "trim, elect signs, average those that agree",
+        ties,
+        elect_signs,
+    ),
     Rule("dare", "Yu et al. 2023, arXiv:2311.03099", "drop at random, rescale, add", dare),
-    Rule("magnitude", "Han et al. 2015, arXiv:1506.02626", "keep the largest entries, add", magnitude),
+    Rule("magnitude", "Han et al. 2015, arXiv:1506.02626", "keep the largest entries, add", magnitude, sum_updates),
     Rule(
         "knots",
         "Stoica et al. 2024, arXiv:2410.19735",

@@ -1,13 +1,11 @@
-"""Write a combination as an adapter folder, tensor by tensor, and read it back."""
+"""Write a combination as an adapter folder, tensor by tensor, and check that the folder holds together."""
 
 import json
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import version
+from io import FileIO
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -19,55 +17,33 @@ from inlay.combine.parts import Array, Source
 from inlay.combine.weights import describe_weight
 from inlay.errors import BadInput, ComputationFailed
 from inlay.files.atomic import write_json
-from inlay.files.tensor_header import DIGEST, start_digest
-
-_PIECE = 1 << 15  # numbers
+from inlay.files.tensor_header import DIGEST, PIECE, encode_header, start_digest
 
 
 class Stream:
     """A safetensors file in float32 that is written one tensor at a time, in the order of its header.
 
-    Each tensor is read back and compared with what is in memory; another thread takes the digest for the header from
-    what stands in the file. Keys are those of peft; a pipeline's file gets its own.
+    The digest for the header is taken of each piece as it is written. Keys are those of peft; a pipeline's file gets
+    its own.
     """
 
     def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, str]) -> None:
-        self.path, self._left = path, dict(shapes)
-        header: dict[str, Any] = {"__metadata__": {**metadata, DIGEST: "0" * 64}}
+        self._left = dict(shapes)
+        header: dict[str, Any] = {"__metadata__": metadata}
         at = 0
         for key, shape in shapes.items():
             end = at + 4 * int(np.prod(shape, dtype=np.int64))
             header[find_stored_key(path, key)] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, end]}
             at = end
-        self._header, self._back = header, np.empty(_PIECE, "<i4")
-        self._file = path.open("w+b", buffering=0)
-        self._write_bytes(self._encode_header())
-        self._written: SimpleQueue[int] = SimpleQueue()
-        self._pool = ThreadPoolExecutor(1)
-        self._digest = self._pool.submit(self._digest_what_is_written, self._file.tell())
-
-    def _encode_header(self) -> bytes:
-        text = json.dumps(self._header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+        self._digest = start_digest(header)
+        self._header = {**header, "__metadata__": {**metadata, DIGEST: self._digest.hexdigest()}}  # of the final size
+        self._file = FileIO(path, "w")
+        self._write_bytes(encode_header(self._header))
 
     def _write_bytes(self, data: Any) -> None:
         view, at = memoryview(data), 0
         while at < len(view):
-            at += self._file.write(view[at : at + (1 << 30)])
-
-    def _digest_what_is_written(self, start: int) -> str:
-        """The digest of the file, as far as it is written, until a size of 0 tells its end."""
-        seen, piece = start_digest(self._header), memoryview(bytearray(4 * _PIECE))
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(start)
-            while left := self._written.get():
-                while left and (count := file.readinto(piece[:left])):
-                    seen.update(piece[:count])
-                    left -= count
-                if left:
-                    raise ComputationFailed(f"{self.path} was cut short while it was written; write it again.")
-        return str(seen.hexdigest())
+            at += self._file.write(view[at:])
 
     def write(self, key: str, value: Array) -> None:
         """The next tensor.
@@ -79,36 +55,24 @@ class Stream:
         if key != expected or value.shape != self._left.pop(expected):
             raise ValueError(f"expected {expected}, got {key} {value.shape}")  # a fault of this package
         flat = np.ascontiguousarray(value, "<f4").reshape(-1)
-        for i in range(0, len(flat), _PIECE):  # in pieces that stay in the processor's cache
-            if not np.isfinite(flat[i : i + _PIECE]).all():
+        for i in range(0, len(flat), PIECE // 4):
+            piece = flat[i : i + PIECE // 4]
+            if not np.isfinite(piece).all():
                 raise ComputationFailed(f"the combined tensor {key!r} holds NaN or Inf; nothing was written.")
-        self._write_bytes(flat.view(np.uint8))
-        if flat.nbytes:
-            self._written.put(flat.nbytes)
-        self._file.seek(-flat.nbytes, os.SEEK_CUR)
-        for i in range(0, len(flat), _PIECE):
-            piece = flat[i : i + _PIECE].view(np.int32)
-            back = self._back[: len(piece)]
-            count = self._file.readinto(memoryview(back.view(np.uint8)))  # type: ignore[arg-type]
-            if count != back.nbytes or (piece != back).any():
-                raise ComputationFailed(
-                    f"{self.path} does not hold what was written to it; is the disk full or failing?"
-                )
+            data = piece.view(np.uint8)
+            self._digest.update(data)
+            self._write_bytes(data)
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Put the digest in its place."""
         if self._left:
             raise ValueError(f"{next(iter(self._left))} was not written")
-        self._written.put(0)
-        self._header["__metadata__"][DIGEST] = self._digest.result()
+        self._header["__metadata__"][DIGEST] = self._digest.hexdigest()
         self._file.seek(0)
-        self._write_bytes(self._encode_header())
-        self.abandon()
+        self._write_bytes(encode_header(self._header))
 
-    def abandon(self) -> None:
+    def close(self) -> None:
         """Let go of the file, whatever it holds."""
-        self._written.put(0)
-        self._pool.shutdown()
         self._file.close()
 
 
@@ -193,7 +157,7 @@ def make_metadata(
 
 
 def read_back(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Reload what was written: a folder that holds together, its tensors (which Stream has compared) in their places.
+    """Read what was written as an adapter: a folder that holds together, the file as long as its header says.
 
     Raises:
         InlayError: The file is not what was computed.
