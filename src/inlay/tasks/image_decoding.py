@@ -3,17 +3,23 @@
 import hashlib
 import io
 import os
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from inlay.errors import DamagedFile
 
 Source = str | os.PathLike[str] | bytes | dict[str, Any] | Image.Image
+Box = tuple[int, int, int, int]  # left, upper, right and lower, in pixels
 Intensity = Literal["percentiles", "range"]
 INTENSITIES: tuple[Intensity, ...] = ("percentiles", "range")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by the number of channels that a base takes
+TURNED = (5, 6, 7, 8)  # EXIF orientations whose upright image has width and height exchanged
+# A JPEG is decoded at 1/n of its size if what is made of it is at least 2 n times smaller: the bound of `thumbnail`.
+REDUCING_GAP = 2.0
 
 
 def open_image(source: Source, *, channels: int = 3, intensity: Intensity = "range") -> Image.Image:
@@ -32,6 +38,33 @@ def open_image(source: Source, *, channels: int = 3, intensity: Intensity = "ran
     """
     try:
         return decode_image(source, channels=channels, intensity=intensity)
+    except Exception as error:  # Pillow's readers raise what they please
+        raise DamagedFile(f"{_name_source(source)} cannot be read as an image: {explain_unreadable(error)}.") from error
+
+
+def open_crop(
+    source: dict[str, Any],
+    draw_box: Callable[[int, int], Box],
+    find_reduction: Callable[[int, int], float],
+    *,
+    channels: int = 3,
+) -> Image.Image:
+    """A part of an image, as `open_image` opens it; a JPEG that is made much smaller is decoded smaller.
+
+    Args:
+        source: As for `open_image`.
+        draw_box: Chooses the part, from the width and height of the upright image.
+        find_reduction: How many times smaller a part of this width and height is made afterwards.
+        channels: As for `open_image`.
+
+    Raises:
+        InlayError: As `open_image`.
+
+    Source: `PIL.Image.Image.thumbnail` with its `reducing_gap`.
+    """
+    try:
+        with _open_file(source) as file:
+            return _decode_crop(file, draw_box, find_reduction, channels)
     except Exception as error:  # Pillow's readers raise what they please
         raise DamagedFile(f"{_name_source(source)} cannot be read as an image: {explain_unreadable(error)}.") from error
 
@@ -56,6 +89,27 @@ def decode_image(source: Any, *, channels: int = 3, intensity: Intensity = "rang
         return _convert_mode(_turn_upright(source), channels, intensity)
     with _open_file(source) as file:
         return _convert_mode(_turn_upright(file), channels, intensity)
+
+
+def _decode_crop(
+    file: Image.Image,
+    draw_box: Callable[[int, int], Box],
+    find_reduction: Callable[[int, int], float],
+    channels: int,
+) -> Image.Image:
+    if not isinstance(file, JpegImageFile):  # its size may be known only once it is decoded
+        image = _convert_mode(_turn_upright(file), channels, "range")
+        return image.crop(draw_box(*image.size))
+    turned = file.getexif().get(ExifTags.Base.Orientation) in TURNED
+    width, height = (file.height, file.width) if turned else file.size
+    box = draw_box(width, height)
+    reduction = find_reduction(box[2] - box[0], box[3] - box[1]) / REDUCING_GAP
+    scale = max((n for n in (2, 4, 8) if n <= reduction), default=1)
+    file.draft(None, (file.width // scale, file.height // scale))
+    ImageOps.exif_transpose(file, in_place=True)
+    image = _convert_mode(file, channels, "range")
+    x, y = image.width / width, image.height / height  # 1 where it is decoded in full
+    return image.crop((round(box[0] * x), round(box[1] * y), round(box[2] * x), round(box[3] * y)))
 
 
 def digest_image(source: Any) -> tuple[str, int, int]:
@@ -94,7 +148,7 @@ def _convert_mode(image: Image.Image, channels: int, intensity: Intensity) -> Im
     if image.has_transparency_data and channels != 4:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(MODES[channels])
+    return image if image.mode == MODES[channels] else image.convert(MODES[channels])
 
 
 def _scale_to_8_bits(image: Image.Image, intensity: Intensity) -> Image.Image:

@@ -8,14 +8,14 @@ import torch
 from PIL import Image, ImageOps
 
 from inlay.errors import BadInput
-from inlay.tasks.image_decoding import open_for_processor
-from inlay.tasks.images.processing import process_images
+from inlay.tasks.image_decoding import Box, count_channels, open_crop, open_for_processor
+from inlay.tasks.images.pixels import choose_steps
 
 Augment = Literal["none", "crop", "crop-flip"]
 
 
 class ImageView(torch.utils.data.Dataset):
-    """One split as a model wants it: item i is what `process_images` makes of its image, and `labels` (int).
+    """One split as a model wants it: item i is what the processor makes of its image, and `labels` (int).
 
     Decoding, augmentation and the processor run when an item is asked for, so in a DataLoader's workers. All
     chance comes from Python's `random`: seeded alike, an item is the same in any process.
@@ -30,30 +30,33 @@ class ImageView(torch.utils.data.Dataset):
         if augment not in ("none", "crop", "crop-flip"):
             raise BadInput(f"augment must be none, crop or crop-flip, got {augment!r}.")
         self.rows, self.processor, self.augment = rows, processor, augment
+        self.steps = choose_steps(processor)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[int(index)]
-        image = open_for_processor(row["image"], self.processor)
-        if self.augment != "none":
-            image = random_crop(image)
+        image = self._open_augmented(row["image"])
+        return {**self.steps(image), "labels": row["label"]}
+
+    def _open_augmented(self, source: dict[str, Any]) -> Image.Image:
+        if self.augment == "none":
+            return open_for_processor(source, self.processor)
+        image = open_crop(source, draw_box, self.steps.find_reduction, channels=count_channels(self.processor))
         if self.augment == "crop-flip" and random.random() < 0.5:
             image = ImageOps.mirror(image)
-        inputs = process_images(self.processor, [image])
-        return {**{key: value[0] for key, value in inputs.items()}, "labels": row["label"]}
+        return image
 
 
-def random_crop(image: Image.Image) -> Image.Image:
+def draw_box(width: int, height: int) -> Box:
     """Random part of an image, drawn as torchvision's RandomResizedCrop draws it; the processor resizes."""
-    width, height = image.size
     for _ in range(10):
         area = width * height * random.uniform(0.7, 1.0)
         ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             x, y = random.randint(0, width - w), random.randint(0, height - h)
-            return image.crop((x, y, x + w, y + h))
+            return x, y, x + w, y + h
     w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
-    return image.crop(((width - w) // 2, (height - h) // 2, (width + w) // 2, (height + h) // 2))
+    return (width - w) // 2, (height - h) // 2, (width + w) // 2, (height + h) // 2
