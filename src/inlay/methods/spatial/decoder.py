@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 SPREAD = 2.0  # standard deviation of a click where the decoder sees it as a volume, in voxels
 
@@ -58,7 +59,7 @@ class PromptTensors(NamedTuple):
     previous: torch.Tensor | None = None
 
 
-class Convolution(nn.Sequential):
+class Convolution(GradientCheckpointingLayer, nn.Sequential):
     """3x3x3 convolution, group norm and GELU."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -90,7 +91,7 @@ class PromptExchange(nn.Module):
         return image + written, prompts
 
 
-class VolumeDecoder(nn.Module):
+class VolumeDecoder(GradientCheckpointingLayer):
     """Scores (B, K + 1, D, H, W) from levels and prompts; channel 0 is the background.
 
     Args:
