@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from inlay.adapters.file import read_adapter
     from inlay.adapters.hub.repository import pull_adapter, push_adapter
     from inlay.adapters.load import load_adapter
+    from inlay.adapters.precision import set_precision
     from inlay.adapters.save import save_adapter
     from inlay.bases.batch_norm import freeze_statistics
     from inlay.bases.diffusion.sites import pipeline_targets
@@ -227,6 +228,7 @@ _MODULE_OF = {
     "save_pruned": "compress.prune.save",
     "scan_sensitivity": "compress.prune.scan",
     "segment": "tasks.volumes.segment",
+    "set_precision": "adapters.precision",
     "tune": "study.tune.run",
     "write_report": "combine.heatmap",
 }
@@ -343,6 +345,7 @@ __all__ = [
     "save_pruned",
     "scan_sensitivity",
     "segment",
+    "set_precision",
     "tune",
     "write_report",
 ]

@@ -31,9 +31,10 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from inlay import METHODS, ImageTask, TrainConfig, evaluate, export, load_exported, quantize, save_adapter
 from inlay.adapters.tables import make_table
+from inlay.bases.cpu import name_cpu
 from inlay.bases.load import list_builtin_bases
 from inlay.compress.card import PROBE_HEADER, format_probe
-from inlay.compress.probe import name_cpu, time_by_turns
+from inlay.compress.probe import time_by_turns
 from inlay.compress.quantize import (
     Workshop,
     choose_modes,

@@ -1,16 +1,18 @@
 """CPU time and memory of volumetric SAM beside the published architecture in its plain form, both with random weights.
 
-    python tests/benchmarks/spatial_speed.py [--edge 128] [--rounds 1] [--threads 2]
+    python tests/benchmarks/spatial_speed.py [--edge 128] [--repeats 1] [--threads 1]
 
 SAM ViT-B, a crop of edge³ voxels, two classes. Each row is a process of its own, rows take turns:
 
     plain       3DSAM-adapter as published: 512 slices enlarged, attention with a bias and a mask, its decoder
     reference   the same encoder from `SpatialAdapterConfig(reference=True)`, the folds of this package, our decoder
-    default     what this package does by default
+    default     what this package does by default, with two rounds of clicks in a training step
+    bf16        the same as `inlay segment --dtype auto` computes, or as a recipe trains with `--precision bf16`
 
-Inference is one forward without gradients; the second of `click` is a further click on the encoded volume. A training
-step is forward, backward and AdamW; `plain` has its activations checkpointed per block at 128³, as it would need more
-than this machine has otherwise. Memory is the peak resident size above that of the loaded model.
+Inference is one forward without gradients; `click` is a further click on the encoded volume. A training step is
+forward, backward and AdamW, with gradient checkpointing: ours as `--gradient_checkpointing` switches it on, and in
+`plain` blocks, heads and last convolutions of the decoder. `plain` answers once in a step, ours three times. Memory is
+the peak resident size above that of the loaded model; `plan` is the peak that `plan_memory` predicts, weights included.
 """
 
 import argparse
@@ -26,7 +28,7 @@ import time
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "spatial_speed.json"
-WAYS = ("plain", "reference", "default")
+WAYS = ("plain", "default", "bf16")
 
 
 def new_model(way, edge):
@@ -40,7 +42,8 @@ def new_model(way, edge):
     torch.manual_seed(0)
     config = SamConfig(vision_config={"initializer_range": 0.02})
     model = SamModel(config).requires_grad_(False)
-    own = SpatialAdapterConfig(classes=["a", "b"], reference=way != "default", rounds=1, depth_rows=edge // 4)
+    published = way in ("plain", "reference")
+    own = SpatialAdapterConfig(classes=["a", "b"], reference=published, depth_rows=edge // 4)
     return get_peft_model(model, own), own
 
 
@@ -58,6 +61,7 @@ class PublishedDecoder:
         self.last = nn.Sequential(convolution(513, 128), nn.Conv3d(128, classes + 1, 3, padding=1))
         self.attention = nn.MultiheadAttention(256, 8, batch_first=True)
         self.queries = nn.Parameter(torch.randn(1, 10, 256))
+        self.recompute = lambda module, x: module(x)
 
     def parameters(self):
         """All of them."""
@@ -71,10 +75,11 @@ class PublishedDecoder:
         image = levels[-1].flatten(2).transpose(1, 2)
         prompted = image + self.attention(image, self.queries, self.queries, need_weights=False)[0]
         levels = [*levels[:-1], prompted.transpose(1, 2).view_as(levels[-1])]
-        up = [F.interpolate(h(x), scale_factor=2, mode="trilinear") for h, x in zip(self.heads, levels, strict=True)]
+        found = [self.recompute(head, x) for head, x in zip(self.heads, levels, strict=True)]
+        up = [F.interpolate(x, scale_factor=2, mode="trilinear") for x in found]
         size = up[0].shape[2:]
         x = torch.cat([*up, F.interpolate(volume, size=size, mode="trilinear")], dim=1)
-        return F.interpolate(self.last(x), size=volume.shape[2:], mode="trilinear")
+        return F.interpolate(self.recompute(self.last, x), size=volume.shape[2:], mode="trilinear")
 
 
 class Peak(threading.Thread):
@@ -114,6 +119,7 @@ def run(way, task, edge, threads):
     from torch.utils.checkpoint import checkpoint
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
+    from inlay.measure.memory import plan_memory
     from inlay.methods.spatial.sam import dice_cross_entropy
     from inlay.train.launch import enable_checkpointing
     from methods import volumes as published
@@ -124,28 +130,39 @@ def run(way, task, edge, threads):
     labels = (volume[:, 0] > 1).long() + (volume[:, 0] > 2).long()
     encoder = model.get_base_model().vision_encoder
     parts, decoder = encoder.inlay_spatial3d_encoder["default"], PublishedDecoder(2)
-    if task == "train" and (way != "plain" or edge > 64):
+    rows = {}
+    if task == "train":
+        model.train()
+        if way != "plain":
+            precision = "bf16" if way == "bf16" else "no"
+            batch = {"pixel_values": volume, "labels": labels}
+            planned = plan_memory(model, batch, gradient_checkpointing=True, precision=precision)
+            rows["plan_gb"] = planned.peak / 1e9
         enable_checkpointing(model)
         block = published.published_block
         published.published_block = lambda *a, **k: checkpoint(block, *a, use_reentrant=False, **k)
+        decoder.recompute = lambda *a: checkpoint(*a, use_reentrant=False)
+    elif way == "bf16":
+        model.to(torch.bfloat16)
 
     def plain():
         return decoder(published.published_levels(encoder, parts, config, volume), volume)
 
-    rows = {}
     peak, begun = Peak(), cpu_seconds()
     if task == "train":
-        parameters = [p for p in model.parameters() if p.requires_grad] + decoder.parameters()
-        optimizer = torch.optim.AdamW(parameters)
-        model.train()
-        loss = dice_cross_entropy(plain(), labels) if way == "plain" else model(pixel_values=volume, labels=labels).loss
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters + decoder.parameters() if way == "plain" else parameters)
+        with torch.autocast("cpu", torch.bfloat16, enabled=way == "bf16"):
+            output = None if way == "plain" else model(pixel_values=volume, labels=labels)
+        loss = dice_cross_entropy(plain(), labels) if output is None else output.loss
         loss.backward()
         optimizer.step()
     else:
         model.eval()
         point = torch.tensor([[[edge / 2] * 3]])
         with torch.inference_mode():
-            output = plain() if way == "plain" else model(pixel_values=volume, input_points=point)
+            pixels = volume.to(next(model.parameters()).dtype)
+            output = plain() if way == "plain" else model(pixel_values=pixels, input_points=point)
             if way != "plain":
                 rows["cpu_s"], begun = cpu_seconds() - begun, cpu_seconds()
                 model(image_embeddings=output.image_embeddings, input_points=point, input_masks=output.logits)
@@ -156,11 +173,11 @@ def run(way, task, edge, threads):
 
 
 def main():
-    """All rows, by turns, and their ratios."""
+    """All rows, by turns; the results are written after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--edge", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tasks", nargs="+", default=["infer", "train"])
     parser.add_argument("--ways", nargs="+", default=list(WAYS))
     parser.add_argument("--one", nargs=2, help="internal: way and task")
@@ -171,8 +188,10 @@ def main():
     import torch
     import transformers
 
-    rows = {}
-    for _ in range(args.rounds):
+    from inlay.bases.cpu import list_cpu_flags, name_cpu
+
+    path, found = RESULTS.with_stem(f"{RESULTS.stem}_{args.edge}"), {}
+    for _ in range(args.repeats):
         for task in args.tasks:
             for way in args.ways:
                 command = [sys.executable, __file__, "--one", way, task, "--edge", str(args.edge)]
@@ -180,28 +199,28 @@ def main():
                 if done.returncode:
                     print(f"{task} {way}: failed ({(done.stderr.strip().splitlines() or ['killed'])[-1]})")
                     continue
-                rows.setdefault(f"{task} {way}", []).append(json.loads(done.stdout.splitlines()[-1]))
-                print(task, way, rows[f"{task} {way}"][-1], flush=True)
-    medians = {
-        name: {key: round(statistics.median(row[key] for row in found), 3) for key in found[0]}
-        for name, found in rows.items()
-    }
-    result = {
-        "edge": args.edge,
-        "threads": args.threads,
-        "rounds": args.rounds,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "rows": medians,
-        "all": rows,
-    }
-    path = RESULTS.with_stem(f"{RESULTS.stem}_{args.edge}")
-    stored = json.loads(path.read_text()) if path.is_file() else {}
-    result["rows"] = {**stored.get("rows", {}), **medians}
-    result["all"] = {**stored.get("all", {}), **rows}
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(medians, indent=2))
+                found.setdefault(f"{task} {way}", []).append(json.loads(done.stdout.splitlines()[-1]))
+                print(task, way, found[f"{task} {way}"][-1], flush=True)
+                rows = {
+                    name: {key: round(statistics.median(row[key] for row in each), 3) for key in each[0]}
+                    for name, each in found.items()
+                }
+                result = {
+                    "edge": args.edge,
+                    "threads": args.threads,
+                    "repeats": args.repeats,
+                    "cpu": name_cpu(),
+                    "bfloat16": sorted(list_cpu_flags() & {"avx512_bf16", "amx_bf16"}),
+                    "cores": os.cpu_count(),
+                    "load_average": round(os.getloadavg()[0], 1),
+                    "date": time.strftime("%Y-%m-%d"),
+                    "python": platform.python_version(),
+                    "torch": torch.__version__,
+                    "transformers": transformers.__version__,
+                    "rows": rows,
+                    "all": found,
+                }
+                path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -75,9 +75,31 @@ def test_index_lists_good_and_broken_adapters(capsys, monkeypatch, tmp_path, dig
     assert "[good](good)" in (tmp_path / "README.md").read_text()
 
 
-def test_doctor_tries_what_it_reports(capsys, monkeypatch):
+def test_dtype_auto_is_said_on_standard_error_and_is_not_the_default(capsys, monkeypatch, digits_adapter, pictures):
+    monkeypatch.setattr("inlay.adapters.precision.choose_dtype", lambda device: ("bfloat16", "this CPU is fast in it"))
+    command = ("predict", digits_adapter, pictures, "--top", 1, "--device", "cpu", "--json")
+    answers = {}
+    for asked in ((), ("--dtype", "float32"), ("--dtype", "auto"), ("--dtype", "bfloat16", "--merge")):
+        status, out, err = run(capsys, monkeypatch, *command, *asked)
+        answers[" ".join(asked)] = json.loads(out)
+        assert status == 0 and (" computes in " in err) == bool(asked)
+        assert ("computes in bfloat16" in err) == ("auto" in asked or "bfloat16" in asked)
+    assert "this CPU is fast in it" in run(capsys, monkeypatch, *command, "--dtype", "auto")[2]
+    assert answers[""] == answers["--dtype float32"] != answers["--dtype auto"]
+    for whole, halved, merged in zip(
+        *(answers[k] for k in ("", "--dtype auto", "--dtype bfloat16 --merge")), strict=True
+    ):
+        assert whole["probabilities"] == pytest.approx(halved["probabilities"], abs=0.05)
+        assert whole["probabilities"] == pytest.approx(merged["probabilities"], abs=0.05)
+    status, out, err = run(capsys, monkeypatch, *command, "--dtype", "half")
+    assert status == 2 and out == "" and "half" in err
+
+
+def test_doctor_tries_what_it_reports(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("inlay.bases.bfloat16.speedup_file", lambda: tmp_path / "bfloat16.json")
     status, out, _ = run(capsys, monkeypatch, "doctor", "--json")
     findings = {f["what"]: f for f in json.loads(out)}
+    assert (tmp_path / "bfloat16.json").is_file() and "--dtype auto takes " in findings["bf16"]["remark"]
     assert status == 0
     assert findings["torch"]["works"] and "builtin:vit-tiny" in findings["embedded bases"]["remark"]
     assert isinstance(findings["bf16"]["works"], bool) and isinstance(findings["8-bit base"]["works"], bool)

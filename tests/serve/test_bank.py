@@ -34,6 +34,29 @@ def test_a_base_in_eight_bits(loras):
         assert (found[i, : len(want)] - want).abs().max() < 0.05 * want.abs().max()
 
 
+def test_a_base_in_bfloat16_where_it_pays(loras, monkeypatch):
+    monkeypatch.setattr("inlay.serve.bank.choose_dtype", lambda device: ("bfloat16", "it is fast here"))
+    bank = Bank(VIT, loras, dtype="auto", device="cpu")
+    assert next(bank.model.parameters()).dtype == torch.bfloat16
+    expected = Bank(VIT, loras, device="cpu")(pixels(), MIXED).logits
+    inputs = {"pixel_values": pixels()["pixel_values"].bfloat16()}
+    found, known = bank(inputs, MIXED).logits.float(), expected.isfinite()
+    assert torch.equal(found.isfinite(), known)
+    assert (found - expected)[known].abs().max() < 0.1 * expected[known].abs().max()
+
+
+def test_a_base_in_float32_where_an_adapter_does_not_hold_in_bfloat16(loras, monkeypatch):
+    monkeypatch.setattr("inlay.serve.bank.choose_dtype", lambda device: ("bfloat16", "it is fast here"))
+    monkeypatch.setitem(golden.TOLERANCE, "bfloat16", 1e-6)
+    bank = Bank(VIT, loras, dtype="auto", device="cpu")
+    assert next(bank.model.parameters()).dtype == torch.float32
+    assert torch.equal(bank(pixels(), MIXED).logits, Bank(VIT, loras, device="cpu")(pixels(), MIXED).logits)
+    with pytest.raises(InlayError, match="its output differs by"):
+        Bank(VIT, loras, dtype="bfloat16", device="cpu")
+    with pytest.raises(InlayError, match="leave device and dtype out"):
+        Bank(load_base(VIT), loras, dtype="auto")
+
+
 def test_adapters_come_are_replaced_and_go(loras, tmp_path):
     folder = Path(shutil.copytree(loras, tmp_path / "bank"))
     bank = Bank(VIT)

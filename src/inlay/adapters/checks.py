@@ -66,6 +66,7 @@ class Candidate:
         file: From the check of the record on.
         weights: From that of the weights on.
         base_name: From that of the base on.
+        output: The golden output as it is found; None if none was computed.
         deviation: Relative difference to the golden output; None if there is none.
         tolerance: The largest that is allowed.
     """
@@ -76,6 +77,7 @@ class Candidate:
     file: AdapterFile = field(init=False, repr=False)
     weights: dict[str, torch.Tensor] = field(init=False, repr=False)
     base_name: str = ""
+    output: list[float] | None = None
     deviation: float | None = None
     tolerance: float = 0.0
 
@@ -209,7 +211,7 @@ def _check_golden(candidate: Candidate) -> Result:
     if processor is None:
         return "not recorded"
     try:
-        found = host.golden_output(file, processor)
+        found = candidate.output = host.golden_output(file, processor)
     except Exception as error:  # settings from anywhere let a model or a processor fail in any way
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise DamagedFile(f"adapter {file.name!r} loads, but fails on its first input: {reason}") from error

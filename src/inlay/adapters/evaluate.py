@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from inlay.adapters.file import AdapterFile, expand_path, read_adapter
 from inlay.adapters.load import LoadedAdapter, load_adapter
 from inlay.adapters.notes import check_writable, write_note
@@ -80,10 +82,18 @@ def evaluate(
     # A model without an adapter has nothing to be compared with.
     request = replace(request, training=Training.from_metrics(loaded.metrics), compare=compare and file is not None)
     found = loaded.task.evaluate(loaded, str(data), request)
-    found = replace(found, notes=[*found.notes, *interval_note(found.count, found.unit)])
+    notes = [*found.notes, *interval_note(found.count, found.unit), *_note_precision(loaded.model)]
+    found = replace(found, notes=notes)
     if write and file is not None:
         write_evaluation(file.folder, found)
     return found
+
+
+def _note_precision(model: Any) -> list[str]:
+    """A sentence where scores are not those of float32, from which they may differ in the last digits."""
+    precision = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    name = str(precision).removeprefix("torch.")
+    return [] if name == "float32" else [f"Computed in {name}: in float32 the scores may differ in their last digits."]
 
 
 def write_evaluation(folder: str | Path, evaluation: Evaluation) -> None:

@@ -54,6 +54,7 @@ class LoadedAdapter:
         file: What was read from disk.
         verified: True if base, tensors and golden output were checked; False for a folder that only peft has written.
         deviation: Relative difference to the golden output; None if there is none.
+        output: The golden output as it was found; None if none was computed.
     """
 
     model: PeftModel | PreTrainedModel
@@ -63,6 +64,7 @@ class LoadedAdapter:
     file: AdapterFile
     verified: bool
     deviation: float | None
+    output: list[float] | None = field(default=None, repr=False)
     _unmerge: Callable[[], PeftModel] | None = field(default=None, repr=False)
 
     @property
@@ -157,7 +159,9 @@ def load_adapter(
         raise
     file, model, task = candidate.file, host.model, host.task
     labels = task.labels(host.base, model.active_peft_config) if task.classifies else list(file.labels)
-    return LoadedAdapter(model, task, host.processor, labels, file, bool(file.record), candidate.deviation)
+    return LoadedAdapter(
+        model, task, host.processor, labels, file, bool(file.record), candidate.deviation, candidate.output
+    )
 
 
 class OwnBase:

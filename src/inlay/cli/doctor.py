@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -92,21 +91,21 @@ def _try_feature(what: str, trial: Callable[[], str]) -> Finding:
 
 
 def _time_bf16() -> str:
-    """Time a matrix product in bf16 and float32: a CPU without bf16 units emulates bf16 slowly."""
+    """Time a matrix product in bf16 and float32: a CPU without bf16 units emulates bf16 slowly.
+
+    The result of a CPU is kept, and is what `--dtype auto` goes by.
+    """
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(768, 768, device=device, dtype=dtype)
-        a @ a
-        begun, runs = time.perf_counter(), 0
-        while time.perf_counter() - begun < 0.2:
-            (a @ a).sum().item()
-            runs += 1
-        seconds[dtype] = (time.perf_counter() - begun) / runs
-    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
-    return f"{ratio:.2g} times the speed of float32 on {device}" + ("" if ratio > 0.9 else ": use --precision no here")
+    from inlay.bases.bfloat16 import choose_dtype, find_cpu_speedup, list_bfloat16_instructions, time_bfloat16
+
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    ratio = time_bfloat16(device) if gpu else find_cpu_speedup(fresh=True)
+    flags = [] if gpu else list_bfloat16_instructions()
+    remark = f"{ratio:.2g} times the speed of float32 on {device}" + (f" ({', '.join(flags)})" if flags else "")
+    remark += f"; --dtype auto takes {choose_dtype(device)[0]}"
+    return remark + ("" if ratio > 0.9 else "; use --precision no here")
 
 
 def _find_fp16() -> Finding:

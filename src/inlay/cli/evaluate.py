@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from inlay.cli.models import find_task, is_adapter, load_adapter_or_model
-from inlay.cli.show import BaseOption, DeviceOption, JsonOption, ModelArgument, printable
+from inlay.cli.show import BaseOption, DeviceOption, DtypeOption, JsonOption, ModelArgument, printable
 from inlay.errors import Unsupported
 from inlay.files.outputs import check_output_file
 
@@ -29,6 +29,7 @@ def evaluate(
     ] = None,
     base: BaseOption = None,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="Do not score the base as well: half of the work.")
     ] = False,
@@ -61,18 +62,19 @@ def evaluate(
 
     if matrix is not None:
         _check_classifies(adapter)
-    model = None if is_adapter(adapter) else load_adapter_or_model(adapter, base, device)
+    read_here = dtype is not None or not is_adapter(adapter)
+    loaded = load_adapter_or_model(adapter, base, device, dtype) if read_here else None
     found = score(
-        model or adapter,
+        loaded or adapter,
         data,
-        base=base,
+        base=None if loaded else base,
         split=split,  # type: ignore[arg-type]
         limit=limit,
         compare=not adapter_only,
         group=group,
         encoder=encoder,
         write=write,
-        device=None if model else device,
+        device=None if loaded else device,
     )
     if as_json:
         print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))

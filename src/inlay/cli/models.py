@@ -1,5 +1,6 @@
 """What the verbs `predict` and `evaluate` take: an adapter or a model, which may be an exported one."""
 
+import sys
 from typing import Any
 
 from inlay.errors import BadInput
@@ -35,16 +36,31 @@ def find_task(name: str) -> Task:
     return read_task(name)
 
 
-def load_adapter_or_model(name: str, base: str | None, device: str | None, *, merge: bool = False) -> Any:
-    """An adapter on its base, or a model.
+def load_adapter_in(name: str, base: str | None, device: str | None, dtype: str | None, *, merge: bool = False) -> Any:
+    """An adapter on its base, or merged into it; says on standard error in what it computes, if `dtype` asks for it.
 
     Raises:
-        InlayError: What `load_adapter`, `load_source` or `load_exported` says; an option that a model has no use for.
+        InlayError: What `load_adapter`, `merge` or `set_precision` says.
+    """
+    from inlay.adapters.load import load_adapter
+
+    # Of a large base there may be room for the type that was asked for only; merging needs float32.
+    whole: Any = "float32" if merge or dtype in (None, "auto") else dtype
+    loaded = load_adapter(name, base, dtype=whole, device=device)
+    return _set_precision(loaded.merge() if merge else loaded, dtype)
+
+
+def load_adapter_or_model(
+    name: str, base: str | None, device: str | None, dtype: str | None, *, merge: bool = False
+) -> Any:
+    """As `load_adapter_in`, or a model.
+
+    Raises:
+        InlayError: What `load_adapter_in`, `load_source` or `load_exported` says; an option that a model has no use
+            for.
     """
     if is_adapter(name):
-        from inlay.adapters.load import load_adapter
-
-        return load_adapter(name, base, device=device)
+        return load_adapter_in(name, base, device, dtype, merge=merge)
     asked = {"--base": base is not None, "--merge": merge}
     if named := [option for option, given in asked.items() if given]:
         raise BadInput(f"{name} is a model: it needs no base and has no adapter to merge; leave {named[0]} out.")
@@ -53,6 +69,8 @@ def load_adapter_or_model(name: str, base: str | None, device: str | None, *, me
     if is_exported(name):
         if device not in (None, "cpu"):
             raise BadInput(f"{name} is an exported model, which computes on the CPU; leave --device out.")
+        if dtype is not None:
+            raise BadInput(f"{name} is an exported model, which computes as it was exported; leave --dtype out.")
         from inlay.compress.load import load_exported
 
         return load_exported(name)
@@ -61,4 +79,12 @@ def load_adapter_or_model(name: str, base: str | None, device: str | None, *, me
 
     source = load_source(name)
     source.model.to(choose_device(device))
-    return source
+    return _set_precision(source, dtype)
+
+
+def _set_precision(loaded: Any, dtype: Any) -> Any:
+    if dtype is not None:
+        from inlay.adapters.precision import set_precision
+
+        print(f"{loaded.name} {set_precision(loaded, dtype)}", file=sys.stderr)
+    return loaded

@@ -7,14 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from inlay.cli.show import BaseOption, DeviceOption, JsonOption, ModelArgument
+from inlay.cli.show import BaseOption, DeviceOption, DtypeOption, JsonOption, ModelArgument
 from inlay.errors import BadInput
 from inlay.tasks import TASKS
 from inlay.tasks.task import Option, Task
 
 DOC = "Run an adapter or a model on inputs of its task."
 _FLAGS = ("--merge", "--json", "--help")
-_COMMON = (*_FLAGS, "--base", "--device")
+_COMMON = (*_FLAGS, "--base", "--device", "--dtype")
 
 
 def predict(context: typer.Context) -> None:
@@ -77,12 +77,13 @@ def _build_command(task: Task | None) -> Any:
         inputs: list[str],
         base: str | None,
         device: str | None,
+        dtype: str | None,
         merge: bool,
         as_json: bool,
         **options: Any,
     ) -> None:
         if task is not None:
-            _run_task(task, adapter, inputs, base, device, merge, as_json, options)
+            _run_task(task, adapter, inputs, base, device, dtype, merge, as_json, options)
 
     what = task.inputs if task else "; or ".join(dict.fromkeys(one.inputs for one in TASKS.values()))
     inputs = Annotated[list[str], typer.Argument(metavar="INPUT...", help=f"{what[0].upper()}{what[1:]}.")]
@@ -92,6 +93,7 @@ def _build_command(task: Task | None) -> Any:
         _make_parameter("inputs", inputs),
         _make_parameter("base", BaseOption, None),
         _make_parameter("device", DeviceOption, None),
+        _make_parameter("dtype", DtypeOption, None),
         _make_parameter("merge", merges, False),
         _make_parameter("as_json", JsonOption, False),
     ]
@@ -126,6 +128,7 @@ def _run_task(
     inputs: list[str],
     base: str | None,
     device: str | None,
+    dtype: str | None,
     merge: bool,
     as_json: bool,
     options: Mapping[str, Any],
@@ -133,6 +136,5 @@ def _run_task(
     answer = task.prepare(inputs, options)  # checks the inputs before the model is loaded
     from inlay.cli.models import load_adapter_or_model
 
-    loaded: Any = load_adapter_or_model(adapter, base, device, merge=merge)
-    result = answer(loaded.merge() if merge else loaded)
+    result = answer(load_adapter_or_model(adapter, base, device, dtype, merge=merge))
     print(json.dumps(result.facts, indent=2, ensure_ascii=False) if as_json else "\n".join(result.lines))

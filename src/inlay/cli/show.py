@@ -1,7 +1,7 @@
 """Options that the verbs of the `inlay` command share, and the printing of facts."""
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,14 @@ BaseOption = Annotated[
 ]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...; default: the best that this machine has.")
+]
+DtypeOption = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"] | None,
+    typer.Option(
+        "--dtype",
+        help="Compute in this type of number; auto: bfloat16 where it is faster here and the adapter's golden output "
+        "allows it; default: float32.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from inlay.cli.show import AdapterArgument, BaseOption, DeviceOption, JsonOption
+from inlay.cli.models import load_adapter_in
+from inlay.cli.show import AdapterArgument, BaseOption, DeviceOption, DtypeOption, JsonOption
 from inlay.errors import BadInput
 
 
@@ -27,6 +28,7 @@ def segment(
     ] = None,
     base: BaseOption = None,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
     overlap: Annotated[float, typer.Option(help="Share of a window that the next one covers too.")] = 0.5,
     batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 1,
     flips: Annotated[
@@ -42,7 +44,6 @@ def segment(
     Voxels are counted from 0 along the file's own axes, as nibabel indexes them. A label is a class's number in the
     mask, or its name.
     """
-    from inlay.adapters.load import load_adapter
     from inlay.tasks.volumes.montage import IMAGES, draw_montage
     from inlay.tasks.volumes.segment import MASKS, check_output
     from inlay.tasks.volumes.segment import segment as find
@@ -54,7 +55,7 @@ def segment(
     points = [_place(text, 3) for text in point or []] + [[*_place(text, 3)[:3], 0] for text in negative or []]
     boxes = [_place(text, 6) for text in box or []]
     found = find(
-        load_adapter(adapter, base, device=device), scan, points=points, boxes=boxes, overlap=overlap,
+        load_adapter_in(adapter, base, device, dtype), scan, points=points, boxes=boxes, overlap=overlap,
         batch_size=batch_size, flips=flips, largest=largest,
     )  # fmt: skip
     facts: dict[str, Any] = {"mask": str(found.save(out))}

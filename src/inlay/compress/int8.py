@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from inlay.bases.cpu import list_cpu_flags
 from inlay.compress.graph import GRAPH, LARGE_BYTES
 
 _AT_ONCE = 8  # examples whose activations are held while their histograms are made
@@ -133,11 +134,8 @@ def _make_reader(examples: Sequence[dict[str, Tensor]]) -> Any:
 
 def has_vnni() -> bool:
     """Whether this CPU multiplies 8 bits without overflow; True where it does not say."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
-    except OSError:
-        return True
-    return "avx2" not in flags or "avx512_vnni" in flags or "avx_vnni" in flags
+    flags = list_cpu_flags()
+    return "avx2" not in flags or not flags.isdisjoint(("avx512_vnni", "avx_vnni"))
 
 
 def _is_large(graph: Path) -> bool:

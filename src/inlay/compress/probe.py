@@ -1,11 +1,9 @@
 """What a mode costs and keeps, measured on this machine and this model before anything is chosen."""
 
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,12 +134,3 @@ def collect_answers(task: Task, model: nn.Module, batches: Sequence[dict[str, Te
 
 def _place(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return place_inputs(inputs, next(p for p in model.parameters() if p.is_floating_point()))
-
-
-def name_cpu() -> str:
-    """The model of this machine's CPU, as the system names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.bases.cpu import name_cpu
 from inlay.compress.card import PROBE_HEADER, describe_conditions, format_probe
 from inlay.compress.export import Exported, check_export_folder, export_source, write_export
 from inlay.compress.graph import Graph, GraphModel, complete_inputs, import_runtime
 from inlay.compress.int8 import INT8_MODES, count_calibrated, has_vnni, prepare_graph, quantize_graph
-from inlay.compress.probe import PASSES, TURNS, Answers, Row, collect_answers, name_cpu, time_by_turns
+from inlay.compress.probe import PASSES, TURNS, Answers, Row, collect_answers, time_by_turns
 from inlay.compress.source import Source, load_source
 from inlay.compress.torch_modes import TORCH_MODES, TORCHAO, check_torch_mode, convert_in_torch
 from inlay.errors import BadInput, ComputationFailed, Unsupported

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -28,9 +28,10 @@ from inlay.adapters.hub.fetch import fetch
 from inlay.adapters.identity import Identity, identify_base
 from inlay.adapters.load import check_given_base
 from inlay.adapters.task import find_task_of_file
+from inlay.bases.bfloat16 import choose_dtype
 from inlay.bases.device import Device, choose_device
-from inlay.bases.load import find_head, read_config, resolve_base
-from inlay.errors import BadInput, InlayError, Unsupported
+from inlay.bases.load import Dtype, find_head, read_config, resolve_base
+from inlay.errors import BadInput, DamagedFile, InlayError, Unsupported
 from inlay.methods._peft import put_layers_back, remove_all_adapters, take_layers_out, undo_layer_changes
 from inlay.serve.bank_layer import BankLayer, Rows, Site, Stacks
 from inlay.serve.prompt import TABLE, PromptStacks, is_cached_prefix, shift_positions, split_cached_prefix
@@ -63,6 +64,7 @@ class Bank:
         budget_mb: float | None = None,
         check_golden: bool = True,
         device: Device | None = None,
+        dtype: Dtype | Literal["auto"] = "float32",
     ) -> None:
         """Prepare a base for the adapters in a folder, at a list of paths and Hub ids, or by names of your own.
 
@@ -78,23 +80,39 @@ class Bank:
                 before (`inlay info --verify`).
             device: Such as "cpu" or "cuda:1"; default: the best that this machine has. A base that is given stays
                 where it is.
+            dtype: Of a base that is given by name. "auto": bfloat16 where the device is faster in it and all adapters
+                that are read now meet their golden output in it, else float32. The stacks are float32 always.
 
         Raises:
             InlayError: A folder without adapters, two of one name, or what `add` says.
         """
-        if isinstance(base, nn.Module) and device is not None:
-            raise BadInput("the base is a model already: move it with base.to(device) and leave device out.")
+        if isinstance(base, nn.Module) and (device is not None or dtype != "float32"):
+            raise BadInput("the base is a model already: move it with base.to(...) and leave device and dtype out.")
         self._paths = _name_adapters(adapters)
-        if isinstance(base, nn.Module):
-            self._lacks_head = False
-        else:
-            base = _load_base_of(base, self._paths, choose_device(device))
-            self._lacks_head = bool(base.new_head)
-        self.model = check_given_base(base).eval()
         if budget_mb is not None and not budget_mb > 0:
             raise BadInput(f"budget_mb must be positive, got {budget_mb}.")
         self.check_golden = check_golden
         self.budget = None if budget_mb is None else int(budget_mb * 1e6)
+        if isinstance(base, nn.Module):
+            self._start(base, lacks_head=False)
+            return
+        where = choose_device(device)
+        chosen: Dtype = choose_dtype(where)[0] if dtype == "auto" else dtype
+        try:
+            self._load_and_start(base, where, chosen)
+        except DamagedFile:
+            if dtype != "auto" or chosen == "float32":
+                raise
+            self._load_and_start(base, where, "float32")
+
+    def _load_and_start(self, base: str | Path, device: torch.device, dtype: Dtype) -> None:
+        loaded = _load_base_of(base, self._paths, device, dtype)
+        self._start(loaded, lacks_head=bool(loaded.new_head))
+
+    def _start(self, base: PreTrainedModel, *, lacks_head: bool) -> None:
+        """Take this base, and read the adapters unless there is a budget."""
+        self._lacks_head = lacks_head
+        self.model = check_given_base(base).eval()
         self.files: dict[str, AdapterFile] = {}
         self.checks: dict[str, dict[str, Result]] = {}
         self._identity = identify_base(self.model)
@@ -526,18 +544,21 @@ class _OneRow(nn.Module):
         return self._ask(inputs)
 
 
-def _load_base_of(name: str | Path, adapters: Mapping[str, str | Path], device: torch.device) -> PreTrainedModel:
+def _load_base_of(
+    name: str | Path, adapters: Mapping[str, str | Path], device: torch.device, dtype: Dtype
+) -> PreTrainedModel:
     """The base of that name, for the task of the first adapter; with a new head if it was saved with another one."""
     first = next(iter(adapters.values()), None)
     if first is None:
-        return load_base(name, device=device)
+        return load_base(name, dtype=dtype, device=device)
     file, config = read_adapter(fetch(first)), read_config(str(name), resolve_base(str(name)), None)
     task = find_task_of_file(file, config)
     if not task.could_take_base(config):  # the comparison of bases says it better
-        return load_base(name, device=device)
+        return load_base(name, dtype=dtype, device=device)
     with_head = getattr(transformers, task.auto_class)._model_mapping[type(config)].__name__
     own_head = not task.classifies or with_head in (config.architectures or [])
-    return load_base(name, task=task.name, labels=None if own_head else file.labels or None, device=device)
+    labels = None if own_head else file.labels or None
+    return load_base(name, task=task.name, labels=labels, dtype=dtype, device=device)
 
 
 def _name_adapters(adapters: Any) -> dict[str, str | Path]:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 SPREAD = 2.0  # standard deviation of a click where the decoder sees it as a volume, in voxels
 
@@ -58,7 +59,7 @@ class PromptTensors(NamedTuple):
     previous: torch.Tensor | None = None
 
 
-class Convolution(nn.Sequential):
+class Convolution(GradientCheckpointingLayer, nn.Sequential):
     """3x3x3 convolution, group norm and GELU."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -90,7 +91,7 @@ class PromptExchange(nn.Module):
         return image + written, prompts
 
 
-class VolumeDecoder(nn.Module):
+class VolumeDecoder(GradientCheckpointingLayer):
     """Scores (B, K + 1, D, H, W) from levels and prompts; channel 0 is the background.
 
     Args:
@@ -165,14 +166,14 @@ class VolumeDecoder(nn.Module):
         else:
             mask = F.adaptive_avg_pool3d(previous.to(last.dtype), last.shape[2:])
         last = last + _map_channels(mask, self.previous.weight)
-        place = _encode_places(_token_places(last.shape[2:], last), channels)
+        place = _encode_places(_token_places(last.shape[2:], last.device), channels).to(last.dtype)
         tokens, absent = (
             [self.queries.expand(batch, -1, -1)],
             [last.new_zeros(batch, len(self.queries), dtype=torch.bool)],
         )
         for points, labels in self._prompt_places(prompts):
-            at = (points.to(last.dtype) + 0.5) / last.new_tensor(stride) - 0.5  # in tokens
-            tokens.append(_sample(last, at) + _encode_places(at, channels) + self.kinds(labels + 1))
+            at = (points.float() + 0.5) / points.new_tensor(stride, dtype=torch.float32) - 0.5  # in tokens
+            tokens.append(_sample(last, at) + _encode_places(at, channels).to(last.dtype) + self.kinds(labels + 1))
             absent.append(labels < 0)
         said, none = torch.cat(tokens, dim=1), torch.cat(absent, dim=1)
         image = last.flatten(2).transpose(1, 2)
@@ -192,12 +193,15 @@ class VolumeDecoder(nn.Module):
     def _draw_guides(
         self, prompts: PromptTensors, previous: torch.Tensor | None, volume: torch.Tensor, sizes: Sequence[int]
     ) -> list[torch.Tensor]:
-        """Clicks, boxes and the previous answer as volumes of `sizes`; `volume` has those of the voxels."""
+        """Clicks, boxes and the previous answer as volumes of `sizes`; `volume` has those of the voxels.
+
+        Places are float32 whatever the type of the volume: bfloat16 has no odd number over 256.
+        """
         batch, k = len(volume), self.classes
         clicks, boxes = volume.new_zeros(batch, k + 1, *sizes), volume.new_zeros(batch, k, *sizes)
         scale = [n / m for n, m in zip(volume.shape[2:], sizes, strict=True)]  # voxels
         axes = [
-            (torch.arange(m, device=volume.device, dtype=volume.dtype) + 0.5) * s - 0.5
+            (torch.arange(m, device=volume.device, dtype=torch.float32) + 0.5) * s - 0.5
             for m, s in zip(sizes, scale, strict=True)
         ]
         if prompts.points is not None and prompts.labels is not None:
@@ -205,16 +209,16 @@ class VolumeDecoder(nn.Module):
                 torch.exp(-0.5 * ((prompts.points[..., i, None] - axis) / SPREAD) ** 2) for i, axis in enumerate(axes)
             ]
             for label in range(k + 1):
-                said = prompts.labels.eq(label).to(volume.dtype)
+                said = prompts.labels.eq(label).float()
                 clicks[:, label] = torch.einsum("bn,bnd,bnh,bnw->bdhw", said, *near).clamp(max=1)
         if prompts.boxes is not None and prompts.box_labels is not None:
             low, high = prompts.boxes.split(3, dim=-1)
             inside = [
-                ((axis >= low[..., i, None] - s / 2) & (axis <= high[..., i, None] + s / 2)).to(volume.dtype)
+                ((axis >= low[..., i, None] - s / 2) & (axis <= high[..., i, None] + s / 2)).float()
                 for i, (axis, s) in enumerate(zip(axes, scale, strict=True))
             ]
             for label in range(1, k + 1):
-                said = prompts.box_labels.eq(label).to(volume.dtype)
+                said = prompts.box_labels.eq(label).float()
                 boxes[:, label - 1] = torch.einsum("bn,bnd,bnh,bnw->bdhw", said, *inside).clamp(max=1)
         mask = torch.zeros_like(clicks) if previous is None else F.adaptive_avg_pool3d(previous, sizes)
         return [clicks, boxes, mask]
@@ -245,9 +249,9 @@ def _extend(x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     return F.pad(x, (0, w, 0, h, 0, d), mode="replicate") if d or h or w else x
 
 
-def _token_places(sizes: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+def _token_places(sizes: Sequence[int], device: torch.device) -> torch.Tensor:
     """(D · H · W, 3): the place of every token."""
-    axes = [torch.arange(n, device=like.device, dtype=like.dtype) for n in sizes]
+    axes = [torch.arange(n, device=device, dtype=torch.float32) for n in sizes]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
 
 

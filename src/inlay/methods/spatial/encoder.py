@@ -10,13 +10,13 @@ arXiv:2103.14030. Tokens are (B, D, H, W, C), channels last.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from inlay.methods.spatial.attention import attend_in_windows, cut_windows, resize_table
 
@@ -57,7 +57,7 @@ class Bottleneck3d(nn.Module):
         return (self.act(h) if self.reference else h).to(x.dtype)
 
 
-class BlockParts(nn.Module):
+class BlockParts(GradientCheckpointingLayer):
     """What is trained in one block: the adapter, and how norms and relative positions differ from SAM's.
 
     Attributes:
@@ -174,7 +174,7 @@ def _resize_positions(table: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor
     return table.movedim(1, -1)[:, None]
 
 
-class Neck3d(nn.Module):
+class Neck3d(GradientCheckpointingLayer):
     """Tokens of one level as features: 1x1x1 convolution, norm, 3x3x3 convolution, norm."""
 
     def __init__(self, size: int, channels: int) -> None:
@@ -221,9 +221,7 @@ class EncoderParts(nn.Module):
         x = self.patches(volume, encoder, self.enlarge)
         levels: list[torch.Tensor] = []
         for i, (block, parts) in enumerate(zip(base.layers, self.blocks, strict=True)):
-            run = partial(parts, block=block)
-            checkpointing = getattr(block, "gradient_checkpointing", False) and block.training
-            x = block._gradient_checkpointing_func(run, x) if checkpointing else run(x)
+            x = parts(x, block)
             if i in self.ends:
                 levels.append(self.necks[len(levels)](x))
         return tuple(levels)

@@ -76,8 +76,8 @@ def _answer_prompts(model: Any, view: MaskView, picked: list[int]) -> list[dict[
     """A row for each object that was asked for: the image's place in the view, IoU, and the IoU that was predicted."""
     loss, weight, rows = MaskLoss(), next(p for p in model.parameters() if p.is_floating_point()), []
     for begin, batch in enumerate(DataLoader(Subset(view, picked), batch_size=AT_ONCE)):
-        batch = {
-            key: value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
+        batch = {  # prompts stay float32: bfloat16 has no odd number over 256
+            key: value.to(weight.device, weight.dtype if key == "pixel_values" else value.dtype)
             for key, value in batch.items()
         }
         output = loss(model, batch)

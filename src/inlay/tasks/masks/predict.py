@@ -75,17 +75,19 @@ def predict_masks(
     height, width = (int(length) for length in made["reshaped_input_sizes"][0])
     scale = torch.tensor([width / opened.width, height / opened.height])
 
-    def placed(values: Any) -> torch.Tensor:  # centres of pixels stay centres: x y, or x0 y0 x1 y1
+    # Centres of pixels stay centres: x y, or x0 y0 x1 y1. In float32 whatever the model's type: bfloat16 has no odd
+    # number over 256.
+    def placed(values: Any) -> torch.Tensor:
         tensor = torch.tensor(values, dtype=torch.float32)
         return (tensor + 0.5) * scale.repeat(tensor.shape[-1] // 2) - 0.5
 
     weight = next(p for p in adapter.model.parameters() if p.is_floating_point())
     inputs: dict[str, torch.Tensor] = {"pixel_values": made["pixel_values"].to(weight.device, weight.dtype)}
     if points or negatives:
-        inputs["input_points"] = placed([*points, *negatives])[None, None].to(weight.device, weight.dtype)  # 1 1 N 2
+        inputs["input_points"] = placed([*points, *negatives])[None, None].to(weight.device)  # 1 1 N 2
         inputs["input_labels"] = torch.tensor([[[1] * len(points) + [0] * len(negatives)]], device=weight.device)
     if boxes:
-        inputs["input_boxes"] = placed(boxes)[None].to(weight.device, weight.dtype)  # 1 P 4
+        inputs["input_boxes"] = placed(boxes)[None].to(weight.device)  # 1 P 4
     with torch.inference_mode():
         output = adapter.model(**inputs)
     scores, best = output.iou_scores[0].float().cpu().max(-1)  # P
