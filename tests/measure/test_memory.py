@@ -111,6 +111,7 @@ def test_the_update_is_the_peak_where_activations_are_small():
         ("lora", {"loss": NextToken(0.1)}),
         ("full", {}),
         ("full", {"optimizer": "adamw8bit", "accumulate": 8}),
+        ("full", {"ema": True}),
         ("bottleneck", {"loss": NextToken(), "precision": "bf16"}),
         ("prefix", {}),
         ("prompt", {"loss": NextToken()}),

@@ -65,7 +65,7 @@ def plan(
     labels: Annotated[int, typer.Option(help="Classes of an image classifier.")] = 10,
     dtype: Annotated[str, typer.Option(help="Dtype of the weights: float32, bfloat16 or float16.")] = "float32",
     quantize: Annotated[str | None, typer.Option(help="Hold the frozen base in 8bit or 4bit.")] = None,
-    optimizer: Annotated[str, typer.Option(help="adamw or adamw8bit.")] = "adamw",
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit, paged_adamw or paged_adamw8bit.")] = "adamw",
     precision: Annotated[str, typer.Option(help="Mixed precision: no, bf16 or fp16.")] = "no",
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations in the backward pass.")

@@ -25,7 +25,7 @@ from inlay.train.config import TrainConfig
 from inlay.train.evaluation import set_train_mode
 from inlay.train.launch import disable_checkpointing, enable_checkpointing
 
-Optimizer = Literal["adamw", "adamw8bit"]
+Optimizer = Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
 Precision = Literal["no", "bf16", "fp16"]
 Loss = Callable[[nn.Module, dict[str, Tensor]], Any]
 
@@ -38,7 +38,7 @@ class MemoryPlan:
         base: Frozen weights and buffers, including the scales of quantised weights.
         adapter: Trainable weights, including a new head.
         gradients: Gradients of the trainable weights.
-        optimizer: The two moments of the optimiser.
+        optimizer: The two moments of the optimiser, and the moving average of the weights where there is one.
         activations: The rest of the peak: the batch, tensors kept for the backward pass, and temporary tensors.
         peak: The largest number of bytes alive at one time.
         available: Memory of the device; None if this machine does not have it.
@@ -64,7 +64,10 @@ class MemoryPlan:
         return None if self.available is None else self.peak <= self.available
 
     def __str__(self) -> str:
-        name = {"adamw": "AdamW", "adamw8bit": "8-bit AdamW"}[self.optimizer_name]
+        name = ("paged " if "paged" in self.optimizer_name else "") + (
+            "8-bit " if "8bit" in self.optimizer_name else ""
+        )
+        name += "AdamW"
         parts = {"base": self.base, "adapter": self.adapter, "gradients": self.gradients, name: self.optimizer}
         text = " + ".join(f"{part} {format_bytes(size)}" for part, size in parts.items())
         text += f" + activations {format_bytes(self.activations)} (batch {self.batch}) = {format_bytes(self.peak)}"
@@ -89,6 +92,7 @@ def plan_memory(
     accumulate: int = 1,
     gradient_checkpointing: bool = False,
     precision: Precision = "no",
+    ema: bool = False,
     loss: Loss | None = None,
     device: str | torch.device | None = None,
 ) -> MemoryPlan:
@@ -109,10 +113,11 @@ def plan_memory(
             DistributedDataParallel.
         batch: The batch of one optimiser step, with labels. Shapes and types are used, and the values of integers if a
             step reads them (`NextToken` reads its labels). If none are read, meta tensors suffice.
-        optimizer: As in TrainConfig, like the next three.
+        optimizer: As in TrainConfig, like the next three. The moments of a paged one count, though they may move out.
         accumulate: Pieces in which the batch is computed. Only the first two are followed, as the others repeat them.
         gradient_checkpointing: Recompute blocks in the backward pass.
         precision: Mixed precision.
+        ema: The run has a moving average of the trained weights.
         loss: As passed to `fit`; default: the loss that the model returns.
         device: Device of the training; default: that of the model, or for a model on meta a GPU if there is one.
 
@@ -142,6 +147,7 @@ def plan_memory(
         trained = [parameter for parameter in fake.parameters() if parameter.grad is not None]
         gradients = sum(parameter.nbytes for parameter in trained)
         states = sum(_count_optimizer_bytes(parameter, optimizer) for parameter in trained)
+        states += size.bytes_trainable if ema else 0
         update = max((_count_update_bytes(parameter, optimizer) for parameter in trained), default=0)
     held = size.bytes_total + states
     peak = held + sum(value.nbytes for value in batch.values()) + max(live.peak, gradients + update)
@@ -175,6 +181,7 @@ def measure_peak(
     accumulate: int = 1,
     gradient_checkpointing: bool = False,
     precision: Precision = "no",
+    ema: bool = False,
     loss: Loss | None = None,
     steps: int = 2,
 ) -> int:
@@ -190,6 +197,7 @@ def measure_peak(
     device = _choose_device(model, None)
     _check_request(model, precision, gradient_checkpointing, device)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    average = [parameter.detach().clone() for parameter in trainable] if ema else []
     inputs = {name: value.to(device) for name, value in batch.items()}
     step_optimizer = _build_optimizer(trainable, optimizer)
 
@@ -208,7 +216,8 @@ def measure_peak(
             return torch.cuda.max_memory_allocated(device)
         states = [v for state in step_optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
         moments = {v.untyped_storage()._cdata: v.untyped_storage().nbytes() for v in states}
-        held = footprint(model).bytes_total + sum(moments.values()) + sum(v.nbytes for v in inputs.values())
+        held = footprint(model).bytes_total + sum(moments.values())
+        held += sum(v.nbytes for v in (*inputs.values(), *average))
         return held + _measure_allocations(step)
 
 
@@ -313,21 +322,24 @@ def _count_optimizer_bytes(parameter: Tensor, optimizer: Optimizer) -> int:
     numbers = parameter.numel()
     if optimizer == "adamw":
         return 2 * parameter.nbytes + 4  # a counter of steps
+    if optimizer == "paged_adamw":
+        return 8 * numbers
     return 8 * numbers if numbers < 4096 else 2 * numbers + 8 * -(-numbers // 256)
 
 
 def _count_update_bytes(parameter: Tensor, optimizer: Optimizer) -> int:
     """Temporary bytes while a parameter is updated: on a CPU, 8-bit moments are unpacked into five copies."""
-    return 20 * parameter.numel() if optimizer == "adamw8bit" and parameter.device.type == "cpu" else 0
+    return 20 * parameter.numel() if "8bit" in optimizer and parameter.device.type == "cpu" else 0
 
 
 def _build_optimizer(trainable: list[nn.Parameter], optimizer: Optimizer) -> torch.optim.Optimizer:
     if optimizer == "adamw":
         fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trainable)
         return torch.optim.AdamW(trainable, lr=0.0, weight_decay=0.0, fused=fused)
-    from bitsandbytes.optim import AdamW8bit
+    from bitsandbytes import optim
 
-    return AdamW8bit(trainable, lr=0.0, weight_decay=0.0)
+    kinds = {"adamw8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW, "paged_adamw8bit": optim.PagedAdamW8bit}
+    return kinds[optimizer](trainable, lr=0.0, weight_decay=0.0)
 
 
 def _check_request(model: nn.Module, precision: Precision, checkpointing: bool, device: torch.device) -> None:
@@ -395,6 +407,7 @@ def step_options(config: TrainConfig) -> dict[str, Any]:
     """What `plan_memory` and `measure_peak` need to know of a step of `fit`."""
     return {
         "optimizer": config.optimizer,
+        "ema": config.ema is not None,
         "accumulate": config.accumulate,
         "gradient_checkpointing": config.gradient_checkpointing,
         "precision": "no" if config.precision == "auto" else config.precision,

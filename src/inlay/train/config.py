@@ -18,6 +18,7 @@ _FREE = {
     "private",
     "embedded_rate",
     "read_every",
+    "prefetch",
 }
 
 
@@ -42,10 +43,23 @@ class TrainConfig:
         "cosine", "Shape of the learning rate after the warm-up."
     )
     clip_norm: float = option(1.0, "Largest L2 norm of the gradient.", above=0)
-    optimizer: Literal["adamw", "adamw8bit"] = option("adamw", "adamw8bit stores its moments in 8 bits (bitsandbytes).")
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = option(
+        "adamw",
+        "adamw8bit stores its moments in 8 bits; paged ones move to main memory when that of a GPU is full "
+        "(bitsandbytes).",
+    )
+    ema: float | None = option(
+        None,
+        "Decay of a moving average of the trained weights, such as 0.999, which is evaluated and saved in their place.",
+        above=0,
+        below=1,
+    )
     precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "auto", "Mixed precision; auto uses accelerate's setting, or the dtype of the base."
     )
+    tf32: bool = option(True, "Compute float32 matrix products of a CUDA GPU in TF32, with 10 bits of mantissa.")
+    compile: bool = option(False, "Compile the blocks of the model (torch.compile), which takes minutes at the start.")
+    channels_last: bool = option(False, "Order the weights of 2D convolutions with the channels last.")
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass: less memory, a third more time."
     )
@@ -66,6 +80,7 @@ class TrainConfig:
     # numpy takes seeds below 2**32
     seed: int = option(0, "Seed of the data order, augmentation, dropout and new weights.", least=0, below=2**32)
     workers: int = option(2, "Processes that decode and augment data, per training process.", least=0)
+    prefetch: int = option(2, "Batches that each of the workers prepares ahead.", least=1)
     tracker: str | None = option(None, "tensorboard, wandb, mlflow ... (through accelerate).")
     push_to: str | None = option(None, "Push the saved adapter to the Hub, as user/name. To repeat a push: inlay push.")
     private: bool = option(False, "With push_to: make the repository private.")

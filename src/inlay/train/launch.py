@@ -151,7 +151,7 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
 
 
 def build_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW in 32 or 8 bits, without weight decay for biases, norms and other vectors."""
+    """AdamW in 32 or 8 bits, paged or not, without weight decay for biases, norms and other vectors."""
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -160,11 +160,18 @@ def build_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torc
     if config.optimizer == "adamw":
         fused = all(p.device.type in ("cpu", "cuda") for p in parameters)  # one kernel for all, several times faster
         return torch.optim.AdamW(groups, lr=config.rate, fused=fused)
+    if config.optimizer.startswith("paged") and not torch.cuda.is_available():
+        raise Unsupported(
+            f"--optimizer {config.optimizer} pages the memory of a CUDA GPU; use adamw or adamw8bit here."
+        )
     try:
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit, PagedAdamW, PagedAdamW8bit
     except ImportError:
-        raise Unsupported("--optimizer adamw8bit needs bitsandbytes: pip install 'inlay[quantize]'.") from None
-    return AdamW8bit(groups, lr=config.rate)
+        raise Unsupported(
+            f"--optimizer {config.optimizer} needs bitsandbytes: pip install 'inlay[quantize]'."
+        ) from None
+    kinds = {"adamw8bit": AdamW8bit, "paged_adamw": PagedAdamW, "paged_adamw8bit": PagedAdamW8bit}
+    return kinds[config.optimizer](groups, lr=config.rate)
 
 
 def build_loaders(
@@ -177,14 +184,22 @@ def build_loaders(
     lengths = getattr(data.validation, "lengths", None)
     sampler = None if lengths is None else sorted(range(len(lengths)), key=lengths.__getitem__)
     validation = build_loader(
-        data.validation, data.collate, data.workers, accelerator, batch_size=batch_size, sampler=sampler
+        data.validation,
+        data.collate,
+        data.workers,
+        accelerator,
+        prefetch=data.prefetch,
+        batch_size=batch_size,
+        sampler=sampler,
     )
     return train, validation
 
 
 def build_step_loader(data: "FitData", order: "SeededSampler", accelerator: Accelerator) -> Any:
     """The training batches in this order, still on the CPU: a step counts labels there, where nothing waits."""
-    return build_loader(data.train, data.collate, data.workers, accelerator, place=False, batch_sampler=order)
+    return build_loader(
+        data.train, data.collate, data.workers, accelerator, place=False, prefetch=data.prefetch, batch_sampler=order
+    )
 
 
 def read_step_batch(data: "FitData", order: "SeededSampler", accelerator: Accelerator, step: int) -> dict[str, Any]:
@@ -193,7 +208,14 @@ def read_step_batch(data: "FitData", order: "SeededSampler", accelerator: Accele
 
 
 def build_loader(
-    data: Any, collate: "Collate | None", workers: int, accelerator: Accelerator, *, place: bool = True, **order: Any
+    data: Any,
+    collate: "Collate | None",
+    workers: int,
+    accelerator: Accelerator,
+    *,
+    place: bool = True,
+    prefetch: int = 2,
+    **order: Any,
 ) -> Any:
     """A DataLoader whose batches accelerate divides among the processes and, with `place`, moves to the device."""
     loader = DataLoader(
@@ -202,6 +224,7 @@ def build_loader(
         num_workers=workers,
         worker_init_fn=_leave_signals_to_main,
         persistent_workers=workers > 0 and "batch_size" in order,
+        prefetch_factor=prefetch if workers else None,
         pin_memory=torch.cuda.is_available(),
         **order,
     )

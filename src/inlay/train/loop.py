@@ -18,6 +18,7 @@ from transformers import get_scheduler
 
 from inlay.bases.learning_rate import scale_rate
 from inlay.errors import BadInput, ComputationFailed
+from inlay.train.acceleration import accelerated
 from inlay.train.callback import Callback
 from inlay.train.config import TrainConfig
 from inlay.train.evaluation import count_rows, evaluate_on, set_train_mode, split_batch
@@ -35,9 +36,11 @@ from inlay.train.losses import Loss, ModelLoss
 from inlay.train.run import Run, open_run
 from inlay.train.sampler import SeededDataset, SeededSampler, seed_all
 from inlay.train.step_reader import StepReader, StepValues
+from inlay.train.weight_average import WeightAverage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     import evaluate
 
@@ -142,6 +145,7 @@ def fit(
         net = wrap_for_cache(model, config, accelerator)
         reader = StepReader(accelerator, optimizer, config.read_every)
         wrapped, optimizer, scheduler = accelerator.prepare(net, optimizer, scheduler)
+        average = _average_weights(trainable, config, accelerator)
         resumed = run.resume()
         lengths = getattr(train_data, "lengths", None)
         order = SeededSampler(
@@ -162,11 +166,17 @@ def fit(
             best_by,
             callback,
             reader,
+            average,
         )
-        data = FitData(SeededDataset(train_data, config.seed), validation_data, collate, config.workers)
-        with use_cached_states(net, data, config, accelerator) as data, StopRequest() as stop:
+        data = FitData(
+            SeededDataset(train_data, config.seed), validation_data, collate, config.workers, config.prefetch
+        )
+        with (
+            use_cached_states(net, data, config, accelerator) as data,
+            accelerated(net, config, accelerator),
+            StopRequest() as stop,
+        ):
             loader, validation = build_loaders(data, order, config.batch_size, accelerator)
-
             read_batch = partial(read_step_batch, data, order, accelerator)
             try:
                 trainer.train(loader, validation, stop, resumed, read_batch)
@@ -177,7 +187,8 @@ def fit(
             finally:
                 release_model(accelerator, wrapped)
         if validation_data is None:
-            run.save_best()
+            with trainer.final_weights():
+                run.save_best()
         run.load_best()
         model.eval()
         done = run.progress
@@ -208,6 +219,17 @@ def _choose_rate(config: TrainConfig, model: nn.Module, accelerator: Accelerator
     return replace(config, learning_rate=rate)
 
 
+def _average_weights(
+    trainable: list[nn.Parameter], config: TrainConfig, accelerator: Accelerator
+) -> WeightAverage | None:
+    """The moving average that `ema` asks for, which accelerate then stores with each checkpoint."""
+    if config.ema is None:
+        return None
+    average = WeightAverage(trainable, config.ema)
+    accelerator.register_for_checkpointing(average)
+    return average
+
+
 class _Trainer:
     """The loop of one run, and the objects it works with."""
 
@@ -225,6 +247,7 @@ class _Trainer:
         best_by: str | None,
         callback: Callback | None,
         reader: StepReader,
+        average: WeightAverage | None,
     ) -> None:
         self.best_by, self.callback, self.reader = best_by, callback, reader
         self.accelerator, self.model, self.optimizer, self.scheduler = accelerator, model, optimizer, scheduler
@@ -232,6 +255,7 @@ class _Trainer:
         self.eval_every = config.eval_every or max(1, round(steps / config.epochs))
         self.skipped = 0  # fp16 steps in a row whose gradient overflowed
         self.step_seconds, self.steps_here = 0.0, 0
+        self.average = average
 
     def train(
         self, loader: Any, validation: Any, stop: StopRequest, resumed: bool, read_batch: "Callable[[int], Any]"
@@ -268,7 +292,8 @@ class _Trainer:
             self.steps_here += 1
 
             if evaluated:
-                self._evaluate(validation, bar)
+                with self.final_weights():
+                    self._evaluate(validation, bar)
             if evaluated and config.patience is not None and progress.waited >= config.patience:
                 if self.accelerator.is_main_process:
                     bar.write(f"stopped early: no new best score in {config.patience} evaluations")
@@ -284,6 +309,10 @@ class _Trainer:
                 bar.close()
                 self.exit_by_signal(stopped)
         bar.close()
+
+    def final_weights(self) -> "AbstractContextManager[None]":
+        """A block in which the model has the weights that are evaluated and kept: its own, or their average."""
+        return nullcontext() if self.average is None else self.average.in_place_of_weights()
 
     def exit_by_signal(self, signal_: int) -> None:
         """End the process with the status of the signal; the last checkpoint is on disk."""
@@ -317,6 +346,8 @@ class _Trainer:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update()
         return stopped
 
     def _read_steps(self, stop: StopRequest, newest: dict[str, Any] | None = None) -> int:
@@ -424,7 +455,7 @@ class _Trainer:
     def _explain_break(self, values: StepValues, batch: dict[str, Any]) -> NoReturn:
         """Repeat a step that broke, and say where; the weights are those that it was taken with."""
         seed_all(self._seed_of_step(values.step - 1))
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):  # compiled modules have no hooks
             found = find_first_bad_number(
                 self.accelerator.unwrap_model(self.model),
                 send_to_device(batch, self.accelerator.device),

@@ -101,6 +101,7 @@ class Run:
                 stored = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise DamagedFile(f"{path} is not readable as JSON ({error}); start again with --overwrite.") from None
+            stored = {**TrainConfig().identity(), **stored}  # a setting that an earlier version did not have
             differing = [k for k in {**stored, **identity} if stored.get(k) != json.loads(json.dumps(identity.get(k)))]
             if differing:
                 changes = ", ".join(f"{k} {stored.get(k)!r} -> {identity.get(k)!r}" for k in sorted(differing))

@@ -59,6 +59,7 @@ class FitData:
     validation: Any
     collate: "Collate | None"
     workers: int
+    prefetch: int = 2
 
 
 class _SkippedBlock(nn.Module):
@@ -231,7 +232,7 @@ def _find_entry_point(model: nn.Module, sample: dict[str, torch.Tensor], acceler
     Raises:
         NotCacheable: No leading block is frozen, or its output cannot be stored.
     """
-    blocks = _find_blocks(model)
+    blocks = find_blocks(model)
     seen: list[tuple[str, Any, bool]] = []
     set_train_mode(model)
     seed_all(0)
@@ -266,7 +267,7 @@ def _find_entry_point(model: nn.Module, sample: dict[str, torch.Tensor], acceler
     )
 
 
-def _find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The blocks of a model, including adapters wrapped around them, by their names in the model."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     outermost: dict[str, nn.Module] = {}
