@@ -239,7 +239,7 @@ class LoraSum(Sum):
         return up, down
 
     def _take_memory(self, name: str, shape: tuple[int, ...]) -> Array:
-        """An array in the memory that the last one of this name had: fresh memory costs more than what is done in it."""
+        """An array in the memory of the last one of this name: fresh memory costs more than what is done in it."""
         size = math.prod(shape)
         if name not in self._memory or self._memory[name].size < size:
             self._memory[name] = np.empty(size, np.float32)
