@@ -224,3 +224,28 @@ def test_diffusers_saves_and_inlay_imports(base, adapt, tmp_path):
     assert (made.form, made.checked, made.left_out) == ("diffusers", "its base's weights", [])
     torch.testing.assert_close(predict(load_adapter(made.folder).model), predict(model), rtol=0, atol=1e-6)
     torch.testing.assert_close(predict_in_diffusers(base, made.folder), predict(model), rtol=0, atol=1e-6)
+
+
+def test_layers_of_the_vae_that_a_list_names_as_well_are_left_out_unless_they_were_trained(base, tmp_path, caplog):
+    """`to_q` is in the attention of the VAE, too, which no training of images reaches and diffusers does not load."""
+    torch.manual_seed(0)
+    model = get_peft_model(load_base(base), LoraConfig(r=2, target_modules=["to_q"])).eval()
+    trained = [name for name, _ in model.named_parameters() if "lora_B" in name and ".vae." not in name]
+    assert len(trained) < sum("lora_B" in name for name, _ in model.named_parameters()), "some are in the VAE"
+    with torch.no_grad():
+        for name in trained:
+            torch.nn.init.normal_(model.get_parameter(name), std=0.2)
+    processor = load_prompt_processor(str(base), None)
+    folder = save_adapter(model, tmp_path / "a", processor=processor)
+    assert "layers of the VAE (vae." in caplog.text and "pipeline_targets" in caplog.text
+    assert find_weights(folder).name == PIPELINE_WEIGHTS and not any(
+        ".vae." in key for key in read_adapter(folder).shapes
+    )
+    torch.testing.assert_close(predict(load_adapter(folder).model), predict(model))
+    torch.testing.assert_close(predict_in_diffusers(base, folder), predict(model), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_B" in name and ".vae." in name:
+                value.fill_(0.1)
+    kept = read_adapter(save_adapter(model, tmp_path / "b", processor=processor))
+    assert kept.weights.name == WEIGHTS and any(".vae." in key for key in kept.shapes)

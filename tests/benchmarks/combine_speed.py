@@ -117,7 +117,7 @@ def ties(folder: Path, rounds: int) -> dict[str, Any]:
     a, b = (write(folder / "ties" / name, 68, seed, "digests") for seed, name in enumerate("ab"))
 
     def run(rule: str, width: int | None) -> Any:
-        return combine({a: 1.0, b: -0.5}, rule, width=width, out=folder / rule)
+        return combine({a: 1.0, b: -0.5}, rule, width=width, out=folder / f"by_{rule}")
 
     times = [(measure(lambda: run("add", None)), measure(lambda: run("ties", 32))) for _ in range(rounds)]
     cpu = [statistics.median(each[1] for each in own) for own in zip(*times, strict=True)]

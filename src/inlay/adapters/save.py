@@ -91,7 +91,7 @@ def save_adapter(
             for path in (new / model.active_adapter).iterdir():
                 path.rename(new / path.name)
             (new / model.active_adapter).rmdir()
-        weights = load_file(new / WEIGHTS)
+        weights = task.leave_out_idle_layers(load_file(new / WEIGHTS))
         if dtype == "float16":
             weights = {key: value.half() if value.dtype == torch.float32 else value for key, value in weights.items()}
             set_adapter_values(model, weights)

@@ -75,10 +75,10 @@ def combine(
     heads: str = "auto",
     activations: Mapping[str, Array] | None = None,
     report: str | Path | None = None,
-    fit: str | None = None,
+    fit: str | Path | None = None,
     examples: int = 32,
     dense: bool = False,
-    base: str | None = None,
+    base: str | Path | None = None,
 ) -> Combined:
     """Make one adapter of several, from their files only: no base is loaded, and one module at a time is in memory.
 
@@ -122,7 +122,7 @@ def combine(
         head = join_heads(sources, heads, exact=row.linear and (fit is None or row.normal))
         keep = heads if heads not in WAYS else None
         options = SumOptions(row, settings, width, error, keep, dict(activations or {}))
-        fitted = _fit_weights(sources, head, options, fit, examples, seed) if fit is not None else None
+        fitted = _fit_weights(sources, head, options, str(fit), examples, seed) if fit is not None else None
         if fitted is not None:
             sources = [source.with_weight(fitted.weights[source.name]) for source in sources]
             head = head.with_weights(fitted.weights)
@@ -133,7 +133,7 @@ def combine(
             check_digests(sources)
             write_report(compare_sources(sources), report)
         if dense:
-            return _combine_dense(sources, head, options, rule, base, folder)
+            return _combine_dense(sources, head, options, rule, None if base is None else str(base), folder)
         made = _write_combination(sources, make_sums(sources, options), head, rule, keep, folder)
         return made if fitted is None else replace(made, fitted=fitted)
 

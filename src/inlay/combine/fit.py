@@ -203,7 +203,7 @@ def _find_slopes(corners: list[Mapping[str, Sum]]) -> list[dict[str, torch.Tenso
                 zero = made[0][leaf]
                 if any(not np.array_equal(zero, other[leaf]) for other in made[1:]):
                     key = f"{PREFIX}{site}.{leaf}"
-                    found[0][key] = torch.from_numpy(zero)
+                    found[0][key] = torch.from_numpy(zero.copy())  # the next site may take its memory
                     for slope, other in zip(found[1:], made[1:], strict=True):
                         slope[key] = torch.from_numpy(other[leaf] - zero)
     return found

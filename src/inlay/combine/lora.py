@@ -95,6 +95,7 @@ class LoraSum(Sum):
                 ["ensure_weight_tying"],
                 "one adapts two tied modules as one, the other each by itself",
             )
+        self._memory: dict[str, Array] = {}
         self.biased = any(part.config.get("lora_bias") for part in self.parts)
         self.ranks = self._decide_ranks()
         usual = Counter(self.ranks.values()).most_common(1)[0][0]
@@ -210,7 +211,7 @@ class LoraSum(Sum):
         """B and A with the units of all; those of a convolution in groups stand group by group."""
         here, shapes = self.acting_parts(site), self.shapes[site]
         a, b = _name_leaves(here[0], site)
-        down, up = np.empty(shapes[a], np.float32), np.empty(shapes[b], np.float32)
+        down, up = self._take_memory("down", shapes[a]), self._take_memory("up", shapes[b])
         groups = len(down) // up.shape[1]
         rows = down.reshape(groups, -1, *shapes[a][1:])
         probe = _draw_input(math.prod(shapes[a][1:]))
@@ -224,11 +225,11 @@ class LoraSum(Sum):
                 piece[...] = part.read(site, a).reshape(piece.shape)
             if factors is not None:
                 piece *= factors
-            own = part.read(site, b)
+            own = self._take_memory("own", part.shape(site, b))
+            part.tensors.read_into(part.sites[site][b], own)
             hidden = piece.reshape(groups, width, -1) @ probe  # G w
             wanted += factor * (own.reshape(groups, -1, width) @ hidden[..., None])[..., 0]
             np.multiply(own, np.float32(factor), out=up[:, at : at + width])
-            del own  # before the next one is there
             at += width
         hidden = rows.reshape(groups, at, -1) @ probe
         found = (up.reshape(groups, -1, at) @ hidden[..., None])[..., 0]  # G d_out/G
@@ -236,6 +237,13 @@ class LoraSum(Sum):
             size = float(np.linalg.norm(up)) * norm(hidden)  # where terms cancel, rounding is as large as they are
         self.check(site, found, wanted, max(norm(wanted), size))
         return up, down
+
+    def _take_memory(self, name: str, shape: tuple[int, ...]) -> Array:
+        """An array in the memory of the last one of this name: fresh memory costs more than what is done in it."""
+        size = math.prod(shape)
+        if name not in self._memory or self._memory[name].size < size:
+            self._memory[name] = np.empty(size, np.float32)
+        return self._memory[name][:size].reshape(shape)
 
     def _decompose_sum(self, site: str) -> list[Spectrum]:
         """Of the exact sum, with the weights in B, group by group; kernels of convolutions are flat."""

@@ -97,7 +97,7 @@ class Sum(ABC):
 
     @abstractmethod
     def make(self, site: str) -> dict[str, Array]:
-        """The tensors at a site, checked against the parts."""
+        """The tensors at a site, checked against the parts; the next call may use their memory again."""
 
     @classmethod
     def update_at(cls, part: Part, site: str) -> Update | None:

@@ -104,7 +104,7 @@ class Measurement:
 def measure_costs(
     name: str | Path,
     *,
-    base: str | None = None,
+    base: str | Path | None = None,
     batch_size: int = 1,
     length: int = 128,
     size: int | None = None,

@@ -11,6 +11,7 @@ No import here is slow: a recipe reads its command line before it waits for torc
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -116,6 +117,7 @@ class TaskOptions:
     )
 
     def __post_init__(self) -> None:
+        self.model, self.dataset = os.fspath(self.model), os.fspath(self.dataset)  # of a caller with a pathlib.Path
         check_options(self)
 
     def load(self, seed: int, *, test: bool = False) -> TaskData:

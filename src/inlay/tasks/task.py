@@ -139,6 +139,10 @@ class Task(ABC):
         """Raise InlayError where the method of a PeftModel does not work on bases of this task; most do."""
         return
 
+    def leave_out_idle_layers(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of an adapter without those that no training for this task reaches, and that change nothing."""
+        return weights
+
     # Processors: what makes a model's input.
 
     @abstractmethod

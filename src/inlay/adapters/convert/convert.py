@@ -69,7 +69,7 @@ def import_adapter(
     source: str | Path,
     out: str | Path,
     *,
-    base: str | None = None,
+    base: str | Path | None = None,
     alpha: float | None = None,
     fused: Sequence[str] | None = None,
 ) -> Imported:
@@ -91,6 +91,7 @@ def import_adapter(
     Raises:
         InlayError: What is no LoRA, what lacks in the source, layers that the base does not have.
     """
+    base = None if base is None else str(base)
     out = Path(out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out} exists; give a new folder.")

@@ -1,6 +1,7 @@
 """Train a pruned model again for a little while: by a small LoRA that is then merged, or all of its weights."""
 
 import copy
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ class Healed:
 
 def heal(
     trained: TrainedModel,
-    data: str,
+    data: str | os.PathLike[str],
     *,
     way: Way = "lora",
     share: float = 0.05,
@@ -71,6 +72,7 @@ def heal(
     Raises:
         InlayError: What `fit` raises; a share that is too small for rank 1.
     """
+    data = os.fspath(data)
     set_seed(seed)
     model: Any = copy.deepcopy(trained.model) if way != "scratch" else new_with_widths(trained.model)
     model.to(next(trained.model.parameters()).device)

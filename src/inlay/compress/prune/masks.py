@@ -1,6 +1,7 @@
 """Set single weights to zero. Tensors keep their shapes, so that nothing becomes faster; only zeros pack better."""
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,7 +27,7 @@ MASKS = {
 
 def mask_weights(
     model: TrainedModel | str | Path,
-    data: str | None = None,
+    data: str | os.PathLike[str] | None = None,
     *,
     sparsity: float = 0.5,
     criterion: str = "magnitude",
@@ -48,6 +49,7 @@ def mask_weights(
     Raises:
         InlayError: An unknown criterion, a sparsity that is no share, wanda without data.
     """
+    data = None if data is None else os.fspath(data)
     if criterion not in MASKS:
         raise BadInput(f"unknown criterion {criterion!r} for single weights; choose one of {', '.join(MASKS)}.")
     if not 0 < sparsity < 1:

@@ -1,6 +1,7 @@
 """Leave out the units of a model that matter least, until it costs what the target allows."""
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +46,7 @@ class Pruned:
 
 def prune(
     model: TrainedModel | str | Path,
-    data: str,
+    data: str | os.PathLike[str],
     *,
     target: str | Target = "macs=0.5",
     criterion: str = "taylor",
@@ -75,6 +76,7 @@ def prune(
     Raises:
         InlayError: A model whose widths are not known, a criterion that does not suit it, a target that cannot be met.
     """
+    data = os.fspath(data)
     target = Target.parse(target) if isinstance(target, str) else target
     row = find_criterion(criterion)
     if scope not in ("global", "local"):

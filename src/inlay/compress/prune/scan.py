@@ -1,5 +1,6 @@
 """How sensitive each layer is: the model's score when this layer only is pruned."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def check_scan_file(path: str | Path) -> Path:
 
 def scan_sensitivity(
     model: TrainedModel | str | Path,
-    data: str,
+    data: str | os.PathLike[str],
     *,
     criterion: str = "taylor",
     compensate: bool = False,
@@ -110,6 +111,7 @@ def scan_sensitivity(
     Raises:
         InlayError: What `prune` says; a share that is none.
     """
+    data = os.fspath(data)
     if not shares or not all(0 < share < 1 for share in shares):
         raise BadInput(f"shares must be numbers over 0 and below 1, not {list(shares)}.")
     needs: set[Need] = set(find_criterion(criterion).needs) | ({"activations"} if compensate else set())

@@ -55,7 +55,7 @@ class ImageData:
 
 
 def load_images(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     revision: str | None = None,
     seed: int = 0,
@@ -90,6 +90,7 @@ def load_images(
     Raises:
         InlayError: The data cannot be found or read, or its images, labels and splits make no task.
     """
+    name = os.fspath(name)
     if not 0 < validation < 1 or corrupt not in ("refuse", "skip"):
         raise BadInput(
             f"validation must be a share between 0 and 1, and corrupt refuse or skip, got {validation} and {corrupt!r}."
@@ -129,7 +130,12 @@ def load_images(
 
 
 def load_images_to_score(
-    name: str, labels: Sequence[str], *, adapter: str, split: Split | None = None, training: Training | None = None
+    name: str | os.PathLike[str],
+    labels: Sequence[str],
+    *,
+    adapter: str,
+    split: Split | None = None,
+    training: Training | None = None,
 ) -> tuple[Split, datasets.Dataset, list[str]]:
     """Labelled images for an adapter that is trained already; unlike for training, one class or one image is enough.
 
@@ -146,6 +152,7 @@ def load_images_to_score(
     Raises:
         InlayError: As `load_images`; labels that the adapter does not have; no such split.
     """
+    name = os.fspath(name)
     training = training or Training()
     path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for an unknown user
     sources = {own: rows for own, rows in _read_splits(name, path, None).items() if len(rows)}

@@ -82,7 +82,7 @@ def predict(
     return predictions
 
 
-def find_pictures(paths: Iterable[str]) -> list[str]:
+def find_pictures(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
     """Files as they are given; the images in a folder and below it, sorted.
 
     Raises:
@@ -96,9 +96,9 @@ def find_pictures(paths: Iterable[str]) -> list[str]:
                 raise BadInput(f"{path} holds no images ({', '.join(SUFFIXES[:4])} ...).")
             found += inside
         elif Path(path).is_file():
-            found.append(path)
+            found.append(os.fspath(path))
         else:
-            raise BadInput(f"there is no image or folder at {path!r}.")
+            raise BadInput(f"there is no image or folder at {os.fspath(path)!r}.")
     return found
 
 

@@ -1,6 +1,7 @@
 """Images with maps of the objects in them, from embedded data and folders, checked before they are used."""
 
 import logging
+import os
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class MaskData:
 
 
 def load_masks(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     seed: int = 0,
     validation: float = 0.2,
@@ -97,6 +98,7 @@ def load_masks(
         InlayError: The data cannot be found; images without a map or the reverse, files that cannot be read, maps of
             another size, with colours or without any object (all named).
     """
+    name = os.fspath(name)
     if not 0 < validation < 1 or meaning not in ("instances", "classes") or (limit is not None and limit < 1):
         raise BadInput(
             "validation must be between 0 and 1, meaning instances or classes, and limit at least 1, got "
@@ -121,7 +123,7 @@ def load_masks(
 
 
 def load_masks_to_score(
-    name: str, *, split: Split | None = None, training: Training | None = None
+    name: str | os.PathLike[str], *, split: Split | None = None, training: Training | None = None
 ) -> tuple[Split, tuple[Masked, ...], list[str]]:
     """Images with maps for an adapter that is trained already; unlike for training, one image is enough.
 
@@ -136,6 +138,7 @@ def load_masks_to_score(
     Raises:
         InlayError: As `load_masks`; no such split.
     """
+    name = os.fspath(name)
     training = training or Training()
     own = _own_splits(name)
     scored: Split = "test" if "test" in own and "validation" not in own else "validation"

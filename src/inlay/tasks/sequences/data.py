@@ -57,7 +57,7 @@ class SequenceData:
 
 
 def load_sequences(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     revision: str | None = None,
     seed: int = 0,
@@ -94,6 +94,7 @@ def load_sequences(
         InlayError: The data cannot be found or read, a row lacks a text or a label (its line is named), there are fewer
             than two classes, or a class stands in validation only.
     """
+    name = os.fspath(name)
     if not 0 < validation < 1:
         raise BadInput(f"validation must be between 0 and 1, got {validation}.")
     if pair_column and not text_column:
@@ -118,7 +119,12 @@ def load_sequences(
 
 
 def load_sequences_to_score(
-    name: str, labels: Sequence[str], *, adapter: str, split: Split | None = None, training: Training | None = None
+    name: str | os.PathLike[str],
+    labels: Sequence[str],
+    *,
+    adapter: str,
+    split: Split | None = None,
+    training: Training | None = None,
 ) -> tuple[Split, datasets.Dataset, list[str]]:
     """Labelled texts for an adapter that is trained already; unlike for training, one class or one text is enough.
 
@@ -135,6 +141,7 @@ def load_sequences_to_score(
     Raises:
         InlayError: As `load_sequences`; labels that the adapter does not have; no such split.
     """
+    name = os.fspath(name)
     training = training or Training()
     tables = _read_tables(name, None)
     columns = _find_columns(tables["train"][0], None, None, None)

@@ -116,7 +116,7 @@ class Columns:
 
 
 def load_texts(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     revision: str | None = None,
     seed: int = 0,
@@ -162,6 +162,7 @@ def load_texts(
         InlayError: The data cannot be found or read, a row has no text or no completion (its line is named), or
             there is nothing to hold out.
     """
+    name = os.fspath(name)
     if not 0 < validation < 1:
         raise BadInput(f"validation must be a share between 0 and 1, got {validation}.")
     if prompt_column and not completion_column:
@@ -182,7 +183,7 @@ def load_texts(
 
 
 def load_texts_to_score(
-    name: str, *, split: Split | None = None, training: Training | None = None
+    name: str | os.PathLike[str], *, split: Split | None = None, training: Training | None = None
 ) -> tuple[Split, datasets.Dataset, bool, list[str]]:
     """Prompts and completions for an adapter that is trained already; unlike for training, one prompt is enough.
 
@@ -197,6 +198,7 @@ def load_texts_to_score(
     Raises:
         InlayError: As `load_texts`; no such split.
     """
+    name = os.fspath(name)
     training = training or Training()
     splits, plain = _read_splits(name, group=training.group_for(name))
     own = [each for each in ("train", "validation", "test") if each in splits]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from inlay.tasks.evaluation import Evaluation, Request
     from inlay.tasks.options import TaskOptions
     from inlay.train.losses import Loss
+
+logger = logging.getLogger(__name__)
 
 GOLDEN_PROMPT = "a photo of a dog and a toy on grass"
 
@@ -89,6 +92,25 @@ class TextToImage(Task):
             "",
             f'pipeline = DiffusionPipeline.from_pretrained("{folder}"{without})',
         ]
+
+    def leave_out_idle_layers(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Without LoRA of the VAE, whose B is still zero: `target_modules=["to_q"]` names layers there, too.
+
+        diffusers loads no adapter of a VAE, so that one layer would keep it from loading the others.
+        """
+        groups: dict[str, dict[str, Tensor]] = {}
+        for key, value in weights.items():
+            layer, _, leaf = key.partition(".lora_")
+            if ".vae." in layer and leaf:
+                groups.setdefault(layer, {})[leaf] = value
+        idle = {layer for layer, own in groups.items() if all(not own[leaf].any() for leaf in own if leaf[0] == "B")}
+        if idle:
+            logger.warning(
+                "LoRA on %d layers of the VAE (%s) is not saved: it was not trained, and changes nothing. Choose the "
+                "layers by pipeline_targets(model).",
+                len(idle), min(idle).removeprefix("base_model.model."),
+            )  # fmt: skip
+        return {key: value for key, value in weights.items() if key.partition(".lora_")[0] not in idle}
 
     def random_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
         return _make_inputs(model, processor, ["a red dog", "a blue toy"])

@@ -106,7 +106,7 @@ class FoundCases:
 
 
 def load_volumes(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     seed: int = 0,
     validation: float = 0.2,
@@ -136,6 +136,7 @@ def load_volumes(
     Raises:
         InlayError: No such data, images or label maps without a partner, fewer than two cases, no classes.
     """
+    name = os.fspath(name)
     if not 0 < validation < 1 or modality not in (None, "mr", "ct", "other"):
         raise BadInput(
             f"validation must be between 0 and 1, and modality mr, ct or other, got {validation} and {modality!r}."
@@ -169,7 +170,7 @@ def load_volumes(
 
 
 def load_volumes_to_score(
-    name: str, *, split: Split | None = None, training: Training | None = None
+    name: str | os.PathLike[str], *, split: Split | None = None, training: Training | None = None
 ) -> tuple[Split, tuple[Case, ...], tuple[str, ...], list[str]]:
     """Labelled scans for an adapter that is trained already; unlike for training, one scan is enough.
 
@@ -184,6 +185,7 @@ def load_volumes_to_score(
     Raises:
         InlayError: As `load_volumes`; no such split.
     """
+    name = os.fspath(name)
     training = training or Training()
     found = _group_cases(find_cases(name), training.group_for(name), name, test=split == "test")
     parts = {"train": found.train, "validation": found.validation, "test": found.test if split == "test" else []}
