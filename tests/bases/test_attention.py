@@ -88,5 +88,7 @@ def test_the_options_of_a_task_choose_it():
     view = SimpleNamespace(tokens=np.arange(3))
     data: Any = SimpleNamespace(train=view, validation=view)
     assert TextTask(attention="eager").base(data).config._attn_implementation == "eager"
+    with pytest.raises(Unsupported, match="choose sdpa"):
+        TextTask(attention="flash").load_parts(0)
     with pytest.raises(BadInput, match="leave attention out"):
         VolumeTask(attention="eager")

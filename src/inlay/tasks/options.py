@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from inlay.errors import Unreachable
+from inlay.errors import Unreachable, Unsupported
 from inlay.options import check_options, option
 
 if TYPE_CHECKING:
@@ -141,10 +141,12 @@ class TaskOptions:
             TASKS[name].evaluate(adapter, task.dataset, request)     scores the test part
 
         Raises:
-            InlayError: As `load`; too few examples for three parts.
+            InlayError: As `load`; too few examples for three parts; flash attention, as trials are scored in float32.
         """
         from inlay.tasks.evaluation import Training
 
+        if self.attention == "flash":
+            raise Unsupported("a study scores its trials in float32, which flash attention does not know; choose sdpa.")
         data = self.load(seed, test=True)
         counts = {part: len(getattr(data.source, part)) for part in ("train", "validation", "test")}
         return Parts(data, data.source.test_split, Training(self.dataset, {**asdict(self), "seed": seed}), counts)

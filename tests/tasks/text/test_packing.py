@@ -166,3 +166,5 @@ def test_the_option_packs_pairs_and_refuses_running_text(tmp_path):
     assert max(data.train.lengths) <= 64
     with pytest.raises(BadInput, match="leave pack out"):
         TextTask(dataset=str(prose), pack=True).load(0)
+    with pytest.raises(Unsupported, match="leave pack out"):
+        TextTask(dataset=str(pairs), pack=True).load_parts(0)

@@ -52,7 +52,8 @@ class LearnedTokens(NamedTuple):
 def can_split(model: nn.Module) -> bool:
     """True if the model, under its wrappers, has a body that can be run without its head."""
     inner = unwrap(model)
-    compiled = any(getattr(each, "_compiled_call_impl", None) for each in (model, inner)) or hasattr(model, "_orig_mod")
+    wrappers = (model, getattr(model, "module", model), inner)
+    compiled = any(getattr(each, "_compiled_call_impl", None) or hasattr(each, "_orig_mod") for each in wrappers)
     return isinstance(_find_body(inner), nn.Module) and not compiled and _agrees.get(inner, True)
 
 

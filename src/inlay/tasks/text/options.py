@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from inlay.errors import BadInput, Unsupported
 from inlay.options import option
-from inlay.tasks.options import Report, TaskData, TaskOptions, describe_run
+from inlay.tasks.options import Parts, Report, TaskData, TaskOptions, describe_run
 from inlay.tasks.text.vocabulary import check_vocabulary, vocabulary_of
 
 if TYPE_CHECKING:
@@ -81,6 +81,14 @@ class TextTask(TaskOptions):
             loss=NextToken(self.label_smoothing),
             example=lambda: {"input_ids": held_out[0]["input_ids"][None, :-1]},  # 1 T, without the end
         )
+
+    def load_parts(self, seed: int = 0) -> Parts:
+        """As `TaskOptions.load_parts`, without packed rows: methods of a study get the same batches."""
+        if self.pack:
+            raise Unsupported(
+                "a study compares methods of which some cannot be trained on packed rows; leave pack out."
+            )
+        return super().load_parts(seed)
 
     def base(self, data: TaskData) -> Any:
         """The frozen base; an encoder, which writes no text, is refused, and so are tokens that it does not know."""
