@@ -12,9 +12,11 @@ from accelerate.commands import launch as commands
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from safetensors.torch import load_file
 
+from docs.blocks import read_blocks
 from forked_program import PATIENCE_S, finish
 from inlay import InlayError
 from inlay.train import launch
+from places import ROOT
 
 pytestmark = pytest.mark.launch
 JOB = Path(__file__).parent / "train_job.py"
@@ -35,7 +37,10 @@ def arguments(folder):
 def test_two_processes_equal_one(tmp_path, forked, environment):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    blocks = read_blocks(ROOT / "docs/guides/many_gpus.md")
+    settings = tmp_path / "two_cpu_processes.yaml"
+    settings.write_text(next(block.text for block in blocks if block.title == settings.name))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(settings)]
     command = [*launch, "--main_process_port", "0", str(JOB), *arguments(two)]
     launched = subprocess.Popen(
         command,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch import nn
 from train_job import Net, Points, trainable
 
 from inlay.errors import InlayError, Unsupported
@@ -128,29 +129,53 @@ def test_a_run_that_broke_leaves_its_folder_free(tmp_path, monkeypatch):
     assert kept.value
 
 
+def fake_accelerator(kind, fsdp2=False, stage=None, pieces=1):
+    plugin = stage and SimpleNamespace(zero_stage=stage, gradient_accumulation_steps=pieces)
+    return SimpleNamespace(distributed_type=kind, is_fsdp2=fsdp2, state=SimpleNamespace(deepspeed_plugin=plugin))
+
+
 @pytest.mark.parametrize(
-    ("kind", "stage", "pieces_of_deepspeed", "accumulate", "message"),
+    ("accelerator", "message"),
     [
-        (DistributedType.FSDP, None, None, 1, "FSDP gives each process a part of every weight"),
-        (DistributedType.MEGATRON_LM, None, None, 1, "MEGATRON_LM gives each process a part"),
-        (DistributedType.DEEPSPEED, 3, 1, 1, "DeepSpeed ZeRO 3 gives each process a part"),
-        (DistributedType.DEEPSPEED, 2, 1, 4, "--accumulate 4 and gradient_accumulation_steps 1 must both be 1"),
-        (DistributedType.DEEPSPEED, 2, 2, 1, "--accumulate 1 and gradient_accumulation_steps 2 must both be 1"),
-        (DistributedType.DEEPSPEED, 2, "auto", 1, None),
-        (DistributedType.MULTI_GPU, None, None, 4, None),
+        (fake_accelerator(DistributedType.FSDP), "set fsdp_version: 2 in the launch file"),
+        (fake_accelerator(DistributedType.FSDP, fsdp2=True), None),
+        (fake_accelerator(DistributedType.MEGATRON_LM), "start with FSDP2 or DeepSpeed"),
+        (fake_accelerator(DistributedType.DEEPSPEED, stage=2, pieces=2), "gradient_accumulation_steps 2 would divide"),
+        (fake_accelerator(DistributedType.DEEPSPEED, stage=2, pieces="auto"), None),
+        (fake_accelerator(DistributedType.DEEPSPEED, stage=3), None),
+        (fake_accelerator(DistributedType.MULTI_GPU), None),
     ],
 )
-def test_what_could_not_be_saved_or_would_step_on_each_piece_is_refused(
-    kind, stage, pieces_of_deepspeed, accumulate, message
-):
-    plugin = stage and SimpleNamespace(zero_stage=stage, gradient_accumulation_steps=pieces_of_deepspeed)
-    accelerator = SimpleNamespace(distributed_type=kind, state=SimpleNamespace(deepspeed_plugin=plugin))
+def test_a_sharding_that_cannot_be_saved_is_refused(accelerator, message):
     with pytest.raises(Unsupported, match=message) if message else nullcontext():
-        check_sharding(accelerator, TrainConfig(accumulate=accumulate))
+        check_sharding(accelerator, Net(), TrainConfig(accumulate=4))
 
 
-def test_fsdp_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize("asked", ["FSDP", "DEEPSPEED"])
+def test_a_sharding_that_accelerate_would_ignore_on_a_cpu_is_refused(monkeypatch, asked):
+    monkeypatch.setenv(f"ACCELERATE_USE_{asked}", "true")
+    with pytest.raises(Unsupported, match=f"would ignore {asked} here; on CPUs start with: ACCELERATE_USE_CPU=1"):
+        check_sharding(fake_accelerator(DistributedType.MULTI_CPU), Net(), TrainConfig())
+
+
+@pytest.mark.parametrize(
+    ("change", "optimizer", "message"),
+    [
+        (lambda net: setattr(net, "is_loaded_in_8bit", True), "adamw", "cannot shard a base in 8 bits"),
+        (lambda net: None, "adamw8bit", "adamw8bit cannot update weights in shards"),
+        (lambda net: net.register_parameter("scale", nn.Parameter(torch.ones(()))), "adamw", "single number 'scale'"),
+    ],
+)
+def test_what_fsdp2_cannot_shard_is_refused(change, optimizer, message):
+    net = Net()
+    change(net)
+    with pytest.raises(Unsupported, match=message):
+        check_sharding(fake_accelerator(DistributedType.FSDP, fsdp2=True), net, TrainConfig(optimizer=optimizer))
+
+
+def test_a_refused_sharding_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(Unsupported, match="FSDP gives each process"):
+    monkeypatch.setattr(Accelerator, "is_fsdp2", False)
+    with pytest.raises(Unsupported, match="fsdp_version: 2"):
         train(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []

@@ -37,6 +37,7 @@ from inlay.methods._peft import (
 )
 from inlay.tasks import task_of_model
 from inlay.tasks.task import Task
+from inlay.train.sharding import is_sharded
 
 
 def save_adapter(
@@ -124,6 +125,11 @@ def save_adapter(
 def _check_model(model: Any) -> None:
     if not isinstance(model, PeftModel):
         raise BadInput(f"save_adapter takes a model wrapped by get_peft_model, got {type(model).__name__}.")
+    if is_sharded(model):
+        raise BadInput(
+            "the weights of this model are in shards (FSDP2, ZeRO 3), as a loop of your own leaves them; train it with "
+            "inlay.fit, which joins them, or load accelerator.get_state_dict(model) into a model that is not sharded."
+        )
     if not acts_as_saved(model):
         raise BadInput(
             "save_adapter takes a model with one active adapter, neither merged nor disabled: undo that first."

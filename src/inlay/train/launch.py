@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DataLoaderConfiguration,
@@ -19,6 +19,7 @@ from accelerate.utils import (
     DistributedType,
     LoggerType,
     ProjectConfiguration,
+    parse_flag_from_env,
 )
 from torch import nn
 from torch.utils.data import DataLoader
@@ -41,11 +42,14 @@ def start_accelerator(model: torch.nn.Module, config: TrainConfig) -> Accelerato
 
     Raises:
         InlayError: fp16 on a CPU (accelerate ignores it); several processes that do not see each other; a batch that
-            does not divide evenly among the processes; a tracker that is not installed; sharded weights (FSDP, ZeRO 3).
+            does not divide evenly among the processes; a tracker that is not installed; a sharding as in
+            `check_sharding`.
     """
     if config.tracker is not None:
         _check_tracker(config.tracker)
-    AcceleratorState._reset_state()  # otherwise accelerate keeps the precision of this process's first run
+    # Otherwise accelerate keeps the precision of this process's first run, and after one in shards starts none again.
+    first = PartialState._shared_state.get("distributed_type")
+    AcceleratorState._reset_state(reset_partial_state=first in (DistributedType.FSDP, DistributedType.DEEPSPEED))
     accelerator = Accelerator(
         mixed_precision=_choose_precision(model, config),
         log_with=config.tracker,
@@ -59,7 +63,7 @@ def start_accelerator(model: torch.nn.Module, config: TrainConfig) -> Accelerato
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise Unsupported("fp16 needs a GPU: on a CPU accelerate ignores it. Use --precision no, or bf16.")
     _check_process_count(accelerator)
-    check_sharding(accelerator, config)
+    check_sharding(accelerator, model, config)
     atexit.register(accelerator.state.destroy_process_group)
     if config.batch_size % accelerator.num_processes:
         raise BadInput(
@@ -72,6 +76,7 @@ def start_accelerator(model: torch.nn.Module, config: TrainConfig) -> Accelerato
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:  # accelerate cannot read the batch size from our batch sampler
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size // accelerator.num_processes
+        plugin.deepspeed_config["gradient_clipping"] = config.clip_norm  # the engine clips when it steps
     return accelerator
 
 
@@ -133,21 +138,47 @@ def _check_process_count(accelerator: Accelerator) -> None:
         )
 
 
-def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Refuse, before the training, a sharding that cannot be saved or would compute wrong gradients."""
+def check_sharding(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> None:
+    """Refuse, before the training, a sharding that is not the one asked for, or that this model or setting lacks.
+
+    Raises:
+        Unsupported: Another sharding than FSDP2 and DeepSpeed ZeRO; FSDP2 with an 8-bit base, an 8-bit optimiser or a
+            weight without an axis.
+    """
     kind, plugin = accelerator.distributed_type, accelerator.state.deepspeed_plugin
-    if kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM) or (plugin and plugin.zero_stage == 3):
-        name = "DeepSpeed ZeRO 3" if plugin else kind.value
+    for asked, wanted in (("FSDP", DistributedType.FSDP), ("DEEPSPEED", DistributedType.DEEPSPEED)):
+        if parse_flag_from_env(f"ACCELERATE_USE_{asked}") and kind != wanted:
+            raise Unsupported(
+                f"accelerate shards weights on GPUs only and would ignore {asked} here; on CPUs start with: "
+                "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 ..."
+            )
+    if kind == DistributedType.MEGATRON_LM:
+        raise Unsupported("Megatron-LM divides layers, which inlay cannot save; start with FSDP2 or DeepSpeed.")
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise Unsupported(
-            f"{name} gives each process a part of every weight, which inlay cannot save. Start with --multi_gpu or "
-            "DeepSpeed ZeRO 1 or 2; for a large base add --quantize 8bit or --gradient_checkpointing."
+            "FSDP1 flattens the weights of a layer into one, so an adapter cannot train in a frozen layer; set "
+            "fsdp_version: 2 in the launch file, or --fsdp_version 2."
         )
-    if plugin and (config.accumulate > 1 or plugin.gradient_accumulation_steps not in (1, "auto")):
+    if plugin and plugin.gradient_accumulation_steps not in (1, "auto"):
         raise Unsupported(
-            f"DeepSpeed would take an optimiser step on each piece of a batch, so --accumulate {config.accumulate} and "
-            f"gradient_accumulation_steps {plugin.gradient_accumulation_steps} must both be 1; use a smaller "
-            "--batch_size or --gradient_checkpointing to save memory."
+            f"gradient_accumulation_steps {plugin.gradient_accumulation_steps} would divide the loss once more; set it "
+            "to 1 in the launch file, and give the pieces of a step as --accumulate."
         )
+    if accelerator.is_fsdp2:
+        _check_fsdp2(model, config)
+
+
+def _check_fsdp2(model: nn.Module, config: TrainConfig) -> None:
+    if getattr(model, "is_loaded_in_8bit", False):
+        raise Unsupported("FSDP2 cannot shard a base in 8 bits; hold it in 4 bits or whole, or start with --multi_gpu.")
+    if config.optimizer != "adamw":
+        raise Unsupported(
+            f"the optimizer {config.optimizer} cannot update weights in shards; use --optimizer adamw, whose moments "
+            "FSDP2 shards too."
+        )
+    scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
+    if scalars:
+        raise Unsupported(f"FSDP2 cannot shard the single number {scalars[0]!r}; start with --multi_gpu.")
 
 
 def build_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
@@ -277,3 +308,5 @@ def release_model(accelerator: Accelerator, model: nn.Module) -> None:
         tracker.finish()
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     accelerator.free_memory()
+    if (plugin := accelerator.state.deepspeed_plugin) is not None:
+        plugin.dschf = None  # under ZeRO 3 transformers would load the next base in shards

@@ -3,21 +3,21 @@
 import math
 import signal
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, send_to_device
+from accelerate.utils import DistributedType, send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from inlay.bases.learning_rate import scale_rate
-from inlay.errors import BadInput, ComputationFailed
+from inlay.errors import BadInput, ComputationFailed, Unsupported
 from inlay.train.acceleration import accelerated
 from inlay.train.callback import Callback
 from inlay.train.config import TrainConfig
@@ -35,16 +35,20 @@ from inlay.train.launch import (
 from inlay.train.losses import Loss, ModelLoss
 from inlay.train.run import Run, open_run
 from inlay.train.sampler import SeededDataset, SeededSampler, seed_all
+from inlay.train.sharding import choose_model_to_train, drop_weights, has_shards, join_weights
 from inlay.train.step_reader import StepReader, StepValues
 from inlay.train.weight_average import WeightAverage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     import evaluate
 
     Collate = Callable[[list[Any]], dict[str, Any]]
+
+# These hold gradients of their own, which an interrupted backward pass leaves incomplete.
+_OWN_GRADIENTS = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,8 @@ def fit(
     """Train the parameters of `model` that require a gradient, and leave the model in eval mode with the best weights.
 
     A killed run resumes from its last checkpoint when it is started again. On a CPU it ends with the same weights, bit
-    for bit, as an uninterrupted run. A finished run is read back, not repeated.
+    for bit, as an uninterrupted run. A finished run is read back, not repeated. Weights that were in shards in the run
+    (FSDP2, ZeRO 3) are whole again in all processes.
 
     Args:
         model: Returns an output with `loss` and `logits` when called with a batch (the convention of transformers).
@@ -114,17 +119,9 @@ def fit(
     accelerator = start_accelerator(model, config)
     config = _choose_rate(config, model, accelerator)
     decided = {**(settings or {}), **config.identity()}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable or not len(train_data):
-        raise BadInput(
-            "nothing to train: " + ("the data is empty." if trainable else "no parameter requires a gradient.")
-        )
-    if validation_data is not None and not len(validation_data):
-        raise BadInput("the validation data is empty; pass data, or None to keep the last weights.")
-    if config.patience is not None and validation_data is None:
-        raise BadInput("patience counts evaluations without a new best score, so it needs validation data.")
-    if best_by is not None and not metrics:
-        raise BadInput(f"best_by={best_by!r} names a score of a metric, but there are no metrics; pass metrics.")
+    _check_request(model, train_data, validation_data, config, metrics, best_by)
+    if has_shards(accelerator):
+        _check_whole_weights(config, callback)
     further = {} if best_by is None else {"best_by": best_by}
     with open_run(config, model, accelerator, {"examples": len(train_data), **further, **(settings or {})}) as run:
         if run.result is not None:
@@ -139,14 +136,17 @@ def fit(
             config = replace(config, cache_frozen="no")
         if config.gradient_checkpointing:
             enable_checkpointing(model)
+        trained = choose_model_to_train(model, accelerator)
+        trainable = [p for p in trained.parameters() if p.requires_grad]
         optimizer = build_optimizer(trainable, config)
         schedule = {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule)
         scheduler = get_scheduler(schedule, optimizer, round(config.warmup * steps), steps)
-        net = wrap_for_cache(model, config, accelerator)
+        net = wrap_for_cache(trained, config, accelerator)
         reader = StepReader(accelerator, optimizer, config.read_every)
         wrapped, optimizer, scheduler = accelerator.prepare(net, optimizer, scheduler)
         average = _average_weights(trainable, config, accelerator)
-        resumed = run.resume()
+        drop_weights(model, trained)
+        resumed = run.resume(trained, optimizer, scheduler)
         lengths = getattr(train_data, "lengths", None)
         order = SeededSampler(
             len(train_data), config.batch_size, steps, config.seed, done=run.progress.step, lengths=lengths
@@ -186,6 +186,8 @@ def fit(
                 trainer.exit_by_signal(stop.signal)  # the scheduler killed the workers too, before the step had ended
             finally:
                 release_model(accelerator, wrapped)
+        join_weights(model, trained, accelerator.device)
+        run.model = model
         if validation_data is None:
             with trainer.final_weights():
                 run.save_best()
@@ -204,6 +206,39 @@ def fit(
         )
         run.finish({k: v for k, v in vars(result).items() if k not in ("settings", "resumed")})
         return result
+
+
+def _check_request(
+    model: nn.Module,
+    train_data: Any,
+    validation_data: Any,
+    config: TrainConfig,
+    metrics: "Sequence[evaluate.Metric]",
+    best_by: str | None,
+) -> None:
+    """Refuse a run that has nothing to train, or nothing to choose by."""
+    trainable = any(p.requires_grad for p in model.parameters())
+    if not trainable or not len(train_data):
+        raise BadInput(
+            "nothing to train: " + ("the data is empty." if trainable else "no parameter requires a gradient.")
+        )
+    if validation_data is not None and not len(validation_data):
+        raise BadInput("the validation data is empty; pass data, or None to keep the last weights.")
+    if config.patience is not None and validation_data is None:
+        raise BadInput("patience counts evaluations without a new best score, so it needs validation data.")
+    if best_by is not None and not metrics:
+        raise BadInput(f"best_by={best_by!r} names a score of a metric, but there are no metrics; pass metrics.")
+
+
+def _check_whole_weights(config: TrainConfig, callback: Callback | None) -> None:
+    """Refuse what needs whole weights in one process, which FSDP2 and ZeRO 3 do not leave it."""
+    asked = [f"--{name}" for name in ("ema", "channels_last") if getattr(config, name)]
+    asked += ["samples and a prior on the way"] if callback is not None else []
+    if asked:
+        raise Unsupported(
+            f"{' and '.join(asked)} cannot be had from weights in shards (FSDP2, ZeRO 3); start without, or with "
+            "--multi_gpu."
+        )
 
 
 def _choose_rate(config: TrainConfig, model: nn.Module, accelerator: Accelerator) -> TrainConfig:
@@ -387,11 +422,21 @@ class _Trainer:
         for i, piece in enumerate(pieces):
             share = self._share_of(piece, weight)
             inputs = self._place(piece)
-            with nullcontext() if i == len(pieces) - 1 else self.accelerator.no_sync(self.model):
+            with nullcontext() if i == len(pieces) - 1 else self._without_update():
                 loss = self.loss(self.model, inputs).loss * share
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
+
+    @contextmanager
+    def _without_update(self) -> "Iterator[None]":
+        """Add up gradients without exchanging them; DeepSpeed's engine steps after each backward pass outside."""
+        with self.accelerator.no_sync(self.model):
+            self.accelerator.sync_gradients = False
+            try:
+                yield
+            finally:
+                self.accelerator.sync_gradients = True
 
     def _mean_weight(self, batch: dict[str, Any]) -> "float | torch.Tensor":
         """The weight of the whole batch, divided by the number of processes that share it; then it is on the device."""
@@ -419,15 +464,10 @@ class _Trainer:
 
     def _halve_pieces(self, batch: dict[str, Any], reason: str) -> None:
         """Halve the pieces after an out-of-memory error; the step is then repeated with the same seed and result."""
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # it updates the weights after every piece
+        if self.accelerator.num_processes > 1 or self.accelerator.distributed_type in _OWN_GRADIENTS:
             raise ComputationFailed(
-                f"out of memory in process {self.accelerator.process_index} ({reason}); start again with a smaller "
-                "--batch_size, or --gradient_checkpointing."
-            )
-        if self.accelerator.num_processes > 1:
-            raise ComputationFailed(
-                f"out of memory in process {self.accelerator.process_index} ({reason}); with several processes the "
-                f"pieces cannot be halved during a run: start again with --accumulate "
+                f"out of memory in process {self.accelerator.process_index} ({reason}); with several processes, FSDP2 "
+                f"or DeepSpeed the pieces cannot be halved during a run: start again with --accumulate "
                 f"{2 * self.run.progress.accumulate}, or --gradient_checkpointing."
             )
         if self.run.progress.accumulate >= count_rows(batch):
@@ -456,13 +496,12 @@ class _Trainer:
         """Repeat a step that broke, and say where; the weights are those that it was taken with."""
         seed_all(self._seed_of_step(values.step - 1))
         with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):  # compiled modules have no hooks
-            found = find_first_bad_number(
+            found = find_first_bad_number(  # every process is here, as the loss is their mean
                 self.accelerator.unwrap_model(self.model),
                 send_to_device(batch, self.accelerator.device),
                 self.loss,
                 self.run.progress.accumulate,
             )
-        found = next(filter(None, gather_object([found])), None)  # every process is here, as the loss is their mean
         where = found or "when the step is repeated, input, weights, outputs and gradients are all finite"
         raise ComputationFailed(
             f"training broke at step {values.step}: loss {values.loss}, gradient norm {values.gradient_norm}; {where}. "

@@ -12,7 +12,10 @@ None of them contains the frozen base.
 """
 
 import json
+import platform
 import shutil
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -21,12 +24,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from inlay.errors import BadInput, DamagedFile
 from inlay.files.atomic import PENDING_FILE, lock_folder, pending_folder, recover, replacing, write_json, writing
 from inlay.train.config import TrainConfig
+from inlay.train.sharding import WholeStates, find_shape, gather_whole, named_parameters, set_whole
 
 WEIGHTS = "trainable.safetensors"
 # in the order in which they are deleted
@@ -60,10 +66,42 @@ def open_run(
     """Open the run in `config.output_dir`, which no other process can train meanwhile.
 
     Raises:
-        BadInput: Another process trains this run, or the folder holds other files or a run with other settings.
+        BadInput: Another process trains this run, the folder holds other files or a run with other settings, or it is
+            on a disk that a machine of the run does not share.
     """
     with lock_folder(config.output_dir, wait_s=_WORKERS_END_S) if accelerator.is_main_process else nullcontext():
+        _check_shared_disk(Path(config.output_dir), accelerator)
         yield Run(config, model, accelerator, settings)
+
+
+# A network disk may show a new file to another machine only after some seconds.
+_FILE_SEEN_S = 10
+
+
+def _check_shared_disk(folder: Path, accelerator: Accelerator) -> None:
+    """Look on every machine for a file that the main process has written next to the run folder.
+
+    Raises:
+        BadInput: A machine does not see it. All of them read the checkpoint and the best weights, which one writes.
+    """
+    if sum(gather_object([accelerator.is_local_main_process])) < 2:
+        return
+    parent = folder.resolve().parent
+    probe = parent / broadcast_object_list([f"{PENDING_FILE}{uuid.uuid4().hex}"])[0]
+    if accelerator.is_main_process:
+        probe.touch()
+    accelerator.wait_for_everyone()
+    until = time.monotonic() + _FILE_SEEN_S
+    while not (seen := probe.is_file()) and time.monotonic() < until:
+        time.sleep(0.1)
+    blind = sorted(set(gather_object([] if seen else [platform.node()])))
+    if accelerator.is_main_process:
+        probe.unlink()
+    if blind:
+        raise BadInput(
+            f"{', '.join(blind)} cannot see the files that the main process writes to {parent}; choose an --output_dir "
+            "on a disk that all machines share."
+        )
 
 
 class Run:
@@ -74,6 +112,8 @@ class Run:
     ) -> None:
         self.folder = Path(config.output_dir)
         self.model, self.accelerator = model, accelerator
+        self.optimizer: Any = None
+        self.scheduler: Any = None
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.progress = Progress(accumulate=config.accumulate)
         self.result: dict[str, Any] | None = None
@@ -127,13 +167,23 @@ class Run:
             else:
                 path.unlink(missing_ok=True)
 
-    def resume(self) -> bool:
-        """Load model, optimiser, schedule and progress from the last checkpoint; False if there is none."""
+    def resume(self, model: nn.Module, optimizer: Any, scheduler: Any) -> bool:
+        """Load the last checkpoint into what will be trained; False if there is none.
+
+        Args:
+            model: The model, or its twin whose weights are shards.
+            optimizer: As accelerate has prepared it.
+            scheduler: Of the learning rate.
+        """
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         last = self.folder / "last"
         if not (last / "progress.json").is_file():
             self._truncate_log()
             return False
-        self.accelerator.load_state(str(last))
+        if self.accelerator.is_fsdp2:
+            self._load_shards(last)
+        else:
+            self.accelerator.load_state(str(last), load_module_strict=False)  # which DeepSpeed reads
         self.progress = Progress(**json.loads((last / "progress.json").read_text(encoding="utf-8")))
         self._truncate_log()
         return True
@@ -141,15 +191,19 @@ class Run:
     def save_checkpoint(self) -> None:
         """Write `last/`. All processes take part; the main one renames the folder at the end."""
         with _CollectiveWrite(self.accelerator, self.folder / "last") as folder:
-            self.accelerator.save_state(str(folder))
+            if self.accelerator.is_fsdp2:
+                self._save_shards(folder)
+            else:
+                self.accelerator.save_state(str(folder), exclude_frozen_parameters=True)  # which DeepSpeed reads
             if self.accelerator.is_main_process:
                 write_json(folder / "progress.json", asdict(self.progress))
 
     def save_best(self) -> None:
-        """Write the present weights to `best/`."""
+        """Write the present weights to `best/`. All processes take part."""
+        weights = self._gather_trainable()
         if self.accelerator.is_main_process:
             with writing(self.folder / "best") as folder:
-                save_file(self._trainable_weights(), folder / WEIGHTS)
+                save_file(weights, folder / WEIGHTS)
         self.accelerator.wait_for_everyone()
 
     def load_best(self) -> None:
@@ -187,28 +241,56 @@ class Run:
             with replacing(path) as shorter:
                 shorter.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
-    def _trainable_weights(self) -> dict[str, torch.Tensor]:
-        parameters = dict(self.model.named_parameters())
-        return {name: parameters[name].detach().contiguous() for name in self.names}
+    def _gather_trainable(self) -> dict[str, torch.Tensor]:
+        """The whole trainable weights, in all processes."""
+        parameters = named_parameters(self.model)
+        return {name: gather_whole(parameters[name]).contiguous() for name in self.names}
 
     def _set_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        parameters = dict(self.model.named_parameters())
-        if weights.keys() != set(self.names) or any(weights[n].shape != parameters[n].shape for n in weights):
+        parameters = named_parameters(self.model)
+        if weights.keys() != set(self.names) or any(weights[n].shape != find_shape(parameters[n]) for n in weights):
             raise BadInput(f"the checkpoint in {self.folder} is of another model; choose another --output_dir.")
-        with torch.no_grad():
-            for name in self.names:
-                parameters[name].copy_(weights[name])
+        for name in self.names:
+            set_whole(parameters[name], weights[name])
 
     def _save_weights(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
         if weights:  # empty under DeepSpeed, which writes its own shards
             weights.clear()
             if self.accelerator.is_main_process:
-                save_file(self._trainable_weights(), Path(folder) / WEIGHTS)
+                save_file(self._gather_trainable(), Path(folder) / WEIGHTS)
 
     def _load_weights(self, models: list[nn.Module], folder: str) -> None:
         if models:
             models.clear()
             self._set_weights(load_file(Path(folder) / WEIGHTS))
+
+    def _save_shards(self, folder: Path) -> None:
+        """Write what an unsharded run writes; accelerate would store the shards of all weights, frozen ones too."""
+        weights = self._gather_trainable()
+        if self.accelerator.is_main_process:
+            save_file(weights, folder / WEIGHTS)
+        save_accelerator_state(
+            str(folder),
+            model_states=[],
+            optimizers=[WholeStates(self.optimizer)],
+            schedulers=[self.scheduler],
+            dataloaders=[],
+            process_index=self.accelerator.process_index,
+            step=0,
+            scaler=self.accelerator.scaler,
+        )
+
+    def _load_shards(self, folder: Path) -> None:
+        self._set_weights(load_file(folder / WEIGHTS))
+        load_accelerator_state(
+            str(folder),
+            models=[],
+            optimizers=[WholeStates(self.optimizer)],
+            schedulers=[self.scheduler],
+            dataloaders=[],
+            process_index=self.accelerator.process_index,
+            scaler=self.accelerator.scaler,
+        )
 
 
 class _CollectiveWrite:

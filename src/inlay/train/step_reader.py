@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from inlay.bases.device import is_asynchronous
@@ -99,9 +100,13 @@ class StepReader:
 
 
 def can_read_late(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> bool:
-    """True if a read would wait, and the optimiser leaves out an update by a flag: fused AdamW on plain tensors."""
+    """True if a read would wait, and the optimiser leaves out an update by a flag: fused AdamW on plain tensors.
+
+    FSDP2 makes shards of them afterwards. DeepSpeed updates the weights before the values of the step are there.
+    """
     return (
         is_asynchronous(accelerator.device)
+        and accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         and isinstance(optimizer, torch.optim.AdamW)
         and all(group["fused"] for group in optimizer.param_groups)
         and not any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])

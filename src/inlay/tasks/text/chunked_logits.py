@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy, pad
 from transformers.utils import ModelOutput
 
 from inlay.tasks.text.vocabulary import vocabulary_of
+from inlay.train.sharding import is_sharded
 
 IGNORED = -100  # the label of tokens that are read and not learned: prompts, padding
 CHUNK = 2**24  # logits that are computed together: 64 MB in float32, and as much again two or three times for the loss
@@ -35,7 +36,7 @@ class LearnedTokens(NamedTuple):
         states: Last hidden states (N, D).
         labels: (N,).
         tail: Computes the logits (n, V) of states (n, D).
-        parameters: Of the model; where they are sharded, those of the head are whole.
+        parameters: Of the model.
     """
 
     states: Tensor
@@ -50,7 +51,12 @@ class LearnedTokens(NamedTuple):
 
 
 def can_split(model: nn.Module) -> bool:
-    """True if the model, under its wrappers, has a body that can be run without its head."""
+    """True if the model, under its wrappers, has a body that can be run without its head.
+
+    Weights in shards are gathered by all processes at once, but each has a number of chunks of its own.
+    """
+    if is_sharded(model):
+        return False
     inner = unwrap(model)
     wrappers = (model, getattr(model, "module", model), inner)
     compiled = any(getattr(each, "_compiled_call_impl", None) or hasattr(each, "_orig_mod") for each in wrappers)
@@ -68,7 +74,7 @@ def run_in_chunks(
 ) -> Any:
     """Run the model, with `use` in the place of its head; None where the model cannot be split after all.
 
-    `use` runs inside the model's forward, so under its autocast, and before sharded weights are released.
+    `use` runs inside the model's forward, so under its autocast.
 
     Args:
         model: As passed to `fit`.

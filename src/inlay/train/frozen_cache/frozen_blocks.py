@@ -128,7 +128,7 @@ def wrap_for_cache(model: nn.Module, config: TrainConfig, accelerator: Accelerat
     """The model as a `CachedStatesModel` if `cache_frozen` is set, else the model itself."""
     if config.cache_frozen == "no":
         return model
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         _print_why_off(accelerator, f"{accelerator.distributed_type.value} distributes their weights")
         return model
     return CachedStatesModel(model)

@@ -1,0 +1,82 @@
+"""LoRA on the embedded ViT under FSDP2, as a program of its own that several processes run.
+
+python tests/train/sharded_job.py FOLDER STEP      the step at which it is killed; 0: it is not
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from peft import LoraConfig, PeftModel, get_peft_model
+from train_job import Accuracy
+
+from inlay import InlayError, TrainConfig, fit, load_base, load_processor, save_adapter
+from inlay.bases.sites import head_modules, lora_targets
+from inlay.train import run
+
+BASE, CLASSES = "builtin:vit-tiny", 3
+
+
+class Noise(torch.utils.data.Dataset):
+    """Images of noise around a mean that tells the class; `broken` of them are NaN."""
+
+    def __init__(self, rows: int, shift: int, shape: tuple[int, ...], broken: int = 0) -> None:
+        self.rows, self.shift, self.shape, self.broken = rows, shift, shape, broken
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: int) -> dict:
+        generator = torch.Generator().manual_seed(index + self.shift)
+        label = index % CLASSES
+        pixels = torch.randn(self.shape, generator=generator) + label - 1
+        return {"pixel_values": pixels * float("nan") if index < self.broken else pixels, "labels": label}
+
+
+def train(folder: Path, die_at: int = 0, broken: int = 0, **options) -> PeftModel:
+    """Train, and save the adapter."""
+    torch.manual_seed(0)
+    base = load_base(BASE, labels=[str(i) for i in range(CLASSES)])
+    config = LoraConfig(r=2, target_modules=lora_targets(base, "attention"), modules_to_save=head_modules(base))
+    model = get_peft_model(base, config)
+    shape = (base.config.num_channels, base.config.image_size, base.config.image_size)
+    calls = []
+
+    def count(module, args):
+        calls.append(module.training)
+        if die_at and sum(calls) == 2 * die_at:  # a step has two pieces
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    base.vit.embeddings.register_forward_pre_hook(count)
+    settings = {"batch_size": 8, "epochs": 3, "accumulate": 2, "eval_every": 3, "save_every": 2, "workers": 0}
+    config = TrainConfig(str(folder / "run"), learning_rate=1e-2, **settings | options)
+    fit(model, Noise(20, 0, shape, broken), Noise(7, 1000, shape), config, metrics=[Accuracy()])
+    save_adapter(model, folder / "adapter", processor=load_processor(BASE))
+    return model
+
+
+def main(folder: Path, die_at: int) -> None:
+    """The run `killed`, until it is killed; then it again, an undisturbed one, and what must be refused."""
+    if die_at:
+        train(folder / "killed", die_at)
+    train(folder / "killed")
+    train(folder / "whole")
+    run._FILE_SEEN_S = 0
+    own = folder / f"disk {os.environ['RANK']}"
+    for place, broken in ((folder / "broken", 1), (own, 0)):
+        try:
+            train(place, broken=broken)
+        except InlayError as error:
+            print(f"refused: {error}", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    # accelerate shards on GPUs only: it takes these processes, which talk through gloo, for some
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    main(Path(sys.argv[1]), int(sys.argv[2]))
