@@ -173,6 +173,19 @@ def test_what_fsdp2_cannot_shard_is_refused(change, optimizer, message):
         check_sharding(fake_accelerator(DistributedType.FSDP, fsdp2=True), net, TrainConfig(optimizer=optimizer))
 
 
+def test_what_needs_whole_weights_is_refused_with_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("inlay.train.loop.has_shards", lambda accelerator: True)
+    with pytest.raises(Unsupported, match="--ema and --channels_last and samples and a prior on the way cannot be had"):
+        fit(
+            Net(),
+            Points(44, 1),
+            None,
+            TrainConfig(str(tmp_path / "run"), ema=0.9, channels_last=True),
+            callback=SimpleNamespace(),
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_refused_sharding_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     monkeypatch.setattr(Accelerator, "is_fsdp2", False)
