@@ -102,7 +102,7 @@ class Problem:
     @property
     def steps(self) -> int:
         """Of a trial that names none: the epochs of `train`."""
-        return self.train.steps(len(self.data.train))
+        return self.train.count_steps(len(self.data.train))
 
     @cached_property
     def base(self) -> dict[str, Any]:
