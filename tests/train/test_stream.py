@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import datasets
@@ -83,12 +84,14 @@ def test_batches_of_examples_of_like_size(files):
 
 def test_what_a_block_becomes_and_a_stream_of_nothing(files):
     def arrange(rows, places):
-        assert places[0].endswith(".jsonl") and places[0].startswith("row ")
+        assert re.fullmatch(r"[0-3]\.jsonl:\d+", places[0])
         return [row for row in rows if row["number"] % 2]
 
     names = [f"{shard}.jsonl" for shard in range(SHARDS)]
     batches, _ = draw(Stream(open_rows(files), arrange, buffer=7, names=names), 26, batch_size=1)
     assert sorted(number for (number,) in batches) == list(range(1, ROWS, 2))
+    assert len(Stream(open_rows(files)).read_first(99)) == ROWS
+    assert len(Stream(open_rows(files), buffer=2).read_first(5)) == 5
     stream = Stream(open_rows(files), lambda rows, places: [])
     with pytest.raises(BadInput, match="no example to train on"):
         draw(stream, 1)

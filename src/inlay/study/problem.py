@@ -296,6 +296,7 @@ class Problem:
             overwrite=False,
             learning_rate=trial.learning_rate,
             seed=trial.seed,
+            steps=None,
             epochs=(self.complete(trial).steps - 0.5) * batch_size / examples,  # rounded up to the steps
             eval_every=self.train.eval_every or max(1, round(examples / batch_size)),
         )

@@ -199,8 +199,9 @@ def build_loaders(
 def build_step_loader(data: "FitData", order: "SeededSampler | StreamSampler", accelerator: Accelerator) -> Any:
     """The training batches in this order, still on the CPU: a step counts labels there, where nothing waits."""
     if isinstance(order, StreamSampler):  # each process reads its own share
+        workers = data.workers if order.stream.needs_workers else 0
         collate = StreamCollate(data.collate)
-        return StreamLoader(_make_loader(data.train, collate, data.workers, data.prefetch, batch_sampler=order), order)
+        return StreamLoader(_make_loader(data.train, collate, workers, data.prefetch, batch_sampler=order), order)
     return build_loader(
         data.train, data.collate, data.workers, accelerator, place=False, prefetch=data.prefetch, batch_sampler=order
     )

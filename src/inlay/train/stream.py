@@ -54,8 +54,9 @@ class Stream:
 
     Attributes:
         rows: The rows in shards, such as `load_dataset("webdataset", data_files="train-*.tar", streaming=True)`.
-        arrange: Makes a list of examples from the rows of a block and the places where they stand, in the thread that
-            reads: drops some, makes tokens. It must depend on these only. Default: an example is a row.
+        arrange: Makes a list of examples from the rows of a block and the places where they stand (train-003.tar:17),
+            in the thread that reads: drops some, makes tokens. It must depend on these only. Default: an example is a
+            row.
         prepare: Makes an item of an example in a data worker, under a random seed of its own: decodes, augments.
         buffer: Rows in a block.
         length: Size of an example; then a batch holds examples of similar size. Default: all have one size.
@@ -97,6 +98,27 @@ class Stream:
             )
         return cls(train_data)
 
+    def read_first(self, count: int, seed: int = 0) -> list[Any]:
+        """The first examples of a pass whose order the seed decides, at most so many."""
+        found: list[Any] = []
+        with closing(_Reader(self, 1, seed, 0, 1, None)) as reader:
+            while len(found) < count:
+                block = reader.read_block()
+                found += block.examples
+                if block.pass_ends:
+                    break
+        return found[:count]
+
+    @property
+    def needs_workers(self) -> bool:
+        """Whether anything is left to do for data workers."""
+        return self.prepare is not _keep_example
+
+    @property
+    def report(self) -> str:
+        """What it is, in a few words."""
+        return f"a stream of {self.shards:,} shard{'' if self.shards == 1 else 's'}"
+
     def identity(self) -> dict[str, int]:
         """What decides the order of its rows, besides the seed and the number of processes."""
         return {"shards": self.shards, "buffer": self.buffer}
@@ -117,10 +139,19 @@ class _OpenShard:
 
 @dataclass(frozen=True)
 class _Block:
-    """Shuffled examples, and the position where the reader stood before it read them."""
+    """Shuffled examples.
+
+    Attributes:
+        examples: Of some rows.
+        start: Where the reader stood before it read these.
+        pass_ends: Whether they were the last ones of a pass.
+        found: Examples of this pass so far.
+    """
 
     examples: list[Any]
     start: Position
+    pass_ends: bool
+    found: int
 
 
 class _Reader:
@@ -137,11 +168,7 @@ class _Reader:
         self.open = [self._open_shard(shard, read) for shard, read in start["open"]]
 
     def read_block(self) -> _Block:
-        """The next rows of this pass as examples, shuffled.
-
-        Raises:
-            InlayError: As `arrange` does; a whole pass gave no example.
-        """
+        """The next rows of this pass as examples, shuffled."""
         start = self._position()
         rows, places = [], []
         for row, place in islice(self._read_pass(), self.stream.buffer):
@@ -151,11 +178,10 @@ class _Reader:
         self.block += 1
         self.found += len(examples)
         self.drawn += len(examples)
-        if len(rows) < self.stream.buffer:  # the pass has ended
-            if not self.found:
-                raise BadInput("the stream has no example to train on; pass shards with some.")
+        block = _Block(examples, start, len(rows) < self.stream.buffer, self.found)
+        if block.pass_ends:
             self.epoch, self.opened, self.turn, self.found = self.epoch + 1, 0, 0, 0
-        return _Block(examples, start)
+        return block
 
     def close(self) -> None:
         """Close the shards: what reads parquet must not be open when the process ends."""
@@ -190,7 +216,7 @@ class _Reader:
                 continue
             current.read += 1
             self.turn += 1
-            yield row, f"row {current.read} of {self.stream.name_shard(current.shard)}"
+            yield row, f"{self.stream.name_shard(current.shard)}:{current.read}"
 
     def _order_shards(self) -> list[int]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.stream.shards).tolist()
@@ -300,6 +326,8 @@ class StreamSampler(Sampler[list[Draw]]):
             following = thread.submit(reader.read_block)
             while True:
                 block = following.result()
+                if block.pass_ends and not block.found:
+                    raise BadInput("the stream has no example to train on; pass shards with some.")
                 following = thread.submit(reader.read_block)
                 for place in range(used, len(block.examples)):
                     yield block.examples[place], {**block.start, "used": place + 1}
