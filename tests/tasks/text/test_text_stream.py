@@ -70,6 +70,16 @@ def test_examples_are_those_of_the_view(shards):
     assert {len(item["input_ids"]) for item in read_pass(short.train)} == {12, 13}
 
 
+def test_short_texts_of_a_block_share_rows(shards):
+    task = TextTask(dataset=f"{shards}/*.jsonl", pack=True, max_length=64)
+    data = task.load(0)
+    rows = read_pass(data.train)
+    assert max(len(row["input_ids"]) for row in rows) <= 64 and len(rows) < COUNT / 3
+    starts = sum(int((row["position_ids"] == 0).sum()) for row in rows)
+    assert starts == len(read_pass(data.source.train)), "every text is in one row"
+    assert set(data.collate(rows[:2])) == {"input_ids", "labels", "position_ids"}
+
+
 def test_chats_and_running_text(tmp_path):
     documents = [{"text": f"Document {i} says that " + "so " * (i % 20)} for i in range(90)]
     datasets.Dataset.from_list(documents).to_parquet(tmp_path / "plain.parquet")
