@@ -99,6 +99,7 @@ if TYPE_CHECKING:
     from inlay.tasks.volumes.view import VolumeView
     from inlay.train.config import TrainConfig
     from inlay.train.loop import fit
+    from inlay.train.stream import Stream
 
 __version__ = "0.1.0"
 
@@ -155,6 +156,7 @@ _MODULE_OF = {
     "SpatialAdapterConfig": "methods",
     "SqueezeNetConfig": "bases.networks.configs",
     "SsfConfig": "methods",
+    "Stream": "train.stream",
     "TextData": "tasks.text.data",
     "TextProcessor": "tasks.text.processor",
     "TextTask": "tasks.text.options",
@@ -272,6 +274,7 @@ __all__ = [
     "SpatialAdapterConfig",
     "SqueezeNetConfig",
     "SsfConfig",
+    "Stream",
     "TextData",
     "TextProcessor",
     "TextTask",

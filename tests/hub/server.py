@@ -272,6 +272,10 @@ class Handler(BaseHTTPRequestHandler):
         if repo and commit:
             self.send(200, [_entry(path, *file) for path, file in repo.commits[commit].items()])
 
+    def no_folder(self, body: bytes, name: str, revision: str, folder: str) -> None:
+        """Datasets here have their files at the top; that is asked for a folder `data` all the same."""
+        self.send(404, {}, {"X-Error-Code": "EntryNotFound"})
+
     def paths(self, body: bytes, name: str, revision: str) -> None:
         repo = self.repo(name)
         commit = repo and self.commit_of(repo, revision)
@@ -296,9 +300,10 @@ class Handler(BaseHTTPRequestHandler):
             headers |= {"X-Linked-Etag": f'"{named}"', "X-Linked-Size": str(len(data))}
         if self.fault and self.fault.kind == "garble":
             data = data[:-1] + bytes([data[-1] ^ 1])
-        if start := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
-            at = int(start[1])
-            self.send(206, data[at:], {**headers, "Content-Range": f"bytes {at}-{len(data) - 1}/{len(data)}"})
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+            at, last = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
+            headers |= {"Content-Range": f"bytes {at}-{last}/{len(data)}"}
+            self.send(206, data[at : last + 1], headers)
         else:
             self.send(200, data, headers)
 
@@ -324,6 +329,7 @@ def _entry(path: str, data: bytes, lfs: bool) -> dict[str, Any]:
 
 
 _NAME = r"([\w.-]+/[\w.-]+)"
+_DATASET = r"(datasets/[\w.-]+/[\w.-]+)"
 ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", "/api/whoami-v2", Handler.whoami),
     ("POST", "/api/repos/create", Handler.create),
@@ -338,4 +344,10 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", f"/api/models/{_NAME}/tree/([^/]+)", Handler.tree),
     ("POST", f"/api/models/{_NAME}/paths-info/([^/]+)", Handler.paths),
     ("GET", f"/{_NAME}/resolve/([^/]+)/(.+)", Handler.resolve),
+    ("GET", f"/api/{_DATASET}", Handler.info),
+    ("GET", f"/api/{_DATASET}/revision/([^/]+)", Handler.info),
+    ("GET", f"/api/{_DATASET}/tree/([^/]+)", Handler.tree),
+    ("GET", f"/api/{_DATASET}/tree/([^/]+)/(.+)", Handler.no_folder),
+    ("POST", f"/api/{_DATASET}/paths-info/([^/]+)", Handler.paths),
+    ("GET", f"/{_DATASET}/resolve/([^/]+)/(.+)", Handler.resolve),
 ]

@@ -34,10 +34,10 @@ def test_a_bad_value_is_refused_by_name(name, value):
 
 
 def test_steps_are_counted_up():
-    assert TrainConfig(epochs=2, batch_size=8).steps(44) == 11
-    assert TrainConfig(epochs=1, batch_size=8).steps(41) == 6
-    assert TrainConfig(epochs=0.5, batch_size=8).steps(32) == 2
-    assert TrainConfig(epochs=1, batch_size=32).steps(3) == 1
+    assert TrainConfig(epochs=2, batch_size=8).count_steps(44) == 11
+    assert TrainConfig(epochs=1, batch_size=8).count_steps(41) == 6
+    assert TrainConfig(epochs=0.5, batch_size=8).count_steps(32) == 2
+    assert TrainConfig(epochs=1, batch_size=32).count_steps(3) == 1
 
 
 def test_only_what_decides_the_weights_identifies_a_run():

@@ -7,6 +7,7 @@ import random
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from inlay import TrainConfig, fit, run_recipe
+from inlay import Stream, TrainConfig, fit, run_recipe
 
 FEATURES, CLASSES = 6, 3
 
@@ -31,6 +32,7 @@ class Job:
     dropout: float = field(default=0.3, metadata={"help": "Dropout of the model."})
     noise: bool = field(default=True, metadata={"help": "Augment by all three generators."})
     pause: float = field(default=0.0, metadata={"help": "Seconds that a forward pass sleeps."})
+    stream: str = field(default="", metadata={"help": "Folder of .jsonl shards of a column `number`, to train on."})
 
 
 class Points(Dataset):
@@ -100,11 +102,20 @@ def trainable(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def open_shards(folder: str) -> Any:
+    """Rows of .jsonl files."""
+    from datasets import load_dataset
+
+    return load_dataset("json", data_files=f"{folder}/*.jsonl", split="train", streaming=True)
+
+
 def main(job: Job, train: TrainConfig) -> None:
     """Train, and write what came out."""
     torch.set_num_threads(1)
     model = Net(job.dropout, job.pause)
     data, validation = Points(job.rows, 1, job.noise), Points(job.rows_validation, 2)
+    if job.stream:
+        data = Stream(open_shards(job.stream), prepare=lambda row: Points(100, 1, job.noise)[row["number"]], buffer=9)
     result = fit(model, data, validation, train, metrics=[Accuracy()], settings={"dropout": job.dropout})
     if PartialState().is_main_process:
         save_file(trainable(model), Path(job.out))

@@ -102,7 +102,7 @@ class Problem:
     @property
     def steps(self) -> int:
         """Of a trial that names none: the epochs of `train`."""
-        return self.train.steps(len(self.data.train))
+        return self.train.count_steps(len(self.data.train))
 
     @cached_property
     def base(self) -> dict[str, Any]:
@@ -296,6 +296,7 @@ class Problem:
             overwrite=False,
             learning_rate=trial.learning_rate,
             seed=trial.seed,
+            steps=None,
             epochs=(self.complete(trial).steps - 0.5) * batch_size / examples,  # rounded up to the steps
             eval_every=self.train.eval_every or max(1, round(examples / batch_size)),
         )

@@ -184,6 +184,10 @@ class Training:
         group = self.settings.get("group")
         return group if isinstance(group, str) and group and self.used(data) else None
 
+    def asks_to_stream(self, data: str) -> bool:
+        """Whether training on this data was told to stream it."""
+        return self.settings.get("stream") is True and self.used(data)
+
     def used(self, data: str) -> bool:
         """Whether the adapter was trained on data of this name, or in this place."""
         if self.dataset is None:

@@ -38,7 +38,7 @@ class TaskData:
 
     Attributes:
         source: The data itself: ImageData, TextData, MaskData or VolumeData.
-        train: View of the training split.
+        train: View of the training split, or a Stream.
         validation: View of the held-out split.
         processor: Makes the base's inputs; saved with the adapter.
         metrics: Scores of an evaluation; the first chooses the best step. Without any the loss does.
@@ -177,9 +177,11 @@ class TaskOptions:
         from inlay.bases.attention import check_precision, leave_flash_attention
         from inlay.measure.memory import describe_memory
         from inlay.train.loop import fit
+        from inlay.train.stream import Stream
 
         check_precision(model, train.precision)
-        PartialState().print(describe_memory(model, data.train, train, collate=data.collate, loss=data.loss))
+        shown = data.validation if isinstance(data.train, Stream) else data.train
+        PartialState().print(describe_memory(model, shown, train, collate=data.collate, loss=data.loss))
         result = fit(
             model,
             self.complete_training(data.train, train),
@@ -220,6 +222,34 @@ class TaskOptions:
         if self.quantize:
             PartialState().print(describe_quantized(base))
         return base
+
+
+@dataclass
+class StreamOptions(TaskOptions):
+    """Options of the tasks whose data can be streamed."""
+
+    stream: bool | None = option(
+        None, "Read a Hub dataset or a folder of shards (.tar, .parquet, .jsonl) as it is needed; a glob always is."
+    )
+    shuffle_buffer: int | None = option(
+        None, "Rows of a stream that are shuffled together, per process; default: 1,000.", least=1
+    )
+
+    def is_streamed(self, test: bool = False) -> bool:
+        """Whether the data is read as it is needed.
+
+        Raises:
+            InlayError: A test part is wanted of a stream.
+        """
+        from inlay.tasks.shards import is_streamed
+
+        streamed = is_streamed(self.dataset, self.stream)
+        if streamed and test:
+            raise Unsupported(
+                f"{self.dataset!r} is streamed, so it is not split into three parts to compare on; pass data that is "
+                "loaded, such as a few of its shards in a folder of images."
+            )
+        return streamed
 
 
 def describe_run(model: nn.Module, data: TaskData, result: FitResult) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from inlay.tasks.image_decoding import explain_unreadable
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 KINDS = (*SEPARATORS, ".jsonl", ".json", ".parquet", ".txt")
+SPLITS = {"train": "train", **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"), "test": "test"}
 PATHS = (*KINDS, ".xlsx", ".xls", ".ods", ".arrow", ".zip", ".ndjson", ".md", ".docx", ".pdf")
 # How files begin that are not the text which their suffix announces.
 SIGNATURES = {
@@ -42,14 +43,14 @@ class Table:
         name: What an error calls the table: its path, or split and data set.
         names: Of the columns.
         column: All values of a column by its name.
-        places: Where each row begins, from 1.
+        places: Where each row begins, from 1; of streamed data the shard too.
         unit: What places count: lines of a file, its header among them, or rows.
     """
 
     name: str
     names: list[str]
     column: Callable[[str], Sequence[Any]]
-    places: Sequence[int]
+    places: Sequence[int | str]
     unit: Literal["line", "row"] = "row"
 
     def __len__(self) -> int:
@@ -125,10 +126,23 @@ def hub_splits(name: str, revision: str | None, wanted: str) -> dict[str, datase
             found = dict(datasets.load_dataset(name, revision=revision, **options))
         return found
     except Exception as error:  # no network, no such dataset or revision, gated: each has its own type
-        raise Unreachable(
-            f"{name!r} is no file or folder here, and the Hub gave {type(error).__name__} "
-            f"({explain_unreadable(error)}); check the name and the network, or pass {wanted}."
-        ) from error
+        raise _explain_unreachable(name, error, wanted) from error
+
+
+def hub_rows(name: str, revision: str | None, wanted: str) -> dict[str, datasets.IterableDataset]:
+    """Every split of a Hub dataset, to be read as it is needed; errors as in `hub_splits`."""
+    _check_hub_id(name)
+    try:
+        return dict(datasets.load_dataset(name, revision=revision, streaming=True))
+    except Exception as error:  # no network, no such dataset or revision, gated: each has its own type
+        raise _explain_unreachable(name, error, wanted) from error
+
+
+def _explain_unreachable(name: str, error: Exception, wanted: str) -> Unreachable:
+    return Unreachable(
+        f"{name!r} is no file or folder here, and the Hub gave {type(error).__name__} ({explain_unreadable(error)}); "
+        f"check the name and the network, or pass {wanted}."
+    )
 
 
 def _check_hub_id(name: str) -> None:

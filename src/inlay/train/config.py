@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from inlay.errors import BadInput
 from inlay.options import check_options, option
 
 # Settings that may differ when a run is resumed: none of them changes a weight. The rate that `fit` makes of
@@ -29,6 +30,7 @@ class TrainConfig:
     output_dir: str = option("runs/adapter", "Folder of the run. A run that is already there is resumed.")
     overwrite: bool = option(False, "Delete a run that is already in output_dir.")
     epochs: float = option(10, "Passes over the training data; fractions are allowed.", above=0)
+    steps: int | None = option(None, "Optimiser steps, instead of epochs; streams need them.", least=1)
     batch_size: int = option(32, "Examples per optimiser step, over all processes.", least=1)
     accumulate: int = option(
         1, "Pieces into which a process divides its share of a step; doubled when memory runs out.", least=1
@@ -69,7 +71,9 @@ class TrainConfig:
         "output_dir) it also serves the next run. Not with random augmentation.",
     )
     cache_gb: float = option(4, "Largest size of the cache_frozen store in GB; in memory, of each process.", above=0)
-    eval_every: int | None = option(None, "Steps between evaluations; default: one epoch.", least=1)
+    eval_every: int | None = option(
+        None, "Steps between evaluations; default: one epoch, or a tenth of the steps asked for.", least=1
+    )
     save_every: int | None = option(None, "Steps between checkpoints; default: at every evaluation.", least=1)
     read_every: int = option(
         10,
@@ -97,9 +101,23 @@ class TrainConfig:
         """The peak learning rate: as it was given, else that of the embedded bases."""
         return self.embedded_rate if self.learning_rate is None else self.learning_rate
 
-    def steps(self, examples: int) -> int:
-        """Optimiser steps of the run on a training set of this many examples."""
+    def count_steps(self, examples: int | None) -> int:
+        """Optimiser steps of the run on a training set of this many examples; None: a stream.
+
+        Raises:
+            InlayError: A stream without `steps`, as it has no epochs.
+        """
+        if self.steps is not None:
+            return self.steps
+        if examples is None:
+            raise BadInput(
+                "streamed data has no length, so epochs cannot be counted; pass the number of steps (--steps)."
+            )
         return max(1, math.ceil(self.epochs * examples / self.batch_size))
+
+    def count_steps_to_evaluation(self, steps: int) -> int:
+        """Steps between evaluations of a run with this many steps."""
+        return self.eval_every or max(1, round(steps / (10 if self.steps else self.epochs)))
 
 
 assert {f.name for f in fields(TrainConfig)} >= _FREE

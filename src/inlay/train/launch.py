@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from inlay.errors import BadInput, Unsupported
 from inlay.methods._peft import fills_cache
 from inlay.train.config import TrainConfig
+from inlay.train.stream import StreamCollate, StreamLoader, StreamSampler
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -206,8 +207,8 @@ def build_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torc
 
 
 def build_loaders(
-    data: "FitData", order: "SeededSampler", batch_size: int, accelerator: Accelerator
-) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
+    data: "FitData", order: "SeededSampler | StreamSampler", batch_size: int, accelerator: Accelerator
+) -> tuple[Any, DataLoader[Any] | None]:
     """Loaders of the training data in the given order, and of the validation data, short examples first."""
     train = build_step_loader(data, order, accelerator)
     if data.validation is None:
@@ -226,14 +227,20 @@ def build_loaders(
     return train, validation
 
 
-def build_step_loader(data: "FitData", order: "SeededSampler", accelerator: Accelerator) -> Any:
+def build_step_loader(data: "FitData", order: "SeededSampler | StreamSampler", accelerator: Accelerator) -> Any:
     """The training batches in this order, still on the CPU: a step counts labels there, where nothing waits."""
+    if isinstance(order, StreamSampler):  # each process reads its own share
+        workers = data.workers if order.stream.needs_workers else 0
+        collate = StreamCollate(data.collate)
+        return StreamLoader(_make_loader(data.train, collate, workers, data.prefetch, batch_sampler=order), order)
     return build_loader(
         data.train, data.collate, data.workers, accelerator, place=False, prefetch=data.prefetch, batch_sampler=order
     )
 
 
-def read_step_batch(data: "FitData", order: "SeededSampler", accelerator: Accelerator, step: int) -> dict[str, Any]:
+def read_step_batch(
+    data: "FitData", order: "SeededSampler | StreamSampler", accelerator: Accelerator, step: int
+) -> dict[str, Any]:
     """This process's share of the batch of a step, read again."""
     return next(iter(build_step_loader(replace(data, workers=0), order.start_at(step), accelerator)))
 
@@ -249,7 +256,12 @@ def build_loader(
     **order: Any,
 ) -> Any:
     """A DataLoader whose batches accelerate divides among the processes and, with `place`, moves to the device."""
-    loader = DataLoader(
+    loader = _make_loader(data, collate, workers, prefetch, **order)
+    return accelerator.prepare_data_loader(loader, device_placement=place)
+
+
+def _make_loader(data: Any, collate: Any, workers: int, prefetch: int, **order: Any) -> DataLoader[Any]:
+    return DataLoader(
         data,
         collate_fn=collate,
         num_workers=workers,
@@ -259,7 +271,6 @@ def build_loader(
         pin_memory=torch.cuda.is_available(),
         **order,
     )
-    return accelerator.prepare_data_loader(loader, device_placement=place)
 
 
 def _leave_signals_to_main(worker: int) -> None:

@@ -33,10 +33,11 @@ from inlay.train.launch import (
     start_accelerator,
 )
 from inlay.train.losses import Loss, ModelLoss
-from inlay.train.run import Run, open_run
+from inlay.train.run import Progress, Run, open_run
 from inlay.train.sampler import SeededDataset, SeededSampler, seed_all
 from inlay.train.sharding import choose_model_to_train, drop_weights, has_shards, join_weights
 from inlay.train.step_reader import StepReader, StepValues
+from inlay.train.stream import Stream, StreamItems, StreamLoader, StreamSampler
 from inlay.train.weight_average import WeightAverage
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ def fit(
         model: Returns an output with `loss` and `logits` when called with a batch (the convention of transformers).
         train_data: Map-style dataset of dicts. Each item is read under its own random seed, so random augmentation that
             uses the global generator of Python, numpy or torch is reproducible. If the dataset has an attribute
-            `lengths`, one size per item, a batch holds items of similar size and needs little padding.
+            `lengths`, one size per item, a batch holds items of similar size and needs little padding. Or a `Stream`,
+            which has no length and needs `config.steps`; a `datasets.IterableDataset` is one whose rows are items.
         validation_data: The same without augmentation. If None, the last weights are kept.
         config: Training settings.
         metrics: `evaluate` metrics over `logits.argmax(-1)` and `labels`. The first one chooses the best evaluation (a
@@ -119,20 +121,26 @@ def fit(
     accelerator = start_accelerator(model, config)
     config = _choose_rate(config, model, accelerator)
     decided = {**(settings or {}), **config.identity()}
-    _check_request(model, train_data, validation_data, config, metrics, best_by)
+    stream = Stream.from_data(train_data)
+    examples = len(train_data) if stream is None else None
+    _check_request(model, examples, validation_data, config, metrics, best_by)
     if has_shards(accelerator):
         _check_whole_weights(config, callback)
-    further = {} if best_by is None else {"best_by": best_by}
-    with open_run(config, model, accelerator, {"examples": len(train_data), **further, **(settings or {})}) as run:
+    further: dict[str, Any] = {} if best_by is None else {"best_by": best_by}
+    further |= stream.identity() if stream else {"examples": examples}
+    steps = config.count_steps(examples)
+    with open_run(config, model, accelerator, {**further, **(settings or {})}) as run:
         if run.result is not None:
             accelerator.print(f"{run.folder} holds a finished run, which is kept; --overwrite trains it again.")
             run.load_best()
             model.eval()
             return FitResult(**run.result, settings=decided, resumed=True)
 
-        steps, loss = config.steps(len(train_data)), loss or ModelLoss()
-        if config.cache_frozen != "no" and not isinstance(loss, ModelLoss):
-            accelerator.print("cache_frozen stays off: it needs examples of one size and the model's own loss.")
+        loss = loss or ModelLoss()
+        if config.cache_frozen != "no" and (stream or not isinstance(loss, ModelLoss)):
+            accelerator.print(
+                "cache_frozen stays off: it needs examples of one size, in no stream, and the model's own loss."
+            )
             config = replace(config, cache_frozen="no")
         if config.gradient_checkpointing:
             enable_checkpointing(model)
@@ -147,10 +155,7 @@ def fit(
         average = _average_weights(trainable, config, accelerator)
         drop_weights(model, trained)
         resumed = run.resume(trained, optimizer, scheduler)
-        lengths = getattr(train_data, "lengths", None)
-        order = SeededSampler(
-            len(train_data), config.batch_size, steps, config.seed, done=run.progress.step, lengths=lengths
-        )
+        order = _order_examples(stream or train_data, config, steps, run.progress, accelerator)
         if config.tracker is not None:
             accelerator.init_trackers("inlay", config=config.identity())
         trainer = _Trainer(
@@ -168,9 +173,8 @@ def fit(
             reader,
             average,
         )
-        data = FitData(
-            SeededDataset(train_data, config.seed), validation_data, collate, config.workers, config.prefetch
-        )
+        items = StreamItems(stream, config.seed) if stream else SeededDataset(train_data, config.seed)
+        data = FitData(items, validation_data, collate, config.workers, config.prefetch)
         with (
             use_cached_states(net, data, config, accelerator) as data,
             accelerated(net, config, accelerator),
@@ -210,15 +214,15 @@ def fit(
 
 def _check_request(
     model: nn.Module,
-    train_data: Any,
+    examples: int | None,
     validation_data: Any,
     config: TrainConfig,
     metrics: "Sequence[evaluate.Metric]",
     best_by: str | None,
 ) -> None:
-    """Refuse a run that has nothing to train, or nothing to choose by."""
+    """Refuse a run that has nothing to train, or nothing to choose by; the examples of a stream are not counted."""
     trainable = any(p.requires_grad for p in model.parameters())
-    if not trainable or not len(train_data):
+    if not trainable or examples == 0:
         raise BadInput(
             "nothing to train: " + ("the data is empty." if trainable else "no parameter requires a gradient.")
         )
@@ -265,6 +269,26 @@ def _average_weights(
     return average
 
 
+def _order_examples(
+    train_data: Any, config: TrainConfig, steps: int, progress: Progress, accelerator: Accelerator
+) -> SeededSampler | StreamSampler:
+    """The batches that are left of a run."""
+    if isinstance(train_data, Stream):
+        processes = accelerator.num_processes
+        return StreamSampler(
+            train_data,
+            config.batch_size // processes,
+            steps,
+            config.seed,
+            done=progress.step,
+            positions=progress.stream,
+            process=accelerator.process_index,
+            processes=processes,
+        )
+    lengths = getattr(train_data, "lengths", None)
+    return SeededSampler(len(train_data), config.batch_size, steps, config.seed, done=progress.step, lengths=lengths)
+
+
 class _Trainer:
     """The loop of one run, and the objects it works with."""
 
@@ -287,7 +311,7 @@ class _Trainer:
         self.best_by, self.callback, self.reader = best_by, callback, reader
         self.accelerator, self.model, self.optimizer, self.scheduler = accelerator, model, optimizer, scheduler
         self.run, self.config, self.steps, self.loss, self.metrics = run, config, steps, loss, metrics
-        self.eval_every = config.eval_every or max(1, round(steps / config.epochs))
+        self.eval_every = config.count_steps_to_evaluation(steps)
         self.skipped = 0  # fp16 steps in a row whose gradient overflowed
         self.step_seconds, self.steps_here = 0.0, 0
         self.average = average
@@ -337,6 +361,8 @@ class _Trainer:
             progress.seconds += now - begun
             begun = now
             if stopped or (due and not last):
+                if isinstance(loader, StreamLoader):
+                    progress.stream = loader.find_positions(progress.step)
                 self.run.save_checkpoint()
             if last:
                 break

@@ -53,6 +53,7 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)  # of the best evaluation
     history: list[dict[str, float]] = field(default_factory=list)  # one row per evaluation
     seconds: float = 0.0
+    stream: list[dict[str, Any]] = field(default_factory=list)  # where each process reads on, if the data is streamed
 
 
 # The data workers of a killed run hold its lock until they notice that the run has ended.

@@ -87,8 +87,13 @@ class SeededDataset(Dataset[Any]):
 
     def __getitem__(self, key: SeededIndex) -> Any:
         index, draw = key
-        seed_cpu(int(np.random.SeedSequence((self.seed, draw)).generate_state(1)[0]))
+        seed_draw(self.seed, draw)
         return self.data[index]
+
+
+def seed_draw(seed: int, draw: int) -> None:
+    """Seed the global generators of the CPU for the item with this number since the run began."""
+    seed_cpu(int(np.random.SeedSequence((seed, draw)).generate_state(1)[0]))
 
 
 def seed_cpu(seed: int) -> None:

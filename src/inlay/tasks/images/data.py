@@ -116,7 +116,7 @@ def load_images(
     parts = {split: _make_rows(rows, image, words[split], labels, path) for split, rows in splits.items()}
     if group is not None:
         _add_groups(parts, splits, group, (image, label), name, path)
-    contents = _check_readable(parts, name, labels, corrupt)
+    contents = check_readable(parts, name, labels, corrupt)
     made = {split: LabelledRows(rows, contents[split]) for split, rows in parts.items()}
     warn_of_overlaps(made, "image")
     test_split: Split = "test" if "test" in parts or not test else "validation"
@@ -176,7 +176,7 @@ def load_images_to_score(
         if group is not None:
             _add_groups(parts, splits, group, (image, label), name, path)
         corrupt = "skip" if training.settings.get("corrupt") == "skip" else "refuse"
-        contents = _check_readable(parts, name, labels, corrupt)
+        contents = check_readable(parts, name, labels, corrupt)
         if not all("group" in rows.column_names for rows in parts.values()):  # known of some only
             parts = {own: rows.select_columns(["image", "label"]) for own, rows in parts.items()}
         rows = datasets.concatenate_datasets(list(parts.values()))
@@ -445,7 +445,7 @@ def _add_groups(
         )
 
 
-def _check_readable(
+def check_readable(
     parts: dict[str, datasets.Dataset], name: str, labels: Sequence[str], corrupt: str
 ) -> dict[str, list[str] | None]:
     """Take images that cannot be decoded out of the splits, in place, or refuse them.

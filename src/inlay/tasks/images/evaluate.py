@@ -12,7 +12,9 @@ from inlay.tasks.adapter import Adapter, check_task, place_inputs
 from inlay.tasks.classification import class_probabilities, evaluate_classifier
 from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, pick_evenly
 from inlay.tasks.images.data import load_images_to_score
+from inlay.tasks.images.stream import load_image_stream_to_score
 from inlay.tasks.images.view import ImageView
+from inlay.tasks.shards import is_streamed
 
 AT_ONCE = 32  # images in one forward pass
 
@@ -30,9 +32,13 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
     """
     check_task(adapter, "image-classification")
     labels, logits = adapter.route(request.group)
-    chosen, rows, notes = load_images_to_score(
-        data, labels, adapter=adapter.name, split=request.split, training=request.training
-    )
+    training = request.training
+    if is_streamed(data, training.asks_to_stream(data)):
+        chosen, rows, notes = load_image_stream_to_score(data, labels, split=request.split, training=training)
+    else:
+        chosen, rows, notes = load_images_to_score(
+            data, labels, adapter=adapter.name, split=request.split, training=training
+        )
     picked = pick_evenly(len(rows), request.limit)
     images = Subset(ImageView(rows, adapter.processor), picked)
     paths = [image["path"] for image in rows.select(picked)["image"]]

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from inlay.options import option
-from inlay.tasks.options import Report, TaskData, TaskOptions, describe_run
+from inlay.tasks.options import Report, StreamOptions, TaskData, describe_run
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from inlay.tasks.images.data import ImageData
+    from inlay.tasks.images.stream import ImageStream
     from inlay.train.loop import FitResult
+    from inlay.train.stream import Stream
 
 
 @dataclass
-class ImageTask(TaskOptions):
+class ImageTask(StreamOptions):
     """The classifier: its base, its images, and how they are shown in training."""
 
     model: str = option("builtin:vit-tiny", "Embedded base, local folder or Hub id.")
-    dataset: str = option("builtin:digits", "Embedded data, folder of class folders, file or Hub id.")
+    dataset: str = option("builtin:digits", "Embedded data, folder of class folders, file, shards or Hub id.")
     augment: Literal["none", "crop", "crop-flip"] = option(
         "crop", "Random crops, and mirror images where left and right do not matter."
     )
     corrupt: Literal["refuse", "skip"] = option("refuse", "What to do with images that cannot be read.")
+    classes: str | None = option(
+        None, "File of the class names of streamed data, one a line; default: labels.txt next to the shards."
+    )
     label_smoothing: float = option(0.0, "Of the training loss, 0 to 1.", least=0, most=1)
 
     def load(self, seed: int, *, test: bool = False) -> TaskData:
@@ -33,17 +39,32 @@ class ImageTask(TaskOptions):
         from inlay.bases.processors import load_processor
         from inlay.tasks.images.data import load_images
         from inlay.tasks.images.loss import SmoothedClasses
+        from inlay.tasks.images.stream import PreparedImage, load_image_stream
         from inlay.tasks.images.view import ImageView
         from inlay.tasks.metrics import Accuracy
 
         set_seed(seed)
         with self.offering_embedded_base():
             processor = load_processor(self.model)
-        data = load_images(self.dataset, seed=seed, corrupt=self.corrupt, group=self.group, test=test)
+        data: ImageData | ImageStream
+        train: ImageView | Stream
+        if self.is_streamed(test):
+            data = load_image_stream(
+                self.dataset,
+                seed=seed,
+                corrupt=self.corrupt,
+                group=self.group,
+                classes=self.classes,
+                buffer=self.shuffle_buffer,
+            )
+            train = replace(data.train, prepare=PreparedImage(processor, self.augment))
+        else:
+            data = load_images(self.dataset, seed=seed, corrupt=self.corrupt, group=self.group, test=test)
+            train = ImageView(data.train, processor, self.augment)
         validation = ImageView(data.validation, processor)
         return TaskData(
             data,
-            ImageView(data.train, processor, self.augment),
+            train,
             validation,
             processor,
             metrics=[Accuracy()],

@@ -15,8 +15,8 @@ from inlay.tasks.classification import LabelledRows, choose_labelled_rows, warn_
 from inlay.tasks.evaluation import Split, Training, check_labels, name_groups
 from inlay.tasks.groups import read_groups
 from inlay.tasks.sampling import complete_parts, normalise_label, sort_labels
-from inlay.tasks.tables import Table, find_column, hub_splits, list_first, read_table
-from inlay.tasks.text.data import SPLITS, read_folder, warn_of_unused_columns
+from inlay.tasks.tables import SPLITS, Table, find_column, hub_splits, list_first, read_table
+from inlay.tasks.text.data import read_folder, warn_of_unused_columns
 
 logger = logging.getLogger(__name__)
 
@@ -100,13 +100,13 @@ def load_sequences(
     if pair_column and not text_column:
         raise BadInput("pair_column needs text_column too; pass both.")
     tables = _read_tables(name, revision)
-    columns = _find_columns(tables["train"][0], text_column, pair_column, label_column)
+    columns = find_sequence_columns(tables["train"][0], text_column, pair_column, label_column)
     own = _labelled_splits(name, tables, columns, group)
-    rows = {split: _read_rows(tables[split], columns, group, name, required=split == "train") for split in own}
+    rows = {split: read_rows(tables[split], columns, group, name, required=split == "train") for split in own}
     labels = sort_labels([label for _, _, label, _ in rows["train"]])
     if len(labels) < 2:
         raise BadInput(f"the training texts of {name!r} have one class only ({list_first(labels)}); add another.")
-    parts = {split: _label_rows(found, labels, name, split) for split, found in rows.items()}
+    parts = {split: label_rows(found, labels, name, split) for split, found in rows.items()}
     warn_of_overlaps(parts, "text")
     test_split: Split = "test" if "test" in parts or not test else "validation"
 
@@ -144,16 +144,16 @@ def load_sequences_to_score(
     name = os.fspath(name)
     training = training or Training()
     tables = _read_tables(name, None)
-    columns = _find_columns(tables["train"][0], None, None, None)
+    columns = find_sequence_columns(tables["train"][0], None, None, None)
     group = training.group_for(name)
     own = _labelled_splits(name, tables, columns, group)
     known = [normalise_label(label) for label in labels]
 
     def load(parts: list[str]) -> LabelledRows:
         read = [table for part in parts for table in tables[part]]
-        found = _read_rows(read, columns, group, name, required=parts == ["train"])
+        found = read_rows(read, columns, group, name, required=parts == ["train"])
         check_labels(name, sort_labels([label for _, _, label, _ in found]), known, adapter)
-        return _label_rows(found, known, name, parts[0])
+        return label_rows(found, known, name, parts[0])
 
     scored: Split = "test" if "test" in own else "validation"
     return choose_labelled_rows(name, own, load, known, wanted=split, scored=scored, training=training, noun="text")
@@ -216,7 +216,9 @@ def _read_builtin(name: str) -> dict[str, list[Table]]:
     return tables
 
 
-def _find_columns(table: Table, text: str | None, pair: str | None, label: str | None) -> tuple[str, str | None, str]:
+def find_sequence_columns(
+    table: Table, text: str | None, pair: str | None, label: str | None
+) -> tuple[str, str | None, str]:
     """The columns of texts, second texts and labels: as asked, or by name."""
     present = {c for c in {*TEXTS, *LABELS, *(c for both in PAIRS for c in both)} if find_column(table, c)}
     if text:
@@ -243,7 +245,7 @@ def _has_labels(tables: list[Table], label: str) -> bool:
     )
 
 
-def _read_rows(
+def read_rows(
     tables: list[Table], columns: tuple[str, str | None, str], group: str | None, name: str, *, required: bool
 ) -> list[Row]:
     """Texts, labels and groups of every row, checked; a group that not all tables have may be `required`."""
@@ -281,7 +283,12 @@ def _read_column(table: Table, column: str) -> Sequence[Any]:
     return table.column(found)
 
 
-def _label_rows(rows: list[Row], labels: Sequence[str], name: str, split: str) -> LabelledRows:
+def label_rows(rows: list[Row], labels: Sequence[str], name: str, split: str) -> LabelledRows:
+    """Rows of a split with their labels as numbers.
+
+    Raises:
+        InlayError: A label that is none of `labels`.
+    """
     places = {label: i for i, label in enumerate(labels)}
     unknown = sort_labels([label for _, _, label, _ in rows if label not in places])
     if unknown:

@@ -11,7 +11,9 @@ from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.classification import class_probabilities, evaluate_classifier
 from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, pick_evenly
 from inlay.tasks.sequences.data import load_sequences_to_score
+from inlay.tasks.sequences.stream import load_sequence_stream_to_score
 from inlay.tasks.sequences.view import SequenceView
+from inlay.tasks.shards import is_streamed
 
 AT_ONCE = 32  # texts in one forward pass
 
@@ -30,9 +32,13 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
     check_task(adapter, "text-classification")
     check_prompt(adapter.model)
     labels, logits = adapter.route(request.group)
-    chosen, rows, notes = load_sequences_to_score(
-        data, labels, adapter=adapter.name, split=request.split, training=request.training
-    )
+    training = request.training
+    if is_streamed(data, training.asks_to_stream(data)):
+        chosen, rows, notes = load_sequence_stream_to_score(data, labels, split=request.split, training=training)
+    else:
+        chosen, rows, notes = load_sequences_to_score(
+            data, labels, adapter=adapter.name, split=request.split, training=training
+        )
     rows = rows.select(pick_evenly(len(rows), request.limit))
     groups = rows["group"][:] if "group" in rows.column_names else None
     names = [{key: row[key] for key in ("text", "pair") if key in row} for row in rows]

@@ -15,7 +15,7 @@ from inlay.errors import BadInput
 from inlay.tasks.evaluation import Split, Training, choose_split, name_groups, split_note
 from inlay.tasks.groups import hold_out_groups, list_groups, read_groups, warn_of_shared_groups
 from inlay.tasks.sampling import complete_parts
-from inlay.tasks.tables import KINDS, Table, find_column, hub_splits, kind_of, list_first, read_table
+from inlay.tasks.tables import KINDS, SPLITS, Table, find_column, hub_splits, kind_of, list_first, read_table
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,6 @@ BEFORE = {"question": ("context", "article")}  # SQuAD; what a question is about
 BEHIND = {"instruction": ("input", "context")}  # Alpaca, Dolly
 SYSTEM = ("system", "system_prompt")  # LLaMA-Factory, Intel's orca_dpo_pairs; OpenOrca
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # of ShareGPT, in the words of chat templates
-SPLITS = {"train": "train", **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"), "test": "test"}
 WANTED = "builtin:restaurants, a table, a text, a folder of them or a Hub dataset"
 MESSAGE = {"role": datasets.Value("string"), "content": datasets.Value("string")}
 Message: TypeAlias = dict[str, Any]  # role and content
@@ -85,7 +84,7 @@ class TextData:
     @property
     def chat(self) -> bool:
         """True if prompts are lists of messages."""
-        return not isinstance(self.train[0]["prompt"], str)
+        return not isinstance(self.validation[0]["prompt"], str)
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ def load_texts(
         return _hold_out(rows, plain, validation, seed, name, first=first)
 
     complete_parts(splits, test, hold_out, name, name_groups(group) if group else "text" if plain else "prompt")
-    made = {split: _make_dataset(rows) for split, rows in splits.items()}
+    made = {split: make_dataset(rows) for split, rows in splits.items()}
     return TextData(name, made["train"], made["validation"], made.get("test"), plain, test_split)
 
 
@@ -206,7 +205,7 @@ def load_texts_to_score(
     if "validation" not in splits and chosen in ("train", "validation"):
         splits["train"], splits["validation"] = _hold_out(splits["train"], plain, 0.1, training.seed, name)
     rows = [row for each in splits.values() for row in each] if chosen == "all" else splits[chosen]
-    return chosen, _make_dataset(rows), plain, split_note(name, chosen, own, training)
+    return chosen, make_dataset(rows), plain, split_note(name, chosen, own, training)
 
 
 def group_by_prompt(rows: Iterable[Mapping[str, Any]]) -> dict[Any, list[str]]:
@@ -217,11 +216,12 @@ def group_by_prompt(rows: Iterable[Mapping[str, Any]]) -> dict[Any, list[str]]:
     """
     found: dict[Any, list[str]] = {}
     for row in rows:
-        found.setdefault(_hashable(row["prompt"]), []).append(row["completion"])
+        found.setdefault(make_key(row["prompt"]), []).append(row["completion"])
     return found
 
 
-def _hashable(prompt: Any) -> Any:
+def make_key(prompt: Any) -> Any:
+    """A prompt as what sets and mappings hold."""
     return prompt if isinstance(prompt, str) else tuple(tuple((key, m[key]) for key in MESSAGE) for m in prompt)
 
 
@@ -234,7 +234,7 @@ def _read_splits(
 ) -> tuple[dict[str, list[Row]], bool]:
     """The rows of each split that a source has of its own, and whether they are running text without prompts."""
     tables = _read_tables(name, Path(os.path.expanduser(name)), revision)  # noqa: PTH111 - Path's own raises for an unknown user
-    columns = _find_columns(tables["train"][0], prompt_column, completion_column)
+    columns = find_text_columns(tables["train"][0], prompt_column, completion_column)
     if "test" in tables:
         tables["test"] = [table for table in tables["test"] if _has_completions(table, columns)]
     used = columns.used if group is None else [*columns.used, group]
@@ -243,7 +243,7 @@ def _read_splits(
         split: [
             row
             for table in found
-            for row in _read_rows(table, columns, read_groups([table], group, name, required=split == "train"))
+            for row in parse_rows(table, columns, read_groups([table], group, name, required=split == "train"))
         ]
         for split, found in tables.items()
         if found
@@ -329,7 +329,7 @@ def warn_of_unused_columns(name: str, tables: Sequence[Table], used: Sequence[st
         logger.warning("columns of %r that are not used: %s.", name, ", ".join(unused))
 
 
-def _find_columns(table: Table, prompt: str | None, completion: str | None) -> Columns:
+def find_text_columns(table: Table, prompt: str | None, completion: str | None) -> Columns:
     """The columns to read: as asked, or by name."""
     if completion:
         given = [column for column in (prompt, completion) if column]
@@ -393,7 +393,7 @@ def _has_completions(table: Table, columns: Columns) -> bool:
     return whole
 
 
-def _read_rows(table: Table, columns: Columns, known: Sequence[str] | None) -> list[Row]:
+def parse_rows(table: Table, columns: Columns, known: Sequence[str] | None) -> list[Row]:
     """Prompt and completion of every row, checked, with the groups that are known."""
     if not len(table):
         raise BadInput(f"{table.name!r} has no rows; fill it or leave it out.")
@@ -585,7 +585,7 @@ def _hold_out(
     """Training and validation: of prompts some, of running text the end, and of groups some."""
     groups = list_groups(rows)
     if groups is not None:
-        contents = [_hashable(row.prompt) or row.completion for row in rows]
+        contents = [make_key(row.prompt) or row.completion for row in rows]
         held = {*hold_out_groups(groups, contents, share, seed, "text" if plain else "prompt", warn=first)}
         return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
     return _hold_out_end(rows, share, name) if plain else _hold_out_prompts(rows, share, seed, name)
@@ -593,7 +593,7 @@ def _hold_out(
 
 def _hold_out_prompts(rows: list[Row], share: float, seed: int, name: str) -> tuple[list[Row], list[Row]]:
     """Training and validation without a prompt in both; by rank of a hash, alike on every machine."""
-    keys = [_hashable(row.prompt) for row in rows]
+    keys = [make_key(row.prompt) for row in rows]
     prompts = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
     if len(prompts) < 2:
         raise BadInput(
@@ -637,13 +637,14 @@ def _hold_out_end(rows: list[Row], share: float, name: str) -> tuple[list[Row], 
 
 def _warn_of_overlap(train: list[Row], held: list[Row], split: str) -> None:
     """Count the prompts, or the documents without prompts, of a split that are in training too."""
-    known, found = ({_hashable(row.prompt) or row.completion for row in rows} for rows in (train, held))
+    known, found = ({make_key(row.prompt) or row.completion for row in rows} for rows in (train, held))
     if found & known:
         noun = "prompts" if any(row.prompt for row in held) else "documents"
         logger.warning("%d of %d %s of %s are in training too.", len(found & known), len(found), noun, split)
 
 
-def _make_dataset(rows: list[Row]) -> datasets.Dataset:
+def make_dataset(rows: list[Row]) -> datasets.Dataset:
+    """The columns `prompt` and `completion`, and `group` where it is known."""
     prompts, completions, _ = zip(*rows, strict=True)
     groups = list_groups(rows)
     prompt = datasets.Value("string") if isinstance(prompts[0], str) else datasets.List(MESSAGE)

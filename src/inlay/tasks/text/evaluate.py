@@ -13,11 +13,13 @@ from inlay.errors import InlayError
 from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, Score, count_units, pick_evenly
 from inlay.tasks.groups import join_units
+from inlay.tasks.shards import is_streamed
 from inlay.tasks.statistics import BINS, Indices, find_bins, score_with_intervals
 from inlay.tasks.text.chunked_logits import IGNORED, read_logits
 from inlay.tasks.text.data import group_by_prompt, load_texts_to_score
 from inlay.tasks.text.generate import Decoding, generate
 from inlay.tasks.text.scores import TextScores, score_texts
+from inlay.tasks.text.stream import load_text_stream_to_score
 from inlay.tasks.text.view import TextView
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,9 @@ def evaluate(
         InlayError: As `load_texts` and `generate`; an adapter that is no language model's.
     """
     check_task(adapter, "text-generation")
-    chosen, rows, plain, notes = load_texts_to_score(data, split=request.split, training=request.training)
+    streamed = is_streamed(data, request.training.asks_to_stream(data))
+    load = load_text_stream_to_score if streamed else load_texts_to_score
+    chosen, rows, plain, notes = load(data, split=request.split, training=request.training)
     view = TextView(rows, adapter.processor, block=plain)
     references = {} if plain else group_by_prompt(rows)
     units = len(view) if plain else len(references)

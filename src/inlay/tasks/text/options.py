@@ -8,24 +8,25 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from inlay.errors import BadInput, Unsupported
 from inlay.options import option
-from inlay.tasks.options import Parts, Report, TaskData, TaskOptions, describe_run
+from inlay.tasks.options import Parts, Report, StreamOptions, TaskData, describe_run
 from inlay.tasks.text.vocabulary import check_vocabulary, vocabulary_of
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from inlay.tasks.text.data import TextData
     from inlay.tasks.text.generate import Decoding
     from inlay.train.config import TrainConfig
     from inlay.train.loop import FitResult
 
 
 @dataclass
-class TextTask(TaskOptions):
+class TextTask(StreamOptions):
     """The language model: its base, its texts, and how they become examples."""
 
     model: str = option("builtin:gpt2-tiny", "Embedded base, local folder or Hub id.")
     dataset: str = option(
-        "builtin:restaurants", "Embedded data, .csv, .jsonl, .parquet or .txt file, folder of them, or Hub id."
+        "builtin:restaurants", "Embedded data, .csv, .jsonl, .parquet or .txt file, folder of them, shards, or Hub id."
     )
     max_length: int | None = option(None, "Longest example in tokens; default: what the base reads.", least=2)
     over_long: Literal["cut", "drop", "refuse"] = option("cut", "What becomes of examples longer than max_length.")
@@ -51,12 +52,17 @@ class TextTask(TaskOptions):
         from inlay.tasks.text.loss import NextToken
         from inlay.tasks.text.packing import PackedView
         from inlay.tasks.text.processor import TextProcessor
+        from inlay.tasks.text.stream import load_text_stream, stream_examples
         from inlay.tasks.text.view import TextView
 
         set_seed(seed)
         with self.offering_embedded_base():
             tokenizer = load_tokenizer(self.model)
-        data = load_texts(self.dataset, seed=seed, group=self.group, test=test)
+        streamed = self.is_streamed(test)
+        if streamed:
+            data: TextData = load_text_stream(self.dataset, seed=seed, group=self.group, buffer=self.shuffle_buffer)
+        else:
+            data = load_texts(self.dataset, seed=seed, group=self.group, test=test)
         if virtual_tokens > tokenizer.model_max_length // 2:
             raise BadInput(
                 f"a prompt may take half of the base's {tokenizer.model_max_length} positions, got a length of "
@@ -64,12 +70,17 @@ class TextTask(TaskOptions):
             )
         tokenizer.model_max_length -= virtual_tokens
         processor = TextProcessor(tokenizer, separator=data.separator, chat=data.chat, max_length=self.max_length)
-        examples: Any = TextView(data.train, processor, over_long=self.over_long, block=data.plain)
+        if self.pack and data.plain:
+            raise BadInput(f"{self.dataset!r} is running text, whose blocks are full already; leave pack out.")
         held_out = TextView(data.validation, processor, over_long=self.over_long, block=data.plain)
-        if self.pack:
-            if data.plain:
-                raise BadInput(f"{self.dataset!r} is running text, whose blocks are full already; leave pack out.")
-            examples = PackedView(examples, processor.max_length)
+        examples: Any
+        if streamed:
+            examples = stream_examples(
+                data.train, processor, over_long=self.over_long, block=data.plain, pack=self.pack
+            )
+        else:
+            examples = TextView(data.train, processor, over_long=self.over_long, block=data.plain)
+            examples = PackedView(examples, processor.max_length) if self.pack else examples
         PartialState().print(f"train: {examples.report}\nvalidation: {held_out.report}")
         return TaskData(
             data,
@@ -77,7 +88,7 @@ class TextTask(TaskOptions):
             held_out,
             processor,
             metrics=[],
-            collate=examples.collate,
+            collate=held_out.collate,
             loss=NextToken(self.label_smoothing),
             example=lambda: {"input_ids": held_out[0]["input_ids"][None, :-1]},  # 1 T, without the end
         )
@@ -93,18 +104,24 @@ class TextTask(TaskOptions):
     def base(self, data: TaskData) -> Any:
         """The frozen base; an encoder, which writes no text, is refused, and so are tokens that it does not know."""
         from inlay.tasks.base import load_base
+        from inlay.train.stream import Stream
 
         base = load_base(self.model, task="text-generation", quantize=self.quantize, attention=self.attention)
-        for view in (data.train, data.validation):
+        streamed = isinstance(data.train, Stream)  # then what is held out stands for the tokens of both parts
+        for view in (data.validation,) if streamed else (data.train, data.validation):
             check_vocabulary(self.model, int(view.tokens.max()), vocabulary_of(base))
         return self._announced(base)
 
     def fit_method(self, config: Any, model: nn.Module, data: TaskData) -> Any:
         """A learned prompt takes positions of the base; those that are left must hold the longest example."""
         from inlay.methods._peft import count_virtual_tokens
+        from inlay.train.stream import Stream
 
         added, most = count_virtual_tokens(config), data.processor.tokenizer.model_max_length
-        longest = max(int(max(view.lengths)) for view in (data.train, data.validation))
+        if isinstance(data.train, Stream):
+            longest = data.processor.max_length
+        else:
+            longest = max(int(max(view.lengths)) for view in (data.train, data.validation))
         if added and added + longest > most:
             raise Unsupported(
                 f"{self.model} reads {most} tokens, which do not hold a prompt of {added} and the longest example of "
