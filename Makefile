@@ -37,6 +37,7 @@ peft-suite: setup ## peft's own tests on inlay's methods
 
 bench: setup ## slow measurements, with their results in tests/benchmarks/results
 	$(BIN)/python tests/benchmarks/fit_speed.py
+	$(BIN)/python tests/benchmarks/fit_options.py
 	$(BIN)/python tests/benchmarks/frozen_blocks.py
 	$(BIN)/python tests/benchmarks/fit_many.py
 	$(BIN)/python tests/benchmarks/memory_plan.py

@@ -27,6 +27,7 @@ SETTINGS = [
     *("--accumulate", "2"),
     *("--dropout", "0"),
     *("--workers", "1"),
+    *("--ema", "0.8"),
 ]
 
 

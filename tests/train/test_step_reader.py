@@ -1,6 +1,7 @@
 """Steps that are read late: the same log and weights, no update after a step that broke, and nothing read in a step."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,19 @@ def test_an_optimiser_without_the_flag_is_read_at_each_step(late):
         }.items()
     }
     assert every == {"fused": 10, "for each": 1, "another": 1}
+
+
+def test_processes_agree_on_losses_and_on_the_signal_of_any_of_them():
+    others = torch.tensor([[3.0, 5.0, 15.0]])  # loss after loss, and the signal
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), num_processes=2, mixed_precision="no", gather=lambda mine: torch.cat([mine, others])
+    )
+    reader = StepReader(accelerator, torch.optim.SGD([nn.Parameter(torch.ones(2))]), 10)
+    for step, loss in ((1, 1.0), (2, 4.0)):
+        reader.add(step, 0.1, torch.tensor(loss), torch.tensor(2.0))
+    values, signal = reader.read(0)
+    assert [(each.step, each.loss, each.gradient_norm) for each in values] == [(1, 2.0, 2.0), (2, 4.5, 2.0)]
+    assert signal == 15 and len(reader) == 0
 
 
 class Reading(Net):

@@ -481,7 +481,8 @@ class _Trainer:
     def _place(self, piece: dict[str, Any]) -> dict[str, Any]:
         """A piece of a batch on the device, with what the loss has to read of it while it is on the CPU."""
         prepare = getattr(self.loss, "prepare", None)
-        return send_to_device(piece if prepare is None else prepare(piece), self.accelerator.device, non_blocking=True)
+        prepared = piece if prepare is None else prepare(piece)
+        return send_to_device(prepared, self.accelerator.device, non_blocking=self.accelerator.non_blocking)
 
     def _seed_of_step(self, step: int) -> int:
         """A different seed for every step and process."""

@@ -99,6 +99,9 @@ class StepReader:
         optimizer.found_inf = torch.maximum(getattr(optimizer, "found_inf", self._broken), self._broken)
 
 
+_KERNELS_WITH_FLAG = ("cpu", "cuda")  # of torch's fused AdamW
+
+
 def can_read_late(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> bool:
     """True if a read would wait, and the optimiser leaves out an update by a flag: fused AdamW on plain tensors.
 
@@ -107,6 +110,7 @@ def can_read_late(accelerator: Accelerator, optimizer: torch.optim.Optimizer) ->
     return (
         is_asynchronous(accelerator.device)
         and accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        and accelerator.device.type in _KERNELS_WITH_FLAG
         and isinstance(optimizer, torch.optim.AdamW)
         and all(group["fused"] for group in optimizer.param_groups)
         and not any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
