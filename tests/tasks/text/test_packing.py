@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -71,6 +72,16 @@ def test_loss_and_gradients_are_those_of_single_texts(kind, lora, texts):
     expected = gradients_of(model, theirs)
     for name, gradient in gradients_of(model, ours).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_an_end_that_is_the_padding_token_too_is_no_cause_for_a_warning(texts, monkeypatch):
+    model, packed, warned = language_model("gpt2"), PackedView(texts, 20), []
+    monkeypatch.setattr(transformers.modeling_utils.logger, "warning_once", lambda text, *more: warned.append(text))
+    check_packing(model, "gpt2")
+    batch = packed.collate([packed[0]])
+    batch["input_ids"][0, -1] = model.config.pad_token_id
+    NextToken()(model, batch)
+    assert not warned
 
 
 def test_rows_hold_every_text_once_and_little_space(texts):

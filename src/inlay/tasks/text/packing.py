@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from inlay.bases.attention import uses_flash
 from inlay.errors import Unsupported
@@ -94,7 +95,8 @@ def check_packing(model: nn.Module, name: str) -> None:
     """Refuse a model that does not read the texts of a packed row as it reads each by itself.
 
     Args:
-        model: The base with its adapter; under FlashAttention it moves to the GPU, where it is trained.
+        model: The base with its adapter; under FlashAttention it moves to the GPU, where it is trained. Its search for
+            padding where it is given no mask is switched off: it warns of eos, and lets the host wait for the device.
         name: Of the base.
 
     Raises:
@@ -102,6 +104,9 @@ def check_packing(model: nn.Module, name: str) -> None:
     """
     if any(count_virtual_tokens(config) for config in getattr(model, "peft_config", {}).values()):
         raise Unsupported("a learned prompt or prefix stands once in front of a row, not of each text; leave pack out.")
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.warn_if_padding_and_no_attention_mask = _accept_no_mask
     flash = uses_flash(model)
     if flash:
         model.to(PartialState().device)
@@ -130,6 +135,10 @@ def check_packing(model: nn.Module, name: str) -> None:
             f"{name} with this method reads a text in a packed row otherwise than by itself (logits differ by up to "
             f"{float((together - apart).abs().max()):.2g}); leave pack out."
         )
+
+
+def _accept_no_mask(input_ids: Any, attention_mask: Any) -> None:
+    return None
 
 
 def _labels(text: Tensor) -> Tensor:
