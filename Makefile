@@ -49,6 +49,7 @@ bench: setup ## slow measurements, with their results in tests/benchmarks/result
 	$(BIN)/python tests/benchmarks/segment_memory.py
 	$(BIN)/python tests/benchmarks/hippocampus.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/int8.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bfloat16.py
 	for name in combine_error combine_speed combine_rules merge_error bank fuzz; do $(BIN)/python tests/benchmarks/$$name.py || exit 1; done
 
 bench-adapters: setup ## beside the library adapters, whose pins need an environment of their own
