@@ -2,6 +2,7 @@
 
 import sys
 
+import peft  # noqa: F401 - imported, it keeps `inlay predict` from hiding bitsandbytes from the tests that follow
 import pytest
 
 from inlay.cli import app as cli

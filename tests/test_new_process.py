@@ -75,6 +75,11 @@ model = PeftModel.from_pretrained(ViTForImageClassification.from_pretrained("tin
 pixels, expected = torch.load("mam.pt")
 assert (model(pixel_values=pixels).logits - expected).abs().max() < 1e-5
 
+import inlay.tasks.images.predict, inlay.tasks.masks.predict, inlay.tasks.sequences.predict
+import inlay.tasks.text.generate, inlay.tasks.volumes.segment
+late = {"datasets", "diffusers", "evaluate", "monai", "nibabel", "pandas", "pyarrow", "sklearn"} & {*sys.modules}
+assert not late, f"`inlay predict` starts slowly: it imports {late}"
+
 with warnings.catch_warnings(action="error"):
     import inlay.tasks.images.data
 view, expected = pickle.loads(Path("view.pickle").read_bytes())

@@ -3,10 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from command import run
+from inlay import resolve_base
+from inlay.cli.models import hide_bitsandbytes
 
 
 def test_what_the_system_refuses_is_one_sentence(capsys, monkeypatch):
@@ -114,3 +118,21 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "predict" in done.stdout and done.stdout.rstrip().endswith("HEAVY []")
+
+
+def test_predict_hides_bitsandbytes_unless_the_base_is_stored_in_few_bits(monkeypatch, tmp_path, digits_adapter):
+    """From peft, which would import it; what is imported already stays."""
+    base = Path(resolve_base("builtin:vit-tiny"))
+    config = json.loads((base / "config.json").read_text())
+    stored = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
+    there = ModuleType("bitsandbytes")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", there)
+    hide_bitsandbytes(str(digits_adapter), None)
+    assert sys.modules["bitsandbytes"] is there
+    monkeypatch.delitem(sys.modules, "peft")
+    for name, given in ((digits_adapter, tmp_path), (digits_adapter, tmp_path / "missing"), (base, None)):
+        hide_bitsandbytes(str(name), given and str(given))
+        assert sys.modules["bitsandbytes"] is there
+    hide_bitsandbytes(str(digits_adapter), None)
+    assert sys.modules["bitsandbytes"] is None

@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from inlay.errors import BadInput
+from inlay.errors import BadInput, InlayError
 from inlay.tasks.task import Task
 
 
@@ -34,6 +34,28 @@ def find_task(name: str) -> Task:
     from inlay.tasks.base import read_task
 
     return read_task(name)
+
+
+def hide_bitsandbytes(name: str, base: str | None) -> None:
+    """Keep peft from importing bitsandbytes, which takes nearly a second of CPU time, for a base that has no use of it.
+
+    From then on this process finds no bitsandbytes. Nothing is hidden if the base is stored in few bits or cannot be
+    read, or if peft is imported already.
+    """
+    if "peft" in sys.modules or not is_adapter(name):
+        return
+    from inlay.adapters.file import read_adapter
+    from inlay.adapters.hub.fetch import fetch
+    from inlay.bases.load import read_config, resolve_base
+
+    file = read_adapter(fetch(name))
+    where, revision = (base, None) if base else (file.base_name, file.record.get("base", {}).get("revision"))
+    try:
+        config = read_config(where, resolve_base(where), revision)
+    except InlayError:  # loading the adapter says what is wrong
+        return
+    if getattr(config, "quantization_config", None) is None:
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
 
 
 def load_adapter_in(name: str, base: str | None, device: str | None, dtype: str | None, *, merge: bool = False) -> Any:

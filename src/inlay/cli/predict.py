@@ -133,8 +133,9 @@ def _run_task(
     as_json: bool,
     options: Mapping[str, Any],
 ) -> None:
-    answer = task.prepare(inputs, options)  # checks the inputs before the model is loaded
-    from inlay.cli.models import load_adapter_or_model
+    from inlay.cli.models import hide_bitsandbytes, load_adapter_or_model
 
+    hide_bitsandbytes(adapter, base)
+    answer = task.prepare(inputs, options)  # checks the inputs before the model is loaded
     result = answer(load_adapter_or_model(adapter, base, device, dtype, merge=merge))
     print(json.dumps(result.facts, indent=2, ensure_ascii=False) if as_json else "\n".join(result.lines))

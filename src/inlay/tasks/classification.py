@@ -1,10 +1,11 @@
 """What classifiers of images and of texts share when they are scored."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 from torch import Tensor
 
@@ -42,6 +43,9 @@ from inlay.tasks.statistics import (
     score_with_intervals,
 )
 
+if TYPE_CHECKING:
+    import datasets
+
 
 @dataclass(frozen=True)
 class LabelledRows:
@@ -64,7 +68,7 @@ class LabelledRows:
         *,
         first: bool = True,
         refuse_equal: bool = False,
-    ) -> tuple["LabelledRows", "LabelledRows"]:
+    ) -> tuple[LabelledRows, LabelledRows]:
         """What is left and what is held out: a share of each class, equal examples and groups on one side.
 
         Args:
@@ -96,7 +100,7 @@ class LabelledRows:
         """Of each row, where they are known."""
         return self.rows["group"][:] if "group" in self.rows.column_names else None
 
-    def select(self, places: Sequence[int]) -> "LabelledRows":
+    def select(self, places: Sequence[int]) -> LabelledRows:
         """Those in these places, from 0."""
         contents = None if self.contents is None else [self.contents[i] for i in places]
         return LabelledRows(self.rows.select(places), contents)

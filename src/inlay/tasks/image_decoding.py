@@ -17,6 +17,7 @@ Box = tuple[int, int, int, int]  # left, upper, right and lower, in pixels
 Intensity = Literal["percentiles", "range"]
 INTENSITIES: tuple[Intensity, ...] = ("percentiles", "range")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by the number of channels that a base takes
+SUFFIXES = tuple(f".{s}" for s in "jpg jpeg jfif png gif bmp webp avif tif tiff ppm pgm".split())  # noqa: SIM905
 TURNED = (5, 6, 7, 8)  # EXIF orientations whose upright image has width and height exchanged
 # A JPEG is decoded at 1/n of its size if what is made of it is at least 2 n times smaller: the bound of `thumbnail`.
 REDUCING_GAP = 2.0

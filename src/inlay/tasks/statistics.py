@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import matthews_corrcoef
 
 from inlay.errors import BadInput
 from inlay.tasks.evaluation import Score
@@ -116,6 +115,8 @@ def matthews_correlation(true: npt.ArrayLike, predicted: npt.ArrayLike) -> float
 
     Source: Matthews 1975; `sklearn.metrics.matthews_corrcoef`.
     """
+    from sklearn.metrics import matthews_corrcoef
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "A single label was found", UserWarning)
         return float(matthews_corrcoef(true, predicted))

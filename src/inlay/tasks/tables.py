@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
-
-import datasets
+from typing import TYPE_CHECKING, Any, Literal
 
 from inlay.errors import BadInput, DamagedFile, Unreachable
 from inlay.tasks.image_decoding import explain_unreadable
+
+if TYPE_CHECKING:
+    import datasets
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 KINDS = (*SEPARATORS, ".jsonl", ".json", ".parquet", ".txt")
@@ -107,12 +108,14 @@ def find_column(table: Table, column: str) -> str | None:
     return alike[0] if len(alike) == 1 else None
 
 
-def hub_splits(name: str, revision: str | None, wanted: str) -> dict[str, datasets.Dataset]:
+def hub_splits(name: str, revision: str | None, wanted: str) -> "dict[str, datasets.Dataset]":
     """Every split of a Hub dataset. Of .csv files all values are text as it is written, but for classes it declares.
 
     Raises:
         InlayError: It cannot be had, or the name is that of a file; the message says what else was `wanted`.
     """
+    import datasets
+
     _check_hub_id(name)
     try:
         found = dict(datasets.load_dataset(name, revision=revision))

@@ -16,7 +16,7 @@ from inlay.errors import BadInput, DamagedFile
 from inlay.tasks.classification import LabelledRows, choose_labelled_rows, warn_of_overlaps
 from inlay.tasks.evaluation import Split, Training, check_labels, name_groups
 from inlay.tasks.groups import find_groups, relative_paths
-from inlay.tasks.image_decoding import explain_unreadable
+from inlay.tasks.image_decoding import SUFFIXES, explain_unreadable
 from inlay.tasks.images.checked import check_images
 from inlay.tasks.sampling import complete_parts, normalise_label, sort_labels
 from inlay.tasks.tables import hub_splits, list_first, read_table
@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 VALIDATION = ("validation", "val", "valid", "dev")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "category")
-SUFFIXES = tuple(f".{s}" for s in "jpg jpeg jfif png gif bmp webp avif tif tiff ppm pgm".split())  # noqa: SIM905
 TABLES = (".parquet", ".csv", ".tsv", ".jsonl")
 IMAGE = datasets.Image(decode=False)
 # Folders that hold images next to maps or boxes, and no classes.

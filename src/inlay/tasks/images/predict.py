@@ -13,8 +13,7 @@ from inlay.bases.device import Device, move_model
 from inlay.errors import BadInput
 from inlay.tasks.adapter import Adapter, check_task, place_inputs
 from inlay.tasks.classification import class_probabilities
-from inlay.tasks.image_decoding import open_for_processor, open_image
-from inlay.tasks.images.data import SUFFIXES
+from inlay.tasks.image_decoding import SUFFIXES, open_for_processor, open_image
 from inlay.tasks.images.processing import process_images
 
 

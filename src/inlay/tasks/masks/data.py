@@ -16,9 +16,9 @@ from PIL import Image
 from inlay.errors import BadInput, DamagedFile, InlayError
 from inlay.tasks.evaluation import Split, Training, choose_split, is_cut, name_groups, split_note
 from inlay.tasks.groups import group_files, hold_out_groups, list_groups, relative_paths, warn_of_shared_groups
-from inlay.tasks.image_decoding import explain_unreadable
+from inlay.tasks.image_decoding import SUFFIXES, explain_unreadable
 from inlay.tasks.images.checked import Checked, check_images
-from inlay.tasks.images.data import SUFFIXES, VALIDATION
+from inlay.tasks.images.data import VALIDATION
 from inlay.tasks.sampling import complete_parts, hold_out_unlabelled, warn_of_overlap
 from inlay.tasks.tables import list_first
 

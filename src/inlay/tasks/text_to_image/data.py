@@ -13,8 +13,9 @@ from PIL import Image, ImageOps
 
 from inlay.errors import BadInput, DamagedFile
 from inlay.tasks.evaluation import Split, Training, choose_split, is_cut, split_note
+from inlay.tasks.image_decoding import SUFFIXES
 from inlay.tasks.images.checked import check_images
-from inlay.tasks.images.data import SUFFIXES, VALIDATION
+from inlay.tasks.images.data import VALIDATION
 from inlay.tasks.sampling import complete_parts, hold_out_unlabelled, warn_of_overlap
 from inlay.tasks.tables import list_first
 
