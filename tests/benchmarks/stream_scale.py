@@ -85,7 +85,7 @@ def measure_stream(name: str, steps: int) -> dict[str, float]:
     stream = prepare(data.train)
     sampler = StreamSampler(stream, BATCH, WARM_UP + steps, 0)
     batches = DataLoader(StreamItems(stream, 0), batch_sampler=sampler, collate_fn=StreamCollate(None))
-    cost = time_batches(StreamLoader(batches, sampler, torch.device("cpu")), steps)
+    cost = time_batches(StreamLoader(batches, sampler), steps)
     return {"start_cpu_s": start, "read_cpu_ms": cost, "read_mb": peak_mb() - before}
 
 
@@ -221,8 +221,8 @@ def report(found: dict[int, list[dict[str, float]]], asked: argparse.Namespace) 
         f"A plain loader of datasets and torch with the same shuffle buffer, over {COMPARED:,} images: "
         f"{show(plain['plain_cpu_ms'])} CPU ms a batch and {show(plain['plain_mb'])} MB; the stream takes "
         f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}) of its time. Medians and ranges of "
-        f"{about['rounds']} rounds ({asked.fit_rounds} of fit), batches of {BATCH} JPEGs of 160 x 120 pixels, {asked.threads} thread, {about['cpu']}, "
-        f"torch {torch.__version__}, datasets {datasets.__version__}.",
+        f"{about['rounds']} rounds ({asked.fit_rounds} of fit), batches of {BATCH} JPEGs of 160 x 120 pixels, "
+        f"{asked.threads} thread, {about['cpu']}, torch {torch.__version__}, datasets {datasets.__version__}.",
     ]
     (RESULTS / "stream_scale.md").write_text("\n".join(lines) + "\n")
     draw(rows).save(FIGURE)
