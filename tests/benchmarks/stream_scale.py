@@ -225,8 +225,8 @@ def report(
         f"{show(costs[PLAIN]['read_ms'])} | | |",
         "",
         f"Next to the plain loader of datasets and torch, with the same shuffle buffer, a step takes "
-        f"{show(ratios['step_ms'], 2)} of the time, and its reading {show(ratios['read_ms'], 2)}. Medians and ranges of "
-        f"{asked.rounds} windows of {asked.steps} steps; batches of {BATCH} JPEGs of 160 x 120 pixels, "
+        f"{show(ratios['step_ms'], 2)} of the time, and its reading {show(ratios['read_ms'], 2)}. Medians and ranges "
+        f"of {asked.rounds} windows of {asked.steps} steps; batches of {BATCH} JPEGs of 160 x 120 pixels, "
         f"{asked.threads} thread, {about['cpu']}, torch {torch.__version__}, datasets {datasets.__version__}.",
     ]
     (RESULTS / "stream_scale.md").write_text("\n".join(lines) + "\n")
