@@ -14,7 +14,7 @@ from test_resume import JOB, logged, wait_for_step
 from train_job import Net, Points
 
 import forked_program
-from inlay.errors import BadInput, DamagedFile
+from inlay.errors import BadInput, ComputationFailed, DamagedFile
 from inlay.train.config import TrainConfig
 from inlay.train.loop import fit
 from inlay.train.stream import Stream, StreamSampler
@@ -168,6 +168,15 @@ def test_what_cannot_be_read_is_skipped_or_refused(files, tmp_path, caplog):
 
     with pytest.raises(DamagedFile, match=r"none of the 8 examples .* can be read; the first: a\.jpg"):
         train(tmp_path / "none", Net(), Stream(open_rows(files), prepare=fail, corrupt="skip"))
+
+
+def test_a_batch_with_nan_is_read_again_to_name_it(files, tmp_path):
+    def prepare(row):
+        point = make_point(row)
+        return {**point, "pixel_values": point["pixel_values"] * float("nan")} if row["number"] == 30 else point
+
+    with pytest.raises(ComputationFailed, match=r"at step \d+: .* the input 'pixel_values' holds NaN or Inf \(rows"):
+        train(tmp_path, Net(), Stream(open_rows(files), prepare=prepare), workers=1)
 
 
 def test_a_stream_needs_steps_and_shards(files, tmp_path):

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from copy import copy
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -210,13 +211,28 @@ class _Reader:
                 return
             self.turn %= len(self.open)
             current = self.open[self.turn]
-            row = next(current.rows, None)
+            row = self._read_row(current)
             if row is None:
                 del self.open[self.turn]
                 continue
             current.read += 1
             self.turn += 1
             yield row, f"{self.stream.name_shard(current.shard)}:{current.read}"
+
+    def _read_row(self, current: _OpenShard) -> Row | None:
+        """The next row of a shard; None at its end.
+
+        Raises:
+            InlayError: The shard is broken, or has gone out of reach.
+        """
+        try:
+            return next(current.rows, None)
+        except Exception as error:  # each format and each kind of storage raises its own
+            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            raise DamagedFile(
+                f"{self.stream.name_shard(current.shard)} cannot be read after row {current.read} "
+                f"({reason[0].rstrip('.')}); repair it or leave it out."
+            ) from error
 
     def _order_shards(self) -> list[int]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.stream.shards).tolist()
@@ -308,11 +324,9 @@ class StreamSampler(Sampler[list[Draw]]):
 
     def start_at(self, step: int) -> "StreamSampler":
         """The same batches from a recent step on."""
-        order = StreamSampler(
-            self.stream, self.batch_size, self.steps, self.seed, step, (), self.process, self.processes
-        )
-        order._positions = {step: self._positions[step]}
-        return order
+        again = copy(self)
+        again.done, again._positions = step, {step: self._positions[step]}
+        return again
 
     def find_position(self, step: int) -> Position:
         """Where this process goes on reading after so many steps, as JSON takes it."""

@@ -114,6 +114,16 @@ def test_damaged_images_are_named_with_shard_and_key(tars, tmp_path, images, cap
     assert "left out 1 images that cannot be read" in caplog.text
 
 
+def test_a_broken_shard_is_named(tmp_path, images):
+    samples = [(f"{i:03}", {"png": images[i], "cls": b"%d" % (i % 2)}) for i in range(COUNT)]
+    write_tar(tmp_path / "train.tar", samples)
+    (tmp_path / "labels.txt").write_text("\n".join(CLASSES))
+    whole = (tmp_path / "train.tar").read_bytes()
+    (tmp_path / "train.tar").write_bytes(whole[: len(whole) // 2 + 700])
+    with pytest.raises(DamagedFile, match=r"^train\.tar cannot be read after row \d+ \(.*\); repair it"):
+        load_image_stream(str(tmp_path / "train.tar"))
+
+
 def test_labels_that_are_none(tmp_path, images):
     def write(labels):
         write_tar(tmp_path / "a.tar", [(f"{i}", {"png": images[i], "cls": labels[i]}) for i in range(len(labels))])
