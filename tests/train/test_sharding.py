@@ -39,7 +39,7 @@ def read_launch_file(title, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, forked):
-    """The runs killed (by SIGKILL in the sixth step) and whole; moved and one, which ended and ran in this process."""
+    """The runs whole, half (in bf16) and killed (in the fourth step); here, in one process, one and moved (killed)."""
     folder = tmp_path_factory.mktemp("sharded")
     shards = read_launch_file("fsdp2.yaml", folder)
     one_each = {"ACCELERATE_USE_CPU": "false", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
@@ -48,10 +48,10 @@ def folder(tmp_path_factory, forked):
     def start(step):
         return [forked(JOB, folder, step, environment={**rank, **shards, **one_each}) for rank in two_ranks()]
 
-    for process in start(6):
+    for process in start(4):
         process.join(PATIENCE_S)
         assert process.exitcode == -signal.SIGKILL, process.said.read_text()
-    assert json.loads((folder / "killed/run/last/progress.json").read_text())["step"] == 4
+    assert json.loads((folder / "killed/run/last/progress.json").read_text())["step"] == 2
     shutil.copytree(folder / "killed", folder / "moved")
     processes = start(0)
     train(folder / "one")
@@ -85,10 +85,12 @@ def test_a_killed_run_goes_on_in_shards_or_in_one_process(folder, name, atol):
         torch.testing.assert_close(resumed[key], whole[key], atol=atol, rtol=0)
 
 
-def test_the_saved_adapter_computes_what_the_joined_model_computed(folder):
-    loaded = load_adapter(folder / "whole" / "adapter")
+@pytest.mark.parametrize("name", ["whole", "half"])
+def test_the_saved_adapter_computes_what_the_joined_model_computed(folder, name):
+    loaded = load_adapter(folder / name / "adapter")
     assert loaded.verified
     assert loaded.deviation < 1e-5
+    assert {value.dtype for value in adapter(folder / name).values()} == {torch.float32}
 
 
 def test_nan_that_one_process_sees_is_named_by_all(folder):
