@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from sharded_job import train
 
+from convolutional_networks import build_network
 from docs.blocks import read_blocks
 from forked_program import PATIENCE_S, finish, two_ranks
 from inlay import InlayError, load_adapter, load_base, load_processor, save_adapter
-from inlay.train.sharding import drop_weights, join_weights, make_twin
+from inlay.train.sharding import choose_model_to_train, drop_weights, join_weights, make_twin
 from places import ROOT
 
 JOB = ROOT / "tests/train/sharded_job.py"
@@ -127,6 +129,21 @@ def test_a_twin_shares_the_tensors_and_gives_them_back():
     assert model.state_dict().keys() == before.keys()
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("model", "blocks", "embeddings"),
+    [
+        (build_model, ["ViTLayer"], "ViTPatchEmbeddings"),
+        (lambda: build_network("ResNet"), ["ResNetBottleNeckLayer"], "NoneType"),
+    ],
+)
+def test_fsdp2_is_told_the_blocks_and_whether_there_are_input_embeddings(model, blocks, embeddings):
+    plugin = SimpleNamespace(transformer_cls_names_to_wrap=None)
+    state = SimpleNamespace(deepspeed_plugin=None, fsdp_plugin=plugin)
+    twin = choose_model_to_train(model(), SimpleNamespace(is_fsdp2=True, state=state))
+    assert plugin.transformer_cls_names_to_wrap == blocks
+    assert type(twin.get_input_embeddings()).__name__ == embeddings
 
 
 def test_weights_in_shards_are_not_saved(tmp_path):

@@ -38,9 +38,14 @@ def choose_model_to_train(model: nn.Module, accelerator: Accelerator) -> nn.Modu
     """The model itself, or its twin if the weights will be in shards."""
     if not has_shards(accelerator):
         return model
+    twin = make_twin(model)
     if accelerator.is_fsdp2:
-        _shard_by_blocks(model, accelerator.state.fsdp_plugin)
-    return make_twin(model)
+        _shard_by_blocks(twin, accelerator.state.fsdp_plugin)
+        try:
+            twin.get_input_embeddings()
+        except (AttributeError, NotImplementedError):  # a convolutional network has none, but accelerate asks for them
+            twin.get_input_embeddings = lambda: None
+    return twin
 
 
 def _shard_by_blocks(model: nn.Module, plugin: Any) -> None:
