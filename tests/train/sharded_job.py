@@ -38,7 +38,7 @@ class Noise(torch.utils.data.Dataset):
 
 
 def train(folder: Path, die_at: int = 0, broken: int = 0, **options) -> PeftModel:
-    """Train, and save the adapter."""
+    """Train, look whether the base is as it was, and save the adapter."""
     torch.manual_seed(0)
     base = load_base(BASE, labels=[str(i) for i in range(CLASSES)])
     config = LoraConfig(r=2, target_modules=lora_targets(base, "attention"), modules_to_save=head_modules(base))
@@ -52,9 +52,12 @@ def train(folder: Path, die_at: int = 0, broken: int = 0, **options) -> PeftMode
             os.kill(os.getpid(), signal.SIGKILL)
 
     base.vit.embeddings.register_forward_pre_hook(count)
-    settings = {"batch_size": 8, "epochs": 3, "accumulate": 2, "eval_every": 3, "save_every": 2, "workers": 0}
-    config = TrainConfig(str(folder / "run"), learning_rate=1e-2, **settings | options)
+    settings = {"batch_size": 8, "epochs": 2, "accumulate": 2, "eval_every": 3, "save_every": 2, "workers": 0}
+    config = TrainConfig(str(folder / "run"), learning_rate=3e-3, **settings | options)
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     fit(model, Noise(20, 0, shape, broken), Noise(7, 1000, shape), config, metrics=[Accuracy()])
+    found = dict(model.named_parameters())
+    assert all(torch.equal(found[name], value) for name, value in frozen.items())
     save_adapter(model, folder / "adapter", processor=load_processor(BASE))
     return model
 
@@ -65,6 +68,7 @@ def main(folder: Path, die_at: int) -> None:
         train(folder / "killed", die_at)
     train(folder / "killed")
     train(folder / "whole")
+    train(folder / "half", precision="bf16", epochs=0.4)
     run._FILE_SEEN_S = 0
     own = folder / f"disk {os.environ['RANK']}"
     for place, broken in ((folder / "broken", 1), (own, 0)):

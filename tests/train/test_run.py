@@ -131,7 +131,9 @@ def test_a_run_that_broke_leaves_its_folder_free(tmp_path, monkeypatch):
 
 def fake_accelerator(kind, fsdp2=False, stage=None, pieces=1):
     plugin = stage and SimpleNamespace(zero_stage=stage, gradient_accumulation_steps=pieces)
-    return SimpleNamespace(distributed_type=kind, is_fsdp2=fsdp2, state=SimpleNamespace(deepspeed_plugin=plugin))
+    shards = SimpleNamespace(cpu_ram_efficient_loading=False)
+    state = SimpleNamespace(deepspeed_plugin=plugin, fsdp_plugin=shards)
+    return SimpleNamespace(distributed_type=kind, is_fsdp2=fsdp2, state=state)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +173,13 @@ def test_what_fsdp2_cannot_shard_is_refused(change, optimizer, message):
     change(net)
     with pytest.raises(Unsupported, match=message):
         check_sharding(fake_accelerator(DistributedType.FSDP, fsdp2=True), net, TrainConfig(optimizer=optimizer))
+
+
+def test_processes_without_weights_are_refused():
+    accelerator = fake_accelerator(DistributedType.FSDP, fsdp2=True)
+    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = True
+    with pytest.raises(Unsupported, match="or --fsdp_cpu_ram_efficient_loading false"):
+        check_sharding(accelerator, Net(), TrainConfig())
 
 
 def test_what_needs_whole_weights_is_refused_with_shards(tmp_path, monkeypatch):

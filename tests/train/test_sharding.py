@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from sharded_job import train
 
+from convolutional_networks import build_network
 from docs.blocks import read_blocks
 from forked_program import PATIENCE_S, finish, two_ranks
 from inlay import InlayError, load_adapter, load_base, load_processor, save_adapter
-from inlay.train.sharding import drop_weights, join_weights, make_twin
+from inlay.train.sharding import choose_model_to_train, drop_weights, join_weights, make_twin
 from places import ROOT
 
 JOB = ROOT / "tests/train/sharded_job.py"
@@ -39,7 +41,7 @@ def read_launch_file(title, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, forked):
-    """The runs killed (by SIGKILL in the sixth step) and whole; moved and one, which ended and ran in this process."""
+    """The runs whole, half (in bf16) and killed (in the fourth step); here, in one process, one and moved (killed)."""
     folder = tmp_path_factory.mktemp("sharded")
     shards = read_launch_file("fsdp2.yaml", folder)
     one_each = {"ACCELERATE_USE_CPU": "false", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
@@ -48,10 +50,10 @@ def folder(tmp_path_factory, forked):
     def start(step):
         return [forked(JOB, folder, step, environment={**rank, **shards, **one_each}) for rank in two_ranks()]
 
-    for process in start(6):
+    for process in start(4):
         process.join(PATIENCE_S)
         assert process.exitcode == -signal.SIGKILL, process.said.read_text()
-    assert json.loads((folder / "killed/run/last/progress.json").read_text())["step"] == 4
+    assert json.loads((folder / "killed/run/last/progress.json").read_text())["step"] == 2
     shutil.copytree(folder / "killed", folder / "moved")
     processes = start(0)
     train(folder / "one")
@@ -85,10 +87,12 @@ def test_a_killed_run_goes_on_in_shards_or_in_one_process(folder, name, atol):
         torch.testing.assert_close(resumed[key], whole[key], atol=atol, rtol=0)
 
 
-def test_the_saved_adapter_computes_what_the_joined_model_computed(folder):
-    loaded = load_adapter(folder / "whole" / "adapter")
+@pytest.mark.parametrize("name", ["whole", "half"])
+def test_the_saved_adapter_computes_what_the_joined_model_computed(folder, name):
+    loaded = load_adapter(folder / name / "adapter")
     assert loaded.verified
     assert loaded.deviation < 1e-5
+    assert {value.dtype for value in adapter(folder / name).values()} == {torch.float32}
 
 
 def test_nan_that_one_process_sees_is_named_by_all(folder):
@@ -125,6 +129,21 @@ def test_a_twin_shares_the_tensors_and_gives_them_back():
     assert model.state_dict().keys() == before.keys()
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("model", "blocks", "embeddings"),
+    [
+        (build_model, ["ViTLayer"], "ViTPatchEmbeddings"),
+        (lambda: build_network("ResNet"), ["ResNetBottleNeckLayer"], "NoneType"),
+    ],
+)
+def test_fsdp2_is_told_the_blocks_and_whether_there_are_input_embeddings(model, blocks, embeddings):
+    plugin = SimpleNamespace(transformer_cls_names_to_wrap=None)
+    state = SimpleNamespace(deepspeed_plugin=None, fsdp_plugin=plugin)
+    twin = choose_model_to_train(model(), SimpleNamespace(is_fsdp2=True, state=state))
+    assert plugin.transformer_cls_names_to_wrap == blocks
+    assert type(twin.get_input_embeddings()).__name__ == embeddings
 
 
 def test_weights_in_shards_are_not_saved(tmp_path):

@@ -166,10 +166,15 @@ def check_sharding(accelerator: Accelerator, model: nn.Module, config: TrainConf
             "to 1 in the launch file, and give the pieces of a step as --accumulate."
         )
     if accelerator.is_fsdp2:
-        _check_fsdp2(model, config)
+        _check_fsdp2(accelerator.state.fsdp_plugin, model, config)
 
 
-def _check_fsdp2(model: nn.Module, config: TrainConfig) -> None:
+def _check_fsdp2(plugin: Any, model: nn.Module, config: TrainConfig) -> None:
+    if plugin.cpu_ram_efficient_loading:
+        raise Unsupported(
+            "with fsdp_cpu_ram_efficient_loading, which is accelerate's default, only one process has the weights of "
+            "the base; set it to false in the launch file, or --fsdp_cpu_ram_efficient_loading false."
+        )
     if getattr(model, "is_loaded_in_8bit", False):
         raise Unsupported("FSDP2 cannot shard a base in 8 bits; hold it in 4 bits or whole, or start with --multi_gpu.")
     if config.optimizer != "adamw":

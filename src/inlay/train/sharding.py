@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import fsdp2_canonicalize_names
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from inlay.train.frozen_cache.frozen_blocks import find_blocks
@@ -29,16 +30,22 @@ def has_shards(accelerator: Accelerator) -> bool:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether this process holds only a part of a weight of this model."""
-    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+    under_fsdp2 = any(isinstance(module, FSDPModule) for module in model.modules())
+    return under_fsdp2 or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def choose_model_to_train(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """The model itself, or its twin if the weights will be in shards."""
     if not has_shards(accelerator):
         return model
+    twin = make_twin(model)
     if accelerator.is_fsdp2:
-        _shard_by_blocks(model, accelerator.state.fsdp_plugin)
-    return make_twin(model)
+        _shard_by_blocks(twin, accelerator.state.fsdp_plugin)
+        try:
+            twin.get_input_embeddings()
+        except (AttributeError, NotImplementedError):  # a convolutional network has none, but accelerate asks for them
+            twin.get_input_embeddings = lambda: None
+    return twin
 
 
 def _shard_by_blocks(model: nn.Module, plugin: Any) -> None:
@@ -90,7 +97,13 @@ def join_weights(model: nn.Module, twin: nn.Module, device: torch.device) -> Non
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters by the names that they had before accelerate wrapped modules in others."""
+    """The parameters by the names that they had before accelerate wrapped modules in others.
+
+    An evaluation leaves some of FSDP2's whole, in the precision of its forward pass; they are shards again afterwards.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     named: dict[str, nn.Parameter] = fsdp2_canonicalize_names(dict(model.named_parameters()))
     return named
 
