@@ -146,15 +146,17 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     cases = [name for name in arguments.cases if "224" not in name or MOBILENET.exists()]
-    result = {
-        "cases": {name: measure(name, arguments.rounds) for name in cases},
+    result: dict[str, Any] = {
+        "cases": {},
         "rounds": arguments.rounds,
         "threads": arguments.threads,
         "device": name_cpu(),
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, accelerate, peft)},
     }
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
-    RESULTS.with_suffix(".md").write_text(write_table(result))
+    for name in cases:
+        result["cases"][name] = measure(name, arguments.rounds)
+        RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+        RESULTS.with_suffix(".md").write_text(write_table(result))
     print(write_table(result))
 
 

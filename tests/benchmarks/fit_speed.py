@@ -256,15 +256,17 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    result = {
-        "sizes": {name: measure(SIZES[name], arguments.rounds) for name in arguments.sizes},
+    result: dict[str, Any] = {
+        "sizes": {},
         "rounds": arguments.rounds,
         "threads": arguments.threads,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else name_cpu(),
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, accelerate, peft)},
     }
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
-    RESULTS.with_suffix(".md").write_text(write_table(result))
+    for name in arguments.sizes:
+        result["sizes"][name] = measure(SIZES[name], arguments.rounds)
+        RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+        RESULTS.with_suffix(".md").write_text(write_table(result))
     print(write_table(result))
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from inlay.bases.device import is_asynchronous
 from inlay.bases.learning_rate import scale_rate
 from inlay.errors import BadInput, ComputationFailed, Unsupported
 from inlay.train.acceleration import accelerated
@@ -34,7 +35,7 @@ from inlay.train.launch import (
 )
 from inlay.train.losses import Loss, ModelLoss
 from inlay.train.run import Progress, Run, open_run
-from inlay.train.sampler import SeededDataset, SeededSampler, seed_all
+from inlay.train.sampler import SeededDataset, SeededSampler, seed_all, seed_cpu
 from inlay.train.sharding import choose_model_to_train, drop_weights, has_shards, join_weights
 from inlay.train.step_reader import StepReader, StepValues
 from inlay.train.stream import Stream, StreamItems, StreamLoader, StreamSampler
@@ -315,6 +316,8 @@ class _Trainer:
         self.skipped = 0  # fp16 steps in a row whose gradient overflowed
         self.step_seconds, self.steps_here = 0.0, 0
         self.average = average
+        # Frozen weights have no gradient, but accelerate tells a model in shards by its whole list.
+        self.clipped = [p for p in model.parameters() if p.requires_grad or has_shards(accelerator)]
 
     def train(
         self, loader: Any, validation: Any, stop: StopRequest, resumed: bool, read_batch: "Callable[[int], Any]"
@@ -391,7 +394,7 @@ class _Trainer:
         """Forward and backward in pieces, clip, update. Returns the stop signal, if it has been read."""
         accelerator, run = self.accelerator, self.run
         while True:
-            seed_all(self._seed_of_step(step))  # dropout depends on the step only, so a resumed run draws the same
+            self._seed_step(step)  # dropout depends on the step only, so a resumed run draws the same
             try:
                 loss = self._forward_backward(batch, run.progress.accumulate)
                 break
@@ -400,7 +403,7 @@ class _Trainer:
                     raise
                 reason = str(error).splitlines()[0]
             self._halve_pieces(batch, reason)  # outside the handler, because the error holds the activations
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        norm = accelerator.clip_grad_norm_(self.clipped, self.config.clip_norm)
         self.reader.add(step + 1, self.scheduler.get_last_lr()[0], loss, norm)
         alone = accelerator.num_processes == 1
         stopped = self._read_steps(stop, batch) if self.reader.full or (alone and stop.signal) else 0
@@ -484,6 +487,11 @@ class _Trainer:
         prepared = piece if prepare is None else prepare(piece)
         return send_to_device(prepared, self.accelerator.device, non_blocking=self.accelerator.non_blocking)
 
+    def _seed_step(self, step: int) -> None:
+        """Seed the global generators; those of accelerators take longer than a small step, and a CPU has none."""
+        seed = seed_all if is_asynchronous(self.accelerator.device) else seed_cpu
+        seed(self._seed_of_step(step))
+
     def _seed_of_step(self, step: int) -> int:
         """A different seed for every step and process."""
         accelerator = self.accelerator
@@ -521,7 +529,7 @@ class _Trainer:
 
     def _explain_break(self, values: StepValues, batch: dict[str, Any]) -> NoReturn:
         """Repeat a step that broke, and say where; the weights are those that it was taken with."""
-        seed_all(self._seed_of_step(values.step - 1))
+        self._seed_step(values.step - 1)
         with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):  # compiled modules have no hooks
             found = find_first_bad_number(  # every process is here, as the loss is their mean
                 self.accelerator.unwrap_model(self.model),

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
@@ -72,7 +72,11 @@ def open_run(
     """
     with lock_folder(config.output_dir, wait_s=_WORKERS_END_S) if accelerator.is_main_process else nullcontext():
         _check_shared_disk(Path(config.output_dir), accelerator)
-        yield Run(config, model, accelerator, settings)
+        run = Run(config, model, accelerator, settings)
+        try:
+            yield run
+        finally:
+            run.close_log()
 
 
 # A network disk may show a new file to another machine only after some seconds.
@@ -118,6 +122,7 @@ class Run:
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.progress = Progress(accumulate=config.accumulate)
         self.result: dict[str, Any] | None = None
+        self._log: TextIO | None = None  # log.jsonl
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
         if accelerator.is_main_process:
@@ -224,8 +229,15 @@ class Run:
     def log(self, row: dict[str, float]) -> None:
         """Append one line to log.jsonl."""
         if self.accelerator.is_main_process:
-            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            if self._log is None:  # it stays open: a small step takes little longer than opening it
+                self._log = (self.folder / "log.jsonl").open("a", buffering=1, encoding="utf-8")
+            self._log.write(json.dumps(row) + "\n")
+
+    def close_log(self) -> None:
+        """Close log.jsonl, where it is open."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
 
     def _truncate_log(self) -> None:
         """Remove the lines after the checkpoint from the log, as those steps are taken again."""
