@@ -15,7 +15,7 @@
     syncs       how often a step waits for the GPU, by torch's sync debug mode and by the profiler
     attention   training steps with each implementation of attention
     shards      FSDP2 with one process, and with two on the same GPU where a backend allows that
-    compile     the part `fit` in bfloat16, compiled
+    compile     the part `fit` in bfloat16, each loop with its own setting for torch.compile
 
 Each part is a process of its own with a limit of time. Its rows are stored as they come, and the same command goes on
 with the parts that are not whole. A row that fails holds the reason. Ways take turns, round by round; times are those
@@ -40,6 +40,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from inlay.files.atomic import write_json
 
@@ -263,7 +264,17 @@ class Examples:
         return {key: value[index % self.rows] for key, value in self.batches.items()}
 
 
-def train_bare(model: Any, examples: Examples, batch: int, steps: int, precision: str, size: Size) -> float:
+@dataclass(frozen=True)
+class Training:
+    """What the three loops have in common."""
+
+    batch: int
+    steps: int
+    precision: str  # TF32 or bf16
+    compiled: bool = False
+
+
+def train_bare(model: Any, examples: Any, training: Training, size: Size) -> float:
     """The loop that one would write by hand, which reads its loss once, at the end."""
     import torch
     from torch.utils.data import DataLoader
@@ -272,18 +283,20 @@ def train_bare(model: Any, examples: Examples, batch: int, steps: int, precision
     from inlay.train.sampler import SeededDataset, SeededSampler
 
     model.to(size.device).train()
+    if training.compiled:
+        model.compile()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
-    scheduler = get_scheduler("cosine", optimizer, round(0.1 * steps), steps)
+    scheduler = get_scheduler("cosine", optimizer, round(0.1 * training.steps), training.steps)
     loader = DataLoader(
         SeededDataset(examples, SEED),
-        batch_sampler=SeededSampler(len(examples), batch, steps, SEED),
+        batch_sampler=SeededSampler(len(examples), training.batch, training.steps, SEED),
         num_workers=size.workers,
         pin_memory=size.device == "cuda",
     )
     for item in loader:
         inputs = {key: value.to(size.device, non_blocking=True) for key, value in item.items()}
-        with autocast(size, precision):
+        with autocast(size, training.precision):
             loss = model(**inputs).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -293,18 +306,19 @@ def train_bare(model: Any, examples: Examples, batch: int, steps: int, precision
     return loss.item()
 
 
-def train_by_fit(model: Any, examples: Examples, batch: int, steps: int, precision: str, size: Size) -> float:
+def train_by_fit(model: Any, examples: Any, training: Training, size: Size) -> float:
     """`fit` at its defaults."""
     from inlay import TrainConfig, fit
 
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             output_dir=f"{folder}/run",
-            epochs=steps * batch / len(examples),
-            batch_size=batch,
+            epochs=training.steps * training.batch / len(examples),
+            batch_size=training.batch,
             learning_rate=RATE,
-            precision="bf16" if precision == "bf16" else "no",
-            eval_every=steps,
+            precision="bf16" if training.precision == "bf16" else "no",
+            compile=training.compiled,
+            eval_every=training.steps,
             seed=SEED,
             workers=size.workers,
         )
@@ -313,21 +327,23 @@ def train_by_fit(model: Any, examples: Examples, batch: int, steps: int, precisi
     return [json.loads(line)["loss"] for line in lines][-1]
 
 
-def train_by_trainer(model: Any, examples: Examples, batch: int, steps: int, precision: str, size: Size) -> float:
+def train_by_trainer(model: Any, examples: Any, training: Training, size: Size) -> float:
     """`transformers.Trainer` with the same settings, which logs every tenth step."""
     from transformers import Trainer, TrainingArguments, trainer_callback
 
-    with tempfile.TemporaryDirectory() as folder:
+    # its arguments write variables that accelerate would read in the next run
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ):
         arguments = TrainingArguments(
             folder,
-            max_steps=steps,
-            per_device_train_batch_size=batch,
+            max_steps=training.steps,
+            per_device_train_batch_size=training.batch,
             learning_rate=RATE,
             weight_decay=0.0,
             lr_scheduler_type="cosine",
-            warmup_steps=round(0.1 * steps),
+            warmup_steps=round(0.1 * training.steps),
             max_grad_norm=1.0,
-            bf16=precision == "bf16",
+            bf16=training.precision == "bf16",
+            torch_compile=training.compiled,
             save_strategy="no",
             report_to="none",
             logging_steps=10,
@@ -348,10 +364,9 @@ def run_loop(loop: str, name: str, precision: str, size: Size, steps: int, compi
     """The clock and the last loss of a run on a new model."""
     model, batches = MODELS[name](size)
     rows = len(batches["labels"]) // 2
-    if compiled:
-        model.compile(backend="inductor" if size.device == "cuda" else "eager")
+    training = Training(rows, steps, precision, compiled)
     with StepClock(size.device) as clock:
-        loss = LOOPS[loop](model, Examples(batches, rows * steps), rows, steps, precision, size)
+        loss = LOOPS[loop](model, Examples(batches, rows * steps), training, size)
     return clock, loss
 
 
@@ -618,7 +633,7 @@ def part_images(size: Size) -> Iterator[Row]:
         def train_from_files() -> Row:
             model, _ = build_vit(size)
             with StepClock(size.device) as clock:
-                train_by_fit(model, view, batch, steps, "bf16", size)
+                train_by_fit(model, view, Training(batch, steps, "bf16"), size)
             return {"images/s": round(clock.steps_per_second(size.warmup) * batch, 1)}
 
         yield measure({"way": "fit in bf16 from the files", "workers": size.workers}, train_from_files)
@@ -734,12 +749,31 @@ def spawn_shards(world: int, backend: str, size: Size) -> Row:
         return json.loads((Path(where) / "found.json").read_text())
 
 
+def train_recipe(size: Size) -> Row:
+    """A recipe under FSDP2 with one process, from the launcher to an adapter that loads with its golden output."""
+    from inlay import load_adapter
+
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    settings = {"version": "2", "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "cpu_ram_efficient_loading": "false"}
+    sharded = ["--use_fsdp", *(word for key, value in settings.items() for word in (f"--fsdp_{key}", value))]
+    recipe = str(Path(__file__).parents[2] / "recipes" / "lora_vit.py")
+    with tempfile.TemporaryDirectory() as where:
+        command = [*launch, *(sharded if size.device == "cuda" else ["--cpu"]), recipe, "--output_dir", f"{where}/run"]
+        begun = time.perf_counter()
+        ended = subprocess.run([*command, "--epochs", "0.5", "--workers", "0"], capture_output=True, text=True)
+        if ended.returncode:
+            raise RuntimeError((ended.stderr.strip().splitlines() or ["no reason given"])[-1])
+        load_adapter(Path(where) / "run" / "adapter", device=size.device)
+        return {"seconds with start and end": round(time.perf_counter() - begun, 1), "adapter loads": True}
+
+
 def part_shards(size: Size) -> Iterator[Row]:
     own = "nccl" if size.device == "cuda" else "gloo"
     # NCCL refuses two processes on one GPU; gloo takes tensors on a GPU through the host, where it has the collective
     for world, backend in ((1, own), (2, "gloo"), *([(2, "nccl")] if own == "nccl" else [])):
         row = {"processes on one device": world, "backend": backend, "model": "GPT-2"}
         yield measure(row, lambda w=world, b=backend: spawn_shards(w, b, size))
+    yield measure({"processes on one device": 1, "model": "recipes/lora_vit.py"}, lambda: train_recipe(size))
 
 
 # ---- the parts, each in a process of its own
@@ -752,7 +786,7 @@ PARTS: dict[str, tuple[Callable[[Size], Iterator[Row]], int]] = {  # with the mo
     "images": (part_images, 60),
     "syncs": (part_syncs, 50),
     "attention": (part_attention, 40),
-    "shards": (part_shards, 60),
+    "shards": (part_shards, 80),
     "compile": (part_compile, 90),
 }
 MARK = "row of results: "
