@@ -586,26 +586,25 @@ def part_bank(size: Size) -> Iterator[Row]:
 
 
 def deliver_images(view: Any, workers: int, size: Size) -> float:
-    """Images per second from the files to the device, from the second batch on."""
+    """Images per second from the files to the device, once what the workers had prepared at the start is used up."""
     import torch
     from torch.utils.data import DataLoader
 
     from inlay.train.sampler import SeededDataset, SeededSampler
 
     batch = min(size.vit[3], len(view) // 2)
-    order = SeededSampler(len(view), batch, len(view) // batch, SEED)
+    prepared, timed = 2 * workers + 1, max(8, 4 * workers)
+    order = SeededSampler(len(view), batch, prepared + timed, SEED)
     data = SeededDataset(view, SEED)
     loader = DataLoader(data, batch_sampler=order, num_workers=workers, pin_memory=size.device == "cuda")
-    begun, images = 0.0, 0
-    for item in loader:
+    begun = 0.0
+    for i, item in enumerate(loader, 1):
         item["pixel_values"].to(size.device, non_blocking=True)
-        if begun:
-            images += batch
-        else:
+        if i == prepared:
             begun = time.perf_counter()
     if size.device == "cuda":
         torch.cuda.synchronize()
-    return images / (time.perf_counter() - begun)
+    return timed * batch / (time.perf_counter() - begun)
 
 
 def part_images(size: Size) -> Iterator[Row]:
@@ -663,7 +662,7 @@ def count_syncs(loop: str, steps: int, size: Size) -> dict[str, int]:
 
 
 def part_syncs(size: Size) -> Iterator[Row]:
-    few, many = (10, 30) if size.device == "cuda" else (2, 4)
+    few, many = (10, 20) if size.device == "cuda" else (2, 4)
 
     def per_step(loop: str) -> Row:
         short, long = (count_syncs(loop, steps, size) for steps in (few, many))
@@ -779,7 +778,7 @@ def part_shards(size: Size) -> Iterator[Row]:
 # ---- the parts, each in a process of its own
 
 PARTS: dict[str, tuple[Callable[[Size], Iterator[Row]], int]] = {  # with the most seconds that it may take
-    "fit": (part_fit, 120),
+    "fit": (part_fit, 150),
     "memory": (part_memory, 90),
     "volumes": (part_volumes, 70),
     "bank": (part_bank, 60),
