@@ -14,8 +14,6 @@ import io
 import json
 import math
 import multiprocessing
-import os
-import platform
 import resource
 import statistics
 import tarfile
@@ -28,7 +26,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-import transformers
+from machine import describe_machine, tell_machine
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch.utils.data import DataLoader, default_collate
@@ -188,22 +186,9 @@ def report(found: dict[int, list[dict[str, float]]], asked: argparse.Namespace) 
         for count, rounds in found.items()
     ]
     ratios = [one["read_cpu_ms"] / one["plain_cpu_ms"] for one in found[COMPARED]]
-    about = {
-        "device": "cpu",
-        "cpu": next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
-        .split(":")[1]
-        .strip(),
-        "cores": os.cpu_count(),
-        "threads": asked.threads,
-        "rounds": asked.rounds,
-        "steps": asked.steps,
-        "batch": BATCH,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "datasets": datasets.__version__,
-    }
-    result = {"about": about, "rows": rows, "stream_to_plain_cpu": summarise(ratios)}
+    machine = describe_machine("datasets") | {"threads": asked.threads}
+    about = {"rounds": asked.rounds, "steps": asked.steps, "batch": BATCH}
+    result = {"machine": machine, "about": about, "rows": rows, "stream_to_plain_cpu": summarise(ratios)}
     (RESULTS / "stream_scale.json").write_text(json.dumps(result, indent=1) + "\n")
     lines = [
         "| images | shards | start, CPU s | reading a batch, CPU ms | its memory, MB | step of `fit`, CPU ms |",
@@ -219,8 +204,7 @@ def report(found: dict[int, list[dict[str, float]]], asked: argparse.Namespace) 
         f"A plain loader of datasets and torch with the same shuffle buffer, over {COMPARED:,} images: "
         f"{show(plain['plain_cpu_ms'])} CPU ms a batch and {show(plain['plain_mb'])} MB; the stream takes "
         f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}) of its time. Medians and ranges of "
-        f"{asked.rounds} rounds, batches of {BATCH} JPEGs of 160 x 120 pixels, {asked.threads} thread, {about['cpu']}, "
-        f"torch {torch.__version__}, datasets {datasets.__version__}.",
+        f"{asked.rounds} rounds, batches of {BATCH} JPEGs of 160 x 120 pixels. {tell_machine(machine)}.",
     ]
     (RESULTS / "stream_scale.md").write_text("\n".join(lines) + "\n")
     draw(rows).save(FIGURE)
