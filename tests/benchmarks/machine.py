@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from inlay.bases.cpu import list_cpu_flags, name_cpu
+from inlay.bases.bfloat16 import list_bfloat16_instructions
+from inlay.bases.cpu import name_cpu
 
 PACKAGES = ("torch", "transformers", "peft")
 
@@ -20,7 +21,7 @@ def describe_machine(*packages: str, device: str = "cpu") -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "device": device,
         "cpu": name_cpu(),
-        "bfloat16": sorted(list_cpu_flags() & {"avx512_bf16", "amx_bf16"}),
+        "bfloat16": list_bfloat16_instructions(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[1], 1),
@@ -36,7 +37,8 @@ def tell_machine(machine: dict[str, Any]) -> str:
     """The same in a line, for a table."""
     hardware = [machine["device"]] if "gpu" in machine else []
     hardware += [f"{key.replace('_', ' ')} {value}" for key, value in machine.get("gpu", {}).items()]
-    hardware += [machine["cpu"], f"{machine['cores']} cores", f"{machine['threads']} threads"]
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    hardware += [machine["cpu"], f"{machine['cores']} cores", threads]
     versions = [f"{name} {number}" for name, number in machine["versions"].items()]
     return f"{', '.join(hardware)}; Python {machine['python']}, {', '.join(versions)}; {machine['date']}"
 
