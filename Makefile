@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo lint test docs check peft-suite bench bench-adapters hub
+.PHONY: setup demo lint test docs check peft-suite bench bench-speed bench-scores bench-forget bench-gpu bench-adapters hub
 
 setup: $(VENV)/installed
 
@@ -35,22 +35,75 @@ check: lint docs test ## what must be green at every commit
 peft-suite: setup ## peft's own tests on inlay's methods
 	$(BIN)/python tests/peft_suite/run.py -- -n logical
 
-bench: setup ## slow measurements, with their results in tests/benchmarks/results
-	$(BIN)/python tests/benchmarks/fit_speed.py
-	$(BIN)/python tests/benchmarks/fit_options.py
+# The hours are estimates for two quiet cores, added up from the single scripts.
+SHARED ?= ../shared/data
+RESULTS = tests/benchmarks/results
+
+bench: bench-speed bench-scores bench-adapters ## every figure of README and docs/benchmarks: about 15 hours
+
+bench-speed: setup ## of these, time and memory: 3 hours
+	$(BIN)/python tests/benchmarks/fit_speed.py --rounds 4
+	$(BIN)/python tests/benchmarks/fit_options.py --rounds 3
 	$(BIN)/python tests/benchmarks/frozen_blocks.py
 	$(BIN)/python tests/benchmarks/fit_many.py
+	$(BIN)/python tests/benchmarks/image_loading.py
+	$(BIN)/python tests/benchmarks/image_start.py --images 3000
+	$(BIN)/python tests/benchmarks/stream_scale.py
 	$(BIN)/python tests/benchmarks/memory_plan.py
+	$(BIN)/python tests/benchmarks/text_memory.py
 	$(BIN)/python tests/benchmarks/adapter_latency.py
+	$(BIN)/python tests/benchmarks/spatial_speed.py --edge 128 --threads 1
+	$(BIN)/python tests/benchmarks/segment_memory.py
+	$(BIN)/python tests/benchmarks/combine_speed.py
+	$(BIN)/python tests/benchmarks/bank.py --parts forward --rows 16 --counts 1 4 16 --rounds 2 --threads 1
+	$(BIN)/python tests/benchmarks/bank.py --parts load --threads 1
+	$(BIN)/python tests/benchmarks/bank.py --parts methods --blocks 2 --threads 1
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/int8.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bfloat16.py
+	$(BIN)/python tests/benchmarks/fuzz.py
+
+bench-scores: setup ## quality and errors: 12 hours; a run that was broken off goes on, after bench-forget all is measured again
+	$(BIN)/python tests/benchmarks/combine_error.py
+	$(BIN)/python tests/benchmarks/combine_rules.py
+	$(BIN)/python tests/benchmarks/merge_error.py
 	$(BIN)/python tests/benchmarks/stories260k.py
 	$(BIN)/python tests/benchmarks/e2e_gpt2.py
 	$(BIN)/python tests/benchmarks/eight_bit_gpt2.py
-	$(BIN)/python tests/benchmarks/spatial_speed.py --edge 128
-	$(BIN)/python tests/benchmarks/segment_memory.py
 	$(BIN)/python tests/benchmarks/hippocampus.py
-	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/int8.py
-	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bfloat16.py
-	for name in combine_error combine_speed combine_rules merge_error bank fuzz; do $(BIN)/python tests/benchmarks/$$name.py || exit 1; done
+	$(BIN)/python tests/benchmarks/mobilenet_flowers.py
+	$(BIN)/python tests/benchmarks/dog_toy.py --train-options "--convolutions --epochs 300"
+	$(BIN)/python tests/benchmarks/tune.py digits
+	$(BIN)/inlay compare --task builtin:digits --base builtin:vit-tiny --epochs 5 --seeds 0,1,2 --output runs/compare_digits
+	cp runs/compare_digits/comparison.* $(RESULTS)/compare_digits/
+	for name in quality_parameters quality_latency rates; do cp runs/compare_digits/$$name.png docs/assets/compare_digits_$$name.png; done
+	$(BIN)/inlay compare --task builtin:shapes --base builtin:vit-tiny --epochs 1 --seeds 0,1,2 --output runs/compare_shapes
+	cp runs/compare_shapes/comparison.* $(RESULTS)/compare_shapes/
+	for name in quality_parameters rates; do cp runs/compare_shapes/$$name.png docs/assets/compare_shapes_$$name.png; done
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/pruning.py vit-tiny
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/pruning.py mobilenet --batch 16 \
+		--base $(SHARED)/mobilenet_imagenet/hf/mobilenet_v2_1.0_224 --data $(SHARED)/flowers5/dev
+	$(call prune_table,adapters_hub/digits-lora-vit-tiny,builtin:digits,,int8_table)
+	$(call prune_table,$(FLOWERS)/lora/adapter,$(FLOWERS)/data,--compensate,int8_table_mobilenet --split test)
+	PATH="$(BIN):$$PATH" accelerate launch recipes/lora_sam.py --output_dir runs/lora_sam --overwrite
+	PATH="$(BIN):$$PATH" accelerate launch recipes/lora_sam.py --dataset $(SHARED)/nuclei_dsb2018/dev --crop 96 \
+		--output_dir runs/nuclei_lora_sam --overwrite
+	$(BIN)/python recipes/combine_adapters.py --overwrite
+
+FLOWERS = runs/benchmark_pruning/mobilenet
+# an adapter, its data, how it is pruned, the name of the table: dense, pruned and healed, and both ends in 8 bits
+define prune_table
+rm -rf runs/pruned runs/healed
+$(BIN)/inlay prune $(1) --output runs/pruned --data $(2) $(3)
+$(BIN)/inlay prune $(1) --output runs/healed --data $(2) $(3) --heal 60
+OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/int8.py --table dense=$(1) pruned=runs/pruned healed=runs/healed --data $(2) --name $(4)
+endef
+
+bench-forget: ## remove the results that scripts would go on from
+	rm -rf runs/benchmark_pruning runs/benchmark_tune runs/e2e runs/dog_toy runs/compare_digits runs/compare_shapes
+	for name in hippocampus mobilenet_flowers pruning_vit-tiny pruning_mobilenet dog_toy tune; do rm -f $(RESULTS)/$$name.json; done
+
+bench-gpu: setup ## on a machine with a GPU, under 10 minutes
+	$(BIN)/python tests/benchmarks/gpu.py
 
 bench-adapters: setup ## beside the library adapters, whose pins need an environment of their own
 	$(PYTHON) -m venv runs/adapters

@@ -13,15 +13,13 @@ round.
 import argparse
 import copy
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
+from machine import describe_machine
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -109,9 +107,7 @@ def main() -> None:
             pixels = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
             found.setdefault(name, []).extend(measure(states, pixels, times))
         print(json.dumps(found[name], indent=2))
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-    machine = {"device": f"{platform.machine()} cpu", "threads": 1, "python": platform.python_version()}
-    result = {"width": WIDTH, "std": STD, "rounds": rounds, **machine, **versions, "rows": found}
+    result = {"width": WIDTH, "std": STD, "rounds": rounds, "machine": describe_machine(), "rows": found}
     RESULTS.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     heading = "| base | batch | state | MMACs an image | CPU ms | to the base (p10 to p90) | difference |"
     lines = [heading, "|---|---:|---|---:|---:|---:|---:|"]

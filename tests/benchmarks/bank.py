@@ -1,35 +1,35 @@
 """Time of a batch whose rows have different adapters, and of loading and choosing them: inlay's Bank beside peft.
 
     python tests/benchmarks/bank.py [--size base|tiny] [--blocks 12] [--rounds 3] [--parts forward methods load]
+    python tests/benchmarks/bank.py --parts forward --rows 64 --counts 1 4 16 64
 
-A ViT with random weights, LoRA r=8 on q and v, a batch of 64 with 1 to 200 adapters in it:
+A ViT with random weights, LoRA r=8 on q and v, a batch with 1 to 200 adapters in it:
 
     plain       the base only
     merged      one adapter in its weights
-    bank        Bank, all 200 adapters resident
+    bank        Bank, all adapters resident (as many as the largest of --counts)
     peft        the same adapters in one PeftModel, `adapter_names`
     separate    one forward for each adapter's rows
 
 `methods` times other methods in a bank with 1 and with 64 adapters in the batch. `load` takes 200 adapters from disk by
 a bank (without the check of the golden output, a forward each), by 200 calls of peft's load_adapter and by inlay's
 (its mean, times 200), and chooses other ones. Ways take
-turns, round by round; figures are CPU time, the ratio within a round. All blocks are alike, so fewer of them give the
-same ratios.
+turns, round by round; figures are CPU time, the ratio within a round. A part that is measured again replaces what was
+there of it.
 """
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-import transformers
+from machine import describe_machine
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
@@ -41,9 +41,10 @@ from inlay.bases.sites import lora_targets
 from inlay.files.tensor_header import sign
 from inlay.methods import METHODS
 
-RESULTS = Path(__file__).parent / "results" / "bank.json"
+RESULTS = Path(__file__).parent / "results" / "bank"
 TIMED = ("bottleneck", "bottleneck-parallel", "attention-prefix", "visual-prompt", "ia3", "bias", "norm")
 COUNTS, BATCH, ALL = (1, 4, 16, 64, 200), 64, 200
+WAYS = {"bank": "bank", "peft": "peft's `adapter_names`", "separate": "separate batches, one for each adapter"}
 SIZES = {
     "base": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "image_size": 224},
     "tiny": {"hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 3, "image_size": 32, "patch_size": 4},
@@ -80,9 +81,9 @@ def make_adapters(base: str, method: str, folder: Path, count: int) -> Path:
     return folder
 
 
-def names(count: int) -> list[str]:
+def names(count: int, rows: int = BATCH) -> list[str]:
     """Which adapter each row has: as many as there are rows at most, in an order that is no order."""
-    return [str(i * 37 % count) for i in range(BATCH)]
+    return [str(i * 37 % count) for i in range(rows)]
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -105,36 +106,67 @@ def ratio(taken: dict[str, list[float]], name: str, to: str) -> float:
 
 
 @torch.no_grad()
-def forward(base: str, folder: Path, batch: dict[str, torch.Tensor], rounds: int) -> dict[str, Any]:
-    bank, plain = Bank(base, folder, check_golden=False), load_base(base)
-    merged = load_adapter(folder / "1").merge().model
+def make_ways(
+    base: str, folder: Path, batch: dict[str, torch.Tensor], counts: Sequence[int]
+) -> tuple[dict[str, Callable[[], Any]], Bank]:
+    """Each way to compute the batch, by its name and number of adapters, on the device of the batch; and the bank."""
+    rows, device = len(batch["pixel_values"]), str(batch["pixel_values"].device)
+    resident = [folder / str(i) for i in range(max(counts))]
+    bank, plain = Bank(base, resident, check_golden=False, device=device), load_base(base, device=device).eval()
+    merged = load_adapter(folder / "1", device=device).merge().model
     mixed = PeftModel.from_pretrained(load_base(base), folder / "0", adapter_name="a0")
-    for i in range(1, ALL):  # peft's own way takes minutes: an empty one, then the numbers
+    for i in range(1, len(resident)):  # peft's own way takes minutes: an empty one, then the numbers
         mixed.add_adapter(f"a{i}", mixed.peft_config["a0"], low_cpu_mem_usage=True)
         peft.set_peft_model_state_dict(mixed, load_file(folder / str(i) / WEIGHTS), f"a{i}", low_cpu_mem_usage=True)
-    mixed.eval()
+    mixed.to(device).eval()
 
-    def separate(rows: list[str]) -> None:
-        for name in dict.fromkeys(rows):
-            chosen = [i for i, other in enumerate(rows) if other == name]
-            bank({key: value[chosen] for key, value in batch.items()}, [name] * len(chosen))
+    def separate(chosen: list[str]) -> None:
+        for name in dict.fromkeys(chosen):
+            own = [i for i, other in enumerate(chosen) if other == name]
+            bank({key: value[own] for key, value in batch.items()}, [name] * len(own))
 
     ways: dict[str, Callable[[], Any]] = {"plain": lambda: plain(**batch), "merged": lambda: merged(**batch)}
-    for n in COUNTS:
-        rows = names(n)
-        ways[f"bank {n}"] = lambda rows=rows: bank(batch, rows)
-        ways[f"peft {n}"] = lambda rows=rows: mixed(**batch, adapter_names=[f"a{name}" for name in rows])
-        ways[f"separate {n}"] = lambda rows=rows: separate(rows)
-    found = bank(batch, names(16)).logits
-    wanted = mixed(**batch, adapter_names=[f"a{name}" for name in names(16)]).logits
-    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max(), "bank and peft do not agree"
-    take_turns({"plain": ways["plain"], "bank": ways["bank 64"]}, 1)  # warm-up
+    for n in counts:
+        chosen = names(n, rows)
+        ways[f"bank {n}"] = lambda chosen=chosen: bank(batch, chosen)
+        ways[f"peft {n}"] = lambda chosen=chosen: mixed(**batch, adapter_names=[f"a{name}" for name in chosen])
+        ways[f"separate {n}"] = lambda chosen=chosen: separate(chosen)
+    found, wanted = (ways[f"{way} {max(counts)}"]().logits for way in ("bank", "peft"))
+    tolerance = 1e-4 if device == "cpu" else 1e-2  # a GPU may multiply in TF32
+    assert (found - wanted).abs().max() < tolerance * wanted.abs().max(), "bank and peft do not agree"
+    return ways, bank
+
+
+@torch.no_grad()
+def forward(
+    base: str, folder: Path, batch: dict[str, torch.Tensor], rounds: int, counts: Sequence[int]
+) -> dict[str, Any]:
+    ways, bank = make_ways(base, folder, batch, counts)  # which runs the bank and peft once
+    take_turns({"plain": ways["plain"]}, 1)  # warm-up
     taken = take_turns(ways, rounds)
+    plain = taken.pop("plain")
+    ratios = {name: sorted(a / b for a, b in zip(times, plain, strict=True)) for name, times in taken.items()}
     return {
-        "plain_cpu_seconds": round(statistics.median(taken["plain"]), 3),
-        "ratio_to_plain": {name: ratio(taken, name, "plain") for name in ways if name != "plain"},
+        "rows": len(batch["pixel_values"]),
+        "plain_cpu_seconds": round(statistics.median(plain), 3),
+        "ratio_to_plain": {name: round(statistics.median(values), 3) for name, values in ratios.items()},
+        "spread": {name: [round(values[0], 3), round(values[-1], 3)] for name, values in ratios.items()},
         "bank_mb": round(bank.bytes / 1e6, 1),
     }
+
+
+def write_table(found: dict[str, Any]) -> str:
+    """Ratios of a batch to the plain base, by the number of adapters in it."""
+    ratios, spread = found["ratio_to_plain"], found["spread"]
+    counts = [name.split()[1] for name in ratios if name.startswith("bank ")]
+    lines = ["| adapters in the batch | " + " | ".join(counts) + " |", "|---|" + "---:|" * len(counts)]
+    for way, title in WAYS.items():
+        cells = []
+        for name in (f"{way} {n}" for n in counts):
+            low, high = spread[name]
+            cells.append(f"{ratios[name]:.2f} ({low:.2f} to {high:.2f})")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 @torch.no_grad()
@@ -196,6 +228,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rows", type=int, default=BATCH, help="Of the batch of the part forward.")
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="Adapters in that batch.")
     parser.add_argument(
         "--parts", nargs="+", choices=["forward", "methods", "load"], default=["forward", "methods", "load"]
     )
@@ -203,21 +237,27 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     side = SIZES[arguments.size]["image_size"]
     batch = {"pixel_values": torch.randn(BATCH, 3, side, side, generator=torch.Generator().manual_seed(0))}
-    result = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    stored = RESULTS.with_suffix(".json")
+    result = json.loads(stored.read_text()) if stored.is_file() else {}
     with tempfile.TemporaryDirectory() as where:
         base = make_base(Path(where) / "base", arguments.size, arguments.blocks)
-        folder = make_adapters(base, "lora", Path(where) / "lora", ALL)
+        count = ALL if "load" in arguments.parts else max(arguments.counts)
+        folder = make_adapters(base, "lora", Path(where) / "lora", count)
         for part in arguments.parts:
             if part == "load":
                 found = load(base, folder)
+            elif part == "methods":
+                found = methods(base, folder, batch, arguments.rounds)
             else:
-                found = {"forward": forward, "methods": methods}[part](base, folder, batch, arguments.rounds)
+                first = {key: value[: arguments.rows] for key, value in batch.items()}
+                found = forward(base, folder, first, arguments.rounds, arguments.counts)
+                if arguments.size == "base":
+                    RESULTS.with_suffix(".md").write_text(write_table(found))
             found |= {"size": arguments.size, "blocks": arguments.blocks, "rounds": arguments.rounds}
-            found |= {"threads": arguments.threads, "device": platform.machine() + " cpu"}
-            found |= {"versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+            found["machine"] = describe_machine()
             result[f"{part} {arguments.size}"] = found
             print(part, json.dumps(found, indent=2))
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+    stored.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

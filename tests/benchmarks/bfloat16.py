@@ -15,14 +15,13 @@ largest output; `agree` the share of equal classes, or of equal pixels of the ma
 import argparse
 import copy
 import json
-import os
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from machine import describe_machine
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import (
@@ -35,8 +34,7 @@ from transformers import (
 
 from inlay import load_processor
 from inlay.adapters import precision
-from inlay.bases.bfloat16 import find_cpu_speedup, list_bfloat16_instructions
-from inlay.bases.cpu import name_cpu
+from inlay.bases.bfloat16 import find_cpu_speedup
 from inlay.tasks.images.processing import process_images
 
 RESULTS = Path(__file__).parent / "results" / "bfloat16.json"
@@ -123,15 +121,8 @@ def main() -> None:
             continue
         stored[case] = {"rounds": args.rounds, "ways": measure(case, args.rounds)}
     result = {
-        "cpu": name_cpu(),
-        "bfloat16": list_bfloat16_instructions(),
+        "machine": describe_machine(),
         "speedup": round(find_cpu_speedup(fresh=True), 2),
-        "threads": 1,
-        "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 1),
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "cases": stored,
     }
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")

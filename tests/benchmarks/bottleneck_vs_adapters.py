@@ -17,10 +17,8 @@ library's SeqBnConfig is another adapter (it adds the block's residual to the in
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -258,9 +256,10 @@ def summary(rounds: list[dict]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
+    machine = result["machine"]
     lines = [
-        f"Bottleneck of width {WIDTH} on a ViT-base-sized model, training step, batch {BATCH}, {result['threads']} "
-        f"threads, {result['device']}, {result['date']}.",
+        f"Bottleneck of width {WIDTH} on a ViT-base-sized model, training step, batch {BATCH}, "
+        f"{machine['threads']} threads, {machine['cpu']}, {machine['date']}.",
         "Median (min to max); the ratio is taken within a round.",
         "",
     ]
@@ -303,12 +302,11 @@ def main() -> None:
         return child(arguments.side, arguments.variants[0], arguments.threads)
     if not arguments.adapters_python:
         parser.error("--adapters_python is required: the Python of an environment with the library `adapters`")
+    from machine import describe_machine
+
     pythons = {"inlay": sys.executable, "adapters": arguments.adapters_python}
     result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "device": f"{platform.machine()} cpu, {os.cpu_count()} cores",
-        "load_before": round(os.getloadavg()[0], 2),
-        "threads": arguments.threads,
+        "machine": describe_machine() | {"threads": arguments.threads},
         "batch": BATCH,
         "width": WIDTH,
         "variants": {},

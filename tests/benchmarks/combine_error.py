@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import describe_machine
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -143,7 +144,8 @@ def main() -> None:
             for v in found.values()
         )
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
-    RESULTS.with_suffix(".json").write_text(json.dumps(table, indent=2) + "\n")
+    found = {"machine": describe_machine(), "cases": table}
+    RESULTS.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
     RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate.utils import set_seed
+from machine import describe_machine
 from peft import LoraConfig, get_peft_model
 
 from inlay import (
@@ -115,7 +116,7 @@ def main() -> None:
         row["mean"] = sum(row[task] for task in data) / len(data)
         cells = [f"{row.get('rank', 8)}", f"{row['error']:.2g}", *(f"{row[task]:.3f}" for task in (*data, "mean"))]
         lines.append(f"| {row['rule']} | " + " | ".join(cells) + " |")
-    RESULTS.with_suffix(".json").write_text(json.dumps(rows, indent=2) + "\n")
+    RESULTS.with_suffix(".json").write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=2) + "\n")
     RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -13,20 +13,19 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: small matrices are slower on several threads
 
 import numpy as np
+from machine import describe_machine, tell_machine
 
 from inlay.adapters.file import WEIGHTS
 from inlay.combine import combine
@@ -211,14 +210,6 @@ def compressing(folder: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def describe_machine(threads: int) -> str:
-    """CPU, cores, threads, versions and the file system's place."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    versions = ", ".join(f"{name} {version(name)}" for name in ("numpy", "xxhash", "torch", "peft"))
-    return f"{model}, {os.cpu_count()} cores, {threads} threads; Python {platform.python_version()}, {versions}"
-
-
 def write_table(result: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
@@ -234,7 +225,7 @@ def write_table(result: dict[str, Any]) -> str:
                 f"**{cpu['speed_of_copying']:.2f}** ({least:.2f} to {most:.2f}) | {wall['copy_ms']:.1f} | "
                 f"{wall['add_ms']:.1f} | {wall['speed_of_copying']:.2f} |"
             )
-    return "\n".join([*lines, "", result["machine"] + ". No fsync on either side.", ""])
+    return "\n".join([*lines, "", tell_machine(result["machine"]) + ". No fsync on either side.", ""])
 
 
 def main() -> None:
@@ -248,7 +239,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, few = Path(name), max(2, options.rounds // 3)
         result = {
-            "machine": describe_machine(options.threads),
+            "machine": describe_machine("numpy", "xxhash"),
             "fsync": "neither copying nor adding calls it",
             "hashing_20_mb_cpu_ms": hashing(options.rounds),
             "add_two_of_10_mb": adding(folder, options.rounds, rank=68),

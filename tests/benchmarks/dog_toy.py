@@ -24,16 +24,14 @@ Everything is stored as soon as it is there; the same command goes on.
 import argparse
 import json
 import math
-import platform
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import peft
 import torch
+from machine import describe_machine
 from PIL import Image
 
 from inlay import Bank, Region, combine, draw_paintings, load_adapter, load_base, paint_regions, read_adapter
@@ -381,8 +379,7 @@ def main() -> None:
     if {key: found.get(key) for key in settings} != settings:  # other adapters: nothing of it counts
         found = {**settings, "points": {}}
     found["own_fidelity"] = {name: round(compare_own_images(own) or 0.0, 4) for name, own in bench.own.items()}
-    found["device"] = f"CPU, one thread, {platform.processor() or platform.machine()}"
-    found["versions"] = {"torch": torch.__version__, "diffusers": diffusers.__version__, "peft": peft.__version__}
+    found["machine"] = describe_machine("diffusers")
     for key, rule, weight, what in list_points(folders):
         if key in found["points"] and (given.work / "images" / key).is_dir():
             continue

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from machine import describe_machine
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
 from inlay import (
@@ -40,7 +41,7 @@ from inlay import (
     load_base,
     load_texts,
 )
-from inlay.files.atomic import writing
+from inlay.files.atomic import write_json, writing
 from inlay.methods import METHODS
 from inlay.study.report import save_comparison, write_markdown_table
 
@@ -213,7 +214,7 @@ def main() -> None:
     comparison = replace(comparison, base="gpt2-e2e", data="e2e_nlg", rows=rows)
     save_comparison(comparison, folder / "report")
     text = report(comparison, untuned.total, arguments)
-    comparison.write(RESULTS.with_suffix(".json"))
+    write_json(RESULTS.with_suffix(".json"), {"machine": describe_machine(), **comparison.to_dict()})
     RESULTS.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
+from machine import describe_machine
 
 from inlay import NextToken, TextProcessor, TextView, TrainConfig, fit, load_base, load_texts, load_tokenizer
 from inlay.bases.quantize import Quantize
@@ -79,7 +80,8 @@ def main() -> None:
         ]
     )
     RESULTS.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    RESULTS.with_suffix(".json").write_text(json.dumps({"steps": arguments.steps, "rows": rows}, indent=1) + "\n")
+    found = {"machine": describe_machine("bitsandbytes"), "steps": arguments.steps, "rows": rows}
+    RESULTS.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     print(text)
 
 

@@ -13,7 +13,6 @@ The idea: Yan et al. 2025 (PLoRA), arXiv:2508.02932.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from typing import Any
 
 import peft
 import torch
-import transformers
+from machine import describe_machine
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -229,13 +228,8 @@ def main() -> None:
                 rows.append(row)
                 print(json.dumps(row), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    about = {
-        "device": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-    }
-    (options.out / "fit_many.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    found = {"machine": describe_machine(), "rows": rows}
+    (options.out / "fit_many.json").write_text(json.dumps(found, indent=1) + "\n")
     (options.out / "fit_many.md").write_text(format_table(rows))
 
 

@@ -16,16 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import peft
 import torch
-import transformers
 from accelerate.utils import set_seed
 from fit_speed import CLASSES, SIZES, FitWatch, Items, Size, new_model
+from machine import describe_machine, tell_machine
 from peft import LoraConfig, get_peft_model
 
 from inlay import TrainConfig, fit, load_base
-from inlay.bases.cpu import name_cpu
 from inlay.bases.sites import head_modules, lora_targets
 
 RESULTS = Path(__file__).parent / "results" / "fit_options.json"
@@ -123,7 +120,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def write_table(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['device']}, {result['threads']} thread(s), {result['rounds']} rounds: median (smallest to largest).",
+        f"{tell_machine(result['machine'])}. {result['rounds']} rounds: median (smallest to largest).",
         "",
         "| option | without, ms | with / without | inference | largest difference of a weight |",
         "|---|---|---|---|---|",
@@ -149,9 +146,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "cases": {},
         "rounds": arguments.rounds,
-        "threads": arguments.threads,
-        "device": name_cpu(),
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers, accelerate, peft)},
+        "machine": describe_machine("accelerate"),
     }
     for name in cases:
         result["cases"][name] = measure(name, arguments.rounds)

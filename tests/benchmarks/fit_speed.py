@@ -16,17 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import peft
 import torch
 import transformers
 from accelerate.utils import set_seed
+from machine import describe_machine, tell_machine
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from inlay import TrainConfig, fit
-from inlay.bases.cpu import name_cpu
 from inlay.bases.sites import head_modules, lora_targets
 from inlay.train.sampler import SeededDataset, SeededSampler
 
@@ -233,7 +231,7 @@ def measure(size: Size, rounds: int) -> dict[str, Any]:
 
 def write_table(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['device']}, {result['threads']} thread(s), {result['rounds']} rounds; above 1 `fit` is faster. "
+        f"{tell_machine(result['machine'])}. {result['rounds']} rounds; above 1 `fit` is faster. "
         "Median (smallest to largest) of the ratios within a round.",
         "",
         "| ViT | batch | bare, CPU ms a step | over bare, CPU time | over bare, wall time | over Trainer, CPU time |",
@@ -259,9 +257,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "sizes": {},
         "rounds": arguments.rounds,
-        "threads": arguments.threads,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else name_cpu(),
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers, accelerate, peft)},
+        "machine": describe_machine("accelerate", device="cuda" if torch.cuda.is_available() else "cpu"),
     }
     for name in arguments.sizes:
         result["sizes"][name] = measure(SIZES[name], arguments.rounds)

@@ -11,8 +11,6 @@ their cost does not depend on the number of photos.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from machine import describe_machine
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from inlay import ImageView, TrainConfig, fit, load_images
@@ -126,10 +124,7 @@ def main() -> None:
         "data": "flowers5/dev" if photos.is_dir() else "builtin:shapes",
         "sizes": {size: compare(size, data, arguments.rounds) for size in arguments.sizes},
         "rounds": arguments.rounds,
-        "threads": arguments.threads,
-        "load_average": round(os.getloadavg()[1], 1),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " cpu",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "machine": describe_machine(device="cuda" if torch.cuda.is_available() else "cpu"),
     }
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from machine import describe_machine
 from peft import LoraConfig, get_peft_model
 
 from adapters.mutations import run
@@ -84,6 +85,7 @@ def main() -> None:
                 wrong.append(said)
             slowest = max(slowest, (time.process_time() - started, said))
     found = {
+        "machine": describe_machine(),
         "cases": CASES,
         "wrong": wrong,
         "verdicts": {how: dict(counts) for how, counts in verdicts.items()},

@@ -19,8 +19,6 @@ answer is most wrong. A U-Net takes no clicks.
 
 import argparse
 import json
-import os
-import platform
 import random
 import resource
 import statistics
@@ -31,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import describe_machine
 from torch import nn
 from torch.nn import functional as F
 
@@ -38,7 +37,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from places import SHARED
 
 RESULTS = Path(__file__).parent / "results"
-WAYS = ("spatial", "flat", "slices", "unet")
+WAYS = {
+    "spatial": "3D spatial adapter",
+    "flat": "the same without its depth convolution (`kernel=1`)",
+    "slices": "SAM slice by slice, LoRA (points in every slice)",
+    "unet": "MONAI's `BasicUNet` from scratch",
+}
 CROP = (32, 48, 32)
 RATES = {"spatial": 4e-3, "flat": 4e-3, "slices": 2e-3, "unet": 2e-3}
 CLASSES = 2
@@ -178,7 +182,12 @@ def windows(model, volume, points, said):
     return shares[:, :, :d, :h, :w]
 
 
-MODES = ("none", "1 point", "10 points", "10 clicks")
+MODES = {
+    "none": "no prompt",
+    "1 point": "1 point per class",
+    "10 points": "10 points per class",
+    "10 clicks": "10 clicks on errors",
+}
 
 
 @torch.inference_mode()
@@ -236,21 +245,23 @@ def run(way, seed, steps, folder):
     return {**row, **sizes, "dice": score(way, model, held_out, 1000 + seed)}
 
 
-def table(rows, steps):
-    """Markdown: mean and standard deviation over the seeds."""
-    lines = [f"Mean Dice on 12 held-out scans, mean ± standard deviation over seeds, {steps} steps.", ""]
-    lines += [f"| way | trained | {' | '.join(MODES)} | CPU s to train |", f"|---|---:|{'---:|' * (len(MODES) + 1)}"]
-    for way in WAYS:
+def table(rows):
+    """Markdown: mean Dice on the held-out scans and its standard deviation over the seeds."""
+    lines = [
+        f"| way | trained | {' | '.join(MODES.values())} | CPU s to train |",
+        f"|---|---:|{'---:|' * (len(MODES) + 1)}",
+    ]
+    for way, title in WAYS.items():
         found = [row for name, row in rows.items() if name.split()[0] == way]
         if not found:
             continue
         cells = []
         for mode in MODES:
             values = [row["dice"][mode] for row in found if mode in row["dice"]]
-            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.4f}{spread}" if values else "")
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
         seconds = statistics.mean(row["train_cpu_s"] for row in found)
-        lines.append(f"| {way} | {found[0]['trained']:,} | {' | '.join(cells)} | {seconds:.0f} |")
+        lines.append(f"| {title} | {found[0]['trained'] / 1e6:.2f} M | {' | '.join(cells)} | {seconds:.0f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -277,10 +288,9 @@ def main():
             row = run(way, seed, args.steps, folder)
             result = json.loads(path.read_text()) if path.is_file() else {"rows": {}}  # others may have written
             result["rows"][name] = row
-            machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread"
-            result |= {"steps": args.steps, "machine": machine, "torch": torch.__version__}
+            result |= {"steps": args.steps, "machine": describe_machine("monai")}
             path.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
-            path.with_suffix(".md").write_text(table(result["rows"], args.steps))
+            path.with_suffix(".md").write_text(table(result["rows"]))
             print(name, row, f"{time.time() - begun:.0f} s", flush=True)
     print(path.with_suffix(".md").read_text())
 

@@ -9,8 +9,6 @@ order; the figure is the ratio within a round. CPU time is that of the process a
 import argparse
 import json
 import math
-import os
-import platform
 import random
 import resource
 import statistics
@@ -22,9 +20,8 @@ from typing import Any
 
 import datasets
 import numpy as np
-import PIL
 import torch
-import transformers
+from machine import describe_machine, tell_machine
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers import ViTImageProcessorPil
@@ -178,12 +175,6 @@ def compare(paths: list[str], workers: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def describe_cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def write(result: dict[str, Any]) -> None:
     (RESULTS / "image_loading.json").write_text(json.dumps(result, indent=2) + "\n")
     lines = [
@@ -199,9 +190,7 @@ def write(result: dict[str, Any]) -> None:
         lines.append(f"| {row['images']} | {row['workers']} | {speeds} | {ratios} |")
     told = (
         f"Images per CPU second, median of {result['rounds']} rounds, and the ratio within a round (median, smallest "
-        f"and largest); batch {BATCH}, 224 x 224 pixels, one thread. {result['cpu']}, {result['cores']} cores; "
-        + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-        + "."
+        f"and largest); batch {BATCH}, 224 x 224 pixels. {tell_machine(result['machine'])}."
     )
     (RESULTS / "image_loading.md").write_text("\n".join([*lines, "", told, ""]))
 
@@ -230,10 +219,7 @@ def main() -> None:
         "rows": rows,
         "rounds": arguments.rounds,
         "images": arguments.images,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "cpu": describe_cpu(),
-        "versions": {"Pillow": PIL.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "machine": describe_machine("pillow"),
     }
     write(result)
 

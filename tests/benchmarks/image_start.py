@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from machine import describe_machine
 from PIL import Image
 
 RESULTS = Path(__file__).parent / "results" / "image_start.json"
@@ -57,6 +58,7 @@ def main() -> None:
             starts.append({"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "images": count})
     ratio = starts[0]["cpu_seconds"] / starts[1]["cpu_seconds"]
     found = {"first": starts[0], "second": starts[1], "cpu_ratio": round(ratio, 1)}
+    found["machine"] = describe_machine("datasets", "pillow")
     RESULTS.write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2))
 

@@ -15,23 +15,21 @@ in the mode that `quantize` chooses. Accuracy is that of all held-out examples, 
 
 import argparse
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
+from machine import describe_machine
 from PIL import Image
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from inlay import METHODS, ImageTask, TrainConfig, evaluate, export, load_exported, quantize, save_adapter
 from inlay.adapters.tables import make_table
-from inlay.bases.cpu import name_cpu
 from inlay.bases.load import list_builtin_bases
 from inlay.compress.card import PROBE_HEADER, format_probe
 from inlay.compress.probe import time_by_turns
@@ -50,6 +48,7 @@ from inlay.tasks import find_task
 from inlay.tasks.evaluation import SPLITS, Split
 from inlay.tasks.images.processing import process_images
 
+PACKAGES = ("onnx", "onnxruntime", "torchao")
 RESULTS = Path(__file__).parent / "results"
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 FLOWERS, IMAGENET = SHARED / "flowers5" / "dev", SHARED / "mobilenet_imagenet"
@@ -220,16 +219,6 @@ def write(name: str, content: dict[str, Any], text: str) -> None:
     print(text)
 
 
-def machine() -> dict[str, Any]:
-    found: dict[str, Any] = {"cpu": name_cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    for package in ("torch", "transformers", "onnx", "onnxruntime", "torchao"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
@@ -246,11 +235,13 @@ def main() -> None:
         rows = compare_models(folders, arguments.data, arguments.split)
         header = ("model", "accuracy", "parameters", "MACs, M", "latency, ms", "CPU, ms", "bytes")
         cells = [tuple(f"{row[key]:{form}}" for key, form in TABLE.items()) for row in rows]
-        about = {**machine(), "data": Path(arguments.data).name, "split": arguments.split, "rows": rows}
-        write(arguments.name, about, make_table(header, cells))
+        about = {"machine": describe_machine(*PACKAGES), "data": Path(arguments.data).name, "split": arguments.split}
+        write(arguments.name, {**about, "rows": rows}, make_table(header, cells))
         return
     path = RESULTS / "int8.json"
-    found: dict[str, Any] = json.loads(path.read_text())["models"] if path.is_file() else {}
+    stored = json.loads(path.read_text()) if path.is_file() else {}
+    found: dict[str, Any] = stored.get("models", {})
+    machines: dict[str, Any] = stored.get("machines", {})  # a model can be measured on another day than its neighbours
     for name in arguments.only:
         lacks = (name in NEEDS and not NEEDS[name].exists()) or (
             "-tiny, digits" in name and f"builtin:{name.split(',')[0]}" not in list_builtin_bases()
@@ -259,11 +250,11 @@ def main() -> None:
             print(f"{name}: not here")
             continue
         with tempfile.TemporaryDirectory() as work:
-            found[name] = probe(CASES[name](Path(work)))
+            found[name], machines[name] = probe(CASES[name](Path(work))), describe_machine(*PACKAGES)
         if "random" in name:
             found[name] = [{**row, "agreement": None, "accuracy": None, "verdict": "speed only"} for row in found[name]]
         cells = [(model, *row) for model, rows in found.items() for row in format_probe(rows)]
-        write("int8", {**machine(), "models": found}, make_table(("model", *PROBE_HEADER), cells))
+        write("int8", {"machines": machines, "models": found}, make_table(("model", *PROBE_HEADER), cells))
 
 
 if __name__ == "__main__":

@@ -12,19 +12,17 @@ on this machine are left out, and named.
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from machine import describe_machine
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import Dataset
@@ -183,9 +181,10 @@ def ready(name: str) -> tuple[Any, Batch, dict[str, Any]]:
 
 def table(result: dict[str, Any]) -> str:
     """The rows in Markdown."""
+    machine = result["machine"]
     lines = [
-        f"Predicted and measured peak of a training step, {result['device']}, {result['date']}, "
-        + ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+        f"Predicted and measured peak of a training step, {machine['device']}, {machine['date']}, "
+        + ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
         + f". Width {WIDTH}. `tests/benchmarks/memory_plan.py` says what is measured.",
         "",
         "| base, batch, method, setting | predicted, MB | measured, MB | predicted / measured | in `fit`, MB "
@@ -226,11 +225,7 @@ def main() -> None:
         "cases": rows,
         "smallest_ratio": min(ratios),
         "largest_ratio": max(ratios),
-        "date": time.strftime("%Y-%m-%d"),
-        "threads": arguments.threads,
-        "load_average": round(os.getloadavg()[1], 1),
-        "device": torch.cuda.get_device_name() if arguments.device != "cpu" else f"{platform.machine()} cpu",
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
+        "machine": describe_machine("bitsandbytes", device=arguments.device),
     }
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
     RESULTS.with_suffix(".md").write_text(table(result))

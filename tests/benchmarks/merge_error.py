@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import describe_machine
 
 from inlay import (
     METHODS,
@@ -98,7 +99,8 @@ def main() -> None:
                         row[f"plainly {held}"] = None  # no such adapter on such a base
                 rows.append(row)
                 print(row)
-    RESULTS.with_suffix(".json").write_text(json.dumps({"std": std, "rows": rows}, indent=2) + "\n")
+    found = {"machine": describe_machine("bitsandbytes"), "std": std, "rows": rows}
+    RESULTS.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
     columns = list(rows[0])
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join("-" if row[c] is None else str(row[c]) for c in columns) + " |" for row in rows]

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate.utils import set_seed
+from machine import describe_machine
 from PIL import Image
 
 from inlay import TrainConfig, fit, load_base, load_processor
@@ -176,7 +177,7 @@ def main() -> None:
             if key in runs:
                 continue
             runs[key] = train_once(method, rate, seed, asked.epochs, labels, (train, validation, test))
-            write_json(RESULTS, {"said": said, "runs": runs})
+            write_json(RESULTS, {"machine": describe_machine(), "said": said, "runs": runs})
             RESULTS.with_suffix(".md").write_text(make_table(runs, asked.seeds, said), encoding="utf-8")
             print(key, json.dumps(runs[key]), flush=True)
     print(make_table(runs, asked.seeds, said))

@@ -22,16 +22,15 @@ rows before any training, which takes minutes; the other columns take hours.
 
 import argparse
 import json
-import platform
 import shutil
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import describe_machine
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
@@ -178,8 +177,7 @@ def main() -> None:
         "model": options.model,
         "steps": options.steps,
         "batch": options.batch,
-        "device": platform.processor() or platform.machine(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "machine": describe_machine(),
     }
     table = Rows(RESULTS.with_name(f"pruning_{options.model}.json"), about)
     measure(dense, str(data), table, options)

@@ -11,7 +11,6 @@ a model's grid of twice the spacing; and MONAI's sliding_window_inference with t
 import argparse
 import json
 import multiprocessing
-import platform
 import resource
 import tempfile
 import time
@@ -21,10 +20,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import describe_machine
 from torch import nn
 
 RESULTS = Path(__file__).parent / "results" / "segment_memory.json"
-CASES = ("memory", "file", "resampled", "monai")
+CASES = {
+    "memory": "the scan already in memory",
+    "file": "from file to file",
+    "resampled": "from file to file, at twice the spacing",
+    "monai": "MONAI's `sliding_window_inference`, the scan in memory",
+}
 LABELS = ["bright", "dark"]
 
 
@@ -86,12 +91,21 @@ def measure(case: str, path: Path, shape: tuple[int, int, int], crop: tuple[int,
     results[case] = {"peak": peak() - before, "reading": reading, "seconds": round(time.perf_counter() - begun, 1)}
 
 
+def write_table(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| way | peak memory, GB | seconds |", "|---|---:|---:|"]
+    lines += [
+        f"| {title} | {rows[case]['peak'] / 1e9:.1f} | {rows[case]['seconds']:.0f} |" for case, title in CASES.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Measure all cases, print a table, write it for the default shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=int, nargs=3, default=(512, 512, 600), help="X Y Z")
     parser.add_argument("--crop", type=int, nargs=3, default=(128, 128, 128), help="D H W")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     arguments = parser.parse_args()
     shape, crop, context = tuple(arguments.shape), tuple(arguments.crop), multiprocessing.get_context("spawn")
     copy = 4 * int(np.prod(shape))
@@ -114,10 +128,9 @@ def main() -> None:
             )
         rows = dict(results)
     if set(rows) == set(CASES) and shape == (512, 512, 600):
-        machine = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
-        RESULTS.write_text(
-            json.dumps({"shape": shape, "crop": crop, "copy": copy, "cases": rows, **machine}, indent=2) + "\n"
-        )
+        found = {"machine": describe_machine("monai"), "shape": shape, "crop": crop, "copy": copy, "cases": rows}
+        RESULTS.write_text(json.dumps(found, indent=2) + "\n")
+        RESULTS.with_suffix(".md").write_text(write_table(rows))
 
 
 if __name__ == "__main__":

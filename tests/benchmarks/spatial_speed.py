@@ -18,7 +18,6 @@ the peak resident size above that of the loaded model; `plan` is the peak that `
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -31,7 +30,7 @@ RESULTS = Path(__file__).parent / "results" / "spatial_speed.json"
 WAYS = ("plain", "default", "bf16")
 
 
-def new_model(way, edge):
+def new_model(way, edge, **vision):
     """A ViT-B SAM with the adapter."""
     import torch
     from peft import get_peft_model
@@ -40,7 +39,7 @@ def new_model(way, edge):
     from inlay import SpatialAdapterConfig
 
     torch.manual_seed(0)
-    config = SamConfig(vision_config={"initializer_range": 0.02})
+    config = SamConfig(vision_config={"initializer_range": 0.02, **vision})
     model = SamModel(config).requires_grad_(False)
     published = way in ("plain", "reference")
     own = SpatialAdapterConfig(classes=["a", "b"], reference=published, depth_rows=edge // 4)
@@ -185,10 +184,7 @@ def main():
     if args.one:
         run(*args.one, args.edge, args.threads)
         return
-    import torch
-    import transformers
-
-    from inlay.bases.cpu import list_cpu_flags, name_cpu
+    from machine import describe_machine
 
     path, found = RESULTS.with_stem(f"{RESULTS.stem}_{args.edge}"), {}
     for _ in range(args.repeats):
@@ -207,16 +203,8 @@ def main():
                 }
                 result = {
                     "edge": args.edge,
-                    "threads": args.threads,
                     "repeats": args.repeats,
-                    "cpu": name_cpu(),
-                    "bfloat16": sorted(list_cpu_flags() & {"avx512_bf16", "amx_bf16"}),
-                    "cores": os.cpu_count(),
-                    "load_average": round(os.getloadavg()[0], 1),
-                    "date": time.strftime("%Y-%m-%d"),
-                    "python": platform.python_version(),
-                    "torch": torch.__version__,
-                    "transformers": transformers.__version__,
+                    "machine": describe_machine() | {"threads": args.threads},
                     "rows": rows,
                     "all": found,
                 }

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate.utils import set_seed
+from machine import describe_machine
 
 from inlay import NextToken, TextProcessor, TextView, TrainConfig, fit, load_base, load_texts, load_tokenizer
 from inlay.measure import footprint
@@ -108,7 +109,8 @@ def main() -> None:
         ]
     )
     RESULTS.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    RESULTS.with_suffix(".json").write_text(json.dumps({"rows": rows, "float32 and 8 bits": pairs}, indent=1) + "\n")
+    found = {"machine": describe_machine("bitsandbytes"), "rows": rows, "float32 and 8 bits": pairs}
+    RESULTS.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     print(text)
 
 

@@ -15,8 +15,6 @@ import argparse
 import io
 import json
 import multiprocessing
-import os
-import platform
 import resource
 import statistics
 import tarfile
@@ -30,7 +28,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-import transformers
+from machine import describe_machine, tell_machine
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch.utils.data import DataLoader, default_collate
@@ -188,20 +186,7 @@ def report(
     memory: dict[str, dict[str, float]], windows: dict[str, list[dict[str, float]]], asked: argparse.Namespace
 ) -> None:
     """The results as JSON, as a table, and as a figure."""
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
-    about = {
-        "device": "cpu",
-        "cpu": cpu.split(":")[1].strip(),
-        "cores": os.cpu_count(),
-        "threads": asked.threads,
-        "rounds": asked.rounds,
-        "steps": asked.steps,
-        "batch": BATCH,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "datasets": datasets.__version__,
-    }
+    machine = describe_machine("datasets") | {"threads": asked.threads}
     costs = {
         name: {key: summarise([window[key] for window in found]) for key in ("step_ms", "read_ms")}
         for name, found in windows.items()
@@ -209,7 +194,8 @@ def report(
     pairs = {key: zip(windows[str(COMPARED)], windows[PLAIN], strict=True) for key in ("step_ms", "read_ms")}
     ratios = {key: summarise([own[key] / plain[key] for own, plain in found]) for key, found in pairs.items()}
     rows = [{"images": count, **memory[str(count)], **costs[str(count)]} for count in COUNTS]
-    result = {"about": about, "rows": rows, "plain": costs[PLAIN], "ratio_to_plain": ratios}
+    about = {"rounds": asked.rounds, "steps": asked.steps, "batch": BATCH}
+    result = {"machine": machine, "about": about, "rows": rows, "plain": costs[PLAIN], "ratio_to_plain": ratios}
     (RESULTS / "stream_scale.json").write_text(json.dumps(result, indent=1) + "\n")
     lines = [
         "| images | shards | step, CPU ms | of which reading, CPU ms | memory of the stream, MB | opening it, CPU s |",
@@ -226,8 +212,8 @@ def report(
         "",
         f"Next to the plain loader of datasets and torch, with the same shuffle buffer, a step takes "
         f"{show(ratios['step_ms'], 2)} of the time, and its reading {show(ratios['read_ms'], 2)}. Medians and ranges "
-        f"of {asked.rounds} windows of {asked.steps} steps; batches of {BATCH} JPEGs of 160 x 120 pixels, "
-        f"{asked.threads} thread, {about['cpu']}, torch {torch.__version__}, datasets {datasets.__version__}.",
+        f"of {asked.rounds} windows of {asked.steps} steps; batches of {BATCH} JPEGs of 160 x 120 pixels. "
+        f"{tell_machine(machine)}.",
     ]
     (RESULTS / "stream_scale.md").write_text("\n".join(lines) + "\n")
     FIGURE.parent.mkdir(exist_ok=True)

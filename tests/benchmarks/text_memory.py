@@ -8,7 +8,6 @@ round; figures are medians of CPU seconds, with the smallest and the largest.
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -17,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import peft
 import torch
-import transformers
+from machine import describe_machine
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
@@ -192,8 +190,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    cpu = next((line.split(":")[1].strip() for line in described.splitlines() if line.startswith("model name")), "?")
     result: dict[str, Any] = {
         "head": {
             f"{vocabulary:,} tokens, {'all' if not prompt else 'half'} learned": measure_head(
@@ -205,9 +201,7 @@ def main() -> None:
     }
     if E2E.is_file():
         result |= {"packing": measure_packing(arguments.rounds), "tokens": measure_tokens(arguments.rounds)}
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft, datasets)}
-    result |= {"rounds": arguments.rounds, "threads": arguments.threads, "device": f"{platform.machine()} {cpu}"}
-    result["versions"] = versions
+    result |= {"rounds": arguments.rounds, "machine": describe_machine("datasets")}
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
     lines = [
         "| what | way | CPU s (min to max) | peak MB | planned MB | learned tokens a CPU s |",

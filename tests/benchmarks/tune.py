@@ -17,16 +17,14 @@ it is done; the same command goes on.
 import argparse
 import json
 import math
-import platform
 import statistics
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
+from machine import describe_machine
 from peft import LoraConfig
 
 from inlay import ImageTask, Problem, SequenceTask, TextTask, TrainConfig, Trial, VolumeTask, lora_targets, tune
@@ -134,8 +132,7 @@ def _store(name: str, problem: Problem, budget: Budget, rows: dict[str, list[dic
         "trials": TRIALS,
         "counts": problem.parts.counts,
         "rows": rows,
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+        "machine": describe_machine(),
     }
     path = RESULTS.with_suffix(".json")
     all_facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
