@@ -107,6 +107,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
             both = [predict(make, items, size, ordered) for ordered in (False, True)]
             inference.append(both[1] / both[0])
     found = {
+        "rounds": rounds,
         "cpu_ms_without": round(1e3 * statistics.median(plain), 2),
         "time_with_over_without": spread(ratios),
         "largest_difference_of_a_weight": max(float((weights[n] - others[n]).abs().max()) for n in weights),
@@ -120,10 +121,10 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def write_table(result: dict[str, Any]) -> str:
     lines = [
-        f"{tell_machine(result['machine'])}. {result['rounds']} rounds: median (smallest to largest).",
+        f"{tell_machine(result['machine'])}. Median (smallest to largest) of the rounds.",
         "",
-        "| option | without, ms | with / without | inference | largest difference of a weight |",
-        "|---|---|---|---|---|",
+        "| option | rounds | without, ms | with / without | inference | largest difference of a weight |",
+        "|---|---|---|---|---|---|",
     ]
     for name, row in result["cases"].items():
         shown = [
@@ -131,7 +132,7 @@ def write_table(result: dict[str, Any]) -> str:
             for key in ("time_with_over_without", "inference_with_over_without")
         ]
         difference = f"{row['largest_difference_of_a_weight']:.0e}"
-        lines.append(f"| {name} | {row['cpu_ms_without']} | {shown[0]} | {shown[1]} | {difference} |")
+        lines.append(f"| {name} | {row['rounds']} | {row['cpu_ms_without']} | {shown[0]} | {shown[1]} | {difference} |")
     return "\n".join(lines) + "\n"
 
 
@@ -145,7 +146,6 @@ def main() -> None:
     cases = [name for name in arguments.cases if "224" not in name or MOBILENET.exists()]
     result: dict[str, Any] = {
         "cases": {},
-        "rounds": arguments.rounds,
         "machine": describe_machine("accelerate"),
     }
     for name in cases:

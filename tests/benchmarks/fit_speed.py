@@ -226,23 +226,24 @@ def measure(size: Size, rounds: int) -> dict[str, Any]:
         },
         "batch": size.batch,
         "steps": size.steps,
+        "rounds": rounds,
     }
 
 
 def write_table(result: dict[str, Any]) -> str:
     lines = [
-        f"{tell_machine(result['machine'])}. {result['rounds']} rounds; above 1 `fit` is faster. "
+        f"{tell_machine(result['machine'])}. Above 1 `fit` is faster. "
         "Median (smallest to largest) of the ratios within a round.",
         "",
-        "| ViT | batch | bare, CPU ms a step | over bare, CPU time | over bare, wall time | over Trainer, CPU time |",
-        "|---|---|---|---|---|---|",
+        "| ViT | batch | rounds | bare, CPU ms | over bare, CPU time | over bare, wall time | over Trainer, CPU time |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, row in result["sizes"].items():
         shown = [
             "{median:.3f} ({min:.3f} to {max:.3f})".format(**row[f"speed_of_ours_over_{peer}"][kind])
             for peer, kind in (("bare", "cpu"), ("bare", "wall"), ("trainer", "cpu"))
         ]
-        cells = [name, row["batch"], row["cpu_ms_a_step"]["bare"], *shown]
+        cells = [name, row["batch"], row["rounds"], row["cpu_ms_a_step"]["bare"], *shown]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
@@ -256,7 +257,6 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     result: dict[str, Any] = {
         "sizes": {},
-        "rounds": arguments.rounds,
         "machine": describe_machine("accelerate", device="cuda" if torch.cuda.is_available() else "cpu"),
     }
     for name in arguments.sizes:
