@@ -134,7 +134,7 @@ def hub_splits(name: str, revision: str | None, wanted: str) -> dict[str, datase
         raise _explain_unreachable(name, error, wanted) from error
 
 
-def hub_rows(name: str, revision: str | None, wanted: str) -> "dict[str, datasets.IterableDataset]":
+def hub_rows(name: str, revision: str | None, wanted: str) -> dict[str, datasets.IterableDataset]:
     """Every split of a Hub dataset, to be read as it is needed; errors as in `hub_splits`."""
     import datasets
 
