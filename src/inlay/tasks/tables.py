@@ -1,5 +1,7 @@
 """Tables of text from files and the Hub, with the line of each row, so that an error can name it."""
 
+from __future__ import annotations
+
 import csv
 import gzip
 import io
@@ -108,7 +110,7 @@ def find_column(table: Table, column: str) -> str | None:
     return alike[0] if len(alike) == 1 else None
 
 
-def hub_splits(name: str, revision: str | None, wanted: str) -> "dict[str, datasets.Dataset]":
+def hub_splits(name: str, revision: str | None, wanted: str) -> dict[str, datasets.Dataset]:
     """Every split of a Hub dataset. Of .csv files all values are text as it is written, but for classes it declares.
 
     Raises:
@@ -132,7 +134,7 @@ def hub_splits(name: str, revision: str | None, wanted: str) -> "dict[str, datas
         raise _explain_unreachable(name, error, wanted) from error
 
 
-def hub_rows(name: str, revision: str | None, wanted: str) -> "dict[str, datasets.IterableDataset]":
+def hub_rows(name: str, revision: str | None, wanted: str) -> dict[str, datasets.IterableDataset]:
     """Every split of a Hub dataset, to be read as it is needed; errors as in `hub_splits`."""
     import datasets
 

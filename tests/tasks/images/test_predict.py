@@ -1,5 +1,6 @@
 """Labels of pictures by path, bytes and image, and what cannot be answered."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -64,3 +65,22 @@ def test_sheet_shows_every_picture(tmp_path):
     assert sheet.size == (3 * 172 + 12, 2 * 212 + 12)
     seen = {colour for _, colour in sheet.getcolors(sheet.width * sheet.height)}
     assert {image.getpixel((0, 0)) for image in images} <= seen
+
+
+def test_images_are_decoded_ahead_in_their_order(adapter, tmp_path):
+    """In threads: the answers are those of one image after the other, and the first that is damaged is named."""
+    files = []
+    for i in range(9):
+        noise = np.random.default_rng(i).integers(0, 256, (20 + i, 30, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{i}.png")
+        files.append(str(tmp_path / f"{i}.png"))
+    opened = Image.open(files[3])  # one object twice: Pillow loads it in one thread at a time
+    found = predict(adapter, [*files, opened, opened], batch_size=2, top=2)
+    assert [one.source for one in found] == [*files, "image 9", "image 10"]
+    for one, source in zip(found, [*files, files[3], files[3]], strict=True):
+        (single,) = predict(adapter, [source], top=2)
+        assert one.labels == single.labels and one.probabilities == pytest.approx(single.probabilities, abs=1e-6)
+    for i in (4, 5):
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
+    with pytest.raises(InlayError, match=r"4\.png' cannot be read as an image: not an image"):
+        predict(adapter, files, batch_size=2)

@@ -26,6 +26,10 @@ class ImageTask(StreamOptions):
     augment: Literal["none", "crop", "crop-flip"] = option(
         "crop", "Random crops, and mirror images where left and right do not matter."
     )
+    randaugment: int = option(
+        0, "Magnitude of RandAugment (Cubuk et al. 2019), two random operations an image; 0: none.", least=0, most=30
+    )
+    mixup: float = option(0.0, "Alpha of mixup (Zhang et al. 2018), which mixes pairs of images; 0: none.", least=0)
     corrupt: Literal["refuse", "skip"] = option("refuse", "What to do with images that cannot be read.")
     classes: str | None = option(
         None, "File of the class names of streamed data, one a line; default: labels.txt next to the shards."
@@ -37,6 +41,7 @@ class ImageTask(StreamOptions):
         from accelerate.utils import set_seed
 
         from inlay.bases.processors import load_processor
+        from inlay.tasks.images.augment import mix_images
         from inlay.tasks.images.data import load_images
         from inlay.tasks.images.loss import SmoothedClasses
         from inlay.tasks.images.stream import PreparedImage, load_image_stream
@@ -57,10 +62,11 @@ class ImageTask(StreamOptions):
                 classes=self.classes,
                 buffer=self.shuffle_buffer,
             )
-            train = replace(data.train, prepare=PreparedImage(processor, self.augment))
+            prepare = PreparedImage(processor, self.augment, randaugment=self.randaugment, mixup=self.mixup)
+            train = replace(data.train, prepare=prepare)
         else:
             data = load_images(self.dataset, seed=seed, corrupt=self.corrupt, group=self.group, test=test)
-            train = ImageView(data.train, processor, self.augment)
+            train = ImageView(data.train, processor, self.augment, randaugment=self.randaugment, mixup=self.mixup)
         validation = ImageView(data.validation, processor)
         return TaskData(
             data,
@@ -68,8 +74,8 @@ class ImageTask(StreamOptions):
             validation,
             processor,
             metrics=[Accuracy()],
-            collate=None,
-            loss=SmoothedClasses(self.label_smoothing) if self.label_smoothing else None,
+            collate=mix_images if self.mixup else None,
+            loss=SmoothedClasses(self.label_smoothing) if self.label_smoothing or self.mixup else None,
             example=lambda: {key: value[None] for key, value in validation[0].items() if key != "labels"},
         )
 

@@ -35,13 +35,14 @@ class PixelSteps:
         self.shortest_edge = size.get("shortest_edge")
         self.crop = (crop["width"], crop["height"]) if crop else None
         self.resample = processor.resample
-        self.factor = processor.rescale_factor if processor.do_rescale else None
-        self.mean = self.deviation = None
+        table = torch.arange(256, dtype=torch.float64).repeat(count_channels(processor), 1)
+        if processor.do_rescale:
+            table *= processor.rescale_factor
+        table = table.float()  # what becomes of each of the 256 values, by channel
         if processor.do_normalize:
-            self.mean, self.deviation = (
-                torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1)
-                for values in (processor.image_mean, processor.image_std)
-            )
+            for values, apply in ((processor.image_mean, table.sub_), (processor.image_std, table.div_)):
+                apply(torch.tensor(values, dtype=torch.float32).reshape(-1, 1))
+        self.table = table.numpy()
 
     def __call__(self, image: Image.Image) -> dict[str, Tensor]:
         """The inputs of the model for one image."""
@@ -50,15 +51,10 @@ class PixelSteps:
             width, height = self.crop
             left, top = (image.width - width) // 2, (image.height - height) // 2
             image = image.crop((left, top, left + width, top + height))
-        bands = image.split()
-        values = torch.empty(len(bands), image.height, image.width)  # C H W
-        for channel, band in zip(values, bands, strict=True):
-            channel.copy_(torch.from_numpy(np.array(band)))
-        if self.factor is not None:
-            values.div_(1 / self.factor)  # rounded as the processor's product in float64 is, and in float32 alone
-        if self.mean is not None:
-            values.sub_(self.mean).div_(self.deviation)
-        return {"pixel_values": values}
+        values = np.empty((len(self.table), image.height, image.width), np.float32)  # C H W
+        for channel, band, table in zip(values, image.split(), self.table, strict=True):
+            table.take(np.asarray(band), out=channel, mode="clip")
+        return {"pixel_values": torch.from_numpy(values)}
 
     def find_size(self, width: int, height: int) -> tuple[int, int]:
         """Width and height to which an image is resized before its centre is cropped."""

@@ -1,20 +1,25 @@
 """Labels with probabilities for images, and a sheet that shows them."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.utils.data import default_collate
 
 from inlay.bases.device import Device, move_model
 from inlay.errors import BadInput
 from inlay.tasks.adapter import Adapter, check_task, place_inputs
 from inlay.tasks.classification import class_probabilities
 from inlay.tasks.image_decoding import SUFFIXES, open_for_processor, open_image
-from inlay.tasks.images.processing import process_images
+from inlay.tasks.images.pixels import choose_steps
 
 
 @dataclass(frozen=True)
@@ -67,18 +72,45 @@ def predict(
     labels, rows = adapter.route(group)
     top = min(top, len(labels))
     weight = next(p for p in adapter.model.parameters() if p.is_floating_point())
-    predictions = []
-    for begin in range(0, len(images), batch_size):
-        batch = images[begin : begin + batch_size]
-        opened = [open_for_processor(source, adapter.processor) for source in batch]
-        inputs = place_inputs(process_images(adapter.processor, opened), weight)
+    predictions: list[Prediction] = []
+    for batch in _read_ahead(images, adapter.processor, batch_size):
         with torch.inference_mode():
-            logits = adapter.model(**inputs).logits  # B K
+            logits = adapter.model(**place_inputs(batch, weight)).logits  # B K
         probabilities, classes = class_probabilities(logits[:, rows].float(), adapter.model.config).topk(top)
-        for i, (values, indices) in enumerate(zip(probabilities.tolist(), classes.tolist(), strict=True)):
-            source = str(batch[i]) if isinstance(batch[i], str | os.PathLike) else f"image {begin + i}"
+        for values, indices in zip(probabilities.tolist(), classes.tolist(), strict=True):
+            image = images[len(predictions)]
+            source = str(image) if isinstance(image, str | os.PathLike) else f"image {len(predictions)}"
             predictions.append(Prediction(source, [labels[k] for k in indices], values))
     return predictions
+
+
+def _read_ahead(images: Sequence[Any], processor: Any, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Batches of what a model takes, in order; while one is computed, threads decode the next.
+
+    Raises:
+        InlayError: The first image that cannot be read.
+    """
+    steps = choose_steps(processor)
+
+    def prepare(source: Any) -> dict[str, Tensor]:
+        return steps(open_for_processor(source, processor))
+
+    waiting: deque[list[Future[dict[str, Tensor]]]] = deque()
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        for begin in range(0, len(images), batch_size):
+            batch = images[begin : begin + batch_size]
+            for source in batch:
+                if isinstance(source, Image.Image):  # one object may come twice, and Pillow loads it in one thread only
+                    with suppress(Exception):  # which `prepare` raises again
+                        source.load()
+            waiting.append([pool.submit(prepare, source) for source in batch])
+            if len(waiting) > 1:
+                yield default_collate([one.result() for one in waiting.popleft()])
+        for last in waiting:
+            yield default_collate([one.result() for one in last])
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def find_pictures(paths: Iterable[str | os.PathLike[str]]) -> list[str]:

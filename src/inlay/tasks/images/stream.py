@@ -121,16 +121,22 @@ class _LabelledRows:
         return found
 
 
-@dataclass(frozen=True)
 class PreparedImage:
-    """Makes an item of `ImageView` of an example of a stream."""
+    """Makes an item of `ImageView` of an example of a stream.
 
-    processor: Any
-    augment: Augment
+    Args:
+        processor: As for `ImageView`, like the others.
+        augment: Crops and mirror images.
+        randaugment: Magnitude.
+        mixup: Alpha.
+    """
+
+    def __init__(self, processor: Any, augment: Augment, *, randaugment: int = 0, mixup: float = 0.0) -> None:
+        self.view = ImageView([], processor, augment, randaugment=randaugment, mixup=mixup)
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
         """Decoded, augmented, and as the base takes it."""
-        return ImageView([{**example, "image": _fetch(example["image"])}], self.processor, self.augment)[0]
+        return self.view.prepare({**example, "image": _fetch(example["image"])})
 
 
 def load_image_stream(

@@ -7,8 +7,9 @@ from typing import Any, Literal
 import torch
 from PIL import Image, ImageOps
 
-from inlay.errors import BadInput
+from inlay.errors import BadInput, Unsupported
 from inlay.tasks.image_decoding import Box, count_channels, open_crop, open_for_processor
+from inlay.tasks.images.augment import STRONGEST, rand_augment
 from inlay.tasks.images.pixels import choose_steps
 
 Augment = Literal["none", "crop", "crop-flip"]
@@ -24,21 +25,38 @@ class ImageView(torch.utils.data.Dataset):
         rows: A split of `ImageData`, a datasets.Dataset.
         processor: The base model's own Hugging Face image processor.
         augment: `crop` takes 0.7 to 1 of the area at a ratio of 3/4 to 4/3; `crop-flip` also mirrors half.
+        randaugment: Magnitude of `rand_augment`, 0 to 30; 0: not used.
+        mixup: Both parameters of the Beta distribution of `share`, which `mix_images` reads; 0: items have none.
     """
 
-    def __init__(self, rows: Any, processor: Any, augment: Augment = "none") -> None:
+    def __init__(
+        self, rows: Any, processor: Any, augment: Augment = "none", *, randaugment: int = 0, mixup: float = 0.0
+    ) -> None:
         if augment not in ("none", "crop", "crop-flip"):
             raise BadInput(f"augment must be none, crop or crop-flip, got {augment!r}.")
+        if not 0 <= randaugment <= STRONGEST or mixup < 0:
+            raise BadInput(f"randaugment must be 0 to {STRONGEST} and mixup at least 0, got {randaugment} and {mixup}.")
+        if randaugment and count_channels(processor) == 4:
+            raise Unsupported("randaugment changes grey and RGB images only, and this base takes RGBA; leave it out.")
         self.rows, self.processor, self.augment = rows, processor, augment
+        self.randaugment, self.mixup = randaugment, mixup
         self.steps = choose_steps(processor)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[int(index)]
+        return self.prepare(self.rows[int(index)])
+
+    def prepare(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The item of a row that has an `image`, {"bytes", "path"}, and a `label`."""
         image = self._open_augmented(row["image"])
-        return {**self.steps(image), "labels": row["label"]}
+        if self.randaugment:
+            image = rand_augment(image, self.randaugment)
+        item = {**self.steps(image), "labels": row["label"]}
+        if self.mixup:
+            item["share"] = random.betavariate(self.mixup, self.mixup)
+        return item
 
     def _open_augmented(self, source: dict[str, Any]) -> Image.Image:
         if self.augment == "none":
