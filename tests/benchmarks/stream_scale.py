@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from inlay import head_modules, load_base, load_processor, lora_targets
 from inlay.study.report.canvas import GRID, INK, MUTED, Canvas, Line, Point, Text
-from inlay.tasks.images.stream import PreparedImage, load_image_stream
+from inlay.tasks.images.stream import ImagePreparation, load_image_stream
 from inlay.train.stream import StreamCollate, StreamItems, StreamLoader, StreamSampler
 
 HERE = Path(__file__).parent
@@ -82,7 +82,9 @@ def name_shards(folder: Path, count: int) -> str:
 
 def open_stream(name: str) -> Batches:
     """Batches as `fit` reads them, with the augmentation of the recipes."""
-    stream = replace(load_image_stream(name).train, prepare=PreparedImage(load_processor("builtin:vit-tiny"), "crop"))
+    stream = replace(
+        load_image_stream(name).train, prepare=ImagePreparation(load_processor("builtin:vit-tiny"), "crop")
+    )
     sampler = StreamSampler(stream, BATCH, 10**6, 0)
     batches = DataLoader(StreamItems(stream, 0), batch_sampler=sampler, collate_fn=StreamCollate(None))
     return iter(StreamLoader(batches, sampler))
@@ -92,7 +94,7 @@ def open_plain(name: str) -> Batches:
     """The same by datasets and a DataLoader, with their own shuffle buffer: what one would write by hand."""
     rows = datasets.load_dataset("webdataset", data_files=name, split="train", streaming=True)
     rows = rows.cast_column("jpg", datasets.Image(decode=False)).shuffle(seed=0, buffer_size=1000)
-    prepare = PreparedImage(load_processor("builtin:vit-tiny"), "crop")
+    prepare = ImagePreparation(load_processor("builtin:vit-tiny"), "crop")
 
     def collate(found: list[dict[str, Any]]) -> Any:
         return default_collate([prepare({"image": row["jpg"], "label": row["cls"]}) for row in found])

@@ -39,7 +39,7 @@ class ImageTask(StreamOptions):
         from inlay.bases.processors import load_processor
         from inlay.tasks.images.data import load_images
         from inlay.tasks.images.loss import SmoothedClasses
-        from inlay.tasks.images.stream import PreparedImage, load_image_stream
+        from inlay.tasks.images.stream import ImagePreparation, load_image_stream
         from inlay.tasks.images.view import ImageView
         from inlay.tasks.metrics import Accuracy
 
@@ -57,7 +57,7 @@ class ImageTask(StreamOptions):
                 classes=self.classes,
                 buffer=self.shuffle_buffer,
             )
-            train = replace(data.train, prepare=PreparedImage(processor, self.augment))
+            train = replace(data.train, prepare=ImagePreparation(processor, self.augment))
         else:
             data = load_images(self.dataset, seed=seed, corrupt=self.corrupt, group=self.group, test=test)
             train = ImageView(data.train, processor, self.augment)

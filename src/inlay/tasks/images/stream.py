@@ -121,16 +121,15 @@ class _LabelledRows:
         return found
 
 
-@dataclass(frozen=True)
-class PreparedImage:
-    """Makes an item of `ImageView` of an example of a stream."""
+class ImagePreparation:
+    """Makes an item of `ImageView` of an example of a stream: decoded, augmented, and as the base takes it."""
 
-    processor: Any
-    augment: Augment
+    def __init__(self, processor: Any, augment: Augment) -> None:
+        self.view = ImageView((), processor, augment)
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
-        """Decoded, augmented, and as the base takes it."""
-        return ImageView([{**example, "image": _fetch(example["image"])}], self.processor, self.augment)[0]
+        """The item."""
+        return self.view.make_item({**example, "image": _fetch(example["image"])})
 
 
 def load_image_stream(

@@ -36,7 +36,10 @@ class ImageView(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[int(index)]
+        return self.make_item(self.rows[int(index)])
+
+    def make_item(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The item of a row with `image` and `label`."""
         image = self._open_augmented(row["image"])
         return {**self.steps(image), "labels": row["label"]}
 
