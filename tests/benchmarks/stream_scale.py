@@ -1,6 +1,6 @@
 """What a step costs on a stream of ten thousand to ten million images, and what reading costs next to a plain loader.
 
-    python tests/benchmarks/stream_scale.py [--rounds 4] [--steps 32] [--threads 1]
+    python tests/benchmarks/stream_scale.py [--rounds 3] [--steps 32] [--threads 1]
 
 The shards are .tar files of 10,000 JPEGs. Ten of them are written; a larger set has each of these under many names, so
 that what is opened, ordered and read is what ten million images would be, on a disk of 1 GB.
@@ -157,7 +157,7 @@ def run_apart(measure: Any, *arguments: Any) -> dict[str, float]:
 def main() -> None:
     """Measure, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
