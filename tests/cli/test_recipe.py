@@ -82,7 +82,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence(monkeypatch, capsys, argu
         ("--lr", "Here it is --learning_rate."),
         ("--lora_r", "Here it is --rank."),
         ("--fp16", "Here it is --precision fp16."),
-        ("--max_steps", "Here it is --epochs, which may be a fraction."),
+        ("--max_steps", "Here it is --steps."),
         ("--gradient_accumulation_steps", "Here it is --accumulate: the pieces in which"),
         ("--num_beams", "Here it is --beams."),
         ("--load_in_8bit", "--help lists all."),  # an option that this recipe has under no name

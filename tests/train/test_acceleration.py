@@ -120,6 +120,18 @@ def test_tf32_is_on_for_a_gpu_only_and_said(monkeypatch):
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+def test_a_precision_that_torch_refuses_to_tell_is_left_as_it_is(monkeypatch):
+    def refuse():
+        raise RuntimeError("set by torch.backends.fp32_precision, as transformers does")
+
+    said, accelerator = [], SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", refuse)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
+    with accelerated(Net(), TrainConfig(), accelerator):
+        pass
+    assert said == []
+
+
 @pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw8bit"])
 def test_paged_optimisers_need_a_gpu(name, monkeypatch):
     weights = [nn.Parameter(torch.ones(2, 2))]

@@ -15,10 +15,10 @@ from inlay.train.frozen_cache.states import NotCacheable
 @contextmanager
 def accelerated(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> Iterator[None]:
     """A block in which the model computes as `tf32`, `channels_last` and `compile` say; afterwards as before."""
-    precision = torch.get_float32_matmul_precision()
+    uses_tf32 = config.tf32 and accelerator.device.type == "cuda" and _find_matmul_precision() == "highest"
     compiled = _list_compiled(model) if config.compile else []
     try:
-        if config.tf32 and accelerator.device.type == "cuda" and precision == "highest":
+        if uses_tf32:
             torch.set_float32_matmul_precision("high")
             accelerator.print("float32 matrix products are computed in TF32; --tf32 false computes them in full.")
         if config.channels_last:
@@ -27,11 +27,20 @@ def accelerated(model: nn.Module, config: TrainConfig, accelerator: Accelerator)
             module.compile()
         yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        if uses_tf32:
+            torch.set_float32_matmul_precision("highest")
         if config.channels_last:
             _set_memory_format(model, torch.contiguous_format)
         for module in compiled:
             module._compiled_call_impl = None
+
+
+def _find_matmul_precision() -> str | None:
+    """highest, high or medium; None where it was set by `torch.backends.fp32_precision`, which has the last word."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch refuses to tell by one interface what was set by the other
+        return None
 
 
 def _list_compiled(model: nn.Module) -> list[nn.Module]:

@@ -72,7 +72,6 @@ class TextTask(StreamOptions):
         processor = TextProcessor(tokenizer, separator=data.separator, chat=data.chat, max_length=self.max_length)
         if self.pack and data.plain:
             raise BadInput(f"{self.dataset!r} is running text, whose blocks are full already; leave pack out.")
-        held_out = TextView(data.validation, processor, over_long=self.over_long, block=data.plain)
         examples: Any
         if streamed:
             examples = stream_examples(
@@ -81,6 +80,7 @@ class TextTask(StreamOptions):
         else:
             examples = TextView(data.train, processor, over_long=self.over_long, block=data.plain)
             examples = PackedView(examples, processor.max_length) if self.pack else examples
+        held_out = TextView(data.validation, processor, over_long=self.over_long, block=data.plain)
         PartialState().print(f"train: {examples.report}\nvalidation: {held_out.report}")
         return TaskData(
             data,
