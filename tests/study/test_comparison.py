@@ -77,3 +77,9 @@ def test_a_method_of_another_version_is_named():
     facts = replace(WHOLE, rows=[replace(ROW, method="hyperlora")]).to_dict()
     with pytest.raises(Unsupported, match="hyperlora"):
         Comparison.from_dict(facts)
+
+
+def test_a_path_on_this_machine_is_told_by_its_end():
+    comparison = replace(WHOLE, base="/models/vit", data="~/projects/cells/photos/dev")
+    assert comparison.subject == "models/vit on photos/dev"
+    assert replace(WHOLE, base="google/vit", data="builtin:digits").subject == "google/vit on builtin:digits"

@@ -85,6 +85,11 @@ class Comparison:
     seconds: float = 0.0
     about: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def subject(self) -> str:
+        """Base and data as others know them: of a path on this machine the last two parts."""
+        return f"{_shorten_path(self.base)} on {_shorten_path(self.data)}"
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it: a curve is a list of pairs, and None stands for what is not a finite number."""
         facts = asdict(self)
@@ -153,3 +158,8 @@ def _restore_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _restore_nan(value: float | None) -> float:
     return math.nan if value is None else float(value)
+
+
+def _shorten_path(name: str) -> str:
+    """The last two parts of an absolute path; other names as they are."""
+    return "/".join(Path(name).parts[-2:]) if name.startswith(("/", "~")) else name

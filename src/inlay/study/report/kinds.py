@@ -51,7 +51,7 @@ def judge_kinds(comparison: Comparison) -> list[Judgement]:
 
 def write_markdown_kinds(comparison: Comparison) -> str:
     """The judgements as a page of Markdown."""
-    parts = [f"# Pros and cons, as measured: {escape_markdown(comparison.base)} on {escape_markdown(comparison.data)}"]
+    parts = [f"# Pros and cons, as measured: {escape_markdown(comparison.subject)}"]
     for found in judge_kinds(comparison):
         lines = [f"- **+** {said}" for said in found.pros] + [f"- **-** {said}" for said in found.cons]
         parts.append(f"## {found.heading}\n\n{', '.join(found.methods)}\n\n" + "\n".join(lines))

@@ -196,8 +196,7 @@ def list_limits(comparison: Comparison) -> list[str]:
     """What the numbers of a comparison do not show, as far as it follows from them."""
     seeds, tested = len(comparison.seeds), comparison.counts.get("test")
     limits = [
-        f"One base and one data set: {comparison.base} on {comparison.data}. On others the order of the methods may "
-        "be another.",
+        f"One base and one data set: {comparison.subject}. On others the order of the methods may be another.",
         f"{describe_budget(comparison)} a run: what a method reaches with more is not measured.",
     ]
     if seeds > 1:

@@ -149,7 +149,7 @@ def draw_quality(comparison: Comparison, cost: Cost) -> Canvas:
     seeds = f"mean and 95 % interval of {count} seeds" if count > 1 else "one seed"
     heading = f"{title(score)} against {cost.title.partition(',')[0]}"
     busy = ", timed on a busy machine" if cost.timed and any(each.noisy for each in shown) else ""
-    _draw_head(canvas, heading, f"{comparison.base} on {comparison.data}, {seeds}{busy}")
+    _draw_head(canvas, heading, f"{comparison.subject}, {seeds}{busy}")
     _draw_kinds(canvas, [METHODS[each.method].kind for each in shown])
     across = _make_cost_axis([*costs, *([] if base is None else [base])], cost.log)
     up = _make_score_axis(shown, score)
@@ -305,7 +305,7 @@ def draw_rates(comparison: Comparison) -> Canvas:
     rates = [rate for row in rows for rate in row.curve]
     canvas = Canvas(*SIZE, f"{title(comparison.score)} over the learning rate")
     heading = f"{title(comparison.score)} over the learning rate"
-    _draw_head(canvas, heading, f"{comparison.base} on {comparison.data}")
+    _draw_head(canvas, heading, f"{comparison.subject}")
     told = "on the part that chooses; the mark is the chosen rate"
     if any(not math.isfinite(value) for row in rows for value in row.curve.values()):
         told += ", a cross one that diverged"

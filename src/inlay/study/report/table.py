@@ -179,7 +179,7 @@ def list_notes(comparison: Comparison) -> list[str]:
     tried = "" if not rates else f"; each method has the best of {' or '.join(map(str, rates))} learning rates"
     seeds = len(comparison.seeds)
     notes = [
-        f"{comparison.base} on {comparison.data} ({counts} examples), {describe_budget(comparison)} a run, "
+        f"{comparison.subject} ({counts} examples), {describe_budget(comparison)} a run, "
         f"{seeds} {'seed' if seeds == 1 else 'seeds'}{tried}.",
         "Scores are those of the test part, which chose nothing; ± and brackets are 95 % t-intervals over the seeds. "
         "Differences are paired by seed, and a tie is one whose interval includes 0."
