@@ -8,7 +8,6 @@ import typer
 
 from inlay.cli.show import BaseOption, DeviceOption, JsonOption, show
 from inlay.errors import BadInput
-from inlay.files.outputs import check_output_folder
 
 
 def paint(
@@ -44,16 +43,11 @@ def paint(
     from inlay.adapters.file import read_adapter
     from inlay.adapters.hub.fetch import fetch
     from inlay.serve.bank import Bank
-    from inlay.tasks.text_to_image.paint import Sampling, check_sheet, draw_paintings, save_paintings
+    from inlay.tasks.text_to_image.paint import Sampling, check_outputs, draw_paintings, save_paintings
     from inlay.tasks.text_to_image.regions import Region, paint_regions
 
     asked = [_parse_region(text) for text in regions]
-    if sheet is output is None:
-        raise BadInput("nothing would keep the images; give --sheet FILE.png, --output FOLDER or both.")
-    if sheet is not None:
-        check_sheet(sheet)
-    if output is not None:
-        check_output_folder(output)
+    check_outputs(sheet, output)
     adapters = {name: name for name, _ in asked}
     base = base or read_adapter(fetch(asked[0][0])).base_name
     sampling = Sampling(steps, guidance, negative_prompt, image_size)

@@ -22,7 +22,7 @@ from inlay.bases.eval_mode import eval_mode
 from inlay.bases.processors import MAX_SIDE
 from inlay.errors import BadInput, ComputationFailed
 from inlay.files.atomic import replacing
-from inlay.files.outputs import check_output_file
+from inlay.files.outputs import check_output_file, check_output_folder
 from inlay.methods._peft import PeftModel, scale_adapter
 from inlay.tasks.adapter import Adapter, check_task
 
@@ -249,11 +249,16 @@ def draw_paintings(
     return Path(path)
 
 
-def check_sheet(path: Path) -> None:
-    """Raise InlayError where no sheet can be saved under this name."""
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise BadInput(f"'{path}' must be the name of an image, such as sheet.png.")
-    check_output_file(path)
+def check_outputs(sheet: Path | None, folder: Path | None) -> None:
+    """Raise InlayError where images would be kept nowhere, or cannot be saved under these names."""
+    if sheet is folder is None:
+        raise BadInput("nothing would keep the images; give --sheet FILE.png, --output FOLDER or both.")
+    if sheet is not None:
+        if sheet.suffix.lower() not in Image.registered_extensions():
+            raise BadInput(f"'{sheet}' must be the name of an image, such as sheet.png.")
+        check_output_file(sheet)
+    if folder is not None:
+        check_output_folder(folder)
 
 
 def save_paintings(images: Sequence[Image.Image], pairs: Sequence[tuple[str, int]], folder: Path) -> list[Path]:

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from inlay.errors import BadInput, Unsupported
-from inlay.files.outputs import check_output_folder
+from inlay.errors import Unsupported
 from inlay.tasks.task import Answer, LabelledBatches, Option, Record, Task
 
 if TYPE_CHECKING:
@@ -190,8 +189,8 @@ class TextToImage(Task):
     def prepare(self, inputs: Sequence[str], options: Mapping[str, Any]) -> Callable[[Adapter], Answer]:
         from inlay.tasks.text_to_image.paint import (
             Sampling,
+            check_outputs,
             check_prompts,
-            check_sheet,
             draw_paintings,
             paint_pairs,
             save_paintings,
@@ -199,12 +198,7 @@ class TextToImage(Task):
 
         check_prompts(inputs)
         sheet, output = options["sheet"], options["output"]
-        if sheet is output is None:
-            raise BadInput("nothing would keep the images; give --sheet FILE.png, --output FOLDER or both.")
-        if sheet is not None:
-            check_sheet(sheet)
-        if output is not None:
-            check_output_folder(output)
+        check_outputs(sheet, output)
         seeds = range(options["seed"], options["seed"] + options["seeds"])
         sampling = Sampling(
             options["steps"], options["guidance"], options["negative_prompt"], options["image_size"], options["weight"]
