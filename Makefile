@@ -74,21 +74,27 @@ bench-scores: setup ## quality and errors: 12 hours; a run that was broken off g
 	$(BIN)/python tests/benchmarks/mobilenet_flowers.py
 	$(BIN)/python tests/benchmarks/dog_toy.py --train-options "--convolutions --epochs 300"
 	$(BIN)/python tests/benchmarks/tune.py digits
-	$(BIN)/inlay compare --task builtin:digits --base builtin:vit-tiny --epochs 5 --seeds 0,1,2 --output runs/compare_digits
-	cp runs/compare_digits/comparison.* $(RESULTS)/compare_digits/
-	for name in quality_parameters quality_latency rates; do cp runs/compare_digits/$$name.png docs/assets/compare_digits_$$name.png; done
-	$(BIN)/inlay compare --task builtin:shapes --base builtin:vit-tiny --epochs 1 --seeds 0,1,2 --output runs/compare_shapes
-	cp runs/compare_shapes/comparison.* $(RESULTS)/compare_shapes/
-	for name in quality_parameters rates; do cp runs/compare_shapes/$$name.png docs/assets/compare_shapes_$$name.png; done
+	$(call compare_table,digits,quality_parameters quality_latency rates,--task builtin:digits --base builtin:vit-tiny --epochs 5)
+	$(call compare_table,shapes,quality_parameters rates,--task builtin:shapes --base builtin:vit-tiny --epochs 1)
+	$(call compare_table,families,quality_parameters rates,--task builtin:families --base builtin:gpt2-tiny --steps 80 --batch-size 8)
+	$(call compare_table,nuclei,quality_parameters rates,--task $(SHARED)/nuclei_dsb2018/dev --base builtin:sam-tiny --steps 40 --batch-size 4)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/pruning.py vit-tiny
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/pruning.py mobilenet --batch 16 \
 		--base $(SHARED)/mobilenet_imagenet/hf/mobilenet_v2_1.0_224 --data $(SHARED)/flowers5/dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/pruning.py vit-small --batch 16 --data $(SHARED)/flowers5/dev
 	$(call prune_table,adapters_hub/digits-lora-vit-tiny,builtin:digits,,int8_table)
 	$(call prune_table,$(FLOWERS)/lora/adapter,$(FLOWERS)/data,--compensate,int8_table_mobilenet --split test)
 	PATH="$(BIN):$$PATH" accelerate launch recipes/lora_sam.py --output_dir runs/lora_sam --overwrite
 	PATH="$(BIN):$$PATH" accelerate launch recipes/lora_sam.py --dataset $(SHARED)/nuclei_dsb2018/dev --crop 96 \
 		--output_dir runs/nuclei_lora_sam --overwrite
 	$(BIN)/python recipes/combine_adapters.py --overwrite
+
+# name, plots that the docs show, what is compared
+define compare_table
+$(BIN)/inlay compare $(3) --seeds 0,1,2 --output runs/compare_$(1)
+cp runs/compare_$(1)/comparison.* $(RESULTS)/compare_$(1)/
+for name in $(2); do cp runs/compare_$(1)/$$name.png docs/assets/compare_$(1)_$$name.png; done
+endef
 
 FLOWERS = runs/benchmark_pruning/mobilenet
 # an adapter, its data, how it is pruned, the name of the table: dense, pruned and healed, and both ends in 8 bits
@@ -100,8 +106,8 @@ OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/int8.py --table dense=$(1) prun
 endef
 
 bench-forget: ## remove the results that scripts would go on from
-	rm -rf runs/benchmark_pruning runs/benchmark_tune runs/e2e runs/dog_toy runs/compare_digits runs/compare_shapes
-	for name in hippocampus mobilenet_flowers pruning_vit-tiny pruning_mobilenet dog_toy tune; do rm -f $(RESULTS)/$$name.json; done
+	rm -rf runs/benchmark_pruning runs/benchmark_tune runs/e2e runs/dog_toy runs/compare_*
+	for name in hippocampus mobilenet_flowers pruning_vit-tiny pruning_vit-small pruning_mobilenet dog_toy tune; do rm -f $(RESULTS)/$$name.json; done
 
 bench-gpu: setup ## on a machine with a GPU, under 10 minutes
 	$(BIN)/python tests/benchmarks/gpu.py
