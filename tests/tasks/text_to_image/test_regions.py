@@ -99,6 +99,7 @@ def test_what_cannot_be_is_said(made):
         ([], {}, "there must be a prompt"),
         (REGIONS, {"overlap": 1.0}, "overlap must be at least 0 and below 1"),
         (REGIONS, {"seeds": []}, "no seed"),
+        (REGIONS, {"seeds": [-1]}, "a seed must be a whole number of at least 0, got -1"),
         (REGIONS, {"sampling": Sampling(weight=0.5)}, "a=0.5"),
         ([Region("c", "dog")], {}, "unknown adapter 'c'"),
     ]:

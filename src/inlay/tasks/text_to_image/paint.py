@@ -106,8 +106,7 @@ def paint(
             model computes as NaN.
     """
     check_prompts(prompts)
-    if not seeds:
-        raise BadInput("there is no seed to paint from; give one or more whole numbers.")
+    check_seeds(seeds)
     sampling = Sampling(steps, guidance, negative, image_size, weight, batch_size)
     move_model(adapter if isinstance(adapter, nn.Module) else adapter.model, device)
     return paint_pairs(adapter, [(prompt, seed) for prompt in prompts for seed in seeds], sampling)
@@ -121,15 +120,21 @@ def check_prompts(prompts: Sequence[str]) -> None:
         raise BadInput(f"there must be a prompt for each image, got {list(prompts)!r}; say what to paint.")
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise InlayError where there is no seed, or one that noise cannot be drawn from."""
+    if not seeds:
+        raise BadInput("there is no seed to paint from; give one or more whole numbers.")
+    if wrong := [seed for seed in seeds if type(seed) is not int or not 0 <= seed < 2**63]:
+        raise BadInput(f"a seed must be a whole number of at least 0, got {wrong[0]!r}.")
+
+
 def paint_pairs(
     adapter: Adapter | nn.Module, pairs: Sequence[tuple[str, int]], sampling: Sampling | None = None
 ) -> list[Image.Image]:
     """One image of each prompt and seed, in their order. Otherwise as `paint`; a PeftModel is taken too."""
     sampling = sampling or Sampling()
     model, base = split_models(adapter)
-    seeds = [seed for _, seed in pairs]
-    if wrong := [seed for seed in seeds if type(seed) is not int or not 0 <= seed < 2**63]:
-        raise BadInput(f"a seed must be a whole number of at least 0, got {wrong[0]!r}.")
+    check_seeds([seed for _, seed in pairs])
     own_size = getattr(getattr(adapter, "processor", None), "image_size", None)
     size = sampling.image_size or own_size or base.config.image_size
     check_size(base, size)

@@ -20,6 +20,7 @@ from inlay.tasks.text_to_image.paint import (
     Sampling,
     check_painted,
     check_prompts,
+    check_seeds,
     check_size,
     choose_settings,
     find_pipeline,
@@ -81,8 +82,7 @@ def paint_regions(
     """
     sampling = sampling or Sampling()
     check_prompts([region.prompt for region in regions])
-    if not seeds:
-        raise BadInput("there is no seed to paint from; give one or more whole numbers.")
+    check_seeds(seeds)
     if not 0 <= overlap < 1:
         raise BadInput(f"overlap must be at least 0 and below 1, got {overlap!r}.")
     if sampling.weight != 1:
