@@ -76,6 +76,7 @@ bench-scores: setup ## quality and errors: 12 hours; a run that was broken off g
 	$(BIN)/python tests/benchmarks/tune.py digits
 	$(call compare_table,digits,quality_parameters quality_latency rates,--task builtin:digits --base builtin:vit-tiny --epochs 5)
 	$(call compare_table,shapes,quality_parameters rates,--task builtin:shapes --base builtin:vit-tiny --epochs 1)
+	$(call compare_table,restaurants,quality_parameters rates,--task builtin:restaurants --base builtin:gpt2-tiny --steps 60 --batch-size 8)
 	$(call compare_table,families,quality_parameters rates,--task builtin:families --base builtin:gpt2-tiny --steps 80 --batch-size 8)
 	$(call compare_table,nuclei,quality_parameters rates,--task $(SHARED)/nuclei_dsb2018/dev --base builtin:sam-tiny --steps 40 --batch-size 4)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/pruning.py vit-tiny
