@@ -16,6 +16,7 @@ from inlay.tasks.evaluation import Split, Training
 from inlay.tasks.image_decoding import explain_unreadable
 from inlay.tasks.sampling import normalise_label, sort_labels
 from inlay.tasks.tables import SPLITS, hub_rows, kind_of, list_first
+from inlay.train.stream import Stream
 
 BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".jsonl": "json"}  # of datasets, by the suffix of a shard
 CLASS_FILES = ("labels.txt", "classes.txt")
@@ -106,6 +107,29 @@ def choose_scored(
         f"{MOST_HELD_OUT:,} rows."
     )
     return splits["train"], True, [note]
+
+
+def read_scored(stream: Stream, cut: bool, name: str, noun: str) -> list[Any]:
+    """The rows to score, undecoded: the first ones of a split of its own, or with `cut` of what is held out.
+
+    Args:
+        stream: Of these rows only.
+        cut: As `choose_scored` returns it.
+        name: Of the data.
+        noun: What the rows are, in the plural.
+
+    Raises:
+        InlayError: There are none.
+    """
+    rows = stream.read_first(MOST_HELD_OUT if cut else MOST_SCORED)
+    if rows:
+        return rows
+    if cut:
+        raise BadInput(
+            f"none of the {noun} of {name!r} were held out, as there are too few to stream; add validation shards, or "
+            "pass a folder or a table without --stream."
+        )
+    raise BadInput(f"the shards to score of {name!r} have no {noun}; add some.")
 
 
 def is_held_out(key: bytes, seed: int, share: float = HELD_OUT) -> bool:

@@ -14,14 +14,13 @@ from inlay.tasks.images.data import IMAGE, LABEL_COLUMNS, check_readable
 from inlay.tasks.images.view import Augment, ImageView
 from inlay.tasks.sampling import normalise_label
 from inlay.tasks.shards import (
-    MOST_HELD_OUT,
-    MOST_SCORED,
     Shards,
     choose_scored,
     find_classes,
     is_held_out,
     open_shards,
     read_classes,
+    read_scored,
     write_label,
 )
 from inlay.tasks.tables import list_first
@@ -267,15 +266,8 @@ def _read_scored(
     """Images to score: those of a split, or those that are held out of it."""
     arrange = _LabelledRows(columns, ids, seed, True if cut else None)
     stream = Stream(shards.rows.select_columns(_used(columns)), arrange, names=shards.names)
-    found = stream.read_first(MOST_HELD_OUT if cut else MOST_SCORED)
+    found = read_scored(stream, cut, name, "images")
     examples = [{**example, "image": _fetch(example["image"])} for example in found]
-    if not examples:
-        raise BadInput(
-            f"none of the images of {name!r} were held out, as there are too few to stream; add validation shards, or "
-            "pass a folder of images."
-            if cut
-            else f"the shards to score of {name!r} have no images; add some."
-        )
     features = {"image": IMAGE, "label": datasets.Value("int64")}
     features |= {} if columns.group is None else {"group": datasets.Value("string")}
     rows = datasets.Dataset.from_dict(

@@ -13,16 +13,15 @@ from inlay.tasks.sequences.data import Row, SequenceData, find_sequence_columns,
 from inlay.tasks.sequences.processor import SequenceProcessor
 from inlay.tasks.sequences.view import SequenceView
 from inlay.tasks.shards import (
-    MOST_HELD_OUT,
-    MOST_SCORED,
     Shards,
     choose_scored,
     find_classes,
     is_held_out,
     open_shards,
     read_classes,
+    read_scored,
 )
-from inlay.tasks.tables import Table, list_first
+from inlay.tasks.tables import Table
 from inlay.tasks.text.stream import LOOKED_AT, count_tokens
 from inlay.train.stream import BUFFER, Stream
 
@@ -178,12 +177,5 @@ def _hold_out_by(row: Row) -> bytes:
 def _read_scored(shards: Shards, cut: bool, arrange: _SequenceRows, labels: Sequence[str]) -> datasets.Dataset:
     """Rows to score: those of a split, or those that are held out of it."""
     stream = Stream(shards.rows, replace(arrange, held=True if cut else None), names=shards.names)
-    rows = stream.read_first(MOST_HELD_OUT if cut else MOST_SCORED)
-    if not rows:
-        raise BadInput(
-            f"no text of {arrange.name!r} was held out, as there are too few to stream; add validation shards, or load "
-            "it without --stream."
-            if cut
-            else f"the shards to score of {arrange.name!r} have no text; add some ({list_first(shards.names)})."
-        )
+    rows = read_scored(stream, cut, arrange.name, "texts")
     return label_rows(rows, labels, arrange.name, "validation").rows

@@ -8,7 +8,7 @@ import datasets
 
 from inlay.errors import BadInput
 from inlay.tasks.evaluation import Split, Training
-from inlay.tasks.shards import MOST_HELD_OUT, MOST_SCORED, Shards, choose_scored, is_held_out, open_shards
+from inlay.tasks.shards import Shards, choose_scored, is_held_out, open_shards, read_scored
 from inlay.tasks.tables import Table, list_first
 from inlay.tasks.text.data import (
     Columns,
@@ -190,12 +190,5 @@ def _hold_out_by(row: Row) -> bytes:
 def _read_scored(shards: Shards, cut: bool, arrange: _TextRows) -> datasets.Dataset:
     """Rows to score: those of a split, or those that are held out of it."""
     stream = Stream(shards.rows, replace(arrange, held=True if cut else None), names=shards.names)
-    rows = stream.read_first(MOST_HELD_OUT if cut else MOST_SCORED)
-    if not rows:
-        raise BadInput(
-            f"no text of {arrange.name!r} was held out, as there are too few to stream; add validation shards, or load "
-            "it without --stream."
-            if cut
-            else f"the shards to score of {arrange.name!r} have no text; add some."
-        )
+    rows = read_scored(stream, cut, arrange.name, "texts")
     return make_dataset(rows)
