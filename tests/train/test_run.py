@@ -73,6 +73,13 @@ def test_other_settings_are_refused_by_name(tmp_path):
     assert train(folder, settings={"rank": 4}).resumed
 
 
+def test_options_that_an_earlier_version_did_not_have_were_off(tmp_path):
+    train(tmp_path / "run", settings={"rank": 4})
+    assert train(tmp_path / "run", settings={"rank": 4, "pack": False, "mixup": 0.0, "attention": None}).resumed
+    with pytest.raises(InlayError, match=r"other settings \(pack None -> True\)"):
+        train(tmp_path / "run", settings={"rank": 4, "pack": True})
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_with_other_files_is_refused_and_untouched(tmp_path, overwrite):
     (tmp_path / "thesis.tex").write_text("years of work")

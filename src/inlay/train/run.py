@@ -147,8 +147,10 @@ class Run:
                 stored = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise DamagedFile(f"{path} is not readable as JSON ({error}); start again with --overwrite.") from None
-            stored = {**TrainConfig().identity(), **stored}  # a setting that an earlier version did not have
-            differing = [k for k in {**stored, **identity} if stored.get(k) != json.loads(json.dumps(identity.get(k)))]
+            now = json.loads(json.dumps(identity))
+            # A setting that an earlier version did not have was at its default then: that of TrainConfig, or else off.
+            stored = {key: value for key, value in now.items() if not value} | TrainConfig().identity() | stored
+            differing = [key for key in stored | now if stored.get(key) != now.get(key)]
             if differing:
                 changes = ", ".join(f"{k} {stored.get(k)!r} -> {identity.get(k)!r}" for k in sorted(differing))
                 raise BadInput(
