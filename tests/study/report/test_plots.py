@@ -96,3 +96,19 @@ def test_what_was_not_measured_is_not_drawn():
     assert set(draw_all(bare)) == {"rates"}
     with pytest.raises(BadInput, match="trained parameters"):
         draw_quality(bare, COSTS[0])
+
+
+def test_errors_over_decades_are_told_apart():
+    """On a linear axis 2 and 20 would lie on one another below 2,000; an interval that reaches below 0 is cut off."""
+    values = ([2.0, 2.0], [20.0, 20.0], [200.0, 200.0], [2000.0, 20.0])
+    rows = [
+        replace(row, scores={"accuracy": each}, curve=dict.fromkeys(row.curve, each[0]))
+        for row, each in zip(COMPARISON.rows, values, strict=False)
+    ]
+    errors = replace(COMPARISON, larger_is_better=False, seeds=[0, 1], rows=rows)
+    marks = [shape for shape in draw_quality(errors, COSTS[0]).shapes if isinstance(shape, Line) and shape.fill]
+    heights = [sum(y for _, y in mark.points) / len(mark.points) for mark in marks[-len(rows) :]]
+    assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=4)
+    assert heights[0] - heights[1] > 100
+    said = {shape.text for shape in draw_rates(errors).shapes if isinstance(shape, Text)}
+    assert {"10", "1000"} <= said

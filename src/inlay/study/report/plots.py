@@ -152,7 +152,7 @@ def draw_quality(comparison: Comparison, cost: Cost) -> Canvas:
     _draw_head(canvas, heading, f"{comparison.subject}, {seeds}{busy}")
     _draw_kinds(canvas, [METHODS[each.method].kind for each in shown])
     across = _make_cost_axis([*costs, *([] if base is None else [base])], cost.log)
-    up = _make_score_axis(shown, score)
+    up = _make_score_axis(shown, score, _spans_decades(means, comparison))
     _draw_axes(canvas, across, up, cost.title)
     if base is not None:
         x = across.place(base)
@@ -226,15 +226,24 @@ def _make_cost_axis(values: Sequence[float], log: bool) -> _Axis:
     return _Axis(low - 0.06 * wide, high + 0.12 * wide, _LEFT, SIZE[0] - _RIGHT)
 
 
-def _make_score_axis(shown: Sequence[Standing], score: str) -> _Axis:
+def _spans_decades(scores: Sequence[float], comparison: Comparison) -> bool:
+    """True where differences would be lost on a linear axis, as of perplexities from 2 to 500."""
+    return not comparison.larger_is_better and min(scores) > 0 and max(scores) / min(scores) > 20
+
+
+def _make_score_axis(shown: Sequence[Standing], score: str, log: bool) -> _Axis:
     """Over all means; a bar may widen it by half of what they span, and is cut off beyond."""
     means = [each.scores[score].mean for each in shown]
+    ends = [end for each in shown for end in (each.scores[score].low, each.scores[score].high) if math.isfinite(end)]
+    if log:  # a span is a factor here
+        means, ends = list(map(math.log, means)), [math.log(end) for end in ends if end > 0]
     low, high = min(means), max(means)
     wide = (high - low) or abs(high) * 0.1 or 1.0
-    ends = [end for each in shown for end in (each.scores[score].low, each.scores[score].high) if math.isfinite(end)]
     bottom = max(min([low, *ends]), low - wide / 2) - 0.04 * wide
     top = min(max([high, *ends]), high + wide / 2) + 0.06 * wide
-    return _Axis(bottom, top, SIZE[1] - _BOTTOM, _TOP)
+    if log:
+        bottom, top = math.exp(bottom), math.exp(top)
+    return _Axis(bottom, top, SIZE[1] - _BOTTOM, _TOP, log)
 
 
 def _draw_axes(canvas: Canvas, across: _Axis, up: _Axis, heading: str) -> None:
@@ -277,7 +286,7 @@ def _find_bar(each: Standing, score: str, up: _Axis, x: float) -> Box | None:
     estimate = each.scores[score]
     if not math.isfinite(estimate.half):
         return None
-    top, bottom = sorted((up.place(estimate.high), up.place(estimate.low)))
+    top, bottom = sorted((up.place(estimate.high), up.place(max(estimate.low, up.low))))
     return x - 2, max(top, up.end), x + 2, min(bottom, up.start)
 
 
@@ -316,11 +325,15 @@ def draw_rates(comparison: Comparison) -> Canvas:
     left, top, right, bottom = 96.0, 180.0, SIZE[0] - 30.0, SIZE[1] - 50.0
     wide, high = (right - left) / columns, (bottom - top) / lines
     spread = (max(values) - min(values)) or abs(max(values)) * 0.1 or 1.0
+    # above `highest` there is room for the number of a mark
+    least, highest, most = min(values) - 0.1 * spread, max(values) + 0.15 * spread, max(values) + 0.55 * spread
+    if log := _spans_decades(values, comparison):
+        factor = max(values) / min(values)
+        least, highest, most = min(values) / factor**0.1, max(values) * factor**0.15, max(values) * factor**0.55
     for k, row in enumerate(rows):
         x, y = left + (k % columns) * wide, top + (k // columns) * high
         across = _Axis(min(rates) / 1.6, max(rates) * 1.6, x + 14, x + wide - 18, log=True)
-        up = _Axis(min(values) - 0.1 * spread, max(values) + 0.55 * spread, y + high - 38, y + 42)
-        highest = max(values) + 0.15 * spread  # above it there is room for the number of a mark
+        up = _Axis(least, most, y + high - 38, y + 42, log)
         _draw_curve(canvas, row, across, up, highest, first=k % columns == 0, last=k + columns >= len(rows))
     canvas.add(Text((SIZE[0] / 2, SIZE[1] - 24), "learning rate", _LABEL, INK, "middle"))
     return canvas
