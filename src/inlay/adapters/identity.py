@@ -1,8 +1,10 @@
 """Which base a model is, and whether it is the one that an adapter was trained on."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
+import xxhash
 from torch import nn
 
 from inlay.adapters.file import AdapterFile
@@ -22,6 +24,12 @@ class Identity:
     precision: str
     sketch: dict[str, Any]
     convolutions: int = 0
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits that differ for other weights; rounding on another machine may change them too."""
+        seen = json.dumps([self.model_type, self.precision, self.sketch], sort_keys=True)
+        return xxhash.xxh3_128_hexdigest(seen.encode())
 
 
 def identify_base(base: nn.Module) -> Identity:

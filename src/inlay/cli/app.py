@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from inlay.cli import combine, compress, evaluate, hub, measure, paint, prune, report, study, trust, volumes
+from inlay.cli import combine, compress, evaluate, hub, measure, paint, prune, report, serve, study, trust, volumes
 from inlay.cli.predict import predict
 from inlay.cli.show import AdapterArgument, BaseOption, DeviceOption, JsonOption, printable, show
 from inlay.errors import InlayError
@@ -132,7 +132,7 @@ app.command(
 app.command("compare", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(study.compare)
 app.command("tune", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(study.tune)
 
-for group in (evaluate, measure, report, volumes, paint, combine, compress, prune, hub, trust):
+for group in (evaluate, measure, report, volumes, paint, combine, serve, compress, prune, hub, trust):
     for name, verb in group.VERBS.items():
         app.command(name)(verb)
 

@@ -54,6 +54,7 @@ class Bank:
         files: What was read of each resident adapter: its config, labels and preprocessing.
         checks: By resident adapter the result of each of CHECKS: ok; not recorded where the file does not say what it
             should be; left out.
+        refused: With `skip_unfit`, why each adapter was left out.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Bank:
         *,
         budget_mb: float | None = None,
         check_golden: bool = True,
+        skip_unfit: bool = False,
         device: Device | None = None,
         dtype: Dtype | Literal["auto"] = "float32",
     ) -> None:
@@ -78,6 +80,7 @@ class Bank:
             check_golden: Compute the golden output of each adapter when it is read first, a forward of one row: most of
                 the time that reading takes. False leaves this one check out, for many adapters that have been checked
                 before (`inlay info --verify`).
+            skip_unfit: Leave out adapters that do not fit, which `refused` then names, instead of raising an error.
             device: Such as "cpu" or "cuda:1"; default: the best that this machine has. A base that is given stays
                 where it is.
             dtype: Of a base that is given by name. "auto": bfloat16 where the device is faster in it and all adapters
@@ -92,6 +95,8 @@ class Bank:
         if budget_mb is not None and not budget_mb > 0:
             raise BadInput(f"budget_mb must be positive, got {budget_mb}.")
         self.check_golden = check_golden
+        self.skip_unfit = skip_unfit
+        self.refused: dict[str, InlayError] = {}
         self.budget = None if budget_mb is None else int(budget_mb * 1e6)
         if isinstance(base, nn.Module):
             self._start(base, lacks_head=False)
@@ -130,8 +135,17 @@ class Bank:
         self._open_blocks: list[list[str | None]] = []  # rows of each block of `rows` that is open, the innermost last
         if self.budget is None:
             self._rows.capacity = len(self._paths) + 1
-            for name in self._paths:
-                self._load(name)
+            for name in list(self._paths):
+                self._load_or_refuse(name)
+
+    def _load_or_refuse(self, name: str) -> None:
+        try:
+            self._load(name)
+        except InlayError as error:
+            if not self.skip_unfit:
+                raise
+            del self._paths[name]
+            self.refused[name] = error
 
     @property
     def names(self) -> list[str]:
@@ -148,9 +162,45 @@ class Bank:
         """Size of the stacks."""
         return sum(stack.nbytes for stacks in self._stacks() for stack in stacks.buffers())
 
+    @property
+    def identity(self) -> Identity:
+        """Of the base."""
+        return self._identity
+
+    @property
+    def room(self) -> int | None:
+        """Adapters that may be in one batch, by the budget and the size of those in memory; None without a budget."""
+        if self.budget is None:
+            return None
+        each = self.bytes // self._rows.capacity
+        return max(1, self.budget // max(each, 1) - 1)
+
     def labels(self, name: str) -> list[str]:
         """Class names of an adapter, in the order of its logits."""
-        return self.files[name].labels if name in self.files else read_adapter(fetch(self._find_path(name))).labels
+        return self.read_file(name).labels
+
+    def read_file(self, name: str) -> AdapterFile:
+        """What the folder of an adapter says; it is read where the adapter is not in memory.
+
+        Raises:
+            InlayError: The bank does not know the adapter, or its folder is damaged.
+        """
+        known = self.files.get(name)
+        return known if known is not None else read_adapter(fetch(self._find_path(name)))
+
+    def load_processor(self, file: AdapterFile) -> Any:
+        """What makes inputs for an adapter, one for all adapters of equal settings.
+
+        Raises:
+            InlayError: Neither the file nor the base says how inputs are made.
+        """
+        settings = file.record.get("preprocessing")
+        task = find_task_of_file(file, self.model.config)
+        base = str(self.model.name_or_path or file.base_name)
+        key = json.dumps([task.name, base, settings], sort_keys=True)
+        if key not in self._processors:
+            self._processors[key] = task.load_processor(base, settings)
+        return self._processors[key]
 
     def add(self, path: str | Path, name: str | None = None) -> str:
         """Read an adapter and check it, in the place of one of that name if there is one; gives its name.
@@ -475,19 +525,13 @@ class _Newcomer:
         bank.files[self._name] = file
 
     def load_processor(self, file: AdapterFile) -> Any:
-        """One for all adapters of the same settings; None for plain peft's, where the base brings none."""
-        bank, settings = self._bank, file.record.get("preprocessing")
-        task = find_task_of_file(file, bank.model.config)
-        base = str(bank.model.name_or_path or file.base_name)
-        key = json.dumps([task.name, base, settings], sort_keys=True)
-        if key not in bank._processors:
-            try:
-                bank._processors[key] = task.load_processor(base, settings)
-            except InlayError:
-                if file.record:
-                    raise
-                return None
-        return bank._processors[key]
+        """The bank's; None for plain peft's, where the base brings none."""
+        try:
+            return self._bank.load_processor(file)
+        except InlayError:
+            if file.record:
+                raise
+            return None
 
     def golden_output(self, file: AdapterFile, processor: Any) -> list[float]:
         """Of one row of the bank; the same bytes on the same base give what they gave."""
@@ -548,10 +592,10 @@ def _load_base_of(
     name: str | Path, adapters: Mapping[str, str | Path], device: torch.device, dtype: Dtype
 ) -> PreTrainedModel:
     """The base of that name, for the task of the first adapter; with a new head if it was saved with another one."""
-    first = next(iter(adapters.values()), None)
-    if first is None:
+    config = read_config(str(name), resolve_base(str(name)), None)
+    file = _find_first(adapters, config.model_type)
+    if file is None:
         return load_base(name, dtype=dtype, device=device)
-    file, config = read_adapter(fetch(first)), read_config(str(name), resolve_base(str(name)), None)
     task = find_task_of_file(file, config)
     if not task.could_take_base(config):  # the comparison of bases says it better
         return load_base(name, dtype=dtype, device=device)
@@ -559,6 +603,20 @@ def _load_base_of(
     own_head = not task.classifies or with_head in (config.architectures or [])
     labels = None if own_head else file.labels or None
     return load_base(name, task=task.name, labels=labels, dtype=dtype, device=device)
+
+
+def _find_first(adapters: Mapping[str, str | Path], model_type: str) -> AdapterFile | None:
+    """The first adapter of a base of this type; without one the first."""
+    first = None
+    for path in adapters.values():
+        try:
+            file = read_adapter(fetch(path), digest=False)
+        except InlayError:  # which reading it in its turn tells
+            continue
+        if file.record.get("base", {}).get("model_type", model_type) == model_type:
+            return file
+        first = first or file
+    return first
 
 
 def _name_adapters(adapters: Any) -> dict[str, str | Path]:

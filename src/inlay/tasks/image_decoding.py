@@ -10,7 +10,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from inlay.errors import DamagedFile
+from inlay.errors import BadInput, DamagedFile
 
 Source = str | os.PathLike[str] | bytes | dict[str, Any] | Image.Image
 Box = tuple[int, int, int, int]  # left, upper, right and lower, in pixels
@@ -68,6 +68,26 @@ def open_crop(
             return _decode_crop(file, draw_box, find_reduction, channels)
     except Exception as error:  # Pillow's readers raise what they please
         raise DamagedFile(f"{_name_source(source)} cannot be read as an image: {explain_unreadable(error)}.") from error
+
+
+def check_pixels(source: Source, limit: int) -> None:
+    """Refuse an image of more pixels than that, by the header of its file, before it is decoded.
+
+    Raises:
+        InlayError: It has more, or cannot be read.
+    """
+    if isinstance(source, Image.Image):
+        width, height = source.size
+    else:
+        try:
+            with _open_file(source) as file:
+                width, height = file.size
+        except Exception as error:  # Pillow's readers raise what they please
+            raise DamagedFile(
+                f"{_name_source(source)} cannot be read as an image: {explain_unreadable(error)}."
+            ) from error
+    if width * height > limit:
+        raise BadInput(f"the image has {width} x {height} pixels; the limit is {limit:,} in all.")
 
 
 def open_for_processor(source: Source, processor: Any, intensity: Intensity = "range") -> Image.Image:

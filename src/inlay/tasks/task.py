@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from inlay.tasks.adapter import Adapter
     from inlay.tasks.evaluation import Evaluation, Request
     from inlay.tasks.options import TaskOptions
+    from inlay.tasks.serving import Serving
     from inlay.train.losses import Loss
 
 Record = dict[str, Any]  # what inlay keeps inside an adapter's file
@@ -319,6 +320,14 @@ class Task(ABC):
             InlayError: Data that is none of this task, or with labels that the adapter does not know.
         """
         raise Unsupported(f"inlay does not score adapters for {self.name} yet.")
+
+    def serving(self) -> Serving:
+        """How requests to a server become rows of a batch, and rows replies.
+
+        Raises:
+            InlayError: A server does not answer for this task, or not in one forward pass.
+        """
+        raise Unsupported(f"inlay does not serve {self.name} yet.")
 
     # Words.
 

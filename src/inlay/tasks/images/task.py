@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from inlay.tasks.adapter import Adapter
     from inlay.tasks.evaluation import Evaluation, Request
     from inlay.tasks.options import TaskOptions
+    from inlay.tasks.serving import Serving
     from inlay.train.losses import Loss
 
 
@@ -154,6 +155,11 @@ class ImageClassification(Task):
         from inlay.tasks.images.evaluate import evaluate
 
         return evaluate(adapter, data, request)
+
+    def serving(self) -> Serving:
+        from inlay.tasks.images.serving import ImageServing
+
+        return ImageServing()
 
     def describe_inputs(self, record: Record) -> list[str]:
         return ["Labels", *describe_labels(record["labels"]), *describe_pixels(record["preprocessing"])]

@@ -1,0 +1,64 @@
+"""What all routes share: an answer's signature, errors in the form of each protocol, and clients that leave."""
+
+import asyncio
+import re
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from inlay.serve.server.service import Signature
+
+T = TypeVar("T")
+
+
+async def run_unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of some work, which is cancelled when the client leaves.
+
+    Args:
+        request: Whose body has been read.
+        work: A coroutine.
+
+    Raises:
+        HTTPException: The client is gone; nobody reads the answer.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_wait_until_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise HTTPException(499, "the client closed the connection.")
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+
+
+async def _wait_until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def name_signature(signature: Signature) -> dict[str, str]:
+    """What every answer says of what computed it."""
+    return {
+        "model": signature.adapter,
+        "adapter_digest": signature.digest,
+        "base": hide_paths(signature.base),
+        "base_digest": signature.base_digest,
+    }
+
+
+def hide_paths(text: str) -> str:
+    """A sentence whose paths are cut to their last part: a client needs to know nothing of the machine."""
+    return re.sub(r"(?<![\w.:/])~?/(?:[^\s'\",:;()/]+/)+", "", text)
+
+
+def make_error(path: str, status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    """An error in the form of the protocol to which a path belongs."""
+    text = hide_paths(message)
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    body: Any = text if path.startswith("/v2") else {"message": text, "type": kind, "code": status}
+    return JSONResponse({"error": body}, status, headers=dict(headers or {}))

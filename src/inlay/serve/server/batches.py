@@ -1,0 +1,105 @@
+"""The thread that owns a bank: it computes requests of many adapters in mixed batches."""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+from inlay.errors import ComputationFailed, InlayError
+from inlay.serve.bank import Bank
+from inlay.serve.server.queue import Request, RequestQueue
+from inlay.serve.server.refusals import DoesNotFit, Replaced, UnknownAdapter
+from inlay.tasks.serving import Serving
+
+log = logging.getLogger(__name__)
+
+
+class BatchLoop:
+    """Takes requests from a queue, and answers each with what the model made of its row.
+
+    Args:
+        bank: This thread alone computes with it; others may add and remove adapters meanwhile.
+        serving: Of the task of its adapters.
+        queue: Where requests wait.
+        max_batch: Rows in a batch at most.
+        max_wait_s: How long a request waits for others to fill its batch.
+        watch: Called with each batch before it is computed.
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        serving: Serving,
+        queue: RequestQueue,
+        *,
+        max_batch: int,
+        max_wait_s: float,
+        watch: Callable[[Sequence[Request]], None] = lambda requests: None,
+    ) -> None:
+        self.bank = bank
+        self.serving = serving
+        self.queue = queue
+        self.max_batch = max_batch
+        self.max_wait_s = max_wait_s
+        self.watch = watch
+        self._thread = threading.Thread(target=self._run, name="inlay-batches", daemon=True)
+
+    def start(self) -> None:
+        """Begin to answer; the thread ends when the queue is closed and empty."""
+        self._thread.start()
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait for the end of the thread; True if it has ended."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while requests := self.queue.take(self.max_batch, wait_s=self.max_wait_s, adapters=self.bank.room):
+            self.watch(requests)
+            self.answer(requests)
+
+    def answer(self, requests: Sequence[Request]) -> None:
+        """Compute a batch and answer its requests.
+
+        A batch that fails is computed again for each of its adapters, so that one which does not fit fails by itself.
+        """
+        names = list(dict.fromkeys(request.adapter for request in requests))
+        try:
+            self._compute(requests, names)
+        except Exception as error:
+            if len(names) > 1:
+                for name in names:
+                    self.answer([request for request in requests if request.adapter == name])
+                return
+            for request in requests:
+                if not request.future.done():
+                    request.future.set_exception(_explain_failure(error))
+
+    def _compute(self, requests: Sequence[Request], names: Sequence[str]) -> None:
+        with ExitStack() as block:
+            try:
+                block.enter_context(self.bank.rows(names))  # those that are not in memory are read and checked
+            except InlayError as error:
+                if any(name not in self.bank.names for name in names):
+                    raise UnknownAdapter(str(error)) from error
+                raise DoesNotFit(str(error)) from error
+            current = []
+            for request in requests:
+                if self.bank.files[request.adapter].digest == request.digest:
+                    current.append(request)
+                else:
+                    request.future.set_exception(Replaced(f"adapter {request.adapter!r} was replaced; ask again."))
+            if not current:
+                return
+            batch = self.serving.collate([request.row for request in current])
+            output = self.bank(batch, [request.adapter for request in current])
+            rows = self.serving.take_rows(output, len(current))
+        for request, found in zip(current, rows, strict=True):
+            request.future.set_result(found)
+
+
+def _explain_failure(error: Exception) -> InlayError:
+    if isinstance(error, InlayError):
+        return error
+    log.error("a batch failed", exc_info=error)
+    return ComputationFailed("the model could not compute this request; the server's log says why.")
