@@ -9,6 +9,7 @@ from inlay.errors import ComputationFailed, InlayError
 from inlay.serve.bank import Bank
 from inlay.serve.server.queue import Request, RequestQueue
 from inlay.serve.server.refusals import DoesNotFit, Replaced, UnknownAdapter
+from inlay.tasks.adapter import place_inputs
 from inlay.tasks.serving import Serving
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class BatchLoop:
         self.max_batch = max_batch
         self.max_wait_s = max_wait_s
         self.watch = watch
+        self._weight = next(p for p in bank.model.parameters() if p.is_floating_point())
         self._thread = threading.Thread(target=self._run, name="inlay-batches", daemon=True)
 
     def start(self) -> None:
@@ -91,7 +93,7 @@ class BatchLoop:
                     request.future.set_exception(Replaced(f"adapter {request.adapter!r} was replaced; ask again."))
             if not current:
                 return
-            batch = self.serving.collate([request.row for request in current])
+            batch = place_inputs(self.serving.collate([request.row for request in current]), self._weight)
             output = self.bank(batch, [request.adapter for request in current])
             rows = self.serving.take_rows(output, len(current))
         for request, found in zip(current, rows, strict=True):

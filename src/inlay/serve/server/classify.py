@@ -40,10 +40,11 @@ async def _read_form(request: Request) -> dict[str, Any]:
     """Fields by name; of a form, files as bytes."""
     kind = request.headers.get("content-type", "").partition(";")[0]
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        form = await request.form()
-        return {key: await value.read() if isinstance(value, UploadFile) else value for key, value in form.items()}
+        async with request.form() as form:
+            return {key: await value.read() if isinstance(value, UploadFile) else value for key, value in form.items()}
+    body = await request.body()
     try:
-        given = json.loads(await request.body())
+        given = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise BadInput("the body is neither a form nor JSON.") from error
     if not isinstance(given, dict):

@@ -69,6 +69,8 @@ class RequestQueue:
             if self._closed:
                 raise Stopping("the server is stopping and takes no more requests; ask another one.")
             if self._count >= self.limit:
+                self._leave_out_ended()
+            if self._count >= self.limit:
                 seconds = max(1, math.ceil(self._count * self._seconds_each))
                 raise Busy(f"{self._count} requests are waiting already; try again in {seconds} s.", seconds)
             self._waiting.setdefault(request.adapter, deque()).append(request)
