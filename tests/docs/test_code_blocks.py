@@ -12,6 +12,8 @@ import re
 import runpy
 import shutil
 import sys
+from pkgutil import iter_modules
+from urllib.parse import urlparse
 
 import pytest
 import typer
@@ -25,6 +27,7 @@ from inlay.adapters.task import find_task_of_file
 from inlay.cli import app as cli
 from inlay.cli import predict as predict_verb
 from inlay.cli import recipe as recipe_cli
+from inlay.serve import server
 from inlay.tasks import TASKS, find_task
 from inlay.tasks.base import read_task
 from places import ROOT
@@ -73,8 +76,18 @@ def check_command(words, monkeypatch):
         assert set(arguments) <= make_targets()
     elif program == "pip":
         check_install(arguments)
+    elif program == "curl":
+        check_request(arguments)
     else:
         assert words[0] == "cd" and len(words) == 2, f"unknown command: {words}"
+
+
+def check_request(arguments):
+    """The address is a route of the server."""
+    (path,) = (url.path for url in map(urlparse, arguments) if url.scheme == "http" and url.port == 8000)
+    modules = [importlib.import_module(found.name) for found in iter_modules(server.__path__, f"{server.__name__}.")]
+    routes = [route for module in modules if hasattr(module, "router") for route in module.router.routes]
+    assert any(route.path_regex.match(path) for route in routes), f"no route {path}"
 
 
 def check_verb(arguments):

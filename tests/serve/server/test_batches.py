@@ -72,7 +72,7 @@ def test_an_adapter_that_does_not_fit_fails_by_itself(copies):
     weights.write_bytes(weights.read_bytes()[:-100])
     make_loop(bank).answer(requests)
     compare(logits(requests[:1]), alone(VIT, copies, pixels(), ["a"]))
-    with pytest.raises(DoesNotFit, match="truncated|bytes"):
+    with pytest.raises(DoesNotFit, match=r"truncated|bytes"):
         requests[1].future.result(0)
 
 
