@@ -1,6 +1,7 @@
-"""The verb `inlay serve`: many adapters on one base, over HTTP."""
+"""The verbs `inlay serve`, many adapters on one base over HTTP, and `inlay bench-serve`, a load on such a server."""
 
 import inspect
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -8,9 +9,13 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from inlay.cli.show import DeviceOption, DtypeOption
+from inlay.cli.show import DeviceOption, DtypeOption, JsonOption
+from inlay.cli.study import read_numbers
 from inlay.errors import Unsupported
+from inlay.serve.load_config import LoadConfig
 from inlay.serve.server.config import ServiceConfig
+
+LATE_MS = 5.0  # of the load generator, above which it says so
 
 
 def serve(
@@ -53,13 +58,78 @@ def serve(
     run_server(service, host=host, port=port)
 
 
-def _add_options(verb: Callable[..., None], config: type) -> None:
+def bench_serve(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Of a server, such as http://127.0.0.1:8000.")],
+    adapters: Annotated[
+        str | None, typer.Option(help="Names of the adapters to ask for, with commas; default: all of the server.")
+    ] = None,
+    rate: Annotated[
+        str | None,
+        typer.Option(
+            help="Requests a second that arrive at random, whether or not earlier ones are answered, instead of "
+            "--clients that wait for their answers; several with commas give a table."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    **load: Any,
+) -> None:
+    """Measure a server under load: requests a second, latency, and errors, such as `bench-serve URL --rate 10,50`."""
+    try:
+        from inlay.serve.load import run_load
+    except ModuleNotFoundError as error:
+        raise Unsupported(f"{error.name} is not installed; pip install 'inlay[serve]' installs it.") from error
+
+    names = [name.strip() for name in (adapters or "").split(",") if name.strip()]
+    found = run_load(url, LoadConfig(**load), names, read_numbers("--rate", rate, float) or ())
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print_loads(found)
+    if not any(load["per_second"] for load in found["loads"]):
+        sys.exit(1)
+
+
+def _print_loads(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = {"latency_ms": "latency", "first_token_ms": "first token", "token_ms": "token"}
+    shown = {key: title for key, title in columns.items() if any(found_load.get(key) for found_load in found["loads"])}
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("load", "answered", "a second", *(f"{title} p50 / p95 / p99 ms" for title in shown.values())):
+        table.add_column(title, justify="right")
+    for load in found["loads"]:
+        way = f"{load['rate']:g} a second" if "rate" in load else f"{load['clients']} clients"
+        answered = f"{load['statuses'].get('200', 0)} of {load['requests']}"
+        times = [
+            " / ".join(f"{load[key][p]:.1f}" for p in ("p50", "p95", "p99")) if load.get(key) else "" for key in shown
+        ]
+        table.add_row(way, answered, f"{load['per_second']:.1f}", *times)
+    console = Console(highlight=False)
+    console.print(
+        f"{found['kind']}s to {found['adapters']} adapters of {found['url']}, seed {found['seed']}", markup=False
+    )
+    console.print(table)
+    for load in found["loads"]:
+        if errors := {status: count for status, count in load["statuses"].items() if status != "200"}:
+            console.print(
+                "errors: " + ", ".join(f"{count} x {status}" for status, count in errors.items()), markup=False
+            )
+        if load["late_ms"]["p99"] > LATE_MS:
+            console.print(
+                f"the generator itself was late by {load['late_ms']['p99']:.0f} ms (p99): this machine is too busy for "
+                "this rate.",
+                markup=False,
+            )
+
+
+def _add_options(verb: Callable[..., None], config: type, title: str) -> None:
     """Give a verb the fields of a dataclass as options, whose help is written there."""
     own = inspect.signature(verb).parameters.values()
     parameters = [parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
     hints = get_type_hints(config)
     for each in fields(config):
-        panel = typer.Option(help=each.metadata["help"], rich_help_panel="Bounds")
+        panel = typer.Option(help=each.metadata["help"], rich_help_panel=title)
         annotation: Any = Annotated[hints[each.name], panel]
         parameters.append(
             inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=each.default)
@@ -68,6 +138,7 @@ def _add_options(verb: Callable[..., None], config: type) -> None:
     verb.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
 
-_add_options(serve, ServiceConfig)
+_add_options(serve, ServiceConfig, "Bounds")
+_add_options(bench_serve, LoadConfig, "Load")
 
-VERBS: dict[str, Callable[..., None]] = {"serve": serve}
+VERBS: dict[str, Callable[..., None]] = {"serve": serve, "bench-serve": bench_serve}
