@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inlay.errors import ComputationFailed, InlayError, WrongBase
@@ -46,6 +47,7 @@ def make_app(service: Service, *, api_key: str | None = None) -> FastAPI:
     app.add_exception_handler(InlayError, _answer_inlay_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(RequestValidationError, _answer_wrong_form)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
     app.add_exception_handler(Exception, _answer_failure)
     app.include_router(classify.router)
     app.add_api_route("/health", _answer_health, methods=["GET"])
@@ -122,6 +124,11 @@ async def _answer_wrong_form(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"][1:]) or "the body"
     return make_error(request.url.path, 400, f"{where}: {first['msg']}.")
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    """The client left before all of its request was there: no failure of the server."""
+    return make_error(request.url.path, 499, "the client closed the connection.")
 
 
 async def _answer_failure(request: Request, error: Exception) -> Response:

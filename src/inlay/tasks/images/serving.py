@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
+from transformers.image_processing_utils import get_size_dict
 from typing_extensions import override
 
 from inlay.errors import BadInput
@@ -44,7 +45,9 @@ class ImageServing(Serving):
             if isinstance(source, np.ndarray):
                 source = Image.fromarray(source)
             check_pixels(source, limits.pixels)
-            inputs = _steps_of(processor)(open_for_processor(source, processor))
+            image = open_for_processor(source, processor)
+            _check_resized(image, processor, limits.pixels)
+            inputs = _steps_of(processor)(image)
         return Row(inputs, tuple(inputs["pixel_values"].shape))
 
     @override
@@ -60,6 +63,24 @@ class ImageServing(Serving):
         logits = found["logits"][: len(labels)]
         probabilities = class_probabilities(logits, config)
         return reply_with_labels(logits, probabilities, labels)
+
+
+def _check_resized(image: Image.Image, processor: Any, limit: int) -> None:
+    """Refuse an image of which the processor would make more pixels than that.
+
+    A processor that scales the shorter side to a length of its own, and the longer one with it, makes gigabytes of a
+    line of pixels.
+    """
+    size: Any = get_size_dict(processor.size) if getattr(processor, "size", None) else {}
+    edge = size.get("shortest_edge")
+    if edge is None or not getattr(processor, "do_resize", True):
+        return
+    long = edge * max(image.size) // min(image.size)
+    if edge * long > limit:
+        raise BadInput(
+            f"the image has {image.width} x {image.height} pixels, and the processor of this adapter makes "
+            f"{edge} x {long:,} of them; the limit is {limit:,} in all. Send a part of the image."
+        )
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,272 @@
+"""Requests as no client should send them, by a seed, and what a server makes of them."""
+
+import base64
+import http.client
+import io
+import json
+import random
+import socket
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+SECONDS = 30  # that an answer may take on a busy machine; a usual one takes 0.01
+# Values that no field expects.
+ODD = [
+    None, True, False, 0, 1, -1, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", " ",
+    "../../etc/passwd", "/etc/passwd", "\x00", "\x1b[2J", "\ud800", "\u202e", "é" * 300, "a" * 50_000, "/a" * 20_000,
+    [], [[]], {}, [None], ["a"], [0] * 1000, {"a": 1}, {"": {}}, [["a"], 1], "data:image/png;base64,aGk=",
+]  # fmt: skip
+KINDS = [
+    "application/json",
+    "text/plain",
+    "multipart/form-data",
+    "multipart/form-data; boundary=",
+    "",
+    "\xff",
+    "a" * 3000,
+]
+KINDS += [
+    "application/x-www-form-urlencoded",
+    "application/json; charset=utf-16",
+    "image/png",
+    "multipart/mixed; boundary=x",
+]
+
+
+@dataclass
+class Attempt:
+    """A request.
+
+    Attributes:
+        what: In words.
+        raw: All bytes that are sent, in place of the other fields.
+    """
+
+    what: str
+    target: str = "/v1/classify"
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=lambda: {"content-type": "application/json"})
+    method: str = "POST"
+    raw: bytes = b""
+
+    def to_bytes(self) -> bytes:
+        """As HTTP/1.1 has it; the length is added unless a header says otherwise."""
+        if self.raw:
+            return self.raw
+        headers = {"host": "x", **self.headers}
+        if not {"content-length", "transfer-encoding"} & {name.lower() for name in headers}:
+            headers["content-length"] = str(len(self.body))
+        lines = [f"{self.method} {self.target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+        return "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n" + self.body
+
+
+def make_attempt(seed: int, adapters: list[str]) -> Attempt:
+    """One request; the same for a seed."""
+    draw = random.Random(seed)
+    attempt = draw.choice(FAMILIES)(draw, draw.choice(adapters))
+    attempt.what = f"{seed}: {attempt.what}"
+    return attempt
+
+
+def send(address: tuple[str, int], attempt: Attempt) -> int | None:
+    """The status of the answer; None where the server closed the connection, or we did.
+
+    Raises:
+        TimeoutError: The server neither answers nor closes.
+    """
+    with socket.create_connection(address, timeout=SECONDS) as connection:
+        try:
+            connection.sendall(attempt.to_bytes())
+            if attempt.what.endswith("leaves"):
+                return None
+            if attempt.what.endswith("half closed"):
+                connection.shutdown(socket.SHUT_WR)
+            response = http.client.HTTPResponse(connection, method=attempt.method)
+            response.begin()
+            response.read()
+            return response.status
+        except TimeoutError:
+            raise
+        except (OSError, http.client.HTTPException):  # what it said before it closed is lost
+            return None
+
+
+def mutate_bytes(data: bytes, draw: random.Random) -> bytes:
+    """Cut, changed, doubled or with something put in."""
+    if not data:
+        return b"\xff"
+    place = draw.randrange(len(data))
+    end = min(len(data), place + draw.choice([1, 4, 100]))
+    return draw.choice([
+        lambda: data[:place],
+        lambda: data[place:],
+        lambda: data[:place] + draw.randbytes(end - place) + data[end:],
+        lambda: data[:place] + data[end:],
+        lambda: data[:place] + data[place:end] * draw.choice([2, 50]) + data[end:],
+        lambda: data[:place] + draw.choice([b"\x00", b"\xff\xfe", b"\r\n\r\n", b'"', b"{", b"[" * 9999]) + data[place:],
+    ])()  # fmt: skip
+
+
+def make_image(draw: random.Random) -> bytes:
+    """A whole one, of one of several formats."""
+    side = draw.choice([1, 3, 32, 70])
+    kind = draw.choice(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO"])
+    mode = draw.choice(["RGB", "RGB", "L"] + (["RGBA", "P", "1"] if kind in ("PNG", "GIF") else []))
+    values = np.random.default_rng(draw.randrange(99)).integers(0, 256, (side, side, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(values).convert(mode).save(file, kind)
+    return file.getvalue()
+
+
+def make_bomb(draw: random.Random) -> tuple[str, bytes]:
+    """A small file that claims to be large."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    def png(width: int, height: int, *more: bytes, data: bytes = b"", colour: int = 2) -> bytes:
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
+        return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+    zeros = zlib.compress(bytes(30_000_000), 9)
+    return draw.choice([
+        lambda: ("of 60,000 x 60,000 pixels", png(60_000, 60_000, data=zeros)),
+        lambda: ("of 2^31 pixels a side", png(2**31 - 1, 2**31 - 1)),
+        lambda: ("of no pixels", png(0, 0)),
+        lambda: ("of one column", png(1, 1_000_000, data=zlib.compress(bytes(4_000_000), 9))),
+        lambda: ("of one row", png(4_000_000, 1, data=zlib.compress(bytes(12_000_001), 9))),
+        lambda: ("with 30 MB of text", png(8, 8, chunk(b"zTXt", b"k\x00\x00" + zeros), data=zeros)),
+        lambda: ("with a profile of 30 MB", png(8, 8, chunk(b"iCCP", b"k\x00\x00" + zeros), data=zeros)),
+        lambda: ("a GIF of 65,535 x 65,535", b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0x80, 0, 0) + bytes(50)),
+        lambda: ("a BMP of 2^31 rows", b"BM" + bytes(16) + struct.pack("<IiiHHI", 40, 9, 2**31 - 1, 1, 24, 0)),
+        lambda: ("a PPM of 10^5 x 10^5", b"P6 100000 100000 255\n" + bytes(99)),
+        lambda: ("an EPS", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99999 99999\n%%EndComments\nshowpage\n"),
+    ])()  # fmt: skip
+
+
+def _form(name: str, image: bytes, boundary: bytes = b"x") -> bytes:
+    return (
+        b"--%s\r\ncontent-disposition: form-data; name=model\r\n\r\n%s\r\n"
+        b'--%s\r\ncontent-disposition: form-data; name="image"; filename="a.png"\r\n'
+        b"content-type: image/png\r\n\r\n%s\r\n--%s--\r\n"
+    ) % (boundary, name.encode(), boundary, image, boundary)
+
+
+FORM = {"content-type": "multipart/form-data; boundary=x"}
+
+
+def _json(draw: random.Random, name: str) -> Attempt:
+    given: Any = {"model": name, "image": base64.b64encode(make_image(draw)).decode()}
+    match draw.randrange(5):
+        case 0:
+            return Attempt("JSON with changed bytes", body=mutate_bytes(json.dumps(given).encode(), draw))
+        case 1:
+            given[draw.choice(["model", "image", "pixels", "extra", ""])] = draw.choice(ODD)
+        case 2:
+            given = draw.choice(ODD)
+        case 3:
+            given = {draw.choice(["model", "image", "x" * 10_000, "\ud800"]): draw.choice(ODD) for _ in range(3)}
+        case 4:
+            return Attempt("deep JSON", body=draw.choice([b"[", b'{"a":', b'[{"model":']) * draw.choice([100, 100_000]))
+    return Attempt("odd JSON", body=json.dumps(given).encode())
+
+
+def _base64(draw: random.Random, name: str) -> Attempt:
+    text = base64.b64encode(make_image(draw))
+    text = draw.choice(
+        [mutate_bytes(text, draw), text[:-1], text + b"====", b"data:image/png;base64," + text, b"\n" + text]
+    )
+    return Attempt("odd base64", body=json.dumps({"model": name, "image": text.decode("latin-1")}).encode())
+
+
+def _image(draw: random.Random, name: str) -> Attempt:
+    image = make_image(draw)
+    for _ in range(draw.choice([1, 1, 5])):
+        image = mutate_bytes(image, draw)
+    return Attempt("a damaged image", body=_form(name, image), headers=FORM)
+
+
+def _bomb(draw: random.Random, name: str) -> Attempt:
+    what, image = make_bomb(draw)
+    return Attempt(f"an image {what}", body=_form(name, image), headers=FORM)
+
+
+def _multipart(draw: random.Random, name: str) -> Attempt:
+    form = _form(name, make_image(draw))
+    body = draw.choice([
+        lambda: mutate_bytes(form, draw),
+        lambda: b"",
+        lambda: b"--x--\r\n",
+        lambda: b"--x\r\n" + b"a: b\r\n" * 20_000 + b"\r\n\r\n--x--\r\n",
+        lambda: b"--x\r\ncontent-disposition: form-data; name=model\r\n\r\n\r\n" * 3000 + b"--x--\r\n",
+        lambda: b"--x\r\ncontent-disposition: form-data; name=image; filename=a\r\n\r\na\r\n" * 3000 + b"--x--\r\n",
+        lambda: b"--x\r\ncontent-disposition: form-data\r\n\r\na\r\n--x--\r\n",
+        lambda: b"--x\r\ncontent-disposition: form-data; name=model; filename=\xff\r\n\r\n\xff\r\n--x--\r\n",
+        lambda: b"--x\r\ncontent-disposition: form-data; name=" + b"m" * 50_000 + b"\r\n\r\na\r\n--x--\r\n",
+        lambda: _form(name, b"", b"y"),
+        lambda: _form(name, b"a" * 3_000_000),  # more than what is held in memory
+    ])()  # fmt: skip
+    return Attempt("an odd form", body=body, headers=FORM)
+
+
+def _content_type(draw: random.Random, name: str) -> Attempt:
+    body = draw.choice(
+        [_form(name, make_image(draw)), b"model=a&image=b", b'{"model": "a"}', b"\xff" * 100, b"a=b&" * 5000]
+    )
+    return Attempt("another type of content", body=body, headers={"content-type": draw.choice(KINDS)})
+
+
+def _headers(draw: random.Random, name: str) -> Attempt:
+    body = json.dumps({"model": name, "image": ""}).encode()
+    headers = draw.choice([
+        {"x": "a" * draw.choice([10_000, 1_000_000])},
+        {f"x{i}": "a" for i in range(5000)},
+        {"authorization": draw.choice(["", "Bearer", "Bearer \xff", "Basic " + "a" * 5000])},
+        {"content-length": draw.choice(["-1", "99999999999999999999999", "1e3", "", " 5", "0x10", "5, 6", "9" * 11])},
+        {"transfer-encoding": draw.choice(["chunked", "gzip", "chunked, chunked", "\xff"])},
+        {"expect": "100-continue"},
+        {"content-encoding": "gzip"},
+        {"connection": "upgrade", "upgrade": draw.choice(["websocket", "h2c"])},
+        {"cookie": "a=" * 3000, "referer": "\x7f"},
+        {"inference-header-content-length": draw.choice(["-1", "x", "99999", ""])},
+    ])  # fmt: skip
+    return Attempt("odd headers, half closed", body=body, headers={"content-type": "application/json", **headers})
+
+
+def _path(draw: random.Random, name: str) -> Attempt:
+    target = draw.choice([
+        "/v1/classify/..", "/v1/../../etc/passwd", "/%00", "/v2/models/%ff/infer", "/v2/models//infer", "//", "*",
+        "/v2/models/..%2f..%2fetc/infer", "/v1/classify?" + "a=b&" * 5000, "/docs", "/openapi.json", "/v1/models/",
+        f"/v2/models/{name}", f"/v2/models/{name}/versions/9/infer", "/metrics", "/static/../app.py",
+        "http://other/v1/classify", "/" + "a" * 60_000,
+    ])  # fmt: skip
+    method = draw.choice(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE", "PATCH", "BREW", "CONNECT"])
+    return Attempt("an odd path or method", target, b"{}", method=method)
+
+
+def _raw(draw: random.Random, name: str) -> Attempt:
+    good = Attempt("", body=_form(name, make_image(draw)), headers=FORM).to_bytes()
+    what, raw = draw.choice([
+        ("no HTTP, half closed", draw.randbytes(draw.choice([1, 200, 100_000]))),
+        ("TLS, half closed", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + draw.randbytes(300)),
+        ("HTTP/2, half closed", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9)),
+        ("a request cut off, which leaves", good[: draw.randrange(1, len(good))]),
+        ("a request cut off, half closed", good[: draw.randrange(1, len(good))]),
+        ("a whole request that leaves", good),
+        ("two requests in one, half closed", good + mutate_bytes(good, draw)),
+        ("changed bytes, half closed", mutate_bytes(good, draw)),
+        ("odd chunks, half closed", b"POST /v1/classify HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+            + draw.choice([b"-1\r\na\r\n", b"zz\r\n", b"f" * 15 + b"\r\na", b"1\r\nabc\r\n0\r\n\r\n", b"0\r\n\r\n"])),
+    ])  # fmt: skip
+    return Attempt(what, raw=raw)
+
+
+FAMILIES: list[Callable[[random.Random, str], Attempt]] = [
+    _json, _base64, _image, _image, _bomb, _multipart, _content_type, _headers, _path, _raw,
+]  # fmt: skip
