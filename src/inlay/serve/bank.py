@@ -217,7 +217,19 @@ class Bank:
             InlayError: The bank does not know the adapter, or its folder is damaged.
         """
         known = self.files.get(name)
-        return known if known is not None else read_adapter(fetch(self._find_path(name)))
+        return known if known is not None else read_adapter(fetch(self.find_path(name)))
+
+    def find_path(self, name: str) -> str | Path:
+        """Where an adapter is read from: a folder, or a Hub id.
+
+        Raises:
+            BadInput: The bank does not know it.
+        """
+        if name not in self._paths:
+            names = ", ".join(list(self._paths)[:5]) or "none"
+            more = " ..." if len(self._paths) > 5 else ""
+            raise BadInput(f"unknown adapter {name!r}; this bank has {names}{more}.")
+        return self._paths[name]
 
     def load_processor(self, file: AdapterFile) -> Any:
         """What makes inputs for an adapter, one for all adapters of equal settings.
@@ -265,7 +277,7 @@ class Bank:
             InlayError: The bank does not know it, or an open block of `rows` has rows under it.
         """
         with self._lock:
-            self._find_path(name)
+            self.find_path(name)
             self._check_free(name)
             if name in self._slots:
                 del self._slots[name], self.files[name], self.checks[name]
@@ -361,7 +373,7 @@ class Bank:
     def _make_resident(self, wanted: Sequence[str]) -> None:
         """Read those of these adapters that are not in memory."""
         for name in wanted:
-            self._find_path(name)
+            self.find_path(name)
         for name in wanted:
             if name in self._slots:
                 self._slots.move_to_end(name)
@@ -421,20 +433,13 @@ class Bank:
             raise BadInput(f"{given} for {rows} rows; give a list with one adapter, or None, for each row.")
         return adapters
 
-    def _find_path(self, name: str) -> str | Path:
-        if name not in self._paths:
-            names = ", ".join(list(self._paths)[:5]) or "none"
-            more = " ..." if len(self._paths) > 5 else ""
-            raise BadInput(f"unknown adapter {name!r}; this bank has {names}{more}.")
-        return self._paths[name]
-
     def _stacks(self) -> list[Stacks]:
         return [self._prompts, *(layer.stacks for layer in self._layers.values())]
 
     def _load(self, name: str, keep: set[str] | None = None) -> None:
         """Check an adapter, which fills a slot on the way; the bank is as it was if it does not fit."""
         newcomer = _Newcomer(self, name, keep or set())
-        candidate = Candidate(Reading(fetch(self._find_path(name))), newcomer)
+        candidate = Candidate(Reading(fetch(self.find_path(name))), newcomer)
         try:
             run_checks(candidate)
         except Exception:

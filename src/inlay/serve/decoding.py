@@ -26,6 +26,9 @@ class GrowingLayer(DynamicLayer):
     transformers' own layer is copied for every token.
     """
 
+    keys: torch.Tensor
+    values: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self._rooms: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -1,8 +1,8 @@
 """How a task answers requests that come one by one, such as over HTTP: values become rows, and rows replies.
 
 A request is read by the settings of its adapter (`read`) and answered for people and programs (`reply`). In between a
-task of one forward pass (`Serving`) makes batches of requests of different adapters (`collate`, the model, `take_rows`);
-one that writes a text (`Writing`) says how its prompt is continued, token by token. Only the model is computed on the
+task of one forward pass (`Serving`) makes batches of requests of different adapters: `collate`, the model, `take_rows`.
+One that writes a text (`Writing`) says how its prompt is continued, token by token. Only the model is computed on the
 thread that owns it.
 """
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DataType = Literal["BOOL", "UINT8", "INT32", "INT64", "FP32", "BYTES"]
+Finish = Literal["stop", "length"]  # an end token or string, or as many tokens as were asked for
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,7 @@ class Prompt:
 
     Attributes:
         ids: The tokens.
+        text: The same as text; empty of a chat.
         ends: Tokens that end the text.
         max_new_tokens: None: as many as the base has positions for and the server allows.
         make_writer: For the text.
@@ -187,6 +189,7 @@ class Prompt:
     """
 
     ids: Sequence[int]
+    text: str
     ends: frozenset[int]
     max_new_tokens: int | None
     make_writer: Callable[[], Writer]
@@ -215,12 +218,12 @@ class Piece:
 
     Attributes:
         text: Empty while it is not certain.
-        finish: Why it ends here: "stop" at an end token or string, "length" at the most tokens; None: it goes on.
+        finish: Why it ends here; None: it goes on.
         score: Where the prompt asks for it.
     """
 
     text: str
-    finish: Literal["stop", "length"] | None = None
+    finish: Finish | None = None
     score: TokenScore | None = None
 
 
@@ -237,7 +240,7 @@ class Written:
 
     text: str
     tokens: int
-    finish: Literal["stop", "length"]
+    finish: Finish
     scores: list[TokenScore] = field(default_factory=list)
 
 

@@ -23,7 +23,7 @@ from inlay.serve.decoding import SPARE, DecodingBatch
 from inlay.serve.server.batches import explain_failure, explain_misfit
 from inlay.serve.server.queue import Request, RequestQueue
 from inlay.serve.server.refusals import Replaced, TooLate
-from inlay.tasks.serving import Piece, Prompt, Sampling, TokenScore, Writing, Written
+from inlay.tasks.serving import Finish, Piece, Prompt, Sampling, TokenScore, Writing, Written
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +107,11 @@ class GenerationLoop:
         """Wait for the end of the thread; True if it has ended."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
+
+    @property
+    def writing(self) -> int:
+        """Texts under way."""
+        return len(self._texts)
 
     def make_request(self, name: str, file: AdapterFile, row: Prompt, deadline: float) -> TextRequest:
         """A request for the queue.
@@ -284,7 +289,7 @@ class _Text:
         self.last = best if self._shape is None else self._draw(logits)
         self._count += 1
         score = self._score(logits)
-        text, finish = "", None
+        finish: Finish | None = None
         if self.last in self.prompt.ends:
             text, finish = self._writer.finish(), "stop"
         else:

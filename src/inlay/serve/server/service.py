@@ -18,11 +18,28 @@ from inlay.serve.server.config import ServiceConfig
 from inlay.serve.server.generation import GenerationLoop, TextRequest
 from inlay.serve.server.queue import Request, RequestQueue
 from inlay.serve.server.refusals import DoesNotFit, Replaced, TooLate, UnknownAdapter
-from inlay.serve.server.streams import Signature, TextStream
+from inlay.serve.server.streams import TextStream
 from inlay.tasks.serving import Answering, Reply, Serving, Writing
 from inlay.tasks.task import Task
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What computed an answer.
+
+    Attributes:
+        adapter: Its name.
+        digest: Of its file.
+        base: Name of the base.
+        base_digest: Of the base's weights, as their sketch tells them apart.
+    """
+
+    adapter: str
+    digest: str
+    base: str
+    base_digest: str
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,7 @@ class Service:
     Attributes:
         task: Of all adapters.
         refused: Why adapters that were given are not served, by name.
+        started: When it was made, in seconds since 1970.
 
     Args:
         bank: Base and adapters.
@@ -57,6 +75,7 @@ class Service:
         self.serving = self.task.serving()
         self.queue = RequestQueue(config.max_queue)
         self.loop = _make_loop(bank, self.serving, self.queue, config)
+        self.started = int(time.time())
         self.base_digest = bank.identity.digest
         self._pool = ThreadPoolExecutor(config.threads, "inlay-decode")
 
@@ -130,7 +149,7 @@ class Service:
 
         async def begin(request: Request, file: AdapterFile) -> TextStream:
             assert isinstance(request, TextRequest)
-            stream = TextStream(request, file, self.sign(name, file))
+            stream = TextStream(request, file)
             self.queue.put(request)
             await stream.wait_for_first()
             return stream

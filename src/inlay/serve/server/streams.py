@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 from inlay.adapters.file import AdapterFile
@@ -13,36 +12,17 @@ from inlay.serve.server.refusals import TooLate
 from inlay.tasks.serving import Piece, Written
 
 
-@dataclass(frozen=True)
-class Signature:
-    """What computed an answer.
-
-    Attributes:
-        adapter: Its name.
-        digest: Of its file.
-        base: Name of the base.
-        base_digest: Of the base's weights, as their sketch tells them apart.
-    """
-
-    adapter: str
-    digest: str
-    base: str
-    base_digest: str
-
-
 class TextStream:
     """The pieces of one text, for the event loop in which it is made.
 
     Args:
         request: Before it is put into the queue.
         file: Of its adapter.
-        signature: Of the answer.
     """
 
-    def __init__(self, request: TextRequest, file: AdapterFile, signature: Signature) -> None:
+    def __init__(self, request: TextRequest, file: AdapterFile) -> None:
         self.request = request
         self.file = file
-        self.signature = signature
         self._loop = asyncio.get_running_loop()
         self._arrived: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
         self._first: Piece | None = None

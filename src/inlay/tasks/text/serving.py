@@ -47,7 +47,7 @@ class TextServing(Writing):
     def read(self, values: Mapping[str, Any], processor: TextProcessor, limits: Limits) -> Prompt:
         """`values` may also hold messages, a list as chat templates take it, and logprobs, a number."""
         assert self._base is not None
-        ids, conversation = self._read_tokens(values, processor, limits)
+        ids, text, prompt = self._read_tokens(values, processor, limits)
         most = values.get("max_tokens", Decoding().max_new_tokens)
         if most is not None:
             most = _read_number("max_tokens", most, int, 1, limits.new_tokens)
@@ -55,7 +55,8 @@ class TextServing(Writing):
         logprobs = values.get("logprobs")
         return Prompt(
             ids=ids,
-            ends=frozenset(find_end_tokens(self._base, processor, [conversation])),
+            text=text,
+            ends=frozenset(find_end_tokens(self._base, processor, [prompt])),
             max_new_tokens=most,
             make_writer=lambda: TextWriter(processor.tokenizer, ids, stop),
             sampling=_read_sampling(values),
@@ -69,8 +70,8 @@ class TextServing(Writing):
 
     def _read_tokens(
         self, values: Mapping[str, Any], processor: TextProcessor, limits: Limits
-    ) -> tuple[list[int], Any]:
-        """Tokens of the prompt, and the prompt as it was asked: a text or a chat."""
+    ) -> tuple[list[int], str, Any]:
+        """Tokens of the prompt, its text, and what was asked with it: a text or a chat."""
         given = [name for name in ("prompt", "input_ids", "messages") if values.get(name) is not None]
         if len(given) != 1:
             raise BadInput(f"a request has either a prompt or its tokens, got {' and '.join(given) or 'none'}.")
@@ -78,16 +79,18 @@ class TextServing(Writing):
         prompt: Any = ""
         if given == ["input_ids"]:
             ids = _read_ids(value)
+            text = processor.tokenizer.decode(ids)
         else:
             texts = [value] if given == ["prompt"] else [message["content"] for message in value]
             _check_characters(sum(map(len, texts)), processor.tokenizer, limits)
             prompt = processor.conversation(value)
             ids = processor.encode_prompt(prompt)
+            text = value if isinstance(value, str) else ""
         if len(ids) > limits.tokens:
             raise BadInput(f"the prompt has {len(ids):,} tokens; this server reads {limits.tokens:,} at most.")
         assert self._base is not None
         check_vocabulary(str(self._base.name_or_path), max(ids), vocabulary_of(self._base))
-        return ids, prompt
+        return ids, text, prompt
 
 
 def _read_ids(value: Any) -> list[int]:
