@@ -13,8 +13,9 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import transformers
@@ -39,6 +40,30 @@ from inlay.serve.sites import find_sites
 from inlay.tasks.base import load_base
 
 Values = dict[str, torch.Tensor]
+
+
+class NoRoom(BadInput):
+    """More adapters at the same time than the budget of a bank has room for."""
+
+
+@dataclass(eq=False)
+class Held:
+    """An adapter as it was when a bank was asked to hold it: rows under it keep its weights until it is released.
+
+    Attributes:
+        name: Of the adapter.
+        digest: Of its file.
+        slot: Where the stacks have it, even if another file or none has its name by now.
+        ahead: Tokens in the cache, behind which the positions of a text go on.
+    """
+
+    name: str
+    digest: str
+    slot: int
+    ahead: int
+
+
+Choice: TypeAlias = str | Held | None  # what a row of a batch has: an adapter by name, a held one, or the plain base
 
 
 class Bank:
@@ -132,7 +157,8 @@ class Bank:
         self._slots: OrderedDict[str, int] = OrderedDict()  # the least recently used first
         self._known_sites: dict[Any, list[Site]] = {}
         self._lock = threading.RLock()
-        self._open_blocks: list[list[str | None]] = []  # rows of each block of `rows` that is open, the innermost last
+        self._holds: set[Held] = set()
+        self._open_blocks: list[list[Choice]] = []  # rows of each block of `rows` that is open, the innermost last
         if self.budget is None:
             self._rows.capacity = len(self._paths) + 1
             for name in list(self._paths):
@@ -168,6 +194,11 @@ class Bank:
         return self._identity
 
     @property
+    def prompts(self) -> PromptStacks:
+        """peft's prompts, which stand in front of the texts of their rows."""
+        return self._prompts
+
+    @property
     def room(self) -> int | None:
         """Adapters that may be in one batch, by the budget and the size of those in memory; None without a budget."""
         if self.budget is None:
@@ -186,7 +217,19 @@ class Bank:
             InlayError: The bank does not know the adapter, or its folder is damaged.
         """
         known = self.files.get(name)
-        return known if known is not None else read_adapter(fetch(self._find_path(name)))
+        return known if known is not None else read_adapter(fetch(self.find_path(name)))
+
+    def find_path(self, name: str) -> str | Path:
+        """Where an adapter is read from: a folder, or a Hub id.
+
+        Raises:
+            BadInput: The bank does not know it.
+        """
+        if name not in self._paths:
+            names = ", ".join(list(self._paths)[:5]) or "none"
+            more = " ..." if len(self._paths) > 5 else ""
+            raise BadInput(f"unknown adapter {name!r}; this bank has {names}{more}.")
+        return self._paths[name]
 
     def load_processor(self, file: AdapterFile) -> Any:
         """What makes inputs for an adapter, one for all adapters of equal settings.
@@ -234,7 +277,7 @@ class Bank:
             InlayError: The bank does not know it, or an open block of `rows` has rows under it.
         """
         with self._lock:
-            self._find_path(name)
+            self.find_path(name)
             self._check_free(name)
             if name in self._slots:
                 del self._slots[name], self.files[name], self.checks[name]
@@ -249,13 +292,35 @@ class Bank:
             self.evict(name)
             del self._paths[name]
 
+    def hold(self, name: str) -> Held:
+        """An adapter for rows of several calls, such as those of a text that is written token by token.
+
+        Whatever is added, evicted or removed meanwhile, rows under it have the weights of this moment; those that ask
+        for its name have what the name stands for. It takes its memory until it is released.
+
+        Raises:
+            InlayError: As `rows`.
+        """
+        with self._lock:
+            self._make_resident([name])
+            held = Held(name, self.files[name].digest, self._slots[name], self._ahead.get(name, 0))
+            self._holds.add(held)
+        return held
+
+    def release(self, held: Held) -> None:
+        """End a hold: its slot is free for others if no name and no other hold needs it."""
+        with self._lock:
+            self._holds.discard(held)
+
     def unload(self) -> PreTrainedModel:
         """The base as it was, without the bank.
 
         Raises:
-            InlayError: A block of `rows` is open.
+            InlayError: A block of `rows` is open, or an adapter is held.
         """
         with self._lock:
+            if self._holds:
+                raise BadInput(f"{len(self._holds)} adapters of this bank are held; release them before you unload it.")
             if self._open_blocks:
                 raise BadInput("a block of rows() is open on this bank; leave it before you unload the bank.")
             remove_all_adapters(self.model)
@@ -267,7 +332,7 @@ class Bank:
         return self.model
 
     @contextmanager
-    def rows(self, adapters: Sequence[str | None]) -> Iterator[PreTrainedModel]:
+    def rows(self, adapters: Sequence[Choice]) -> Iterator[PreTrainedModel]:
         """The model, whose batch inside the block has these adapters, one per row; None is the plain base.
 
         Those that are not in memory are read first. peft's prompts act only in `bank(...)` and `generate`. Inside the
@@ -283,15 +348,7 @@ class Bank:
                 "name an adapter for each row."
             )
         with self._lock:
-            wanted = [name for name in dict.fromkeys(adapters) if name is not None]
-            for name in wanted:
-                self._find_path(name)
-            for name in wanted:
-                if name in self._slots:
-                    self._slots.move_to_end(name)
-            for name in wanted:
-                if name not in self._slots:
-                    self._load(name, keep=set(wanted))
+            self._make_resident([name for name in dict.fromkeys(adapters) if isinstance(name, str)])
             block = list(adapters)
             self._open_blocks.append(block)
             try:
@@ -303,9 +360,26 @@ class Bank:
 
     def _choose_rows(self) -> None:
         """Give the batch the rows of the innermost open block, or the plain base."""
-        names = self._open_blocks[-1] if self._open_blocks else []
-        slots = [0 if name is None else self._slots[name] for name in names]
-        self._rows.choose(slots, [self._ahead.get(name or "", 0) for name in names])
+        slots, ahead = [], []
+        for choice in self._open_blocks[-1] if self._open_blocks else []:
+            if isinstance(choice, Held):
+                slots.append(choice.slot)
+                ahead.append(choice.ahead)
+            else:
+                slots.append(0 if choice is None else self._slots[choice])
+                ahead.append(self._ahead.get(choice or "", 0))
+        self._rows.choose(slots, ahead)
+
+    def _make_resident(self, wanted: Sequence[str]) -> None:
+        """Read those of these adapters that are not in memory."""
+        for name in wanted:
+            self.find_path(name)
+        for name in wanted:
+            if name in self._slots:
+                self._slots.move_to_end(name)
+        for name in wanted:
+            if name not in self._slots:
+                self._load(name, keep=set(wanted))
 
     def _check_free(self, name: str) -> None:
         """Raise InlayError if rows of an open block are under this adapter."""
@@ -313,7 +387,7 @@ class Bank:
             raise BadInput(f"adapter {name!r} has rows in an open block of rows(); leave that block first.")
 
     @torch.no_grad()
-    def __call__(self, inputs: Mapping[str, Any], adapters: Sequence[str | None], **more: Any) -> Any:
+    def __call__(self, inputs: Mapping[str, Any], adapters: Sequence[Choice], **more: Any) -> Any:
         """The model's output for a batch whose rows have these adapters; None is the plain base.
 
         Rows with fewer labels than others have -inf for the rest. Logits are those of the text's own tokens, also
@@ -335,7 +409,7 @@ class Bank:
             return output
 
     @torch.no_grad()
-    def generate(self, inputs: Mapping[str, Any], adapters: Sequence[str | None], **settings: Any) -> torch.Tensor:
+    def generate(self, inputs: Mapping[str, Any], adapters: Sequence[Choice], **settings: Any) -> torch.Tensor:
         """Continue texts, padded on the left, under these adapters; gives tokens, the texts' own included.
 
         Args:
@@ -352,19 +426,12 @@ class Bank:
             new = model.generate(**prompted, **settings)
             return torch.cat([ids.repeat_interleave(len(new) // len(ids), dim=0), new], dim=1)
 
-    def _check_rows(self, inputs: Mapping[str, Any], adapters: Sequence[str | None]) -> Sequence[str | None]:
+    def _check_rows(self, inputs: Mapping[str, Any], adapters: Sequence[Choice]) -> Sequence[Choice]:
         rows = next((len(value) for value in inputs.values() if torch.is_tensor(value)), 0)
         if isinstance(adapters, str) or rows != len(adapters):
             given = repr(adapters) if isinstance(adapters, str) else f"{len(adapters)} adapters"
             raise BadInput(f"{given} for {rows} rows; give a list with one adapter, or None, for each row.")
         return adapters
-
-    def _find_path(self, name: str) -> str | Path:
-        if name not in self._paths:
-            names = ", ".join(list(self._paths)[:5]) or "none"
-            more = " ..." if len(self._paths) > 5 else ""
-            raise BadInput(f"unknown adapter {name!r}; this bank has {names}{more}.")
-        return self._paths[name]
 
     def _stacks(self) -> list[Stacks]:
         return [self._prompts, *(layer.stacks for layer in self._layers.values())]
@@ -372,7 +439,7 @@ class Bank:
     def _load(self, name: str, keep: set[str] | None = None) -> None:
         """Check an adapter, which fills a slot on the way; the bank is as it was if it does not fit."""
         newcomer = _Newcomer(self, name, keep or set())
-        candidate = Candidate(Reading(fetch(self._find_path(name))), newcomer)
+        candidate = Candidate(Reading(fetch(self.find_path(name))), newcomer)
         try:
             run_checks(candidate)
         except Exception:
@@ -433,24 +500,28 @@ class Bank:
     def _claim_slot(self, name: str, values: Mapping[Stacks, Values], keep: set[str]) -> int:
         """A slot for an adapter: its own, or a free one, for which others may have to give way."""
         others = [other for other in self._slots if other != name]
+        held = {each.slot for each in self._holds}
         if self.budget is not None:
             shapes = [stacks.shapes(values.get(stacks, {})).values() for stacks in self._stacks()]
             each = 4 * sum(math.prod(shape) for of_one in shapes for shape in of_one)
             room = self.budget // max(each, 1) - 1  # one slot is the plain base's
             in_use = {other for block in self._open_blocks for other in block}
+            in_use |= {other for other in others if self._slots[other] in held}
             spare = [other for other in others if other not in keep and other not in in_use]
-            if len(others) - len(spare) + 1 > room:
-                raise BadInput(
+            replaced = held - {self._slots[other] for other in others}  # slots of what no other name stands for
+            if len(others) - len(spare) + len(replaced) + 1 > room:
+                raise NoRoom(
                     f"budget_mb {self.budget / 1e6:g} has room for {max(room, 0)} adapters of this size "
                     f"({each / 1e6:.2g} MB each), and this batch asks for more; raise it, or split the batch."
                 )
-            for other in spare[: max(0, len(others) + 1 - room)]:
+            for other in spare[: max(0, len(others) + len(replaced) + 1 - room)]:
                 self.evict(other)
             if self._rows.capacity > room + 1:
                 self._repack(room + 1)
-        if name in self._slots:
+            held = {each.slot for each in self._holds}  # they may have moved
+        if name in self._slots and self._slots[name] not in held:
             return self._slots[name]
-        used = {*self._slots.values(), 0}
+        used = {*self._slots.values(), *held, 0}
         free = next((slot for slot in range(self._rows.capacity) if slot not in used), None)
         if free is None:
             free = self._rows.capacity
@@ -460,12 +531,15 @@ class Bank:
 
     def _repack(self, capacity: int) -> None:
         """Stacks of so many slots, the used ones in front."""
-        order = [0, *self._slots.values()]
+        order = list(dict.fromkeys([0, *self._slots.values(), *(held.slot for held in self._holds)]))
         self._rows.capacity = capacity
         for stacks in self._stacks():
             stacks.repack(order)
-        for slot, name in enumerate(self._slots, 1):
-            self._slots[name] = slot
+        moved = {old: new for new, old in enumerate(order)}
+        for name, slot in self._slots.items():
+            self._slots[name] = moved[slot]
+        for held in self._holds:
+            held.slot = moved[held.slot]
         self._choose_rows()  # those of an open block have moved
 
 
@@ -570,6 +644,7 @@ class _Newcomer:
                 stacks.fill_slot(slot, values)
                 stacks.sizes[slot] = size
             bank.files[name], bank.checks[name], bank._ahead[name] = file, results, ahead
+            bank._slots[name] = slot  # the newcomer has another one where this one is held
 
         self._before = give_back
 

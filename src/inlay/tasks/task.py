@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from inlay.tasks.adapter import Adapter
     from inlay.tasks.evaluation import Evaluation, Request
     from inlay.tasks.options import TaskOptions
-    from inlay.tasks.serving import Serving
+    from inlay.tasks.serving import Answering
     from inlay.train.losses import Loss
 
 Record = dict[str, Any]  # what inlay keeps inside an adapter's file
@@ -321,11 +321,11 @@ class Task(ABC):
         """
         raise Unsupported(f"inlay does not score adapters for {self.name} yet.")
 
-    def serving(self) -> Serving:
-        """How requests to a server become rows of a batch, and rows replies.
+    def serving(self) -> Answering:
+        """How requests to a server are read, computed and answered.
 
         Raises:
-            InlayError: A server does not answer for this task, or not in one forward pass.
+            InlayError: A server does not answer for this task.
         """
         raise Unsupported(f"inlay does not serve {self.name} yet.")
 

@@ -58,7 +58,11 @@ def hide_paths(text: str) -> str:
 
 def make_error(path: str, status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
     """An error in the form of the protocol to which a path belongs."""
-    text = hide_paths(message)
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    body: Any = text if path.startswith("/v2") else {"message": text, "type": kind, "code": status}
+    body: Any = hide_paths(message) if path.startswith("/v2") else make_error_body(status, message)
     return JSONResponse({"error": body}, status, headers=dict(headers or {}))
+
+
+def make_error_body(status: int, message: str) -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"message": hide_paths(message), "type": kind, "code": status}

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inlay.errors import ComputationFailed, InlayError, WrongBase
-from inlay.serve.server import classify
+from inlay.serve.server import classify, openai
 from inlay.serve.server.answers import make_error
 from inlay.serve.server.refusals import Busy, Refusal, TooLarge
 from inlay.serve.server.service import Service
@@ -50,6 +50,7 @@ def make_app(service: Service, *, api_key: str | None = None) -> FastAPI:
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
     app.add_exception_handler(Exception, _answer_failure)
     app.include_router(classify.router)
+    app.include_router(openai.router)
     app.add_api_route("/health", _answer_health, methods=["GET"])
     key = api_key or os.environ.get(KEY)
     app.add_middleware(Gate, max_bytes=int(service.config.max_body_mb * 1e6), key=key)

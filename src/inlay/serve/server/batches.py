@@ -5,12 +5,13 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
+from inlay.adapters.file import AdapterFile
 from inlay.errors import ComputationFailed, InlayError
 from inlay.serve.bank import Bank
 from inlay.serve.server.queue import Request, RequestQueue
 from inlay.serve.server.refusals import DoesNotFit, Replaced, UnknownAdapter
 from inlay.tasks.adapter import place_inputs
-from inlay.tasks.serving import Serving
+from inlay.tasks.serving import Row, Serving
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,10 @@ class BatchLoop:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    def make_request(self, name: str, file: AdapterFile, row: Row, deadline: float) -> Request:
+        """A request for the queue: a row that was made by the settings of an adapter's file."""
+        return Request(name, file.digest, row, row.shape, deadline)
+
     def _run(self) -> None:
         while requests := self.queue.take(self.max_batch, wait_s=self.max_wait_s, adapters=self.bank.room):
             self.watch(requests)
@@ -75,16 +80,14 @@ class BatchLoop:
                 return
             for request in requests:
                 if not request.future.done():
-                    request.future.set_exception(_explain_failure(error))
+                    request.future.set_exception(explain_failure(error))
 
     def _compute(self, requests: Sequence[Request], names: Sequence[str]) -> None:
         with ExitStack() as block:
             try:
                 block.enter_context(self.bank.rows(names))  # those that are not in memory are read and checked
             except InlayError as error:
-                if any(name not in self.bank.names for name in names):
-                    raise UnknownAdapter(str(error)) from error
-                raise DoesNotFit(str(error)) from error
+                raise explain_misfit(error, self.bank, names) from error
             current = []
             for request in requests:
                 if self.bank.files[request.adapter].digest == request.digest:
@@ -100,7 +103,17 @@ class BatchLoop:
             request.future.set_result(found)
 
 
-def _explain_failure(error: Exception) -> InlayError:
+def explain_misfit(error: Exception, bank: Bank, names: Sequence[str]) -> InlayError:
+    """What a client is told where a bank cannot take the adapters of its rows into memory."""
+    if not isinstance(error, InlayError):
+        return explain_failure(error)
+    if any(name not in bank.names for name in names):
+        return UnknownAdapter(str(error))
+    return DoesNotFit(str(error))
+
+
+def explain_failure(error: Exception) -> InlayError:
+    """What a client is told where a batch could not be computed; the log has the rest."""
     if isinstance(error, InlayError):
         return error
     log.error("a batch failed", exc_info=error)

@@ -19,6 +19,8 @@ class ServiceConfig:
     max_voxels: int = option(200_000_000, "Voxels of a scan.", least=1)
     max_tokens: int = option(4_096, "Tokens of a text.", least=1)
     max_new_tokens: int = option(1_024, "Tokens to generate for a request.", least=1)
+    max_write_s: float = option(600.0, "A text that takes longer to write gets status 504.", above=0)
+    cache_mb: float = option(2048.0, "Memory for the keys and values of all texts under way.", above=0)
     threads: int = option(4, "Threads that decode requests.", least=1)
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +37,10 @@ class Request:
     deadline: float = math.inf
     arrived: float = field(default_factory=time.monotonic)
     future: Future[Any] = field(default_factory=Future)
+
+    def begin(self) -> bool:
+        """Mark the request as one that is being answered; False if it was cancelled before."""
+        return self.future.running() or self.future.set_running_or_notify_cancel()
 
 
 class RequestQueue:
@@ -77,7 +81,22 @@ class RequestQueue:
             self._count += 1
             self._changed.notify_all()
 
-    def take(self, rows: int, *, wait_s: float = 0.0, adapters: int | None = None, block: bool = True) -> list[Request]:
+    def put_back(self, request: Request) -> None:
+        """Let a request that was taken wait again, as the next one of its adapter, whose turn it is first."""
+        with self._changed:
+            self._waiting.setdefault(request.adapter, deque()).appendleft(request)
+            self._waiting.move_to_end(request.adapter, last=False)
+            self._count += 1
+
+    def take(
+        self,
+        rows: int,
+        *,
+        wait_s: float = 0.0,
+        adapters: int | None = None,
+        fits: Callable[[Sequence[Request], Request], bool] = lambda taken, request: True,
+        block: bool = True,
+    ) -> list[Request]:
         """The next requests, all of one shape; an empty list once the queue is closed and empty.
 
         Cancelled requests are left out; those whose deadline has passed are refused here.
@@ -86,7 +105,10 @@ class RequestQueue:
             rows: At most so many.
             wait_s: How long the first request waits for others to fill the batch, in seconds.
             adapters: Different ones at most.
-            block: Wait for a request where there is none; otherwise the list may be empty.
+            fits: Whether there is room for a request next to those that are taken. One without room waits, and those
+                that came after it do not pass it, so that the room it needs becomes free.
+            block: Wait for a request where there is none; otherwise the list may be empty. Then some request must fit
+                by itself.
         """
         with self._changed:
             while True:
@@ -101,8 +123,10 @@ class RequestQueue:
                 if self._count < rows and left > 0 and not self._closed:
                     self._changed.wait(left)
                     continue
-                if taken := self._take_in_turn(rows, adapters):
+                taken = self._take_in_turn(rows, adapters, fits)
+                if taken:
                     self._measure_pace(len(taken))
+                if taken or not block:
                     return taken
 
     def close(self) -> None:
@@ -111,9 +135,12 @@ class RequestQueue:
             self._closed = True
             self._changed.notify_all()
 
-    def _take_in_turn(self, rows: int, adapters: int | None) -> list[Request]:
+    def _take_in_turn(
+        self, rows: int, adapters: int | None, fits: Callable[[Sequence[Request], Request], bool]
+    ) -> list[Request]:
         """One request of each adapter, round after round, of the shape of the first."""
         taken: list[Request] = []
+        first_without_room = math.inf
         served: dict[str, None] = {}
         found = True
         while found and len(taken) < rows:
@@ -126,10 +153,15 @@ class RequestQueue:
                     continue
                 if taken and requests[0].shape != taken[0].shape:
                     continue
+                if requests[0].arrived > first_without_room:
+                    continue
+                if not fits(taken, requests[0]):
+                    first_without_room = requests[0].arrived
+                    continue
                 request = requests.popleft()
                 self._count -= 1
                 found = True
-                if request.future.set_running_or_notify_cancel():
+                if request.begin():
                     taken.append(request)
                     served[name] = None
         for name in served:
@@ -147,7 +179,7 @@ class RequestQueue:
                     continue
                 if request.deadline > now:
                     kept.append(request)
-                elif request.future.set_running_or_notify_cancel():
+                elif request.begin():
                     waited = now - request.arrived
                     request.future.set_exception(TooLate(f"the request waited {waited:.2f} s, past its deadline."))
             self._count -= len(requests) - len(kept)

@@ -2,10 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,10 +15,14 @@ from inlay.errors import BadInput, InlayError
 from inlay.serve.bank import Bank
 from inlay.serve.server.batches import BatchLoop
 from inlay.serve.server.config import ServiceConfig
+from inlay.serve.server.generation import GenerationLoop, TextRequest
 from inlay.serve.server.queue import Request, RequestQueue
 from inlay.serve.server.refusals import DoesNotFit, Replaced, TooLate, UnknownAdapter
-from inlay.tasks.serving import Reply, Row
+from inlay.serve.server.streams import TextStream
+from inlay.tasks.serving import Answering, Reply, Serving, Writing
 from inlay.tasks.task import Task
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Service:
     Attributes:
         task: Of all adapters.
         refused: Why adapters that were given are not served, by name.
+        started: When it was made, in seconds since 1970.
 
     Args:
         bank: Base and adapters.
@@ -69,9 +74,8 @@ class Service:
         self.task = _find_task(bank, self.refused)
         self.serving = self.task.serving()
         self.queue = RequestQueue(config.max_queue)
-        self.loop = BatchLoop(
-            bank, self.serving, self.queue, max_batch=config.max_batch, max_wait_s=config.max_wait_ms / 1000
-        )
+        self.loop = _make_loop(bank, self.serving, self.queue, config)
+        self.started = int(time.time())
         self.base_digest = bank.identity.digest
         self._pool = ThreadPoolExecutor(config.threads, "inlay-decode")
 
@@ -117,23 +121,66 @@ class Service:
         Raises:
             InlayError: What `Serving.read` says, or a refusal.
         """
+        if isinstance(self.loop, GenerationLoop):
+            stream = await self.write(name, values, timeout_s)
+            found = await stream.read_all()
+            return self._answer(found, stream.request, stream.file)
+
+        async def wait(request: Request, file: AdapterFile) -> Answered:
+            self.queue.put(request)
+            found = await _wait_for(request.future, request.deadline)
+            return self._answer(found, request, file)
+
+        return await self._try(name, values, timeout_s, wait)
+
+    async def write(self, name: str, values: Mapping[str, Any], timeout_s: float | None = None) -> TextStream:
+        """The text of an adapter behind a prompt, whose first piece is there.
+
+        Args:
+            name: Of the adapter.
+            values: As `Writing.read` takes them.
+            timeout_s: For the first piece; shorter than the server's own.
+
+        Raises:
+            InlayError: What `Writing.read` says, or a refusal.
+        """
+        if not isinstance(self.loop, GenerationLoop):
+            raise BadInput(f"this server is for {self.task.name}, and writes no text.")
+
+        async def begin(request: Request, file: AdapterFile) -> TextStream:
+            assert isinstance(request, TextRequest)
+            stream = TextStream(request, file)
+            self.queue.put(request)
+            await stream.wait_for_first()
+            return stream
+
+        return await self._try(name, values, timeout_s, begin)
+
+    async def _try(
+        self,
+        name: str,
+        values: Mapping[str, Any],
+        timeout_s: float | None,
+        answer: Callable[[Request, AdapterFile], Coroutine[Any, Any, T]],
+    ) -> T:
+        """Ask for an answer; again where the adapter is replaced between reading the request and computing it."""
         deadline = time.monotonic() + min(timeout_s or self.config.timeout_s, self.config.timeout_s)
         for attempt in range(3):
             file = self.find_file(name)
             row = await self._run_on_pool(self._read_row, file, values)
-            request = Request(name, file.digest, row, row.shape, deadline)
-            self.queue.put(request)
+            request = self.loop.make_request(name, file, row, deadline)
             try:
-                found = await _wait_for(request.future, deadline)
+                return await answer(request, file)
             except Replaced:
                 if attempt == 2:
                     raise
-                continue
-            reply = self.serving.reply(found, row, file.labels, self.bank.model.config)
-            return Answered(reply, self.sign(name, file), file.labels)
         raise AssertionError("unreachable")
 
-    def _read_row(self, file: AdapterFile, values: Mapping[str, Any]) -> Row:
+    def _answer(self, found: Any, request: Request, file: AdapterFile) -> Answered:
+        reply = self.serving.reply(found, request.row, file.labels, self.bank.model.config)
+        return Answered(reply, self.sign(request.adapter, file), file.labels)
+
+    def _read_row(self, file: AdapterFile, values: Mapping[str, Any]) -> Any:
         with torch.inference_mode():
             return self.serving.read(values, self.bank.load_processor(file), self.config.limits)
 
@@ -152,6 +199,26 @@ async def _wait_for(future: Future[Any], deadline: float) -> Any:
             return await asyncio.wrap_future(future)
     except TimeoutError:
         raise TooLate("the request was not answered before its deadline.") from None
+
+
+def _make_loop(
+    bank: Bank, serving: Answering, queue: RequestQueue, config: ServiceConfig
+) -> BatchLoop | GenerationLoop:
+    """What computes the requests: one forward pass each, or a token at a time."""
+    wait_s = config.max_wait_ms / 1000
+    if not isinstance(serving, Writing):
+        assert isinstance(serving, Serving)
+        return BatchLoop(bank, serving, queue, max_batch=config.max_batch, max_wait_s=wait_s)
+    return GenerationLoop(
+        bank,
+        serving,
+        queue,
+        max_batch=config.max_batch,
+        max_wait_s=wait_s,
+        max_new_tokens=config.max_new_tokens,
+        max_write_s=config.max_write_s,
+        cache_mb=config.cache_mb,
+    )
 
 
 def _find_task(bank: Bank, refused: dict[str, str]) -> Task:

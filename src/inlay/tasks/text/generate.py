@@ -117,7 +117,7 @@ def generate(
     if isinstance(prompts, str):
         raise BadInput("prompts must be a list, got a string; wrap it in a list.")
     prompts = [processor.conversation(prompt) for prompt in prompts]
-    settings = _generation_config(processor, decoding, _find_end_tokens(base, processor, prompts))
+    settings = _generation_config(processor, decoding, find_end_tokens(base, processor, prompts))
     ids = _cut_prompts(processor.encode_prompts(prompts), _count_room(model, base, decoding), processor.start)
     check_vocabulary(base.name_or_path, max((max(row) for row in ids), default=0), vocabulary_of(base))
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # alike in length, and memory runs out first if it does
@@ -183,7 +183,7 @@ def _generation_config(processor: TextProcessor, decoding: Decoding, ends: list[
     return settings
 
 
-def _find_end_tokens(base: PreTrainedModel, processor: TextProcessor, prompts: Sequence[Any]) -> list[int]:
+def find_end_tokens(base: PreTrainedModel, processor: TextProcessor, prompts: Sequence[Any]) -> list[int]:
     """Tokens that end a text: the tokenizer's, the model's and those with which the template ends an answer."""
     own = base.generation_config.eos_token_id
     ends = {processor.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}

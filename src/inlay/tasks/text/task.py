@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from inlay.tasks.adapter import Adapter
     from inlay.tasks.evaluation import Evaluation, Request
     from inlay.tasks.options import TaskOptions
+    from inlay.tasks.serving import Answering
     from inlay.train.losses import Loss
 
 
@@ -182,6 +183,11 @@ class TextGeneration(Task):
         from inlay.tasks.text.evaluate import evaluate
 
         return evaluate(adapter, data, request)
+
+    def serving(self) -> Answering:
+        from inlay.tasks.text.serving import TextServing
+
+        return TextServing()
 
     def describe_inputs(self, record: Record) -> list[str]:
         settings = record["preprocessing"]
