@@ -115,8 +115,9 @@ async def chat(request: Request) -> Response:
 
 async def _read_body(request: Request, known: set[str]) -> dict[str, Any]:
     """The fields of a request that are not null, each of which is known."""
+    content = await request.body()
     try:
-        body = json.loads(await request.body())
+        body = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise BadInput("the body is no JSON.") from error
     if not isinstance(body, dict):
