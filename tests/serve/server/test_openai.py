@@ -223,4 +223,11 @@ def test_a_client_that_leaves_ends_its_text(client, service, monkeypatch):
     start = time.monotonic()
     while service.loop.writing and time.monotonic() < start + 5:
         time.sleep(0.01)
-    assert [(request.left, request.future.done()) for request in begun] == [(True, False)] * 2
+    assert {(request.left, request.future.done()) for request in begun} == {(True, False)}
+
+
+def test_people_and_other_protocols_get_texts_too(client):
+    answered = httpx.post(f"{client.base_url}classify", json={"model": "lora", "prompt": PROMPT}).json()
+    wanted = complete(client, max_tokens=64)
+    assert answered["text"] == wanted.choices[0].text and answered["finish_reason"] == wanted.choices[0].finish_reason
+    assert answered["adapter_digest"] == wanted.adapter_digest

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreT
 from inlay import load_base, load_tokenizer
 from inlay.errors import InlayError
 from inlay.methods import METHODS
-from inlay.tasks.text.generate import Decoding, _DrawnTokens, _find_end_tokens, generate
+from inlay.tasks.text.generate import Decoding, _DrawnTokens, find_end_tokens, generate
 from inlay.tasks.text.processor import TextProcessor
 from inlay.train.config import TrainConfig
 from methods.bases import adapted, build
@@ -210,13 +210,11 @@ def test_a_chat_ends_where_its_template_ends_an_answer():
         "{% if add_generation_prompt %}<{% endif %}"
     )
     chat = [{"role": "user", "content": "any pub"}]
-    assert _find_end_tokens(model, processor, [chat]) == [1, 2] and _find_end_tokens(model, processor, ["any pub"]) == [
-        2
-    ]
+    assert find_end_tokens(model, processor, [chat]) == [1, 2] and find_end_tokens(model, processor, ["any pub"]) == [2]
     texts = generate(model, processor, ["x", chat], Decoding(max_new_tokens=8))
     assert texts == [by_hand(model, processor, prompt, 8) for prompt in ("x", chat)]
     processor.tokenizer.chat_template = "{{ messages | length }}"  # writes all anew for an answer
-    assert _find_end_tokens(model, processor, [chat]) == [2]
+    assert find_end_tokens(model, processor, [chat]) == [2]
 
 
 def test_mistakes_are_named():
