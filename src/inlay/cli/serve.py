@@ -5,13 +5,14 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Annotated, Any, get_type_hints
+from functools import partial
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
 from inlay.cli.show import DeviceOption, DtypeOption, JsonOption
 from inlay.cli.study import read_numbers
-from inlay.errors import Unsupported
+from inlay.errors import BadInput, Unsupported
 from inlay.serve.load_config import LoadConfig
 from inlay.serve.server.config import ServiceConfig
 
@@ -32,6 +33,20 @@ def serve(
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve adapters as they come to the folder, change there and go.")
+    ] = False,
+    allow_loading: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROOT", help="Let clients load adapters from this folder; may be repeated."),
+    ] = None,
+    allow_hub: Annotated[bool, typer.Option("--allow-hub", help="Let clients load adapters of the Hub.")] = False,
+    drain_s: Annotated[
+        float, typer.Option(help="How long accepted requests are answered after SIGTERM, in seconds.", min=0)
+    ] = 25.0,
+    log_format: Annotated[
+        Literal["text", "json"], typer.Option(help="Of the lines on stderr, one for each request.")
+    ] = "text",
     **bounds: Any,
 ) -> None:
     """Serve many adapters of any method on one base, such as `serve builtin:vit-tiny adapters_hub`."""
@@ -39,23 +54,30 @@ def serve(
         from inlay.serve.server.run import run_server
     except ModuleNotFoundError as error:
         raise Unsupported(f"{error.name} is not installed; pip install 'inlay[serve]' installs it.") from error
-    from inlay.serve.bank import Bank
+    from inlay.serve.server.adapters import LoadingRules
+    from inlay.serve.server.app import make_app
     from inlay.serve.server.service import Service
 
     config = ServiceConfig(**bounds)
+    loading = LoadingRules.from_options(allow_loading or [], allow_hub)
+    if watch and len(adapters) > 1:
+        raise BadInput("--watch takes one folder that holds a folder for each adapter.")
     given = adapters[0] if len(adapters) == 1 else adapters
-    bank = Bank(
-        base,
-        given,
-        budget_mb=budget_mb,
-        skip_unfit=True,
-        device=device,
-        dtype=dtype or "float32",
+
+    def load() -> Service:
+        from inlay.serve.bank import Bank
+
+        bank = Bank(base, given, budget_mb=budget_mb, skip_unfit=True, device=device, dtype=dtype or "float32")
+        return Service(bank, config)
+
+    run_server(
+        load,
+        partial(make_app, watched=adapters[0] if watch else None, loading=loading),
+        host=host,
+        port=port,
+        drain_s=drain_s,
+        log_format=log_format,
     )
-    service = Service(bank, config)
-    for name, reason in service.refused.items():
-        print(f"not served: {name}: {reason}", file=sys.stderr)
-    run_server(service, host=host, port=port)
 
 
 def bench_serve(

@@ -52,6 +52,16 @@ def find_digest(metadata: dict[str, str]) -> str:
     return next((metadata[kind] for kind in _DIGESTS if kind in metadata), "")
 
 
+def digest_file(path: Path, more: str = "") -> str:
+    """The digest of all bytes of a file, and of a text that belongs to it: for one that holds no digest itself."""
+    digest = xxhash.xxh3_128(more.encode())
+    with FileIO(path) as file:
+        piece = memoryview(bytearray(PIECE))
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
+    return digest.hexdigest()
+
+
 class BodyDigest:
     """The digest of a file, taken while its tensors are read, and compared with the one that is stored in it.
 

@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -33,6 +33,7 @@ from inlay.bases.bfloat16 import choose_dtype
 from inlay.bases.device import Device, choose_device
 from inlay.bases.load import Dtype, find_head, read_config, resolve_base
 from inlay.errors import BadInput, DamagedFile, InlayError, Unsupported
+from inlay.files.tensor_header import digest_file
 from inlay.methods._peft import put_layers_back, remove_all_adapters, take_layers_out, undo_layer_changes
 from inlay.serve.bank_layer import BankLayer, Rows, Site, Stacks
 from inlay.serve.prompt import TABLE, PromptStacks, is_cached_prefix, shift_positions, split_cached_prefix
@@ -66,6 +67,23 @@ class Held:
 Choice: TypeAlias = str | Held | None  # what a row of a batch has: an adapter by name, a held one, or the plain base
 
 
+@dataclass
+class Counts:
+    """What a bank has done since it was made.
+
+    Attributes:
+        hits: Adapters of batches that were in memory.
+        loads: Adapters that were read and checked.
+        evictions: Adapters that gave way to others, by the budget.
+        bytes: Size of the stacks now; unlike `Bank.bytes` it may be read while the bank computes.
+    """
+
+    hits: int = 0
+    loads: int = 0
+    evictions: int = 0
+    bytes: int = 0
+
+
 class Bank:
     """A base with any number of adapters, of which each row of a batch has one, or none.
 
@@ -76,10 +94,12 @@ class Bank:
 
     Attributes:
         model: The base, wrapped in place; outside of a call it computes what it did.
-        files: What was read of each resident adapter: its config, labels and preprocessing.
+        files: What was read of each resident adapter: its config, labels and preprocessing; all have a digest here.
         checks: By resident adapter the result of each of CHECKS: ok; not recorded where the file does not say what it
             should be; left out.
         refused: With `skip_unfit`, why each adapter was left out.
+        refused_paths: Where those are.
+        counts: Of loads and evictions.
     """
 
     def __init__(
@@ -122,6 +142,8 @@ class Bank:
         self.check_golden = check_golden
         self.skip_unfit = skip_unfit
         self.refused: dict[str, InlayError] = {}
+        self.refused_paths: dict[str, str | Path] = {}
+        self.counts = Counts()
         self.budget = None if budget_mb is None else int(budget_mb * 1e6)
         if isinstance(base, nn.Module):
             self._start(base, lacks_head=False)
@@ -148,6 +170,7 @@ class Bank:
         self._identity = identify_base(self.model)
         self._module_names = [name for name, _ in self.model.named_modules()]
         self._processors: dict[str, Any] = {}
+        self._digests: dict[Path, tuple[tuple[Any, ...], str]] = {}  # of files that hold none, with their version
         self._outputs: dict[str, list[float]] = {}  # golden ones, by the digest of the adapter's file
         self._rows = Rows(next(p for p in self.model.parameters() if p.is_floating_point()).device)
         self._prompts = PromptStacks(self._rows)
@@ -170,8 +193,8 @@ class Bank:
         except InlayError as error:
             if not self.skip_unfit:
                 raise
-            del self._paths[name]
             self.refused[name] = error
+            self.refused_paths[name] = self._paths.pop(name)
 
     @property
     def names(self) -> list[str]:
@@ -217,7 +240,26 @@ class Bank:
             InlayError: The bank does not know the adapter, or its folder is damaged.
         """
         known = self.files.get(name)
-        return known if known is not None else read_adapter(fetch(self.find_path(name)))
+        return known if known is not None else self.read_folder(self.find_path(name))
+
+    def read_folder(self, path: str | Path) -> AdapterFile:
+        """What the folder of an adapter says that need not be in the bank; as all files here it has a digest.
+
+        Raises:
+            InlayError: It is damaged, or no adapter.
+        """
+        return self._with_digest(read_adapter(fetch(path)))
+
+    def _with_digest(self, file: AdapterFile) -> AdapterFile:
+        """The file as read, with the digest of its bytes and config where it holds none, as those of plain peft."""
+        if file.digest:
+            return file
+        state = file.weights.stat()
+        version = (state.st_ino, state.st_size, state.st_mtime_ns, hash_config(file.config))
+        known = self._digests.get(file.weights)
+        if known is None or known[0] != version:
+            known = self._digests[file.weights] = version, digest_file(file.weights, hash_config(file.config))
+        return replace(file, digest=known[1])
 
     def find_path(self, name: str) -> str | Path:
         """Where an adapter is read from: a folder, or a Hub id.
@@ -377,6 +419,7 @@ class Bank:
         for name in wanted:
             if name in self._slots:
                 self._slots.move_to_end(name)
+                self.counts.hits += 1
         for name in wanted:
             if name not in self._slots:
                 self._load(name, keep=set(wanted))
@@ -426,6 +469,10 @@ class Bank:
             new = model.generate(**prompted, **settings)
             return torch.cat([ids.repeat_interleave(len(new) // len(ids), dim=0), new], dim=1)
 
+    def as_model(self, name: str) -> nn.Module:
+        """A model that takes batches of one row, under this adapter."""
+        return _OneRow(self, name)
+
     def _check_rows(self, inputs: Mapping[str, Any], adapters: Sequence[Choice]) -> Sequence[Choice]:
         rows = next((len(value) for value in inputs.values() if torch.is_tensor(value)), 0)
         if isinstance(adapters, str) or rows != len(adapters):
@@ -446,6 +493,8 @@ class Bank:
             newcomer.withdraw()
             raise
         self.checks[name] = candidate.results
+        self.counts.loads += 1
+        self.counts.bytes = self.bytes
 
     def _fill_slot(self, slot: int, values: Mapping[Stacks, Values]) -> None:
         """Put the tensors of an adapter into a slot of all stacks."""
@@ -516,6 +565,7 @@ class Bank:
                 )
             for other in spare[: max(0, len(others) + len(replaced) + 1 - room)]:
                 self.evict(other)
+                self.counts.evictions += 1
             if self._rows.capacity > room + 1:
                 self._repack(room + 1)
             held = {each.slot for each in self._holds}  # they may have moved
@@ -596,7 +646,7 @@ class _Newcomer:
         bank._slots[self._name] = slot
         bank._slots.move_to_end(self._name)
         bank._ahead[self._name] = file.config["num_virtual_tokens"] if cache else 0
-        bank.files[self._name] = file
+        bank.files[self._name] = bank._with_digest(file)
 
     def load_processor(self, file: AdapterFile) -> Any:
         """The bank's; None for plain peft's, where the base brings none."""
@@ -612,7 +662,7 @@ class _Newcomer:
         bank, outputs = self._bank, self._bank._outputs
         if file.digest not in outputs:
             task = find_task_of_file(file, bank.model.config)
-            found = golden.compute_output(_OneRow(bank, self._name), processor, task)
+            found = golden.compute_output(bank.as_model(self._name), processor, task)
             if not file.digest:
                 return found
             outputs[file.digest] = found

@@ -46,7 +46,7 @@ def name_signature(signature: Signature) -> dict[str, str]:
     return {
         "model": signature.adapter,
         "adapter_digest": signature.digest,
-        "base": hide_paths(signature.base),
+        "base": signature.base,
         "base_digest": signature.base_digest,
     }
 

@@ -1,46 +1,61 @@
-"""The HTTP application: who may ask, how large a request may be, and what becomes of errors. Routes are in files of
-their own."""
+"""The HTTP application: what becomes of errors. Routes are in files of their own, and so is what stands before them."""
 
 import asyncio
-import hmac
-import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inlay.errors import ComputationFailed, InlayError, WrongBase
-from inlay.serve.server import classify, openai
+from inlay.serve.server import classify, health, metrics, openai
+from inlay.serve.server.adapters import LoadingRules, make_router
 from inlay.serve.server.answers import make_error
-from inlay.serve.server.refusals import Busy, Refusal, TooLarge
+from inlay.serve.server.gate import KEY, Gate, Journal, read_keys
+from inlay.serve.server.refusals import Busy, Refusal
 from inlay.serve.server.service import Service
+from inlay.serve.server.trace import current_trace
+from inlay.serve.server.watch import FolderWatch
 
-log = logging.getLogger(__name__)
-KEY = "INLAY_API_KEY"  # environment variable: the key that requests must bring
-OPEN_PATHS = ("/health", "/v2/health/live", "/v2/health/ready", "/")
+STOP_S = 5.0  # for the batch under way, once no request waits for it
 
 
-def make_app(service: Service, *, api_key: str | None = None) -> FastAPI:
+def make_app(
+    service: Service,
+    *,
+    api_key: str | None = None,
+    watched: str | Path | None = None,
+    loading: LoadingRules | None = None,
+) -> FastAPI:
     """The application of a service, which starts and stops with it.
 
     Args:
         service: Answers requests.
-        api_key: What requests bring as `Authorization: Bearer KEY`; default: the environment's INLAY_API_KEY. Without
-            either, everyone may ask.
+        api_key: What requests bring as `Authorization: Bearer KEY`; several are separated by commas. Default: the
+            environment's INLAY_API_KEY. Without either, everyone may ask.
+        watched: A folder of adapters, which come and go with their folders.
+        loading: What clients may load; None: nothing.
+
+    Raises:
+        BadInput: A key is empty; the folder cannot be watched.
     """
+    watch = None if watched is None else FolderWatch(service, watched)
 
     @asynccontextmanager
     async def run_service(app: FastAPI) -> AsyncIterator[None]:
         service.start()
+        await asyncio.to_thread(service.loop.is_ready.wait)
+        if watch is not None:
+            watch.start()
         yield
-        await asyncio.to_thread(service.stop)
+        if watch is not None:
+            watch.stop()
+        await asyncio.to_thread(service.stop, STOP_S)
 
     app = FastAPI(title="inlay", lifespan=run_service, openapi_url=None)
     app.state.service = service
@@ -48,62 +63,20 @@ def make_app(service: Service, *, api_key: str | None = None) -> FastAPI:
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(RequestValidationError, _answer_wrong_form)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
-    app.add_exception_handler(Exception, _answer_failure)
     app.include_router(classify.router)
     app.include_router(openai.router)
-    app.add_api_route("/health", _answer_health, methods=["GET"])
-    key = api_key or os.environ.get(KEY)
-    app.add_middleware(Gate, max_bytes=int(service.config.max_body_mb * 1e6), key=key)
+    app.include_router(health.router)
+    app.include_router(metrics.router)
+    if loading is not None:
+        app.include_router(make_router(loading))
+    keys = read_keys(os.environ.get(KEY) if api_key is None else api_key)
+    app.add_middleware(Gate, service=service, keys=keys)
+    app.add_middleware(Journal, service=service)  # the one that is added last stands in front
     return app
 
 
-class Gate:
-    """Lets requests in that bring the key and are not too large, before their body is read.
-
-    Args:
-        app: What answers them.
-        max_bytes: Of a body.
-        key: None: no key is needed.
-    """
-
-    def __init__(self, app: ASGIApp, max_bytes: int, key: str | None) -> None:
-        self.app = app
-        self.max_bytes = max_bytes
-        self.expected = None if key is None else f"Bearer {key}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI says."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        if self.expected is not None and scope["path"] not in OPEN_PATHS:
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, self.expected):
-                refusal = make_error(scope["path"], 401, "the API key is missing or wrong: Authorization: Bearer KEY.")
-                await refusal(scope, receive, send)
-                return
-        announced = headers.get(b"content-length", b"0")
-        if not announced.isdigit() or int(announced) > self.max_bytes:
-            await make_error(scope["path"], 413, self._explain_size())(scope, receive, send)
-            return
-        read = 0
-
-        async def receive_bounded() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self.max_bytes:
-                raise TooLarge(self._explain_size())
-            return message
-
-        await self.app(scope, receive_bounded, send)
-
-    def _explain_size(self) -> str:
-        return f"the body of a request may have {self.max_bytes:,} bytes at most."
-
-
 async def _answer_inlay_error(request: Request, error: Exception) -> Response:
+    current_trace().refusal = type(error).__name__
     status = 400
     if isinstance(error, Refusal):
         status = error.status
@@ -130,13 +103,3 @@ async def _answer_wrong_form(request: Request, error: Exception) -> Response:
 async def _answer_nobody(request: Request, error: Exception) -> Response:
     """The client left before all of its request was there: no failure of the server."""
     return make_error(request.url.path, 499, "the client closed the connection.")
-
-
-async def _answer_failure(request: Request, error: Exception) -> Response:
-    log.error("a request failed", exc_info=error)
-    return make_error(request.url.path, 500, "the server failed; its log says why.")
-
-
-async def _answer_health(request: Request) -> dict[str, Any]:
-    service: Service = request.app.state.service
-    return {"status": "ok", "waiting": len(service.queue)}

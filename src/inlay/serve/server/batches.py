@@ -1,22 +1,25 @@
 """The thread that owns a bank: it computes requests of many adapters in mixed batches."""
 
 import logging
-import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+
+from typing_extensions import override
 
 from inlay.adapters.file import AdapterFile
 from inlay.errors import ComputationFailed, InlayError
 from inlay.serve.bank import Bank
+from inlay.serve.server.loop import Loop
 from inlay.serve.server.queue import Request, RequestQueue
-from inlay.serve.server.refusals import DoesNotFit, Replaced, UnknownAdapter
+from inlay.serve.server.refusals import DoesNotFit, Replaced, UnknownAdapter, name_misfit
 from inlay.tasks.adapter import place_inputs
 from inlay.tasks.serving import Row, Serving
 
 log = logging.getLogger(__name__)
 
 
-class BatchLoop:
+class BatchLoop(Loop):
     """Takes requests from a queue, and answers each with what the model made of its row.
 
     Args:
@@ -25,6 +28,7 @@ class BatchLoop:
         queue: Where requests wait.
         max_batch: Rows in a batch at most.
         max_wait_s: How long a request waits for others to fill its batch.
+        prepare: Called first, on the thread that computes.
         watch: Called with each batch before it is computed.
     """
 
@@ -36,8 +40,10 @@ class BatchLoop:
         *,
         max_batch: int,
         max_wait_s: float,
+        prepare: Callable[[], None] = lambda: None,
         watch: Callable[[Sequence[Request]], None] = lambda requests: None,
     ) -> None:
+        super().__init__("inlay-batches", prepare)
         self.bank = bank
         self.serving = serving
         self.queue = queue
@@ -45,22 +51,13 @@ class BatchLoop:
         self.max_wait_s = max_wait_s
         self.watch = watch
         self._weight = next(p for p in bank.model.parameters() if p.is_floating_point())
-        self._thread = threading.Thread(target=self._run, name="inlay-batches", daemon=True)
-
-    def start(self) -> None:
-        """Begin to answer; the thread ends when the queue is closed and empty."""
-        self._thread.start()
-
-    def join(self, timeout_s: float | None = None) -> bool:
-        """Wait for the end of the thread; True if it has ended."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
 
     def make_request(self, name: str, file: AdapterFile, row: Row, deadline: float) -> Request:
         """A request for the queue: a row that was made by the settings of an adapter's file."""
         return Request(name, file.digest, row, row.shape, deadline)
 
-    def _run(self) -> None:
+    @override
+    def run(self) -> None:
         while requests := self.queue.take(self.max_batch, wait_s=self.max_wait_s, adapters=self.bank.room):
             self.watch(requests)
             self.answer(requests)
@@ -99,7 +96,9 @@ class BatchLoop:
             batch = place_inputs(self.serving.collate([request.row for request in current]), self._weight)
             output = self.bank(batch, [request.adapter for request in current])
             rows = self.serving.take_rows(output, len(current))
+        now = time.monotonic()
         for request, found in zip(current, rows, strict=True):
+            request.answered, request.batch = now, len(current)
             request.future.set_result(found)
 
 
@@ -109,7 +108,7 @@ def explain_misfit(error: Exception, bank: Bank, names: Sequence[str]) -> InlayE
         return explain_failure(error)
     if any(name not in bank.names for name in names):
         return UnknownAdapter(str(error))
-    return DoesNotFit(str(error))
+    return DoesNotFit(name_misfit(error, names[0], bank.find_path(names[0])))
 
 
 def explain_failure(error: Exception) -> InlayError:

@@ -6,7 +6,6 @@ meanwhile, the bank holds the old one until the text ends, and requests that com
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from typing_extensions import override
 
 from inlay.adapters.file import AdapterFile
 from inlay.errors import BadInput, ComputationFailed, InlayError
 from inlay.serve.bank import Bank, Held, NoRoom
 from inlay.serve.decoding import SPARE, DecodingBatch
 from inlay.serve.server.batches import explain_failure, explain_misfit
+from inlay.serve.server.loop import Loop
 from inlay.serve.server.queue import Request, RequestQueue
 from inlay.serve.server.refusals import Replaced, TooLate
 from inlay.tasks.serving import Finish, Piece, Prompt, Sampling, TokenScore, Writing, Written
@@ -37,6 +38,7 @@ class TextRequest(Request):
         longest: Tokens of prompt and text in the cache at most.
         write_by: By `time.monotonic`; a text that is not finished then is refused.
         on_piece: Called with each piece, on the thread of the loop.
+        written: Tokens so far.
         left: Nobody reads the text any more; it ends at the next token.
     """
 
@@ -44,7 +46,12 @@ class TextRequest(Request):
     longest: int = 1
     write_by: float = float("inf")
     on_piece: Callable[[Piece], None] = lambda piece: None
+    written: int = 0
     left: bool = False
+
+    @override
+    def count_tokens(self) -> tuple[int, int]:
+        return len(self.row.ids), self.written
 
     def cancel(self) -> None:
         """Take the request out of the queue, or end its text."""
@@ -52,7 +59,7 @@ class TextRequest(Request):
         self.future.cancel()
 
 
-class GenerationLoop:
+class GenerationLoop(Loop):
     """Takes prompts from a queue, and writes what follows them.
 
     Args:
@@ -65,6 +72,7 @@ class GenerationLoop:
         max_write_s: How long a text may take.
         cache_mb: Most that keys and values of all texts may take. A text joins only if all can be written to their
             longest within it, so that none has to give way.
+        prepare: Called first, on the thread that computes.
         watch: Called with the requests that join, before they are computed.
 
     Raises:
@@ -82,8 +90,10 @@ class GenerationLoop:
         max_new_tokens: int,
         max_write_s: float,
         cache_mb: float,
+        prepare: Callable[[], None] = lambda: None,
         watch: Callable[[Sequence[Request]], None] = lambda requests: None,
     ) -> None:
+        super().__init__("inlay-generation", prepare)
         self.bank = bank
         self.queue = queue
         self.max_batch = max_batch
@@ -97,16 +107,6 @@ class GenerationLoop:
         self.positions: int | None = getattr(bank.model.config.get_text_config(), "max_position_embeddings", None)
         self._texts: list[_Text] = []  # one a row of the batch
         self._is_full = False  # the budget has no room for a further adapter until a text ends
-        self._thread = threading.Thread(target=self._run, name="inlay-generation", daemon=True)
-
-    def start(self) -> None:
-        """Begin to answer; the thread ends when the queue is closed and empty, and all texts are written."""
-        self._thread.start()
-
-    def join(self, timeout_s: float | None = None) -> bool:
-        """Wait for the end of the thread; True if it has ended."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
 
     @property
     def writing(self) -> int:
@@ -146,7 +146,8 @@ class GenerationLoop:
             write_by=deadline + self.max_write_s,
         )
 
-    def _run(self) -> None:
+    @override
+    def run(self) -> None:
         while self._admit() or self._texts:
             if self._texts:
                 self._step()
@@ -288,6 +289,7 @@ class _Text:
         """Take the next token, the most probable one or a drawn one, and hand out what it adds."""
         self.last = best if self._shape is None else self._draw(logits)
         self._count += 1
+        self.request.written = self._count
         score = self._score(logits)
         finish: Finish | None = None
         if self.last in self.prompt.ends:
@@ -317,6 +319,7 @@ class _Text:
             return
         if piece.finish is not None:
             self.ended = True
+            self.request.answered = time.monotonic()
             self.request.future.set_result(Written("".join(self._text), self._count, piece.finish, self._scores))
 
     def _draw(self, logits: Tensor) -> int:

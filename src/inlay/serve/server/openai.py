@@ -19,7 +19,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from inlay.errors import BadInput, InlayError
-from inlay.serve.server.answers import hide_paths, make_error_body, name_signature, run_unless_gone
+from inlay.serve.server.answers import make_error_body, name_signature, run_unless_gone
 from inlay.serve.server.service import Service
 from inlay.serve.server.streams import TextStream
 from inlay.tasks.serving import Piece, TokenScore
@@ -383,12 +383,11 @@ class _Chat(_Form):
 
 def _describe_model(service: Service, name: str) -> dict[str, Any]:
     path = service.bank.find_path(name)
-    base = hide_paths(str(service.bank.model.name_or_path))
     return {
         "id": name,
         "object": "model",
         "created": service.started,
         "owned_by": "inlay",
         "root": Path(path).name if Path(path).exists() else str(path),
-        "parent": base,
+        "parent": service.base_name,
     }

@@ -27,6 +27,9 @@ class Request:
         shape: Rows of one batch have equal ones.
         deadline: By `time.monotonic`; a request that is taken later is refused.
         arrived: By `time.monotonic`.
+        taken: When it left the queue for a batch; 0 before.
+        answered: When its answer was computed; 0 before.
+        batch: Rows of the batch that it was in.
         future: Of the answer. Cancelling it takes the request out of the queue.
     """
 
@@ -36,7 +39,14 @@ class Request:
     shape: Hashable = None
     deadline: float = math.inf
     arrived: float = field(default_factory=time.monotonic)
+    taken: float = 0.0
+    answered: float = 0.0
+    batch: int = 0
     future: Future[Any] = field(default_factory=Future)
+
+    def count_tokens(self) -> tuple[int, int]:
+        """Of its prompt, and written so far."""
+        return 0, 0
 
     def begin(self) -> bool:
         """Mark the request as one that is being answered; False if it was cancelled before."""
@@ -135,10 +145,21 @@ class RequestQueue:
             self._closed = True
             self._changed.notify_all()
 
+    def refuse_waiting(self, error: Exception) -> None:
+        """Answer all requests that wait with an error."""
+        with self._changed:
+            for requests in self._waiting.values():
+                for request in requests:
+                    if request.begin():
+                        request.future.set_exception(error)
+            self._waiting.clear()
+            self._count = 0
+
     def _take_in_turn(
         self, rows: int, adapters: int | None, fits: Callable[[Sequence[Request], Request], bool]
     ) -> list[Request]:
         """One request of each adapter, round after round, of the shape of the first."""
+        now = time.monotonic()
         taken: list[Request] = []
         first_without_room = math.inf
         served: dict[str, None] = {}
@@ -162,6 +183,7 @@ class RequestQueue:
                 self._count -= 1
                 found = True
                 if request.begin():
+                    request.taken = now
                     taken.append(request)
                     served[name] = None
         for name in served:

@@ -1,7 +1,9 @@
 """What a server refuses, with the HTTP status of each refusal."""
 
+from pathlib import Path
 from typing import ClassVar
 
+from inlay.adapters.file import expand_path
 from inlay.errors import InlayError
 
 
@@ -13,6 +15,12 @@ class Refusal(InlayError):
     """
 
     status: ClassVar[int] = 400
+
+
+class NotAllowed(Refusal):
+    """The server does not load adapters from there."""
+
+    status = 403
 
 
 class UnknownAdapter(Refusal):
@@ -31,6 +39,12 @@ class TooLarge(Refusal):
     """The request is over a limit of the server."""
 
     status = 413
+
+
+class TooSlow(Refusal):
+    """The body of the request did not arrive in time."""
+
+    status = 408
 
 
 class Busy(Refusal):
@@ -63,3 +77,19 @@ class Replaced(Refusal):
     """The adapter's file was replaced between reading the request and answering it; the request is read once more."""
 
     status = 503
+
+
+def name_misfit(error: InlayError, name: str, path: str | Path) -> str:
+    """The sentence of an error about an adapter, which is called by its name where its folder stood.
+
+    Args:
+        error: What is wrong with it.
+        name: Of the adapter.
+        path: Its folder or Hub id.
+    """
+    text = str(error)
+    folder = expand_path(path)
+    for each in sorted({str(path), str(folder), str(folder.resolve())}, key=len, reverse=True):
+        if "/" in each:  # a bare name tells nothing, and may be part of a word
+            text = text.replace(each, name)
+    return text if name in text else f"adapter {name!r}: {text}"

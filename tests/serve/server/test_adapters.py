@@ -1,0 +1,140 @@
+"""Adapters that clients load and unload: vLLM's fields, statuses and sentences, and which folders are out of reach."""
+
+import shutil
+
+import pytest
+
+from inlay import BadInput
+from inlay.serve.server.adapters import LoadingRules
+from serve.banked import GPT2, VIT, save
+from serve.server.clients import ask, open_client
+
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A served folder, a root that clients may load from, and what is next to it."""
+    place = tmp_path_factory.mktemp("places")
+    save(VIT, ("lora", 2), place / "served" / "a")
+    save(VIT, ("lora", 2), place / "root" / "b", 2)
+    save(VIT, ("lora", 2), place / "root" / "inner" / "c", 3)
+    save(GPT2, ("lora", 2), place / "root" / "text")
+    shutil.copytree(place / "served" / "a", place / "root-secret" / "a")
+    (place / "root" / "out").symlink_to(place / "root-secret" / "a")
+    (place / "root" / "within").symlink_to(place / "root" / "b")
+    damaged = shutil.copytree(place / "root" / "b", place / "root" / "damaged") / "adapter_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    return place
+
+
+@pytest.fixture
+def client(places):
+    rules = LoadingRules.from_options([str(places / "root")], False)
+    with open_client(places / "served", loading=rules) as client:
+        yield client
+
+
+def load(client, name, path, **more):
+    return client.post(LOAD, json={"lora_name": name, "lora_path": str(path), **more})
+
+
+def test_an_adapter_is_loaded_and_unloaded_as_by_vllm(client, places):
+    loaded = load(client, "x", places / "root" / "b")
+    assert loaded.status_code == 200 and loaded.text == "Success: LoRA adapter 'x' added successfully."
+    first = ask(client, "x").json()["adapter_digest"]
+    again = load(client, "x", "inner/c")
+    assert again.status_code == 400 and "'x' has already been loaded" in again.json()["error"]["message"]
+    assert ask(client, "x").json()["adapter_digest"] == first
+    assert load(client, "x", "inner/c", load_inplace=True).status_code == 200
+    assert ask(client, "x").json()["adapter_digest"] != first
+    gone = client.post(UNLOAD, json={"lora_name": "x", "lora_int_id": 1})
+    assert gone.status_code == 200 and gone.text == "Success: LoRA adapter 'x' removed successfully."
+    assert ask(client, "x").status_code == 404
+    assert client.post(UNLOAD, json={"lora_name": "x"}).status_code == 404
+
+
+def test_one_that_does_not_fit_is_refused_and_leaves_what_was_there(client, places):
+    load(client, "x", "b")
+    first = ask(client, "x").json()["adapter_digest"]
+    for path, words in (("text", "is for text-generation"), ("damaged", "truncated")):
+        for name, in_place in (("y", False), ("x", True)):
+            refused = load(client, name, path, load_inplace=in_place)
+            assert refused.status_code == 409 and words in refused.json()["error"]["message"], refused.text
+            assert str(places) not in refused.text
+    assert ask(client, "x").json()["adapter_digest"] == first and ask(client, "y").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("b", 200),
+        ("./inner/../b", 200),
+        ("within", 200),
+        ("none", 404),
+        ("inner/none", 404),
+        ("out", 403),
+        ("../root-secret/a", 403),
+        ("../served/a", 403),
+        ("../none", 403),
+        ("/etc", 403),
+        ("/none", 403),
+        ("~", 404),
+        ("b\0", 403),
+        ("x" * 5000, 404),
+        ("user/name", 404),
+    ],
+)
+def test_only_what_is_in_a_root_is_loaded(client, path, status):
+    """A folder outside is refused alike, whether or not it exists."""
+    answer = load(client, "x", path)
+    assert answer.status_code == status, answer.text
+    client.post(UNLOAD, json={"lora_name": "x"})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{}, {"lora_name": "x"}, {"lora_name": "", "lora_path": "b"}, {"lora_name": 1, "lora_path": "b"}, [],
+     {"lora_name": "a/b", "lora_path": "b"}, {"lora_name": "x\n", "lora_path": "b"},
+     {"lora_name": "x" * 200, "lora_path": "b"}, {"lora_name": "x", "lora_path": ["b"]}],
+)  # fmt: skip
+def test_malformed_requests(client, body):
+    assert client.post(LOAD, json=body).status_code == 400
+    assert client.post(UNLOAD, json=[]).status_code == 400
+
+
+def test_a_page_of_another_site_cannot_load(client):
+    """A browser sends such a type without asking the server first."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        body = b'{"lora_name": "x", "lora_path": "b"}'
+        assert client.post(LOAD, content=body, headers={"Content-Type": kind}).status_code == 400
+
+
+def test_without_leave_there_is_no_such_route(places):
+    assert LoadingRules.from_options([], False) is None
+    with open_client(places / "served") as client:
+        assert load(client, "x", places / "root" / "b").status_code == 404
+        assert client.post(UNLOAD, json={"lora_name": "a"}).status_code == 404
+        assert ask(client, "a").status_code == 200
+
+
+def test_ids_of_the_hub_need_leave_of_their_own(places, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        "inlay.serve.server.adapters.download", lambda *parts: asked.append(parts) or places / "root" / "b"
+    )
+    shutil.copytree(places / "root" / "b", tmp_path / "user" / "name")
+    monkeypatch.chdir(tmp_path)  # a folder of that name in the working directory is no root
+    rules = LoadingRules.from_options([], True)
+    with open_client(places / "served", loading=rules) as client:
+        assert load(client, "x", "user/name").status_code == 200
+        assert load(client, "y", "user/name/inner").status_code == 200
+        assert asked == [("user/name", None), ("user/name", None, "inner")]
+        for path in ("../x", "user/..", "/user/name", "./user/name", "a/b/c/d", "-"):
+            assert load(client, "z", path).status_code == 403
+        assert len(asked) == 2
+
+
+def test_a_root_is_a_folder(places):
+    with pytest.raises(BadInput, match="is not a folder"):
+        LoadingRules.from_options([str(places / "none")], False)
