@@ -8,6 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import (
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
     ViTConfig,
@@ -50,7 +54,7 @@ def test_the_records_of_the_package_are_whole():
         assert record.method in METHODS and record.source
         assert not record.base.startswith("/") and not record.data.startswith("/")
         scores = {rate: score for rate, score in record.tried if score is not None}
-        best = min if "loss" in record.source else max
+        best = min if "loss" in record.source or "perplexity" in record.source else max
         assert scores[record.rate] == best(scores.values()), record
 
 
@@ -86,6 +90,33 @@ def test_the_nearest_records_count_and_their_mean_is_geometric():
     assert start_rate("lora", vit(96), priors=records) == 4e-3
     wide = replace(near, width=64, rate=7e-3)
     assert start_rate("lora", vit(512), width=32, priors=[near, wide]) == 7e-3
+
+
+def test_records_of_the_same_model_type_come_first_then_those_of_the_same_task():
+    of_gpt2 = replace(PRIOR, model_type="gpt2", base_width=512, rate=1e-3, task="text-generation")
+    of_classes = replace(of_gpt2, task="text-classification", rate=1e-4)
+    records = [PRIOR, of_gpt2, of_classes]
+    # A ViT goes by the ViT, although the GPT-2 is as wide as it is.
+    assert start_rate("lora", vit(512), priors=records) == pytest.approx(4e-3 * (96 / 512) ** 0.78, rel=1e-2)
+    with torch.device("meta"):
+        gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=512, n_layer=1, n_head=2))
+        dinov2 = Dinov2ForImageClassification(Dinov2Config(hidden_size=512, num_hidden_layers=1, num_attention_heads=2))
+    assert start_rate("lora", gpt2, priors=records, task="text-generation") == 1e-3
+    assert start_rate("lora", gpt2, priors=records, task="text-classification") == 1e-4
+    assert start_rate("lora", gpt2, priors=records) == pytest.approx(3.16e-4)
+    adapted = METHODS["lora"].attach(gpt2, METHODS["lora"].make_config(gpt2, 8))
+    assert start_rate("lora", adapted, priors=records, task="text-generation") == 1e-3
+    # Of a type without records: the same task, at any width, else the nearest in width.
+    at_512 = start_rate("lora", dinov2, priors=records, task="image-classification")
+    assert at_512 == start_rate("lora", vit(512), priors=records)
+    assert start_rate("lora", dinov2, priors=records, task="image-segmentation") == pytest.approx(3.16e-4)
+
+
+def test_the_records_of_one_gpt2_differ_by_task():
+    """Ten times, so that one start for both would be wrong for each."""
+    base = load_skeleton("builtin:gpt2-tiny", task="text-generation")
+    assert start_rate("lora", base, task="text-generation") == 0.024
+    assert start_rate("lora", base, task="text-classification") == 0.0024
 
 
 def test_without_a_record_it_is_the_rate_of_the_table_scaled_for_the_base():

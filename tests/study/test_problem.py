@@ -195,6 +195,16 @@ def test_a_later_line_replaces_an_earlier_one(tmp_path):
     assert Records(tmp_path / "trials.jsonl").outcomes == [OUTCOME]
 
 
+def test_two_processes_in_one_folder_lose_nothing(tmp_path):
+    first, second = (Records(tmp_path / "trials.jsonl", {}) for _ in range(2))
+    first.add(OUTCOME)
+    with pytest.raises(InlayError, match="another process is writing"):
+        second.add(replace(OUTCOME, seconds=9.0))
+    assert Records(tmp_path / "trials.jsonl").outcomes == [OUTCOME]
+    first.add(replace(OUTCOME, trial=replace(OUTCOME.trial, seed=3)))
+    assert len(Records(tmp_path / "trials.jsonl").outcomes) == 2
+
+
 def test_records_of_another_study_and_damaged_ones_are_refused(digits, after_others, tmp_path):
     other = problem(digits, after_others.folder, batch_size=5)
     with pytest.raises(InlayError, match=r"holds a study with other settings \(batch_size 4 -> 5\); choose another"):

@@ -115,6 +115,9 @@ def tune(
     strategy: Annotated[str, typer.Option(help="halving, random or topk.")] = "halving",
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     finals: Annotated[int, typer.Option(help="Fresh seeds with which the winner is trained and scored.")] = 3,
+    final_epochs: Annotated[
+        float | None, typer.Option(help="Passes over the data for which the winner is trained; default: as a trial.")
+    ] = None,
     unmerged: Annotated[
         bool, typer.Option("--unmerged", help="Count work and latency unmerged, as when adapters share a base.")
     ] = False,
@@ -139,10 +142,11 @@ def tune(
 
     from inlay.study.problem import Problem
     from inlay.study.tune.run import tune as search
-    from inlay.study.tune.winner import write_results
+    from inlay.study.tune.winner import suggest_longer_training, write_results
 
     task, train = read_settings(context, base, data, kind, group, output, epochs=epochs, batch_size=batch_size)
     problem = Problem(task, train, output)
+    longer = None if final_epochs is None else replace(train, epochs=final_epochs, steps=None)
     found = search(
         problem,
         limits,
@@ -150,6 +154,7 @@ def tune(
         strategy=strategy,  # type: ignore[arg-type]
         seed=seed,
         finals=finals,
+        final_steps=None if longer is None else longer.count_steps(len(problem.data.train)),
         merged=not unmerged,
         jobs=jobs,
         engine=engine,  # type: ignore[arg-type]
@@ -161,6 +166,8 @@ def tune(
         print((Path(output) / "search.json").read_text(encoding="utf-8"), end="")
     else:
         print(f"{found}\n\nthe adapter: {best / 'adapter'}; trained again by {best / 'recipe.sh'}")
+        if longer := suggest_longer_training(found, problem, best):
+            print(f"trained longer by: {longer}")
         print(f"the places as an image: {Path(output) / 'placement.png'}")
 
 

@@ -273,7 +273,7 @@ class Problem:
 
     def start_rate(self, method: str, width: int) -> float:
         """The learning rate with which the search of a method starts."""
-        return start_rate(method, self.load_base_skeleton(), width)
+        return start_rate(method, self.load_base_skeleton(), width, task=self.row.name)
 
     def measure_step(self, trial: Trial) -> float:
         """Seconds that a training step of a trial takes here, of its method and width; measured once for a study."""

@@ -23,7 +23,7 @@ class Records:
         {"steps_of_search": {...}}                      for which a search has time, where its budget is in seconds
 
     A later line about a trial replaces an earlier one. A last line without its end, which a killed process leaves, is
-    ignored and overwritten.
+    ignored and overwritten. Nothing is written over the lines of another process.
     """
 
     def __init__(self, path: str | Path, settings: dict[str, Any] | None = None) -> None:
@@ -135,7 +135,13 @@ class Records:
     def _append(self, row: dict[str, Any]) -> None:
         line = json.dumps(row).encode() + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
+        with self.path.open("a+b") as file:
+            file.seek(self._end)
+            if b"\n" in file.read():
+                raise BadInput(
+                    f"another process is writing {self.path.parent}; let it end, and start this one again, or choose "
+                    "another folder."
+                )
             file.truncate(self._end)  # without the rest of a line that was not finished
             file.write(line)
             file.flush()

@@ -28,8 +28,10 @@ from inlay import (
 )
 from inlay.adapters.study import read_study
 from inlay.cli import app as cli
+from inlay.study.tune.length import Length
 from inlay.study.tune.run import choose_methods
 from inlay.study.tune.search import STRATEGIES
+from inlay.study.tune.winner import suggest_longer_training
 
 
 class Interruption(Exception):
@@ -115,6 +117,35 @@ def test_the_winner_is_the_best_of_the_last_rung_and_failures_are_said(first):
     assert all(a.score < b.score for a, b in pairwise(front))
 
 
+def test_a_winner_that_profits_from_steps_comes_with_the_command_to_train_it_longer(first, tmp_path):
+    made, found = first
+    assert (found.length.short, found.length.long) == (5, 15)  # of the two rungs
+    assert found.length.by_steps == 0 and f"length: {found.length}" in str(found)
+    assert suggest_longer_training(found, made, tmp_path) == ""  # the score does not depend on the steps here
+    rising = replace(found, length=Length("accuracy", 5, 15, by_steps=0.2, by_candidates=0.1))
+    epochs = 45 * 4 / made.parts.counts["train"]  # three times as many steps again, of four examples
+    expected = f"{tmp_path / 'recipe.sh'} --epochs {epochs:.3g} --output_dir longer"
+    assert suggest_longer_training(rising, made, tmp_path) == expected
+    assert suggest_longer_training(replace(found, length=None), made, tmp_path) == ""
+
+
+def test_the_winner_may_be_trained_longer_than_the_trials(digits, first, tmp_path):
+    made = synthetic(digits, tmp_path / "s")
+    found = tune(made, BUDGET, methods=METHODS_HERE, finals=2, final_steps=60)
+    assert list_trials(found) == list_trials(first[1]) and found.winner == first[1].winner
+    assert [final.trial for final in found.finals] == [replace(found.winner.trial, seed=s, steps=60) for s in (1, 2)]
+    assert "on the test part with 2 fresh seeds and 60 steps: " in str(found)
+    # These runs are of the time too, which is kept for them from the start.
+    limited = parse_budget("params=8k,seconds=120")
+    short, long = (
+        tune(synthetic(digits, tmp_path / str(steps)), limited, methods=["ssf"], finals=2, final_steps=steps)
+        for steps in (None, 60)
+    )
+    assert long.seconds <= 120 and len(long.finals) == 2 and long.steps < short.steps
+    with pytest.raises(BadInput, match="final_steps must be at least 1, got 0"):
+        tune(made, BUDGET, final_steps=0)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_has_the_same_compute(digits, strategy, tmp_path):
     made = synthetic(digits, tmp_path / "s")
@@ -138,6 +169,13 @@ def test_seconds_are_a_limit_of_everything(digits, tmp_path):
     assert [len(rung) for rung in late.rungs] == [rung.count for rung in late.planned] and len(late.finals) == 2
 
 
+def test_too_few_seconds_for_one_trial_are_said(digits, tmp_path):
+    """A trial takes 7.5 s, and so does each of the final ones."""
+    said = r"20 s are too few: after \d s a trial of 15 steps and 2 final runs of 15 need about 22 s more; allow"
+    with pytest.raises(BadInput, match=said):
+        tune(synthetic(digits, tmp_path / "s"), parse_budget("params=8k,seconds=20"), methods=["ssf"], finals=2)
+
+
 def test_what_cannot_be_searched_is_said(digits, tmp_path):
     made = synthetic(digits, tmp_path / "s")
     with pytest.raises(BadInput, match="full makes no adapter"):
@@ -158,6 +196,7 @@ def real(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("real") / "s"
     arguments = ["tune", digits, "--base", "builtin:vit-tiny", "--budget", "params=5k,trials=2", "-o", folder]
     arguments += ["--methods", "ssf, lora", "--finals", 1, "--epochs", 2, "--batch-size", 12, "--augment", "crop"]
+    arguments += ["--final-epochs", 3]
     said, told = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(told):
         patch.setattr("sys.argv", ["inlay", *map(str, arguments)])
@@ -173,9 +212,11 @@ def test_a_real_search_saves_its_winner(real):
     loaded = load_adapter(folder / "best" / "adapter")
     trained = sum(p.numel() for n, p in loaded.model.named_parameters() if "default" in n and "modules_to" not in n)
     assert loaded.verified and trained == facts["params"] <= 5000
+    assert (facts["winner"]["steps"], facts["final_steps"]) == (5, 8)  # 29 examples, 12 a step
     assert facts["winner"]["method"] in ("ssf", "lora") and len(facts["test"]) == 1
     assert f"{facts['params']:,} parameters" in said and f"trained again by {folder / 'best' / 'recipe.sh'}" in said
     assert len(told.splitlines()) == facts["trials"] + 1
+    assert facts["length"] is None and "longer" not in said  # one rung
     study = read_study(loaded.metrics)
     assert (study["made_by"], study["strategy"], study["trials"]) == ("tune", "halving", facts["trials"])
     assert study["test"]["accuracy"]["mean"] == facts["test"][0]
@@ -195,7 +236,7 @@ def test_its_recipe_trains_the_same_adapter(real, tmp_path, monkeypatch, capsys)
     saved, again = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (best, tmp_path / "run"))
     assert saved.keys() == again.keys() and all(torch.equal(saved[key], again[key]) for key in saved)
     script = (best / "recipe.sh").read_text()
-    assert script.splitlines()[-1] == 'cd "$(dirname "$0")" && accelerate launch train.py config.yaml'
+    assert script.splitlines()[-1] == 'cd "$(dirname "$0")" && accelerate launch train.py config.yaml "$@"'
 
 
 def test_a_mistake_on_the_command_line_is_one_sentence(digits, tmp_path, capsys, monkeypatch):

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from inlay.errors import BadInput, ComputationFailed
 from inlay.methods import METHODS
-from inlay.study.parallel import Engine, check_engine, run_trials
+from inlay.study.parallel import Engine, check_engine, old_objects_frozen, run_trials
 from inlay.study.problem import Problem
 from inlay.study.report.plots import find_front
 from inlay.study.statistics import mean_interval
 from inlay.study.trial import Outcome, Trial
 from inlay.study.tune.budget import Budget
+from inlay.study.tune.length import Length, compare_lengths
 from inlay.study.tune.limits import Limits
 from inlay.study.tune.placement import Placement, compare_places, find_adapted_places
 from inlay.study.tune.search import Rung, Scored, Strategy, find_best, plan_rungs, run_rungs, sort_by_score
@@ -73,6 +74,7 @@ class Tuned:
         winner: The best of them.
         finals: The winner, trained with fresh seeds and scored on the test part.
         placement: What the first rung says about places.
+        length: What more steps brought; None where no trial was run at two lengths.
         failed: By trial, why it gave no score.
         seconds: Of all runs.
     """
@@ -90,6 +92,7 @@ class Tuned:
     winner: Candidate
     finals: list[Outcome]
     placement: Placement
+    length: Length | None
     failed: dict[str, str]
     seconds: float
 
@@ -113,6 +116,8 @@ class Tuned:
         mean, low, high = mean_interval(self.test_scores)
         interval = "" if math.isnan(low) else f" (95 % {low:.4f} to {high:.4f})"
         count, last = len(self.finals), len(self.candidates)
+        steps = self.finals[0].trial.steps
+        longer = f" and {steps} steps" if steps != self.winner.trial.steps else ""
         lines = [
             f"{self.data} on {self.base}, {self.strategy}, seed {self.seed}: {runs} = {self.steps:,} steps",
             "",
@@ -120,9 +125,11 @@ class Tuned:
             *_write_table(self.find_front()),
             "",
             f"winner: {describe(self.winner.trial)}, {self.winner.params:,} parameters",
-            f"{self.score} on the test part with {count} fresh seed{'s' * (count > 1)}: {mean:.4f}{interval}",
+            f"{self.score} on the test part with {count} fresh seed{'s' * (count > 1)}{longer}: {mean:.4f}{interval}",
             f"places: {self.placement}",
         ]
+        if self.length is not None:
+            lines.append(f"length: {self.length}")
         if self.failed:
             first = next(iter(self.failed.values()))
             lines.append(f"{len(self.failed)} trials gave no score: {first}")
@@ -158,6 +165,7 @@ def tune(
     strategy: Strategy = "halving",
     seed: int = 0,
     finals: int = 3,
+    final_steps: int | None = None,
     merged: bool = True,
     jobs: int = 1,
     engine: Engine = "processes",
@@ -178,6 +186,7 @@ def tune(
         strategy: One of STRATEGIES.
         seed: Of what is drawn; all trials of the search have the seed 0.
         finals: Fresh seeds, from 1.
+        final_steps: Of the winner's runs with them; None: as many as a whole trial has.
         merged: As in `Limits`.
         jobs: Trials at a time.
         engine: As in `run_trials`.
@@ -190,9 +199,13 @@ def tune(
     """
     if finals < 1:
         raise BadInput(f"finals must be at least 1, got {finals}: the winner is scored on the test part.")
+    if final_steps is not None and final_steps < 1:
+        raise BadInput(f"final_steps must be at least 1, got {final_steps}.")
     check_engine(engine, jobs)
-    runner = _Runner(problem, budget, finals, jobs, engine, time.monotonic() if started is None else started, tell)
+    begun = time.monotonic() if started is None else started
     whole, epoch = problem.steps, max(1, round(len(problem.data.train) / problem.batch_size))
+    final_steps = whole if final_steps is None else final_steps
+    runner = _Runner(problem, budget, finals, final_steps, jobs, engine, begun, tell)
     planned = plan_rungs(strategy, whole * (budget.trials or TRIALS), whole, epoch)
     limits = Limits(problem, budget, merged)
     space = Space(
@@ -208,14 +221,18 @@ def tune(
     if budget.seconds is not None:  # the first run tells how long the others take
         runner.score([replace(first, steps=planned[0].steps)])
         known, name = problem.records.steps_of_search, f"{strategy}, seed {seed}, {budget}"
+        name += "" if final_steps == whole else f", {final_steps} steps in the end"
         if name not in known:
             problem.records.add_steps_of_search(name, runner.count_affordable_steps(whole))
         planned = plan_rungs(strategy, known[name], whole, epoch)
-    rungs = run_rungs(planned, chain([first], candidates), runner.score, runner.may_start, jobs)
-    best = find_best(rungs)
-    if best is None:
-        raise ComputationFailed(f"all trials failed; the first: {next(iter(runner.failed.values()))}")
-    outcomes = runner.finish(replace(best.trial, steps=whole))
+    with old_objects_frozen():
+        rungs = run_rungs(planned, chain([first], candidates), runner.score, runner.may_start, jobs)
+        best = find_best(rungs)
+        if best is None and not runner.failed:
+            raise BadInput(runner.explain_lack_of_time())
+        if best is None:
+            raise ComputationFailed(f"all trials failed; the first: {next(iter(runner.failed.values()))}")
+        outcomes = runner.finish(replace(best.trial, steps=final_steps))
     last = [each for each in sort_by_score(_last_rung(rungs)) if not each.failed]
     listed = [_make_candidate(each, limits, runner.sign) for each in last]
     return Tuned(
@@ -232,6 +249,7 @@ def tune(
         winner=listed[0],
         finals=outcomes,
         placement=_learn_placement(problem, rungs[0]),
+        length=compare_lengths(rungs, problem.score),
         failed=runner.failed,
         seconds=runner.seconds_of_runs,
     )
@@ -270,12 +288,13 @@ class _Runner:
         problem: Problem,
         budget: Budget,
         finals: int,
+        final_steps: int,
         jobs: int,
         engine: Engine,
         started: float,
         tell: Callable[[str], None],
     ) -> None:
-        self.problem, self.budget, self.finals = problem, budget, finals
+        self.problem, self.budget, self.finals, self.final_steps = problem, budget, finals, final_steps
         self.jobs, self.engine, self.started, self.tell = jobs, engine, started, tell
         self.sign = 1 if problem.larger_is_better else -1
         self.failed: dict[str, str] = {}
@@ -312,15 +331,27 @@ class _Runner:
         """Whether there is time for a trial, for the steps of the rungs after it, and for the final trials."""
         if self.budget.seconds is None or trial in self._done or not self._steps_of_runs:
             return True
-        steps = trial.steps + after / self.jobs + math.ceil(self.finals / self.jobs) * self.problem.steps
+        steps = trial.steps + after / self.jobs + math.ceil(self.finals / self.jobs) * self.final_steps
         return self._elapsed() + steps * self._seconds_per_step <= _SPARE * self.budget.seconds
 
     def count_affordable_steps(self, whole: int) -> int:
         """Steps of a search for which there is time, without the final trials; at least one whole trial's."""
         assert self.budget.seconds is not None
         left = self.jobs * (_SPARE * self.budget.seconds - self._elapsed())
-        affordable = self._steps_of_runs + math.floor(left / self._seconds_per_step) - self.finals * whole
+        affordable = self._steps_of_runs + math.floor(left / self._seconds_per_step) - self.finals * self.final_steps
         return max(whole, affordable)
+
+    def explain_lack_of_time(self) -> str:
+        """Why no trial was started after the first one, which told how long a step takes."""
+        assert self.budget.seconds is not None
+        whole = self.problem.steps
+        needed = (whole + math.ceil(self.finals / self.jobs) * self.final_steps) * self._seconds_per_step
+        several = f"{self.finals} final run{'s' * (self.finals > 1)}"
+        return (
+            f"{self.budget.seconds:.0f} s are too few: after {self._elapsed():.0f} s a trial of {whole} steps and "
+            f"{several} of {self.final_steps} need about {needed:.0f} s more; allow more minutes, or fewer epochs or "
+            "finals."
+        )
 
     def finish(self, winner: Trial) -> list[Outcome]:
         """The winner with fresh seeds, scored on the test part: at least one, and no more than there is time for."""

@@ -22,8 +22,9 @@ _NOT_IN_A_RECIPE = ("output_dir", "overwrite", "push_to", "private", "embedded_r
 def write_results(found: Tuned, problem: Problem, folder: str | Path) -> Path:
     """Write best/ (adapter, recipe, settings), placement.png and search.json into a folder.
 
-    best/recipe.sh trains the adapter of best/adapter again. best/train.py is a recipe like those of the repository,
-    with the method, its width and its places as options; best/config.yaml holds what the search found.
+    best/recipe.sh trains the adapter of best/adapter again; options behind it replace those of best/config.yaml, which
+    holds what the search found. best/train.py is a recipe like those of the repository, with the method, its width and
+    its places as options.
 
     Args:
         found: What `tune` gave.
@@ -46,6 +47,22 @@ def write_results(found: Tuned, problem: Problem, folder: str | Path) -> Path:
     return best
 
 
+def suggest_longer_training(found: Tuned, problem: Problem, best: Path) -> str:
+    """The command that trains the winner as many times longer as the search compared; none where that did not pay.
+
+    Args:
+        found: What `tune` gave.
+        problem: Of that search.
+        best: The folder that `write_results` gave.
+    """
+    length, trained = found.length, found.finals[0].trial.steps
+    if length is None or not length.longer_is_better:
+        return ""
+    steps = trained * length.long / length.short
+    epochs = steps * problem.batch_size / len(problem.data.train)
+    return f"{best / 'recipe.sh'} --epochs {epochs:.3g} --output_dir longer"
+
+
 def _choose_final(found: Tuned, problem: Problem) -> Outcome:
     """Of the final trials the best on the part that chooses, whose weights are saved."""
     sign = 1 if found.larger_is_better else -1
@@ -60,7 +77,7 @@ def _write_recipe(folder: Path, problem: Problem, trial: Trial) -> None:
     texts = {
         "train.py": code,
         "config.yaml": told + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
-        "recipe.sh": f'#!/bin/sh\n{told}cd "$(dirname "$0")" && accelerate launch train.py config.yaml\n',
+        "recipe.sh": f'#!/bin/sh\n{told}cd "$(dirname "$0")" && accelerate launch train.py config.yaml "$@"\n',
     }
     for name, text in texts.items():
         with replacing(folder / name) as new:
@@ -89,7 +106,7 @@ def make_settings(problem: Problem, trial: Trial) -> dict[str, Any]:
 
 def _describe_winner(found: Tuned, problem: Problem) -> dict[str, Any]:
     """What stands with the saved adapter, as `read_study` reads it."""
-    trial = found.winner.trial
+    trial = found.finals[0].trial
     tested = [final for final in found.finals if final.test]
     values = {name: [final.test[name] for final in tested if final.test] for name in (tested[0].test or {})}
     return {
@@ -130,6 +147,7 @@ def _describe_search(found: Tuned) -> dict[str, Any]:
         "trials": sum(len(rung) for rung in found.rungs),
         "winner": asdict(found.winner.trial),
         "params": found.winner.params,
+        "final_steps": found.finals[0].trial.steps,
         "test": found.test_scores,
     }
 
@@ -140,6 +158,7 @@ def _list_runs(found: Tuned) -> dict[str, Any]:
         "planned": [asdict(rung) for rung in found.planned],
         "rungs": [[{**asdict(each.trial), "score": _finite(each.score)} for each in rung] for rung in found.rungs],
         "front": [asdict(each) for each in found.find_front()],
+        "length": None if found.length is None else asdict(found.length),
         "places": [{**asdict(cell), "error": _finite(cell.error)} for cell in found.placement.cells],
         "failed": found.failed,
     }
