@@ -73,7 +73,8 @@ bench-scores: setup ## quality and errors: 12 hours; a run that was broken off g
 	$(BIN)/python tests/benchmarks/hippocampus.py
 	$(BIN)/python tests/benchmarks/mobilenet_flowers.py
 	$(BIN)/python tests/benchmarks/dog_toy.py --train-options "--convolutions --epochs 300"
-	$(BIN)/python tests/benchmarks/tune.py digits
+	$(BIN)/python tests/benchmarks/tune.py digits mr --seeds 0 1 2
+	$(BIN)/python tests/benchmarks/tune.py e2e hippocampus flowers --seeds 0
 	$(call compare_table,digits,quality_parameters quality_latency rates,--task builtin:digits --base builtin:vit-tiny --epochs 5)
 	$(call compare_table,shapes,quality_parameters rates,--task builtin:shapes --base builtin:vit-tiny --epochs 1)
 	$(call compare_table,restaurants,quality_parameters rates,--task builtin:restaurants --base builtin:gpt2-tiny --steps 60 --batch-size 8)

@@ -112,6 +112,9 @@ def test_the_winner_is_the_best_of_the_last_rung_and_failures_are_said(first):
     assert not any(each.trial.method == "bottleneck" for each in found.candidates)
     assert [final.trial for final in found.finals] == [replace(found.winner.trial, seed=seed) for seed in (1, 2)]
     assert found.test_scores == [final.test["accuracy"] for final in found.finals]
+    assert found.fresh_scores == [final.validation["accuracy"] for final in found.finals]
+    first_seed, second = (f"{found.winner.score + seed / 1e4:.4f}" for seed in (1, 2))  # as `compute` has it
+    assert f"chooses: {found.winner.score:.4f} in the search, then {first_seed}, {second}\n" in str(found)
     front = found.find_front()
     assert [each.params for each in front] == sorted(each.params for each in front)
     assert all(a.score < b.score for a, b in pairwise(front))

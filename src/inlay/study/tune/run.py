@@ -73,6 +73,8 @@ class Tuned:
         candidates: Of the last rung, without those that failed; the best first.
         winner: The best of them.
         finals: The winner, trained with fresh seeds and scored on the test part.
+        fresh_scores: The main score of each of them on the part that chooses, NaN where it failed. Where they are far
+            below that of the winner, it was the best by its seed.
         placement: What the first rung says about places.
         length: What more steps brought; None where no trial was run at two lengths.
         failed: By trial, why it gave no score.
@@ -91,6 +93,7 @@ class Tuned:
     candidates: list[Candidate]
     winner: Candidate
     finals: list[Outcome]
+    fresh_scores: list[float]
     placement: Placement
     length: Length | None
     failed: dict[str, str]
@@ -116,6 +119,7 @@ class Tuned:
         mean, low, high = mean_interval(self.test_scores)
         interval = "" if math.isnan(low) else f" (95 % {low:.4f} to {high:.4f})"
         count, last = len(self.finals), len(self.candidates)
+        fresh = ", ".join(f"{score:.4f}" for score in self.fresh_scores)
         steps = self.finals[0].trial.steps
         longer = f" and {steps} steps" if steps != self.winner.trial.steps else ""
         lines = [
@@ -125,6 +129,7 @@ class Tuned:
             *_write_table(self.find_front()),
             "",
             f"winner: {describe(self.winner.trial)}, {self.winner.params:,} parameters",
+            f"{self.score} on the part that chooses: {self.winner.score:.4f} in the search, then {fresh}",
             f"{self.score} on the test part with {count} fresh seed{'s' * (count > 1)}{longer}: {mean:.4f}{interval}",
             f"places: {self.placement}",
         ]
@@ -248,6 +253,7 @@ def tune(
         candidates=listed,
         winner=listed[0],
         finals=outcomes,
+        fresh_scores=[problem.main_score(outcome) for outcome in outcomes],
         placement=_learn_placement(problem, rungs[0]),
         length=compare_lengths(rungs, problem.score),
         failed=runner.failed,

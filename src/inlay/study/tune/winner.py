@@ -148,6 +148,7 @@ def _describe_search(found: Tuned) -> dict[str, Any]:
         "winner": asdict(found.winner.trial),
         "params": found.winner.params,
         "final_steps": found.finals[0].trial.steps,
+        "fresh": [_finite(score) for score in found.fresh_scores],
         "test": found.test_scores,
     }
 
