@@ -28,6 +28,7 @@ from inlay import (
 )
 from inlay.adapters.study import read_study
 from inlay.cli import app as cli
+from inlay.files.atomic import lock_folder
 from inlay.study.tune.length import Length
 from inlay.study.tune.run import choose_methods
 from inlay.study.tune.search import STRATEGIES
@@ -177,6 +178,12 @@ def test_too_few_seconds_for_one_trial_are_said(digits, tmp_path):
     said = r"20 s are too few: after \d s a trial of 15 steps and 2 final runs of 15 need about 22 s more; allow"
     with pytest.raises(BadInput, match=said):
         tune(synthetic(digits, tmp_path / "s"), parse_budget("params=8k,seconds=20"), methods=["ssf"], finals=2)
+
+
+def test_two_searches_in_one_folder_would_overwrite_each_other(digits, tmp_path):
+    made = synthetic(digits, tmp_path / "s")
+    with lock_folder(made.folder), pytest.raises(BadInput, match="another process is writing"):
+        tune(made, BUDGET, methods=["ssf"])
 
 
 def test_what_cannot_be_searched_is_said(digits, tmp_path):

@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from inlay.errors import BadInput, ComputationFailed
+from inlay.files.atomic import lock_folder
 from inlay.methods import METHODS
 from inlay.study.parallel import Engine, check_engine, old_objects_frozen, run_trials
 from inlay.study.problem import Problem
@@ -199,8 +200,8 @@ def tune(
         tell: Told of each run.
 
     Raises:
-        InlayError: No method fits the base, or nothing keeps to the budget; too few steps for one trial; all trials
-            failed.
+        InlayError: No method fits the base, or nothing keeps to the budget; too few steps or seconds for one trial;
+            another process is writing the folder; all trials failed.
     """
     if finals < 1:
         raise BadInput(f"finals must be at least 1, got {finals}: the winner is scored on the test part.")
@@ -222,15 +223,15 @@ def tune(
         seed=seed,
     )
     candidates: Iterator[Trial] = space.draw()
-    first = next(candidates)
-    if budget.seconds is not None:  # the first run tells how long the others take
-        runner.score([replace(first, steps=planned[0].steps)])
-        known, name = problem.records.steps_of_search, f"{strategy}, seed {seed}, {budget}"
-        name += "" if final_steps == whole else f", {final_steps} steps in the end"
-        if name not in known:
-            problem.records.add_steps_of_search(name, runner.count_affordable_steps(whole))
-        planned = plan_rungs(strategy, known[name], whole, epoch)
-    with old_objects_frozen():
+    with lock_folder(problem.folder, wait_s=0), old_objects_frozen():
+        first = next(candidates)
+        if budget.seconds is not None:  # the first run tells how long the others take
+            runner.score([replace(first, steps=planned[0].steps)])
+            known, name = problem.records.steps_of_search, f"{strategy}, seed {seed}, {budget}"
+            name += "" if final_steps == whole else f", {final_steps} steps in the end"
+            if name not in known:
+                problem.records.add_steps_of_search(name, runner.count_affordable_steps(whole))
+            planned = plan_rungs(strategy, known[name], whole, epoch)
         rungs = run_rungs(planned, chain([first], candidates), runner.score, runner.may_start, jobs)
         best = find_best(rungs)
         if best is None and not runner.failed:
