@@ -2,11 +2,11 @@
 
     python tests/benchmarks/serve_http.py [--size tiny base] [--parts model overhead wait ways]
 
-A ViT with random weights, 12 blocks (tiny: width 96 at 32 px; base: width 768 at 224 px), LoRA r=8 on q and v, images as
-JPEG files, 64 clients on this machine, which compete with the server for its cores.
+A ViT with random weights, 12 blocks (tiny: width 96 at 32 px; base: width 768 at 224 px), LoRA r=8 on q and v, images
+as JPEG files, 64 clients on this machine, which compete with the server for its cores.
 
-    model       the bare model without a server: a batch of 64 next to 64 batches of one, by threads and dtype: what
-                batches can give here at most
+    model       the bare model without a server: 64 images in batches of 1, 8 and 64, by threads and dtype: what batches
+                can give here at most
     overhead    CPU time that a server takes for a request beyond the model, at batches of one
     wait        how long a batch waits for more requests: 64 clients, and arrivals below what the server can do
     ways        mixed: `inlay serve` as it is, with 1, 16 and 64 adapters
@@ -14,8 +14,8 @@ JPEG files, 64 clients on this machine, which compete with the server for its co
                 processes: `inlay serve` with one adapter in each of --processes processes of one thread, and the load
                 spread over them; each takes a whole base in memory
 
-Ways take turns, round by round; figures are the median of the rounds and their range. Loads begin with requests that are
-not counted. A part that is measured again replaces what was there of it.
+Ways take turns, round by round; figures are the median of the rounds and their range. Loads begin with requests that
+are not counted. A part that is measured again replaces what was there of it.
 """
 
 import argparse
@@ -46,6 +46,7 @@ REQUESTS = {"tiny": 1024, "base": 256}  # of a load
 ALONE = {"tiny": 200, "base": 30}  # of a single client
 RATES = {"tiny": (20, 60), "base": (1, 3)}
 WAITS = (0, 1, 5, 20)  # ms
+BATCHES = (1, 8, 64)  # of the bare model
 TIMES = {"p50 ms": "p50_ms", "p99 ms": "p99_ms"}
 # Of the table of each part: the heading of its rows, and its columns by their headings.
 COLUMNS: dict[str, tuple[str, dict[str, str]]] = {
@@ -53,9 +54,11 @@ COLUMNS: dict[str, tuple[str, dict[str, str]]] = {
         "dtype, threads",
         {
             "one by one, ms an image": "ms_one_by_one",
-            "in batches of 64": "ms_in_a_batch",
-            "gain": "gain",
-            "gain in CPU time": "gain_in_cpu_time",
+            "CPU ms": "cpu_ms",
+            "batches of 8, gain": "gain_8",
+            "in CPU time": "cpu_gain_8",
+            "batches of 64, gain": "gain_64",
+            "in CPU time ": "cpu_gain_64",
         },
     ),
     "overhead": (
@@ -93,32 +96,35 @@ def load_server(server: ServerProcess, size: str, adapters: int, **settings: Any
 
 
 def measure_model(size: str, base: str, rounds: int, threads_each: Sequence[int]) -> dict[str, Any]:
-    """Time for an image, wall and CPU, by dtype and threads: in a batch of 64, and in batches of one."""
+    """Time for an image and what batches gain, by dtype and threads."""
     side, rows = SIZES[size]["image_size"], {}
     for dtype in ("float32", "bfloat16"):
         model = load_base(base, dtype=dtype).eval()
         images = torch.randn(64, 3, side, side, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
         for threads in threads_each:
             torch.set_num_threads(threads)
-            taken: dict[int, list[tuple[float, float]]] = {1: [], 64: []}
-            for turn in range(-1, rounds):
-                for batch in taken:
-                    cpu, wall = time.process_time(), time.perf_counter()
-                    with torch.inference_mode():
-                        for part in images[: 64 if turn >= 0 else min(batch, 8)].split(batch):
-                            model(pixel_values=part)
-                    if turn >= 0:
-                        taken[batch].append((time.perf_counter() - wall, time.process_time() - cpu))
-            pairs = list(zip(taken[1], taken[64], strict=True))
-            rows[f"{dtype}, {threads}"] = {
-                "ms_one_by_one": tell([1e3 * one[0] / 64 for one in taken[1]]),
-                "ms_in_a_batch": tell([1e3 * one[0] / 64 for one in taken[64]]),
-                "cpu_ms_one_by_one": tell([1e3 * one[1] / 64 for one in taken[1]]),
-                "cpu_ms_in_a_batch": tell([1e3 * one[1] / 64 for one in taken[64]]),
-                "gain": tell([one[0] / batch[0] for one, batch in pairs]),
-                "gain_in_cpu_time": tell([one[1] / batch[1] for one, batch in pairs]),
-            }
+            compute_in_batches(model, images[:8], 1)  # warm-up
+            compute_in_batches(model, images[:8], 8)
+            taken: dict[int, list[tuple[float, float]]] = {batch: [] for batch in BATCHES}
+            for turn in range(rounds):
+                for batch in BATCHES[turn % 3 :] + BATCHES[: turn % 3]:
+                    taken[batch].append(compute_in_batches(model, images, batch))
+            row = {"ms_one_by_one": tell([wall for wall, _ in taken[1]]), "cpu_ms": tell([cpu for _, cpu in taken[1]])}
+            for batch in BATCHES[1:]:
+                pairs = list(zip(taken[1], taken[batch], strict=True))
+                row[f"gain_{batch}"] = tell([one[0] / other[0] for one, other in pairs])
+                row[f"cpu_gain_{batch}"] = tell([one[1] / other[1] for one, other in pairs])
+            rows[f"{dtype}, {threads}"] = row
     return {"rows": rows}
+
+
+@torch.inference_mode()
+def compute_in_batches(model: torch.nn.Module, images: torch.Tensor, batch: int) -> tuple[float, float]:
+    """Wall and CPU time for an image, in ms."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    for part in images.split(batch):
+        model(pixel_values=part)
+    return 1e3 * (time.perf_counter() - wall) / len(images), 1e3 * (time.process_time() - cpu) / len(images)
 
 
 def tell(values: Sequence[float]) -> list[float]:
