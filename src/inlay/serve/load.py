@@ -79,14 +79,14 @@ def run_load(
     if wrong := [rate for rate in rates if not 0 < rate < float("inf")]:
         raise BadInput(f"a rate is a positive number of requests a second, got {wrong[0]:g}.")
     key = os.environ.get(KEY)
-    return asyncio.run(
-        _run(Connections(url, {"authorization": f"Bearer {key}"} if key else None), config, adapters, rates)
-    )
+    connections = Connections(url, {"authorization": f"Bearer {key}"} if key else None)
+    return asyncio.run(send_load(connections, config, adapters, rates))
 
 
-async def _run(
-    connections: Connections, config: LoadConfig, adapters: Sequence[str], rates: Sequence[float]
+async def send_load(
+    connections: Connections, config: LoadConfig, adapters: Sequence[str] = (), rates: Sequence[float] = ()
 ) -> dict[str, Any]:
+    """As `run_load`, over these connections, which are closed afterwards."""
     try:
         names = list(adapters) or await _list_adapters(connections)
         kind = config.kind or await _find_kind(connections, names[0])

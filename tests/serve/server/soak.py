@@ -51,8 +51,7 @@ def make_versions(folder: Path, count: int) -> list[Path]:
 
 def find_truth(folders: Sequence[Path], seed: int = 0, images: int = 6) -> Truth:
     """Computed by each adapter alone, one image after the other; no two versions agree, nor one with the base."""
-    draw = np.random.default_rng(seed)
-    truth = Truth(folders, [_make_png(draw) for _ in range(images)])
+    truth = Truth(folders, [make_png(seed + i) for i in range(images)])
     for folder in folders:
         loaded, digest = load_adapter(folder), read_adapter(folder).digest
         found = [predict(loaded, [image])[0].probabilities for image in truth.images]
@@ -69,7 +68,9 @@ def _ask_base(folder: Path, images: Sequence[bytes]) -> np.ndarray:
         return np.array([predict(loaded, [image])[0].probabilities for image in images])
 
 
-def _make_png(draw: np.random.Generator) -> bytes:
+def make_png(seed: int) -> bytes:
+    """An image of noise."""
+    draw = np.random.default_rng(seed)
     file = io.BytesIO()
     Image.fromarray(draw.integers(0, 256, (40, 40, 3), np.uint8)).save(file, "PNG")
     return file.getvalue()
