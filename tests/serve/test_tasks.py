@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import io
 from dataclasses import dataclass
 from typing import Any
@@ -49,10 +50,10 @@ def png(image):
     return file.getvalue()
 
 
-def scan(seed, shape=(22, 18, 12)):
+def scan(seed, shape=(22, 18, 12), slice_mm=2.0):
     """An anisotropic, flipped scan, as a file in memory."""
     voxels = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-    image = nibabel.Nifti1Image(voxels, np.diag([-1.0, 1.0, 2.0, 1.0]))
+    image = nibabel.Nifti1Image(voxels, np.diag([-1.0, 1.0, slice_mm, 1.0]))
     image.header.set_xyzt_units("mm")
     return image.to_bytes()
 
@@ -153,7 +154,7 @@ def check_volume(adapter, values, facts, tensors):
     np.testing.assert_allclose(tensors["volumes_ml"], list(expected.volumes_ml.values()), rtol=1e-6)
     assert facts["volumes_ml"] == pytest.approx(expected.volumes_ml) and facts["shape"] == expected.mask.shape
     for file in (tensors["mask_file"][0], base64.b64decode(facts["mask"])):
-        image = nibabel.Nifti1Image.from_bytes(__import__("gzip").decompress(file))
+        image = nibabel.Nifti1Image.from_bytes(gzip.decompress(file))
         np.testing.assert_array_equal(np.asarray(image.dataobj), expected.mask)
         np.testing.assert_array_equal(image.affine, expected.affine)
     assert ("probabilities" in tensors) == ("keep_probabilities" in values)

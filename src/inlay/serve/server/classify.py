@@ -43,7 +43,7 @@ async def _answer(request: Request, action: str) -> dict[str, Any]:
         raise BadInput("a request names its adapter as model, which is missing.")
     if service.serving.action != action:
         other = service.serving.action
-        remedy = f"; post to /v1/{other}" if other else ""
+        remedy = f"; post to v1/{other}" if other else ""
         raise BadInput(f"this server is for {service.task.name}{remedy}.")
     specs = {spec.name: spec for spec in service.serving.inputs}
     if unknown := [field for field in given if field not in specs]:

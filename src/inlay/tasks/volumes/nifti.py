@@ -226,7 +226,8 @@ def read_nifti_header(data: bytes, most_voxels: int) -> Any:
     """
     nibabel = import_nibabel()
     try:
-        first = zlib.decompressobj(wbits=31).decompress(data[:65536], 540) if data.startswith(GZIP) else data[:540]
+        stream: Any = gzip.GzipFile(fileobj=io.BytesIO(data)) if data.startswith(GZIP) else io.BytesIO(data)
+        first = stream.read(540)
         kind = nibabel.Nifti2Header if first[:4] in NIFTI2 else nibabel.Nifti1Header
         header = kind.from_fileobj(io.BytesIO(first))
         shape = _three_axes(header.get_data_shape())
