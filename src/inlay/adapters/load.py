@@ -151,17 +151,7 @@ def load_adapter(
             superfluous or of another shape; NaN; another golden output.
     """
     host = OwnBase(base, dtype, quantize, device)
-    candidate = Candidate(Reading(fetch(path, revision)), host)
-    try:
-        run_checks(candidate)
-    except Exception:
-        host.restore()
-        raise
-    file, model, task = candidate.file, host.model, host.task
-    labels = task.labels(host.base, model.active_peft_config) if task.classifies else list(file.labels)
-    return LoadedAdapter(
-        model, task, host.processor, labels, file, bool(file.record), candidate.deviation, candidate.output
-    )
+    return load_onto(Candidate(Reading(fetch(path, revision)), host), host)
 
 
 class OwnBase:
@@ -169,7 +159,7 @@ class OwnBase:
 
     Attributes:
         shared: The base was given: it may be used again.
-        computes: The golden output is always computed.
+        computes: The golden output is computed.
         base: The model, from `load_base` on.
         task: What the adapter is for, from `inject` on.
         model: The base with the adapter in it, from `inject` on.
@@ -182,11 +172,14 @@ class OwnBase:
         dtype: Dtype = "float32",
         quantize: Quantize | None = None,
         device: Device | None = None,
+        *,
+        identity: Identity | None = None,
+        computes: bool = True,
     ) -> None:
         if isinstance(base, nn.Module) and device is not None:
             raise BadInput("the base is a model already: move it with base.to(device) and leave device out.")
         self._device = choose_device(device)
-        self.shared, self.computes = isinstance(base, nn.Module), True
+        self.shared, self.computes = isinstance(base, nn.Module), computes
         if self.shared and (quantize is not None or dtype != "float32"):
             asked = f"quantize={quantize!r}" if quantize is not None else f"dtype={dtype!r}"
             raise BadInput(
@@ -198,7 +191,7 @@ class OwnBase:
         self.task: Task
         self.model: PeftModel
         self.processor: Any = None
-        self._identity: Identity | None = None
+        self._identity = identity
 
     def load_base(self, file: AdapterFile) -> str:
         """Load the base, or take the one that was given."""
@@ -242,6 +235,26 @@ class OwnBase:
     def golden_output(self, file: AdapterFile, processor: Any) -> list[float]:
         """What the adapter makes of its golden input."""
         return golden.compute_output(self.model, processor, self.task)
+
+
+def load_onto(candidate: Candidate, host: OwnBase) -> LoadedAdapter:
+    """Check an adapter on the base of its host, which is left as it was when the adapter does not fit.
+
+    Raises:
+        InlayError: As `load_adapter`.
+    """
+    try:
+        run_checks(candidate)
+        if not host.computes:  # which has not needed it
+            host.load_processor(candidate.file)
+    except Exception:
+        host.restore()
+        raise
+    file, model, task = candidate.file, host.model, host.task
+    labels = task.labels(host.base, model.active_peft_config) if task.classifies else list(file.labels)
+    return LoadedAdapter(
+        model, task, host.processor, labels, file, bool(file.record), candidate.deviation, candidate.output
+    )
 
 
 def _check_head(file: AdapterFile, model: PreTrainedModel) -> None:

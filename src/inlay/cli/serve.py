@@ -56,7 +56,7 @@ def serve(
         raise Unsupported(f"{error.name} is not installed; pip install 'inlay[serve]' installs it.") from error
     from inlay.serve.server.adapters import LoadingRules
     from inlay.serve.server.app import make_app
-    from inlay.serve.server.service import Service
+    from inlay.serve.server.service import Service, open_bank
 
     config = ServiceConfig(**bounds)
     loading = LoadingRules.from_options(allow_loading or [], allow_hub)
@@ -65,10 +65,7 @@ def serve(
     given = adapters[0] if len(adapters) == 1 else adapters
 
     def load() -> Service:
-        from inlay.serve.bank import Bank
-
-        bank = Bank(base, given, budget_mb=budget_mb, skip_unfit=True, device=device, dtype=dtype or "float32")
-        return Service(bank, config)
+        return Service(open_bank(base, given, budget_mb=budget_mb, device=device, dtype=dtype or "float32"), config)
 
     run_server(
         load,

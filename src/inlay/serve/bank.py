@@ -7,38 +7,34 @@ Adapters are tensors in stacks here, not modules: to load one fills a slot, to c
 the same however many adapters its rows have. Methods and widths may differ from adapter to adapter.
 """
 
-import json
 import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
 from inlay.adapters import golden
-from inlay.adapters.checks import Candidate, Result, run_checks
-from inlay.adapters.file import CONFIG, AdapterFile, Reading, hash_config, read_adapter
+from inlay.adapters.checks import Candidate, run_checks
+from inlay.adapters.file import AdapterFile, Reading, hash_config
 from inlay.adapters.hub.fetch import fetch
-from inlay.adapters.identity import Identity, identify_base
-from inlay.adapters.load import check_given_base
+from inlay.adapters.identity import Identity
 from inlay.adapters.task import find_task_of_file
 from inlay.bases.bfloat16 import choose_dtype
 from inlay.bases.device import Device, choose_device
-from inlay.bases.load import Dtype, find_head, read_config, resolve_base
+from inlay.bases.load import Dtype, find_head
 from inlay.errors import BadInput, DamagedFile, InlayError, Unsupported
-from inlay.files.tensor_header import digest_file
 from inlay.methods._peft import put_layers_back, remove_all_adapters, take_layers_out, undo_layer_changes
 from inlay.serve.bank_layer import BankLayer, Rows, Site, Stacks
+from inlay.serve.catalogue import Catalogue, load_base_of
 from inlay.serve.prompt import TABLE, PromptStacks, is_cached_prefix, shift_positions, split_cached_prefix
 from inlay.serve.sites import find_sites
-from inlay.tasks.base import load_base
 
 Values = dict[str, torch.Tensor]
 
@@ -67,24 +63,7 @@ class Held:
 Choice: TypeAlias = str | Held | None  # what a row of a batch has: an adapter by name, a held one, or the plain base
 
 
-@dataclass
-class Counts:
-    """What a bank has done since it was made.
-
-    Attributes:
-        hits: Adapters of batches that were in memory.
-        loads: Adapters that were read and checked.
-        evictions: Adapters that gave way to others, by the budget.
-        bytes: Size of the stacks now; unlike `Bank.bytes` it may be read while the bank computes.
-    """
-
-    hits: int = 0
-    loads: int = 0
-    evictions: int = 0
-    bytes: int = 0
-
-
-class Bank:
+class Bank(Catalogue):
     """A base with any number of adapters, of which each row of a batch has one, or none.
 
     A bank holds LoRA (on linear layers, convolutions and embeddings), (IA)³, SSF, bottlenecks, ConvPass, Conv-Adapter,
@@ -136,15 +115,7 @@ class Bank:
         """
         if isinstance(base, nn.Module) and (device is not None or dtype != "float32"):
             raise BadInput("the base is a model already: move it with base.to(...) and leave device and dtype out.")
-        self._paths = _name_adapters(adapters)
-        if budget_mb is not None and not budget_mb > 0:
-            raise BadInput(f"budget_mb must be positive, got {budget_mb}.")
-        self.check_golden = check_golden
-        self.skip_unfit = skip_unfit
-        self.refused: dict[str, InlayError] = {}
-        self.refused_paths: dict[str, str | Path] = {}
-        self.counts = Counts()
-        self.budget = None if budget_mb is None else int(budget_mb * 1e6)
+        super().__init__(adapters, budget_mb=budget_mb, check_golden=check_golden, skip_unfit=skip_unfit)
         if isinstance(base, nn.Module):
             self._start(base, lacks_head=False)
             return
@@ -158,19 +129,14 @@ class Bank:
             self._load_and_start(base, where, "float32")
 
     def _load_and_start(self, base: str | Path, device: torch.device, dtype: Dtype) -> None:
-        loaded = _load_base_of(base, self._paths, device, dtype)
+        loaded = load_base_of(base, self._paths, device, dtype)
         self._start(loaded, lacks_head=bool(loaded.new_head))
 
     def _start(self, base: PreTrainedModel, *, lacks_head: bool) -> None:
         """Take this base, and read the adapters unless there is a budget."""
         self._lacks_head = lacks_head
-        self.model = check_given_base(base).eval()
-        self.files: dict[str, AdapterFile] = {}
-        self.checks: dict[str, dict[str, Result]] = {}
-        self._identity = identify_base(self.model)
+        self._take_base(base)
         self._module_names = [name for name, _ in self.model.named_modules()]
-        self._processors: dict[str, Any] = {}
-        self._digests: dict[Path, tuple[tuple[Any, ...], str]] = {}  # of files that hold none, with their version
         self._outputs: dict[str, list[float]] = {}  # golden ones, by the digest of the adapter's file
         self._rows = Rows(next(p for p in self.model.parameters() if p.is_floating_point()).device)
         self._prompts = PromptStacks(self._rows)
@@ -184,22 +150,7 @@ class Bank:
         self._open_blocks: list[list[Choice]] = []  # rows of each block of `rows` that is open, the innermost last
         if self.budget is None:
             self._rows.capacity = len(self._paths) + 1
-            for name in list(self._paths):
-                self._load_or_refuse(name)
-
-    def _load_or_refuse(self, name: str) -> None:
-        try:
-            self._load(name)
-        except InlayError as error:
-            if not self.skip_unfit:
-                raise
-            self.refused[name] = error
-            self.refused_paths[name] = self._paths.pop(name)
-
-    @property
-    def names(self) -> list[str]:
-        """All adapters that rows can ask for."""
-        return list(self._paths)
+            self._load_all()
 
     @property
     def resident(self) -> list[str]:
@@ -210,11 +161,6 @@ class Bank:
     def bytes(self) -> int:
         """Size of the stacks."""
         return sum(stack.nbytes for stacks in self._stacks() for stack in stacks.buffers())
-
-    @property
-    def identity(self) -> Identity:
-        """Of the base."""
-        return self._identity
 
     @property
     def prompts(self) -> PromptStacks:
@@ -228,64 +174,6 @@ class Bank:
             return None
         each = self.bytes // self._rows.capacity
         return max(1, self.budget // max(each, 1) - 1)
-
-    def labels(self, name: str) -> list[str]:
-        """Class names of an adapter, in the order of its logits."""
-        return self.read_file(name).labels
-
-    def read_file(self, name: str) -> AdapterFile:
-        """What the folder of an adapter says; it is read where the adapter is not in memory.
-
-        Raises:
-            InlayError: The bank does not know the adapter, or its folder is damaged.
-        """
-        known = self.files.get(name)
-        return known if known is not None else self.read_folder(self.find_path(name))
-
-    def read_folder(self, path: str | Path) -> AdapterFile:
-        """What the folder of an adapter says that need not be in the bank; as all files here it has a digest.
-
-        Raises:
-            InlayError: It is damaged, or no adapter.
-        """
-        return self._with_digest(read_adapter(fetch(path)))
-
-    def _with_digest(self, file: AdapterFile) -> AdapterFile:
-        """The file as read, with the digest of its bytes and config where it holds none, as those of plain peft."""
-        if file.digest:
-            return file
-        state = file.weights.stat()
-        version = (state.st_ino, state.st_size, state.st_mtime_ns, hash_config(file.config))
-        known = self._digests.get(file.weights)
-        if known is None or known[0] != version:
-            known = self._digests[file.weights] = version, digest_file(file.weights, hash_config(file.config))
-        return replace(file, digest=known[1])
-
-    def find_path(self, name: str) -> str | Path:
-        """Where an adapter is read from: a folder, or a Hub id.
-
-        Raises:
-            BadInput: The bank does not know it.
-        """
-        if name not in self._paths:
-            names = ", ".join(list(self._paths)[:5]) or "none"
-            more = " ..." if len(self._paths) > 5 else ""
-            raise BadInput(f"unknown adapter {name!r}; this bank has {names}{more}.")
-        return self._paths[name]
-
-    def load_processor(self, file: AdapterFile) -> Any:
-        """What makes inputs for an adapter, one for all adapters of equal settings.
-
-        Raises:
-            InlayError: Neither the file nor the base says how inputs are made.
-        """
-        settings = file.record.get("preprocessing")
-        task = find_task_of_file(file, self.model.config)
-        base = str(self.model.name_or_path or file.base_name)
-        key = json.dumps([task.name, base, settings], sort_keys=True)
-        if key not in self._processors:
-            self._processors[key] = task.load_processor(base, settings)
-        return self._processors[key]
 
     def add(self, path: str | Path, name: str | None = None) -> str:
         """Read an adapter and check it, in the place of one of that name if there is one; gives its name.
@@ -711,53 +599,3 @@ class _OneRow(nn.Module):
     def forward(self, **inputs: Any) -> Any:
         """The bank's output."""
         return self._ask(inputs)
-
-
-def _load_base_of(
-    name: str | Path, adapters: Mapping[str, str | Path], device: torch.device, dtype: Dtype
-) -> PreTrainedModel:
-    """The base of that name, for the task of the first adapter; with a new head if it was saved with another one."""
-    config = read_config(str(name), resolve_base(str(name)), None)
-    file = _find_first(adapters, config.model_type)
-    if file is None:
-        return load_base(name, dtype=dtype, device=device)
-    task = find_task_of_file(file, config)
-    if not task.could_take_base(config):  # the comparison of bases says it better
-        return load_base(name, dtype=dtype, device=device)
-    with_head = getattr(transformers, task.auto_class)._model_mapping[type(config)].__name__
-    own_head = not task.classifies or with_head in (config.architectures or [])
-    labels = None if own_head else file.labels or None
-    return load_base(name, task=task.name, labels=labels, dtype=dtype, device=device)
-
-
-def _find_first(adapters: Mapping[str, str | Path], model_type: str) -> AdapterFile | None:
-    """The first adapter of a base of this type; without one the first."""
-    first = None
-    for path in adapters.values():
-        try:
-            file = read_adapter(fetch(path), digest=False)
-        except InlayError:  # which reading it in its turn tells
-            continue
-        if file.record.get("base", {}).get("model_type", model_type) == model_type:
-            return file
-        first = first or file
-    return first
-
-
-def _name_adapters(adapters: Any) -> dict[str, str | Path]:
-    """Paths of adapters by their names."""
-    if isinstance(adapters, Mapping):
-        return dict(adapters)
-    if isinstance(adapters, str | Path):
-        folder = Path(adapters).expanduser()
-        found = [folder] if (folder / CONFIG).is_file() else sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
-        if not found:
-            raise BadInput(f"{adapters} holds no adapters; give a folder of adapter folders, or their paths.")
-        adapters = found
-    named: dict[str, str | Path] = {}
-    for path in adapters:
-        name = Path(path).name
-        if name in named:
-            raise BadInput(f"two adapters are called {name!r}: {named[name]} and {path}; give names of your own.")
-        named[name] = path
-    return named

@@ -1,21 +1,23 @@
 """How a task answers requests that come one by one, such as over HTTP: values become rows, and rows replies.
 
-A request is read by the settings of its adapter (`read`) and answered for people and programs (`reply`). In between a
-task of one forward pass (`Serving`) makes batches of requests of different adapters: `collate`, the model, `take_rows`.
-One that writes a text (`Writing`) says how its prompt is continued, token by token. Only the model is computed on the
-thread that owns it.
+A request is read by the settings of its adapter (`Answering.read`), computed, and answered for people or programs
+(`reply`). Most tasks compute a request in one forward pass, in a batch with those of other adapters (`Serving`). One
+that writes a text says how its prompt is continued, token by token (`Writing`); one that needs many passes is computed
+by itself (`SingleServing`). Only the model is computed on the thread that owns it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+    from inlay.tasks.adapter import Adapter
 
 DataType = Literal["BOOL", "UINT8", "INT32", "INT64", "FP32", "BYTES"]
 Finish = Literal["stop", "length"]  # an end token or string, or as many tokens as were asked for
@@ -60,51 +62,83 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class ServedAdapter:
+    """What a request must know of its adapter.
+
+    Attributes:
+        name: For messages.
+        processor: Makes its inputs.
+        labels: Class names in the order of the outputs; none for what has no classes.
+        groups: Of labels, of a combination of classifiers, as `AdapterFile.groups`.
+        config: Of its model, with as many labels as it has.
+    """
+
+    name: str
+    processor: Any
+    labels: Sequence[str] = ()
+    groups: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    config: Any = None
+
+    def route(self, group: str | None) -> tuple[list[str], list[int]]:
+        """Class names of one group of labels, and which logits stand for them; None: all classes.
+
+        Raises:
+            InlayError: There is no such group.
+        """
+        from inlay.tasks.adapter import route_group  # which needs torch
+
+        return route_group(f"adapter {self.name!r}", list(self.labels), self.groups, group)
+
+
+@dataclass(frozen=True)
 class Row:
     """One input of a model.
 
     Attributes:
-        inputs: What `collate` needs.
+        inputs: What `collate` or `compute` needs.
         shape: Rows with equal ones may be in one batch.
         source: What `reply` needs, such as the size of the image.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: Mapping[str, Any]
     shape: Hashable = None
     source: Any = None
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What an adapter says of one input.
+    """What an adapter says of one input, in the form that was asked for.
 
     Attributes:
         facts: For people, as JSON takes them.
-        tensors: By the names of `Serving.outputs`, without the axis of the batch; texts as a list.
+        tensors: For programs, by the names of `Answering.outputs`, without the axis of the batch; texts and files as a
+            list.
     """
 
-    facts: dict[str, Any]
-    tensors: dict[str, np.ndarray | list[str]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, np.ndarray | list[str] | list[bytes]] = field(default_factory=dict)
 
 
 class Answering(ABC):
     """How one task answers.
 
     Attributes:
+        action: What people ask of it: the last part of its route, such as /v1/classify. None: it has routes of its own.
         inputs: What a request holds.
         outputs: What a reply holds; -1 stands for the number of classes too.
     """
 
+    action: ClassVar[Literal["classify", "segment"] | None] = None
     inputs: ClassVar[Sequence[TensorSpec]]
     outputs: ClassVar[Sequence[TensorSpec]]
 
     @abstractmethod
-    def read(self, values: Mapping[str, Any], processor: Any, limits: Limits) -> Any:
+    def read(self, values: Mapping[str, Any], adapter: ServedAdapter, limits: Limits) -> Any:
         """What the model needs of a request: a Row, or a Prompt; called on any thread.
 
         Args:
             values: By the names of `inputs`: an array without the axis of the batch, bytes of a file, or a text.
-            processor: Of the adapter.
+            adapter: That is asked.
             limits: Of the server.
 
         Raises:
@@ -112,23 +146,27 @@ class Answering(ABC):
         """
 
     @abstractmethod
-    def reply(self, found: Any, row: Any, labels: Sequence[str], config: Any) -> Reply:
+    def reply(self, found: Any, row: Any, adapter: ServedAdapter, tensors: Collection[str] | None) -> Reply:
         """What is answered; called on any thread.
 
         Args:
-            found: From `take_rows`, or a Written.
+            found: What was computed: a row of `take_rows`, a Written, or what `compute` gives.
             row: From `read`.
-            labels: Of the adapter.
-            config: Of the base.
+            adapter: That was asked.
+            tensors: Names of `outputs` that a program wants; None: facts for people.
         """
 
 
 class Serving(Answering):
-    """How a task answers in one forward pass."""
+    """How a task answers whose requests are computed in one forward pass, in a batch with others."""
+
+    def largest_batch(self, config: Any) -> int | None:
+        """How many rows a base of this config computes at once, for its memory; None: as many as the server allows."""
+        return None
 
     @abstractmethod
-    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """The batch that the model takes, of rows of equal shape."""
+    def collate(self, rows: Sequence[Row], weight: Tensor) -> dict[str, Tensor]:
+        """The batch that the model takes, of rows of equal shape, on the device and in the type of its weights."""
 
     @abstractmethod
     def take_rows(self, output: Any, count: int) -> list[dict[str, Tensor]]:
@@ -252,15 +290,19 @@ class Writing(Answering):
         """Remember what `read` needs to know of the base."""
 
 
-def reply_with_labels(logits: Tensor, probabilities: Tensor, labels: Sequence[str]) -> Reply:
-    """The classes of one input, the most probable first.
+class SingleServing(Answering):
+    """How a task answers whose requests take many forward passes each, under one adapter in a model of its own."""
 
-    Args:
-        logits: One for each class, (K,).
-        probabilities: Theirs, (K,).
-        labels: Class names in the order of the logits.
-    """
-    values, places = probabilities.sort(descending=True)
-    names = [labels[place] for place in places.tolist()]
-    facts = {"label": names[0], "probabilities": dict(zip(names, values.tolist(), strict=True))}
-    return Reply(facts, {"logits": logits.numpy(), "probabilities": probabilities.numpy(), "label": [names[0]]})
+    @abstractmethod
+    def compute(self, row: Row, adapter: Adapter, limits: Limits, before_pass: Callable[[], None]) -> Mapping[str, Any]:
+        """What the adapter makes of a row.
+
+        Args:
+            row: From `read`.
+            adapter: Loaded.
+            limits: Of the server.
+            before_pass: To be called before each forward pass; what it raises ends the work.
+
+        Raises:
+            InlayError: Values that cannot be read.
+        """

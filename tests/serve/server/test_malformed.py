@@ -15,7 +15,7 @@ from inlay.serve.server.app import make_app
 from inlay.serve.server.config import ServiceConfig
 from inlay.serve.server.service import Service
 from inlay.tasks.images.serving import ImageServing
-from inlay.tasks.serving import Limits
+from inlay.tasks.serving import Limits, ServedAdapter
 from serve.banked import VIT, pair
 from serve.server.live import listen
 from serve.server.mutated_requests import Attempt, make_attempt, send
@@ -60,4 +60,4 @@ def test_a_line_of_pixels_is_not_made_an_image_of_gigabytes():
     with pytest.raises(
         InlayError, match=r"the image has 20000 x 1 pixels, and the processor of this adapter makes 224 x 4,480,000"
     ):
-        ImageServing().read({"image": file.getvalue()}, processor, Limits())
+        ImageServing().read({"image": file.getvalue()}, ServedAdapter("a", processor), Limits())

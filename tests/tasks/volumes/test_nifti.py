@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import tracemalloc
 
 import nibabel
 import numpy as np
@@ -9,7 +10,15 @@ import pytest
 
 from inlay.errors import InlayError
 from inlay.tasks.volumes.data import Case, read_labels
-from inlay.tasks.volumes.nifti import case_name, find_affine_conflict, read_header, read_volume, write_volume
+from inlay.tasks.volumes.nifti import (
+    case_name,
+    find_affine_conflict,
+    inflate_nifti,
+    read_header,
+    read_nifti_header,
+    read_volume,
+    write_volume,
+)
 
 
 def test_files_come_back_as_they_were_written(tmp_path):
@@ -230,3 +239,60 @@ def test_two_orientations_that_disagree_get_a_word(tmp_path, qform, codes, says)
     nibabel.save(image, tmp_path / "a.nii.gz")
     found = find_affine_conflict(tmp_path / "a.nii.gz")
     assert ("sform and its qform" in found) if says else found is None
+
+
+def in_memory(kind=nibabel.Nifti1Image, shape=(4, 5, 6), dtype=np.float32):
+    """The bytes of a scan, and its voxels."""
+    voxels = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    return kind(voxels, np.diag([1.0, 2.0, 3.0, 1.0])).to_bytes(), voxels
+
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+def test_bytes_are_read_as_their_file(kind, tmp_path):
+    plain, voxels = in_memory(kind)
+    (tmp_path / "a.nii").write_bytes(plain)
+    packed = gzip.compress(plain[:200]) + gzip.compress(plain[200:])  # of several members, as pigz writes them
+    assert read_nifti_header(packed, 120).get_data_shape() == (4, 5, 6)
+    for data in (plain, packed, packed + bytes(512)):
+        whole = inflate_nifti(data, 120)
+        assert whole == plain
+        array, affine = read_volume(whole)
+        expected, own = read_volume(tmp_path / "a.nii")
+        assert np.array_equal(array, voxels) and np.array_equal(array, expected) and np.array_equal(affine, own)
+        assert find_affine_conflict(whole) is None
+
+
+def changed(plain, offset, form, value):
+    return plain[:offset] + struct.pack(form, value) + plain[offset + struct.calcsize(form) :]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda plain: gzip.compress(plain)[:-9], "truncated"),
+        (lambda plain: gzip.compress(plain)[:-8] + bytes(8), "does not match its checksum"),
+        (lambda plain: gzip.compress(plain + bytes(2**21)), "more data than its header announces"),
+        (lambda plain: changed(plain, 108, "<f", 2.0**30), "voxels that begin at byte 1073741824"),
+        (lambda plain: gzip.compress(changed(plain, 108, "<f", float("nan"))), "voxels that begin at byte nan"),
+        (lambda plain: changed(plain, 42, "<h", -4), "no volume"),
+        (lambda plain: b"\x1f\x8b" + bytes(400), "damaged, its compressed data"),
+        (lambda plain: b"", "an empty file"),
+        (lambda plain: plain[:100], "the file given cannot be read"),
+    ],
+)
+def test_bytes_that_are_refused(change, words):
+    with pytest.raises(InlayError, match=words):
+        inflate_nifti(change(in_memory()[0]), 120)
+
+
+def test_what_is_too_large_is_not_inflated():
+    plain, _ = in_memory()
+    with pytest.raises(InlayError, match=r"the scan has 4 x 5 x 6 voxels; the limit is 119 in all"):
+        inflate_nifti(gzip.compress(plain), 119)
+    bomb = gzip.compress(plain + bytes(50_000_000))
+    tracemalloc.start()
+    with pytest.raises(InlayError, match="more data than its header announces"):
+        inflate_nifti(bomb, 120)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5_000_000

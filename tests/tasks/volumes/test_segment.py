@@ -1,5 +1,6 @@
 """Whole scans by windows: against MONAI, with prompts and flips, and from the command line."""
 
+import gzip
 import json
 import sys
 
@@ -352,6 +353,27 @@ def test_wrong_files_and_adapters_are_named(tmp_path, scan, pictures, digits_ada
         found.save(tmp_path / "mask.png")
     with pytest.raises(InlayError, match="folder that exists"):
         found.save(tmp_path / "nowhere" / "mask.nii")
+
+
+def test_the_bytes_of_a_file_are_segmented_as_the_file(tmp_path, scan):
+    """And the mask in memory is that which is saved."""
+    found = segment(adapter(), scan.read_bytes())
+    saved = segment(adapter(), scan).save(tmp_path / "mask.nii.gz")
+    assert gzip.decompress(found.to_bytes()) == gzip.decompress(saved.read_bytes())
+    assert found.save(tmp_path / "again.nii.gz").is_file()
+
+
+def test_the_work_ends_between_windows(scan):
+    passes = []
+
+    def stop_at_third():
+        passes.append(len(passes))
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        segment(adapter(), scan, before_windows=stop_at_third)
+    assert passes == [0, 1, 2]
 
 
 def test_the_encoder_runs_once_for_a_window(tmp_path):

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from inlay.errors import ComputationFailed, InlayError, WrongBase
-from inlay.serve.server import classify, health, metrics, openai
+from inlay.serve.server import classify, health, metrics, open_inference, openai
 from inlay.serve.server.adapters import LoadingRules, make_router
 from inlay.serve.server.answers import make_error
 from inlay.serve.server.gate import KEY, Gate, Journal, read_keys
@@ -65,6 +65,7 @@ def make_app(
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
     app.include_router(classify.router)
     app.include_router(openai.router)
+    app.include_router(open_inference.router)
     app.include_router(health.router)
     app.include_router(metrics.router)
     if loading is not None:

@@ -10,10 +10,10 @@ from typing_extensions import override
 from inlay.adapters.file import AdapterFile
 from inlay.errors import ComputationFailed, InlayError
 from inlay.serve.bank import Bank
+from inlay.serve.catalogue import Catalogue
 from inlay.serve.server.loop import Loop
 from inlay.serve.server.queue import Request, RequestQueue
 from inlay.serve.server.refusals import DoesNotFit, Replaced, UnknownAdapter, name_misfit
-from inlay.tasks.adapter import place_inputs
 from inlay.tasks.serving import Row, Serving
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ class BatchLoop(Loop):
         bank: This thread alone computes with it; others may add and remove adapters meanwhile.
         serving: Of the task of its adapters.
         queue: Where requests wait.
-        max_batch: Rows in a batch at most.
+        max_batch: Rows in a batch at most; fewer where the task says so.
         max_wait_s: How long a request waits for others to fill its batch.
         prepare: Called first, on the thread that computes.
         watch: Called with each batch before it is computed.
@@ -47,7 +47,7 @@ class BatchLoop(Loop):
         self.bank = bank
         self.serving = serving
         self.queue = queue
-        self.max_batch = max_batch
+        self.max_batch = min(max_batch, serving.largest_batch(bank.model.config) or max_batch)
         self.max_wait_s = max_wait_s
         self.watch = watch
         self._weight = next(p for p in bank.model.parameters() if p.is_floating_point())
@@ -93,7 +93,7 @@ class BatchLoop(Loop):
                     request.future.set_exception(Replaced(f"adapter {request.adapter!r} was replaced; ask again."))
             if not current:
                 return
-            batch = place_inputs(self.serving.collate([request.row for request in current]), self._weight)
+            batch = self.serving.collate([request.row for request in current], self._weight)
             output = self.bank(batch, [request.adapter for request in current])
             rows = self.serving.take_rows(output, len(current))
         now = time.monotonic()
@@ -102,7 +102,7 @@ class BatchLoop(Loop):
             request.future.set_result(found)
 
 
-def explain_misfit(error: Exception, bank: Bank, names: Sequence[str]) -> InlayError:
+def explain_misfit(error: Exception, bank: Catalogue, names: Sequence[str]) -> InlayError:
     """What a client is told where a bank cannot take the adapters of its rows into memory."""
     if not isinstance(error, InlayError):
         return explain_failure(error)

@@ -39,7 +39,6 @@ class TextRequest(Request):
         write_by: By `time.monotonic`; a text that is not finished then is refused.
         on_piece: Called with each piece, on the thread of the loop.
         written: Tokens so far.
-        left: Nobody reads the text any more; it ends at the next token.
     """
 
     new_tokens: int = 1
@@ -47,16 +46,10 @@ class TextRequest(Request):
     write_by: float = float("inf")
     on_piece: Callable[[Piece], None] = lambda piece: None
     written: int = 0
-    left: bool = False
 
     @override
     def count_tokens(self) -> tuple[int, int]:
         return len(self.row.ids), self.written
-
-    def cancel(self) -> None:
-        """Take the request out of the queue, or end its text."""
-        self.left = True
-        self.future.cancel()
 
 
 class GenerationLoop(Loop):

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from inlay.serve.bank import Bank
+from inlay.serve.model_bank import ModelBank
 from inlay.serve.server.generation import GenerationLoop
 from inlay.serve.server.loop import Loop
 from inlay.serve.server.queue import Request, RequestQueue
@@ -39,7 +40,7 @@ class Metrics:
         loop: Which may have texts under way.
     """
 
-    def __init__(self, bank: Bank, queue: RequestQueue, loop: Loop) -> None:
+    def __init__(self, bank: Bank | ModelBank, queue: RequestQueue, loop: Loop) -> None:
         self.registry = CollectorRegistry()
         self._names: set[str] = set()
         self.requests = Counter(
@@ -115,7 +116,7 @@ class Metrics:
 class _Levels(Collector):
     """What a bank and a queue hold at the moment of a scrape."""
 
-    def __init__(self, bank: Bank, queue: RequestQueue, loop: Loop) -> None:
+    def __init__(self, bank: Bank | ModelBank, queue: RequestQueue, loop: Loop) -> None:
         self._bank, self._queue, self._loop = bank, queue, loop
 
     @override

@@ -30,6 +30,7 @@ class Request:
         taken: When it left the queue for a batch; 0 before.
         answered: When its answer was computed; 0 before.
         batch: Rows of the batch that it was in.
+        left: Nobody waits for the answer any more; where it is being computed, that may end.
         future: Of the answer. Cancelling it takes the request out of the queue.
     """
 
@@ -43,6 +44,12 @@ class Request:
     answered: float = 0.0
     batch: int = 0
     future: Future[Any] = field(default_factory=Future)
+    left: bool = False
+
+    def cancel(self) -> None:
+        """Say that nobody waits for the answer any more: the request leaves the queue."""
+        self.left = True
+        self.future.cancel()
 
     def count_tokens(self) -> tuple[int, int]:
         """Of its prompt, and written so far."""

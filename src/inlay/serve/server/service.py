@@ -2,11 +2,12 @@
 
 import asyncio
 import contextvars
+import copy
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,8 +17,12 @@ import torch
 from inlay.adapters.file import AdapterFile, expand_path
 from inlay.adapters.golden import compute_output
 from inlay.adapters.task import find_task_of_file
+from inlay.bases.device import Device
+from inlay.bases.load import Dtype, read_config, resolve_base
 from inlay.errors import BadInput, InlayError
 from inlay.serve.bank import Bank
+from inlay.serve.catalogue import Catalogue, find_first, name_adapters
+from inlay.serve.model_bank import ModelBank
 from inlay.serve.server.batches import BatchLoop
 from inlay.serve.server.config import ServiceConfig
 from inlay.serve.server.generation import GenerationLoop, TextRequest
@@ -25,13 +30,15 @@ from inlay.serve.server.logs import FACTS
 from inlay.serve.server.metrics import Metrics
 from inlay.serve.server.queue import Request, RequestQueue
 from inlay.serve.server.refusals import DoesNotFit, Replaced, Stopping, TooLate, UnknownAdapter, name_misfit
+from inlay.serve.server.singles import WAITING, SingleLoop
 from inlay.serve.server.streams import TextStream
 from inlay.serve.server.trace import current_trace
-from inlay.tasks.serving import Reply, Serving, Writing
+from inlay.tasks.serving import Reply, ServedAdapter, Serving, SingleServing, Writing
 from inlay.tasks.task import Task
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+MOST_DESCRIBED = 1_000
 State = Literal["starting", "ready", "draining", "failed"]
 
 
@@ -58,7 +65,7 @@ class Answered:
 
     reply: Reply
     signature: Signature
-    labels: list[str] = field(default_factory=list)
+    labels: Sequence[str] = field(default_factory=list)
 
 
 class Service:
@@ -80,7 +87,7 @@ class Service:
         InlayError: No adapter that fits, or a task that is not served.
     """
 
-    def __init__(self, bank: Bank, config: ServiceConfig) -> None:
+    def __init__(self, bank: Bank | ModelBank, config: ServiceConfig) -> None:
         self.bank = bank
         self.config = config
         self.refused = {
@@ -88,7 +95,8 @@ class Service:
         }
         self.task = _find_task(bank, self.refused)
         self.serving = self.task.serving()
-        self.queue = RequestQueue(config.max_queue)
+        is_single = isinstance(self.serving, SingleServing)
+        self.queue = RequestQueue(min(config.max_queue, WAITING) if is_single else config.max_queue)
         self.loop = self._make_loop()
         self.metrics = Metrics(bank, self.queue, self.loop)
         self.started = int(time.time())
@@ -98,6 +106,7 @@ class Service:
         self.has_ended = False
         self._is_draining = False
         self._changing = threading.Lock()  # adapters come and go one after the other
+        self._described: dict[str, tuple[AdapterFile, ServedAdapter]] = {}
         self._pool = ThreadPoolExecutor(config.threads, "inlay-decode")
 
     @property
@@ -191,26 +200,33 @@ class Service:
             self.metrics.forget(name)
         log.info("adapter removed", extra={FACTS: {"adapter": name}})
 
-    async def ask(self, name: str, values: Mapping[str, Any], timeout_s: float | None = None) -> Answered:
+    async def ask(
+        self,
+        name: str,
+        values: Mapping[str, Any],
+        timeout_s: float | None = None,
+        tensors: Collection[str] | None = None,
+    ) -> Answered:
         """The answer of an adapter to one input.
 
         Args:
             name: Of the adapter.
-            values: As `Serving.read` takes them.
+            values: As `Answering.read` takes them.
             timeout_s: Shorter than the server's own.
+            tensors: Names of the outputs that a program wants; None: facts for people.
 
         Raises:
-            InlayError: What `Serving.read` says, or a refusal.
+            InlayError: What `Answering.read` says, or a refusal.
         """
         if isinstance(self.loop, GenerationLoop):
             stream = await self.write(name, values, timeout_s)
             found = await stream.read_all()
-            return self._answer(found, stream.request, stream.file)
+            return await self._answer(found, stream.request, stream.file, tensors)
 
         async def wait(request: Request, file: AdapterFile) -> Answered:
             self.queue.put(request)
-            found = await _wait_for(request.future, request.deadline)
-            return self._answer(found, request, file)
+            found = await _wait_for(request)
+            return await self._answer(found, request, file, tensors)
 
         return await self._try(name, values, timeout_s, wait)
 
@@ -247,7 +263,7 @@ class Service:
         """Ask for an answer; again where the adapter is replaced between reading the request and computing it."""
         deadline = time.monotonic() + min(timeout_s or self.config.timeout_s, self.config.timeout_s)
         for attempt in range(3):
-            file, row = await self._run_on_pool(self._read_row, name, values)
+            file, row = await self.run_on_pool(self._read_row, name, values)
             request = self.loop.make_request(name, file, row, deadline)
             current_trace().requests.append(request)
             try:
@@ -257,42 +273,53 @@ class Service:
                     raise
         raise AssertionError("unreachable")
 
-    def _answer(self, found: Any, request: Request, file: AdapterFile) -> Answered:
-        reply = self.serving.reply(found, request.row, file.labels, self.bank.model.config)
-        return Answered(reply, self.sign(request.adapter, file), file.labels)
+    async def _answer(
+        self, found: Any, request: Request, file: AdapterFile, tensors: Collection[str] | None
+    ) -> Answered:
+        adapter = self._describe_adapter(request.adapter, file)
+        reply = await self.run_on_pool(self.serving.reply, found, request.row, adapter, tensors)
+        return Answered(reply, self.sign(request.adapter, file), adapter.labels)
 
     def _read_row(self, name: str, values: Mapping[str, Any]) -> tuple[AdapterFile, Any]:
         file = self.find_file(name)  # of an adapter that is not in memory the disk is read
         with torch.inference_mode():
-            return file, self.serving.read(values, self.bank.load_processor(file), self.config.limits)
+            return file, self.serving.read(values, self._describe_adapter(name, file), self.config.limits)
 
-    def _make_loop(self) -> BatchLoop | GenerationLoop:
-        """What computes the requests: one forward pass each, or a token at a time."""
+    def _describe_adapter(self, name: str, file: AdapterFile) -> ServedAdapter:
+        """What requests must know of an adapter; kept while its file is the same."""
+        known = self._described.get(name)
+        if known is not None and (known[0] is file or known[0].digest == file.digest):
+            return known[1]
+        config, labels = copy.copy(self.bank.model.config), list(file.labels)
+        if self.task.classifies:
+            labels = labels or self.task.labels(self.bank.model, None)
+            config.num_labels = len(labels)
+        if len(self._described) >= MOST_DESCRIBED:  # names of adapters that are gone
+            self._described.clear()
+        adapter = ServedAdapter(name, self.bank.load_processor(file), labels, file.groups, config)
+        self._described[name] = file, adapter
+        return adapter
+
+    def _make_loop(self) -> BatchLoop | GenerationLoop | SingleLoop:
+        """What computes the requests: one forward pass each, a token at a time, or one by one."""
         bank, serving, config = self.bank, self.serving, self.config
-        wait_s = config.max_wait_ms / 1000
-        if not isinstance(serving, Writing):
-            assert isinstance(serving, Serving)
-            return BatchLoop(
+        follow: dict[str, Any] = {"prepare": self._warm_up, "watch": self._count_batch}
+        if isinstance(bank, ModelBank) and isinstance(serving, SingleServing):
+            return SingleLoop(bank, serving, self.queue, limits=config.limits, **follow)
+        shared: dict[str, Any] = {"max_batch": config.max_batch, "max_wait_s": config.max_wait_ms / 1000, **follow}
+        if isinstance(bank, Bank) and isinstance(serving, Serving):
+            return BatchLoop(bank, serving, self.queue, **shared)
+        if isinstance(bank, Bank) and isinstance(serving, Writing):
+            return GenerationLoop(
                 bank,
                 serving,
                 self.queue,
-                max_batch=config.max_batch,
-                max_wait_s=wait_s,
-                prepare=self._warm_up,
-                watch=self._count_batch,
+                max_new_tokens=config.max_new_tokens,
+                max_write_s=config.max_write_s,
+                cache_mb=config.cache_mb,
+                **shared,
             )
-        return GenerationLoop(
-            bank,
-            serving,
-            self.queue,
-            max_batch=config.max_batch,
-            max_wait_s=wait_s,
-            max_new_tokens=config.max_new_tokens,
-            max_write_s=config.max_write_s,
-            cache_mb=config.cache_mb,
-            prepare=self._warm_up,
-            watch=self._count_batch,
-        )
+        raise BadInput(f"a {type(bank).__name__} does not serve {self.task.name}; `open_bank` makes the right one.")
 
     def _count_batch(self, requests: Sequence[Request]) -> None:
         self.metrics.count_batch(requests)
@@ -309,25 +336,57 @@ class Service:
         except InlayError as error:
             log.warning("the first adapter cannot be warmed up: %s", error)
 
-    async def _run_on_pool(self, function: Any, *arguments: Any) -> Any:
+    async def run_on_pool(self, function: Any, *arguments: Any) -> Any:
+        """What a function gives on one of the threads that read requests."""
         run = contextvars.copy_context().run  # with the notes on the request
         return await asyncio.get_running_loop().run_in_executor(self._pool, run, function, *arguments)
 
 
-async def _wait_for(future: Future[Any], deadline: float) -> Any:
-    """The result of a future, which is cancelled where nobody waits for it any more.
+async def _wait_for(request: Request) -> Any:
+    """What was computed of a request, which is given up where nobody waits for it any more.
 
     Raises:
         TooLate: The deadline passed.
     """
     try:
-        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-            return await asyncio.wrap_future(future)
+        async with asyncio.timeout(max(0.0, request.deadline - time.monotonic())):
+            return await asyncio.wrap_future(request.future)
     except TimeoutError:
         raise TooLate("the request was not answered before its deadline.") from None
+    finally:
+        request.cancel()
 
 
-def _find_task(bank: Bank, refused: dict[str, str]) -> Task:
+def open_bank(
+    base: str | Path,
+    adapters: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
+    *,
+    budget_mb: float | None = None,
+    device: Device | None = None,
+    dtype: Dtype | Literal["auto"] = "float32",
+) -> Bank | ModelBank:
+    """The bank that serves the task of the first adapter; adapters that do not fit are left out.
+
+    Args:
+        base: A name for `load_base`.
+        adapters: As for `Bank`.
+        budget_mb: As for `Bank`.
+        device: As for `Bank`.
+        dtype: As for `Bank`; "auto" is float32 where each adapter has a model of its own.
+
+    Raises:
+        InlayError: As `Bank`.
+    """
+    config = read_config(str(base), resolve_base(str(base)), None)
+    first = find_first(name_adapters(adapters), config.model_type)
+    task = None if first is None else find_task_of_file(first, config)
+    if task is not None and isinstance(task.serving(), SingleServing):
+        kept: Dtype = "float32" if dtype == "auto" else dtype
+        return ModelBank(base, adapters, budget_mb=budget_mb, skip_unfit=True, device=device, dtype=kept)
+    return Bank(base, adapters, budget_mb=budget_mb, skip_unfit=True, device=device, dtype=dtype)
+
+
+def _find_task(bank: Bank | ModelBank, refused: dict[str, str]) -> Task:
     """That of the first adapter; those for other tasks are taken out of the bank, and `refused` says so."""
     found: Task | None = None
     for name in bank.names:
@@ -344,14 +403,14 @@ def _find_task(bank: Bank, refused: dict[str, str]) -> Task:
     return found
 
 
-def _check_task(file: AdapterFile, name: str, task: Task, bank: Bank) -> None:
+def _check_task(file: AdapterFile, name: str, task: Task, bank: Catalogue) -> None:
     """Raise BadInput for an adapter of another task."""
     other = find_task_of_file(file, bank.model.config)
     if other.name != task.name:
         raise BadInput(f"adapter {name!r} is for {other.name}, and this server is for {task.name}.")
 
 
-def _name_base(bank: Bank) -> str:
+def _name_base(bank: Catalogue) -> str:
     """As answers name it: a name or Hub id as it is, of a local folder the last part."""
     name = str(bank.model.name_or_path)
     return expand_path(name).resolve().name if expand_path(name).is_dir() else name

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -13,56 +12,71 @@ from transformers.image_processing_utils import get_size_dict
 from typing_extensions import override
 
 from inlay.errors import BadInput
-from inlay.tasks.classification import class_probabilities
-from inlay.tasks.image_decoding import check_pixels, open_for_processor
+from inlay.tasks.adapter import place_inputs
+from inlay.tasks.classifier_serving import ClassifierServing, read_choice
+from inlay.tasks.image_decoding import MODES, check_pixels, count_channels, open_for_processor
 from inlay.tasks.images.pixels import Steps, choose_steps
-from inlay.tasks.serving import Limits, Reply, Row, Serving, TensorSpec, reply_with_labels
+from inlay.tasks.serving import Limits, Row, ServedAdapter, TensorSpec
+
+PROBES = ((48, 64), (64, 48))  # of images that show whether a processor makes one size of all
 
 
-class ImageServing(Serving):
+class ImageServing(ClassifierServing):
     """A request has an image as a file, as pixels of 8 bits, or as what the processor makes of one."""
 
     inputs: ClassVar = (
         TensorSpec("image", "BYTES", (), "An image file, such as a PNG or JPEG.", optional=True),
         TensorSpec("pixels", "UINT8", (-1, -1, 3), "An RGB image: height, width, channels.", optional=True),
         TensorSpec("pixel_values", "FP32", (-1, -1, -1), "An image as the processor makes it: C H W.", optional=True),
-    )
-    outputs: ClassVar = (
-        TensorSpec("logits", "FP32", (-1,), "One for each class."),
-        TensorSpec("probabilities", "FP32", (-1,), "One for each class."),
-        TensorSpec("label", "BYTES", (1,), "The most probable class."),
+        *ClassifierServing.choices,
     )
 
     @override
-    def read(self, values: Mapping[str, Any], processor: Any, limits: Limits) -> Row:
+    def read(self, values: Mapping[str, Any], adapter: ServedAdapter, limits: Limits) -> Row:
         given = [name for name in ("image", "pixels", "pixel_values") if name in values]
         if len(given) != 1:
             raise BadInput(f"a request has one of image, pixels and pixel_values, got {', '.join(given) or 'none'}.")
+        choice, source = read_choice(values, adapter), values[given[0]]
         if given == ["pixel_values"]:
-            inputs = {"pixel_values": torch.from_numpy(values["pixel_values"])}
+            inputs = {"pixel_values": torch.from_numpy(source)}
+            _check_shape(inputs["pixel_values"], adapter.processor, limits)
         else:
-            source = values[given[0]]
-            if isinstance(source, np.ndarray):
-                source = Image.fromarray(source)
-            check_pixels(source, limits.pixels)
-            image = open_for_processor(source, processor)
-            _check_resized(image, processor, limits.pixels)
-            inputs = _steps_of(processor)(image)
-        return Row(inputs, tuple(inputs["pixel_values"].shape))
+            image = open_for_processor(read_pixels(source, limits), adapter.processor)
+            _check_resized(image, adapter.processor, limits.pixels)
+            inputs = _steps_of(adapter.processor)(image)
+        return Row(inputs, tuple(tuple(value.shape) for value in inputs.values()), choice)
 
     @override
-    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        return default_collate([row.inputs for row in rows])
+    def collate(self, rows: Sequence[Row], weight: Tensor) -> dict[str, Tensor]:
+        return place_inputs(default_collate([row.inputs for row in rows]), weight)
 
-    @override
-    def take_rows(self, output: Any, count: int) -> list[dict[str, Tensor]]:
-        return [{"logits": logits} for logits in output.logits[:count].float().cpu()]
 
-    @override
-    def reply(self, found: Mapping[str, Tensor], row: Row, labels: Sequence[str], config: Any) -> Reply:
-        logits = found["logits"][: len(labels)]
-        probabilities = class_probabilities(logits, config)
-        return reply_with_labels(logits, probabilities, labels)
+def read_pixels(source: Any, limits: Limits) -> Any:
+    """A file's bytes, or H W 3 pixels as an image, that are within the limit.
+
+    Raises:
+        InlayError: They are not, or are no image.
+    """
+    if not isinstance(source, bytes):
+        if not source.size:
+            raise BadInput(f"pixels of shape {source.shape} are no image; give height, width and 3 channels.")
+        source = Image.fromarray(source)
+    check_pixels(source, limits.pixels)
+    return source
+
+
+def _check_shape(values: Tensor, processor: Any, limits: Limits) -> None:
+    """Refuse what the processor cannot have made: another size, or another number of channels."""
+    shape = _shape_of(processor)
+    if shape is None:
+        raise BadInput("this adapter's processor makes more than pixel_values; give an image or pixels instead.")
+    fits = all(own in (size, None) for own, size in zip(shape, values.shape, strict=True)) and values.numel() > 0
+    if not fits:
+        wanted = " x ".join("any" if size is None else str(size) for size in shape)
+        got = " x ".join(map(str, values.shape))
+        raise BadInput(f"pixel_values must be {wanted} (C H W), as the adapter's processor makes them, got {got}.")
+    if values[0].numel() > limits.pixels:
+        raise BadInput(f"pixel_values have {values[0].numel():,} pixels; the limit is {limits.pixels:,}.")
 
 
 def _check_resized(image: Image.Image, processor: Any, limit: int) -> None:
@@ -87,3 +101,14 @@ def _check_resized(image: Image.Image, processor: Any, limit: int) -> None:
 def _steps_of(processor: Any) -> Steps:
     """Comparing the steps with the processor takes longer than an image."""
     return choose_steps(processor)
+
+
+@lru_cache(maxsize=64)
+def _shape_of(processor: Any) -> tuple[int | None, ...] | None:
+    """C H W of what a processor makes, None for what depends on the image; None where it makes more than pixels."""
+    steps, mode = _steps_of(processor), MODES[count_channels(processor)]
+    made = [steps(Image.new(mode, size)) for size in PROBES]
+    if any(set(each) != {"pixel_values"} for each in made):
+        return None
+    first, second = (each["pixel_values"].shape for each in made)
+    return tuple(a if a == b else None for a, b in zip(first, second, strict=True))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from inlay.tasks.adapter import Adapter
     from inlay.tasks.evaluation import Evaluation, Request
     from inlay.tasks.options import TaskOptions
-    from inlay.tasks.serving import Serving
+    from inlay.tasks.serving import Answering
     from inlay.train.losses import Loss
 
 
@@ -156,7 +156,7 @@ class ImageClassification(Task):
 
         return evaluate(adapter, data, request)
 
-    def serving(self) -> Serving:
+    def serving(self) -> Answering:
         from inlay.tasks.images.serving import ImageServing
 
         return ImageServing()

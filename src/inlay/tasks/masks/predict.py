@@ -69,33 +69,80 @@ def predict_masks(
     """
     check_task(adapter, "mask-generation")
     move_model(adapter.model, device)
-    opened = open_for_masks(image, adapter.processor)
-    _check_prompts(points, negatives, boxes, opened)
-    made = adapter.processor(images=opened, return_tensors="pt")
-    height, width = (int(length) for length in made["reshaped_input_sizes"][0])
-    scale = torch.tensor([width / opened.width, height / opened.height])
+    asked = make_mask_inputs(open_for_masks(image, adapter.processor), adapter.processor, points, negatives, boxes)
+    weight = next(p for p in adapter.model.parameters() if p.is_floating_point())
+    with torch.inference_mode():
+        output = adapter.model(**place_mask_inputs(asked.inputs, weight))
+    logits, scores = choose_masks(output, 0)
+    source = str(image) if isinstance(image, str | os.PathLike) else "image"
+    return MaskPrediction(source, enlarge_masks(logits, asked, adapter.processor), scores.tolist())
 
-    # Centres of pixels stay centres: x y, or x0 y0 x1 y1. In float32 whatever the model's type: bfloat16 has no odd
-    # number over 256.
+
+@dataclass(frozen=True)
+class MaskInputs:
+    """Prompts in one image as a model takes them.
+
+    Attributes:
+        inputs: pixel_values (1, C, H, W), and of the prompts input_points (1, 1, N, 2), input_labels (1, 1, N) and
+            input_boxes (1, P, 4), in pixels of the model's image; those that there are.
+        size: Height and width of the image.
+        resized: Height and width that it has in the model's image.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    size: tuple[int, int]
+    resized: tuple[int, int]
+
+
+def make_mask_inputs(
+    image: Image.Image, processor: Any, points: Sequence[Point], negatives: Sequence[Point], boxes: Sequence[Box]
+) -> MaskInputs:
+    """What a model takes of an image from `open_for_masks` and of prompts in it; what they are says `predict_masks`.
+
+    Raises:
+        InlayError: What `predict_masks` says of prompts.
+    """
+    _check_prompts(points, negatives, boxes, image)
+    made = processor(images=image, return_tensors="pt")
+    height, width = (int(length) for length in made["reshaped_input_sizes"][0])
+    scale = torch.tensor([width / image.width, height / image.height])
+
+    # Centres of pixels stay centres: x y, or x0 y0 x1 y1.
     def placed(values: Any) -> torch.Tensor:
         tensor = torch.tensor(values, dtype=torch.float32)
         return (tensor + 0.5) * scale.repeat(tensor.shape[-1] // 2) - 0.5
 
-    weight = next(p for p in adapter.model.parameters() if p.is_floating_point())
-    inputs: dict[str, torch.Tensor] = {"pixel_values": made["pixel_values"].to(weight.device, weight.dtype)}
+    inputs: dict[str, torch.Tensor] = {"pixel_values": made["pixel_values"]}
     if points or negatives:
-        inputs["input_points"] = placed([*points, *negatives])[None, None].to(weight.device)  # 1 1 N 2
-        inputs["input_labels"] = torch.tensor([[[1] * len(points) + [0] * len(negatives)]], device=weight.device)
+        inputs["input_points"] = placed([*points, *negatives])[None, None]  # 1 1 N 2
+        inputs["input_labels"] = torch.tensor([[[1] * len(points) + [0] * len(negatives)]])
     if boxes:
-        inputs["input_boxes"] = placed(boxes)[None].to(weight.device)  # 1 P 4
-    with torch.inference_mode():
-        output = adapter.model(**inputs)
-    scores, best = output.iou_scores[0].float().cpu().max(-1)  # P
-    logits = output.pred_masks[0].float().cpu()[torch.arange(len(best)), best]  # P h w
-    sizes = [(opened.height, opened.width)], [(height, width)]
-    masks = adapter.processor.post_process_masks([logits[None]], *sizes)[0][0]  # P H W
-    source = str(image) if isinstance(image, str | os.PathLike) else "image"
-    return MaskPrediction(source, masks.numpy(), [float(score) for score in scores])
+        inputs["input_boxes"] = placed(boxes)[None]  # 1 P 4
+    return MaskInputs(inputs, (image.height, image.width), (height, width))
+
+
+def place_mask_inputs(inputs: dict[str, torch.Tensor], weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Inputs on the device of a weight, pixels in its type.
+
+    Places stay float32 whatever the model's type: bfloat16 has no odd number over 256.
+    """
+    placed = {name: value.to(weight.device) for name, value in inputs.items()}
+    placed["pixel_values"] = placed["pixel_values"].to(weight.dtype)
+    return placed
+
+
+def choose_masks(output: Any, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the three masks for each prompt in a row the logits of the one that SAM thinks best, (P, h, w), and the IoU
+    that it predicts, (P,); on the CPU, in float32."""
+    scores, best = output.iou_scores[row].float().max(-1)  # P
+    logits = output.pred_masks[row][torch.arange(len(best), device=best.device), best]
+    return logits.float().cpu(), scores.cpu()
+
+
+def enlarge_masks(logits: torch.Tensor, asked: MaskInputs, processor: Any) -> np.ndarray:
+    """Boolean masks (P, H, W) of the image's own size, one at a time: their logits there take four times as much."""
+    sizes = [asked.size], [asked.resized]
+    return np.concatenate([processor.post_process_masks([each[None, None]], *sizes)[0][0].numpy() for each in logits])
 
 
 def _check_prompts(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from inlay.tasks.adapter import Adapter
     from inlay.tasks.evaluation import Evaluation, Request
     from inlay.tasks.options import TaskOptions
+    from inlay.tasks.serving import Answering
     from inlay.train.losses import Loss
 
 
@@ -185,6 +186,11 @@ class MaskGeneration(Task):
         from inlay.tasks.masks.evaluate import evaluate
 
         return evaluate(adapter, data, request)
+
+    def serving(self) -> Answering:
+        from inlay.tasks.masks.serving import MaskServing
+
+        return MaskServing()
 
     def describe_inputs(self, record: Record) -> list[str]:
         said = [

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from inlay.tasks.adapter import Adapter
     from inlay.tasks.evaluation import Evaluation, Request
     from inlay.tasks.options import TaskOptions
+    from inlay.tasks.serving import Answering
     from inlay.train.losses import Loss
 
 
@@ -193,6 +194,11 @@ class SequenceClassification(Task):
         from inlay.tasks.sequences.evaluate import evaluate
 
         return evaluate(adapter, data, request)
+
+    def serving(self) -> Answering:
+        from inlay.tasks.sequences.serving import SequenceServing
+
+        return SequenceServing()
 
     def describe_inputs(self, record: Record) -> list[str]:
         read = f"A text, or both of a pair, had at most {record['preprocessing']['max_length']} tokens."

@@ -1,7 +1,7 @@
 """Prompts that are continued one by one: texts, tokens or chats."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from inlay.errors import BadInput
-from inlay.tasks.serving import Limits, Prompt, Reply, Sampling, TensorSpec, Writing, Written
+from inlay.tasks.serving import Limits, Prompt, Reply, Sampling, ServedAdapter, TensorSpec, Writing, Written
 from inlay.tasks.text.generate import Decoding, find_end_tokens
 from inlay.tasks.text.processor import TextProcessor
 from inlay.tasks.text.vocabulary import check_vocabulary, vocabulary_of
@@ -34,7 +34,7 @@ class TextServing(Writing):
         TensorSpec("seed", "INT64", (1,), "Of sampling.", optional=True),
         TensorSpec("stop", "BYTES", (1,), "A text that ends the answer.", optional=True, is_text=True),
     )
-    outputs: ClassVar = (TensorSpec("text", "BYTES", (1,), "What follows the prompt."),)
+    outputs: ClassVar = (TensorSpec("text", "BYTES", (1,), "What follows the prompt.", is_text=True),)
 
     def __init__(self) -> None:
         self._base: PreTrainedModel | None = None
@@ -44,9 +44,10 @@ class TextServing(Writing):
         self._base = model
 
     @override
-    def read(self, values: Mapping[str, Any], processor: TextProcessor, limits: Limits) -> Prompt:
+    def read(self, values: Mapping[str, Any], adapter: ServedAdapter, limits: Limits) -> Prompt:
         """`values` may also hold messages, a list as chat templates take it, and logprobs, a number."""
         assert self._base is not None
+        processor: TextProcessor = adapter.processor
         ids, text, prompt = self._read_tokens(values, processor, limits)
         most = values.get("max_tokens", Decoding().max_new_tokens)
         if most is not None:
@@ -64,9 +65,10 @@ class TextServing(Writing):
         )
 
     @override
-    def reply(self, found: Written, row: Prompt, labels: Sequence[str], config: Any) -> Reply:
-        facts = {"text": found.text, "finish_reason": found.finish, "tokens": found.tokens}
-        return Reply(facts, {"text": [found.text]})
+    def reply(self, found: Written, row: Prompt, adapter: ServedAdapter, tensors: Collection[str] | None) -> Reply:
+        if tensors is not None:
+            return Reply(tensors={"text": [found.text]})
+        return Reply({"text": found.text, "finish_reason": found.finish, "tokens": found.tokens})
 
     def _read_tokens(
         self, values: Mapping[str, Any], processor: TextProcessor, limits: Limits

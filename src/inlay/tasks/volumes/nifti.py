@@ -1,6 +1,8 @@
 """Files of scans, NIfTI and .npz: read whole, checked, with errors that name the file; masks written as NIfTI."""
 
 import gzip
+import io
+import math
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,18 +19,20 @@ SUFFIXES = (".nii.gz", ".nii", ".npz")
 GZIP = b"\x1f\x8b"  # how a gzip file begins, whatever it is called
 NIFTI2 = (540).to_bytes(4, "little"), (540).to_bytes(4, "big")  # how a NIfTI-2 header begins
 MM = {"meter": 1000.0, "micron": 0.001}  # length of a unit in mm; mm itself and an unknown unit count as mm
+MOST_MORE = 2**20  # bytes of a header with its extensions, and of what stands behind the voxels
 APART = 0.1  # of a voxel: what qform and sform, or image and label map, may differ by
 
 
-def read_volume(path: str | os.PathLike[str], key: str = "image") -> tuple[np.ndarray, np.ndarray]:
+def read_volume(source: str | os.PathLike[str] | bytes, key: str = "image") -> tuple[np.ndarray, np.ndarray]:
     """All voxels of a scan or of a label map, as its file orders them.
 
     A NIfTI file may be compressed or not, whatever its name says. A compressed one is read to its end, so that its
     checksum is compared.
 
     Args:
-        path: A .nii or .nii.gz file; or .npz with arrays `image`, `label` and, if there are any, `affine` (4 x 4, voxel
-            index to mm) or `spacing` (x, y, z in mm; 1 where there is neither). Further axes of length 1 are dropped.
+        source: A .nii or .nii.gz file, or the bytes of one; or .npz with arrays `image`, `label` and, if there are any,
+            `affine` (4 x 4, voxel index to mm) or `spacing` (x, y, z in mm; 1 where there is neither). Further axes of
+            length 1 are dropped.
         key: `image` reads float32, `label` the numbers as they are, but for whole ones that the file's scaling has
             rounded (nibabel stores 1.0 as 1.0000153 when it scales to 16 bits).
 
@@ -40,9 +44,12 @@ def read_volume(path: str | os.PathLike[str], key: str = "image") -> tuple[np.nd
         InlayError: No such file, truncated, damaged or of another kind, not three axes, an affine that maps no space,
             voxels that are no real numbers, NaN or infinite ones in an image.
     """
-    path = Path(path)
+    path = source if isinstance(source, bytes) else Path(source)
     try:
-        array, affine = _read_npz(path, key) if path.suffix.lower() == ".npz" else _read_nifti(path, key)
+        if isinstance(path, Path) and path.suffix.lower() == ".npz":
+            array, affine = _read_npz(path, key)
+        else:
+            array, affine = _read_nifti(path, key)
         array = array.reshape(_three_axes(array.shape))
         if array.dtype.kind not in "buif":
             raise ValueError(f"voxels of type {array.dtype}")
@@ -80,7 +87,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[tuple[int, ...], np.ndarr
     return shape, affine
 
 
-def find_affine_conflict(path: Path) -> str | None:
+def find_affine_conflict(source: Path | bytes) -> str | None:
     """What to say of a NIfTI file whose qform and sform both hold and place a corner elsewhere; None for all others.
 
     nibabel, and so inlay, then takes the sform; other programs may take the qform, and show left and right swapped.
@@ -88,10 +95,10 @@ def find_affine_conflict(path: Path) -> str | None:
     Raises:
         InlayError: As `read_header`.
     """
-    if path.suffix.lower() == ".npz":
+    if isinstance(source, Path) and source.suffix.lower() == ".npz":
         return None
     try:
-        with open_nifti(path) as (image, _):
+        with open_nifti(source) as (image, _):
             header, shape = image.header, _three_axes(image.shape)
             if not (header["qform_code"] and header["sform_code"]):  # a code of 0: it does not hold
                 return None
@@ -99,7 +106,7 @@ def find_affine_conflict(path: Path) -> str | None:
     except InlayError:
         raise
     except Exception as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(source, error) from error
     try:
         apart = corner_distance(header.get_qform(), sform, shape)
     except ValueError:  # nibabel's, of four numbers that are no quaternion
@@ -173,24 +180,79 @@ def import_nibabel() -> Any:
 
 
 @contextmanager
-def open_nifti(path: Path) -> Iterator[tuple[Any, BinaryIO]]:
-    """A NIfTI file as nibabel's image, and the open stream that its voxels are read from.
+def open_nifti(source: Path | bytes) -> Iterator[tuple[Any, BinaryIO]]:
+    """A NIfTI file, or its bytes, as nibabel's image, and the open stream that its voxels are read from.
 
     Whether it is compressed, and whether NIfTI-1 or 2, is read from its first bytes and not from its name.
 
     Raises:
         InlayError: A name that is no NIfTI file's.
     """
-    if not has_suffix(path, SUFFIXES[:2]):
-        raise BadInput(f"'{path}' is no scan in {', '.join(SUFFIXES)}; convert it.")
+    if isinstance(source, Path) and not has_suffix(source, SUFFIXES[:2]):
+        raise BadInput(f"'{source}' is no scan in {', '.join(SUFFIXES)}; convert it.")
     nibabel = import_nibabel()
-    with path.open("rb") as file:
+    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file:
         packed = file.read(len(GZIP)) == GZIP
         file.seek(0)
         stream: Any = gzip.GzipFile(fileobj=file) if packed else file
         kind = nibabel.Nifti2Image if stream.read(4) in NIFTI2 else nibabel.Nifti1Image
         stream.seek(0)
         yield kind.from_stream(stream), stream
+
+
+def inflate_nifti(data: bytes, most_voxels: int) -> bytes:
+    """The bytes of a NIfTI file from anyone without their compression: no more than its header announces.
+
+    Raises:
+        InlayError: More voxels than that, or more data than they take; truncated, damaged, or no NIfTI.
+    """
+    try:
+        header = read_nifti_header(data, most_voxels)
+        if not data.startswith(GZIP):
+            return data
+        end = header["vox_offset"] + math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
+        return _inflate(data, int(end) + MOST_MORE)
+    except InlayError:
+        raise
+    except Exception as error:  # nibabel and zlib raise what they please for a broken file
+        raise _unreadable(data, error) from error
+
+
+def read_nifti_header(data: bytes, most_voxels: int) -> Any:
+    """nibabel's header of a NIfTI file from anyone, of which only the first bytes are inflated.
+
+    Raises:
+        InlayError: No NIfTI, or one that announces more voxels than that.
+    """
+    nibabel = import_nibabel()
+    try:
+        stream: Any = gzip.GzipFile(fileobj=io.BytesIO(data)) if data.startswith(GZIP) else io.BytesIO(data)
+        first = stream.read(540)
+        kind = nibabel.Nifti2Header if first[:4] in NIFTI2 else nibabel.Nifti1Header
+        header = kind.from_fileobj(io.BytesIO(first))
+        shape = _three_axes(header.get_data_shape())
+        if not 0 <= header["vox_offset"] <= MOST_MORE:
+            raise ValueError(f"voxels that begin at byte {float(header['vox_offset']):.0f}")
+    except Exception as error:  # nibabel and zlib raise what they please for a broken file
+        raise _unreadable(data, error) from error
+    if math.prod(shape) > most_voxels:
+        raise BadInput(f"the scan has {' x '.join(map(str, shape))} voxels; the limit is {most_voxels:,} in all.")
+    return header
+
+
+def _inflate(data: bytes, most: int) -> bytes:
+    """All members of a gzip file, checksums compared, of at most so many bytes in all."""
+    parts, size = [], 0
+    while data:
+        member = zlib.decompressobj(wbits=31)
+        parts.append(member.decompress(data, most - size + 1))
+        size += len(parts[-1])
+        if size > most:
+            raise ValueError("more data than its header announces")
+        if not member.eof:
+            raise EOFError
+        data = member.unused_data.lstrip(b"\0")  # zeros fill the blocks of a tape
+    return b"".join(parts)
 
 
 def unit_mm(header: Any) -> float:
@@ -205,8 +267,23 @@ def affine_mm(image: Any) -> np.ndarray:
     return affine
 
 
-def _read_nifti(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
-    with open_nifti(path) as (image, stream):
+def affine_of_header(header: Any) -> np.ndarray:
+    """The affine (4, 4) of nibabel's header from anyone, from a voxel's index to mm.
+
+    Raises:
+        InlayError: It maps no space.
+    """
+    try:
+        affine = np.array(header.get_best_affine(), np.float64)
+        affine[:3] *= unit_mm(header)
+        check_affine(affine)
+    except Exception as error:  # nibabel raises what it pleases for a broken header
+        raise DamagedFile(f"the affine of the scan cannot be read: {error}.") from error
+    return affine
+
+
+def _read_nifti(source: Path | bytes, key: str) -> tuple[np.ndarray, np.ndarray]:
+    with open_nifti(source) as (image, stream):
         if image.get_data_dtype().kind not in "buif":
             raise ValueError(f"voxels of type {image.get_data_dtype()}")
         _three_axes(image.shape)  # before all of a long series is read
@@ -249,7 +326,7 @@ def _read_npz(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _three_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape without further axes of length 1."""
-    if len(shape) < 3 or any(n != 1 for n in shape[3:]) or 0 in shape:
+    if len(shape) < 3 or any(n != 1 for n in shape[3:]) or min(shape) < 1:
         several = "a series or several channels: save one volume of it" if len(shape) > 3 else "no volume"
         raise ValueError(f"{len(shape)} axes of {'x'.join(map(str, shape))}, {several}")
     return shape[:3]
@@ -264,20 +341,22 @@ def check_affine(affine: np.ndarray) -> None:
         raise ValueError("an affine that maps no space")
 
 
-def explain_unreadable(path: Path, error: BaseException) -> str:
-    """What is wrong with a file that raised this error when it was read, in a few words."""
-    if not path.exists():
+def explain_unreadable(source: Path | bytes, error: BaseException) -> str:
+    """What is wrong with a file, or its bytes, that raised this error when it was read, in a few words."""
+    if isinstance(source, Path) and not source.exists():
         return "no such file"
-    if path.is_dir():
+    if isinstance(source, Path) and source.is_dir():
         return "a folder, not a file"
-    if path.stat().st_size == 0:
+    if (len(source) if isinstance(source, bytes) else source.stat().st_size) == 0:
         return "an empty file"
     if isinstance(error, EOFError) or "Expected" in str(error):
         return "truncated"
     if isinstance(error, gzip.BadGzipFile | zlib.error) or "CRC" in str(error):
         return "damaged, its compressed data does not match its checksum"
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".").replace(str(path), "the file")
+    said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return said.replace(str(source), "the file") if isinstance(source, Path) else said
 
 
-def _unreadable(path: Path, error: Exception) -> InlayError:
-    return DamagedFile(f"{str(path)!r} cannot be read as a scan of three axes: {explain_unreadable(path, error)}.")
+def _unreadable(source: Path | bytes, error: Exception) -> InlayError:
+    name = repr(str(source)) if isinstance(source, Path) else "the file given"
+    return DamagedFile(f"{name} cannot be read as a scan of three axes: {explain_unreadable(source, error)}.")

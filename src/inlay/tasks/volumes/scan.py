@@ -145,14 +145,17 @@ class VolumeProcessor:
         intensity: Intensity = "ct" if data.modality == "ct" else "percentile"
         return cls(spacing_mm, crop, intensity, flip=flip, values=data.train[0].values)
 
-    def read(self, source: Case | str | os.PathLike[str]) -> Scan:
-        """A case with its label map, or a scan's file.
+    def read(self, source: Case | str | os.PathLike[str] | bytes) -> Scan:
+        """A case with its label map, or a scan's file, or the bytes of a NIfTI file.
 
         Raises:
             InlayError: A file that cannot be read, an image with NaN, a label map with another shape or affine than its
                 image, or with numbers that no class has; each names the file.
         """
-        if not isinstance(source, Case):
+        if isinstance(source, bytes):
+            voxels, grid_of_file = read_volume(source)
+            source = Case("scan", voxels, affine=grid_of_file)
+        elif not isinstance(source, Case):
             path = Path(source)
             source = Case(case_name(path), path)
         array, affine = read_image(source)
@@ -165,6 +168,11 @@ class VolumeProcessor:
         image = np.ascontiguousarray(resize(self.normalise(image), shape, "linear"))
         x, y, z = array.shape
         return Scan(source.name, torch.from_numpy(image)[None], labels, spacing, affine, (x, y, z))
+
+    def resampled_shape(self, shape: Shape, affine: np.ndarray) -> Shape:
+        """Shape (D, H, W) on the model's grid of a scan of this shape (X, Y, Z) and affine; no voxel is needed."""
+        image, grid = reorient_to_ras(np.broadcast_to(np.int8(0), shape), affine)
+        return self._resampled_grid(image.shape, grid)[0]
 
     def normalise(self, array: np.ndarray) -> np.ndarray:
         """The intensities of a whole scan, of any shape, as float32; a scan of one value becomes 0."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from inlay.files.outputs import check_output_file
 from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.volumes.nifti import find_affine_conflict, has_suffix, import_nibabel, label_dtype, open_nifti, unit_mm
 from inlay.tasks.volumes.scan import Scan
-from inlay.tasks.volumes.windows import Grid, Voxel, probabilities, slide
+from inlay.tasks.volumes.windows import Grid, ScanPrompts, Voxel, probabilities, slide
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Segmentation:
         affine: (4, 4), from a voxel's index to mm.
         labels: Names of the K classes.
         probabilities: (K+1, X, Y, Z) float16, background first; None if they were not asked for.
-        source: The scan's file, whose header `save` carries over; None: the scan came from memory.
+        source: The scan's file, or its bytes, whose header `save` carries over; None: voxels from memory.
         values: The numbers of the K classes in the mask: those of the label maps that were trained on. None: 1..K.
     """
 
@@ -46,7 +47,7 @@ class Segmentation:
     affine: np.ndarray
     labels: list[str]
     probabilities: np.ndarray | None = None
-    source: Path | None = None
+    source: Path | bytes | None = None
     values: tuple[int, ...] | None = None
 
     @property
@@ -81,10 +82,21 @@ class Segmentation:
             InlayError: A name that does not end with .nii.gz or .nii, a folder that cannot be written, or the scan's
                 own file.
         """
+        path = check_output(path, MASKS, self.source if isinstance(self.source, Path) else None)
+        image = self._make_image()
+        with replacing(path) as new:
+            image.to_filename(new)
+        return path
+
+    def to_bytes(self) -> bytes:
+        """What `save` writes into a .nii.gz file."""
+        return gzip.compress(self._make_image().to_bytes(), compresslevel=6, mtime=0)
+
+    def _make_image(self) -> Any:
+        """nibabel's image of the mask."""
         nibabel = import_nibabel()
-        path = check_output(path, MASKS, self.source)
         kind, header, affine = nibabel.Nifti1Image, None, self.affine
-        if self.source is not None and has_suffix(self.source, MASKS):
+        if isinstance(self.source, bytes) or (self.source is not None and has_suffix(self.source, MASKS)):
             with open_nifti(self.source) as (scan, _):
                 kind, header = type(scan), scan.header.copy()  # NIfTI-1 or -2
             affine = np.vstack([self.affine[:3] / unit_mm(header), self.affine[3:]])
@@ -98,9 +110,7 @@ class Segmentation:
             image.header.set_xyzt_units("mm")
         named = json.dumps({"labels": {"0": "background", **self.names}}, ensure_ascii=False)
         image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", named.encode()))
-        with replacing(path) as new:
-            image.to_filename(new)
-        return path
+        return image
 
 
 def class_values(labels: Sequence[str], values: Sequence[int] | None) -> Sequence[int]:
@@ -123,7 +133,7 @@ def put_values(class_mask: np.ndarray, values: Sequence[int] | None) -> np.ndarr
 
 def segment(
     adapter: Adapter,
-    scan: Scan | str | os.PathLike[str],
+    scan: Scan | str | os.PathLike[str] | bytes,
     *,
     points: Sequence[Sequence[Any]] = (),
     boxes: Sequence[Sequence[Any]] = (),
@@ -134,6 +144,7 @@ def segment(
     keep_probabilities: bool = False,
     progress: bool = True,
     device: Device | None = None,
+    before_windows: Callable[[], None] | None = None,
 ) -> Segmentation:
     """Find the adapter's classes in a scan of any size, in windows of the size that it was trained on.
 
@@ -143,7 +154,7 @@ def segment(
 
     Args:
         adapter: From `load_adapter`, trained on volumes.
-        scan: A .nii, .nii.gz or .npz file, or what `adapter.processor.read` made of one.
+        scan: A .nii, .nii.gz or .npz file, the bytes of a NIfTI file, or what `adapter.processor.read` made of one.
         points: Each (x, y, z) or (x, y, z, label) in the scan's own voxels, from 0 as nibabel indexes them. The
             label is 0 for background, a class's number in the mask, or its name; default: the first class.
         boxes: Each (x0, y0, z0, x1, y1, z1), or with a label behind: two opposite corners, included.
@@ -155,6 +166,7 @@ def segment(
         keep_probabilities: Also return them.
         progress: Show a bar, where standard error is a terminal.
         device: Move the adapter there first, such as to "cuda:1"; default: where it is.
+        before_windows: Called before each batch of windows; what it raises ends the work.
 
     Raises:
         InlayError: An adapter for something else, a file that is no scan, a prompt outside of the scan or of no class,
@@ -177,7 +189,13 @@ def segment(
     prompts = grid.make_prompts(points, boxes, adapter.labels, numbers)
     mask = empty_mask(grid, adapter.labels)
     kept = np.zeros((len(adapter.labels) + 1, *scan.own_shape), np.float16) if keep_probabilities else None
-    predict, size = partial(probabilities, adapter.model, flips=mirrored), tuple(adapter.processor.crop)
+    size = tuple(adapter.processor.crop)
+
+    def predict(pixels: torch.Tensor, inside: Sequence[ScanPrompts]) -> torch.Tensor:
+        if before_windows is not None:
+            before_windows()
+        return probabilities(adapter.model, pixels, inside, flips=mirrored)
+
     # disable=None: no bar where the output is no terminal
     bar = tqdm(desc="segment", unit="window", disable=None if progress else True)
     with bar, torch.inference_mode():
@@ -195,8 +213,8 @@ def segment(
     return Segmentation(put_values(mask, numbers), affine, list(adapter.labels), kept, source, numbers)
 
 
-def open_scan(adapter: Adapter, scan: Any) -> tuple[Path | None, Scan]:
-    """The scan's file, if it is one, and what the adapter's processor makes of it.
+def open_scan(adapter: Adapter, scan: Any) -> tuple[Path | bytes | None, Scan]:
+    """The scan's file, if it is one, or its bytes, and what the adapter's processor makes of it.
 
     Raises:
         InlayError: The adapter is not for volumes, or the file is no scan.
@@ -204,11 +222,11 @@ def open_scan(adapter: Adapter, scan: Any) -> tuple[Path | None, Scan]:
     check_task(adapter, "volume-segmentation")
     if isinstance(scan, Scan):
         return None, scan
-    path = Path(scan)
-    read = adapter.processor.read(path)
-    if conflict := find_affine_conflict(path):
-        logger.warning("%s: %s.", path, conflict)
-    return path, read
+    source = scan if isinstance(scan, bytes) else Path(scan)
+    read = adapter.processor.read(source)
+    if conflict := find_affine_conflict(source):
+        logger.warning("%s: %s.", read.name if isinstance(source, bytes) else source, conflict)
+    return source, read
 
 
 def check_output(path: str | Path, suffixes: Sequence[str], scan: str | Path | None = None) -> Path:

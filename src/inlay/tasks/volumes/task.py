@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from inlay.tasks.adapter import Adapter
     from inlay.tasks.evaluation import Evaluation, Request
     from inlay.tasks.options import TaskOptions
+    from inlay.tasks.serving import Answering
     from inlay.train.losses import Loss
 
 PLANNED_CROP = 32  # voxels D, H and W of a crop where nothing else is said
@@ -159,6 +160,11 @@ class VolumeSegmentation(Task):
         from inlay.tasks.volumes.evaluate import evaluate
 
         return evaluate(adapter, data, request)
+
+    def serving(self) -> Answering:
+        from inlay.tasks.volumes.serving import VolumeServing
+
+        return VolumeServing()
 
     def describe_inputs(self, record: Record) -> list[str]:
         settings = record["preprocessing"]

@@ -43,7 +43,7 @@ def write_viewer(image: np.ndarray, segmentation: Segmentation, path: str | Path
     if image.shape != mask.shape:
         got = f"{image.shape} and {mask.shape}"
         raise BadInput(f"image and mask have the shapes {got}; pass the scan that was segmented.")
-    name = name or (segmentation.source.name if segmentation.source else "scan")
+    name = name or (segmentation.source.name if isinstance(segmentation.source, Path) else "scan")
     steps = _thinning_steps(image.shape, np.linalg.norm(affine[:3, :3], axis=0))
     thin, grid = tuple(slice(None, None, step) for step in steps), affine @ np.diag([*steps, 1])
     note = "" if max(steps) == 1 else f"Thinned out: every {steps[0]}, {steps[1]}, {steps[2]} voxels along x, y, z."
