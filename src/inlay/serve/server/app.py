@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from inlay.errors import ComputationFailed, InlayError, WrongBase
-from inlay.serve.server import classify, health, metrics, openai
+from inlay.serve.server import classify, health, metrics, openai, page
 from inlay.serve.server.adapters import LoadingRules, make_router
 from inlay.serve.server.answers import make_error
 from inlay.serve.server.gate import KEY, Gate, Journal, read_keys
@@ -67,6 +67,7 @@ def make_app(
     app.include_router(openai.router)
     app.include_router(health.router)
     app.include_router(metrics.router)
+    app.include_router(page.router)
     if loading is not None:
         app.include_router(make_router(loading))
     keys = read_keys(os.environ.get(KEY) if api_key is None else api_key)
