@@ -3,7 +3,8 @@
 import hashlib
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +20,8 @@ INTENSITIES: tuple[Intensity, ...] = ("percentiles", "range")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by the number of channels that a base takes
 SUFFIXES = tuple(f".{s}" for s in "jpg jpeg jfif png gif bmp webp avif tif tiff ppm pgm".split())  # noqa: SIM905
 # What is decoded of strangers. Pillow reads 40 formats more, some by other programs (EPS by Ghostscript).
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_AVIF = () if find_spec("PIL.AvifImagePlugin") is None else ("AVIF",)  # since Pillow 11.3
+FORMATS = (*_AVIF, "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 TURNED = (5, 6, 7, 8)  # EXIF orientations whose upright image has width and height exchanged
 # A JPEG is decoded at 1/n of its size if what is made of it is at least 2 n times smaller: the bound of `thumbnail`.
 REDUCING_GAP = 2.0
@@ -156,7 +158,7 @@ def digest_image(source: Any) -> tuple[str, int, int]:
     return hashlib.blake2b(start + seen, digest_size=16).hexdigest(), width, height
 
 
-def _open_file(source: Any, formats: Sequence[str] | None = None) -> Image.Image:
+def _open_file(source: Any, formats: tuple[str, ...] | None = None) -> Image.Image:
     if isinstance(source, dict):
         source = source["path"] if source.get("bytes") is None else source["bytes"]
     if not source:
