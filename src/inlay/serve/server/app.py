@@ -86,7 +86,8 @@ async def _answer_inlay_error(request: Request, error: Exception) -> Response:
     elif isinstance(error, ComputationFailed):
         status = 500
     headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, Busy) else None
-    return make_error(request.url.path, status, str(error), headers)
+    service: Service = request.app.state.service
+    return make_error(request.url.path, status, service.hide_base(str(error)), headers)
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:

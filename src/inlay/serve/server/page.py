@@ -52,5 +52,5 @@ async def describe_service(request: Request) -> dict[str, Any]:
         "base": service.base_name,
         "inputs": [vars(spec) for spec in serving.inputs],
         "adapters": sorted(service.bank.names),
-        "refused": {name: hide_paths(reason) for name, reason in service.refused.items()},
+        "refused": {name: hide_paths(service.hide_base(reason)) for name, reason in service.refused.items()},
     }
