@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,9 @@ Intensity = Literal["percentiles", "range"]
 INTENSITIES: tuple[Intensity, ...] = ("percentiles", "range")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by the number of channels that a base takes
 SUFFIXES = tuple(f".{s}" for s in "jpg jpeg jfif png gif bmp webp avif tif tiff ppm pgm".split())  # noqa: SIM905
+# What is decoded of strangers. Pillow reads 40 formats more, some by other programs (EPS by Ghostscript).
+_AVIF = () if find_spec("PIL.AvifImagePlugin") is None else ("AVIF",)  # since Pillow 11.3
+FORMATS = (*_AVIF, "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 TURNED = (5, 6, 7, 8)  # EXIF orientations whose upright image has width and height exchanged
 # A JPEG is decoded at 1/n of its size if what is made of it is at least 2 n times smaller: the bound of `thumbnail`.
 REDUCING_GAP = 2.0
@@ -71,17 +75,25 @@ def open_crop(
 
 
 def check_pixels(source: Source, limit: int) -> None:
-    """Refuse an image of more pixels than that, by the header of its file, before it is decoded.
+    """Refuse an image from a stranger by the header of its file, before it is decoded.
+
+    Args:
+        source: As for `open_image`.
+        limit: Pixels at most.
 
     Raises:
-        InlayError: It has more, or cannot be read.
+        InlayError: It has more, cannot be read, or has a format that is not one of `FORMATS`.
     """
     if isinstance(source, Image.Image):
         width, height = source.size
     else:
         try:
-            with _open_file(source) as file:
+            with _open_file(source, FORMATS) as file:
                 width, height = file.size
+        except UnidentifiedImageError:
+            raise DamagedFile(
+                f"{_name_source(source)} cannot be read as an image: not one of {', '.join(FORMATS)}."
+            ) from None
         except Exception as error:  # Pillow's readers raise what they please
             raise DamagedFile(
                 f"{_name_source(source)} cannot be read as an image: {explain_unreadable(error)}."
@@ -146,12 +158,12 @@ def digest_image(source: Any) -> tuple[str, int, int]:
     return hashlib.blake2b(start + seen, digest_size=16).hexdigest(), width, height
 
 
-def _open_file(source: Any) -> Image.Image:
+def _open_file(source: Any, formats: tuple[str, ...] | None = None) -> Image.Image:
     if isinstance(source, dict):
         source = source["path"] if source.get("bytes") is None else source["bytes"]
     if not source:
         raise ValueError("no image in this row" if source is None else "an empty file")
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
 
 
 def _turn_upright(file: Image.Image) -> Image.Image:

@@ -1,11 +1,19 @@
 """Adapters that clients load and unload: vLLM's fields, statuses and sentences, and which folders are out of reach."""
 
+import json
 import shutil
+from functools import cache
 
 import pytest
 
-from inlay import BadInput
+from inlay import BadInput, Bank, load_base, load_processor
+from inlay.adapters.file import CONFIG, METRICS, WEIGHTS
+from inlay.files.tensor_header import encode_header, sign
 from inlay.serve.server.adapters import LoadingRules
+from inlay.serve.server.answers import make_error
+from inlay.serve.server.config import ServiceConfig
+from inlay.serve.server.refusals import DoesNotFit
+from inlay.serve.server.service import Service
 from serve.banked import GPT2, VIT, save
 from serve.server.clients import ask, open_client
 
@@ -133,6 +141,73 @@ def test_ids_of_the_hub_need_leave_of_their_own(places, monkeypatch, tmp_path):
         for path in ("../x", "user/..", "/user/name", "./user/name", "a/b/c/d", "-"):
             assert load(client, "z", path).status_code == 403
         assert len(asked) == 2
+
+
+def _rewrite(folder, change):
+    """Change the header of the file with the tensors, and sign it again."""
+    data = (folder / WEIGHTS).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    record = json.loads(header["__metadata__"]["inlay"])
+    change(record)
+    header["__metadata__"]["inlay"] = json.dumps(record)
+    (folder / WEIGHTS).write_bytes(sign(encode_header(header) + data[end:]))
+
+
+FAULTS = {
+    "truncated": lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]),
+    "a changed byte": lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9] + b"123456789"),
+    "empty": lambda f: (f / WEIGHTS).write_bytes(b""),
+    "a pointer": lambda f: (f / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+    "a pickle": lambda f: (f / WEIGHTS).write_bytes(b"\x80\x04" + bytes(99)),
+    "only a pickle": lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"),
+    "no config": lambda f: (f / CONFIG).unlink(),
+    "no JSON": lambda f: (f / CONFIG).write_text("{"),
+    "another config": lambda f: (f / CONFIG).write_text((f / CONFIG).read_text().replace('"r": 2', '"r": 3')),
+    "a link out": lambda f: [(f / METRICS).unlink(missing_ok=True), (f / METRICS).symlink_to("/etc/hostname")],
+    "a newer format": lambda f: _rewrite(f, lambda record: record.update(format=99)),
+    "another base": lambda f: _rewrite(f, lambda record: record["base"].update(name=f"{f}/base", sketch={})),
+    "another output": lambda f: _rewrite(f, lambda record: record.update(golden=[1.0] * 3)),
+    "not an adapter": lambda f: [path.unlink() for path in f.iterdir()],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_no_refusal_tells_where_an_adapter_is(places, tmp_path_factory, fault):
+    """Whatever characters the path has."""
+    root = tmp_path_factory.mktemp("x") / "al's (hidden) place" / "on disk"
+    shutil.copytree(places / "root" / "b", root / "faulty")
+    FAULTS[fault](root / "faulty")
+    service = Service(shared_bank(places), ServiceConfig())
+    with pytest.raises(DoesNotFit) as found:
+        service.add_adapter(root / "faulty", "faulty")
+    answer = make_error("/v1/classify", 409, service.hide_base(str(found.value))).body.decode()
+    assert "faulty" in answer and not any(
+        word in answer for word in ("hidden", "place", "disk", "tmp", "pytest", "/etc")
+    )
+
+
+@cache
+def shared_bank(places):
+    return Bank(VIT, places / "served")
+
+
+def test_no_answer_tells_where_the_base_is(places, tmp_path):
+    base = tmp_path / "al's (hidden) place" / "my base"
+    load_base(VIT, labels=["cat", "dog", "emu"]).save_pretrained(base)
+    load_processor(VIT).save_pretrained(base)
+    rules = LoadingRules.from_options([str(places / "root")], False)
+    with open_client(places / "served", base=str(base), loading=rules) as client:
+        answers = [
+            ask(client, "a"),
+            client.get("/v1/models"),
+            client.get("/page/about"),
+            load(client, "x", "text"),
+            load(client, "x", "none"),
+        ]
+    assert answers[0].json()["base"] == "my base"
+    for answer in answers:
+        assert not any(word in answer.text for word in ("hidden", "place", "tmp", "pytest")), answer.text
 
 
 def test_a_root_is_a_folder(places):

@@ -137,6 +137,40 @@ def test_a_second_signal_ends_it_at_once(monkeypatch):
     assert ended == [128 + signal.SIGTERM]
 
 
+def test_a_client_that_sends_its_headers_slowly_is_cut_off_and_a_busy_one_is_not(monkeypatch):
+    """Bytes that trickle in keep uvicorn waiting for ever."""
+
+    async def answer(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    class Stub:
+        state, active, drain = "ready", 0, staticmethod(lambda: None)
+
+    monkeypatch.setattr(run, "HEADERS_S", 0.3)
+    with run.open_port("127.0.0.1", 0) as listener:
+        server = run._Server(run._configure(answer, lifespan="off"), Stub, drain_s=0)
+        monkeypatch.setattr(server, "on_tick", lambda counter: run._Server.on_tick(server, 0))  # each tick closes
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener.dup()]})
+        thread.start()
+        slow, busy = (socket.create_connection(listener.getsockname()) for _ in range(2))
+        with slow, busy:
+            slow.settimeout(PATIENCE_S)
+            start, closed = time.monotonic(), False
+            while time.monotonic() < start + 1.5:
+                busy.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert busy.recv(9999).startswith(b"HTTP/1.1 200")
+                if not closed:
+                    try:
+                        slow.sendall(b"G" if time.monotonic() < start + 0.2 else b"E")
+                    except OSError:
+                        closed = True
+                time.sleep(0.05)
+            assert closed
+        server.should_exit = True
+        thread.join()
+
+
 def test_a_port_in_use_is_one_sentence(folder, capsys, monkeypatch):
     monkeypatch.setattr(run, "set_up_logs", lambda form: None)
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -1,13 +1,15 @@
 """One way to decode: whatever an image comes as, the same pixels."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
 from inlay import InlayError, load_adapter, predict
-from inlay.tasks.image_decoding import digest_image, open_image
+from inlay.tasks.image_decoding import FORMATS, check_pixels, digest_image, open_image
 
 RNG = np.random.default_rng(0)
 GREY = Image.fromarray(RNG.integers(0, 256, (12, 16), np.uint8))
@@ -115,3 +117,59 @@ def test_a_digest_is_of_pixels_and_not_of_files(tmp_path):
     turned = oriented("PNG", 6)
     assert digest_image(turned) == digest_image(encode(RGB.rotate(-90, expand=True), "PNG"))
     assert digest_image(turned)[1:] == (12, 16)
+
+
+# ---- files of strangers
+
+
+def png(width, height, *, chunks=b"", body=b""):
+    """A PNG whose parts need not fit together."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunks + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+MUCH = zlib.compress(bytes(20_000_000), 9)
+TEXT = struct.pack(">I", len(MUCH) + 3) + b"zTXta\0\0" + MUCH + struct.pack(">I", zlib.crc32(b"zTXta\0\0" + MUCH))
+WIDE_FRAME = (
+    b"GIF89a" + struct.pack("<HH", 10, 10) + b"\x80\0\0" + bytes(6) + b"," + struct.pack("<HHHH", 0, 0, 9000, 9000)
+)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (png(40_000, 300), "40000 x 300 pixels; the limit is 1,000,000"),
+        (png(100_000, 100_000), "cannot be read as an image"),
+        (png(10, 10, chunks=TEXT), "cannot be read as an image: Decompressed data too large"),
+        (WIDE_FRAME + b"\0\x02\x02\x44\x01\0;", "9000 x 9000 pixels"),  # on a canvas of 10 x 10
+        (encode(RGB, "TGA"), f"not one of {', '.join(FORMATS)}"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(a) show\n", "not one of"),  # a program
+        (b"", "an empty file"),
+    ],
+    ids=["pixels", "more pixels", "text", "frame", "format", "PostScript", "empty"],
+)
+def test_what_a_stranger_sends_is_refused_by_its_header(data, words):
+    with pytest.raises(InlayError, match=words):
+        check_pixels(data, 1_000_000)
+
+
+def test_more_data_than_pixels_and_many_frames_cost_nothing():
+    frames = [Image.fromarray(np.full((8, 8), i, np.uint8)) for i in range(200)]
+    for kind in ("GIF", "TIFF"):
+        many = encode(frames[0], kind, save_all=True, append_images=frames[1:])
+        check_pixels(many, 64)
+        assert open_image(many).size == (8, 8)
+    long = png(10, 10, body=MUCH)
+    check_pixels(long, 100)
+    assert open_image(long).size == (10, 10)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_formats_that_are_decoded_for_strangers_are_those_of_images(kind):
+    data = encode(RGB, kind)
+    check_pixels(data, 12 * 16)
+    assert open_image(data).size == (16, 12)

@@ -51,9 +51,13 @@ def name_signature(signature: Signature) -> dict[str, str]:
     }
 
 
+# A path in quotes, which may have spaces, or one without; the last part, which stays, is not matched.
+_PATHS = re.compile(r"""(?<=['"])~?/(?:[^'"\n/]+/)+(?=[^'"\n/]*['"])|(?<![\w.:/])~?/(?:[^\s'",:;()/]+/)+""")
+
+
 def hide_paths(text: str) -> str:
     """A sentence whose paths are cut to their last part: a client needs to know nothing of the machine."""
-    return re.sub(r"(?<![\w.:/])~?/(?:[^\s'\",:;()/]+/)+", "", text)
+    return _PATHS.sub("", text)
 
 
 def make_error(path: str, status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:

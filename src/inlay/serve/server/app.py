@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from inlay.errors import ComputationFailed, InlayError, WrongBase
-from inlay.serve.server import classify, health, metrics, open_inference, openai
+from inlay.serve.server import classify, health, metrics, open_inference, openai, page
 from inlay.serve.server.adapters import LoadingRules, make_router
 from inlay.serve.server.answers import make_error
 from inlay.serve.server.gate import KEY, Gate, Journal, read_keys
@@ -68,6 +68,7 @@ def make_app(
     app.include_router(open_inference.router)
     app.include_router(health.router)
     app.include_router(metrics.router)
+    app.include_router(page.router)
     if loading is not None:
         app.include_router(make_router(loading))
     keys = read_keys(os.environ.get(KEY) if api_key is None else api_key)
@@ -86,7 +87,8 @@ async def _answer_inlay_error(request: Request, error: Exception) -> Response:
     elif isinstance(error, ComputationFailed):
         status = 500
     headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, Busy) else None
-    return make_error(request.url.path, status, str(error), headers)
+    service: Service = request.app.state.service
+    return make_error(request.url.path, status, service.hide_base(str(error)), headers)
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import prometheus_client
 import uvicorn
@@ -27,6 +28,7 @@ from inlay.serve.server.service import Service
 
 log = logging.getLogger(__name__)
 ALIVE = "/v2/health/live"
+HEADERS_S = 10  # that a connection may take until the headers of its next request are there
 GRACE_S = 1  # that connections get to close, once their requests are answered
 
 
@@ -145,6 +147,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._service, self._drain_s = service, drain_s
         self._end = 0.0  # of draining, by time.monotonic
+        self._idle: dict[Any, tuple[Any, float]] = {}  # by connection its last request, and when it was seen first
 
     @override
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -163,4 +166,17 @@ class _Server(uvicorn.Server):
                 self._service.give_up()
                 self.should_exit = True
             self.should_exit |= not self._service.active
+        if counter % 10 == 0:  # each second
+            self._close_idle()
         return await super().on_tick(counter)
+
+    def _close_idle(self) -> None:
+        """Close connections on which no request has begun for a while; uvicorn waits for headers without an end."""
+        now = time.monotonic()
+        cycles = {each: each.cycle for each in self.server_state.connections}
+        idle = {each: cycle for each, cycle in cycles.items() if cycle is None or cycle.response_complete}
+        known = {each: seen for each, seen in self._idle.items() if each in idle and seen[0] is idle[each]}
+        self._idle = {each: known.get(each, (cycle, now)) for each, cycle in idle.items()}
+        for each, (_, since) in self._idle.items():
+            if now - since > HEADERS_S:
+                each.transport.close()

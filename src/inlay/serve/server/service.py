@@ -74,6 +74,7 @@ class Service:
     Attributes:
         task: Of all adapters.
         refused: Why adapters that were given are not served, by name.
+        base_name: Of the base, as answers have it: a name or Hub id as it is, of a folder here the last part.
         started: When it was made, in seconds since 1970.
         metrics: What it counts.
         active: Requests over HTTP that were accepted and are not answered yet.
@@ -100,7 +101,8 @@ class Service:
         self.loop = self._make_loop()
         self.metrics = Metrics(bank, self.queue, self.loop)
         self.started = int(time.time())
-        self.base_name = _name_base(bank)
+        self._base_path = expand_path(str(bank.model.name_or_path))
+        self.base_name = self._base_path.resolve().name if self._base_path.is_dir() else str(bank.model.name_or_path)
         self.base_digest = bank.identity.digest
         self.active = 0
         self.has_ended = False
@@ -159,6 +161,14 @@ class Service:
     def sign(self, name: str, file: AdapterFile) -> Signature:
         """What an answer of this adapter names."""
         return Signature(name, file.digest, self.base_name, self.base_digest)
+
+    def hide_base(self, text: str) -> str:
+        """A sentence in which a base that is a folder here has its name in place of its path."""
+        if not self._base_path.is_dir():
+            return text
+        for path in (str(self._base_path.resolve()), str(self._base_path), str(self.bank.model.name_or_path)):
+            text = text.replace(path, self.base_name) if "/" in path else text
+        return text
 
     def add_adapter(self, path: str | Path, name: str, *, replace: bool = True) -> bool:
         """Check an adapter and serve it under a name; called on any thread.
@@ -408,9 +418,3 @@ def _check_task(file: AdapterFile, name: str, task: Task, bank: Catalogue) -> No
     other = find_task_of_file(file, bank.model.config)
     if other.name != task.name:
         raise BadInput(f"adapter {name!r} is for {other.name}, and this server is for {task.name}.")
-
-
-def _name_base(bank: Catalogue) -> str:
-    """As answers name it: a name or Hub id as it is, of a local folder the last part."""
-    name = str(bank.model.name_or_path)
-    return expand_path(name).resolve().name if expand_path(name).is_dir() else name
