@@ -25,6 +25,7 @@ from inlay.serve.server.queue import Request, RequestQueue
 from inlay.serve.server.refusals import Replaced, TooLate
 from inlay.tasks.serving import Finish, Piece, Prompt, Sampling, TokenScore, Writing, Written
 
+COLD = 1e-5  # a temperature by which logits cannot be divided in float32
 PROMPT_TOKENS = 8_192  # read between two tokens of the others, padding included, where there are several prompts
 
 
@@ -338,7 +339,7 @@ class _Text:
 
 def _make_processors(sampling: Sampling) -> Any:
     """What shapes the logits before a token is drawn, as in transformers' `generate`; None: none is drawn."""
-    if not sampling.temperature:
+    if sampling.temperature < COLD:
         return None
     steps: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))]
     if sampling.top_k:
