@@ -59,6 +59,7 @@ bench-speed: setup ## of these, time and memory: 3 hours
 	$(BIN)/python tests/benchmarks/bank.py --parts forward --rows 16 --counts 1 4 16 --rounds 2 --threads 1
 	$(BIN)/python tests/benchmarks/bank.py --parts load --threads 1
 	$(BIN)/python tests/benchmarks/bank.py --parts methods --blocks 2 --threads 1
+	$(BIN)/python tests/benchmarks/serve_text.py --rounds 2
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/int8.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bfloat16.py
 	$(BIN)/python tests/benchmarks/fuzz.py

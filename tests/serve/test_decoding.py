@@ -1,5 +1,7 @@
 """Texts that join and leave a batch between tokens are those that `generate` writes one by one."""
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
@@ -76,31 +78,35 @@ def save(base, method, folder, seed):
     return folder
 
 
+@dataclass(eq=False)
+class Text:
+    held: object
+    ids: list[int]
+    count: int
+    written: list[int] = field(default_factory=list)
+
+    @property
+    def last(self):
+        return self.written[-1]
+
+
 def write_together(batch, holds):
-    """Tokens of each of TEXTS, which join when it is their time and leave when they have all."""
-    prompts = [
-        torch.randint(3, 200, (length,), generator=torch.Generator().manual_seed(i)).tolist()
-        for i, (_, _, length, _) in enumerate(TEXTS)
-    ]
-    written, rows = [[] for _ in TEXTS], []
+    """The texts of TEXTS, which join when it is their time and leave when they have all their tokens."""
+    texts = []
+    for i, (_, name, length, count) in enumerate(TEXTS):
+        prompt = torch.randint(3, 200, (length,), generator=torch.Generator().manual_seed(i)).tolist()
+        texts.append(Text(holds[name], prompt, count))
     for step in range(14):
-        joining = [i for i, (begin, *_) in enumerate(TEXTS) if begin == step]
-        found = []
-        if rows:
-            found = batch.step([written[i][-1] for i in rows]).argmax(-1).tolist()
+        stepping = batch.texts
+        found = batch.step().argmax(-1).tolist() if stepping else []
+        joining = [text for text, (begin, *_) in zip(texts, TEXTS, strict=True) if begin == step]
         if joining:
-            found += (
-                batch.join([prompts[i] for i in joining], [holds[TEXTS[i][1]] for i in joining]).argmax(-1).tolist()
-            )
-        rows += joining
-        for i, token in zip(rows, found, strict=True):
-            written[i].append(token)
-        kept = [k for k, i in enumerate(rows) if len(written[i]) < TEXTS[i][3]]
-        if len(kept) < len(rows):
-            batch.keep(kept)
-            rows = [rows[k] for k in kept]
-        assert len(batch) == len(rows)
-    return prompts, written
+            found += batch.join(joining).argmax(-1).tolist()
+        for text, token in zip([*stepping, *joining], found, strict=True):
+            text.written.append(token)
+        batch.leave([text for text in batch.texts if len(text.written) == text.count])
+    assert batch.texts == []
+    return texts
 
 
 @pytest.mark.parametrize(
@@ -118,17 +124,17 @@ def test_texts_that_join_and_leave_are_those_of_generate(base, method, tmp_path)
     folders = {"lora": save(base, "lora", tmp_path / "lora", 1), "b": save(base, method, tmp_path / "b", 2)}
     bank = Bank(build(base), folders)
     batch = DecodingBatch(bank)
-    prompts, written = write_together(batch, {None: None, **{name: bank.hold(name) for name in folders}})
+    texts = write_together(batch, {None: None, **{name: bank.hold(name) for name in folders}})
     models = {name: PeftModel.from_pretrained(build(base), folder) for name, folder in folders.items()}
     models[None] = build(base)
-    for (_, name, _, count), prompt, found in zip(TEXTS, prompts, written, strict=True):
+    for (_, name, *_), text in zip(TEXTS, texts, strict=True):
         with torch.no_grad():  # each token is the most probable one behind those before it, read without a cache
-            logits = models[name](input_ids=torch.tensor([prompt + found[:-1]])).logits[0, -count:]
-        assert found == logits.argmax(-1).tolist()
-    ids = torch.tensor([prompts[3]])
+            logits = models[name](input_ids=torch.tensor([text.ids + text.written[:-1]])).logits[0, -text.count :]
+        assert text.written == logits.argmax(-1).tolist()
+    ids = torch.tensor([texts[3].ids])
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     whole = models["b"].generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[0]
-    assert written[3] == whole[-8:].tolist()
+    assert texts[3].written == whole[-8:].tolist()
 
 
 def test_bfloat16_is_within_its_rounding(tmp_path):
@@ -138,24 +144,28 @@ def test_bfloat16_is_within_its_rounding(tmp_path):
     batch = DecodingBatch(bank)
     held = bank.hold("lora")
     model = PeftModel.from_pretrained(build("llama", torch.bfloat16), folder)
-    texts = [[5, 9, 11], [7]]
-    batch.join(texts, [held, held])
-    found = batch.step([3, 4]).float()
+    batch.join([Text(held, [5, 9, 11], 2, [3]), Text(held, [7], 2, [4])])
+    found = batch.step().float()
     for row, ids in enumerate(([5, 9, 11, 3], [7, 4])):
         with torch.no_grad():
             wanted = model(input_ids=torch.tensor([ids])).logits[0, -1].float()
         assert (found[row] - wanted).abs().max() < 0.04 * wanted.abs().max()
 
 
-def test_padding_that_all_rows_have_is_cut(tmp_path):
+def test_free_rows_are_taken_again_and_common_padding_is_cut(tmp_path):
     bank = Bank(build("gpt2"), {"lora": save("gpt2", "lora", tmp_path / "lora", 1)})
     batch, held = DecodingBatch(bank), bank.hold("lora")
-    batch.join([[5] * 20, [6, 7], [8]], [held] * 3)
-    assert batch.width == 20
-    batch.keep([2, 1])
-    assert batch.width == 2 and len(batch) == 2
-    batch.keep([])
-    assert len(batch) == 0
+    texts = [Text(held, [5] * length, 1, [3]) for length in (20, 2, 1, 3, 4)]
+    batch.join(texts[:4])
+    assert batch.shape == (4, 20)
+    batch.leave(texts[:1])
+    assert batch.shape == (4, 3) and batch.texts == texts[1:4]  # its row is free
+    batch.join(texts[4:])
+    assert batch.shape == (4, 4) and batch.texts == [texts[4], *texts[1:4]]
+    batch.leave(texts[1:3])
+    assert batch.shape == (2, 4) and batch.texts == [texts[4], texts[3]]  # more than a quarter were free
+    batch.leave(texts)
+    assert batch.shape == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ batch. A bank chooses adapters by row, so that a text is a row here: padded on t
 
 from collections.abc import Sequence
 from inspect import signature
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch.nn.functional import pad
@@ -31,7 +31,7 @@ class GrowingLayer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._rooms: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._rooms: tuple[torch.Tensor, torch.Tensor] | None = None  # what keys and values are the first part of
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -50,6 +50,12 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (room[..., : length + new, :] for room in self._rooms)
         return self.keys, self.values
 
+    def cut(self, begin: int) -> None:
+        """Forget the first tokens, without a copy."""
+        self.keys, self.values = self.keys[..., begin:, :], self.values[..., begin:, :]
+        if self._rooms is not None:
+            self._rooms = self._rooms[0][..., begin:, :], self._rooms[1][..., begin:, :]
+
     def replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Hold other rows."""
         self.keys, self.values, self._rooms = keys, values, None
@@ -58,8 +64,30 @@ class GrowingLayer(DynamicLayer):
         return states.new_empty(*states.shape[:-2], length + SPARE, states.shape[-1])
 
 
-class DecodingBatch:
+class Text(Protocol):
+    """What a batch needs to know of a text."""
+
+    @property
+    def held(self) -> Held | None:
+        """Its adapter; None: the plain base."""
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """Tokens of its prompt."""
+
+    @property
+    def last(self) -> int:
+        """The token that the model reads next, once the prompt is read."""
+
+
+T = TypeVar("T", bound=Text)
+
+
+class DecodingBatch(Generic[T]):
     """The texts under way: their keys and values, and which of these are padding.
+
+    The row of a text that has left stays until another one takes it, so that the cache need not be copied for each that
+    comes or goes; when more than a quarter of the rows are free, they are taken out.
 
     Args:
         bank: Of a decoder whose cache is keys and values of all tokens.
@@ -68,7 +96,6 @@ class DecodingBatch:
         InlayError: Another cache, such as the state of a recurrent model, or a model that takes no positions.
 
     Attributes:
-        holds: The adapter of each row.
         token_bytes: What one token takes in the cache.
     """
 
@@ -77,65 +104,99 @@ class DecodingBatch:
         self.bank = bank
         self._keeps_some = "logits_to_keep" in signature(bank.model.forward).parameters
         self.clear()
-        self._join([[0]], [None])
-        self.token_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers())
-        self.clear()
-
-    def __len__(self) -> int:
-        return len(self.holds)
+        fresh, _, _ = self._read([[0]], [None])
+        self.token_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in fresh.layers)
 
     @property
-    def width(self) -> int:
-        """Tokens in the cache of each row, padding included."""
-        return self._mask.shape[1]
+    def texts(self) -> list[T]:
+        """Those under way, in the order of their rows."""
+        return [text for text in self._rows if text is not None]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, and tokens of each in the cache, free rows and padding included."""
+        return self._mask.shape[0], self._mask.shape[1]
 
     def clear(self) -> None:
-        """Forget all rows."""
-        self.holds: list[Held] = []
+        """Forget all texts."""
+        self._rows: list[T | None] = []
         self._cache = Cache(layer_class_to_replicate=GrowingLayer)
         self._mask = torch.zeros(0, 0, dtype=torch.long, device=self.bank.model.device)  # B S
 
-    def join(self, texts: Sequence[Sequence[int]], holds: Sequence[Held]) -> torch.Tensor:
-        """Read the tokens of new texts, which become the last rows; gives the logits behind each, (B, V).
+    def join(self, texts: Sequence[T]) -> torch.Tensor:
+        """Read the prompts of new texts; gives the logits behind each, (len(texts), V).
 
-        Should that fail, the rows that are here are as they were.
+        Should that fail, those under way are as they were.
         """
-        logits = self._join(texts, holds)
-        self.holds += holds
+        fresh, mask, logits = self._read([text.ids for text in texts], [text.held for text in texts])
+        if not self._rows:
+            self._rows, self._cache, self._mask = list(texts), fresh, mask
+            return logits
+        width = max(self._mask.shape[1], mask.shape[1])
+        self._pad_to(width)
+        mask = pad(mask, (width - mask.shape[1], 0))
+        free = [row for row, text in enumerate(self._rows) if text is None][: len(texts)]
+        place = torch.tensor(free, dtype=torch.long, device=mask.device)
+        more = len(texts) > len(free)
+        for layer, new in zip(self._layers(), fresh.layers, strict=True):
+            begin = width - new.keys.shape[2]
+            layer.keys[place, :, begin:] = new.keys[: len(free)]
+            layer.values[place, :, begin:] = new.values[: len(free)]
+            if more:
+                pairs = (layer.keys, new.keys[len(free) :]), (layer.values, new.values[len(free) :])
+                layer.replace(*(torch.cat([states, _pad_left(added, width)]) for states, added in pairs))
+        self._mask[place] = mask[: len(free)]
+        self._mask = torch.cat([self._mask, mask[len(free) :]])
+        for row, text in zip(free, texts, strict=False):
+            self._rows[row] = text
+        self._rows += texts[len(free) :]
         return logits
 
     @torch.no_grad()
-    def step(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Append one token to each row; gives the logits behind it, (B, V)."""
-        ids = torch.tensor(tokens, device=self._mask.device)[:, None]
+    def step(self) -> torch.Tensor:
+        """Append the last token of each of `texts`; gives the logits behind it, (len(texts), V)."""
+        texts = self.texts
+        live = [row for row, text in enumerate(self._rows) if text is not None]
+        filled = [text or texts[0] for text in self._rows]  # a free row computes something that nobody reads
+        ids = torch.tensor([text.last for text in filled], device=self._mask.device)[:, None]
+        if len(live) < len(filled):
+            self._mask[[row for row, text in enumerate(self._rows) if text is None]] = 0
         self._mask = pad(self._mask, (0, 1), value=1)
-        with self.bank.rows(self.holds) as model:
-            positions = self._mask.sum(1, keepdim=True) - 1
+        with self.bank.rows([text.held for text in filled]) as model:
             output = model(
                 input_ids=ids,
                 attention_mask=self._mask,
-                position_ids=positions,
+                position_ids=self._mask.sum(1, keepdim=True) - 1,
                 past_key_values=self._cache,
                 use_cache=True,
             )
-        return output.logits[:, -1]
+        logits = output.logits[:, -1]
+        return logits if len(live) == len(filled) else logits[live]
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with some of the rows, in this order; what is padding in all of them is cut."""
-        if not rows:
+    def leave(self, texts: Sequence[T]) -> None:
+        """Let texts go, and cut the padding that all others have."""
+        self._rows = [None if any(text is left for left in texts) else text for text in self._rows]
+        live = [row for row, text in enumerate(self._rows) if text is not None]
+        if not live:
             self.clear()
             return
-        chosen = torch.tensor(rows, device=self._mask.device)
-        mask = self._mask[chosen]
-        begin = int(mask.argmax(1).min())  # of the longest row
-        self._mask = mask[:, begin:]
-        self.holds = [self.holds[row] for row in rows]
+        kept = torch.tensor(live, device=self._mask.device)
+        begin = int(self._mask[kept].argmax(1).min())  # of the longest row
+        self._mask = self._mask[:, begin:]
+        shrinks = 4 * len(live) < 3 * len(self._rows)
         for layer in self._layers():
-            keys, values = (states[:, :, begin:].index_select(0, chosen) for states in (layer.keys, layer.values))
-            layer.replace(keys, values)
+            layer.cut(begin)
+            if shrinks:
+                layer.replace(layer.keys.index_select(0, kept), layer.values.index_select(0, kept))
+        if shrinks:
+            self._mask = self._mask[kept]
+            self._rows = [self._rows[row] for row in live]
 
     @torch.no_grad()
-    def _join(self, texts: Sequence[Sequence[int]], holds: Sequence[Held | None]) -> torch.Tensor:
+    def _read(
+        self, texts: Sequence[Sequence[int]], holds: Sequence[Held | None]
+    ) -> tuple[Cache, torch.Tensor, torch.Tensor]:
+        """A cache with these prompts, which of it is no padding (B, S), and the logits behind each (B, V)."""
         fresh = Cache(layer_class_to_replicate=GrowingLayer)
         longest = max(map(len, texts))
         device = self._mask.device
@@ -153,20 +214,14 @@ class DecodingBatch:
             if self._keeps_some:
                 inputs["logits_to_keep"] = 1
             output = model(**inputs, past_key_values=fresh, use_cache=True)
-        self._append(fresh, mask)
-        return output.logits[:, -1]
+        return fresh, mask, output.logits[:, -1]
 
-    def _append(self, fresh: Cache, mask: torch.Tensor) -> None:
-        if not len(self._mask):
-            self._cache, self._mask = fresh, mask
+    def _pad_to(self, width: int) -> None:
+        if width == self._mask.shape[1]:
             return
-        width = max(self._mask.shape[1], mask.shape[1])
-        masks = [pad(each, (width - each.shape[1], 0)) for each in (self._mask, mask)]
-        for layer, new in zip(self._layers(), fresh.layers, strict=True):
-            pairs = (layer.keys, new.keys), (layer.values, new.values)
-            keys, values = (torch.cat([_pad_left(states, width) for states in pair]) for pair in pairs)
-            layer.replace(keys, values)
-        self._mask = torch.cat(masks)
+        self._mask = pad(self._mask, (width - self._mask.shape[1], 0))
+        for layer in self._layers():
+            layer.replace(_pad_left(layer.keys, width), _pad_left(layer.values, width))
 
     def _layers(self) -> list[GrowingLayer]:
         return self._cache.layers

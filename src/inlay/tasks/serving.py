@@ -200,7 +200,7 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        temperature: 0: the most probable one.
+        temperature: 0, or too small to divide by: the most probable one.
         top_p: Among the most probable ones that hold this share.
         top_k: Among so many; 0: all.
         seed: The same gives the same text, whatever else is in the batch; None: another one each time.

@@ -192,6 +192,7 @@ def test_an_adapter_of_another_base_is_a_conflict(client):
         ({"n": 9}, "at most, and this one asks for 9"),
         ({"n": "2"}, "n must be a whole number"),
         ({"stop": ["a"] * 5}, "stop must be at most 4"),
+        ({"stop": 5}, "stop must be at most 4"),
         ({"logprobs": 21}, "logprobs must be a whole number from 0 to 20"),
         ({"echo": True, "logprobs": 1}, "echo with logprobs"),
         ({"prompt": [1, 99999]}, "99999"),
@@ -208,8 +209,32 @@ def test_what_cannot_be_answered_is_refused_in_a_sentence(client, fields, senten
     assert refused.value.type == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("route", "body", "sentence"),
+    [
+        ("completions", "no JSON", "the body is no JSON"),
+        ("completions", "[" * 100_000, "the body is no JSON"),
+        ("completions", "[]", "must be a JSON object"),
+        ("completions", '{"prompt": "a"}', "names its adapter as model"),
+        ("completions", '{"model": "lora", "prompt": "a", "stream": 1}', "stream must be true or false"),
+        ("completions", '{"model": "lora", "prompt": "half \\ud83e"}', "half of a character"),
+        ("completions", '{"model": "lora", "prompt": "a", "temperature": NaN}', "temperature must be a number"),
+        ("chat/completions", '{"model": "lora", "messages": []}', "messages must be a list"),
+        ("chat/completions", '{"model": "lora", "messages": [{"role": "tool", "content": "a"}]}', "the role"),
+        ("chat/completions", '{"model": "lora", "messages": [{"role": "user"}]}', "the content"),
+        ("chat/completions", '{"model": "lora", "messages": [{"role": "user", "content": [{}]}]}', "the content"),
+        ("chat/completions", '{"model": "lora", "messages": [{"role": "user", "tool_calls": [1]}]}', "'tool_calls'"),
+        ("chat/completions", '{"model": "lora", "messages": "a", "top_logprobs": 1}', "needs logprobs"),
+    ],
+)
+def test_malformed_bodies_are_refused(client, route, body, sentence):
+    refused = httpx.post(f"{client.base_url}{route}", content=body, headers={"content-type": "application/json"})
+    assert refused.status_code == 400 and sentence in refused.json()["error"]["message"]
+
+
 def test_fields_that_ask_for_nothing_are_taken(client):
     plain = complete(client).choices[0].text
+    assert complete(client, temperature=1e-40).choices[0].text == plain
     assert complete(client, presence_penalty=0, logit_bias={}, user="me", best_of=1).choices[0].text == plain
 
 

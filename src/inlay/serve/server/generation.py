@@ -5,7 +5,6 @@ wait for a long one. It keeps the weights with which it began: where its adapter
 meanwhile, the bank holds the old one until the text ends, and requests that come later have the new one.
 """
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ from inlay.serve.server.queue import Request, RequestQueue
 from inlay.serve.server.refusals import Replaced, TooLate
 from inlay.tasks.serving import Finish, Piece, Prompt, Sampling, TokenScore, Writing, Written
 
-log = logging.getLogger(__name__)
+COLD = 1e-5  # a temperature by which logits cannot be divided in float32
+PROMPT_TOKENS = 8_192  # read between two tokens of the others, padding included, where there are several prompts
 
 
 @dataclass(eq=False)
@@ -95,16 +95,15 @@ class GenerationLoop(Loop):
         self.max_write_s = max_write_s
         self.watch = watch
         serving.take_base(bank.model)
-        self.batch = DecodingBatch(bank)
+        self.batch: DecodingBatch[_Text] = DecodingBatch(bank)
         self.cached_tokens = int(cache_mb * 1e6) // self.batch.token_bytes
         self.positions: int | None = getattr(bank.model.config.get_text_config(), "max_position_embeddings", None)
-        self._texts: list[_Text] = []  # one a row of the batch
         self._is_full = False  # the budget has no room for a further adapter until a text ends
 
     @property
     def writing(self) -> int:
         """Texts under way."""
-        return len(self._texts)
+        return len(self.batch.texts)
 
     def make_request(self, name: str, file: AdapterFile, row: Prompt, deadline: float) -> TextRequest:
         """A request for the queue.
@@ -141,14 +140,14 @@ class GenerationLoop(Loop):
 
     @override
     def run(self) -> None:
-        while self._admit() or self._texts:
-            if self._texts:
+        while self._admit() or self.batch.texts:
+            if self.batch.texts:
                 self._step()
 
     def _admit(self) -> bool:
         """Let waiting requests join; False if none waits, and none will where the queue is closed."""
-        idle = not self._texts
-        free = self.max_batch - len(self._texts)
+        idle = not self.batch.texts
+        free = self.max_batch - len(self.batch.texts)
         if not free:
             return True
         wait_s = self.max_wait_s if idle else 0.0
@@ -157,17 +156,21 @@ class GenerationLoop(Loop):
             self.watch(requests)
             texts: list[_Text] = []
             for request in requests:
-                text = self._begin(request, alone=not self._texts and not texts)
+                text = self._begin(request, alone=idle and not texts)
                 if text is not None:
                     texts.append(text)
             self._join(texts)
         return bool(requests)
 
     def _has_room(self, taken: Sequence[Request], request: Request) -> bool:
-        """Whether the cache and the budget for adapters have room for one more text."""
-        others = [*(text.request for text in self._texts), *taken]
+        """Whether the cache and the budget for adapters have room for one more text, and this step for its prompt."""
+        prompts = [len(each.row.ids) for each in [*taken, request]]
+        if taken and len(prompts) * max(prompts) > PROMPT_TOKENS:
+            return False
+        others = [*(text.request for text in self.batch.texts), *taken]
         longest = max(each.longest for each in [*others, request] if isinstance(each, TextRequest))
-        if (len(others) + 1) * (longest + SPARE) > self.cached_tokens:
+        rows = max(len(others) + 1, self.batch.shape[0])
+        if rows * (longest + SPARE) > self.cached_tokens:
             return False
         adapters = {(each.adapter, each.digest) for each in others}
         if (request.adapter, request.digest) in adapters or not others:
@@ -203,7 +206,7 @@ class GenerationLoop(Loop):
         if not texts:
             return
         try:
-            logits = self.batch.join([text.prompt.ids for text in texts], [text.held for text in texts])
+            logits = self.batch.join(texts)
         except Exception as error:
             if len(texts) == 1:
                 texts[0].fail(explain_failure(error))
@@ -212,20 +215,19 @@ class GenerationLoop(Loop):
             for text in texts:
                 self._join([text])
             return
-        self._texts += texts
         self._go_on(texts, logits)
 
     def _step(self) -> None:
         """Write the next token of each text."""
         try:
-            logits = self.batch.step([text.last for text in self._texts])
+            logits = self.batch.step()
         except Exception as error:  # the cache has the token in some blocks and not in others
             failure = explain_failure(error)
-            for text in self._texts:
+            for text in self.batch.texts:
                 text.fail(failure)
             self._leave_ended()
             return
-        self._go_on(self._texts, logits)
+        self._go_on(self.batch.texts, logits)
 
     def _go_on(self, texts: Sequence["_Text"], logits: Tensor) -> None:
         logits = logits.float()
@@ -247,15 +249,12 @@ class GenerationLoop(Loop):
         self._leave_ended()
 
     def _leave_ended(self) -> None:
-        kept = [row for row, text in enumerate(self._texts) if not text.ended]
-        if len(kept) == len(self._texts):
-            return
-        for text in self._texts:
-            if text.ended:
-                self.bank.release(text.held)
-        self._texts = [self._texts[row] for row in kept]
-        self.batch.keep(kept)
-        self._is_full = False
+        ended = [text for text in self.batch.texts if text.ended]
+        if ended:
+            self.batch.leave(ended)
+            self._is_full = False
+        for text in ended:
+            self.bank.release(text.held)
 
 
 class _Text:
@@ -265,6 +264,7 @@ class _Text:
         self.request = request
         self.prompt: Prompt = request.row
         self.held = held
+        self.ids = self.prompt.ids
         self.ended = False
         self.last = 0  # the token that the model reads next
         self._writer = self.prompt.make_writer()
@@ -332,7 +332,7 @@ class _Text:
 
 def _make_processors(sampling: Sampling) -> Any:
     """What shapes the logits before a token is drawn, as in transformers' `generate`; None: none is drawn."""
-    if not sampling.temperature:
+    if sampling.temperature < COLD:
         return None
     steps: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))]
     if sampling.top_k:

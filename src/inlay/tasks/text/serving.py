@@ -84,10 +84,12 @@ class TextServing(Writing):
             text = processor.tokenizer.decode(ids)
         else:
             texts = [value] if given == ["prompt"] else [message["content"] for message in value]
-            _check_characters(sum(map(len, texts)), processor.tokenizer, limits)
+            _check_characters("".join(texts), processor.tokenizer, limits)
             prompt = processor.conversation(value)
             ids = processor.encode_prompt(prompt)
             text = value if isinstance(value, str) else ""
+        if not ids:
+            raise BadInput("the prompt has no tokens.")
         if len(ids) > limits.tokens:
             raise BadInput(f"the prompt has {len(ids):,} tokens; this server reads {limits.tokens:,} at most.")
         assert self._base is not None
@@ -102,11 +104,17 @@ def _read_ids(value: Any) -> list[int]:
     return ids
 
 
-def _check_characters(count: int, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> None:
-    """Refuse a text that has more tokens than the limit, whatever they are, before it is tokenised."""
+def _check_characters(text: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> None:
+    """Refuse what cannot be tokenised: more characters than the tokens of the limit can hold, and half characters."""
     most = limits.tokens * _longest_token(tokenizer)
-    if count > most:
-        raise BadInput(f"the prompt has {count:,} characters, which is more than {limits.tokens:,} tokens can hold.")
+    if len(text) > most:
+        raise BadInput(
+            f"the prompt has {len(text):,} characters, which is more than {limits.tokens:,} tokens can hold."
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(f"the prompt has half of a character (a surrogate) at {error.start}; leave it out.") from error
 
 
 @lru_cache(maxsize=16)
@@ -136,7 +144,8 @@ def _read_number(name: str, value: Any, kind: type, least: float, most: float) -
 
 
 def _read_stop(value: Any) -> list[str]:
-    stop = [value] if isinstance(value, str) else list(value or [])
-    if len(stop) > MOST_STOPS or not all(isinstance(text, str) and 0 < len(text) <= LONGEST_STOP for text in stop):
+    stop = [value] if isinstance(value, str) else value or []
+    is_list = isinstance(stop, list) and len(stop) <= MOST_STOPS
+    if not is_list or not all(isinstance(text, str) and 0 < len(text) <= LONGEST_STOP for text in stop):
         raise BadInput(f"stop must be at most {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters.")
     return stop
