@@ -23,7 +23,7 @@ from inlay.serve.bank import Bank
 from inlay.serve.server.answers import make_error
 from inlay.serve.server.app import make_app
 from inlay.serve.server.config import ServiceConfig
-from inlay.serve.server.service import Service
+from inlay.serve.server.service import Service, open_bank
 
 PASSED_ON = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers")
 # Where a request names its adapter: the path, JSON, a form.
@@ -49,7 +49,7 @@ def make_application(
         num_gpus: Of a replica; two with 0.5 share one.
         num_cpus: Of a replica, which are torch's threads too.
         config: Bounds of each replica.
-        **bank: Options of `Bank`.
+        **bank: Options of `open_bank`.
     """
     config, share = config or ServiceConfig(), {"num_gpus": num_gpus, "num_cpus": num_cpus}
     many = 2 * config.max_queue  # Ray lets so many in, so that it is the server which says that its queue is full
@@ -89,11 +89,14 @@ class Replica:
     """A server without a port: the arguments are those of `make_application`."""
 
     def __init__(self, base: str, adapters: Any, config: ServiceConfig, bank: dict[str, Any]) -> None:
-        self.service = Service(Bank(base, adapters, skip_unfit=True, **bank), config)
+        opened = open_bank(base, adapters, **bank)
+        self.service = Service(opened, config)
         self.app = make_app(self.service)
         self.service.start()
-        with self.service.bank.rows(self.service.bank.names[:1]):
-            room = self.service.bank.room or -1  # known once an adapter is in memory; -1: as many as there are
+        room = -1  # as many as there are
+        if isinstance(opened, Bank):
+            with opened.rows(opened.names[:1]):
+                room = opened.room or room  # known once an adapter is in memory
         self.note_use = serve.multiplexed(max_num_models_per_replica=room)(_return_name)
 
     async def answer(self, scope: Scope, body: bytes) -> AsyncIterator[Message]:
