@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 PATIENCE_S = 300
 
@@ -52,7 +53,13 @@ class ServerProcess:
         return Path(f"/proc/{self.process.pid}/{name}").read_text()
 
 
-def start_server(base: str, adapters: Sequence[str | Path], *options: str, threads: int | None = None) -> ServerProcess:
+def start_server(
+    base: str,
+    adapters: Sequence[str | Path],
+    *options: str,
+    threads: int | None = None,
+    log: IO[str] | None = None,
+) -> ServerProcess:
     """A server that has begun to listen.
 
     Args:
@@ -60,6 +67,7 @@ def start_server(base: str, adapters: Sequence[str | Path], *options: str, threa
         adapters: A folder of adapters, or adapters.
         *options: Of `inlay serve`.
         threads: Of torch; default: as many as there are cores.
+        log: Where its lines go.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -70,7 +78,7 @@ def start_server(base: str, adapters: Sequence[str | Path], *options: str, threa
         environment["OMP_NUM_THREADS"] = str(threads)
     code = "from inlay.cli.app import main; main()"
     command = [sys.executable, "-c", code, "serve", base, *map(str, adapters), "--port", str(port), *options]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=log or subprocess.DEVNULL)
     return ServerProcess(f"http://127.0.0.1:{port}", process)
 
 
@@ -92,11 +100,9 @@ def wait_until_ready(server: ServerProcess) -> None:
 
 
 @contextmanager
-def serve(
-    base: str, adapters: Sequence[str | Path], *options: str, threads: int | None = None
-) -> Iterator[ServerProcess]:
-    """A server that answers inside the block."""
-    server = start_server(base, adapters, *options, threads=threads)
+def serve(base: str, adapters: Sequence[str | Path], *options: str, **more: Any) -> Iterator[ServerProcess]:
+    """A server as `start_server` starts it, which answers inside the block."""
+    server = start_server(base, adapters, *options, **more)
     try:
         wait_until_ready(server)
         yield server

@@ -10,7 +10,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -66,10 +66,10 @@ class Attempt:
         return "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n" + self.body
 
 
-def make_attempt(seed: int, adapters: list[str]) -> Attempt:
-    """One request; the same for a seed."""
+def make_attempt(seed: int, adapters: list[str], kind: Literal["image", "prompt"] = "image") -> Attempt:
+    """One request to a server of that kind; the same for a seed."""
     draw = random.Random(seed)
-    attempt = draw.choice(FAMILIES)(draw, draw.choice(adapters))
+    attempt = draw.choice(FAMILIES[kind])(draw, draw.choice(adapters))
     attempt.what = f"{seed}: {attempt.what}"
     return attempt
 
@@ -267,6 +267,109 @@ def _raw(draw: random.Random, name: str) -> Attempt:
     return Attempt(what, raw=raw)
 
 
-FAMILIES: list[Callable[[random.Random, str], Attempt]] = [
-    _json, _base64, _image, _image, _bomb, _multipart, _content_type, _headers, _path, _raw,
+def _completion(draw: random.Random, name: str) -> Attempt:
+    given: dict[str, Any] = {"model": name, "prompt": draw.choice(["name[Aromi]", "", "a" * 3000, ["a", "b"], [1, 2]])}
+    given |= {"max_tokens": draw.choice([1, 3]), "temperature": 0}
+    return _change_fields(draw, "/v1/completions", given, ["prompt", *GENERATION])
+
+
+def _chat(draw: random.Random, name: str) -> Attempt:
+    message: Any = {"role": "user", "content": "name[Aromi]"}
+    for _ in range(draw.choice([0, 1])):
+        message = draw.choice([draw.choice(ODD), {**message, draw.choice(["role", "content", "x"]): draw.choice(ODD)}])
+    given = {"model": name, "messages": draw.choice([[message], [message] * 50, message, []]), "max_tokens": 2}
+    return _change_fields(draw, "/v1/chat/completions", given, ["messages", *GENERATION])
+
+
+GENERATION = [
+    "model", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "n", "stream", "stream_options", "logprobs",
+    "echo", "logit_bias", "best_of", "suffix", "user", "tools", "response_format", "frequency_penalty",
 ]  # fmt: skip
+
+
+def _change_fields(draw: random.Random, target: str, given: dict[str, Any], fields: list[str]) -> Attempt:
+    for field_name in draw.sample(fields, draw.choice([1, 1, 2])):
+        given[field_name] = draw.choice([*ODD, 2, 0.7, True, ["a"], {"include_usage": True}])
+    body = json.dumps(given).encode()
+    if draw.random() < 0.2:
+        body = mutate_bytes(body, draw)
+    what = f"{target} with {', '.join(given)}"
+    return Attempt(what + (", which leaves" if draw.random() < 0.1 else ""), target, body)
+
+
+def _infer(draw: random.Random, name: str) -> Attempt:
+    """The Open Inference Protocol: tensors in JSON and behind it."""
+    data = draw.choice([make_image(draw), b"", bytes(12), b"name[Aromi]"])
+    data = draw.choice([data, len(data).to_bytes(4, "little") + data, b"\xff\xff\xff\xff" + data, b"\x00" + data])
+    shape = draw.choice([[1], [2], [-1], [0], [1, 1], [], [3, 4, 1], [2**40, 2**40], "1", None, [1.5], [10**30]])
+    size = draw.choice([len(data), len(data) + 1, len(data) - 1, 0, -1, 2**63, 10**30, "5", None, 1.5, True])
+    tensor: dict[str, Any] = {
+        "name": draw.choice(["image", "pixels", "pixel_values", "text", "prompt", "max_tokens", "", "x", None]),
+        "datatype": draw.choice(["BYTES", "UINT8", "FP32", "INT64", "BOOL", "FP64", "FP16", "X", "", None, 1]),
+        "shape": shape,
+    }
+    if draw.random() < 0.6:
+        tensor["parameters"] = draw.choice([{"binary_data_size": size}, {"binary_data_size": size}, {}, [], None, 1])
+    else:
+        values = [
+            [1, 2, 3],
+            ["aGk="],
+            ["a"] * 9,
+            [[[0] * 3] * 4] * 2,
+            [None],
+            {},
+            "a",
+            [[1], [2, 3]],
+            [1e400],
+            [10**40],
+        ]
+        tensor["data"], data = draw.choice([*values, *ODD]), b""
+    tensors = draw.choice([[tensor], [tensor, tensor], tensor, [], [None], [[tensor]]])
+    given = {"inputs": tensors, "id": draw.choice(["1", 1, None, "a" * 9999])}
+    given["outputs"] = draw.choice([[], [{"name": "logits"}], [{"name": "x"}], [{}], {}, [1], None, ["label"]])
+    given["parameters"] = draw.choice([{}, {"binary_data_output": draw.choice([True, 1, "x"])}, [], None])
+    for field_name in draw.sample(list(given), draw.choice([0, 1, 2])):
+        del given[field_name]
+    header = json.dumps(given).encode()
+    length = draw.choice([len(header), len(header), len(header), len(header) - 1, 0, -1, 10**9, "x"])
+    headers = {"content-type": "application/octet-stream", "inference-header-content-length": str(length)}
+    if not data:
+        headers = draw.choice([headers, {"content-type": "application/json"}])
+    return Attempt("odd tensors", f"/v2/models/{name}/infer", header + data, headers)
+
+
+def _loading(draw: random.Random, name: str) -> Attempt:
+    paths = [
+        "..",
+        "/etc",
+        "\x00",
+        "a" * 5000,
+        "../" * 50,
+        ".",
+        "",
+        "~",
+        "user/x",
+        "//x",
+        "version0/../..",
+        None,
+        3,
+        [],
+        {},
+    ]
+    given = {
+        "lora_name": draw.choice([name, "new", *ODD]),
+        "lora_path": draw.choice(paths),
+        "load_inplace": draw.choice(ODD),
+    }
+    target = draw.choice(["/v1/load_lora_adapter", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
+    if target == "/v1/unload_lora_adapter" and given["lora_name"] == name:
+        given["lora_name"] = "nobody"  # whom others ask
+    body = json.dumps(given).encode()
+    return Attempt("odd loading", target, mutate_bytes(body, draw) if draw.random() < 0.2 else body)
+
+
+_ANY = [_content_type, _headers, _path, _raw, _infer, _loading]
+FAMILIES: dict[str, list[Callable[[random.Random, str], Attempt]]] = {
+    "image": [*_ANY, _infer, _json, _base64, _image, _image, _bomb, _multipart],
+    "prompt": [*_ANY, _completion, _completion, _completion, _chat, _chat],
+}

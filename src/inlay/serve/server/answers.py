@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from inlay.serve.server.service import Signature
 
 T = TypeVar("T")
+LONGEST_MESSAGE = 2_000  # characters of an error
 
 
 async def run_unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -62,11 +63,19 @@ def hide_paths(text: str) -> str:
 
 def make_error(path: str, status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
     """An error in the form of the protocol to which a path belongs."""
-    body: Any = hide_paths(message) if path.startswith("/v2") else make_error_body(status, message)
+    body: Any = _make_readable(message) if path.startswith("/v2") else make_error_body(status, message)
     return JSONResponse({"error": body}, status, headers=dict(headers or {}))
 
 
 def make_error_body(status: int, message: str) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"message": hide_paths(message), "type": kind, "code": status}
+    return {"message": _make_readable(message), "type": kind, "code": status}
+
+
+def _make_readable(message: str) -> str:
+    """Short, without paths, and without halves of characters, which no JSON can hold.
+
+    A message may repeat what a client has sent.
+    """
+    return hide_paths(message[:LONGEST_MESSAGE]).encode(errors="replace").decode()
