@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 
 from command import run
-from inlay import InlayError
+from inlay import Bank, InlayError
 from inlay.serve.load import Outcome, draw_arrivals, find_percentiles, run_load, summarise
 from inlay.serve.load_config import LoadConfig
+from inlay.serve.server.app import make_app
+from inlay.serve.server.config import ServiceConfig
+from inlay.serve.server.service import Service
+from serve.banked import GPT2, VIT, save
+from serve.server.live import listen
 
 
 class StubServer:
@@ -245,3 +250,18 @@ def test_the_verb_prints_a_table_and_json(capsys, monkeypatch):
         assert lines[2].split()[:6] == ["200", "a", "second", "9", "of", "9"] and lines[3].startswith("400 a second")
         status, out, _ = run(capsys, monkeypatch, "bench-serve", *common, "--json")
         assert status == 0 and json.loads(out)["loads"][0]["clients"] == 64
+
+
+def test_a_server_of_images_and_one_of_language(tmp_path):
+    """What it lists and takes is found out, and every request is answered, by both protocols."""
+    for base, method, prompts in ((VIT, ("lora", 2), False), (GPT2, ("lora", 2), True)):
+        save(base, method, tmp_path / base.partition(":")[2])
+        service = Service(Bank(base, [tmp_path / base.partition(":")[2]], check_golden=False), ServiceConfig())
+        with listen(make_app(service)) as (host, port, *_):
+            for protocol in ("v1",) if prompts else ("v1", "v2"):
+                asked = config(kind=None, side=32, requests=6, protocol=protocol, new_tokens=3)
+                found = run_load(f"{host}:{port}", asked)
+                (load,) = found["loads"]
+                assert found["kind"] == ("prompt" if prompts else "image") and load["statuses"] == {"200": 6}
+                if prompts:
+                    assert load["tokens_per_second"] == pytest.approx(6 * 3 / load["seconds"])
