@@ -60,6 +60,11 @@ bench-speed: setup ## of these, time and memory: 3 hours
 	$(BIN)/python tests/benchmarks/bank.py --parts load --threads 1
 	$(BIN)/python tests/benchmarks/bank.py --parts methods --blocks 2 --threads 1
 	$(BIN)/python tests/benchmarks/serve_text.py --rounds 2
+	$(BIN)/python tests/benchmarks/serve_http.py
+	$(BIN)/python tests/benchmarks/serve_http.py --size base --parts ways --dtype bfloat16
+	$(BIN)/python tests/benchmarks/serve_soak.py
+	$(BIN)/python tests/benchmarks/serve_fuzz.py
+	-$(BIN)/python tests/benchmarks/serve_ray.py # needs inlay[ray]
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/int8.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bfloat16.py
 	$(BIN)/python tests/benchmarks/fuzz.py

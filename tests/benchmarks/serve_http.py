@@ -41,8 +41,9 @@ from inlay.serve.load import run_load, send_load
 from inlay.serve.load_config import LoadConfig
 
 RESULTS = Path(__file__).parent / "results" / "serve_http"
-CLIENTS, ADAPTERS, WARM_UP = 64, 64, 64
+CLIENTS, ADAPTERS = 64, 64
 REQUESTS = {"tiny": 1024, "base": 256}  # of a load
+WARM_UP = {"tiny": 64, "base": 16}
 ALONE = {"tiny": 200, "base": 30}  # of a single client
 RATES = {"tiny": (20, 60), "base": (1, 3)}
 WAITS = (0, 1, 5, 20)  # ms
@@ -87,7 +88,7 @@ def load_server(server: ServerProcess, size: str, adapters: int, **settings: Any
     """A closed loop, and what the server itself took."""
     config = {"kind": "image", "side": SIZES[size]["image_size"], "clients": CLIENTS, "requests": REQUESTS[size]}
     config |= {"warm_up": 0, **settings}
-    names, warm_up = name_adapters(adapters), {"requests": min(WARM_UP, config["requests"]), "seed": 1}
+    names, warm_up = name_adapters(adapters), {"requests": min(WARM_UP[size], config["requests"]), "seed": 1}
     run_load(server.url, LoadConfig(**{**config, **warm_up}), names)
     before = server.cpu_s
     (found,) = run_load(server.url, LoadConfig(**config), names)["loads"]
@@ -196,24 +197,28 @@ class RoutedConnections(Connections):
             connections.close()
 
 
-def measure_ways(size: str, base: str, folder: Path, rounds: int, processes: int, dtype: str) -> dict[str, Any]:
+def measure_ways(
+    size: str, base: str, folder: Path, rounds: int, processes: int, dtype: str, only: Sequence[str] | None
+) -> dict[str, Any]:
     """Each way to serve many adapters, under the same load."""
     options = ("--dtype", dtype)
     own = name_adapters(processes)
     with ExitStack() as stack:
         mixed = stack.enter_context(serve(base, [folder], *options))
         single = stack.enter_context(serve(base, [folder], *options, "--max-batch", "1"))
+        if only and not any("processes".startswith(way) for way in only):
+            own = own[:1]  # whose memory is told
         many = {name: stack.enter_context(serve(base, [folder / name], *options, threads=1)) for name in own}
         ways: dict[str, Callable[[], dict[str, Any]]] = {
             **{f"mixed, {n}": lambda n=n: load_server(mixed, size, n) for n in (1, 16, ADAPTERS, processes)},
             f"one by one, {ADAPTERS}": lambda: load_server(single, size, ADAPTERS),
             f"processes, {processes}": lambda: load_processes(many, size),
         }
-        loads: dict[str, list[dict[str, Any]]] = {}
+        chosen = [way for way in ways if not only or way.startswith(("one by one", *only))]
+        loads: dict[str, list[dict[str, Any]]] = {way: [] for way in chosen}
         for turn in range(rounds):
-            order = list(ways)
-            for way in order[turn % len(order) :] + order[: turn % len(order)]:
-                loads.setdefault(way, []).append(ways[way]())
+            for way in chosen[turn % len(chosen) :] + chosen[: turn % len(chosen)]:
+                loads[way].append(ways[way]())
         each_mb = statistics.mean(each.memory_mb for each in many.values())
         remark = f": the server takes {mixed.memory_mb:,.0f} MB, a process for one adapter {each_mb:,.0f} MB"
     alone = [load["per_second"] for load in loads[f"one by one, {ADAPTERS}"]]
@@ -235,7 +240,7 @@ def load_processes(servers: dict[str, ServerProcess], size: str) -> dict[str, An
     """As `load_server`, of one process for each adapter."""
     requests, side = REQUESTS[size], SIZES[size]["image_size"]
     config = LoadConfig(kind="image", side=side, clients=CLIENTS, requests=requests, warm_up=0)
-    warm_up = LoadConfig(kind="image", side=side, clients=CLIENTS, requests=WARM_UP, warm_up=0, seed=1)
+    warm_up = LoadConfig(kind="image", side=side, clients=CLIENTS, requests=WARM_UP[size], warm_up=0, seed=1)
     asyncio.run(send_load(RoutedConnections(servers), warm_up, list(servers)))
     before = sum(server.cpu_s for server in servers.values())
     (found,) = asyncio.run(send_load(RoutedConnections(servers), config, list(servers)))["loads"]
@@ -271,8 +276,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=4, help="Of the way with one adapter in each.")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="Of the bare model.")
+    parser.add_argument("--requests", type=int, help="Of a load; default: 1024 (tiny) or 256 (base).")
+    parser.add_argument("--only", nargs="+", help="Of the ways, by how their names begin; one by one is always there.")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="Of the ways.")
     arguments = parser.parse_args()
+    if arguments.requests:
+        REQUESTS.update(dict.fromkeys(REQUESTS, arguments.requests))
     stored = RESULTS.with_suffix(".json")
     result = json.loads(stored.read_text()) if stored.is_file() else {}
     with tempfile.TemporaryDirectory() as where:
@@ -289,7 +298,9 @@ def main() -> None:
                 elif part == "wait":
                     found = measure_wait(size, base, folder, arguments.rounds)
                 else:
-                    found = measure_ways(size, base, folder, arguments.rounds, arguments.processes, arguments.dtype)
+                    found = measure_ways(
+                        size, base, folder, arguments.rounds, arguments.processes, arguments.dtype, arguments.only
+                    )
                 key = f"{part}, {size}" + (", bfloat16" if part == "ways" and arguments.dtype == "bfloat16" else "")
                 machine = describe_machine("fastapi", "uvicorn", "h11")
                 result[key] = {**found, "rounds": arguments.rounds, "machine": machine}

@@ -99,6 +99,11 @@ def wait_until_ready(server: ServerProcess) -> None:
     raise RuntimeError("the server does not answer")
 
 
+def look_at(server: ServerProcess) -> dict[str, float]:
+    """Its memory, open files and threads now."""
+    return {"memory_mb": round(server.memory_mb, 1), "files": server.files, "threads": server.threads}
+
+
 @contextmanager
 def serve(base: str, adapters: Sequence[str | Path], *options: str, **more: Any) -> Iterator[ServerProcess]:
     """A server as `start_server` starts it, which answers inside the block."""

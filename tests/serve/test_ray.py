@@ -37,7 +37,7 @@ def read(response):
 def test_a_replica_answers_as_a_server_does(tmp_path):
     folder = pair(VIT, "lora", tmp_path)
     config = ServiceConfig(max_body_mb=0.1, threads=1)
-    application = make_application(VIT, str(folder), config=config, check_golden=False)
+    application = make_application(VIT, str(folder), config=config)
     handle = serve.run(application, _local_testing_mode=True)
     image = make_png(0)
     for name in "ab":

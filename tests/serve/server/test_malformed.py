@@ -22,7 +22,7 @@ from serve.banked import VIT, pair
 from serve.server.live import listen
 from serve.server.mutated_requests import Attempt, make_attempt, send
 
-ATTEMPTS = 80
+ATTEMPTS = 60
 
 
 @pytest.fixture(scope="module")
