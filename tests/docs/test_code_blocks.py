@@ -47,7 +47,7 @@ def of_language(*languages):
 def test_there_are_blocks_and_each_has_a_language_that_is_tested():
     assert len(BLOCKS) > 40
     for block in BLOCKS:
-        assert block.language in ("bash", "python", "yaml", "json", "text", ""), block
+        assert block.language in ("bash", "python", "yaml", "json", "text", "ini", "dockerfile", ""), block
         if block.language == "":
             assert block.text.startswith("$ "), f"{block}: only the output of a command has no language"
         if block.note:
@@ -237,7 +237,11 @@ def test_json_is_json(block):
     json.loads(block.text)
 
 
-@pytest.mark.parametrize("block", of_language("yaml"), ids=str)
+# Those of the page on a server's operation are read by test_operation.py, as are unit and Dockerfile.
+SETTINGS = [block for block in of_language("yaml") if block.page.name != "serve_operation.md"]
+
+
+@pytest.mark.parametrize("block", SETTINGS, ids=str)
 def test_yaml_is_settings_of_accelerate_or_of_a_recipe(block):
     settings = yaml.safe_load(block.text)
     assert isinstance(settings, dict)

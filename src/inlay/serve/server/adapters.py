@@ -26,6 +26,7 @@ from inlay.serve.server.service import Service
 from inlay.serve.server.trace import current_trace
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+router = APIRouter()
 _NAME = re.compile(r"[^\s/][^/]{0,127}")
 
 
@@ -86,38 +87,34 @@ def _is_folder(path: Path) -> bool:
         return False
 
 
-def make_router(rules: LoadingRules) -> APIRouter:
-    """The two routes, under these rules."""
-    router = APIRouter()
+@router.post("/v1/load_lora_adapter")
+async def load_adapter(request: Request) -> Response:
+    """Check an adapter and serve it under a name."""
+    service: Service = request.app.state.service
+    rules: LoadingRules = request.app.state.loading
+    given = await _read_object(request)
+    name, path = given.get("lora_name"), given.get("lora_path")
+    if not (isinstance(name, str) and isinstance(path, str) and name and path):
+        raise BadInput("Both 'lora_name' and 'lora_path' must be provided.")
+    if not _NAME.fullmatch(name) or not name.isprintable():
+        raise BadInput("lora_name must have 1 to 128 printable characters, without a slash.")
+    current_trace().name_adapter(name, is_known=name in service.bank.names)
+    await asyncio.to_thread(_load, service, rules, name, path, given.get("load_inplace") is True)
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
-    @router.post("/v1/load_lora_adapter")
-    async def load_adapter(request: Request) -> Response:
-        """Check an adapter and serve it under a name."""
-        service: Service = request.app.state.service
-        given = await _read_object(request)
-        name, path = given.get("lora_name"), given.get("lora_path")
-        if not (isinstance(name, str) and isinstance(path, str) and name and path):
-            raise BadInput("Both 'lora_name' and 'lora_path' must be provided.")
-        if not _NAME.fullmatch(name) or not name.isprintable():
-            raise BadInput("lora_name must have 1 to 128 printable characters, without a slash.")
-        current_trace().name_adapter(name, is_known=name in service.bank.names)
-        await asyncio.to_thread(_load, service, rules, name, path, given.get("load_inplace") is True)
-        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
-    @router.post("/v1/unload_lora_adapter")
-    async def unload_adapter(request: Request) -> Response:
-        """Serve an adapter no longer."""
-        service: Service = request.app.state.service
-        name = (await _read_object(request)).get("lora_name")
-        if not isinstance(name, str) or not name:
-            raise BadInput("'lora_name' needs to be provided to unload a LoRA adapter.")
-        if name not in service.bank.names:
-            raise UnknownAdapter(f"The lora adapter '{name[:128]}' cannot be found.")
-        current_trace().name_adapter(name, is_known=False)  # its series end here
-        await asyncio.to_thread(service.remove_adapter, name)
-        return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
-
-    return router
+@router.post("/v1/unload_lora_adapter")
+async def unload_adapter(request: Request) -> Response:
+    """Serve an adapter no longer."""
+    service: Service = request.app.state.service
+    name = (await _read_object(request)).get("lora_name")
+    if not isinstance(name, str) or not name:
+        raise BadInput("'lora_name' needs to be provided to unload a LoRA adapter.")
+    if name not in service.bank.names:
+        raise UnknownAdapter(f"The lora adapter '{name[:128]}' cannot be found.")
+    current_trace().name_adapter(name, is_known=False)  # its series end here
+    await asyncio.to_thread(service.remove_adapter, name)
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
 def _load(service: Service, rules: LoadingRules, name: str, path: str, in_place: bool) -> None:

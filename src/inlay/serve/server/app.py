@@ -13,8 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from inlay.errors import ComputationFailed, InlayError, WrongBase
-from inlay.serve.server import classify, health, metrics, open_inference, openai, page
-from inlay.serve.server.adapters import LoadingRules, make_router
+from inlay.serve.server import adapters, classify, health, metrics, open_inference, openai, page
+from inlay.serve.server.adapters import LoadingRules
 from inlay.serve.server.answers import make_error
 from inlay.serve.server.gate import KEY, Gate, Journal, read_keys
 from inlay.serve.server.refusals import Busy, Refusal
@@ -70,7 +70,8 @@ def make_app(
     app.include_router(metrics.router)
     app.include_router(page.router)
     if loading is not None:
-        app.include_router(make_router(loading))
+        app.state.loading = loading
+        app.include_router(adapters.router)
     keys = read_keys(os.environ.get(KEY) if api_key is None else api_key)
     app.add_middleware(Gate, service=service, keys=keys)
     app.add_middleware(Journal, service=service)  # the one that is added last stands in front

@@ -6,6 +6,7 @@ the process lives: a probe need not know how long loading takes, and a port in u
 
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -116,7 +117,9 @@ def _configure(app: ASGIApp, *, lifespan: str) -> uvicorn.Config:
 
 @contextmanager
 def _answering_early(listener: socket.socket) -> Iterator[None]:
-    """Inside the block all requests get status 503."""
+    """Inside the block all requests get status 503, and SIGTERM ends the process: as the first of a container it would
+    otherwise ignore that."""
+    before = signal.signal(signal.SIGTERM, lambda sig, frame: os._exit(128 + sig))
     server = uvicorn.Server(_configure(_answer_early, lifespan="off"))
     copy = listener.dup()  # the server closes what it is given
     thread = threading.Thread(target=server.run, kwargs={"sockets": [copy]}, name="inlay-early", daemon=True)
@@ -126,6 +129,7 @@ def _answering_early(listener: socket.socket) -> Iterator[None]:
     finally:
         server.should_exit = True
         thread.join()
+        signal.signal(signal.SIGTERM, before)
 
 
 async def _answer_early(scope: Scope, receive: Receive, send: Send) -> None:
