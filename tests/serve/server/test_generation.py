@@ -1,19 +1,24 @@
 """Continuous batching: texts join and leave between tokens, each with the weights with which it began."""
 
+import asyncio
+import itertools
 import math
 import shutil
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from inlay import BadInput, Bank, ComputationFailed
+from inlay.serve.server.config import ServiceConfig
 from inlay.serve.server.generation import GenerationLoop
 from inlay.serve.server.queue import RequestQueue
 from inlay.serve.server.refusals import DoesNotFit, Replaced, TooLate
+from inlay.serve.server.service import Service
 from inlay.tasks import TASKS
-from inlay.tasks.serving import Limits
+from inlay.tasks.serving import Limits, ServedAdapter
 from serve.banked import GPT2, loaded, save
 
 NEVER = math.inf
@@ -37,7 +42,7 @@ def make_loop(folder):
         bank = bank or Bank(GPT2, [folder / "a", folder / "b"], check_golden=False)
         serving = TASKS["text-generation"].serving()
         loop = GenerationLoop(bank, serving, RequestQueue(99), **{**SETTINGS, **settings})
-        loop.read = lambda values, file: serving.read(values, bank.load_processor(file), Limits())
+        loop.read = lambda values, file: serving.read(values, ServedAdapter("a", bank.load_processor(file)), Limits())
         loops.append(loop)
         return loop
 
@@ -48,11 +53,11 @@ def make_loop(folder):
             assert loop.join(60)
 
 
-def ask(loop, name, ids, most, then=lambda piece: None, **values):
+def ask(loop, name, ids, most, then=lambda piece: None, ends=(), **values):
     """Put a request for a text of `most` tokens into the queue; `then` is called with each piece."""
     file = loop.bank.read_file(name)
     row = loop.read({"input_ids": ids, "max_tokens": most, **values}, file)
-    object.__setattr__(row, "ends", frozenset())  # texts of a known length
+    row = replace(row, ends=frozenset(ends))  # without end tokens texts have a known length
     request = loop.make_request(name, file, row, NEVER)
     request.on_piece = then
     loop.queue.put(request)
@@ -96,6 +101,21 @@ def test_a_short_text_does_not_wait_for_a_long_one(make_loop, folder):
     begin, end = order.index(("short", None)), order.index(("short", "length"))
     assert begin == 5 and end <= begin + 8  # a token of each in turn
     assert loop.bank._holds == set()
+
+
+def test_an_end_token_ends_a_text_and_is_no_part_of_it(make_loop, folder):
+    loop, ids = make_loop(), torch.tensor([[5, 9]])
+    tokens = loaded(GPT2, folder, "a").generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[
+        0, 2:
+    ]
+    end = tokens[6].item()
+    place = tokens.tolist().index(end)
+    ended = ask(loop, "a", [5, 9], 12, ends=[end, 1])
+    other = ask(loop, "a", [5, 9], 12)
+    loop.start()
+    found = ended.future.result(60)
+    assert (found.text, found.tokens, found.finish) == (write_alone(folder, "a", [5, 9], place), place + 1, "stop")
+    assert other.future.result(60).finish == "length"
 
 
 def test_a_seed_draws_what_transformers_draws(make_loop, folder):
@@ -194,9 +214,7 @@ def test_prompt_and_text_must_fit_the_positions(make_loop, tmp_path):
 
 
 def _row(loop, ids, most):
-    row = loop.read({"input_ids": ids}, loop.bank.read_file("p"))
-    object.__setattr__(row, "max_new_tokens", most)
-    return row
+    return replace(loop.read({"input_ids": ids}, loop.bank.read_file("p")), max_new_tokens=most)
 
 
 def test_a_text_that_takes_too_long_and_one_that_nobody_reads_end(make_loop):
@@ -258,3 +276,42 @@ def test_a_closed_queue_lets_texts_be_finished(make_loop):
     request = ask(loop, "a", [5], 20, at(2, loop.queue.close))
     loop.start()
     assert loop.join(60) and request.future.result(0).tokens == 20
+
+
+def test_each_text_is_that_of_the_file_it_names_while_files_come_and_go(folder):
+    """Texts of three names, under which files are changed all the time."""
+    bank = Bank(GPT2, folder, check_golden=False)
+    digests = {bank.read_file(name).digest: name for name in "abc"}
+    service = Service(bank, ServiceConfig(max_batch=4))
+    service.start()
+    done = threading.Event()
+
+    def change():
+        for i in itertools.count():
+            bank.add(folder / "abc"[i % 3], "ab"[i % 2])
+            bank.evict("c")
+            if done.wait(0.01):
+                return
+
+    async def write(i):
+        prompt = [5 + i % 4] * (1 + i % 7)
+        try:
+            stream = await service.write("abc"[i % 3], {"input_ids": prompt, "max_tokens": 1 + i % 5})
+        except Replaced:  # each time that it was read
+            return None
+        return digests[stream.file.digest], prompt, 1 + i % 5, (await stream.read_all()).text
+
+    async def write_all():
+        return [text for i in range(0, 48, 12) for text in await asyncio.gather(*map(write, range(i, i + 12)))]
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        texts = [text for text in asyncio.run(write_all()) if text]
+    finally:
+        done.set()
+        thread.join()
+    assert len(texts) > 24
+    for name, prompt, most, text in texts:
+        assert text == write_alone(folder, name, prompt, most)
+    assert service.stop(60) and bank._holds == set()

@@ -8,6 +8,7 @@ import openai
 import pytest
 import torch
 import uvicorn
+from fastapi.testclient import TestClient
 
 from inlay import Bank, Decoding, generate, load_adapter
 from inlay.serve.server.app import make_app
@@ -244,15 +245,23 @@ def test_a_client_that_leaves_ends_its_text(client, service, monkeypatch):
     for _ in complete(client, prompt="a", max_tokens=200, stream=True):
         break
     with pytest.raises(openai.APITimeoutError):
-        complete(client, prompt="a", max_tokens=200, timeout=httpx.Timeout(5, read=0.02))
+        complete(client, prompt="a", max_tokens=200, timeout=openai.Timeout(5, read=0.02))
     start = time.monotonic()
     while service.loop.writing and time.monotonic() < start + 5:
         time.sleep(0.01)
     assert {(request.left, request.future.done()) for request in begun} == {(True, False)}
 
 
-def test_people_and_other_protocols_get_texts_too(client):
-    answered = httpx.post(f"{client.base_url}classify", json={"model": "lora", "prompt": PROMPT}).json()
-    wanted = complete(client, max_tokens=64)
-    assert answered["text"] == wanted.choices[0].text and answered["finish_reason"] == wanted.choices[0].finish_reason
-    assert answered["adapter_digest"] == wanted.adapter_digest
+def test_other_protocols_get_the_same_text(client):
+    prompt = {"name": "prompt", "shape": [1, 1], "datatype": "BYTES", "data": [PROMPT]}
+    most = {"name": "max_tokens", "shape": [1, 1], "datatype": "INT32", "data": [12]}
+    url = client.base_url.copy_with(path="/v2/models/lora/infer")
+    answered = httpx.post(str(url), json={"inputs": [prompt, most]}, timeout=60).json()
+    assert answered["outputs"][0]["data"] == [complete(client).choices[0].text]
+
+
+def test_adapters_of_other_tasks_are_models_that_write_nothing(folder):
+    client = TestClient(make_app(Service(Bank(VIT, [folder / "images"]), ServiceConfig())))
+    assert [(each["id"], each["parent"]) for each in client.get("/v1/models").json()["data"]] == [("images", VIT)]
+    refused = client.post("/v1/completions", json={"model": "images", "prompt": "a"})
+    assert refused.status_code == 400 and "writes no text" in refused.json()["error"]["message"]
