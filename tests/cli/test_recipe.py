@@ -56,6 +56,8 @@ def test_a_file_says_what_the_command_line_does_and_leaves_the_rest_as_it_was(mo
     json.write_text('{"rank": -3, "names": ["b", "c"], "merge": true, "temperature": 0.1, "model": "other"}')
     for file in (yaml, json):
         assert parsed(monkeypatch, file) == [recipe, decoding]
+        changed = Recipe("other", 4, None, ["d"], False)  # options behind the file replace what it says
+        assert parsed(monkeypatch, file, "--rank", 4, "--names", "d", "--merge", "false") == [changed, decoding]
 
 
 @pytest.mark.parametrize(

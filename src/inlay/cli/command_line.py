@@ -87,7 +87,8 @@ def parse(defaults: Sequence[Any], arguments: Sequence[str]) -> list[Any]:
 
     Args:
         defaults: Dataclass instances, whose values are the defaults of the options.
-        arguments: The options, or only the path of a YAML or JSON file that sets them.
+        arguments: The options; the path of a YAML or JSON file that sets them may stand first, and options behind it
+            replace those of the file.
 
     Raises:
         BadInput: An option is unknown, a value has the wrong type or is out of its bounds, or the settings file is
@@ -104,8 +105,8 @@ def parse(defaults: Sequence[Any], arguments: Sequence[str]) -> list[Any]:
         group = parser.add_argument_group(_first_line(type(default).__doc__).rstrip("."))
         for name, hint in _option_types(default).items():
             _add_option(group, name, hint, values[name], _help_text(default, name))
-    if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml", ".json")):
-        arguments = _read_settings_file(Path(arguments[0]), values)
+    if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
+        arguments = [*_read_settings_file(Path(arguments[0]), values), *arguments[1:]]
     found, unknown = parser.parse_known_args(_join_negative_numbers(arguments))
     if unknown:
         name = next((word for word in unknown if word.startswith("-")), "")

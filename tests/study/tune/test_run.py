@@ -240,10 +240,10 @@ def test_a_real_search_saves_its_winner(real):
 def test_its_recipe_trains_the_same_adapter(real, tmp_path, monkeypatch, capsys):
     best = real[0] / "best"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["train.py", str(best / "config.yaml")])
+    monkeypatch.setattr("sys.argv", ["train.py", str(best / "config.yaml"), "--output_dir", "longer"])
     runpy.run_path(str(best / "train.py"), run_name="__main__")
-    assert "saved run/adapter" in capsys.readouterr().out
-    saved, again = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (best, tmp_path / "run"))
+    assert "saved longer/adapter" in capsys.readouterr().out
+    saved, again = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (best, tmp_path / "longer"))
     assert saved.keys() == again.keys() and all(torch.equal(saved[key], again[key]) for key in saved)
     script = (best / "recipe.sh").read_text()
     assert script.splitlines()[-1] == 'cd "$(dirname "$0")" && accelerate launch train.py config.yaml "$@"'
