@@ -294,15 +294,15 @@ def test_each_text_is_that_of_the_file_it_names_while_files_come_and_go(folder):
                 return
 
     async def write(i):
-        prompt = [5 + i % 4] * (1 + i % 7)
+        prompt = [5 + i % 2] * (1 + i % 4)
         try:
-            stream = await service.write("abc"[i % 3], {"input_ids": prompt, "max_tokens": 1 + i % 5})
+            stream = await service.write("abc"[i % 3], {"input_ids": prompt, "max_tokens": 2 + i % 4})
         except Replaced:  # each time that it was read
             return None
-        return digests[stream.file.digest], prompt, 1 + i % 5, (await stream.read_all()).text
+        return digests[stream.file.digest], prompt, 2 + i % 4, (await stream.read_all()).text
 
     async def write_all():
-        return [text for i in range(0, 48, 12) for text in await asyncio.gather(*map(write, range(i, i + 12)))]
+        return [text for i in range(0, 24, 12) for text in await asyncio.gather(*map(write, range(i, i + 12)))]
 
     thread = threading.Thread(target=change)
     thread.start()
@@ -311,7 +311,7 @@ def test_each_text_is_that_of_the_file_it_names_while_files_come_and_go(folder):
     finally:
         done.set()
         thread.join()
-    assert len(texts) > 24
+    assert len(texts) > 12
     for name, prompt, most, text in texts:
         assert text == write_alone(folder, name, prompt, most)
     assert service.stop(60) and bank._holds == set()
