@@ -196,4 +196,5 @@ def test_a_draining_service_answers_no_new_request(folder):
 def test_a_service_whose_thread_has_ended_says_so(folder, monkeypatch):
     with open_client(folder) as client:
         monkeypatch.setattr(client.app.state.service.loop, "has_failed", True)
-        assert client.get("/health").status_code == 503
+        for path in ("/health", "/v2/health/ready", "/v2/health/live"):
+            assert client.get(path).status_code == 503

@@ -31,8 +31,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def serve(adapters, slow_s):
-    """What the forked process does: each step takes a while, so that the test can look at it."""
+def serve(adapters):
+    """What the forked process does: it loads until there is a file `go`, and computes once there is one `compute`."""
     from inlay import Bank
     from inlay.serve.server.app import make_app
     from inlay.serve.server.config import ServiceConfig
@@ -41,23 +41,22 @@ def serve(adapters, slow_s):
     def make_service():
         service = Service(Bank(VIT, adapters), ServiceConfig())
         collate = service.serving.collate
-        service.serving.collate = lambda rows: time.sleep(slow_s) or collate(rows)
-        wait_for(Path(adapters) / "go")
+        service.serving.collate = lambda *arguments: wait_for(adapters / "compute") or collate(*arguments)
+        wait_for(adapters / "go")
         return service
 
     run.run_server(make_service, make_app, port=0, log_format="json")
 
 
 def wait_for(path):
-    for _ in range(1000):
-        if path.exists():
-            return
+    end = time.monotonic() + PATIENCE_S
+    while not path.exists() and time.monotonic() < end:
         time.sleep(0.02)
 
 
-def start(forked, folder, slow_s):
-    """A server that loads until its folder has the file `go`, and its client."""
-    process = forked(__file__, folder, slow_s)
+def start(forked, folder):
+    """A server that still loads, and its client."""
+    process = forked(__file__, folder)
     for _ in range(PATIENCE_S * 20):
         said = process.said.read_text() if process.said.exists() else ""
         if '"url"' in said:
@@ -73,7 +72,7 @@ def wait_until_ready(client, folder):
 
 
 def test_a_server_starts_answers_and_drains(forked, folder):
-    process, client = start(forked, folder, 1.0)
+    process, client = start(forked, folder)
     assert client.get("/health").status_code == 503 and client.get("/health").json() == {"status": "starting"}
     assert client.get("/v2/health/live").status_code == 200
     early = client.post("/v1/classify", json={})
@@ -84,12 +83,14 @@ def test_a_server_starts_answers_and_drains(forked, folder):
     accepted = [threading.Thread(target=lambda: answers.append(ask(client, "a"))) for _ in range(2)]
     for thread in accepted:
         thread.start()
-    time.sleep(0.3)
+    while "inlay_batch_rows_count 1.0" not in client.get("/metrics").text:
+        time.sleep(0.02)
     os.kill(process.pid, signal.SIGTERM)
-    time.sleep(0.1)
+    while client.get("/health").json()["status"] != "draining":
+        time.sleep(0.02)
     refused = ask(client, "a")
     assert refused.status_code == 503 and refused.headers["Connection"] == "close" and "stopping" in refused.text
-    assert client.get("/health").json()["status"] == "draining"
+    (folder / "compute").touch()
     for thread in accepted:
         thread.join()
     assert [answer.status_code for answer in answers] == [200, 200]
@@ -217,4 +218,4 @@ def test_wrong_options_are_one_sentence(folder, capsys, monkeypatch, arguments, 
 
 if __name__ == "__main__":
     logging.raiseExceptions = False
-    serve(sys.argv[1], float(sys.argv[2]))
+    serve(Path(sys.argv[1]))

@@ -35,8 +35,9 @@ async def describe_server(request: Request) -> Response:
 
 
 async def show_live(request: Request) -> Response:
-    """That it answers at all."""
-    return JSONResponse({"live": True})
+    """Whether it answers at all, now or once it is ready; if not, it must be started anew."""
+    is_live = _service_of(request).state != "failed"
+    return JSONResponse({"live": is_live}, 200 if is_live else 503)
 
 
 async def show_ready(request: Request) -> Response:

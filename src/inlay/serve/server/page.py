@@ -48,7 +48,7 @@ async def describe_service(request: Request) -> dict[str, Any]:
     serving = service.serving
     return {
         "task": service.task.name,
-        "action": "complete" if isinstance(serving, Writing) else "classify",
+        "action": "complete" if isinstance(serving, Writing) else serving.action,
         "base": service.base_name,
         "inputs": [vars(spec) for spec in serving.inputs],
         "adapters": sorted(service.bank.names),
