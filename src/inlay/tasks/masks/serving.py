@@ -25,6 +25,7 @@ class MaskServing(Serving):
     """A request has an image, and points or boxes in it; requests with equally many of them share a batch."""
 
     action = "segment"
+    makes_files = True
     inputs: ClassVar = (
         TensorSpec("image", "BYTES", (), "An image file, such as a PNG or JPEG.", optional=True),
         TensorSpec("pixels", "UINT8", (-1, -1, 3), "An RGB image: height, width, channels.", optional=True),
