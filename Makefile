@@ -65,6 +65,7 @@ bench-speed: setup ## of these, time and memory: 3 hours
 	$(BIN)/python tests/benchmarks/serve_soak.py
 	$(BIN)/python tests/benchmarks/serve_fuzz.py
 	-$(BIN)/python tests/benchmarks/serve_ray.py # needs inlay[ray]
+	$(BIN)/python tests/benchmarks/serve_request.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/int8.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bfloat16.py
 	$(BIN)/python tests/benchmarks/fuzz.py

@@ -126,11 +126,13 @@ class Answering(ABC):
         action: What people ask of it: the last part of its route, such as /v1/classify. None: it has routes of its own.
         inputs: What a request holds.
         outputs: What a reply holds; -1 stands for the number of classes too.
+        makes_files: A reply holds masks or files, which take longer to make than an event loop should wait.
     """
 
     action: ClassVar[Literal["classify", "segment"] | None] = None
     inputs: ClassVar[Sequence[TensorSpec]]
     outputs: ClassVar[Sequence[TensorSpec]]
+    makes_files: ClassVar[bool] = False
 
     @abstractmethod
     def read(self, values: Mapping[str, Any], adapter: ServedAdapter, limits: Limits) -> Any:

@@ -168,3 +168,58 @@ def test_a_scan_comes_back_as_a_file_and_volumes(volumes):
 def test_scans_that_are_refused(volumes, data, asked, words):
     response = volumes[0].post("/v1/segment", data={"model": "b", **asked}, files={"scan": data})
     assert response.status_code == 400 and words in response.json()["error"]["message"]
+
+
+def infer(client, name, outputs=(), **tensors):
+    """By the Open Inference Protocol, in JSON; tensors by name with their datatype and shape."""
+    inputs = [
+        {"name": key, "datatype": datatype, "shape": shape, "data": data}
+        for key, (datatype, shape, data) in tensors.items()
+    ]
+    asked = {"inputs": inputs, "outputs": [{"name": output} for output in outputs]}
+    return client.post(f"/v2/models/{name}/infer", json=asked)
+
+
+def as_arrays(response):
+    assert response.status_code == 200, response.text
+    return {each["name"]: np.array(each["data"]).reshape(each["shape"]) for each in response.json()["outputs"]}
+
+
+def test_masks_as_tensors(masks):
+    client, folder = masks
+    files = [base64.b64encode(png(draw(seed, size))).decode() for seed, size in ((1, (48, 40)), (2, (20, 30)))]
+    boxes = [[[1, 1, 9, 9], [2, 3, 18, 15]]] * 2
+    found = as_arrays(infer(client, "b", image=("BYTES", [1], files[:1]), boxes=("FP32", [1, 2, 4], boxes[:1])))
+    expected = predict_masks(load_adapter(folder / "b"), png(draw(1, (48, 40))), boxes=boxes[0])
+    assert found["masks"].shape == (1, 2, 48, 40) and (found["masks"][0] != expected.masks).mean() < 1e-3
+    np.testing.assert_allclose(found["predicted_iou"][0], expected.scores, rtol=1e-3)
+    both = {"image": ("BYTES", [2], files), "boxes": ("FP32", [2, 2, 4], boxes)}
+    assert as_arrays(infer(client, "b", ["predicted_iou"], **both))["predicted_iou"].shape == (2, 2)
+    refused = infer(client, "b", **both)
+    assert refused.status_code == 400
+    assert "rows have masks of different shapes, [2, 20, 30] and [2, 48, 40]" in refused.json()["error"]
+
+
+def test_scans_as_tensors(volumes):
+    client, folder = volumes
+    file = "BYTES", [1], [base64.b64encode(scan(3)).decode()]
+    found = as_arrays(infer(client, "b", scan=file, keep_probabilities=("BOOL", [1], [True])))
+    expected = segment(load_adapter(folder / "b"), scan(3), keep_probabilities=True, progress=False)
+    np.testing.assert_array_equal(found["mask"][0], expected.class_mask)
+    np.testing.assert_allclose(found["probabilities"][0], expected.probabilities.astype(np.float32), rtol=1e-6)
+    assert found["labels"].tolist() == [["left", "right"]] and found["volumes_ml"].shape == (1, 2)
+    image = nibabel.Nifti1Image.from_bytes(gzip.decompress(base64.b64decode(found["mask_file"][0, 0])))
+    np.testing.assert_array_equal(np.asarray(image.dataobj), expected.mask)
+    assert "probabilities" not in as_arrays(infer(client, "b", scan=file))
+    refused = infer(client, "b", ["probabilities"], scan=file)
+    assert refused.status_code == 400 and "this request has no output 'probabilities'" in refused.json()["error"]
+
+
+def test_adapters_of_scans_come_and_go(volumes):
+    client, folder = volumes
+    service = client.app.state.service
+    service.add_adapter(folder / "a", "c")
+    answer = client.post("/v1/segment", data={"model": "c"}, files={"scan": scan(3)}).json()
+    assert answer["adapter_digest"] == service.bank.read_file("a").digest and list(answer["volumes_ml"]) == ["tumour"]
+    service.remove_adapter("c")
+    assert client.post("/v1/segment", data={"model": "c"}, files={"scan": scan(3)}).status_code == 404

@@ -204,7 +204,7 @@ def binary(size, **more):
         (one(shape=[1, 2, -2, 3]), {}, "must be [rows, any, any, 3]"),
         (one(shape=[1, 0, 2, 3], data=[]), {}, "are no image"),
         (one(data=[0] * 11), {}, "has 11 values, and its shape says 12"),
-        (one(data=[[0] * 12]), {}, "has 12 values, and its shape says 12"),
+        (one(data=[[0] * 12]), {}, "is nested as [1, 12], and its shape is [1, 2, 2, 3]"),
         (one(data=[[0], [0, 1]]), {}, "different lengths"),
         (one(data=[0] * 11 + [256]), {}, "must be 0 to 255"),
         (one(data=[0] * 11 + [2**70]), {}, "must be UINT8"),

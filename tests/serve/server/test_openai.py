@@ -75,6 +75,15 @@ def test_a_completion_is_what_the_adapter_writes_alone(client, adapters, name, s
     assert (found.adapter_digest, found.base_digest, found.base) == (digest, service.base_digest, GPT2)
 
 
+def test_the_open_inference_protocol_gives_the_same_text(client):
+    values = {"prompt": ("BYTES", [PROMPT, "name[Zizzi]"]), "max_tokens": ("INT32", [12, 3])}
+    inputs = [{"name": name, "datatype": kind, "shape": [2, 1], "data": data} for name, (kind, data) in values.items()]
+    url = f"http://{client.base_url.host}:{client.base_url.port}/v2/models/lora/infer"
+    (text,) = httpx.post(url, json={"inputs": inputs}).json()["outputs"]
+    expected = [complete(client), complete(client, prompt="name[Zizzi]", max_tokens=3)]
+    assert text["shape"] == [2, 1] and text["data"] == [each.choices[0].text for each in expected]
+
+
 def test_pieces_of_a_stream_make_the_text(client):
     whole = complete(client, n=2)
     chunks = list(complete(client, n=2, stream=True, stream_options={"include_usage": True}))

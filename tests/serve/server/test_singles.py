@@ -19,13 +19,17 @@ class Adapters:
     """A bank of three adapters, one of which cannot be loaded."""
 
     names = ("a", "b", "damaged")
+    files = {name: SimpleNamespace(digest=f"digest of {name}") for name in names}  # noqa: RUF012
+
+    def find_path(self, name):
+        return f"/home/{name}"
 
     def load(self, name):
         if name not in self.names:
             raise BadInput(f"unknown adapter {name!r}")
         if name == "damaged":
-            raise DamagedFile("truncated")
-        return SimpleNamespace(name=name, file=SimpleNamespace(digest=f"digest of {name}"))
+            raise DamagedFile("/home/damaged is truncated")
+        return SimpleNamespace(name=name)
 
 
 class Passes:
@@ -63,15 +67,14 @@ def test_requests_are_answered_in_turn(loop):
     requests = [ask(loop, name) for name in "aaab"]
     assert [request.future.result(10)["of"] for request in requests] == list("aaab")
     assert "b" in loop.serving.passes[1:3]  # not behind all of the other adapter's
-    assert loop.is_running
+    assert loop.is_ready.is_set() and not loop.has_failed
 
 
 def test_what_nobody_waits_for_ends_between_passes(loop):
     async def leave():
         request = ask(loop, "a", passes=10_000)
         waiting = asyncio.create_task(_wait_for(request))
-        while not loop.serving.begun.is_set():
-            await asyncio.sleep(0.001)
+        assert await asyncio.to_thread(loop.serving.begun.wait, 10)
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
         return request

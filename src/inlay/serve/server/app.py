@@ -63,9 +63,9 @@ def make_app(
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(RequestValidationError, _answer_wrong_form)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
+    app.include_router(open_inference.router)  # routes are compared in this order: those of programs first
     app.include_router(classify.router)
     app.include_router(openai.router)
-    app.include_router(open_inference.router)
     app.include_router(health.router)
     app.include_router(metrics.router)
     app.include_router(page.router)

@@ -179,11 +179,11 @@ def _service_of(request: Request) -> Service:
 
 
 _MODELS = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
+for _path in _MODELS:
+    router.add_route(f"{_path}/infer", infer, methods=["POST"])
+    router.add_route(f"{_path}/ready", show_model_ready)
+    router.add_route(_path, describe_model)
 router.add_route("/v2", describe_server)
 router.add_route("/v2/health/live", show_live)
 router.add_route("/v2/health/ready", show_ready)
 router.add_route("/v2/repository/index", list_models, methods=["POST"])
-for _path in _MODELS:
-    router.add_route(_path, describe_model)
-    router.add_route(f"{_path}/ready", show_model_ready)
-    router.add_route(f"{_path}/infer", infer, methods=["POST"])

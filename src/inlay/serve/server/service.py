@@ -287,7 +287,10 @@ class Service:
         self, found: Any, request: Request, file: AdapterFile, tensors: Collection[str] | None
     ) -> Answered:
         adapter = self._describe_adapter(request.adapter, file)
-        reply = await self.run_on_pool(self.serving.reply, found, request.row, adapter, tensors)
+        if self.serving.makes_files:
+            reply = await self.run_on_pool(self.serving.reply, found, request.row, adapter, tensors)
+        else:
+            reply = self.serving.reply(found, request.row, adapter, tensors)
         return Answered(reply, self.sign(request.adapter, file), adapter.labels)
 
     def _read_row(self, name: str, values: Mapping[str, Any]) -> tuple[AdapterFile, Any]:

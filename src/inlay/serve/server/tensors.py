@@ -222,8 +222,10 @@ def _read_json(spec: TensorSpec, tensor: Mapping[str, Any], shape: tuple[int, ..
     dtype = DTYPES[spec.datatype]
     if array.size and array.dtype.kind not in KINDS[dtype.kind]:
         raise BadInput(f"the data of input {spec.name!r} must be {spec.datatype}.")
-    if array.size != count or (array.ndim > 1 and array.shape != shape):
+    if array.size != count:
         raise BadInput(f"input {spec.name!r} has {array.size} values, and its shape says {count}.")
+    if array.ndim > 1 and array.shape != shape:
+        raise BadInput(f"input {spec.name!r} is nested as {list(array.shape)}, and its shape is {list(shape)}.")
     if dtype.kind in "ui" and array.size:
         low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
         if int(array.min()) < low or int(array.max()) > high:

@@ -18,13 +18,17 @@ from inlay.tasks.masks.processing import open_for_masks
 from inlay.tasks.serving import Limits, Reply, Row, ServedAdapter, Serving, TensorSpec
 
 PROMPTS = 64  # points, or boxes, of a request at most: each box is decoded by itself
-PIXELS = 4 * 1024 * 1024  # of a batch at most: attention over the whole of an image of 1024 pixels a side takes 0.8 GB
+LARGEST_SIDE = 1024  # of the images of a SAM whose config names none
+PIXELS = (
+    4 * LARGEST_SIDE**2
+)  # of a batch at most: attention over the whole of an image of 1024 pixels a side takes 0.8 GB
 
 
 class MaskServing(Serving):
     """A request has an image, and points or boxes in it; requests with equally many of them share a batch."""
 
     action = "segment"
+    makes_files = True
     inputs: ClassVar = (
         TensorSpec("image", "BYTES", (), "An image file, such as a PNG or JPEG.", optional=True),
         TensorSpec("pixels", "UINT8", (-1, -1, 3), "An RGB image: height, width, channels.", optional=True),
@@ -39,7 +43,8 @@ class MaskServing(Serving):
 
     @override
     def largest_batch(self, config: Any) -> int:
-        return max(1, PIXELS // config.vision_config.image_size**2)
+        side = getattr(config.vision_config, "image_size", None) or LARGEST_SIDE
+        return max(1, PIXELS // side**2)
 
     @override
     def read(self, values: Mapping[str, Any], adapter: ServedAdapter, limits: Limits) -> Row:

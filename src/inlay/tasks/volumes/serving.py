@@ -22,6 +22,7 @@ class VolumeServing(SingleServing):
     """A request has a scan, and perhaps points and boxes in it; a mask comes back on the scan's own grid."""
 
     action = "segment"
+    makes_files = True
     inputs: ClassVar = (
         TensorSpec("scan", "BYTES", (), "A NIfTI file, compressed or not."),
         TensorSpec("points", "FP32", (-1, 3), "Voxels x, y, z of the scan, from 0.", optional=True),
