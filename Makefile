@@ -48,6 +48,7 @@ bench-speed: setup ## of these, time and memory: 3 hours
 	$(BIN)/python tests/benchmarks/fit_many.py
 	$(BIN)/python tests/benchmarks/image_loading.py
 	$(BIN)/python tests/benchmarks/predict_folder.py
+	$(BIN)/python tests/benchmarks/channels_last.py
 	$(BIN)/python tests/benchmarks/image_start.py --images 3000
 	$(BIN)/python tests/benchmarks/stream_scale.py --rounds 4
 	$(BIN)/python tests/benchmarks/memory_plan.py

@@ -108,6 +108,24 @@ def test_networks_of_convolutions_are_channels_last(monkeypatch):
     torch.testing.assert_close(model(pixel_values=PIXELS).logits, expected)
 
 
+def test_a_classifier_of_convolutions_is_laid_out_channels_last_if_its_golden_output_stays(adapter, monkeypatch):
+    name = "builtin:mobilenet-tiny"
+    model, task = load_base(name, device="cpu"), TASKS["image-classification"]
+    net = TaskModel(name, model, task, load_processor(name), [])
+    expected = model(pixel_values=PIXELS).logits
+    kernel = next(p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(golden, "measure_deviation", lambda expected, found: 1.0)
+        precision.lay_out_channels_last(net)
+    assert kernel.is_contiguous()
+    assert models._set_precision(net, None) is net
+    assert kernel.is_contiguous(memory_format=torch.channels_last) and not kernel.is_contiguous()
+    torch.testing.assert_close(model(pixel_values=PIXELS).logits, expected)
+    before = state(adapter.model)
+    precision.lay_out_channels_last(adapter)  # a ViT has one convolution
+    assert same(adapter.model, before)
+
+
 def test_frequencies_of_rotary_positions_stay_float32():
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))

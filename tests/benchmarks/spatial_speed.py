@@ -8,11 +8,13 @@ SAM ViT-B, a crop of edge³ voxels, two classes. Each row is a process of its ow
     reference   the same encoder from `SpatialAdapterConfig(reference=True)`, the folds of this package, our decoder
     default     what this package does by default, with two rounds of clicks in a training step
     bf16        the same as `inlay segment --dtype auto` computes, or as a recipe trains with `--precision bf16`
+    blocks      training of `default` with the blocks recomputed only, and not the necks and the decoder
 
 Inference is one forward without gradients; `click` is a further click on the encoded volume. A training step is
 forward, backward and AdamW, with gradient checkpointing: ours as `--gradient_checkpointing` switches it on, and in
 `plain` blocks, heads and last convolutions of the decoder. `plain` answers once in a step, ours three times. Memory is
 the peak resident size above that of the loaded model; `plan` is the peak that `plan_memory` predicts, weights included.
+Rows of earlier runs stay in the file; `machines` says where and when each was measured.
 """
 
 import argparse
@@ -119,6 +121,8 @@ def run(way, task, edge, threads):
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from inlay.measure.memory import plan_memory
+    from inlay.methods.spatial.decoder import Convolution, VolumeDecoder
+    from inlay.methods.spatial.encoder import Neck3d
     from inlay.methods.spatial.sam import dice_cross_entropy
     from inlay.train.launch import enable_checkpointing
     from methods import volumes as published
@@ -138,6 +142,10 @@ def run(way, task, edge, threads):
             planned = plan_memory(model, batch, gradient_checkpointing=True, precision=precision)
             rows["plan_gb"] = planned.peak / 1e9
         enable_checkpointing(model)
+        if way == "blocks":
+            for module in model.modules():
+                if isinstance(module, Convolution | Neck3d | VolumeDecoder):
+                    module.gradient_checkpointing = False
         block = published.published_block
         published.published_block = lambda *a, **k: checkpoint(block, *a, use_reentrant=False, **k)
         decoder.recompute = lambda *a: checkpoint(*a, use_reentrant=False)
@@ -186,7 +194,11 @@ def main():
         return
     from machine import describe_machine
 
-    path, found = RESULTS.with_stem(f"{RESULTS.stem}_{args.edge}"), {}
+    path = RESULTS.with_stem(f"{RESULTS.stem}_{args.edge}")
+    earlier = json.loads(path.read_text()) if path.is_file() else {"all": {}, "machines": {}}
+    measured = {f"{task} {way}" for task in args.tasks for way in args.ways}
+    found = {name: rows for name, rows in earlier["all"].items() if name not in measured}
+    machines = {name: machine for name, machine in earlier["machines"].items() if name in found}
     for _ in range(args.repeats):
         for task in args.tasks:
             for way in args.ways:
@@ -197,14 +209,14 @@ def main():
                     continue
                 found.setdefault(f"{task} {way}", []).append(json.loads(done.stdout.splitlines()[-1]))
                 print(task, way, found[f"{task} {way}"][-1], flush=True)
+                machines[f"{task} {way}"] = describe_machine() | {"threads": args.threads}
                 rows = {
                     name: {key: round(statistics.median(row[key] for row in each), 3) for key in each[0]}
                     for name, each in found.items()
                 }
                 result = {
                     "edge": args.edge,
-                    "repeats": args.repeats,
-                    "machine": describe_machine() | {"threads": args.threads},
+                    "machines": machines,
                     "rows": rows,
                     "all": found,
                 }

@@ -91,12 +91,15 @@ def test_settings_count():
     assert pieces.batch == 2 and pieces.activations < 0.4 * plain.activations
     assert again.activations < plain.activations and small.optimizer < plain.optimizer
     assert again.adapter == small.adapter == plain.adapter
+    averaged, _ = plan_base("builtin:gpt2-tiny", "lora", ema=0.99, **least)
+    assert averaged.optimizer - plain.optimizer == averaged.peak - plain.peak == plain.adapter  # a copy of each weight
 
 
 @pytest.mark.parametrize(
     ("name", "method", "settings", "sentence"),
     [
         ("builtin:gpt2-tiny", "nothing", {}, r"unknown method 'nothing'; choose one of probe, lora"),
+        ("builtin:gpt2-tiny", "lora", {"ema": 1.0}, "ema must be above 0 and below 1, not 1"),
         ("builtin:none", "lora", {}, r"unknown embedded model 'builtin:none'"),
         ("builtin:gpt2-tiny", "lora", {"length": 257}, r"reads 256 tokens at most, but length is 257; lower it"),
         ("builtin:gpt2-tiny", "prompt", {"length": 249}, r"but length is 249, and the prompt takes 8; lower it"),
@@ -125,10 +128,11 @@ def command(monkeypatch, capsys, *arguments):
 
 def test_the_command_says_it_as_text_and_as_json(monkeypatch, capsys):
     arguments = ["builtin:gpt2-tiny", "--method", "lora", "--width", 4, "--batch-size", 2, "--length", 24]
-    plan, _ = plan_base("builtin:gpt2-tiny", "lora", width=4, batch_size=2, length=24)
+    arguments += ["--ema", 0.999]
+    plan, _ = plan_base("builtin:gpt2-tiny", "lora", width=4, batch_size=2, length=24, ema=0.999)
     status, out, err = command(monkeypatch, capsys, *arguments)
     assert (status, err) == (0, "")
-    assert out.startswith("memory: base 5.94 MB + adapter 197 kB + gradients 197 kB + AdamW 393 kB + activations ")
+    assert out.startswith("memory: base 5.94 MB + adapter 197 kB + gradients 197 kB + AdamW 590 kB + activations ")
     assert "(batch 2)" in out and out.rstrip().endswith(": fits") and out.count("\n") == 1
     status, out, _ = command(monkeypatch, capsys, *arguments, "--json")
     said = json.loads(out)

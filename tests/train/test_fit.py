@@ -10,12 +10,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from points import different, log_of, same, train, wrap_forward
+from torch.utils.data import default_collate
 from train_job import CLASSES, Net, Points
 from transformers import ViTConfig, ViTForImageClassification
 
 from inlay.errors import InlayError
 from inlay.tasks.metrics import Accuracy
-from inlay.train.loop import _Trainer
+from inlay.train.collate import TwoStepCollate
+from inlay.train.config import TrainConfig
+from inlay.train.loop import _Trainer, fit
 from inlay.train.sampler import SeededSampler
 
 # ----- the same as by hand
@@ -63,6 +66,32 @@ def test_accumulation_changes_nothing(tmp_path, accumulate):
     assert calls[: {3: 3, 4: 4, 8: 8, 50: 8}[accumulate]] == {3: [3, 3, 2], 4: [2] * 4}.get(accumulate, [1] * 8)
     same(one, cut, atol=1e-6)
     assert a.metrics == pytest.approx(b.metrics, abs=1e-6)
+
+
+class Doubled(Points):
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return {**item, "pixel_values": 2 * item["pixel_values"]}
+
+
+class Halves(TwoStepCollate):
+    """Undoes `Doubled` in its second step, on whole batches in an evaluation and on pieces in a step."""
+
+    def stack(self, items):
+        return default_collate(items)
+
+    def finish(self, batch):
+        return {**batch, "pixel_values": batch["pixel_values"] / 2}
+
+
+@pytest.mark.parametrize(("accumulate", "atol"), [(1, 0), (3, 1e-6)])  # pieces lie elsewhere in memory
+def test_the_second_step_of_a_collate_function_is_done_once(tmp_path, accumulate, atol):
+    plain, net = Net(), Net()
+    a = train(tmp_path / "plain", plain, accumulate=accumulate)
+    config = TrainConfig(str(tmp_path / "run"), batch_size=8, epochs=3, workers=0, accumulate=accumulate)
+    b = fit(net, Doubled(44, 1), Doubled(13, 2), config, collate=Halves())
+    same(net, plain, atol=atol)
+    assert a.metrics == pytest.approx(b.metrics, abs=atol)
 
 
 def lora_vit():

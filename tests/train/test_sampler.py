@@ -39,6 +39,16 @@ class Noisy(Dataset):
         return torch.tensor([index, random.random(), np.random.rand(), torch.rand(())])  # noqa: NPY002
 
 
+class Read(Noisy):
+    """Reads the rows of a batch together."""
+
+    def read_rows(self, indices):
+        return list(indices)
+
+    def prepare(self, row):
+        return self[row]
+
+
 def test_an_item_is_the_same_whoever_draws_it():
     def rows(workers, done=0):
         loader = DataLoader(
@@ -50,5 +60,7 @@ def test_an_item_is_the_same_whoever_draws_it():
     for other in (rows(1), rows(2)):
         assert all(torch.equal(a, b) for a, b in zip(alone, other, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(alone[7:], rows(2, done=7), strict=True))
+    together = [SeededDataset(Read(), 5).__getitems__(keys) for keys in SeededSampler(10, 4, 12, seed=3)]
+    assert all(torch.equal(a, torch.stack(b)) for a, b in zip(alone, together, strict=True))
     noise = torch.cat(alone)[:, 1:]
     assert len(noise.unique(dim=0)) == len(noise), "two draws share their noise"

@@ -9,6 +9,7 @@ import torch
 from inlay.adapters.file import AdapterFile, expand_path, read_adapter
 from inlay.adapters.load import LoadedAdapter, load_adapter
 from inlay.adapters.notes import check_writable, write_note
+from inlay.adapters.precision import lay_out_channels_last
 from inlay.adapters.tables import make_table
 from inlay.bases.device import Device
 from inlay.errors import BadInput
@@ -73,6 +74,7 @@ def evaluate(
     if loaded is None:
         opened = load_adapter(adapter, base, device=device)  # type: ignore[arg-type]
         loaded, file = opened, opened.file
+        lay_out_channels_last(opened)
     if group is not None and not loaded.task.classifies:
         raise BadInput(
             f"adapter {loaded.name!r} is for {loaded.task.name} and has no groups of labels; leave group out."

@@ -53,14 +53,30 @@ def set_precision(adapter: Adapter, dtype: Dtype | Literal["auto"]) -> Precision
     if held in ("int8", "nf4"):
         return Precision(held, "the base is stored so")
     wanted, why = choose_dtype(next(model.parameters()).device) if dtype == "auto" else (dtype, "as asked for")
-    convolutional = sum(isinstance(module, nn.Conv2d) for module in model.modules()) > golden.CONVOLUTIONS
-    channels_last = convolutional and dtype != "float32"
-    problem = _convert_checked(adapter, wanted, channels_last)
+    problem = _convert_checked(adapter, wanted, channels_last=_is_convolutional(model) and dtype != "float32")
     if problem is None:
         return Precision(wanted, why)
     if dtype == "auto" and wanted != held:
         return Precision(held, f"{problem} in {wanted}")
     raise ComputationFailed(f"{adapter.name!r} cannot compute in {wanted}: {problem}. Use float32.")
+
+
+def lay_out_channels_last(adapter: Adapter) -> None:
+    """Hold the kernels of a classifier made of convolutions channels last, in place, where it computes on a CPU.
+
+    It then takes 0.4 to 1.0 of the time, and its logits move by rounding only (1e-6 of the largest). The golden input
+    is answered once more; all stays as it was if that differs by more than rounding explains. Other models, and those
+    that are not held in float32, stay as they are.
+    """
+    model: Any = adapter.model
+    if not adapter.task.classifies or not _is_convolutional(model) or find_precision(model) != "float32":
+        return
+    if all(parameter.device.type == "cpu" for parameter in model.parameters()):
+        _convert_checked(adapter, "float32", channels_last=True)
+
+
+def _is_convolutional(model: nn.Module) -> bool:
+    return sum(isinstance(module, nn.Conv2d) for module in model.modules()) > golden.CONVOLUTIONS
 
 
 def _convert_checked(adapter: Adapter, dtype: Dtype, channels_last: bool) -> str | None:

@@ -71,6 +71,9 @@ def plan(
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations in the backward pass.")
     ] = False,
     accumulate: Annotated[int, typer.Option(help="Pieces into which a step is divided.")] = 1,
+    ema: Annotated[
+        float | None, typer.Option(help="Decay of a moving average of the trained weights, which is a copy of them.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: the best that this machine has.")] = None,
     take_steps: Annotated[
         bool, typer.Option("--measure", help="Also take such steps on this machine, and print their peak memory.")
@@ -93,6 +96,7 @@ def plan(
         precision=precision,  # type: ignore[arg-type]
         gradient_checkpointing=gradient_checkpointing,
         accumulate=accumulate,
+        ema=ema,
         device=device,
         measure=take_steps,
     )

@@ -105,8 +105,10 @@ def load_adapter_or_model(
 
 
 def _set_precision(loaded: Any, dtype: Any) -> Any:
-    if dtype is not None:
-        from inlay.adapters.precision import set_precision
+    from inlay.adapters.precision import lay_out_channels_last, set_precision
 
+    if dtype is None:
+        lay_out_channels_last(loaded)
+    else:
         print(f"{loaded.name} {set_precision(loaded, dtype)}", file=sys.stderr)
     return loaded

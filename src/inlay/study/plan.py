@@ -32,6 +32,7 @@ def plan_base(
     precision: Precision = "no",
     gradient_checkpointing: bool = False,
     accumulate: int = 1,
+    ema: float | None = None,
     device: str | None = None,
     measure: bool = False,
 ) -> tuple[MemoryPlan, int | None]:
@@ -50,6 +51,7 @@ def plan_base(
         precision: Mixed precision.
         gradient_checkpointing: Blocks are recomputed.
         accumulate: Pieces of a step.
+        ema: As in TrainConfig; any decay costs a copy of the trained weights.
         device: `cuda` or `cpu`, of those that this machine has; default: the GPU if there is one.
         measure: Load the weights, take steps of this size here, and give their true peak as well, in bytes.
 
@@ -62,6 +64,8 @@ def plan_base(
     for what, size, least in (*((*item, 1) for item in sizes.items()), ("length", length, 2), ("labels", labels, 2)):
         if size < least:
             raise BadInput(f"{what} must be at least {least}, not {size}.")
+    if ema is not None and not 0 < ema < 1:
+        raise BadInput(f"ema must be above 0 and below 1, not {ema:g}.")
     choices = (("dtype", dtype, Dtype), ("optimizer", optimizer, Optimizer), ("precision", precision, Precision))
     for what, value, allowed in choices:
         if value not in get_args(allowed):
@@ -76,7 +80,7 @@ def plan_base(
 
     def options(loss: Loss | None) -> dict[str, Any]:
         step = {"optimizer": optimizer, "accumulate": accumulate, "precision": precision, "loss": loss}
-        return {**step, "gradient_checkpointing": gradient_checkpointing}
+        return {**step, "gradient_checkpointing": gradient_checkpointing, "ema": ema is not None}
 
     model, batch, loss = adapt(load_skeleton(name, task=task.name, labels=names, dtype=dtype, quantize=quantize))
     plan = plan_memory(model, batch, device=device, **options(loss))

@@ -22,6 +22,7 @@ SUFFIXES = tuple(f".{s}" for s in "jpg jpeg jfif png gif bmp webp avif tif tiff 
 # What is decoded of strangers. Pillow reads 40 formats more, some by other programs (EPS by Ghostscript).
 _AVIF = () if find_spec("PIL.AvifImagePlugin") is None else ("AVIF",)  # since Pillow 11.3
 FORMATS = (*_AVIF, "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+UPRIGHT = 1  # EXIF orientation
 TURNED = (5, 6, 7, 8)  # EXIF orientations whose upright image has width and height exchanged
 # A JPEG is decoded at 1/n of its size if what is made of it is at least 2 n times smaller: the bound of `thumbnail`.
 REDUCING_GAP = 2.0
@@ -131,15 +132,17 @@ def _decode_crop(
     channels: int,
 ) -> Image.Image:
     if not isinstance(file, JpegImageFile):  # its size may be known only once it is decoded
-        image = _convert_mode(_turn_upright(file), channels, "range")
+        image = _convert_mode(_turn_upright(file, in_place=True), channels, "range")
         return image.crop(draw_box(*image.size))
-    turned = file.getexif().get(ExifTags.Base.Orientation) in TURNED
-    width, height = (file.height, file.width) if turned else file.size
+    orientation = file.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
+    width, height = (file.height, file.width) if orientation in TURNED else file.size
     box = draw_box(width, height)
     reduction = find_reduction(box[2] - box[0], box[3] - box[1]) / REDUCING_GAP
     scale = max((n for n in (2, 4, 8) if n <= reduction), default=1)
-    file.draft(None, (file.width // scale, file.height // scale))
-    ImageOps.exif_transpose(file, in_place=True)
+    if scale > 1:
+        file.draft(None, (file.width // scale, file.height // scale))
+    if orientation != UPRIGHT:
+        ImageOps.exif_transpose(file, in_place=True)
     image = _convert_mode(file, channels, "range")
     x, y = image.width / width, image.height / height  # 1 where it is decoded in full
     return image.crop((round(box[0] * x), round(box[1] * y), round(box[2] * x), round(box[3] * y)))
@@ -166,10 +169,12 @@ def _open_file(source: Any, formats: tuple[str, ...] | None = None) -> Image.Ima
     return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
 
 
-def _turn_upright(file: Image.Image) -> Image.Image:
-    """All of a file's pixels, upright, in a mode of 8 or 16 bits."""
+def _turn_upright(file: Image.Image, *, in_place: bool = False) -> Image.Image:
+    """All of a file's pixels, upright, in a mode of 8 or 16 bits; `in_place` copies nothing."""
     file.load()
-    image = ImageOps.exif_transpose(file)
+    if in_place:
+        ImageOps.exif_transpose(file, in_place=True)
+    image = file if in_place else ImageOps.exif_transpose(file)
     if image.mode == "F" or (image.mode == "I" and file.format != "PPM"):
         raise ValueError("pixels of 32 bits have no known range: save it with 8 or 16 bits")
     return image

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from inlay.errors import BadInput, Unsupported
 from inlay.methods._peft import fills_cache
+from inlay.train.collate import FinishedBatches, split_collate
 from inlay.train.config import TrainConfig
 from inlay.train.stream import StreamCollate, StreamLoader, StreamSampler
 
@@ -213,40 +214,43 @@ def build_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torc
 
 def build_loaders(
     data: "FitData", order: "SeededSampler | StreamSampler", batch_size: int, accelerator: Accelerator
-) -> tuple[Any, DataLoader[Any] | None]:
-    """Loaders of the training data in the given order, and of the validation data, short examples first."""
+) -> tuple[Any, FinishedBatches | None]:
+    """Loaders of the training data in the given order, unfinished, and of validation data, short examples first."""
     train = build_step_loader(data, order, accelerator)
     if data.validation is None:
         return train, None
     lengths = getattr(data.validation, "lengths", None)
     sampler = None if lengths is None else sorted(range(len(lengths)), key=lengths.__getitem__)
+    stack, finish = split_collate(data.collate)
     validation = build_loader(
         data.validation,
-        data.collate,
+        stack,
         data.workers,
         accelerator,
         prefetch=data.prefetch,
         batch_size=batch_size,
         sampler=sampler,
     )
-    return train, validation
+    return train, FinishedBatches(validation, finish)
 
 
 def build_step_loader(data: "FitData", order: "SeededSampler | StreamSampler", accelerator: Accelerator) -> Any:
-    """The training batches in this order, still on the CPU: a step counts labels there, where nothing waits."""
+    """The training batches in this order, unfinished and still on the CPU: a step counts labels there."""
+    stack, _ = split_collate(data.collate)
     if isinstance(order, StreamSampler):  # each process reads its own share
         workers = data.workers if order.stream.needs_workers else 0
-        collate = StreamCollate(data.collate)
-        return StreamLoader(_make_loader(data.train, collate, workers, data.prefetch, batch_sampler=order), order)
+        return StreamLoader(
+            _make_loader(data.train, StreamCollate(stack), workers, data.prefetch, batch_sampler=order), order
+        )
     return build_loader(
-        data.train, data.collate, data.workers, accelerator, place=False, prefetch=data.prefetch, batch_sampler=order
+        data.train, stack, data.workers, accelerator, place=False, prefetch=data.prefetch, batch_sampler=order
     )
 
 
 def read_step_batch(
     data: "FitData", order: "SeededSampler | StreamSampler", accelerator: Accelerator, step: int
 ) -> dict[str, Any]:
-    """This process's share of the batch of a step, read again."""
+    """This process's share of the batch of a step, read again, unfinished."""
     return next(iter(build_step_loader(replace(data, workers=0), order.start_at(step), accelerator)))
 
 

@@ -21,6 +21,7 @@ from inlay.bases.learning_rate import scale_rate
 from inlay.errors import BadInput, ComputationFailed, Unsupported
 from inlay.train.acceleration import accelerated
 from inlay.train.callback import Callback
+from inlay.train.collate import split_collate
 from inlay.train.config import TrainConfig
 from inlay.train.evaluation import count_rows, evaluate_on, set_train_mode, split_batch
 from inlay.train.frozen_cache.frozen_blocks import FitData, use_cached_states, wrap_for_cache
@@ -108,7 +109,8 @@ def fit(
         config: Training settings.
         metrics: `evaluate` metrics over `logits.argmax(-1)` and `labels`. The first one chooses the best evaluation (a
             larger score is better). Without metrics the smallest validation loss is the best.
-        collate: Makes a batch from a list of items; default: `torch.utils.data.default_collate`.
+        collate: Makes a batch from a list of items; default: `torch.utils.data.default_collate`. The second step of a
+            `TwoStepCollate` is done on the device.
         loss: The quantity to minimise; default: the loss that the model returns. `NextToken()` for language models.
         settings: Further settings that the run depends on (rank, data ...). A run is resumed only with the same ones.
         best_by: Name of the score that chooses the best evaluation, such as "f1"; default: the score with the name of
@@ -183,8 +185,9 @@ def fit(
         ):
             loader, validation = build_loaders(data, order, config.batch_size, accelerator)
             read_batch = partial(read_step_batch, data, order, accelerator)
+            _, finish = split_collate(data.collate)
             try:
-                trainer.train(loader, validation, stop, resumed, read_batch)
+                trainer.train(loader, validation, stop, resumed, read_batch, finish)
             except RuntimeError as error:
                 if not stop.signal or "DataLoader worker" not in str(error):
                     raise
@@ -320,11 +323,21 @@ class _Trainer:
         self.clipped = [p for p in model.parameters() if p.requires_grad or has_shards(accelerator)]
 
     def train(
-        self, loader: Any, validation: Any, stop: StopRequest, resumed: bool, read_batch: "Callable[[int], Any]"
+        self,
+        loader: Any,
+        validation: Any,
+        stop: StopRequest,
+        resumed: bool,
+        read_batch: "Callable[[int], Any]",
+        finish: "Callable[[dict[str, Any]], dict[str, Any]]",
     ) -> None:
-        """Take all steps that are left; `read_batch(step)` reads the batch of an earlier step again."""
+        """Take all steps that are left.
+
+        `read_batch(step)` reads the batch of an earlier step again, and `finish` makes the inputs of a model of a batch
+        or a piece of one.
+        """
         progress, config = self.run.progress, self.config
-        self.read_batch = read_batch
+        self.read_batch, self.finish = read_batch, finish
         if (callback := self.callback) is not None:
             self._call_on_main(lambda: callback.begin(self.run.folder))
         hidden = None if self.accelerator.is_local_main_process else True  # None hides the bar without a terminal
@@ -482,10 +495,11 @@ class _Trainer:
         return weight / whole if whole else 0.0
 
     def _place(self, piece: dict[str, Any]) -> dict[str, Any]:
-        """A piece of a batch on the device, with what the loss has to read of it while it is on the CPU."""
+        """A piece of a batch on the device, finished, with what the loss has to read of it while it is on the CPU."""
         prepare = getattr(self.loss, "prepare", None)
         prepared = piece if prepare is None else prepare(piece)
-        return send_to_device(prepared, self.accelerator.device, non_blocking=self.accelerator.non_blocking)
+        placed = send_to_device(prepared, self.accelerator.device, non_blocking=self.accelerator.non_blocking)
+        return self.finish(placed)
 
     def _seed_step(self, step: int) -> None:
         """Seed the global generators; those of accelerators take longer than a small step, and a CPU has none."""
@@ -533,7 +547,7 @@ class _Trainer:
         with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):  # compiled modules have no hooks
             found = find_first_bad_number(  # every process is here, as the loss is their mean
                 self.accelerator.unwrap_model(self.model),
-                send_to_device(batch, self.accelerator.device),
+                self.finish(send_to_device(batch, self.accelerator.device)),
                 self.loss,
                 self.run.progress.accumulate,
             )

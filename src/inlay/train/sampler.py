@@ -76,7 +76,8 @@ class SeededDataset(Dataset[Any]):
     """A dataset that sets a separate random seed before it reads an item.
 
     Augmentation that uses the global generator of Python, numpy or torch then gives the same item in every worker,
-    process and resumed run.
+    process and resumed run. Where the data has `read_rows(indices)` and `prepare(row)`, the rows of a batch are read
+    together, and `prepare` makes the items.
     """
 
     def __init__(self, data: Any, seed: int) -> None:
@@ -90,10 +91,29 @@ class SeededDataset(Dataset[Any]):
         seed_draw(self.seed, draw)
         return self.data[index]
 
+    def __getitems__(self, keys: Sequence[SeededIndex]) -> list[Any]:
+        if not hasattr(self.data, "read_rows"):
+            return [self[key] for key in keys]
+        rows = self.data.read_rows([index for index, _ in keys])
+        seeds = [_mix_seed(self.seed, draw) for _, draw in keys]
+        items = []
+        for row, seed in zip(rows, seeds, strict=True):
+            seed_cpu(seed)
+            items.append(self.data.prepare(row))
+        return items
+
 
 def seed_draw(seed: int, draw: int) -> None:
     """Seed the global generators of the CPU for the item with this number since the run began."""
-    seed_cpu(int(np.random.SeedSequence((seed, draw)).generate_state(1)[0]))
+    seed_cpu(_mix_seed(seed, draw))
+
+
+def _mix_seed(seed: int, draw: int) -> int:
+    """A seed of its own for each draw of a run."""
+    entropy: Any = (seed, draw)
+    if max(entropy) < 2**32:
+        entropy = np.array(entropy, np.uint32)  # the same words, in half the time
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
 def seed_cpu(seed: int) -> None:

@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import ViTImageProcessorPil
+from torch.utils.data import DataLoader, default_collate
+from transformers import ConvNextImageProcessorPil, ViTImageProcessorPil
 
 from inlay.errors import InlayError
 from inlay.tasks.evaluation import SPLITS
 from inlay.tasks.image_decoding import open_image
 from inlay.tasks.images.data import load_images, load_images_to_score
-from inlay.tasks.images.view import ImageView
+from inlay.tasks.images.view import ImageView, NormalisedBatches
 from inlay.tasks.tables import hub_splits
+from inlay.train.sampler import SeededDataset, SeededSampler
 from places import SHARED
 
 FLOWERS = SHARED / "flowers5/dev"
@@ -679,6 +681,25 @@ def test_crop_keeps_area_and_ratio_and_flip_mirrors_half(gradient):
         assert (width / height > 0.72).all() and (width / height < 1.39).all()
         mirrored = np.mean([int(image[0, 0, 0]) > int(image[0, -1, 0]) for image in seen])
         assert mirrored == 0 if augment == "crop" else 0.4 < mirrored < 0.6
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_workers_send_eight_bits_of_which_the_second_step_makes_the_same_floats(gradient, workers):
+    own = processor()
+    floats, view = ImageView(gradient, own, "crop-flip"), ImageView(gradient, own, "crop-flip", eight_bits=True)
+    collate, order = NormalisedBatches(view.steps), SeededSampler(2, 2, 3, seed=1)
+    batches = DataLoader(SeededDataset(view, 5), batch_sampler=order, num_workers=workers, collate_fn=collate.stack)
+    for keys, batch in zip(order, batches, strict=True):
+        expected = default_collate([SeededDataset(floats, 5)[key] for key in keys])
+        assert batch["pixel_values"].dtype == torch.uint8 and torch.equal(batch["labels"], expected["labels"])
+        assert torch.equal(collate.finish(batch)["pixel_values"], expected["pixel_values"])
+
+
+def test_floats_of_a_processor_with_steps_of_its_own_stay(gradient):
+    view = ImageView(gradient, ConvNextImageProcessorPil(size={"shortest_edge": 20}), eight_bits=True)
+    item = view[0]
+    assert item["pixel_values"].dtype == torch.float32
+    assert torch.equal(NormalisedBatches(view.steps)([item])["pixel_values"][0], item["pixel_values"])
 
 
 def test_bad_picture_after_the_check_is_named(gradient):

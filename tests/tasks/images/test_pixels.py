@@ -10,6 +10,7 @@ import transformers
 from PIL import Image
 
 from inlay.tasks.image_decoding import open_crop, open_image
+from inlay.tasks.images import pixels
 from inlay.tasks.images.pixels import PixelSteps, ProcessorSteps, choose_steps
 from inlay.tasks.images.view import draw_box
 
@@ -20,6 +21,7 @@ STEPPED = {
     "ViT, other settings": {"size": {"height": 17, "width": 30}, "resample": 3, "image_mean": [0.1, 0.5, 0.7]},
     "ViT, not normalised": {"size": SQUARE, "do_normalize": False, "rescale_factor": 1 / 127.5},
     "ViT, not rescaled": {"size": SQUARE, "do_rescale": False},
+    "ViT, factor without a divisor": {"size": SQUARE, "rescale_factor": 0.0123},
     "CLIP": {"size": SHORT, "crop_size": {"height": 16, "width": 16}},
     "CLIP, padded": {"size": SHORT, "crop_size": {"height": 25, "width": 33}},
     "DeiT": {"size": SQUARE, "crop_size": {"height": 20, "width": 20}},
@@ -29,8 +31,8 @@ STEPPED = {
 
 
 def noise(width, height, channels=3):
-    pixels = np.random.default_rng(width * height).integers(0, 256, (height, width, channels), np.uint8)
-    return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+    values = np.random.default_rng(width * height).integers(0, 256, (height, width, channels), np.uint8)
+    return Image.fromarray(values[..., 0] if channels == 1 else values)
 
 
 def processor(name, **settings):
@@ -47,6 +49,19 @@ def test_pixels_are_the_processors_own(name):
         expected = own(images=[image], return_tensors="pt")["pixel_values"][0]
         found = steps(image)["pixel_values"]
         assert found.dtype == torch.float32 and found.is_contiguous() and torch.equal(found, expected), size
+
+
+@pytest.mark.parametrize("name", ["ViT, other settings", "ViT, factor without a divisor"])
+def test_a_batch_of_eight_bits_is_normalised_as_the_processor_does(name, monkeypatch):
+    monkeypatch.setattr(pixels, "IN_CACHE", 5000)  # of five images some together
+    own, images = (
+        processor(name, **STEPPED[name]),
+        [noise(*size) for size in ((31, 44), (90, 61), (7, 5), (9, 9), (24, 24))],
+    )
+    steps = choose_steps(own)
+    eight_bits = torch.stack([steps.resize(image) for image in images])
+    assert eight_bits.dtype == torch.uint8
+    assert torch.equal(steps.normalise(eight_bits), own(images=images, return_tensors="pt")["pixel_values"])
 
 
 @pytest.mark.parametrize("channels", [1, 4])

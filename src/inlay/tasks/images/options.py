@@ -45,7 +45,7 @@ class ImageTask(StreamOptions):
         from inlay.tasks.images.data import load_images
         from inlay.tasks.images.loss import SmoothedClasses
         from inlay.tasks.images.stream import PreparedImage, load_image_stream
-        from inlay.tasks.images.view import ImageView
+        from inlay.tasks.images.view import ImageView, NormalisedBatches
         from inlay.tasks.metrics import Accuracy
 
         set_seed(seed)
@@ -53,6 +53,8 @@ class ImageTask(StreamOptions):
             processor = load_processor(self.model)
         data: ImageData | ImageStream
         train: ImageView | Stream
+        eight_bits = not self.mixup  # which mixes floats
+        how: Any = {"randaugment": self.randaugment, "mixup": self.mixup, "eight_bits": eight_bits}
         if self.is_streamed(test):
             data = load_image_stream(
                 self.dataset,
@@ -62,21 +64,21 @@ class ImageTask(StreamOptions):
                 classes=self.classes,
                 buffer=self.shuffle_buffer,
             )
-            prepare = PreparedImage(processor, self.augment, randaugment=self.randaugment, mixup=self.mixup)
-            train = replace(data.train, prepare=prepare)
+            train = replace(data.train, prepare=PreparedImage(processor, self.augment, **how))
         else:
             data = load_images(self.dataset, seed=seed, corrupt=self.corrupt, group=self.group, test=test)
-            train = ImageView(data.train, processor, self.augment, randaugment=self.randaugment, mixup=self.mixup)
-        validation = ImageView(data.validation, processor)
+            train = ImageView(data.train, processor, self.augment, **how)
+        validation = ImageView(data.validation, processor, eight_bits=eight_bits)
+        collate = NormalisedBatches(validation.steps) if eight_bits else mix_images
         return TaskData(
             data,
             train,
             validation,
             processor,
             metrics=[Accuracy()],
-            collate=mix_images if self.mixup else None,
+            collate=collate,
             loss=SmoothedClasses(self.label_smoothing) if self.label_smoothing or self.mixup else None,
-            example=lambda: {key: value[None] for key, value in validation[0].items() if key != "labels"},
+            example=lambda: {key: value for key, value in collate([validation[0]]).items() if key != "labels"},
         )
 
     def base(self, data: TaskData) -> Any:

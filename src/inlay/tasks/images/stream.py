@@ -128,10 +128,19 @@ class PreparedImage:
         augment: Crops and mirror images.
         randaugment: Magnitude.
         mixup: Alpha.
+        eight_bits: Leave pixels in 8 bits.
     """
 
-    def __init__(self, processor: Any, augment: Augment, *, randaugment: int = 0, mixup: float = 0.0) -> None:
-        self.view = ImageView([], processor, augment, randaugment=randaugment, mixup=mixup)
+    def __init__(
+        self,
+        processor: Any,
+        augment: Augment,
+        *,
+        randaugment: int = 0,
+        mixup: float = 0.0,
+        eight_bits: bool = False,
+    ) -> None:
+        self.view = ImageView([], processor, augment, randaugment=randaugment, mixup=mixup, eight_bits=eight_bits)
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
         """Decoded, augmented, and as the base takes it."""

@@ -2,15 +2,18 @@
 
 import math
 import random
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from PIL import Image, ImageOps
+from torch.utils.data import default_collate
 
 from inlay.errors import BadInput, Unsupported
 from inlay.tasks.image_decoding import Box, count_channels, open_crop, open_for_processor
 from inlay.tasks.images.augment import STRONGEST, rand_augment
-from inlay.tasks.images.pixels import choose_steps
+from inlay.tasks.images.pixels import PixelSteps, Steps, choose_steps
+from inlay.train.collate import TwoStepCollate
 
 Augment = Literal["none", "crop", "crop-flip"]
 
@@ -27,10 +30,19 @@ class ImageView(torch.utils.data.Dataset):
         augment: `crop` takes 0.7 to 1 of the area at a ratio of 3/4 to 4/3; `crop-flip` also mirrors half.
         randaugment: Magnitude of `rand_augment`, 0 to 30; 0: not used.
         mixup: Both parameters of the Beta distribution of `share`, which `mix_images` reads; 0: items have none.
+        eight_bits: Leave `pixel_values` in 8 bits where the processor's steps are known; `NormalisedBatches` makes
+            floats of them.
     """
 
     def __init__(
-        self, rows: Any, processor: Any, augment: Augment = "none", *, randaugment: int = 0, mixup: float = 0.0
+        self,
+        rows: Any,
+        processor: Any,
+        augment: Augment = "none",
+        *,
+        randaugment: int = 0,
+        mixup: float = 0.0,
+        eight_bits: bool = False,
     ) -> None:
         if augment not in ("none", "crop", "crop-flip"):
             raise BadInput(f"augment must be none, crop or crop-flip, got {augment!r}.")
@@ -41,6 +53,7 @@ class ImageView(torch.utils.data.Dataset):
         self.rows, self.processor, self.augment = rows, processor, augment
         self.randaugment, self.mixup = randaugment, mixup
         self.steps = choose_steps(processor)
+        self.eight_bits = eight_bits
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -48,12 +61,21 @@ class ImageView(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.prepare(self.rows[int(index)])
 
+    def read_rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Rows of which `prepare` makes items; one by one they take four times as long."""
+        columns = self.rows[list(indices)]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
     def prepare(self, row: dict[str, Any]) -> dict[str, Any]:
         """The item of a row that has an `image`, {"bytes", "path"}, and a `label`."""
         image = self._open_augmented(row["image"])
         if self.randaugment:
             image = rand_augment(image, self.randaugment)
-        item = {**self.steps(image), "labels": row["label"]}
+        if self.eight_bits and isinstance(self.steps, PixelSteps):
+            inputs = {"pixel_values": self.steps.resize(image)}
+        else:
+            inputs = self.steps(image)
+        item = {**inputs, "labels": row["label"]}
         if self.mixup:
             item["share"] = random.betavariate(self.mixup, self.mixup)
         return item
@@ -65,6 +87,27 @@ class ImageView(torch.utils.data.Dataset):
         if self.augment == "crop-flip" and random.random() < 0.5:
             image = ImageOps.mirror(image)
         return image
+
+
+class NormalisedBatches(TwoStepCollate):
+    """Batches of the items of an `ImageView` with `eight_bits`, which are normalised where they are used.
+
+    Args:
+        steps: Of the view.
+    """
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+
+    def stack(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """As torch's default."""
+        return dict(default_collate(items))
+
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The same with `pixel_values` as floats; a processor with steps of its own has made them already."""
+        if not isinstance(self.steps, PixelSteps):
+            return batch
+        return {**batch, "pixel_values": self.steps.normalise(batch["pixel_values"])}
 
 
 def draw_box(width: int, height: int) -> Box:
