@@ -99,7 +99,7 @@ class InlayLoader:
     def __init__(self, paths: list[str], processor: ViTImageProcessorPil, workers: int) -> None:
         images = [{"bytes": None, "path": path} for path in paths]
         rows = datasets.Dataset.from_dict({"image": images, "label": [0] * len(paths)}, FEATURES)
-        self.view = ImageView(rows, processor, "crop-flip", eight_bits=True)
+        self.view = ImageView(rows, processor, "crop-flip").in_eight_bits()
         self.collate = NormalisedBatches(self.view.steps)
         order = SeededSampler(len(paths), BATCH, len(paths) // BATCH, SEED)
         self.loader = DataLoader(

@@ -10,9 +10,13 @@ Batch = dict[str, Any]
 class TwoStepCollate(ABC):
     """A collate function of which `fit` has the second step done where a batch is used.
 
-    Its workers call `stack`, and it calls `finish` once a batch, or a piece of one, is on the device. Who calls the
-    object itself, as any other collate function, gets finished batches.
+    It reads the data that `shrink_items` gives. Its workers call `stack`, and it calls `finish` once a batch, or a
+    piece of one, is on the device. Who calls the object itself, as any other collate function, gets finished batches.
     """
+
+    def shrink_items(self, data: Any) -> Any:
+        """The same data with the small items that `finish` completes; other data as it is."""
+        return data
 
     @abstractmethod
     def stack(self, items: list[Any]) -> Batch:

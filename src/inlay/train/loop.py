@@ -21,7 +21,7 @@ from inlay.bases.learning_rate import scale_rate
 from inlay.errors import BadInput, ComputationFailed, Unsupported
 from inlay.train.acceleration import accelerated
 from inlay.train.callback import Callback
-from inlay.train.collate import split_collate
+from inlay.train.collate import TwoStepCollate, split_collate
 from inlay.train.config import TrainConfig
 from inlay.train.evaluation import count_rows, evaluate_on, set_train_mode, split_batch
 from inlay.train.frozen_cache.frozen_blocks import FitData, use_cached_states, wrap_for_cache
@@ -176,6 +176,10 @@ def fit(
             reader,
             average,
         )
+        if isinstance(collate, TwoStepCollate):
+            validation_data = collate.shrink_items(validation_data)
+            train_data = collate.shrink_items(stream or train_data)
+            stream = Stream.from_data(train_data)
         items = StreamItems(stream, config.seed) if stream else SeededDataset(train_data, config.seed)
         data = FitData(items, validation_data, collate, config.workers, config.prefetch)
         with (

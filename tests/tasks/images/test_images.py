@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, default_collate
 from transformers import ConvNextImageProcessorPil, ViTImageProcessorPil
 
+from inlay import ImageTask
 from inlay.errors import InlayError
 from inlay.tasks.evaluation import SPLITS
 from inlay.tasks.image_decoding import open_image
@@ -686,7 +687,7 @@ def test_crop_keeps_area_and_ratio_and_flip_mirrors_half(gradient):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_workers_send_eight_bits_of_which_the_second_step_makes_the_same_floats(gradient, workers):
     own = processor()
-    floats, view = ImageView(gradient, own, "crop-flip"), ImageView(gradient, own, "crop-flip", eight_bits=True)
+    floats, view = ImageView(gradient, own, "crop-flip"), ImageView(gradient, own, "crop-flip").in_eight_bits()
     collate, order = NormalisedBatches(view.steps), SeededSampler(2, 2, 3, seed=1)
     batches = DataLoader(SeededDataset(view, 5), batch_sampler=order, num_workers=workers, collate_fn=collate.stack)
     for keys, batch in zip(order, batches, strict=True):
@@ -696,7 +697,7 @@ def test_workers_send_eight_bits_of_which_the_second_step_makes_the_same_floats(
 
 
 def test_floats_of_a_processor_with_steps_of_its_own_stay(gradient):
-    view = ImageView(gradient, ConvNextImageProcessorPil(size={"shortest_edge": 20}), eight_bits=True)
+    view = ImageView(gradient, ConvNextImageProcessorPil(size={"shortest_edge": 20})).in_eight_bits()
     item = view[0]
     assert item["pixel_values"].dtype == torch.float32
     assert torch.equal(NormalisedBatches(view.steps)([item])["pixel_values"][0], item["pixel_values"])
@@ -752,3 +753,16 @@ def test_a_recipe_trains_what_takes_patches_and_their_sizes(tmp_path):
     with torch.no_grad():
         expected = adapter.model(**inputs).logits
     assert torch.allclose(bank(inputs, ["a"]).logits, expected, atol=1e-4)
+
+
+def test_items_of_a_task_are_what_the_base_takes_and_its_batches_too():
+    data = ImageTask().load(seed=0)
+    items = [data.validation[i] for i in range(3)]
+    expected = data.processor(
+        images=[open_image(data.validation.rows[i]["image"]) for i in range(3)], return_tensors="pt"
+    )["pixel_values"]
+    assert torch.equal(torch.stack([item["pixel_values"] for item in items]), expected)
+    assert torch.equal(data.collate(items)["pixel_values"], expected)
+    small = data.collate.shrink_items(data.validation)
+    assert small[0]["pixel_values"].dtype == torch.uint8
+    assert torch.equal(data.collate([small[i] for i in range(3)])["pixel_values"], expected)

@@ -53,8 +53,7 @@ class ImageTask(StreamOptions):
             processor = load_processor(self.model)
         data: ImageData | ImageStream
         train: ImageView | Stream
-        eight_bits = not self.mixup  # which mixes floats
-        how: Any = {"randaugment": self.randaugment, "mixup": self.mixup, "eight_bits": eight_bits}
+        how: Any = {"randaugment": self.randaugment, "mixup": self.mixup}
         if self.is_streamed(test):
             data = load_image_stream(
                 self.dataset,
@@ -68,17 +67,16 @@ class ImageTask(StreamOptions):
         else:
             data = load_images(self.dataset, seed=seed, corrupt=self.corrupt, group=self.group, test=test)
             train = ImageView(data.train, processor, self.augment, **how)
-        validation = ImageView(data.validation, processor, eight_bits=eight_bits)
-        collate = NormalisedBatches(validation.steps) if eight_bits else mix_images
+        validation = ImageView(data.validation, processor)
         return TaskData(
             data,
             train,
             validation,
             processor,
             metrics=[Accuracy()],
-            collate=collate,
+            collate=mix_images if self.mixup else NormalisedBatches(validation.steps),
             loss=SmoothedClasses(self.label_smoothing) if self.label_smoothing or self.mixup else None,
-            example=lambda: {key: value for key, value in collate([validation[0]]).items() if key != "labels"},
+            example=lambda: {key: value[None] for key, value in validation[0].items() if key != "labels"},
         )
 
     def base(self, data: TaskData) -> Any:

@@ -12,10 +12,10 @@ from transformers.image_processing_utils import get_size_dict
 from inlay.tasks.image_decoding import count_channels
 from inlay.tasks.images.processing import process_images
 
-# Height and width of the images on which the steps are compared with the processor: wide, tall, small and square.
 IN_CACHE = 2**18  # floats that stay in a CPU's cache from one operation to the next
 # How Pillow writes pixels line by line, of each line first all red values, by the mode of an image.
 LINES = {"L": "L", "RGB": "RGB;L", "RGBA": "RGBA;L"}
+# Height and width of the images on which the steps are compared with the processor: wide, tall, small and square.
 PROBES = ((40, 59), (301, 243), (13, 8), (32, 32))
 
 

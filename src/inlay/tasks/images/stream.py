@@ -1,5 +1,6 @@
 """Labelled images that are read from shards as they are needed."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -128,7 +129,6 @@ class PreparedImage:
         augment: Crops and mirror images.
         randaugment: Magnitude.
         mixup: Alpha.
-        eight_bits: Leave pixels in 8 bits.
     """
 
     def __init__(
@@ -138,9 +138,14 @@ class PreparedImage:
         *,
         randaugment: int = 0,
         mixup: float = 0.0,
-        eight_bits: bool = False,
     ) -> None:
-        self.view = ImageView([], processor, augment, randaugment=randaugment, mixup=mixup, eight_bits=eight_bits)
+        self.view = ImageView([], processor, augment, randaugment=randaugment, mixup=mixup)
+
+    def in_eight_bits(self) -> "PreparedImage":
+        """As `ImageView.in_eight_bits`."""
+        prepared = copy.copy(self)
+        prepared.view = self.view.in_eight_bits()
+        return prepared
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
         """Decoded, augmented, and as the base takes it."""

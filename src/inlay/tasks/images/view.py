@@ -1,19 +1,23 @@
 """A split of labelled images as a model wants it."""
 
+import copy
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import default_collate
+from typing_extensions import override
 
 from inlay.errors import BadInput, Unsupported
 from inlay.tasks.image_decoding import Box, count_channels, open_crop, open_for_processor
 from inlay.tasks.images.augment import STRONGEST, rand_augment
 from inlay.tasks.images.pixels import PixelSteps, Steps, choose_steps
 from inlay.train.collate import TwoStepCollate
+from inlay.train.stream import Stream
 
 Augment = Literal["none", "crop", "crop-flip"]
 
@@ -30,8 +34,6 @@ class ImageView(torch.utils.data.Dataset):
         augment: `crop` takes 0.7 to 1 of the area at a ratio of 3/4 to 4/3; `crop-flip` also mirrors half.
         randaugment: Magnitude of `rand_augment`, 0 to 30; 0: not used.
         mixup: Both parameters of the Beta distribution of `share`, which `mix_images` reads; 0: items have none.
-        eight_bits: Leave `pixel_values` in 8 bits where the processor's steps are known; `NormalisedBatches` makes
-            floats of them.
     """
 
     def __init__(
@@ -42,7 +44,6 @@ class ImageView(torch.utils.data.Dataset):
         *,
         randaugment: int = 0,
         mixup: float = 0.0,
-        eight_bits: bool = False,
     ) -> None:
         if augment not in ("none", "crop", "crop-flip"):
             raise BadInput(f"augment must be none, crop or crop-flip, got {augment!r}.")
@@ -53,13 +54,19 @@ class ImageView(torch.utils.data.Dataset):
         self.rows, self.processor, self.augment = rows, processor, augment
         self.randaugment, self.mixup = randaugment, mixup
         self.steps = choose_steps(processor)
-        self.eight_bits = eight_bits
+        self._eight_bits = False
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.prepare(self.rows[int(index)])
+
+    def in_eight_bits(self) -> "ImageView":
+        """The same with `pixel_values` of 8 bits where the processor's steps are known, for `NormalisedBatches`."""
+        view = copy.copy(self)
+        view._eight_bits = True
+        return view
 
     def read_rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Rows of which `prepare` makes items; one by one they take four times as long."""
@@ -71,7 +78,7 @@ class ImageView(torch.utils.data.Dataset):
         image = self._open_augmented(row["image"])
         if self.randaugment:
             image = rand_augment(image, self.randaugment)
-        if self.eight_bits and isinstance(self.steps, PixelSteps):
+        if self._eight_bits and isinstance(self.steps, PixelSteps):
             inputs = {"pixel_values": self.steps.resize(image)}
         else:
             inputs = self.steps(image)
@@ -90,22 +97,29 @@ class ImageView(torch.utils.data.Dataset):
 
 
 class NormalisedBatches(TwoStepCollate):
-    """Batches of the items of an `ImageView` with `eight_bits`, which are normalised where they are used.
+    """Batches of images that workers send in 8 bits, and that are normalised where they are used.
 
     Args:
         steps: Of the view.
     """
 
+    @override
+    def shrink_items(self, data: Any) -> Any:
+        if isinstance(data, Stream) and hasattr(data.prepare, "in_eight_bits"):
+            return replace(data, prepare=data.prepare.in_eight_bits())
+        return data.in_eight_bits() if isinstance(data, ImageView) else data
+
     def __init__(self, steps: Steps) -> None:
         self.steps = steps
 
+    @override
     def stack(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """As torch's default."""
         return dict(default_collate(items))
 
+    @override
     def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The same with `pixel_values` as floats; a processor with steps of its own has made them already."""
-        if not isinstance(self.steps, PixelSteps):
+        """The same with `pixel_values` as floats; what a processor with steps of its own has made stays."""
+        if batch["pixel_values"].dtype != torch.uint8 or not isinstance(self.steps, PixelSteps):
             return batch
         return {**batch, "pixel_values": self.steps.normalise(batch["pixel_values"])}
 
