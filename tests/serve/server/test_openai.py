@@ -119,6 +119,9 @@ def test_a_chat_is_written_by_the_template(client, adapters):
     assert chunks[0].choices[0].delta.role == "assistant" and chunks[0].object == "chat.completion.chunk"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == found.choices[0].message.content
     assert chunks[-1].choices[0].finish_reason == "length"
+    with client.chat.completions.stream(messages=messages, **settings) as events:  # which joins the chunks
+        joined = events.get_final_completion()
+    assert joined.choices[0].message.content == found.choices[0].message.content
 
 
 def test_a_base_without_a_template_does_not_chat(client, service):

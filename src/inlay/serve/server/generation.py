@@ -185,15 +185,12 @@ class GenerationLoop(Loop):
             return None
         try:
             held = self.bank.hold(request.adapter)
-        except NoRoom as error:
-            if alone:
-                request.future.set_exception(error)
-            else:  # there is more room once another text ends
+        except Exception as error:
+            if isinstance(error, NoRoom) and not alone:  # there is more room once another text ends
                 self._is_full = True
                 self.queue.put_back(request)
-            return None
-        except Exception as error:
-            request.future.set_exception(explain_misfit(error, self.bank, [request.adapter]))
+            else:
+                request.future.set_exception(explain_misfit(error, self.bank, [request.adapter]))
             return None
         if held.digest != request.digest:
             self.bank.release(held)
