@@ -89,6 +89,10 @@ def test_a_group_of_labels(images):
             "equally many, and at least one; got 2 of image",
         ),
         ({"model": "a", "image": ["aGk="] * 9}, "a request may have 8 inputs at most, got 9"),
+        (
+            {"model": "a", "image": [base64.b64encode(png(draw(1))).decode(), "aGk="]},
+            "row 1: the bytes given cannot be",
+        ),
         ({"model": "a", "image": [1]}, "image must be a text in base64, got int"),
     ],
 )
