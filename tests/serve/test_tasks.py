@@ -139,9 +139,13 @@ def check_masks(adapter, values, facts, tensors):
 
 def volume_requests():
     return [
-        {"scan": scan(0)},
+        {"scan": scan(0, (18, 16, 9))},
         {"scan": scan(1, (12, 12, 6)), "keep_probabilities": True, "largest": True},
-        {"scan": scan(2), "points": np.array([[3, 4, 5]], np.float32), "point_labels": np.array([0], np.int32)},
+        {
+            "scan": scan(2, (16, 16, 9)),
+            "points": np.array([[3, 4, 5]], np.float32),
+            "point_labels": np.array([0], np.int32),
+        },
     ]
 
 
