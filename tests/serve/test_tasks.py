@@ -216,7 +216,7 @@ def test_served_answers_are_those_of_the_adapters_alone(name, tmp_path):
     assert isinstance(service.bank, ModelBank) == (name == "volume-segmentation") and service.task.name == name
     service.start()
     try:
-        asked = [(adapter, values) for values in requests for adapter in "ab"]
+        asked = list(zip("aba", requests, strict=True))
         told = ask_all(service, asked, None)
         answered = ask_all(service, asked, [spec.name for spec in service.serving.outputs])
     finally:
