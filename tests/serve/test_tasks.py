@@ -139,9 +139,13 @@ def check_masks(adapter, values, facts, tensors):
 
 def volume_requests():
     return [
-        {"scan": scan(0)},
+        {"scan": scan(0, (18, 16, 9))},
         {"scan": scan(1, (12, 12, 6)), "keep_probabilities": True, "largest": True},
-        {"scan": scan(2), "points": np.array([[3, 4, 5]], np.float32), "point_labels": np.array([0], np.int32)},
+        {
+            "scan": scan(2, (16, 16, 9)),
+            "points": np.array([[3, 4, 5]], np.float32),
+            "point_labels": np.array([0], np.int32),
+        },
     ]
 
 
@@ -212,7 +216,7 @@ def test_served_answers_are_those_of_the_adapters_alone(name, tmp_path):
     assert isinstance(service.bank, ModelBank) == (name == "volume-segmentation") and service.task.name == name
     service.start()
     try:
-        asked = [(adapter, values) for values in requests for adapter in "ab"]
+        asked = list(zip("aba", requests, strict=True))
         told = ask_all(service, asked, None)
         answered = ask_all(service, asked, [spec.name for spec in service.serving.outputs])
     finally:

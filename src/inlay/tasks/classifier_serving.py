@@ -50,7 +50,7 @@ class ClassifierServing(Serving):
         self, found: Mapping[str, Any], row: Row, adapter: ServedAdapter, tensors: Collection[str] | None
     ) -> Reply:
         labels, columns = adapter.route(row.source.group)
-        logits = found["logits"][columns]
+        logits = found["logits"][: len(labels)] if row.source.group is None else found["logits"][columns]
         if not logits.isfinite().all():
             raise BadInput("the values of the input are so large that the model's answer is not finite.")
         probabilities = class_probabilities(logits, adapter.config)

@@ -4,6 +4,7 @@ import base64
 import gzip
 import io
 import json
+from functools import cache
 
 import nibabel
 import numpy as np
@@ -17,6 +18,8 @@ from inlay.serve.server.config import ServiceConfig
 from inlay.serve.server.service import Service, open_bank
 from serve.banked import SAM, VIT, pair
 from serve.test_tasks import draw, png, save_masks, save_volumes, scan
+
+load = cache(load_adapter)
 
 
 def make_client(bank, **settings):
@@ -59,7 +62,7 @@ def test_several_files_are_answered_in_their_order(images):
     texts = [base64.b64encode(content).decode() for content in contents]
     as_json = client.post("/v1/classify", json={"model": "b", "top": 2, "image": texts}).json()
     assert as_form["model"] == as_json["model"] == "b" and len(as_form["answers"]) == 3
-    expected = predict(load_adapter(folder / "b"), contents, top=2)
+    expected = predict(load(folder / "b"), contents, top=2)
     for found in (as_form, as_json):
         for answer, want in zip(found["answers"], expected, strict=True):
             check_classes(answer, want)
@@ -68,7 +71,7 @@ def test_several_files_are_answered_in_their_order(images):
 
 def test_a_group_of_labels(images):
     client, folder = images
-    (expected,) = predict(load_adapter(folder / "both"), [png(draw(5))], group="a", top=2)
+    (expected,) = predict(load(folder / "both"), [png(draw(5))], group="a", top=2)
     asked = {"model": "both", "group": "a", "top": 2, "image": base64.b64encode(png(draw(5))).decode()}
     check_classes(client.post("/v1/classify", json=asked).json(), expected)
 
@@ -89,6 +92,10 @@ def test_a_group_of_labels(images):
             "equally many, and at least one; got 2 of image",
         ),
         ({"model": "a", "image": ["aGk="] * 9}, "a request may have 8 inputs at most, got 9"),
+        (
+            {"model": "a", "image": [base64.b64encode(png(draw(1))).decode(), "aGk="]},
+            "row 1: the bytes given cannot be",
+        ),
         ({"model": "a", "image": [1]}, "image must be a text in base64, got int"),
     ],
 )
@@ -101,7 +108,7 @@ def test_masks_come_back_as_images(masks):
     client, folder = masks
     asked = {"model": "a", "points": "[[20, 25], [5, 5]]", "labels": "[1, 0]"}
     answer = client.post("/v1/segment", data=asked, files={"image": png(draw(1))}).json()
-    expected = predict_masks(load_adapter(folder / "a"), png(draw(1)), points=[(20, 25)], negatives=[(5, 5)])
+    expected = predict_masks(load(folder / "a"), png(draw(1)), points=[(20, 25)], negatives=[(5, 5)])
     (found,) = answer["masks"]
     mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(found["png"]))))
     assert mask.dtype == bool and (mask != expected.masks[0]).mean() < 1e-3 and answer["model"] == "a"
@@ -139,7 +146,7 @@ def test_a_scan_comes_back_as_a_file_and_volumes(volumes):
     client, folder = volumes
     asked = {"model": "b", "largest": "true", "points": json.dumps([[3, 4, 5]]), "point_labels": "[2]"}
     answer = client.post("/v1/segment", data=asked, files={"scan": gzip.compress(scan(3))}).json()
-    found = segment(load_adapter(folder / "b"), scan(3), points=[(3, 4, 5, 2)], largest=True, progress=False)
+    found = segment(load(folder / "b"), scan(3), points=[(3, 4, 5, 2)], largest=True, progress=False)
     image = nibabel.Nifti1Image.from_bytes(gzip.decompress(base64.b64decode(answer["mask"])))
     np.testing.assert_array_equal(np.asarray(image.dataobj), found.mask)
     assert answer["volumes_ml"] == pytest.approx(found.volumes_ml) and answer["labels"] == {"1": "left", "2": "right"}
@@ -190,7 +197,7 @@ def test_masks_as_tensors(masks):
     files = [base64.b64encode(png(draw(seed, size))).decode() for seed, size in ((1, (48, 40)), (2, (20, 30)))]
     boxes = [[[1, 1, 9, 9], [2, 3, 18, 15]]] * 2
     found = as_arrays(infer(client, "b", image=("BYTES", [1], files[:1]), boxes=("FP32", [1, 2, 4], boxes[:1])))
-    expected = predict_masks(load_adapter(folder / "b"), png(draw(1, (48, 40))), boxes=boxes[0])
+    expected = predict_masks(load(folder / "b"), png(draw(1, (48, 40))), boxes=boxes[0])
     assert found["masks"].shape == (1, 2, 48, 40) and (found["masks"][0] != expected.masks).mean() < 1e-3
     np.testing.assert_allclose(found["predicted_iou"][0], expected.scores, rtol=1e-3)
     both = {"image": ("BYTES", [2], files), "boxes": ("FP32", [2, 2, 4], boxes)}
@@ -204,7 +211,7 @@ def test_scans_as_tensors(volumes):
     client, folder = volumes
     file = "BYTES", [1], [base64.b64encode(scan(3)).decode()]
     found = as_arrays(infer(client, "b", scan=file, keep_probabilities=("BOOL", [1], [True])))
-    expected = segment(load_adapter(folder / "b"), scan(3), keep_probabilities=True, progress=False)
+    expected = segment(load(folder / "b"), scan(3), keep_probabilities=True, progress=False)
     np.testing.assert_array_equal(found["mask"][0], expected.class_mask)
     np.testing.assert_allclose(found["probabilities"][0], expected.probabilities.astype(np.float32), rtol=1e-6)
     assert found["labels"].tolist() == [["left", "right"]] and found["volumes_ml"].shape == (1, 2)

@@ -138,6 +138,12 @@ def test_one_output_of_one_version(client, service):
     assert caught.value.status() == "404"
 
 
+def test_the_route_is_counted(client, url):
+    client.infer("a", [tensor("image", "BYTES", files(png(draw(5))))])
+    counted = 'inlay_requests_total{adapter="a",route="/v2/models/{name}/infer",status="200"}'
+    assert counted in httpx.get(f"http://{url}/metrics").text
+
+
 def test_json_as_curl_sends_it(url, folder):
     """Nested data, and a file in base64; the answer is flat."""
     image = draw(6, SIDE)
@@ -270,6 +276,16 @@ def test_what_is_too_large(url):
         "the limit is 100,000 in all" in ask(url, binary(301_200, shape=[1, 400, 251, 3]), behind=bytes(301_200)).text
     )
     assert ask(url, wide).status_code == 400
+
+
+def test_what_was_compressed_counts_towards_the_memory_for_bodies(url, monkeypatch):
+    body = json.dumps({"inputs": one()}).encode()
+    packed, headers = gzip.compress(body + b" " * 500_000), {"Content-Encoding": "gzip"}
+    assert ask(url, packed, headers=headers).status_code == 200
+    monkeypatch.setattr("inlay.serve.server.gate.BODIES", 0.4)
+    full = ask(url, packed, headers=headers)
+    assert (full.status_code, full.headers["Retry-After"]) == (429, "1") and "fill the memory" in full.json()["error"]
+    assert ask(url, body, headers={}).status_code == 200
 
 
 def test_answers_that_are_not_finite(url):

@@ -6,7 +6,6 @@ curl -d '{"model": "digits", "image": "<base64>"}' http://127.0.0.1:8000/v1/clas
 curl -F model=nuclei -F image=@cells.png -F 'points=[[40, 60]]' http://127.0.0.1:8000/v1/segment
 """
 
-import asyncio
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +15,7 @@ from fastapi import APIRouter, Request
 
 from inlay.errors import BadInput
 from inlay.serve.server.answers import name_signature, run_unless_gone
-from inlay.serve.server.service import Answered, Service
+from inlay.serve.server.service import Service
 from inlay.serve.server.tensors import DTYPES, KINDS, decode_base64, decode_text
 from inlay.tasks.serving import TensorSpec
 
@@ -51,20 +50,11 @@ async def _answer(request: Request, action: str) -> dict[str, Any]:
     rows = _split_rows(specs, given)
     if len(rows) > service.queue.limit:
         raise BadInput(f"a request may have {service.queue.limit} inputs at most, got {len(rows)}.")
-    answers = await run_unless_gone(request, _ask_rows(service, name, rows))
+    answers = await run_unless_gone(request, service.ask_rows(name, rows))
     signed = name_signature(answers[0].signature)
     if not any(isinstance(given.get(field), list) for field, spec in specs.items() if spec.datatype == "BYTES"):
         return {**signed, **answers[0].reply.facts}
     return {**signed, "answers": [{**name_signature(each.signature), **each.reply.facts} for each in answers]}
-
-
-async def _ask_rows(service: Service, name: str, rows: list[dict[str, Any]]) -> list[Answered]:
-    tasks = [asyncio.ensure_future(service.ask(name, row)) for row in rows]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 async def _read_form(request: Request) -> dict[str, Any]:

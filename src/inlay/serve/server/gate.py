@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from inlay.errors import BadInput
 from inlay.serve.server.answers import make_error
 from inlay.serve.server.logs import FACTS
-from inlay.serve.server.refusals import TooLarge, TooSlow
+from inlay.serve.server.refusals import Busy, TooLarge, TooSlow
 from inlay.serve.server.service import Service
 from inlay.serve.server.trace import Trace, begin_trace
 
@@ -28,6 +28,8 @@ OPEN_PATHS = (
 QUIET_PATHS = (*OPEN_PATHS[1:], "/metrics")  # asked every few seconds: they have a line only where they fail
 GONE = 499  # nginx's status of a request whose client left before it was answered
 BODIES = 16  # of the largest size, that all requests under way may hold together
+FULL = "the requests under way fill the memory for bodies; try again in 1 s."
+HOLD = "inlay.hold"  # key of a request's scope: counts further bytes that it holds
 
 
 class Journal:
@@ -126,8 +128,7 @@ class Gate:
         elif _announced_size(headers) > self.max_bytes:
             refusal = make_error(path, 413, self._explain_size())
         elif self.held > BODIES * self.max_bytes:
-            message = "the requests under way fill the memory for bodies; try again in 1 s."
-            refusal = make_error(path, 429, message, {"Retry-After": "1"})
+            refusal = make_error(path, 429, FULL, {"Retry-After": "1"})
         else:
             await self._let_in(scope, receive, send)
             return
@@ -155,6 +156,15 @@ class Gate:
             is_read = not message.get("more_body", False)
             return message
 
+        def hold(size: int) -> None:
+            """Count what a body has become besides, such as by inflating it."""
+            nonlocal read
+            read += size
+            self.held += size
+            if self.held > BODIES * self.max_bytes:
+                raise Busy(FULL)
+
+        scope[HOLD] = hold
         self.service.active += 1
         try:
             await self.app(scope, receive_bounded, send)

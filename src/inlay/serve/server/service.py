@@ -19,7 +19,7 @@ from inlay.adapters.golden import compute_output
 from inlay.adapters.task import find_task_of_file
 from inlay.bases.device import Device
 from inlay.bases.load import Dtype, read_config, resolve_base
-from inlay.errors import BadInput, InlayError
+from inlay.errors import BadInput, DamagedFile, InlayError
 from inlay.serve.bank import Bank
 from inlay.serve.catalogue import Catalogue, find_first, name_adapters
 from inlay.serve.model_bank import ModelBank
@@ -239,6 +239,34 @@ class Service:
             return await self._answer(found, request, file, tensors)
 
         return await self._try(name, values, timeout_s, wait)
+
+    async def ask_rows(
+        self,
+        name: str,
+        rows: Sequence[Mapping[str, Any]],
+        timeout_s: float | None = None,
+        tensors: Collection[str] | None = None,
+    ) -> list[Answered]:
+        """The answers of an adapter to several inputs, in their order; the first one that fails takes the others back.
+
+        Raises:
+            InlayError: As `ask`; of what cannot be read it says in which row, from 0.
+        """
+
+        async def ask(row: int) -> Answered:
+            try:
+                return await self.ask(name, rows[row], timeout_s, tensors)
+            except (BadInput, DamagedFile) as error:
+                raise type(error)(f"row {row}: {error}") from error
+
+        if len(rows) == 1:
+            return [await self.ask(name, rows[0], timeout_s, tensors)]
+        tasks = [asyncio.ensure_future(ask(row)) for row in range(len(rows))]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def write(self, name: str, values: Mapping[str, Any], timeout_s: float | None = None) -> TextStream:
         """The text of an adapter behind a prompt, whose first piece is there.
