@@ -160,11 +160,14 @@ def measure_overhead(size: str, base: str, folder: Path, rounds: int) -> dict[st
     return {"rows": {"one client": {**facts, "overhead_cpu_ms": tell([served - bare for served, bare in pairs])}}}
 
 
-def measure_wait(size: str, base: str, folder: Path, rounds: int) -> dict[str, Any]:
+def measure_wait(size: str, base: str, folder: Path, rounds: int, threads: int | None) -> dict[str, Any]:
     """Servers that wait differently, under one load after the other."""
     rows = {}
     with ExitStack() as stack:
-        servers = {wait: stack.enter_context(serve(base, [folder], "--max-wait-ms", str(wait))) for wait in WAITS}
+        servers = {
+            wait: stack.enter_context(serve(base, [folder], "--max-wait-ms", str(wait), threads=threads))
+            for wait in WAITS
+        }
         loads: dict[str, list[tuple[float, float, float]]] = {}
         for turn in range(rounds):
             for wait, server in list(servers.items())[turn % len(WAITS) :] + list(servers.items())[: turn % len(WAITS)]:
@@ -197,18 +200,17 @@ class RoutedConnections(Connections):
             connections.close()
 
 
-def measure_ways(
-    size: str, base: str, folder: Path, rounds: int, processes: int, dtype: str, only: Sequence[str] | None
-) -> dict[str, Any]:
+def measure_ways(size: str, base: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Each way to serve many adapters, under the same load."""
-    options = ("--dtype", dtype)
-    own = name_adapters(processes)
+    options, only, threads = ("--dtype", arguments.dtype), arguments.only, arguments.server_threads
+    processes = arguments.processes if not only or "processes" in only else 1  # of which the memory is told
     with ExitStack() as stack:
-        mixed = stack.enter_context(serve(base, [folder], *options))
-        single = stack.enter_context(serve(base, [folder], *options, "--max-batch", "1"))
-        if only and not any("processes".startswith(way) for way in only):
-            own = own[:1]  # whose memory is told
-        many = {name: stack.enter_context(serve(base, [folder / name], *options, threads=1)) for name in own}
+        mixed = stack.enter_context(serve(base, [folder], *options, threads=threads))
+        single = stack.enter_context(serve(base, [folder], *options, "--max-batch", "1", threads=threads))
+        many = {
+            name: stack.enter_context(serve(base, [folder / name], *options, threads=1))
+            for name in name_adapters(processes)
+        }
         ways: dict[str, Callable[[], dict[str, Any]]] = {
             **{f"mixed, {n}": lambda n=n: load_server(mixed, size, n) for n in (1, 16, ADAPTERS, processes)},
             f"one by one, {ADAPTERS}": lambda: load_server(single, size, ADAPTERS),
@@ -216,7 +218,7 @@ def measure_ways(
         }
         chosen = [way for way in ways if not only or way.startswith(("one by one", *only))]
         loads: dict[str, list[dict[str, Any]]] = {way: [] for way in chosen}
-        for turn in range(rounds):
+        for turn in range(arguments.rounds):
             for way in chosen[turn % len(chosen) :] + chosen[: turn % len(chosen)]:
                 loads[way].append(ways[way]())
         each_mb = statistics.mean(each.memory_mb for each in many.values())
@@ -276,6 +278,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=4, help="Of the way with one adapter in each.")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="Of the bare model.")
+    parser.add_argument("--server-threads", type=int, help="Of torch in servers; default: as many as there are cores.")
     parser.add_argument("--requests", type=int, help="Of a load; default: 1024 (tiny) or 256 (base).")
     parser.add_argument("--only", nargs="+", help="Of the ways, by how their names begin; one by one is always there.")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="Of the ways.")
@@ -296,13 +299,13 @@ def main() -> None:
                 elif part == "overhead":
                     found = measure_overhead(size, base, folder, arguments.rounds)
                 elif part == "wait":
-                    found = measure_wait(size, base, folder, arguments.rounds)
+                    found = measure_wait(size, base, folder, arguments.rounds, arguments.server_threads)
                 else:
-                    found = measure_ways(
-                        size, base, folder, arguments.rounds, arguments.processes, arguments.dtype, arguments.only
-                    )
+                    found = measure_ways(size, base, folder, arguments)
                 key = f"{part}, {size}" + (", bfloat16" if part == "ways" and arguments.dtype == "bfloat16" else "")
                 machine = describe_machine("fastapi", "uvicorn", "h11")
+                own = {"model": max(arguments.threads), "overhead": 1}
+                machine["threads"] = own.get(part, arguments.server_threads or machine["cores"])
                 result[key] = {**found, "rounds": arguments.rounds, "machine": machine}
                 print(key, f"{time.perf_counter() - begun:.0f} s", json.dumps(found, indent=1))
                 write_json(stored, dict(sorted(result.items())))
