@@ -1,7 +1,9 @@
 """What all tests share: no network, one thread (tiny models are slower on several), one trained adapter."""
 
+import copy
 import functools
 import gc
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -10,6 +12,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
 
+import jinja2
 import pytest
 import torch
 
@@ -19,18 +22,75 @@ torch.set_num_threads(1)
 gc.disable()  # until the tests are collected: to search what is imported for garbage takes a third of the time
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs in forked processes comes first: one worker of pytest-xdist then has all of it, and one server."""
+    items.sort(key=lambda item: "forked" not in item.fixturenames)
+
+
 def pytest_collection_finish() -> None:
-    """Imports and collected tests stay for the whole run: no later search for garbage looks through them."""
+    """Imports and collected tests stay for the whole run: no later search for garbage looks through them. To compile a
+    model makes a million objects, so a search begins after 50,000 rather than 700."""
     gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
     gc.enable()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def pass_over_old_objects() -> None:
+_BEGUN = itertools.count()
+
+
+def pytest_runtest_setup() -> None:
     """Every training ends with a search for garbage, which takes longer than the training of a tiny model where it
-    looks through what earlier tests imported."""
-    gc.collect()
-    gc.freeze()
+    looks through what earlier tests imported and compiled."""
+    if next(_BEGUN) % 20 == 0:
+        gc.collect()
+        gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_templates_once():
+    """peft writes a card from the same template with every adapter, and huggingface_hub compiles it each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jinja2, "Template", functools.cache(jinja2.Template))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def read_embedded_bases_once():
+    """To copy one takes a fifth of the time. What transformers draws for a new head moves no generator here, the first
+    time or later: `load_base` draws it again."""
+    from transformers import PreTrainedModel
+
+    from inlay.bases.load import BUILTIN
+
+    load = PreTrainedModel.from_pretrained.__func__
+
+    @functools.lru_cache(maxsize=16)
+    def load_once(model_class, folder, options):
+        with torch.random.fork_rng():
+            return load(model_class, folder, **pickle.loads(options))
+
+    def load_copy(model_class, folder, *arguments, **options):
+        changed = arguments or options.get("quantization_config") or options.get("device_map")
+        if changed or not str(folder).startswith(str(BUILTIN)):
+            return load(model_class, folder, *arguments, **options)
+        return copy.deepcopy(load_once(model_class, folder, pickle.dumps(options)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreTrainedModel, "from_pretrained", classmethod(load_copy))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def draw_no_weights_without_memory():
+    """GPT-2 draws its weights on the meta device too, by a way in Python that takes as long as to read them."""
+    draw = torch.nn.init.normal_
+
+    def draw_where_there_is_memory(tensor, *args, **options):
+        return tensor if tensor.is_meta else draw(tensor, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.init, "normal_", draw_where_there_is_memory)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,6 +105,7 @@ def time_briefly():
 def draw_embedded_data_once():
     """Whoever loads embedded data draws it anew, the same each time, as tests/builtin shows: here it is kept."""
     from inlay.builtin import bodies, restaurants, scenes
+    from inlay.tasks.images import data as images
 
     def keep(draw):
         drawn = functools.cache(lambda *args, **options: pickle.dumps(draw(*args, **options)))
@@ -56,6 +117,7 @@ def draw_embedded_data_once():
         patch.setattr(bodies, "generate_bodies", lambda *args, **options: iter(kept_bodies(*args, **options)))
         patch.setattr(restaurants, "split_restaurants", keep(restaurants.split_restaurants))
         patch.setattr(scenes, "generate_scenes", keep(scenes.generate_scenes))
+        patch.setattr(images, "_read_builtin", functools.cache(images._read_builtin))  # which nothing changes in place
         yield
 
 

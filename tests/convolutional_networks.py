@@ -17,7 +17,11 @@ FAMILIES = {
     "MobileViTV2": {
         "image_size": 64, "width_multiplier": 0.25, "base_attn_unit_dims": [16, 16, 16], "n_attn_blocks": [1, 1, 1]
     },
-    "EfficientNet": {"image_size": 32, "width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 320},
+    "EfficientNet": {
+        "image_size": 32, "width_coefficient": 0.25, "depth_coefficient": 1.0, "in_channels": [32, 16, 24],
+        "out_channels": [16, 24, 40], "kernel_sizes": [3, 3, 5], "strides": [1, 2, 2], "num_block_repeats": [1, 1, 1],
+        "expand_ratios": [1, 6, 6], "hidden_dim": 320,
+    },
     "Levit": {
         "image_size": 32, "hidden_sizes": [16, 16, 16], "num_attention_heads": [1, 1, 1], "depths": [1, 1, 1],
         "key_dim": [8, 8, 8],

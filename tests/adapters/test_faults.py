@@ -135,9 +135,9 @@ def test_wrong_rank_in_the_config(zoo, rewrite):
 
 def test_a_huge_rank_fails_fast_and_allocates_nothing(zoo, rewrite):
     rewrite(zoo, config=lambda c: c.update(r=2_000_000))
-    load_adapter_warm = time.perf_counter()
+    started = time.process_time()
     refused(zoo, r"lora_A.weight should be \(2000000, 96\), the file has \(4, 96\)")
-    assert time.perf_counter() - load_adapter_warm < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "a/../../b", "/etc/passwd", "..\\..\\b", "a\0b"])

@@ -20,12 +20,17 @@ HISTORY = [{"step": s, "train_loss": 2 / s, "loss": 3 / s, "accuracy": 1 - 1 / s
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
+@pytest.fixture(scope="module")
+def large(make, processor, tmp_path_factory):
+    metrics = {"validation": {"accuracy": 0.9, "loss": 0.1}, "dataset": "builtin:digits", "history": HISTORY}
+    return save_adapter(make(r=8), tmp_path_factory.mktemp("saved") / "large", processor=processor, metrics=metrics)
+
+
 @pytest.fixture
-def zoos(zoo, make, processor, tmp_path):
+def zoos(zoo, large, tmp_path):
     """A large adapter with a history, a small one without, and one that is broken."""
     folder = tmp_path / "hub"
-    metrics = {"validation": {"accuracy": 0.9, "loss": 0.1}, "dataset": "builtin:digits", "history": HISTORY}
-    save_adapter(make(r=8), folder / "large", processor=processor, metrics=metrics)
+    shutil.copytree(large, folder / "large")
     shutil.copytree(zoo, folder / "small")
     shutil.copytree(zoo, folder / "broken")
     (folder / "broken" / WEIGHTS).write_bytes(b"{}")

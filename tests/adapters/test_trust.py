@@ -53,9 +53,9 @@ def test_limits_come_before_memory(zoo, plain, monkeypatch):
     for name, limit in files.MAX_BYTES.items():
         kept = (zoo / name).read_bytes()
         os.truncate(zoo / name, limit + 1)  # sparse: no bytes are written
-        started = time.perf_counter()
+        started = time.process_time()
         refused(zoo, rf"{name} has {limit + 1:,} bytes, and inlay reads at most {limit:,}")
-        assert time.perf_counter() - started < 1
+        assert time.process_time() - started < 1
         (zoo / name).write_bytes(kept)
     assert (zoo / WEIGHTS).read_bytes() == data and load_adapter(zoo).verified
 
@@ -64,9 +64,9 @@ def test_shapes_of_many_axes_are_not_multiplied(zoo, plain):
     header = json.dumps({"a": {"dtype": "F32", "shape": [10**18] * 200_000, "data_offsets": [0, 4]}}).encode()
     plain(zoo)
     (zoo / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
-    started = time.perf_counter()
+    started = time.process_time()
     refused(zoo, "does not describe the tensor 'a'")
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_more_labels_than_a_head_has_room_for(zoo, rewrite):

@@ -350,7 +350,7 @@ CONVOLUTIONAL_SITES = {
         "encoder.layer.2.transformer.layer.0.ffn.conv2.convolution", 34, "conv_stem", ["classifier"],
     ),
     "EfficientNet": (
-        7, "encoder.blocks.1.expansion.expand_conv", "encoder.blocks.0.projection.project_conv", 22, "embeddings",
+        3, "encoder.blocks.1.expansion.expand_conv", "encoder.blocks.0.projection.project_conv", 10, "embeddings",
         ["classifier"],
     ),
     "Levit": (

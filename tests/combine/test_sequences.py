@@ -27,21 +27,22 @@ ONE_LAYER, MORE_LAYERS = ["bert with a pooler", "gpt2"], ["bert", "roberta", "di
 TEXTS = ["w1 w2 w3", "w4", "w5 w6"]
 
 
-@pytest.fixture
-def adapters(request, tmp_path):
-    """By name, of one base."""
+@pytest.fixture(scope="module")
+def adapters(request, tmp_path_factory):
+    """By name, of one base. They are not changed."""
+    folder = tmp_path_factory.mktemp("made")
     torch.manual_seed(0)
-    bases()[request.param].save_pretrained(tmp_path / "base")
-    save_tokenizer(tmp_path / "base", encoder=request.param != "gpt2")
+    bases()[request.param].save_pretrained(folder / "base")
+    save_tokenizer(folder / "base", encoder=request.param != "gpt2")
     made = {}
     for seed, (name, labels) in enumerate(LABELS.items(), 1):
         torch.manual_seed(seed)
-        model = load_base(tmp_path / "base", task="text-classification", labels=labels)
+        model = load_base(folder / "base", task="text-classification", labels=labels)
         config = LoraConfig(r=2, target_modules=lora_targets(model, "attention"), modules_to_save=head_modules(model))
         model = get_peft_model(model, config)
         randomise(model)
         made[name] = save_adapter(
-            model.eval(), tmp_path / name, processor=SequenceProcessor(load_tokenizer(tmp_path / "base"))
+            model.eval(), folder / name, processor=SequenceProcessor(load_tokenizer(folder / "base"))
         )
     return made
 

@@ -52,9 +52,9 @@ def test_runs_in_eval_and_inference_mode_and_restores_mixed_modes():
 
 
 def test_budget():
-    start = time.perf_counter()
-    assert 1 <= measure(Sleeper(0.03), repeats=1000, budget_s=0.3).repeats <= 7
-    assert time.perf_counter() - start < 2
+    model = Sleeper(0.03)
+    assert 1 <= measure(model, repeats=1000, budget_s=0.3).repeats <= 7
+    assert 0.03 * len(model.modes) < 2  # seconds of all passes, on any machine
 
 
 def test_one_pass_over_the_budget_is_the_measurement():

@@ -257,7 +257,8 @@ def test_gradient_checkpointing_changes_no_gradient(method, base):
     ],
 )
 def test_compiles_without_a_graph_break(method, base):
-    model = adapted(method, base, blocks=2)  # compiling takes as long for each further one
+    # Compiling takes as long for each further block: one is enough where all are alike.
+    model = adapted(method, base, blocks=2 if method in TOKENS or base == "sam" else 1)
     torch._dynamo.reset()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")

@@ -150,8 +150,8 @@ def test_every_part_is_in_the_graph_of_every_step(seed):
 def test_it_learns_a_volume_by_heart():
     torch.manual_seed(0)
     model = get_peft_model(build(), settings(rounds=1)).train()
-    labels = labelled(1)
-    volume = 0.3 * volumes(1) + labels[:, None].clamp(min=0).float()
+    labels = labelled(1, (16, 24, 20))
+    volume = 0.3 * volumes(1, (16, 24, 20)) + labels[:, None].clamp(min=0).float()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     losses = []
     for _ in range(30):

@@ -17,6 +17,7 @@ import pytest
 from test_launch import prepare_launch
 
 import forked_program
+from forked_program import PATIENCE_S
 from inlay.files.atomic import PENDING_FILE
 
 JOB = Path(__file__).with_name("train_job.py")
@@ -24,7 +25,6 @@ STEPS = 28
 # Evaluations, checkpoints and epochs fall on different steps.
 SETTINGS = [*("--batch_size", 8), *("--epochs", 5), *("--workers", 2), *("--eval_every", 8), *("--save_every", 3)]
 SETTINGS += ["--pause", 0.005]
-PATIENCE_S = 30
 
 
 def command(folder):
@@ -112,11 +112,12 @@ def test_killed_before_the_first_step_and_in_the_middle_of_the_settings(forked, 
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["best", "finished.json", "log.jsonl", "run.json"]
 
 
-def test_sigterm_saves_and_exits_143(forked, undisturbed, tmp_path):
-    assert kill_at(forked, tmp_path, 5, signal.SIGTERM) == 143
+@pytest.mark.parametrize("step", [5, 15])  # before and after the first evaluation, whose workers are kept
+def test_sigterm_saves_and_exits_143(forked, undisturbed, tmp_path, step):
+    assert kill_at(forked, tmp_path, step, signal.SIGTERM) == 143
     stopped = logged(tmp_path)
     saved = json.loads((tmp_path / "run" / "last" / "progress.json").read_text())
-    assert saved["step"] == stopped >= 5, "the step that was under way must be saved"
+    assert saved["step"] == stopped >= step, "the step that was under way must be saved"
     finish(forked, tmp_path)
     assert outcome(tmp_path) == undisturbed
 
@@ -131,23 +132,25 @@ def test_sigterm_to_every_process_as_schedulers_send_it(forked, undisturbed, tmp
     process.join(PATIENCE_S)
     assert process.exitcode == 143
     assert json.loads((tmp_path / "run" / "last" / "progress.json").read_text())["step"] == logged(tmp_path)
-    assert psutil.wait_procs(workers, timeout=5)[1] == [], "workers are left over"
+    assert psutil.wait_procs(workers, timeout=PATIENCE_S)[1] == [], "workers are left over"
     finish(forked, tmp_path)
     assert outcome(tmp_path) == undisturbed
 
 
 def test_sigterm_to_the_group_of_a_program_leaves_nothing_behind(forked, undisturbed, tmp_path, environment):
     arguments = [sys.executable, *command(tmp_path)]
+    begun = time.monotonic()
     process = subprocess.Popen(arguments, env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True)
     wait_for_step(tmp_path, 15, lambda: process.poll() is None)
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 2
-    at = time.monotonic()
+    stopped = time.monotonic()
     os.killpg(process.pid, signal.SIGTERM)
     said, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 143
-    assert time.monotonic() - at < 8, "the program hung at its exit"
-    assert psutil.wait_procs(family, timeout=1)[1] == [], "workers are left over"
+    ended = time.monotonic()
+    assert ended - stopped < stopped - begun, "the program hung at its exit: it took longer than its imports"
+    assert psutil.wait_procs(family, timeout=PATIENCE_S)[1] == [], "workers are left over"
     saved = json.loads((tmp_path / "run" / "last" / "progress.json").read_text())["step"]
     assert f"stopped by SIGTERM after step {saved} of {STEPS}" in said
     assert saved == logged(tmp_path) >= 15

@@ -1,6 +1,7 @@
 """A fingerprint of a base model's weights that rounding does not change, and other weights do."""
 
 import base64
+import functools
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -146,6 +147,7 @@ def _signs(count: int, device: torch.device) -> torch.Tensor:
     return ((index * 0x9E3779B1 >> 16) & 1).float() * 2 - 1
 
 
+@functools.lru_cache(maxsize=8)  # a base has tensors of few sizes
 def _independent_signs(count: int, device: torch.device) -> torch.Tensor:
     """`PROJECTIONS` fixed sequences of signs (P, count): bits of the mixed index, as in MurmurHash3's finaliser."""
     mixed = (torch.arange(1, count + 1, dtype=torch.int64, device=device) * 0x9E3779B1) & 0xFFFFFFFF

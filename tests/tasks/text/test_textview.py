@@ -24,8 +24,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from inlay.errors import InlayError
 from inlay.tasks.golden import golden_tokens
 from inlay.tasks.text.data import load_texts
-from inlay.tasks.text.processor import TextProcessor
-from inlay.tasks.text.view import TextView
+from inlay.tasks.text.processor import WINDOW, WINDOWS, TextProcessor
+from inlay.tasks.text.view import CHARACTERS, TextView
 from inlay.tasks.text.vocabulary import check_vocabulary
 from places import SHARED
 
@@ -267,17 +267,20 @@ def test_a_long_text_in_windows_has_the_tokens_of_the_whole(kind, monkeypatch):
 
 def test_what_a_tokenizer_reads_at_a_time_does_not_grow(monkeypatch):
     """150 bytes a character are taken while it does: 30 GB for a text of 200 MB in one call."""
+    assert WINDOWS * WINDOW <= CHARACTERS == 2**20
+    monkeypatch.setattr("inlay.tasks.text.view.CHARACTERS", 2**18)  # all of a quarter, in as much less time
+    monkeypatch.setattr("inlay.tasks.text.processor.WINDOW", WINDOW // 4)
     using = processor(max_length=256)
     calls, call = [], using._call_tokenizer
     monkeypatch.setattr(
         using, "_call_tokenizer", lambda texts, *a, **k: calls.append(sum(map(len, texts))) or call(texts, *a, **k)
     )
-    long, short = "line of words\n" * 100_000, "short\n" * 5000
+    long, short = "line of words\n" * 25_000, "short\n" * 1250
     view = TextView(rows(("", long), *[("", short)] * 50), using, block=True)
-    assert len(view.tokens) + 255 >= len(long) + 50 * len(short) + 51 and max(calls) < 1.1 * 2**20
+    assert len(view.tokens) + 255 >= len(long) + 50 * len(short) + 51 and max(calls) < 1.1 * 2**18
     calls.clear()
     TextView(rows(("p", long), *[("p", short)] * 50), using)
-    assert max(calls) < 1.1 * 2**20
+    assert max(calls) < 1.1 * 2**18
 
 
 # Batches
