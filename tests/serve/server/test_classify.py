@@ -85,7 +85,7 @@ def test_a_group_of_labels(images):
         ({"model": "a", "image": "", "top": "x"}, "top must be numbers, as JSON"),
         ({"model": "a", "image": "", "top": 1.5}, "top must be whole numbers, one"),
         ({"model": "a", "image": "", "top": [1, 2]}, "top must be whole numbers, one"),
-        ({"model": "a", "image": "", "top": 2**40}, "top must be -2147483648 to 2147483647"),
+        ({"model": "a", "image": "", "top": 2**40}, "'top' must be -2147483648 to 2147483647"),
         ({"model": "a", "image": []}, "at least one; got 0 of image"),
         (
             {"model": "a", "image": ["", ""], "group": ["a"]},
@@ -128,6 +128,8 @@ def test_masks_come_back_as_images(masks):
         ({"boxes": [[1, 1, 5, 9]] * 65}, "64 points or boxes at most"),
         ({"boxes": [[1, 1, 5, 9]] * 60}, "masks of 60 boxes in 40 x 48 pixels are 115,200 pixels in all; the limit is"),
         ({"points": [["a", 2]]}, "points must be numbers"),
+        ({"points": [[1, 2]], "labels": []}, "there are 1 points and 0 labels"),
+        ({"points": [[1, 1e39]]}, "must be finite numbers"),
     ],
 )
 def test_prompts_that_are_refused(masks, asked, words):

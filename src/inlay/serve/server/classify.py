@@ -16,7 +16,7 @@ from fastapi import APIRouter, Request
 from inlay.errors import BadInput
 from inlay.serve.server.answers import check_json_size, name_signature, parse_object, run_unless_gone
 from inlay.serve.server.service import Service
-from inlay.serve.server.tensors import DTYPES, KINDS, decode_base64, decode_text
+from inlay.serve.server.tensors import DTYPES, KINDS, cast_numbers, decode_base64, decode_text
 from inlay.tasks.serving import TensorSpec
 
 router = APIRouter()
@@ -118,8 +118,5 @@ def _read_numbers(spec: TensorSpec, value: Any) -> Any:
     if not fits or array.dtype.kind not in KINDS[dtype.kind] or not np.isfinite(array).all():
         noun = {"b": "true or false", "f": "numbers"}.get(dtype.kind, "whole numbers")
         raise BadInput(f"{spec.name} must be {noun}, {shape}: {spec.help}")
-    if dtype.kind in "ui" and not (np.iinfo(dtype).min <= array.min() and array.max() <= np.iinfo(dtype).max):
-        raise BadInput(f"{spec.name} must be {np.iinfo(dtype).min} to {np.iinfo(dtype).max}.")
-    with np.errstate(over="ignore"):
-        array = array.astype(dtype)
+    array = cast_numbers(spec, array)
     return array if spec.shape else array.item()

@@ -220,12 +220,7 @@ def _read_json(spec: TensorSpec, tensor: Mapping[str, Any], shape: tuple[int, ..
         raise BadInput(f"input {spec.name!r} has {array.size} values, and its shape says {count}.")
     if array.ndim > 1 and array.shape != shape:
         raise BadInput(f"input {spec.name!r} is nested as {list(array.shape)}, and its shape is {list(shape)}.")
-    if dtype.kind in "ui" and array.size:
-        low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
-        if int(array.min()) < low or int(array.max()) > high:
-            raise BadInput(f"the data of input {spec.name!r} must be {low} to {high}.")
-    with np.errstate(over="ignore"):
-        return _check_finite(spec, array.astype(dtype).reshape(shape))
+    return cast_numbers(spec, array).reshape(shape)
 
 
 def _flatten(data: list[Any]) -> list[Any]:
@@ -341,6 +336,21 @@ def _encode_tensor(spec: TensorSpec, rows: list[Any], is_binary: bool) -> tuple[
     if not is_binary:
         return {**described, "data": encoded}, None
     return {**described, "parameters": {"binary_data_size": len(encoded)}}, encoded
+
+
+def cast_numbers(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
+    """Numbers of JSON in the type of a tensor.
+
+    Raises:
+        InlayError: They are too large for it, or not finite.
+    """
+    dtype = DTYPES[spec.datatype]
+    if dtype.kind in "ui" and array.size:
+        low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+        if int(array.min()) < low or int(array.max()) > high:
+            raise BadInput(f"the data of input {spec.name!r} must be {low} to {high}.")
+    with np.errstate(over="ignore"):
+        return _check_finite(spec, array.astype(dtype))
 
 
 def decode_base64(name: str, text: str) -> bytes:
