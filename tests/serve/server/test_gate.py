@@ -8,6 +8,7 @@ import re
 import pytest
 
 from inlay import BadInput
+from inlay.serve.server.answers import MOST_LISTS, MOST_VALUES
 from inlay.serve.server.config import ServiceConfig
 from inlay.serve.server.gate import BODIES, Gate, read_keys
 from inlay.serve.server.logs import _JsonLines, _TextLines
@@ -72,6 +73,15 @@ def test_keys_of_the_environment():
 
 
 # ---- bodies
+
+
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/completions", "/v2/models/a/infer"])
+@pytest.mark.parametrize("body", [b"[" + b"[]," * MOST_LISTS + b"0]", b'{"a": [' + b"0," * MOST_VALUES + b"0,0]}"])
+def test_json_that_would_hold_up_all_others_is_not_read(client, path, body, monkeypatch):
+    """A list takes 30 times the bytes in which it is written."""
+    monkeypatch.setattr(json, "loads", pytest.fail)
+    answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 413 and b"5,000,000 values at most" in answer.content
 
 
 def test_a_form_of_thousands_of_fields(client):

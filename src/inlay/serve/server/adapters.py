@@ -8,7 +8,6 @@ curl -H 'Content-Type: application/json' -d '{"lora_name": "digits", "lora_path"
 """
 
 import asyncio
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from fastapi.responses import PlainTextResponse, Response
 
 from inlay.adapters.hub.repository import download
 from inlay.errors import BadInput
+from inlay.serve.server.answers import parse_object
 from inlay.serve.server.refusals import NotAllowed, UnknownAdapter
 from inlay.serve.server.service import Service
 from inlay.serve.server.trace import current_trace
@@ -138,10 +138,4 @@ async def _read_object(request: Request) -> dict[str, Any]:
     """The JSON of a body. Its type must say so: a page of another site can send others without being asked."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise BadInput("the body must be JSON, with Content-Type: application/json.")
-    try:
-        given = json.loads(await request.body())
-    except (ValueError, RecursionError) as error:
-        raise BadInput("the body is not JSON.") from error
-    if not isinstance(given, dict):
-        raise BadInput(f"the body must be a JSON object, got {type(given).__name__}.")
-    return given
+    return parse_object(await request.body(), "the body is not JSON.")

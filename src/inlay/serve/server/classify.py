@@ -14,7 +14,7 @@ import numpy as np
 from fastapi import APIRouter, Request
 
 from inlay.errors import BadInput
-from inlay.serve.server.answers import name_signature, run_unless_gone
+from inlay.serve.server.answers import check_json_size, name_signature, parse_object, run_unless_gone
 from inlay.serve.server.service import Service
 from inlay.serve.server.tensors import DTYPES, KINDS, decode_base64, decode_text
 from inlay.tasks.serving import TensorSpec
@@ -67,14 +67,7 @@ async def _read_form(request: Request) -> dict[str, Any]:
                 values = [each if isinstance(each, str) else await each.read() for each in form.getlist(key)]
                 fields[key] = values[0] if len(values) == 1 else values
         return fields
-    body = await request.body()
-    try:
-        given = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise BadInput("the body is neither a form nor JSON.") from error
-    if not isinstance(given, dict):
-        raise BadInput(f"the body must be a JSON object, got {type(given).__name__}.")
-    return given
+    return parse_object(await request.body(), "the body is neither a form nor JSON.")
 
 
 def _split_rows(specs: Mapping[str, TensorSpec], given: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -110,6 +103,8 @@ def _read_value(spec: TensorSpec, value: Any) -> Any:
 def _read_numbers(spec: TensorSpec, value: Any) -> Any:
     """A number, or an array of the shape that the tensor has."""
     dtype = DTYPES[spec.datatype]
+    if isinstance(value, bytes):  # a part of a form that is a file has no other bound
+        check_json_size(value)
     try:
         array = np.array(json.loads(value) if isinstance(value, str | bytes) else value)
     except (ValueError, RecursionError, OverflowError) as error:

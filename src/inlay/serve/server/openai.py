@@ -19,7 +19,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from inlay.errors import BadInput, InlayError
-from inlay.serve.server.answers import make_error_body, name_signature, run_unless_gone
+from inlay.serve.server.answers import make_error_body, name_signature, parse_object, run_unless_gone
 from inlay.serve.server.service import Service
 from inlay.serve.server.streams import TextStream
 from inlay.tasks.serving import Piece, TokenScore
@@ -115,13 +115,7 @@ async def chat(request: Request) -> Response:
 
 async def _read_body(request: Request, known: set[str]) -> dict[str, Any]:
     """The fields of a request that are not null, each of which is known."""
-    content = await request.body()
-    try:
-        body = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise BadInput("the body is no JSON.") from error
-    if not isinstance(body, dict):
-        raise BadInput(f"the body must be a JSON object, got {type(body).__name__}.")
+    body = parse_object(await request.body(), "the body is no JSON.")
     given = {key: value for key, value in body.items() if value is not None}
     for key, value in given.items():
         if key not in known | IGNORED and value not in NEUTRAL.get(key, ()):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from inlay.errors import BadInput
+from inlay.serve.server.answers import parse_object
 from inlay.serve.server.refusals import TooLarge
 from inlay.tasks.serving import Answering, TensorSpec
 
@@ -157,15 +158,8 @@ def _split_body(body: bytes, header_length: str | None) -> tuple[dict[str, Any],
         length = int(header_length)
         if length > len(body):
             raise BadInput(f"Inference-Header-Content-Length is {length}, but the body has {len(body)} bytes.")
-    try:
-        head = json.loads(body[:length])
-    except (ValueError, RecursionError) as error:
-        raise BadInput(
-            "the request is no JSON; where tensors follow it, Inference-Header-Content-Length ends it."
-        ) from error
-    if not isinstance(head, dict):
-        raise BadInput(f"the request must be a JSON object, got {type(head).__name__}.")
-    return head, body[length:]
+    refusal = "the request is no JSON; where tensors follow it, Inference-Header-Content-Length ends it."
+    return parse_object(body[:length], refusal), body[length:]
 
 
 def _find_spec(name: Any, specs: Mapping[str, TensorSpec], kind: str) -> TensorSpec:
