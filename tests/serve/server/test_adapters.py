@@ -2,18 +2,15 @@
 
 import json
 import shutil
-from functools import cache
 
 import pytest
 
-from inlay import BadInput, Bank, load_base, load_processor
+from inlay import BadInput, load_base, load_processor
 from inlay.adapters.file import CONFIG, METRICS, WEIGHTS
 from inlay.files.tensor_header import encode_header, sign
 from inlay.serve.server.adapters import LoadingRules
 from inlay.serve.server.answers import make_error
-from inlay.serve.server.config import ServiceConfig
 from inlay.serve.server.refusals import DoesNotFit
-from inlay.serve.server.service import Service
 from serve.banked import GPT2, VIT, save
 from serve.server.clients import ask, open_client
 
@@ -36,7 +33,7 @@ def places(tmp_path_factory):
     return place
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(places):
     rules = LoadingRules.from_options([str(places / "root")], False)
     with open_client(places / "served", loading=rules) as client:
@@ -63,7 +60,7 @@ def test_an_adapter_is_loaded_and_unloaded_as_by_vllm(client, places):
 
 
 def test_one_that_does_not_fit_is_refused_and_leaves_what_was_there(client, places):
-    load(client, "x", "b")
+    load(client, "x", "b", load_inplace=True)
     first = ask(client, "x").json()["adapter_digest"]
     for path, words in (("text", "is for text-generation"), ("damaged", "truncated")):
         for name, in_place in (("y", False), ("x", True)):
@@ -71,6 +68,7 @@ def test_one_that_does_not_fit_is_refused_and_leaves_what_was_there(client, plac
             assert refused.status_code == 409 and words in refused.json()["error"]["message"], refused.text
             assert str(places) not in refused.text
     assert ask(client, "x").json()["adapter_digest"] == first and ask(client, "y").status_code == 404
+    client.post(UNLOAD, json={"lora_name": "x"})
 
 
 @pytest.mark.parametrize(
@@ -173,23 +171,18 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_no_refusal_tells_where_an_adapter_is(places, tmp_path_factory, fault):
+def test_no_refusal_tells_where_an_adapter_is(client, places, tmp_path_factory, fault):
     """Whatever characters the path has."""
     root = tmp_path_factory.mktemp("x") / "al's (hidden) place" / "on disk"
     shutil.copytree(places / "root" / "b", root / "faulty")
     FAULTS[fault](root / "faulty")
-    service = Service(shared_bank(places), ServiceConfig())
+    service = client.app.state.service
     with pytest.raises(DoesNotFit) as found:
         service.add_adapter(root / "faulty", "faulty")
     answer = make_error("/v1/classify", 409, service.hide_base(str(found.value))).body.decode()
     assert "faulty" in answer and not any(
         word in answer for word in ("hidden", "place", "disk", "tmp", "pytest", "/etc")
     )
-
-
-@cache
-def shared_bank(places):
-    return Bank(VIT, places / "served")
 
 
 def test_no_answer_tells_where_the_base_is(places, tmp_path):
