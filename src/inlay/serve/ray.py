@@ -11,7 +11,7 @@ that has it in memory (model multiplexing, https://docs.ray.io/en/latest/serve/m
 import asyncio
 import re
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Literal
 
 from fastapi.responses import Response, StreamingResponse
 from ray import serve
@@ -19,6 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.types import Message, Scope
 
+from inlay.bases.load import Dtype
 from inlay.serve.bank import Bank
 from inlay.serve.server.answers import make_error
 from inlay.serve.server.app import make_app
@@ -37,8 +38,9 @@ def make_application(
     replicas: int = 1,
     num_gpus: float = 0,
     num_cpus: float = 1,
+    budget_mb: float | None = None,
+    dtype: Dtype | Literal["auto"] = "float32",
     config: ServiceConfig | None = None,
-    **bank: Any,
 ) -> serve.Application:
     """What `ray.serve.run` takes.
 
@@ -48,14 +50,15 @@ def make_application(
         replicas: Each has a process, a base and a bank of its own.
         num_gpus: Of a replica; two with 0.5 share one.
         num_cpus: Of a replica, which are torch's threads too.
+        budget_mb: As for `Bank`, of each replica.
+        dtype: As for `Bank`.
         config: Bounds of each replica.
-        **bank: Options of `open_bank`.
     """
     config, share = config or ServiceConfig(), {"num_gpus": num_gpus, "num_cpus": num_cpus}
     many = 2 * config.max_queue  # Ray lets so many in, so that it is the server which says that its queue is full
     replica = serve.deployment(Replica, num_replicas=replicas, ray_actor_options=share, max_ongoing_requests=many)
     entrance = serve.deployment(Entrance, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=many * replicas)
-    return entrance.bind(replica.bind(base, adapters, config, bank), int(config.max_body_mb * 1e6))
+    return entrance.bind(replica.bind(base, adapters, budget_mb, dtype, config), int(config.max_body_mb * 1e6))
 
 
 class Entrance:
@@ -88,8 +91,8 @@ class Entrance:
 class Replica:
     """A server without a port: the arguments are those of `make_application`."""
 
-    def __init__(self, base: str, adapters: Any, config: ServiceConfig, bank: dict[str, Any]) -> None:
-        opened = open_bank(base, adapters, **bank)
+    def __init__(self, base: str, adapters: Any, budget_mb: float | None, dtype: Any, config: ServiceConfig) -> None:
+        opened = open_bank(base, adapters, budget_mb=budget_mb, dtype=dtype)
         self.service = Service(opened, config)
         self.app = make_app(self.service)
         self.service.start()

@@ -167,7 +167,7 @@ def _json(draw: random.Random, name: str) -> Attempt:
         case 0:
             return Attempt("JSON with changed bytes", body=mutate_bytes(json.dumps(given).encode(), draw))
         case 1:
-            given[draw.choice(["model", "image", "pixels", "extra", ""])] = draw.choice(ODD)
+            given[draw.choice(["model", *TENSORS, ""])] = draw.choice([*ODD, [[1, 2]], [3], 4])
         case 2:
             given = draw.choice(ODD)
         case 3:
@@ -297,6 +297,10 @@ def _change_fields(draw: random.Random, target: str, given: dict[str, Any], fiel
     return Attempt(what + (", which leaves" if draw.random() < 0.1 else ""), target, body)
 
 
+TENSORS = ["image", "pixels", "pixel_values", "text", "pair", "prompt", "max_tokens", "group", "top", "scan", "points"]
+TENSORS += ["labels", "boxes", "point_labels", "box_labels", "largest", "flips", "keep_probabilities", "input_ids"]
+
+
 def _infer(draw: random.Random, name: str) -> Attempt:
     """The Open Inference Protocol: tensors in JSON and behind it."""
     data = draw.choice([make_image(draw), b"", bytes(12), b"name[Aromi]"])
@@ -304,7 +308,7 @@ def _infer(draw: random.Random, name: str) -> Attempt:
     shape = draw.choice([[1], [2], [-1], [0], [1, 1], [], [3, 4, 1], [2**40, 2**40], "1", None, [1.5], [10**30]])
     size = draw.choice([len(data), len(data) + 1, len(data) - 1, 0, -1, 2**63, 10**30, "5", None, 1.5, True])
     tensor: dict[str, Any] = {
-        "name": draw.choice(["image", "pixels", "pixel_values", "text", "prompt", "max_tokens", "", "x", None]),
+        "name": draw.choice([*TENSORS, "", "x", None]),
         "datatype": draw.choice(["BYTES", "UINT8", "FP32", "INT64", "BOOL", "FP64", "FP16", "X", "", None, 1]),
         "shape": shape,
     }
