@@ -1,9 +1,8 @@
 """inlay tune next to random search, one-epoch top-K and peft's defaults, all with the same compute and parameters.
 
-    python tests/benchmarks/tune.py digits                  # builtin:digits on builtin:vit-tiny: an hour on one core
-    python tests/benchmarks/tune.py restaurants             # texts on builtin:gpt2-tiny
-    python tests/benchmarks/tune.py mr flowers e2e hippocampus --seeds 0 1 2
-    python tests/benchmarks/tune.py digits-long             # trials as long as the adapter is trained for in the end
+    python tests/benchmarks/tune.py digits mr --seeds 0 1 2                  # 20 minutes on one core
+    python tests/benchmarks/tune.py e2e hippocampus flowers --seeds 0        # 20 minutes on one core
+    python tests/benchmarks/tune.py digits-long restaurants                  # longer trials; texts of a GPT-2
 
 Each seed is a search of its own, by each strategy, with the steps of 8 or 4 trials of full length in
 all; its winner is trained once more with a fresh seed and scored on the test part, which chose nothing. Searches start
@@ -192,9 +191,10 @@ def _write_table(facts: dict[str, Any]) -> str:
     seeds = len(facts["rows"]["halving"])
     several = f"{seeds} seed{'s' * (seeds > 1)}"
     same = " A trial is no longer than an epoch, so that topk is random." if facts["epochs_of_a_trial"] <= 1 else ""
+    better = "" if facts["larger_is_better"] else " Smaller is better."
     return "\n".join(lines) + (
         f"\n\n{several}; {facts['trials']} trials of {facts['steps_of_a_trial']} steps each; at most "
-        f"{facts['params']:,} parameters besides the head.{same}"
+        f"{facts['params']:,} parameters besides the head.{better}{same}"
     )
 
 
