@@ -196,9 +196,7 @@ def main():
 
     path = RESULTS.with_stem(f"{RESULTS.stem}_{args.edge}")
     earlier = json.loads(path.read_text()) if path.is_file() else {"all": {}, "machines": {}}
-    measured = {f"{task} {way}" for task in args.tasks for way in args.ways}
-    found = {name: rows for name, rows in earlier["all"].items() if name not in measured}
-    machines = {name: machine for name, machine in earlier["machines"].items() if name in found}
+    found, machines, measured = earlier["all"], earlier["machines"], set()
     for _ in range(args.repeats):
         for task in args.tasks:
             for way in args.ways:
@@ -207,9 +205,12 @@ def main():
                 if done.returncode:
                     print(f"{task} {way}: failed ({(done.stderr.strip().splitlines() or ['killed'])[-1]})")
                     continue
-                found.setdefault(f"{task} {way}", []).append(json.loads(done.stdout.splitlines()[-1]))
-                print(task, way, found[f"{task} {way}"][-1], flush=True)
-                machines[f"{task} {way}"] = describe_machine() | {"threads": args.threads}
+                name = f"{task} {way}"
+                if name not in measured:  # those of an earlier run make room
+                    found[name], machines[name] = [], describe_machine() | {"threads": args.threads}
+                    measured.add(name)
+                found[name].append(json.loads(done.stdout.splitlines()[-1]))
+                print(name, found[name][-1], flush=True)
                 rows = {
                     name: {key: round(statistics.median(row[key] for row in each), 3) for key in each[0]}
                     for name, each in found.items()

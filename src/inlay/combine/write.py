@@ -36,9 +36,10 @@ class Stream:
             header[find_stored_key(path, key)] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, end]}
             at = end
         self._digest = start_digest(header)
-        self._header = {**header, "__metadata__": {**metadata, DIGEST: self._digest.hexdigest()}}  # of the final size
+        self._place = self._digest.hexdigest().encode()  # of the final digest, which is as long
+        self._header = encode_header({**header, "__metadata__": {**metadata, DIGEST: self._place.decode()}})
         self._file = FileIO(path, "w")
-        self._write_bytes(encode_header(self._header))
+        self._write_bytes(self._header)
 
     def _write_bytes(self, data: Any) -> None:
         view, at = memoryview(data), 0
@@ -67,9 +68,8 @@ class Stream:
         """Put the digest in its place."""
         if self._left:
             raise ValueError(f"{next(iter(self._left))} was not written")
-        self._header["__metadata__"][DIGEST] = self._digest.hexdigest()
         self._file.seek(0)
-        self._write_bytes(encode_header(self._header))
+        self._write_bytes(self._header.replace(self._place, self._digest.hexdigest().encode()))
 
     def close(self) -> None:
         """Let go of the file, whatever it holds."""
