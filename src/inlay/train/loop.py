@@ -199,7 +199,7 @@ def fit(
                 trainer.exit_by_signal(stop.signal)  # the scheduler killed the workers too, before the step had ended
             finally:
                 if validation is not None:
-                    end_workers(validation)
+                    end_workers(validation.loader)
                 release_model(accelerator, wrapped)
         join_weights(model, trained, accelerator.device)
         run.model = model
