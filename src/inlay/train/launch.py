@@ -288,8 +288,7 @@ def end_workers(loader: Any) -> None:
     They ignore the first SIGTERM. A process that multiprocessing has started sends them one at its exit, and would wait
     for them for ever.
     """
-    unfinished = loader.loader if isinstance(loader, FinishedBatches) else loader
-    unfinished.base_dataloader._iterator = None
+    loader.base_dataloader._iterator = None
 
 
 def _leave_signals_to_main(worker: int) -> None:
