@@ -267,8 +267,8 @@ def write_tables(result: dict[str, Any]) -> str:
 
 def spread(values: Sequence[float]) -> str:
     """Median (least to most)."""
-    median, least, most = values
-    return f"{median:.3g} ({least:.3g} to {most:.3g})"
+    median, least, most = (f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values)
+    return f"{median} ({least} to {most})"
 
 
 def main() -> None:
