@@ -282,15 +282,6 @@ def _make_loader(data: Any, collate: Any, workers: int, prefetch: int, **order: 
     )
 
 
-def end_workers(loader: Any) -> None:
-    """End the workers that the loader of `build_loader` keeps from one evaluation to the next.
-
-    They ignore the first SIGTERM. A process that multiprocessing has started sends them one at its exit, and would wait
-    for them for ever.
-    """
-    loader.base_dataloader._iterator = None
-
-
 def _leave_signals_to_main(worker: int) -> None:
     """Keep a data worker alive when a signal stops the run: the main process needs it to finish its step.
 

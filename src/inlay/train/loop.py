@@ -30,7 +30,6 @@ from inlay.train.launch import (
     build_loaders,
     build_optimizer,
     enable_checkpointing,
-    end_workers,
     read_step_batch,
     release_model,
     start_accelerator,
@@ -198,8 +197,6 @@ def fit(
                     raise
                 trainer.exit_by_signal(stop.signal)  # the scheduler killed the workers too, before the step had ended
             finally:
-                if validation is not None:
-                    end_workers(validation.loader)
                 release_model(accelerator, wrapped)
         join_weights(model, trained, accelerator.device)
         run.model = model
