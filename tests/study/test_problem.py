@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -94,8 +95,8 @@ def test_a_base_in_8_bits_is_loaded_for_each_trial(digits, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*(weights(p, trial).values() for p in (first, second)), strict=True))
 
 
-def test_a_finished_trial_is_read_back_and_scored_without_training(digits, after_others, monkeypatch):
-    again = problem(digits, after_others.folder)
+def test_a_finished_trial_is_read_back_and_scored_without_training(digits, after_others, tmp_path, monkeypatch):
+    again = problem(digits, shutil.copytree(after_others.folder, tmp_path / "again"))
     assert again.records.find(LORA) == after_others.run(LORA, test=True)
 
     def trained(*_):
