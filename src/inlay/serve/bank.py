@@ -8,7 +8,6 @@ the same however many adapters its rows have. Methods and widths may differ from
 """
 
 import math
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from inlay.adapters import golden
 from inlay.adapters.checks import Candidate, run_checks
@@ -145,7 +145,6 @@ class Bank(Catalogue):
         self._ahead: dict[str, int] = {}  # tokens in the cache, behind which positions go on
         self._slots: OrderedDict[str, int] = OrderedDict()  # the least recently used first
         self._known_sites: dict[Any, list[Site]] = {}
-        self._lock = threading.RLock()
         self._holds: set[Held] = set()
         self._open_blocks: list[list[Choice]] = []  # rows of each block of `rows` that is open, the innermost last
         if self.budget is None:
@@ -174,53 +173,6 @@ class Bank(Catalogue):
             return None
         each = self.bytes // self._rows.capacity
         return max(1, self.budget // max(each, 1) - 1)
-
-    def add(self, path: str | Path, name: str | None = None) -> str:
-        """Read an adapter and check it, in the place of one of that name if there is one; gives its name.
-
-        Checked is what `load_adapter` checks, the golden output by a batch of one row in the bank itself. A file that
-        is read again after it gave way does not compute its golden output again.
-
-        Raises:
-            InlayError: What does not fit, in one sentence; the bank is then as it was. An open block of `rows` has rows
-                under the adapter of that name.
-        """
-        name = name or Path(path).name
-        with self._lock:
-            self._check_free(name)
-            before = self._paths.get(name)
-            self._paths[name] = path
-            try:
-                self._load(name)
-            except Exception:
-                if before is None:
-                    del self._paths[name]
-                else:
-                    self._paths[name] = before
-                raise
-        return name
-
-    def evict(self, name: str) -> None:
-        """Take an adapter out of memory; a row that asks for it later has it read again.
-
-        Raises:
-            InlayError: The bank does not know it, or an open block of `rows` has rows under it.
-        """
-        with self._lock:
-            self.find_path(name)
-            self._check_free(name)
-            if name in self._slots:
-                del self._slots[name], self.files[name], self.checks[name]
-
-    def remove(self, name: str) -> None:
-        """Forget an adapter: rows cannot ask for it any more.
-
-        Raises:
-            InlayError: As `evict`.
-        """
-        with self._lock:
-            self.evict(name)
-            del self._paths[name]
 
     def hold(self, name: str) -> Held:
         """An adapter for rows of several calls, such as those of a text that is written token by token.
@@ -312,8 +264,12 @@ class Bank(Catalogue):
             if name not in self._slots:
                 self._load(name, keep=set(wanted))
 
+    @override
+    def _drop(self, name: str) -> None:
+        del self._slots[name]
+
+    @override
     def _check_free(self, name: str) -> None:
-        """Raise InlayError if rows of an open block are under this adapter."""
         if any(name in block for block in self._open_blocks):
             raise BadInput(f"adapter {name!r} has rows in an open block of rows(); leave that block first.")
 

@@ -1,6 +1,7 @@
 """The adapters of a bank by name: where they are, what their files say, which of them do not fit."""
 
 import json
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -84,6 +85,7 @@ class Catalogue(ABC):
         self.counts = Counts()
         self.budget = None if budget_mb is None else int(budget_mb * 1e6)
         self._processors: dict[str, Any] = {}
+        self._lock = threading.RLock()
         self._digests: dict[Path, tuple[tuple[Any, ...], str]] = {}  # of files that hold none, with their version
 
     def _take_base(self, base: PreTrainedModel) -> None:
@@ -102,6 +104,54 @@ class Catalogue(ABC):
     def identity(self) -> Identity:
         """Of the base."""
         return self._identity
+
+    def add(self, path: str | Path, name: str | None = None) -> str:
+        """Read an adapter and check it, in the place of one of that name if there is one; gives its name.
+
+        Checked is what `load_adapter` checks. A file that is read again after it gave way does not compute its golden
+        output again.
+
+        Raises:
+            InlayError: What does not fit, in one sentence; the bank is then as it was. Rows are under the adapter of
+                that name, as in an open block of `Bank.rows`.
+        """
+        name = name or Path(path).name
+        with self._lock:
+            self._check_free(name)
+            before = self._paths.get(name)
+            self._paths[name] = path
+            try:
+                self._load(name)
+            except Exception:
+                if before is None:
+                    del self._paths[name]
+                else:
+                    self._paths[name] = before
+                raise
+        return name
+
+    def evict(self, name: str) -> None:
+        """Take an adapter out of memory; whoever asks for it later has it read again.
+
+        Raises:
+            InlayError: The bank does not know it, or rows are under it.
+        """
+        with self._lock:
+            self.find_path(name)
+            self._check_free(name)
+            if name in self.files:
+                self._drop(name)
+                del self.files[name], self.checks[name]
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter: nobody can ask for it any more.
+
+        Raises:
+            InlayError: As `evict`.
+        """
+        with self._lock:
+            self.evict(name)
+            del self._paths[name]
 
     def labels(self, name: str) -> list[str]:
         """Class names of an adapter, in the order of its logits."""
@@ -175,6 +225,14 @@ class Catalogue(ABC):
     @abstractmethod
     def _load(self, name: str) -> None:
         """Read an adapter and check it."""
+
+    @abstractmethod
+    def _drop(self, name: str) -> None:
+        """Forget the tensors of an adapter."""
+
+    def _check_free(self, name: str) -> None:
+        """Raise InlayError if an adapter cannot be taken out or replaced now."""
+        return
 
 
 def load_base_of(

@@ -8,7 +8,6 @@ volumes of one of images. Rows of one batch cannot have different adapters here.
 """
 
 import copy
-import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,7 +69,6 @@ class ModelBank(Catalogue):
             base = load_base_of(base, self._paths, choose_device(device), dtype)
         self._take_base(base)
         self._loaded: OrderedDict[str, LoadedAdapter] = OrderedDict()  # the least recently used first
-        self._lock = threading.RLock()
         if self.budget is None:
             self._load_all()
 
@@ -103,48 +101,6 @@ class ModelBank(Catalogue):
         """The model of an adapter."""
         return self.load(name).model
 
-    def add(self, path: str | Path, name: str | None = None) -> str:
-        """Read an adapter and check it, in the place of one of that name if there is one; gives its name.
-
-        Raises:
-            InlayError: What does not fit, in one sentence; the bank is then as it was.
-        """
-        name = name or Path(path).name
-        with self._lock:
-            before = self._paths.get(name)
-            self._paths[name] = path
-            try:
-                self._load(name)
-            except Exception:
-                if before is None:
-                    del self._paths[name]
-                else:
-                    self._paths[name] = before
-                raise
-        return name
-
-    def evict(self, name: str) -> None:
-        """Take an adapter out of memory; whoever asks for it later has it read again.
-
-        Raises:
-            InlayError: The bank does not know it.
-        """
-        with self._lock:
-            self.find_path(name)
-            if name in self._loaded:
-                del self._loaded[name], self.files[name], self.checks[name]
-                self.counts.bytes = self.bytes
-
-    def remove(self, name: str) -> None:
-        """Forget an adapter.
-
-        Raises:
-            InlayError: The bank does not know it.
-        """
-        with self._lock:
-            self.evict(name)
-            del self._paths[name]
-
     @override
     def _load(self, name: str) -> None:
         host = OwnBase(share_weights(self.model), identity=self._identity, computes=self.check_golden)
@@ -155,6 +111,11 @@ class ModelBank(Catalogue):
         self.files[name] = self._with_digest(loaded.file)
         self.counts.loads += 1
         self._make_room()
+        self.counts.bytes = self.bytes
+
+    @override
+    def _drop(self, name: str) -> None:
+        del self._loaded[name]
         self.counts.bytes = self.bytes
 
     def _make_room(self) -> None:
