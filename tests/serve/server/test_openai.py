@@ -256,8 +256,8 @@ def test_a_client_that_leaves_ends_its_text(client, service, monkeypatch):
     begun, step = [], service.loop.batch.step
     monkeypatch.setattr(service.loop, "watch", begun.extend)
     monkeypatch.setattr(service.loop.batch, "step", lambda: time.sleep(0.02) or step())
-    for _ in complete(client, prompt="a", max_tokens=200, stream=True):
-        break
+    with complete(client, prompt="a", max_tokens=200, stream=True) as stream:
+        next(iter(stream))
     with pytest.raises(openai.APITimeoutError):
         complete(client, prompt="a", max_tokens=200, timeout=openai.Timeout(5, read=0.1))
     start = time.monotonic()
