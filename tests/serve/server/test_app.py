@@ -2,17 +2,15 @@
 
 import asyncio
 import base64
-import io
 import shutil
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from PIL import Image
 
 from inlay import Bank, load_adapter, predict
 from inlay.adapters.file import CONFIG, WEIGHTS
@@ -21,6 +19,7 @@ from inlay.serve.server.app import make_app
 from inlay.serve.server.config import ServiceConfig
 from inlay.serve.server.service import Service
 from serve.banked import GPT2, VIT, pair, save
+from serve.server.clients import ask, open_client, png
 
 
 @pytest.fixture(scope="module")
@@ -36,28 +35,8 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def make_client(folder):
     """Clients of services with these settings; services end with the test."""
-    clients = []
-
-    def make(api_key=None, **settings):
-        service = Service(Bank(VIT, folder, skip_unfit=True), ServiceConfig(**settings))
-        client = TestClient(make_app(service, api_key=api_key), raise_server_exceptions=False)
-        clients.append(client.__enter__())
-        return client
-
-    yield make
-    for client in clients:
-        client.__exit__(None, None, None)
-
-
-def png(seed=0, side=40):
-    image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8))
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
-def ask(client, name, image=None, **more):
-    return client.post("/v1/classify", data={"model": name}, files={"image": image or png()}, **more)
+    with ExitStack() as clients:
+        yield lambda **settings: clients.enter_context(open_client(folder, **settings))
 
 
 def test_an_answer_is_that_of_the_adapter_alone_and_says_what_made_it(make_client, folder):

@@ -2,7 +2,7 @@
 numbers and files in base64.
 
 curl -F model=digits -F image=@seven.png http://127.0.0.1:8000/v1/classify
-curl -d '{"model": "digits", "image": "<base64>"}' http://127.0.0.1:8000/v1/classify
+curl --json '{"model": "digits", "image": "<base64>"}' http://127.0.0.1:8000/v1/classify
 curl -F model=nuclei -F image=@cells.png -F 'points=[[40, 60]]' http://127.0.0.1:8000/v1/segment
 """
 
