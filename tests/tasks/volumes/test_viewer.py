@@ -10,7 +10,7 @@ import subprocess
 import nibabel as nib
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from inlay import InlayError
 from inlay.tasks.colours import COLOURS, colour
@@ -62,6 +62,51 @@ def test_each_class_has_its_colour(tmp_path, scan, mask):
     picture = pixels(draw_montage(scan, Segmentation(mask, AFFINE, labels), tmp_path / "m.png"))
     assert len(places(picture, 1)) > 100 and len(places(picture, 9)) > 100 and not len(places(picture, 2))
     assert len({colour(k) for k in range(1, 100)}) == 99 and colour(1) == (255, 90, 54) and COLOURS[0] == "#ff5a36"
+
+
+def test_the_legend_names_every_class(tmp_path, scan, mask):
+    mask[12:16, 30:50, 10:18] = 31
+    labels = [*(f"class {i}" for i in range(1, 32)), "a name that is longer than the sheet is wide " * 4]
+    picture = pixels(draw_montage(scan, Segmentation(mask, AFFINE, labels), tmp_path / "m.png"))
+    squares = [(picture[660:, :, :] == colour(k)).all(-1).sum() for k in range(1, 33)]
+    assert min(squares) >= 13 * 13
+    few = pixels(draw_montage(scan, Segmentation(mask.clip(0, 1), AFFINE, labels[:2]), tmp_path / "m.png"))
+    assert few.shape[0] < picture.shape[0] and few.shape[1] == picture.shape[1]
+
+
+def test_32_classes_have_colours_that_can_be_told_apart():
+    row = Image.new("RGB", (32, 1))
+    row.putdata([colour(k) for k in range(1, 33)])
+    profiles = (ImageCms.createProfile(space) for space in ("sRGB", "LAB"))
+    lab = np.asarray(ImageCms.applyTransform(row, ImageCms.buildTransform(*profiles, "RGB", "LAB")))[0]
+    lab = np.stack([lab[:, 0] * (100 / 255), *lab[:, 1:].view(np.int8).T.astype(float)], -1)
+    apart = np.linalg.norm(lab[:, None] - lab, axis=-1) + 1000 * np.eye(32)
+    assert apart.min() > 18  # CIE76; a just noticeable difference is 2.3
+    assert np.hypot(*lab[:, 1:].T).min() > 30, "a colour is nearly grey"
+
+
+def test_a_reference_is_drawn_dashed_where_it_is(tmp_path, scan, mask):
+    reference = np.zeros_like(mask)
+    reference[12:16, 30:50, 10:18] = 2
+    labels, numbers = ["a", "b"], (2000, 4)
+    picture = pixels(draw_montage(scan, Segmentation(mask, AFFINE, labels), tmp_path / "m.png", reference=reference))
+    axial = picture[34 : LARGE + 34, : LARGE + 20]
+    rows, columns = np.argwhere((axial[60:] == 255).all(-1)).T  # below the letter A
+    scale = LARGE / 40
+    left = 12 + (LARGE - 30 * scale) / 2
+    inside = (rows + 60 > 12 * 2 * scale - 3) & (rows + 60 < 16 * 2 * scale + 3)
+    inside &= (columns > left + 30 * 0.5 * scale - 3) & (columns < left + 50 * 0.5 * scale + 3)
+    perimeter = 2 * (4 * 2 + 20 * 0.5) * scale
+    assert inside.sum() == pytest.approx(perimeter, rel=0.15)  # two pixels thick, half of them dashes
+    assert len(places(picture, 1)) > 100
+    found = Segmentation(np.array([0, 2000, 4])[mask], AFFINE, labels, values=numbers)
+    renumbered = np.array([0, 2000, 4])[reference]
+    again = pixels(draw_montage(scan, found, tmp_path / "m.png", reference=renumbered))
+    assert np.array_equal(picture, again)
+    with pytest.raises(InlayError, match="holds the labels 2; it may hold 0, 2000, 4"):
+        draw_montage(scan, found, tmp_path / "m.png", reference=reference)
+    with pytest.raises(InlayError, match=r"shapes \(19, 60, 24\) and \(20, 60, 24\); pass two of the same scan"):
+        draw_montage(scan, found, tmp_path / "m.png", reference=renumbered[1:])
 
 
 def test_other_numbers_of_the_classes_change_neither_colours_nor_places(tmp_path, scan, mask):

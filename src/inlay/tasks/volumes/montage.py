@@ -1,6 +1,7 @@
 """An image of a scan and its mask: three planes through the mask's centre, and slices through its extent."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -16,23 +17,30 @@ GAP, TEXT = 12, 22  # pixels
 LARGE, SMALL, SLICES = 392, 190, 6  # edges of a plane and of a slice in pixels, and slices
 SIDES = (("R", "L", "A", "P"), ("R", "L", "S", "I"), ("A", "P", "S", "I"))  # left, right, top, bottom of the planes
 NAMES = ("axial", "coronal", "sagittal")
-INK, BACKGROUND = "#e8e8e8", "#101014"
+INK, FAINT, BACKGROUND = "#e8e8e8", "#a0a0a8", "#101014"
+DASH = 6  # pixels of a reference's dashes, and between them
 
 
-def draw_montage(image: np.ndarray, segmentation: Segmentation, path: str | Path) -> Path:
+def draw_montage(
+    image: np.ndarray, segmentation: Segmentation, path: str | Path, *, reference: np.ndarray | None = None
+) -> Path:
     """Save a PNG with an axial, a coronal and a sagittal plane through the mask's centre of mass, and axial slices.
 
     Sides are true to the spacing. Radiological convention: the patient's right is on the left. Greys go from the
     scan's percentile 1 to 99; outlines are the mask's own voxels, in the colours of the legend. Slices lie evenly
-    between the mask's ends, and show only its surroundings; an empty mask shows the middle of the scan.
+    between the mask's ends, and show only its surroundings; an empty mask shows the middle of the scan. The legend
+    names every class, with its volume.
 
     Args:
         image: The scan (X, Y, Z) on the mask's grid, as `read_volume` reads it.
         segmentation: From `segment`, or `VolumeSession.segmentation`.
         path: Ends with .png.
+        reference: A second mask (X, Y, Z) with the same numbers (`segmentation.names`), drawn as dashed white outlines;
+            planes and slices then lie within both masks together.
 
     Raises:
-        InlayError: Image and mask differ in shape, another suffix, or no such folder.
+        InlayError: Image and masks differ in shape, a reference with numbers of no class, another suffix, or no such
+            folder.
     """
     path = check_output(path, IMAGES)
     if image.shape != segmentation.mask.shape:
@@ -40,28 +48,44 @@ def draw_montage(image: np.ndarray, segmentation: Segmentation, path: str | Path
         raise BadInput(f"image and mask have the shapes {got}; pass the scan that was segmented.")
     scan, affine = reorient_to_ras(image, segmentation.affine)
     mask, _ = reorient_to_ras(segmentation.class_mask, segmentation.affine)
+    second = None if reference is None else segmentation.with_mask(reference)
+    other = np.zeros_like(mask) if second is None else reorient_to_ras(second.class_mask, segmentation.affine)[0]
     spacing, greys = spacing_of(affine), grey_range(scan)
-    centre, inside = find_extent(mask)
+    centre, inside = find_extent(mask if second is None else (mask > 0) | (other > 0))
     shares = np.linspace(0, 1, SLICES + 2)[1:-1]
     slices = sorted({int(inside[0][round(share * (len(inside[0]) - 1))]) for share in shares})
 
-    sheet = Image.new("RGB", (3 * LARGE + 4 * GAP, LARGE + SMALL + 5 * GAP + 4 * TEXT), BACKGROUND)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    font, width = ImageFont.load_default(14), 3 * LARGE + 4 * GAP
+    entries, columns = _lay_out_legend(segmentation, second, width - 2 * GAP, font)
+    rows, lines = -(-len(entries) // columns), 1 if second is None else 2
+    sheet = Image.new("RGB", (width, LARGE + SMALL + 5 * GAP + (2 + rows + lines) * TEXT), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
     for i, name in enumerate(NAMES):
         x = GAP + i * (LARGE + GAP)
         place = transform_points(affine, centre[::-1])[2 - i]
         draw.text((x, GAP), f"{name}, {'zyx'[i]} = {place:.1f} mm", INK, font)
         cut = tuple(centre[i] if axis == i else slice(None) for axis in range(3))
-        panel = _draw_panel(scan[cut], mask[cut], [s for axis, s in enumerate(spacing) if axis != i], greys, LARGE)
+        sides = [s for axis, s in enumerate(spacing) if axis != i]
+        panel = _draw_panel(scan[cut], mask[cut], other[cut], sides, greys, LARGE)
         _paste(sheet, panel, (x, GAP + TEXT), LARGE, SIDES[i], font)
     top, window = LARGE + 2 * GAP + TEXT, _surroundings(inside, mask.shape, spacing)
     for i, d in enumerate(slices):
         x = GAP + i * (SMALL + GAP)
         place = transform_points(affine, (centre[2], centre[1], d))[2]
         draw.text((x, top), f"axial, z = {place:.1f} mm", INK, font)
-        panel = _draw_panel(scan[(d, *window)], mask[(d, *window)], spacing[1:], greys, SMALL)
+        cut = (d, *window)
+        panel = _draw_panel(scan[cut], mask[cut], other[cut], spacing[1:], greys, SMALL)
         _paste(sheet, panel, (x, top + TEXT), SMALL, ("R", "L", "", ""), font)
-    _draw_legend(draw, segmentation, top + TEXT + SMALL + GAP, sheet.width, font)
+    legend = top + TEXT + SMALL + GAP
+    for i, (text, is_there) in enumerate(entries):
+        x, y = GAP + i % columns * ((width - 2 * GAP) // columns), legend + i // columns * TEXT
+        draw.rectangle((x, y + 2, x + 12, y + 14), colour(i + 1))
+        draw.text((x + 20, y), text, INK if is_there else FAINT, font)
+    said = ["Radiological convention: the patient's right (R) is on the left. A anterior, P posterior, S up, I down."]
+    if second is not None:
+        said.append("Dashed white lines: the reference, whose volumes stand in brackets.")
+    for line, text in enumerate(said, start=rows):
+        draw.text((GAP, legend + line * TEXT + 4), text, FAINT, font)
     with replacing(path) as new:
         sheet.save(new)
     return path
@@ -104,20 +128,30 @@ def _surroundings(
 
 
 def _draw_panel(
-    scan: np.ndarray, mask: np.ndarray, spacing: list[float] | tuple[float, ...], greys: tuple[float, float], edge: int
+    scan: np.ndarray,
+    mask: np.ndarray,
+    reference: np.ndarray,
+    spacing: list[float] | tuple[float, ...],
+    greys: tuple[float, float],
+    edge: int,
 ) -> Image.Image:
-    """A plane with the mask's outline, both axes reversed: its longer side is `edge` pixels."""
-    scan, mask = scan[::-1, ::-1], mask[::-1, ::-1]
+    """A plane with the masks' outlines, both axes reversed: its longer side is `edge` pixels."""
+    scan, mask, reference = scan[::-1, ::-1], mask[::-1, ::-1], reference[::-1, ::-1]
     sides = [n * s for n, s in zip(scan.shape, spacing, strict=True)]
     height, width = (max(1, round(side * edge / max(sides))) for side in sides)
     low, high = greys
     levels = ((scan.astype(np.float32) - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
     panel = Image.fromarray(levels).resize((width, height), Image.Resampling.BICUBIC)
     rows = (np.arange(height) * mask.shape[0] // height)[:, None]
-    regions = mask[rows, np.arange(width) * mask.shape[1] // width]
+    columns = np.arange(width) * mask.shape[1] // width
     pixels = np.array(panel.convert("RGB"))
+    regions = mask[rows, columns]
     for k in np.unique(regions[regions > 0]).tolist():
         pixels[_find_rim(regions == k)] = colour(k)
+    dashes = (np.arange(height)[:, None] + np.arange(width)) // DASH % 2 == 0
+    regions = reference[rows, columns]
+    for k in np.unique(regions[regions > 0]).tolist():
+        pixels[_find_rim(regions == k) & dashes] = 255
     return Image.fromarray(pixels)
 
 
@@ -147,19 +181,17 @@ def _paste(
         draw.text((px, py), letter, "#ffffff", font, anchor=anchor, stroke_width=2, stroke_fill="#000000")  # type: ignore[arg-type]
 
 
-def _draw_legend(draw: ImageDraw.ImageDraw, segmentation: Segmentation, y: int, width: int, font: object) -> None:
-    """Classes that are there, with colours and volumes, as many as there is room for; then the convention."""
-    x, volumes = GAP, segmentation.volumes_ml
-    for k, (name, volume) in enumerate(volumes.items(), start=1):
-        if not volume and any(volumes.values()):
-            continue
-        text = f"{name}  {volume:.3g} ml"
-        end = x + 20 + draw.textlength(text, font)  # type: ignore[arg-type]
-        if end > width - 60 and x > GAP:
-            draw.text((x, y), "…", INK, font)  # type: ignore[arg-type]
-            break
-        draw.rectangle((x, y + 2, x + 12, y + 14), colour(k))
-        draw.text((x + 20, y), text, INK, font)  # type: ignore[arg-type]
-        x = round(end) + 2 * GAP
-    said = "Radiological convention: the patient's right (R) is on the left. A anterior, P posterior, S up, I down."
-    draw.text((GAP, y + TEXT + 4), said, "#a0a0a8", font)  # type: ignore[arg-type]
+def _lay_out_legend(
+    segmentation: Segmentation, reference: Segmentation | None, width: int, font: Any
+) -> tuple[list[tuple[str, bool]], int]:
+    """The text of every class, and whether the class is there; and the number of columns that fit side by side."""
+    others = None if reference is None else reference.volumes_ml
+    entries = []
+    for name, volume in segmentation.volumes_ml.items():
+        amount = f"  {volume:.3g} ml" + ("" if others is None else f" ({others[name]:.3g})")
+        shown = name
+        while len(shown) > 1 and font.getlength(shown + amount) > width - 20:
+            shown = shown[:-2] + "…"
+        entries.append((shown + amount, bool(volume or (others and others[name]))))
+    widest = max((font.getlength(text) for text, _ in entries), default=0)
+    return entries, max(1, int(width // (20 + widest + 2 * GAP)))

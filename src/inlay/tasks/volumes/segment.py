@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from inlay.errors import BadInput, Unsupported
 from inlay.files.atomic import replacing
 from inlay.files.outputs import check_output_file
 from inlay.tasks.adapter import Adapter, check_task
+from inlay.tasks.tables import list_first
 from inlay.tasks.volumes.nifti import find_affine_conflict, has_suffix, import_nibabel, label_dtype, open_nifti, unit_mm
 from inlay.tasks.volumes.scan import Scan
 from inlay.tasks.volumes.windows import Grid, ScanPrompts, Voxel, probabilities, slide
@@ -72,6 +73,20 @@ class Segmentation:
         found = np.unique(self.mask, return_counts=True)
         counts = dict(zip(*(each.tolist() for each in found), strict=True))
         return {name: counts.get(value, 0) * voxel_ml for value, name in self.names.items()}
+
+    def with_mask(self, mask: np.ndarray) -> Segmentation:
+        """Another mask (X, Y, Z) of the same classes on the same grid, with the same numbers, such as a reference.
+
+        Raises:
+            InlayError: Another shape, or numbers that no class has.
+        """
+        if mask.shape != self.mask.shape:
+            raise BadInput(f"the masks have the shapes {mask.shape} and {self.mask.shape}; pass two of the same scan.")
+        strange = np.setdiff1d(mask, [0, *self.names]).tolist()
+        if strange:
+            numbers = list_first([0, *self.names])
+            raise BadInput(f"the mask to compare holds the labels {list_first(strange)}; it may hold {numbers}.")
+        return replace(self, mask=mask.astype(self.mask.dtype), probabilities=None)
 
     def save(self, path: str | Path) -> Path:
         """Write the mask as NIfTI, with affine, orientation codes and units of the scan's file; whole or not at all.
