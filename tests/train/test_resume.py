@@ -17,7 +17,7 @@ import pytest
 from test_launch import prepare_launch
 
 import forked_program
-from forked_program import PATIENCE_S
+from forked_program import PATIENCE_S, two_ranks
 from inlay.files.atomic import PENDING_FILE
 
 JOB = Path(__file__).with_name("train_job.py")
@@ -112,13 +112,26 @@ def test_killed_before_the_first_step_and_in_the_middle_of_the_settings(forked, 
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["best", "finished.json", "log.jsonl", "run.json"]
 
 
-def test_sigterm_saves_and_exits_143(forked, undisturbed, tmp_path):
-    assert kill_at(forked, tmp_path, 5, signal.SIGTERM) == 143
+@pytest.mark.parametrize("step", [5, 15])  # before and after the first evaluation, whose workers are kept
+def test_sigterm_saves_and_exits_143(forked, undisturbed, tmp_path, step):
+    assert kill_at(forked, tmp_path, step, signal.SIGTERM) == 143
     stopped = logged(tmp_path)
     saved = json.loads((tmp_path / "run" / "last" / "progress.json").read_text())
-    assert saved["step"] == stopped >= 5, "the step that was under way must be saved"
+    assert saved["step"] == stopped >= step, "the step that was under way must be saved"
     finish(forked, tmp_path)
     assert outcome(tmp_path) == undisturbed
+
+
+def test_sigterm_to_one_of_two_processes_ends_both_and_their_workers(forked, tmp_path):
+    processes = [forked(*command(tmp_path), environment=rank) for rank in two_ranks()]
+    wait_for_step(tmp_path, 15, processes[0].is_alive)
+    workers = [worker for process in processes for worker in psutil.Process(process.pid).children(recursive=True)]
+    assert len(workers) >= 4
+    os.kill(processes[0].pid, signal.SIGTERM)
+    for process in processes:
+        process.join(PATIENCE_S)
+        assert process.exitcode == 143, process.said.read_text()
+    assert psutil.wait_procs(workers, timeout=PATIENCE_S)[1] == [], "workers are left over"
 
 
 def test_sigterm_to_every_process_as_schedulers_send_it(forked, undisturbed, tmp_path):

@@ -40,7 +40,7 @@ class FinishedBatches:
     """The batches of a loader, finished.
 
     Args:
-        loader: Of unfinished batches on the device.
+        loader: Of unfinished batches on the device, prepared by accelerate.
         finish: Of `split_collate`.
     """
 
@@ -49,6 +49,14 @@ class FinishedBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         return map(self.finish, self.loader)
+
+    def end_workers(self) -> None:
+        """End the workers that the loader keeps for the next pass, also where an error still refers to the loader.
+
+        A process that multiprocessing has started sends each worker one SIGTERM at its exit and waits for it without
+        limit, but workers ignore the first one (`_leave_signals_to_main`).
+        """
+        self.loader.base_dataloader._iterator = None
 
 
 def _return_unchanged(batch: Batch) -> Batch:

@@ -197,6 +197,8 @@ def fit(
                     raise
                 trainer.exit_by_signal(stop.signal)  # the scheduler killed the workers too, before the step had ended
             finally:
+                if validation is not None:
+                    validation.end_workers()
                 release_model(accelerator, wrapped)
         join_weights(model, trained, accelerator.device)
         run.model = model
