@@ -37,6 +37,10 @@ def segment(
     largest: Annotated[bool, typer.Option("--largest", help="Keep only each class's largest component.")] = False,
     montage: Annotated[Path | None, typer.Option(help="Also draw three planes and slices: a .png file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also make a page to look through: an .html file.")] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(metavar="MASK", help="A second mask, such as the reference, shown by --montage and --html."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find an adapter's classes in a scan, and save them as a mask on its grid.
@@ -45,13 +49,17 @@ def segment(
     mask, or its name.
     """
     from inlay.tasks.volumes.montage import IMAGES, draw_montage
-    from inlay.tasks.volumes.segment import MASKS, check_output
+    from inlay.tasks.volumes.segment import MASKS, check_output, read_reference
     from inlay.tasks.volumes.segment import segment as find
     from inlay.tasks.volumes.viewer import PAGES, write_viewer
 
     for path, suffixes in ((out, MASKS), (montage, IMAGES), (html, PAGES)):
         if path is not None:
             check_output(path, suffixes, scan)  # before all the work
+    if compare is not None and montage is None and html is None:
+        raise BadInput("--compare shows a second mask in --montage or --html; give one of them.")
+    if compare is not None and not compare.is_file():
+        raise BadInput(f"--compare: '{compare}' is no file; give a mask on the scan's grid.")
     points = [_place(text, 3) for text in point or []] + [[*_place(text, 3)[:3], 0] for text in negative or []]
     boxes = [_place(text, 6) for text in box or []]
     found = find(
@@ -63,10 +71,11 @@ def segment(
         from inlay.tasks.volumes.nifti import read_volume
 
         image, _ = read_volume(scan)
+        reference = None if compare is None else read_reference(compare, found)
         if montage is not None:
-            facts["montage"] = str(draw_montage(image, found, montage))
+            facts["montage"] = str(draw_montage(image, found, montage, reference=reference))
         if html is not None:
-            facts["html"] = str(write_viewer(image, found, html))
+            facts["html"] = str(write_viewer(image, found, html, reference=reference))
     if as_json:
         print(json.dumps({**facts, "volumes_ml": found.volumes_ml}, indent=2, ensure_ascii=False))
         return

@@ -119,6 +119,58 @@ class Reply:
     tensors: dict[str, np.ndarray | list[str] | list[bytes]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class AnnotatedModel:
+    """What a program for annotating must know of an adapter.
+
+    Attributes:
+        classes: Names by their numbers in the masks that it gets: 1..K in order, as 3D Slicer takes them.
+        options: Switches of a request, with their defaults.
+    """
+
+    classes: Mapping[str, int]
+    options: Mapping[str, bool]
+
+
+class Annotating(ABC):
+    """How a task answers programs in which people annotate scans, such as 3D Slicer, in the terms of MONAI Label.
+
+    Attributes:
+        outputs: Of `Answering.outputs`, those that `reply` takes.
+    """
+
+    outputs: ClassVar[Sequence[str]]
+
+    @abstractmethod
+    def describe(self, adapter: ServedAdapter) -> AnnotatedModel:
+        """The classes of an adapter, and what can be asked of it."""
+
+    @abstractmethod
+    def check(self, scan: bytes, limits: Limits) -> None:
+        """Refuse a file that is no scan.
+
+        Raises:
+            InlayError: It cannot be read, or is over a limit.
+        """
+
+    @abstractmethod
+    def read(self, scan: bytes, params: Mapping[str, Any], adapter: ServedAdapter) -> dict[str, Any]:
+        """The values of a request for `Answering.read`.
+
+        Args:
+            scan: Its file.
+            params: Of the request: clicks and switches.
+            adapter: That is asked.
+
+        Raises:
+            InlayError: Clicks that are no voxels.
+        """
+
+    @abstractmethod
+    def reply(self, tensors: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
+        """The mask as a file, and what is said of it."""
+
+
 class Answering(ABC):
     """How one task answers.
 
@@ -127,12 +179,14 @@ class Answering(ABC):
         inputs: What a request holds.
         outputs: What a reply holds; -1 stands for the number of classes too.
         makes_files: A reply holds masks or files, which take longer to make than an event loop should wait.
+        annotating: How programs for annotating ask; None: they cannot.
     """
 
     action: ClassVar[Literal["classify", "segment"] | None] = None
     inputs: ClassVar[Sequence[TensorSpec]]
     outputs: ClassVar[Sequence[TensorSpec]]
     makes_files: ClassVar[bool] = False
+    annotating: ClassVar[Annotating | None] = None
 
     @abstractmethod
     def read(self, values: Mapping[str, Any], adapter: ServedAdapter, limits: Limits) -> Any:

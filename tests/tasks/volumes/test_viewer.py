@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import html
 import json
 import re
 import shutil
@@ -15,7 +16,8 @@ from PIL import Image, ImageCms
 from inlay import InlayError
 from inlay.tasks.colours import COLOURS, colour
 from inlay.tasks.volumes.montage import LARGE, draw_montage
-from inlay.tasks.volumes.segment import Segmentation
+from inlay.tasks.volumes.nifti import write_volume
+from inlay.tasks.volumes.segment import Segmentation, read_reference
 from inlay.tasks.volumes.viewer import NIIVUE, _thinning_steps, write_viewer
 
 CHROMIUM = shutil.which("chromium")
@@ -157,6 +159,24 @@ def test_the_page_holds_scan_and_mask(tmp_path, scan, mask):
     assert len(text) < 2.6e6
 
 
+def test_a_second_mask_is_on_the_page(tmp_path, scan, mask):
+    reference = np.array([0, 4])[np.roll(mask, 1, 0)]
+    found = Segmentation(np.array([0, 2000, 4])[mask], AFFINE, ["a", "b"], values=(2000, 4))
+    _, data, _, _ = content(write_viewer(scan, found, tmp_path / "v.html", reference=reference))
+    second = nib.Nifti1Image.from_bytes(gzip.decompress(base64.b64decode(data["reference"])))
+    assert np.array_equal(np.asarray(second.dataobj), np.roll(mask, 1, 0) * 2)
+    assert [(one["volume"], one["reference"]) for one in data["classes"]] == [("0.48 ml", "0"), ("0 ml", "0.48")]
+    path = tmp_path / "r.nii.gz"
+    write_volume(path, reference, AFFINE)
+    assert np.array_equal(read_reference(path, found), reference)
+    write_volume(path, reference, AFFINE + np.eye(4)[:, [3, 0, 1, 2]])
+    with pytest.raises(InlayError, match="is not on the scan's grid: its affine moves a corner by"):
+        read_reference(path, found)
+    write_volume(path, reference * 2, AFFINE)
+    with pytest.raises(InlayError, match="holds the labels 8; it may hold 0, 2000, 4"):
+        read_reference(path, found)
+
+
 def test_whole_numbers_stay_what_they_are(tmp_path, scan, mask):
     for array, dtype in ((scan.round(), np.uint8), (scan.round() * 50 - 1024, np.int16)):
         _, _, image, _ = content(write_viewer(array, Segmentation(mask, AFFINE, ["a"]), tmp_path / "v.html"))
@@ -205,12 +225,59 @@ def test_a_page_opens_in_the_mask_of_an_oblique_scan(tmp_path, scan, mask):
     turn, _ = np.linalg.qr(np.eye(3) + 0.2 * np.random.default_rng(0).standard_normal((3, 3)))
     affine = AFFINE.copy()
     affine[:3, :3] = turn @ AFFINE[:3, :3]
-    path = write_viewer(scan, Segmentation(mask, affine, ["tumour"]), tmp_path / "v.html")
-    _, data, _, _ = content(path)
+    mask[12:16, 30:50, 10:18] = 2
+    reference = np.roll(mask, 1, 0)
+    found = Segmentation(mask, affine, ["tumour", "cyst"])
+    path = write_viewer(scan, found, tmp_path / "v.html", reference=reference)
+    text, data, _, _ = content(path)
     voxel = (np.array(data["inverse"]) @ [*data["centre"], 1]).round().astype(int)
-    here = re.search(r'<p id="here">(.*?)</p>', browse(tmp_path, "--dump-dom", path).stdout, re.S)
-    told = re.sub(r"<[^>]*>", "", here[1])
-    assert ",".join(map(str, voxel)) in told.replace(" ", "") and told.endswith("tumour")
+    use, end = text.rsplit("</body>", 1)
+    path.write_text(f"{use}<script>{SWITCHING}</script></body>{end}", encoding="utf-8")
+    page = browse(tmp_path, "--dump-dom", path).stdout
+    told = re.sub(r"<[^>]*>", "", re.search(r'<p id="here".*?>(.*?)</p>', page, re.S)[1])
+    names = ["background", "1 tumour", "2 cyst"]
+    here = f"mask {names[mask[tuple(voxel)]]}, reference {names[reference[tuple(voxel)]]}"
+    assert ",".join(map(str, voxel)) in told.replace(" ", "") and told.endswith(here)
+    counts = json.loads(html.unescape(re.search(r'data-counts="(.*?)"', page)[1]))
+    ones, twos = (mask == 1).sum(), (mask == 2).sum()
+    assert counts["both"] == [ones + twos, outline_size(reference, voxel)]
+    assert counts["cyst"] == [twos, outline_size(reference * (reference == 2), voxel)]
+    assert counts["filled"] == [twos, twos] and counts["none"] == [0, 0] and counts["all"] == [ones + twos] * 2
+    assert counts["opacity"] == [0.5, 0]
+
+
+SWITCHING = """
+const wait = setInterval(() => {
+  if (!document.body.dataset.shown) return;
+  clearInterval(wait);
+  const counts = {}, boxes = document.querySelectorAll("#legend input"), style = document.getElementById("style");
+  const count = (name) => { counts[name] = viewer.volumes.slice(1).map((one) => one.img.filter((k) => k).length); };
+  count("both");
+  boxes[0].click();
+  count("cyst");
+  style.value = "filled";
+  style.dispatchEvent(new Event("change"));
+  count("filled");
+  document.getElementById("none").click();
+  count("none");
+  document.getElementById("all").click();
+  count("all");
+  document.getElementById("reference-shown").click();
+  counts.opacity = viewer.volumes.slice(1).map((one) => one.opacity);
+  document.body.dataset.counts = JSON.stringify(counts);
+}, 50);
+"""
+
+
+def outline_size(mask, at):
+    """Pixels of the three planes through a voxel that touch another value within their plane."""
+    traced = np.zeros(mask.shape, bool)
+    for axis in range(3):
+        plane = np.take(mask, at[axis], axis)
+        framed = np.pad(plane, 1, mode="edge")
+        same = [framed[2:, 1:-1], framed[:-2, 1:-1], framed[1:-1, 2:], framed[1:-1, :-2]]
+        traced[(*[slice(None)] * axis, at[axis])] |= (plane > 0) & np.any([side != plane for side in same], 0)
+    return int(traced.sum())
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page with")

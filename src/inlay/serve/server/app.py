@@ -13,13 +13,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from inlay.errors import ComputationFailed, InlayError, WrongBase
-from inlay.serve.server import adapters, classify, health, metrics, open_inference, openai, page
+from inlay.serve.server import adapters, classify, health, metrics, monai_label, open_inference, openai, page
 from inlay.serve.server.adapters import LoadingRules
 from inlay.serve.server.answers import make_error
 from inlay.serve.server.gate import KEY, Gate, Journal, read_keys
 from inlay.serve.server.refusals import Busy, Refusal
 from inlay.serve.server.service import Service
 from inlay.serve.server.trace import current_trace
+from inlay.serve.server.uploads import Uploads
 from inlay.serve.server.watch import FolderWatch
 
 STOP_S = 5.0  # for the batch under way, once no request waits for it
@@ -73,6 +74,9 @@ def make_app(
         app.state.loading = loading
         app.include_router(adapters.router)
     keys = read_keys(os.environ.get(KEY) if api_key is None else api_key)
+    if service.serving.annotating is not None:
+        app.state.keys, app.state.uploads = keys, Uploads(int(service.config.max_body_mb * 1e6))
+        app.include_router(monai_label.router)
     app.add_middleware(Gate, service=service, keys=keys)
     app.add_middleware(Journal, service=service)  # the one that is added last stands in front
     return app

@@ -36,7 +36,7 @@ async def segment(request: Request) -> dict[str, Any]:
 
 async def _answer(request: Request, action: str) -> dict[str, Any]:
     service: Service = request.app.state.service
-    given = await _read_form(request)
+    given = await read_form(request)
     name = given.pop("model", None)
     if not isinstance(name, str):
         raise BadInput("a request names its adapter as model, which is missing.")
@@ -57,7 +57,7 @@ async def _answer(request: Request, action: str) -> dict[str, Any]:
     return {**signed, "answers": [{**name_signature(each.signature), **each.reply.facts} for each in answers]}
 
 
-async def _read_form(request: Request) -> dict[str, Any]:
+async def read_form(request: Request) -> dict[str, Any]:
     """Fields by name; of a form, files as bytes, and what comes several times as a list."""
     kind = request.headers.get("content-type", "").partition(";")[0]
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):

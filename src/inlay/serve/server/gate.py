@@ -25,6 +25,7 @@ OPEN_PATHS = (
     "/v2/health/live",
     "/v2/health/ready",
 )  # need no key
+LOGIN_PATHS = ("/auth/", "/auth/token")  # where a key is asked for: they need none
 QUIET_PATHS = (*OPEN_PATHS[1:], "/metrics")  # asked every few seconds: they have a line only where they fail
 GONE = 499  # nginx's status of a request whose client left before it was answered
 BODIES = 16  # of the largest size, that all requests under way may hold together
@@ -109,7 +110,7 @@ class Gate:
         self.app = app
         self.service = service
         self.max_bytes = int(service.config.max_body_mb * 1e6)
-        self.keys = [key.encode() for key in keys]
+        self.keys = keys
         self.held = 0  # bytes of all bodies under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -122,7 +123,7 @@ class Gate:
         if self.service.state == "draining":
             closing = {"Connection": "close", "Retry-After": "1"}
             refusal = make_error(path, 503, "the server is stopping; ask another one.", closing)
-        elif self.keys and not self._brings_key(headers.get(b"authorization", b"")):
+        elif self.keys and path not in LOGIN_PATHS and not self._brings_key(headers.get(b"authorization", b"")):
             message = "the API key is missing or wrong: Authorization: Bearer KEY."
             refusal = make_error(path, 401, message, {"WWW-Authenticate": "Bearer"})
         elif _announced_size(headers) > self.max_bytes:
@@ -173,13 +174,17 @@ class Gate:
             self.held -= read
 
     def _brings_key(self, authorization: bytes) -> bool:
-        """Compared with each key in a time that does not tell how much of it is right."""
         scheme, _, given = authorization.partition(b" ")
-        matches = [hmac.compare_digest(given.strip(), key) for key in self.keys]
-        return scheme.lower() == b"bearer" and any(matches)
+        return is_key(given.strip(), self.keys) and scheme.lower() == b"bearer"
 
     def _explain_size(self) -> str:
         return f"the body of a request may have {self.max_bytes:,} bytes at most."
+
+
+def is_key(given: bytes, keys: Sequence[str]) -> bool:
+    """Whether this is one of the keys, found in a time that does not tell how much of it is right."""
+    matches = [hmac.compare_digest(given, key.encode()) for key in keys]
+    return any(matches)
 
 
 def _announced_size(headers: Mapping[bytes, bytes]) -> int:

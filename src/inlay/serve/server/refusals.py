@@ -29,6 +29,12 @@ class UnknownAdapter(Refusal):
     status = 404
 
 
+class UnknownScan(Refusal):
+    """The server does not hold, or no longer holds, what is asked about."""
+
+    status = 404
+
+
 class DoesNotFit(Refusal):
     """The adapter cannot be used on this base, or its file is damaged. The base never answers in its place."""
 

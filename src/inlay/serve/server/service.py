@@ -158,6 +158,15 @@ class Service:
         except InlayError as error:
             raise DoesNotFit(name_misfit(error, name, self.bank.find_path(name))) from error
 
+    def describe_adapter(self, name: str) -> tuple[AdapterFile, ServedAdapter]:
+        """What the file of an adapter says, and what requests must know of it.
+
+        Raises:
+            InlayError: As `find_file`.
+        """
+        file = self.find_file(name)
+        return file, self._describe_adapter(name, file)
+
     def sign(self, name: str, file: AdapterFile) -> Signature:
         """What an answer of this adapter names."""
         return Signature(name, file.digest, self.base_name, self.base_digest)

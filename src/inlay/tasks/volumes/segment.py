@@ -21,7 +21,17 @@ from inlay.files.atomic import replacing
 from inlay.files.outputs import check_output_file
 from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.tables import list_first
-from inlay.tasks.volumes.nifti import find_affine_conflict, has_suffix, import_nibabel, label_dtype, open_nifti, unit_mm
+from inlay.tasks.volumes.data import Case, read_labels
+from inlay.tasks.volumes.nifti import (
+    APART,
+    corner_distance,
+    find_affine_conflict,
+    has_suffix,
+    import_nibabel,
+    label_dtype,
+    open_nifti,
+    unit_mm,
+)
 from inlay.tasks.volumes.scan import Scan
 from inlay.tasks.volumes.windows import Grid, ScanPrompts, Voxel, probabilities, slide
 
@@ -126,6 +136,21 @@ class Segmentation:
         named = json.dumps({"labels": {"0": "background", **self.names}}, ensure_ascii=False)
         image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", named.encode()))
         return image
+
+
+def read_reference(path: str | Path, segmentation: Segmentation) -> np.ndarray:
+    """A second mask (X, Y, Z) from a file, such as the reference, to compare with a segmentation of the same scan.
+
+    Raises:
+        InlayError: A file that is no label map, on another grid by more than a tenth of a voxel, or with numbers that
+            no class has.
+    """
+    array, affine = read_labels(Case(Path(path).name, Path(path), Path(path)))
+    mask = segmentation.with_mask(array).mask
+    apart = corner_distance(affine, segmentation.affine, mask.shape)
+    if apart > APART * np.linalg.norm(segmentation.affine[:3, :3], axis=0).min():
+        raise BadInput(f"'{path}' is not on the scan's grid: its affine moves a corner by {apart:.3g} mm.")
+    return mask
 
 
 def class_values(labels: Sequence[str], values: Sequence[int] | None) -> Sequence[int]:

@@ -21,8 +21,15 @@ VOXELS = 2**25  # larger scans are thinned out for the page
 NIIVUE = Path(__file__).with_name("niivue")  # the bundle with its licences, and the page around it
 
 
-def write_viewer(image: np.ndarray, segmentation: Segmentation, path: str | Path, *, name: str = "") -> Path:
-    """Save a page with three planes and a volume, sliders for slice and opacity, and the classes with their volumes.
+def write_viewer(
+    image: np.ndarray,
+    segmentation: Segmentation,
+    path: str | Path,
+    *,
+    name: str = "",
+    reference: np.ndarray | None = None,
+) -> Path:
+    """Save a page with three planes and a volume, sliders for slice and opacity, and a switch for each class.
 
     It opens from the disk in any browser with WebGL 2, and says for every voxel its x, y, z on the scan's own grid, as
     `segment` takes points. Values are stored with 16 bits; of scans over 2²⁵ voxels only every second or further voxel
@@ -33,9 +40,12 @@ def write_viewer(image: np.ndarray, segmentation: Segmentation, path: str | Path
         segmentation: From `segment`, or `VolumeSession.segmentation`.
         path: Ends with .html.
         name: Heading; default the scan's file.
+        reference: A second mask (X, Y, Z) with the same numbers (`segmentation.names`), shown as white outlines or
+            filled.
 
     Raises:
-        InlayError: Image and mask differ in shape, another suffix, or no such folder.
+        InlayError: Image and masks differ in shape, a reference with numbers of no class, another suffix, or no such
+            folder.
 
     Source: NiiVue 0.69.0 (BSD-2-Clause), https://github.com/niivue/niivue.
     """
@@ -48,18 +58,29 @@ def write_viewer(image: np.ndarray, segmentation: Segmentation, path: str | Path
     thin, grid = tuple(slice(None, None, step) for step in steps), affine @ np.diag([*steps, 1])
     note = "" if max(steps) == 1 else f"Thinned out: every {steps[0]}, {steps[1]}, {steps[2]} voxels along x, y, z."
     volumes, values = segmentation.volumes_ml, class_values(segmentation.labels, segmentation.values)
+    second = None if reference is None else segmentation.with_mask(reference)
+    others = dict.fromkeys(volumes) if second is None else second.volumes_ml
+    seen = mask if second is None else (mask > 0) | (second.class_mask > 0)
     data = {
         "name": name,
         "note": note,
         "classes": [
-            {"name": name, "value": value, "volume": f"{volume:.3g} ml", "colour": colour(k)}
+            {
+                "name": name,
+                "value": value,
+                "volume": f"{volume:.3g} ml",
+                "reference": None if others[name] is None else f"{others[name]:.3g}",
+                "colour": colour(k),
+            }
             for k, (value, (name, volume)) in enumerate(zip(values, volumes.items(), strict=True), 1)
         ],
         "greys": grey_range(image),
-        "centre": (affine @ [*find_extent(mask)[0], 1])[:3].tolist(),
+        "centre": (affine @ [*find_extent(seen)[0], 1])[:3].tolist(),
+        "steps": steps,
         "inverse": np.linalg.inv(affine)[:3].tolist(),
         "image": _encode_nifti(_shrink_type(image[thin]), grid),
         "mask": _encode_nifti(mask[thin], grid),
+        "reference": None if second is None else _encode_nifti(second.class_mask[thin], grid),
     }
     with replacing(path) as new:
         new.write_text(render_page(name, data), encoding="utf-8")
