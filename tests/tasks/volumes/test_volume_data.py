@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from inlay.errors import InlayError
-from inlay.tasks.volumes.data import Case, find_cases, load_volumes, load_volumes_to_score
+from inlay.tasks.volumes.data import Case, find_cases, find_scans, load_volumes, load_volumes_to_score
 from inlay.tasks.volumes.nifti import read_volume, write_volume
 from inlay.tasks.volumes.scan import VolumeProcessor, median_spacing
 from inlay.tasks.volumes.view import VolumeView, collate_volumes, cut_crop, random_affine, rotate_crop
@@ -475,6 +475,37 @@ def test_views_refuse_what_makes_no_sense():
     for wrong in ({"flip": (3,)}, {"foreground": 1.5}, {"cache_gb": -1}):
         with pytest.raises(InlayError, match="flip must name axes 0, 1 or 2"):
             VolumeView([case((4, 4, 4))], processor, **wrong)
+
+
+# Folders of scans without label maps
+
+
+def test_scans_of_a_folder_are_cases_by_name(tmp_path, caplog):
+    for name in ("b.nii", "a.nii.gz", "C.NII.GZ", ".hidden.nii.gz"):
+        (tmp_path / name).touch()
+    for name in ("volumes.csv", "notes.docx"):
+        (tmp_path / name).touch()
+    found = find_scans(tmp_path)
+    assert [(case.name, case.image.name) for case in found] == [("C", "C.NII.GZ"), ("a", "a.nii.gz"), ("b", "b.nii")]
+    assert "1 entries of" in caplog.text and "notes.docx" in caplog.text and "csv" not in caplog.text
+
+
+def test_the_number_of_an_only_channel_is_no_part_of_a_name(tmp_path):
+    (tmp_path / "x_0000.nii.gz").touch()
+    assert names(find_scans(tmp_path)) == ["x"]
+    (tmp_path / "y.nii.gz").touch()
+    assert names(find_scans(tmp_path)) == ["x_0000", "y"]
+
+
+def test_a_folder_without_scans_or_with_twins_is_refused(tmp_path):
+    with pytest.raises(InlayError, match=r"there is no folder '.*none'"):
+        find_scans(tmp_path / "none")
+    with pytest.raises(InlayError, match="holds nothing, and no scan"):
+        find_scans(tmp_path)
+    for name in ("a.nii", "a.nii.gz"):
+        (tmp_path / name).touch()
+    with pytest.raises(InlayError, match="two scans of the name 'a': a.nii and a.nii.gz"):
+        find_scans(tmp_path)
 
 
 # Real data

@@ -328,6 +328,42 @@ def find_cases(name: str) -> FoundCases:
     return found
 
 
+def find_scans(folder: str | os.PathLike[str], channels: Sequence[str] = ()) -> list[Case]:
+    """The scans of a folder without label maps, by name; no voxel is read.
+
+    Where all names end with _0000, as in nnU-Net's folders of one channel, the cases are called without it.
+
+    Args:
+        folder: Scans in files, directly in it.
+        channels: Names of the channels that a case has; none: one, in a file.
+
+    Raises:
+        InlayError: No such folder, no scan in it, or two scans of the same name.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise BadInput(f"there is no folder '{folder}'; give one with scans in it.")
+    found = FoundCases()
+    files = _list_scans(path, found)
+    if not files:
+        inside = list_first(sorted(each.name for each in path.iterdir())) or "nothing"
+        raise BadInput(f"'{folder}' holds {inside}, and no scan; give a folder of {' or '.join(SUFFIXES)} files.")
+    if found.unread:
+        logger.warning(
+            "%d entries of %s are not read, as they are no %s: %s.",
+            len(found.unread), folder, " or ".join(SUFFIXES), list_first([Path(file).name for file in found.unread]),
+        )  # fmt: skip
+    numbered = all(case_name(file).endswith("_0000") for file in files)
+    cases: dict[str, Case] = {}
+    for file in files:
+        name = case_name(file).removesuffix("_0000") if numbered else case_name(file)
+        if name in cases:
+            twins = f"{Path(str(cases[name].image)).name} and {file.name}"
+            raise BadInput(f"'{folder}' holds two scans of the name {name!r}: {twins}; rename or remove one.")
+        cases[name] = Case(name, file)
+    return [cases[name] for name in sorted(cases)]
+
+
 def _find_in_folders(folder: Path, found: FoundCases) -> None:
     """Put the cases of a folder's layout into `found`; none for validation where it has no split."""
     inner = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}
