@@ -22,7 +22,7 @@ from inlay import (
     save_adapter,
 )
 from inlay.cli import app as cli
-from inlay.methods.spatial.encoder import Bottleneck3d
+from inlay.methods.spatial.encoder import Bottleneck3d, Patches3d
 from methods import volumes
 
 
@@ -196,6 +196,30 @@ def test_spatial_adapters_add_block_by_block_and_keep_one_decoder(tmp_path):
     reference = save(tmp_path / "reference", volumes.build, volumes.settings(reference=True), 7)
     with pytest.raises(InlayError, match="different settings"):
         combine({a: 1.0, reference: 1.0}, heads="a", out=tmp_path / "none")
+
+
+def test_spatial_adapters_of_several_channels_add_and_others_are_refused(tmp_path):
+    """What the sum changes of the patches is the sum of the changes, for any scan."""
+    two, turned = ["t1", "t2"], ["t2", "t1"]
+    configs = {"a": two, "b": two, "turned": turned, "one": None}
+    made = {
+        n: save(tmp_path / n, volumes.build, volumes.settings(channels=c), s)
+        for s, (n, c) in enumerate(configs.items())
+    }
+    made["out"] = tmp_path / "out"
+    combine({made["a"]: 0.5, made["b"]: -2.0}, heads="b", out=made["out"])
+    encoder = volumes.build().vision_encoder
+    scan, start = torch.randn(1, 2, 16, 16, 8), "base_model.model.vision_encoder.inlay_spatial3d_encoder.patches."
+    patches = Patches3d(48, 8, 8, channels=2)
+    before, changes = patches(scan, encoder, (2, 2)), {}
+    for name in ("a", "b", "out"):
+        weights = load_file(made[name] / "adapter_model.safetensors")
+        patches.load_state_dict({k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)})
+        changes[name] = patches(scan, encoder, (2, 2)) - before
+    assert torch.allclose(changes["out"], 0.5 * changes["a"] - 2 * changes["b"], atol=1e-4)
+    for other, said in (("turned", "t1, t2 in 'a', t2, t1 in 'turned'"), ("one", "t1, t2 in 'a', one in 'one'")):
+        with pytest.raises(InlayError, match=f"different channels.*{said}"):
+            combine({made["a"]: 1.0, made[other]: 1.0}, heads="a", out=tmp_path / "none")
 
 
 @pytest.mark.parametrize(

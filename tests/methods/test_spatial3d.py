@@ -1,6 +1,7 @@
 """The 3D spatial adapter: against the published encoder, as an adapter of peft, with prompts, in any size."""
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from transformers import SamConfig, SamModel, SamVisionModel
 
 from inlay import InlayError, SpatialAdapterConfig
-from inlay.methods.spatial.attention import cut_windows
+from inlay.methods.spatial.attention import cut_windows, resize_table
 from inlay.methods.spatial.decoder import Encoded, PromptTensors
 from inlay.methods.spatial.sam import VolumeSamModel, dice_cross_entropy
 from inlay.train.launch import enable_checkpointing
@@ -88,6 +89,54 @@ def test_patches_are_those_of_the_enlarged_volume(by, depth):
         if rows <= 8 and columns <= 8:
             expected = expected + F.adaptive_avg_pool2d(table, (rows, columns))[:, :, None]
             assert off(found.movedim(-1, 1), expected) < 1e-4
+
+
+def test_channels_start_as_their_mean_and_each_feature_weighs_them():
+    """Against SAM's patches on each channel of the enlarged volume, filtered and added one by one."""
+    names = ["t1", "t2", "flair"]
+    start = get_peft_model(build(), settings(channels=names)).get_base_model().vision_encoder
+    single = get_peft_model(build(), settings()).get_base_model().vision_encoder
+    volume = torch.cat([volumes(1, (16, 24, 8), seed) for seed in range(3)], dim=1)
+    patches, one = (encoder.inlay_spatial3d_encoder["default"].patches for encoder in (start, single))
+    base = start.get_base_layer()
+    assert off(patches(volume, base, (2, 2)), one(volume.mean(1, keepdim=True), base, (2, 2))) < 1e-5
+    with torch.no_grad():
+        for parameter in patches.parameters():
+            parameter.normal_()
+    expected = 0
+    for j in range(3):
+        big = F.interpolate(volume[:, j : j + 1], scale_factor=2, mode="trilinear").movedim(2, 1)[0]
+        flat = base.patch_embed.projection(big.repeat(1, 3, 1, 1)).movedim(0, 1)[None]
+        filters = (patches.depth + 1 / 8 + patches.channels[j][:, None]) / 3
+        expected = expected + F.conv3d(flat, filters[:, None, :, None, None], stride=(8, 1, 1), groups=48)
+    sizes = expected.shape[3:]
+    expected = expected + F.adaptive_avg_pool2d(base.pos_embed.movedim(-1, 1), sizes)[:, :, None]
+    expected = expected.movedim(1, -1) + patches.bias
+    found = patches(volume, base, (2, 2)) - resize_table(patches.positions, 4)[:, None, None]
+    assert off(found, expected) < 1e-4
+
+
+def test_several_channels_train_save_and_load_and_others_are_refused(tmp_path):
+    model, names = adapted(channels=["t1", "t2"], rounds=1).train(), ["t1", "t2"]
+    volume = torch.cat([volumes(2), volumes(2, seed=2)], dim=1)
+    model(pixel_values=volume, labels=labelled()).loss.backward()
+    assert all(
+        p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "patches" in n and p.requires_grad
+    )
+    with torch.no_grad():
+        expected = model.eval()(pixel_values=volume).logits
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(build(), tmp_path).eval()
+        assert loaded.active_peft_config.channels == names
+        assert off(loaded(pixel_values=volume).logits, expected) < 1e-4
+        assert off(loaded(pixel_values=volume.flip(1)).logits, expected) > 1e-3  # their order counts
+    with pytest.raises(InlayError, match="2 channels, t1, t2"):
+        model(pixel_values=volumes())
+    for wrong in ("t1", ["t1"], ["t1", "t1"]):
+        with pytest.raises(InlayError, match="channels must be a list"):
+            settings(channels=wrong)
+    adapted().save_pretrained(tmp_path / "one")
+    assert "channels" not in json.loads((tmp_path / "one/adapter_config.json").read_text())
 
 
 def test_windows_that_are_padded_or_shifted_see_only_their_neighbours():

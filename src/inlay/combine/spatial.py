@@ -1,5 +1,6 @@
 """Sums of 3D spatial adapters: bottlenecks side by side, as flat ones are; changes of SAM's weights; one decoder."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ class SpatialSum(Sum):
         free = {"width", "reduction", "classes", "levels", "decoder_width", "prompts", "rounds", "reference"}
         free |= {"init_weights", "target_modules", "exclude_modules", "modules_to_save", "base_model_name_or_path"}
         free |= {"peft_version", "auto_mapping", "inference_mode", "revision", "task_type", "peft_type"}
+        _require_equal_channels(self.parts)
         require_equal_settings(
             "3D spatial adapters", self.parts, [k for k in self.parts[0].config if k not in free], "train them alike"
         )
@@ -151,6 +153,17 @@ def _measure_importance(block: dict[str, Array], start: str) -> Array:
     if f"{start}conv.weight" in block:
         weight = weight * np.linalg.norm(block[f"{start}conv.weight"].reshape(len(weight), -1), axis=1)
     return weight
+
+
+def _require_equal_channels(parts: Sequence[Part]) -> None:
+    """Raise InlayError where adapters were trained on other channels, or in another order."""
+    named = {part.name: part.config.get("channels") for part in parts}
+    if len({tuple(channels or ()) for channels in named.values()}) > 1:
+        said = ", ".join(f"{', '.join(channels or ['one'])} in {name!r}" for name, channels in named.items())
+        raise Unsupported(
+            f"3D spatial adapters for different channels of a scan cannot be added: {said}; train them on the same "
+            "channels, in the same order."
+        )
 
 
 def _is_head(leaf: str) -> bool:

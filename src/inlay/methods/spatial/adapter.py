@@ -44,6 +44,9 @@ class SpatialAdapterConfig(AdapterConfig):
     classes: list[str] = field(
         default_factory=lambda: ["object"], metadata={"help": "Names of what is segmented, without the background."}
     )
+    channels: list[str] | None = field(
+        default=None, metadata={"help": "Names of a scan's channels, in their order, where it has several; None: one."}
+    )
     width: int | None = field(default=None, metadata={"help": "Bottleneck size; default: hidden size / reduction."})
     reduction: float = field(default=4.0, metadata={"help": "Hidden size / bottleneck size, where width is not given."})
     kernel: int = field(default=3, metadata={"help": "Edge of the depth-wise convolution; 1: none."})
@@ -71,6 +74,12 @@ class SpatialAdapterConfig(AdapterConfig):
             self.reduction, self.activation, self.position, self.kernel = 2.0, "relu", "before", 3
         if isinstance(self.classes, str) or not self.classes or len(set(self.classes)) < len(self.classes):
             raise BadInput(f"classes must be a list of different names, without the background, got {self.classes!r}.")
+        if self.channels is not None and (
+            isinstance(self.channels, str) or len(self.channels) < 2 or len(set(self.channels)) < len(self.channels)
+        ):
+            raise BadInput(
+                f"channels must be a list of two or more different names, or None for one channel, got {self.channels!r}."
+            )
         least = {"window": 0, "enlarge": 1, "enlarge_depth": 1, "patch_depth": 1, "depth_rows": 1, "levels": 1}
         least |= {"decoder_width": 8, "rounds": 0} | ({} if self.width is None else {"width": 1})
         for name, low in least.items():
@@ -90,6 +99,17 @@ class SpatialAdapterConfig(AdapterConfig):
             raise BadInput(
                 f"patch_depth must be a multiple of enlarge_depth, got {self.patch_depth} and {self.enlarge_depth}."
             )
+
+    @property
+    def channel_count(self) -> int:
+        """Channels of a scan."""
+        return len(self.channels or [""])
+
+    @override
+    def to_dict(self) -> dict[str, Any]:
+        """As peft's, without `channels` where there is one: such files are as they were before there could be more."""
+        settings = super().to_dict()
+        return settings if self.channels else {key: value for key, value in settings.items() if key != "channels"}
 
     @classmethod
     def fitted(
@@ -193,7 +213,7 @@ class SpatialEncoderLayer(SpatialLayer):
         return SamVisionEncoderOutput(last_hidden_state=levels[-1], hidden_states=levels)
 
     def _levels(self, names: list[str], volume: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Levels (B, E, D', H', W') of volumes (B, 1, D, H, W), their last planes repeated to fill the last tokens."""
+        """Levels (B, E, D', H', W') of volumes (B, n, D, H, W), their last planes repeated to fill the last tokens."""
         name, encoder = self.only_adapter(names), self.get_base_layer()
         for block in encoder.layers:
             if isinstance(block, BaseTunerLayer) or isinstance(block.attn, BaseTunerLayer):
@@ -221,7 +241,12 @@ class SpatialDecoderLayer(SpatialLayer):
         vision = tuner.model.config.vision_config
         levels = min(config.levels, vision.num_hidden_layers)
         self.inlay_spatial3d_decoder[name] = VolumeDecoder(
-            vision.output_channels, levels, config.decoder_width, len(config.classes), config.prompts
+            vision.output_channels,
+            levels,
+            config.decoder_width,
+            len(config.classes),
+            config.prompts,
+            inputs=config.channel_count,
         )
         self.options[name] = config
 

@@ -31,7 +31,7 @@ class Encoded(NamedTuple):
         others: The sum of what the other levels give, (B, w, D', H', W').
         fine: Features of the scan's voxels, (B, w / 4, D, H, W), up to the end of the last tokens.
         coarse: Features of it at half size.
-        volume: The scan, (B, 1, D, H, W), as it came.
+        volume: The scan, (B, n, D, H, W), as it came.
     """
 
     last: torch.Tensor
@@ -101,15 +101,25 @@ class VolumeDecoder(GradientCheckpointingLayer):
         classes: K.
         prompts: False: no part for prompts is made.
         queries: Learned prompts that are always there.
+        inputs: n, channels of the scan.
     """
 
-    def __init__(self, channels: int, levels: int, width: int, classes: int, prompts: bool, queries: int = 10) -> None:
+    def __init__(
+        self,
+        channels: int,
+        levels: int,
+        width: int,
+        classes: int,
+        prompts: bool,
+        queries: int = 10,
+        inputs: int = 1,
+    ) -> None:
         super().__init__()
         half, fine, self.classes = max(8, width // 2), max(8, width // 4), classes
         self.levels = nn.ModuleList(Convolution(channels, width) for _ in range(levels))
         self.tokens = nn.Linear(levels * width, width)
         guides = 2 * (classes + 1) + classes if prompts else 0
-        self.fine, self.coarse = Convolution(1, fine), Convolution(fine, half)
+        self.fine, self.coarse = Convolution(inputs, fine), Convolution(fine, half)
         self.refine = nn.Sequential(Convolution(width + half + guides, half), Convolution(half, half))
         self.shrink = nn.Conv3d(half, fine, 1)
         self.score = nn.Sequential(Convolution(fine, fine), nn.Conv3d(fine, classes + 1, 1))

@@ -1,6 +1,7 @@
 """SAM's image encoder on volumes: what is trained for that, and the way of a volume through frozen and trained parts.
 
-    patches     frozen 2D convolution on each slice of the enlarged volume, then a trained depth-wise one over slices
+    patches     frozen 2D convolution on each slice of the enlarged volume, then a trained depth-wise one over slices;
+                the mean over the channels of a scan, and what is learned of how each counts
     positions   SAM's table, resized to H x W, plus a trained table over D
     block       x <- x + W_up · f(conv_3x3x3 ∗ (W_down · x));  x <- x + attention(norm(x));  x <- x + MLP(norm(x))
     levels      after every fourth or so block a neck of 1x1x1 and 3x3x3 convolutions
@@ -115,23 +116,28 @@ def _add_branch(x: torch.Tensor, branch: Any) -> torch.Tensor:
 class Patches3d(nn.Module):
     """The trained side of the patch embedding: a depth-wise convolution over slices, and positions over D.
 
+    A scan of n channels starts with their mean. Each feature then learns by itself how much each channel counts: filter
+    j of a feature is (depth + 1 / p_d + channels_j) / n. It is a sum, and no product, so that adapters add exactly.
+
     Attributes:
         depth: Change of the filter from the mean over the slices, (C, p_d).
         bias: (C,).
         positions: (L, C), resized to the tokens along D.
+        channels: Change of each channel's share, (n, C); None: the scan has one channel.
     """
 
-    def __init__(self, size: int, patch_depth: int, rows: int) -> None:
+    def __init__(self, size: int, patch_depth: int, rows: int, channels: int = 1) -> None:
         super().__init__()
         self.depth = nn.Parameter(torch.zeros(size, patch_depth))
         self.bias = nn.Parameter(torch.zeros(size))
         self.positions = nn.Parameter(torch.zeros(rows, size))
+        self.channels = nn.Parameter(torch.zeros(channels, size)) if channels > 1 else None
 
     def forward(self, volume: torch.Tensor, encoder: nn.Module, enlarge: tuple[int, int]) -> torch.Tensor:
-        """Tokens (B, D', H', W', C) of a volume (B, 1, D, H, W) whose edges are multiples of `stride`.
+        """Tokens (B, D', H', W', C) of a volume (B, n, D, H, W) whose edges are multiples of `stride`.
 
         Enlarging, the convolution on slices and the one over depth are linear: together they are one small strided
-        convolution over H and W of the raw volume, the same grey in all three channels, and one over D.
+        convolution over H and W of each channel of the raw volume, as grey in SAM's three, and one over D.
         """
         base: Any = encoder
         kernel, bias = base.patch_embed.projection.weight, base.patch_embed.projection.bias
@@ -140,16 +146,22 @@ class Patches3d(nn.Module):
             interpolation_matrix(size, by).to(self.depth) for size, by in ((depth, enlarge[0]), (patch, enlarge[1]))
         )
         flat = torch.einsum("chw,hy,wx->cyx", kernel.sum(1).to(over_h), over_h, over_h)[:, None, None]
-        filters = self.depth + 1 / depth
+        filters = self._filters()  # C n p_d
         step_d, step = depth // enlarge[0], patch // enlarge[1]
         x = F.pad(volume.to(flat.dtype), (1, 1, 1, 1, 1, 1), mode="replicate")
-        x = F.conv3d(x, flat, stride=(1, step, step))  # B C D+2 H' W'
-        x = F.conv3d(x, (filters @ over_d)[:, None, :, None, None], stride=(step_d, 1, 1), groups=len(filters))
-        x = x.movedim(1, -1) + (bias * filters.sum(1) + self.bias)
+        x = F.conv3d(x.flatten(0, 1)[:, None], flat, stride=(1, step, step))  # B·n C D+2 H' W'
+        x = x.unflatten(0, volume.shape[:2]).transpose(1, 2).flatten(1, 2)  # B C·n D+2 H' W'
+        x = F.conv3d(x, (filters @ over_d)[..., None, None], stride=(step_d, 1, 1), groups=len(filters))
+        x = x.movedim(1, -1) + (bias * filters.flatten(1).sum(1) + self.bias)
         x = x + resize_table(self.positions, x.shape[1])[:, None, None]
         if base.pos_embed is not None:
             x = x + _resize_positions(base.pos_embed, x.shape[2:4])
         return x.to(kernel.dtype)
+
+    def _filters(self) -> torch.Tensor:
+        """The filters over slices, (C, n, p_d): for each feature one a channel."""
+        filters = (self.depth + 1 / self.depth.shape[1])[:, None]
+        return filters if self.channels is None else (filters + self.channels.T[..., None]) / len(self.channels)
 
 
 def interpolation_matrix(size: int, by: int) -> torch.Tensor:
@@ -203,7 +215,7 @@ class EncoderParts(nn.Module):
         base: Any = encoder
         size, count = base.config.hidden_size, len(base.layers)
         width = config.width or max(1, round(size / config.reduction))
-        self.patches = Patches3d(size, config.patch_depth, config.depth_rows)
+        self.patches = Patches3d(size, config.patch_depth, config.depth_rows, config.channel_count)
         self.blocks = nn.ModuleList(BlockParts(block, config, width) for block in base.layers)
         for i, block in enumerate(self.blocks):
             block.shifted = config.shift and i % 2 == 0
@@ -216,7 +228,7 @@ class EncoderParts(nn.Module):
                     parameter.add_(torch.randn_like(parameter) * 0.05)
 
     def forward(self, volume: torch.Tensor, encoder: nn.Module) -> tuple[torch.Tensor, ...]:
-        """(B, 1, D, H, W), of multiples of the stride -> one (B, E, D', H', W') for each level."""
+        """(B, n, D, H, W), of multiples of the stride -> one (B, E, D', H', W') for each level."""
         base: Any = encoder
         x = self.patches(volume, encoder, self.enlarge)
         levels: list[torch.Tensor] = []

@@ -55,7 +55,7 @@ class VolumeSamModel(SamModel):
         """Segment volumes; images (B, C, H, W) go to SamModel.
 
         Args:
-            pixel_values: (B, 1, D, H, W), normalised, of any size.
+            pixel_values: (B, n, D, H, W), normalised, of any size; n are the channels that the adapter was made for.
             input_points: (B, N, 3), voxel indices (d, h, w).
             input_labels: (B, N): the class at each point, 0 for background, -1 for no point; default: 1.
             input_boxes: (B, M, 6), two opposite corners (d, h, w, d, h, w).
@@ -82,9 +82,16 @@ class VolumeSamModel(SamModel):
 
     def _encode(self, volume: torch.Tensor) -> Encoded:
         encoder: Any = self.vision_encoder
-        stride = encoder.stride(self._active_adapter())
-        if volume.shape[1] != 1:
-            raise BadInput(f"a volume has one channel, (B, 1, D, H, W); this one is {tuple(volume.shape)}.")
+        name = self._active_adapter()
+        stride, config = encoder.stride(name), encoder.options[name]
+        if volume.shape[1] != config.channel_count:
+            named = (
+                f"{config.channel_count} channels, {', '.join(config.channels)}" if config.channels else "one channel"
+            )
+            raise BadInput(
+                f"a volume of this adapter has {named}, (B, {config.channel_count}, D, H, W); this one is "
+                f"{tuple(volume.shape)}."
+            )
         levels = encoder(volume).hidden_states
         return Encoded(*self.mask_decoder(volume, *levels, volumetric="encode", stride=stride))
 
