@@ -36,7 +36,13 @@ def main(method: Spatial, task: VolumeTask, train: TrainConfig) -> Path:
 
     # 2. method: only the adapter and its decoder are trainable
     config = SpatialAdapterConfig.fitted(
-        model, data.source.labels, task.crop, data.processor.spacing_mm, method.token, width=method.width
+        model,
+        data.source.labels,
+        task.crop,
+        data.processor.spacing_mm,
+        method.token,
+        data.processor.channels,
+        width=method.width,
     )
     model = get_peft_model(model, config)
 

@@ -89,7 +89,7 @@ def break_all(folder):
         ("error", labels[3], "an affine that moves a corner by"),
         ("error", images[4], "no label map"),
         ("error", labels[5], "no image"),
-        ("error", images[6], "4 axes"),
+        ("error", images[6], "2 channels, 1 too many"),
         ("error", images[7], "1 voxels that are NaN or infinite"),
         ("error", images[8], "truncated"),
         ("error", labels[9], "holds numbers that are not whole"),

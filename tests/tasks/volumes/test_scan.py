@@ -126,7 +126,7 @@ def test_a_ramp_is_resampled_where_it_was():
     weights = np.array([1.0, 2.0, -1.5])
     ramp = ((index @ affine[:3, :3].T + affine[:3, 3]) @ weights).reshape(shape).astype(np.float32)
     processor = VolumeProcessor((1.3, 0.5, 1.0), (4, 4, 4), "ct", -1.0, 1.0)
-    processor.normalise = lambda array: array
+    processor.normalise = lambda array, channel: array
     scan = processor.read(Case("a", ramp, None, affine))
     grid = np.indices(scan.image.shape[1:]).reshape(3, -1).T
     own = scan.to_own(grid)

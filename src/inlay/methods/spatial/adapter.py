@@ -77,9 +77,7 @@ class SpatialAdapterConfig(AdapterConfig):
         if self.channels is not None and (
             isinstance(self.channels, str) or len(self.channels) < 2 or len(set(self.channels)) < len(self.channels)
         ):
-            raise BadInput(
-                f"channels must be a list of two or more different names, or None for one channel, got {self.channels!r}."
-            )
+            raise BadInput(f"channels must be a list of two or more different names, or None, got {self.channels!r}.")
         least = {"window": 0, "enlarge": 1, "enlarge_depth": 1, "patch_depth": 1, "depth_rows": 1, "levels": 1}
         least |= {"decoder_width": 8, "rounds": 0} | ({} if self.width is None else {"width": 1})
         for name, low in least.items():
@@ -119,6 +117,7 @@ class SpatialAdapterConfig(AdapterConfig):
         crop: Sequence[int],
         spacing_mm: Sequence[float] | None = None,
         token: int = 4,
+        channels: Sequence[str] = (),
         **settings: Any,
     ) -> "SpatialAdapterConfig":
         """Settings for a SAM and for scans: tokens of `token` voxels, and of fewer slices where these are thick.
@@ -131,6 +130,7 @@ class SpatialAdapterConfig(AdapterConfig):
             crop: Voxels (D, H, W) that the model will see at a time.
             spacing_mm: Of the voxels, (D, H, W); default: cubes.
             token: Edge of a token in a slice, in voxels; a power of two that divides SAM's patch.
+            channels: Names of a scan's channels, in their order; fewer than two: it has one.
             settings: Further fields.
 
         Raises:
@@ -147,7 +147,8 @@ class SpatialAdapterConfig(AdapterConfig):
         tokens = [-(-size // step) for size, step in zip(crop, (slices, token, token), strict=True)]
         sizes = {"enlarge": patch // token, "enlarge_depth": patch // slices, "patch_depth": patch}
         fitting = {"depth_rows": tokens[0], "window": 8 if min(tokens) >= 16 else 4}
-        return cls(classes=list(classes), **{**sizes, **fitting, **settings})
+        named = list(channels) if len(channels) > 1 else None
+        return cls(classes=list(classes), channels=named, **{**sizes, **fitting, **settings})
 
 
 class SpatialLayer(AdapterLayer):

@@ -12,7 +12,17 @@ from tqdm import tqdm
 
 from inlay.errors import InlayError
 from inlay.tasks.tables import list_first
-from inlay.tasks.volumes.data import SUFFIXES, Case, find_cases, hold_out_cases, name_classes, read_labels
+from inlay.tasks.volumes.data import (
+    SUFFIXES,
+    Case,
+    explain_channels,
+    find_cases,
+    hold_out_cases,
+    most_common,
+    name_classes,
+    number_channels,
+    read_labels,
+)
 from inlay.tasks.volumes.grid import Triple, reorient_to_ras, spacing_of
 from inlay.tasks.volumes.nifti import explain_unreadable, find_affine_conflict
 from inlay.tasks.volumes.scan import find_strange_values, is_misplaced, read_image
@@ -38,6 +48,7 @@ class Audit:
         folder: What was looked at.
         modality: As dataset.json says.
         cases: Pairs of image and label map.
+        channels: Names of the channels of a scan.
         classes: By name the number of cases that have the class.
         shapes: Smallest and largest count of voxels along D, H, W.
         spacings_mm: Least, median and largest spacing along D, H, W.
@@ -47,6 +58,7 @@ class Audit:
     folder: str
     modality: str
     cases: int
+    channels: list[str] = field(default_factory=list)
     classes: dict[str, int] = field(default_factory=dict)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     spacings_mm: list[Triple] = field(default_factory=list)
@@ -60,6 +72,8 @@ class Audit:
     def __str__(self) -> str:
         counts = {level: sum(f.level == level for f in self.findings) for level in ("error", "warning")}
         parts = [f"{self.cases} case{'s' * (self.cases != 1)}"]
+        if len(self.channels) > 1:
+            parts.append(f"channels {', '.join(self.channels)}")
         if self.shapes:
             low, high = ("x".join(map(str, shape)) for shape in self.shapes)
             thin, middle, thick = ("x".join(f"{s:.3g}" for s in spacing) for spacing in self.spacings_mm)
@@ -77,6 +91,7 @@ class _CaseReport:
     shape: tuple[int, ...] = ()
     spacing: Triple = (0.0, 0.0, 0.0)
     values: tuple[int, ...] = ()
+    channels: int = 1
     digest: bytes = b""
 
 
@@ -84,8 +99,9 @@ def audit(name: str) -> Audit:
     """Read all files of a folder as training would, and list what is wrong or odd, with the name of the file.
 
     Errors are what `load_volumes` and the reading of cases refuse: images or label maps without a partner, files that
-    cannot be read (missing, truncated, damaged, of another kind, with more than three axes, with NaN), pairs on
-    different grids, labels that dataset.json does not name or that are not whole, no class at all, one case only.
+    cannot be read (missing, truncated, damaged, of another kind, with NaN), cases that lack a channel or have one too
+    many, channels or pairs on different grids, labels that dataset.json does not name or that are not whole, no class
+    at all, one case only.
 
     Warnings: files that inlay does not read, empty label maps, images of one value, an sform and a qform that disagree,
     two cases with the same image, spacings that differ by a factor of 2, classes that no case has, and values in only
@@ -109,11 +125,17 @@ def audit(name: str) -> Audit:
         seen = list(tqdm(looked, total=len(cases), disable=None, leave=False, unit="case"))
     for one in seen:
         report.findings += one.findings
+    channels = found.channels or number_channels(most_common([one.channels for one in seen if one.shape]))
+    report.channels = list(channels)
     whole = [(case, one) for case, one in zip(cases, seen, strict=True) if one.shape]
     if whole:
         shapes, spacings = (np.array([getattr(one, key) for _, one in whole]) for key in ("shape", "spacing"))
         report.shapes = [tuple(shapes.min(0).tolist()), tuple(shapes.max(0).tolist())]
         report.spacings_mm = [tuple(spacing(spacings, 0).tolist()) for spacing in (np.min, np.median, np.max)]
+    for case, one in whole:
+        if one.channels != len(channels):
+            where = str(case.files[0]) if case.files else case.name
+            report.findings.append(Finding("error", where, explain_channels(one.channels, channels)))
     names: dict[int, str] = {}
     try:
         if any(one.values for one in seen):
@@ -132,34 +154,38 @@ def audit(name: str) -> Audit:
 
 def _examine_case(case: Case, values: tuple[int, ...] | None, ignored: int | None) -> _CaseReport:
     """One case by itself; `values` are those that dataset.json names."""
-    files = [
-        case.name if part is None or isinstance(part, np.ndarray) else str(part) for part in (case.image, case.label)
-    ]
+    images = [*map(str, case.files)] or [case.name]
+    label = str(case.label) if isinstance(case.label, Path) else case.name
     found: list[Finding] = []
     try:
         array, affine = read_image(case)
     except InlayError as error:
-        return _CaseReport([Finding("error", files[0], _explain(error, files[0]))])
-    image, grid = reorient_to_ras(array, affine)
-    found += _find_affine_conflict(case.image)
-    if image.min() == image.max():
-        found.append(Finding("warning", files[0], f"all voxels are {image.min():g}"))
-    seen: dict[str, Any] = {"shape": image.shape, "spacing": spacing_of(grid)}
+        broken = next((file for file in images if f"'{file}'" in str(error)), images[0])
+        return _CaseReport([Finding("error", broken, _explain(error, broken))])
+    image, grid = reorient_to_ras(array[0], affine)
+    for file in case.files:
+        found += _find_affine_conflict(file)
+    for i, channel in enumerate(array):
+        if channel.min() == channel.max():
+            where = f" of channel {i}" if len(array) > len(images) else ""
+            shown = images[min(i, len(images) - 1)]
+            found.append(Finding("warning", shown, f"all voxels{where} are {channel.min():g}"))
+    seen: dict[str, Any] = {"shape": image.shape, "spacing": spacing_of(grid), "channels": len(array)}
     seen["digest"] = hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16).digest()
     try:
         labels, own = read_labels(case)
     except InlayError as error:
-        return _CaseReport([*found, Finding("error", files[1], _explain(error, files[1]))], **seen)
+        return _CaseReport([*found, Finding("error", label, _explain(error, label))], **seen)
     found += _find_affine_conflict(case.label)
     view, own = reorient_to_ras(labels, own)
     apart = is_misplaced(view.shape, own, image.shape, grid)
     strange = find_strange_values(view, values, ignored) if values else []
     if apart:
-        found.append(Finding("error", files[1], f"{apart}, unlike its image"))
+        found.append(Finding("error", label, f"{apart}, unlike its image"))
     if strange:
-        found.append(Finding("error", files[1], f"labels {list_first(strange)} that dataset.json does not name"))
+        found.append(Finding("error", label, f"labels {list_first(strange)} that dataset.json does not name"))
     if not view.any():
-        found.append(Finding("warning", files[1], "no voxel has a label"))
+        found.append(Finding("warning", label, "no voxel has a label"))
     return _CaseReport(found, values=tuple(np.unique(view).tolist()), **seen)
 
 

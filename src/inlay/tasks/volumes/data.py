@@ -18,7 +18,15 @@ from inlay.tasks.evaluation import Split, Training, choose_split, name_groups, s
 from inlay.tasks.groups import group_files, hold_out_groups, list_groups, relative_paths, warn_of_shared_groups
 from inlay.tasks.sampling import complete_parts
 from inlay.tasks.tables import list_first
-from inlay.tasks.volumes.nifti import SUFFIXES, case_name, find_affine_conflict, has_suffix, read_volume
+from inlay.tasks.volumes.nifti import (
+    SUFFIXES,
+    case_name,
+    find_affine_conflict,
+    has_suffix,
+    read_header,
+    read_volume,
+    suffix_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +39,7 @@ TEST_PAIRS = (("imagesTs", "labelsTs"),)
 CLASSES = 255  # a file with more values is no label map
 LARGEST = 2**31 - 1  # what a label map of 32 bits holds
 ROUNDING = 1e-3  # what stored labels may be off from whole numbers by
+NUMBERED = re.compile(r"(.+)_(\d{4})")  # nnU-Net's name of a channel's file, without suffix
 IGNORE = "ignore"  # nnU-Net's name of the label without a loss
 BESIDE = (".json", ".txt", ".csv", ".tsv", ".md", ".bval", ".bvec", ".yaml", ".yml", ".xml", ".log", ".db")  # no scans
 WANTED = "builtin:volumes, or a folder with images/ and labels/, imagesTr/ and labelsTr/, dataset.json or .npz files"
@@ -42,21 +51,30 @@ class Case:
 
     Attributes:
         name: The file's, without suffix.
-        image: A .nii, .nii.gz or .npz file, or voxels (X, Y, Z).
+        image: A .nii, .nii.gz or .npz file, or voxels (X, Y, Z), or (C, X, Y, Z) of several channels; or a tuple of
+            files, one a channel.
         label: The same of the label map; None: there is none.
         affine: Voxel index to mm, (4, 4), of voxels in memory; None: what the file says, or 1 mm.
         values: The numbers in the label map of the classes 1..K, in their order; None: 1, 2, ... themselves.
         ignored: The number of voxels that are neither trained on nor scored (nnU-Net's "ignore"); None: there is none.
         group: What it is kept together with, where that was asked for.
+        channels: Names of the image's channels, in their order; none: they have no names.
     """
 
     name: str
-    image: Path | np.ndarray
+    image: Path | np.ndarray | tuple[Path | bytes, ...]
     label: Path | np.ndarray | None = None
     affine: np.ndarray | None = None
     values: tuple[int, ...] | None = None
     ignored: int | None = None
     group: str | None = None
+    channels: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of its image; none where it is in memory."""
+        parts = self.image if isinstance(self.image, tuple) else (self.image,)
+        return tuple(part for part in parts if isinstance(part, Path))
 
 
 @dataclass(frozen=True)
@@ -67,6 +85,7 @@ class VolumeData:
         labels: Names of the classes 1..K, without the background.
         test: The part that chooses nothing; None where none was asked for.
         test_split: The split of the data that `evaluate` finds it under.
+        channels: Names of the channels of a scan, with the modality of each.
     """
 
     name: str
@@ -76,6 +95,7 @@ class VolumeData:
     modality: Modality
     test: tuple[Case, ...] | None = None
     test_split: Split = "test"
+    channels: dict[str, Modality] = field(default_factory=dict)
 
 
 @dataclass
@@ -88,7 +108,8 @@ class FoundCases:
         test: Cases that are only scored, when asked for.
         labels: Names of the classes by their values in the label maps; None: dataset.json does not say.
         ignored: The value without a loss.
-        modality: As dataset.json says.
+        modality: As dataset.json says; of several channels the one that all have, or "other".
+        channels: Names of the channels, as dataset.json says; none: it does not.
         faults: File and what is wrong with it.
         test_faults: The same of the test cases, which training does not need.
         unread: Files and folders among the scans that inlay does not read.
@@ -100,6 +121,7 @@ class FoundCases:
     labels: dict[int, str] | None = None
     ignored: int | None = None
     modality: Modality | None = None
+    channels: tuple[str, ...] = ()
     faults: list[tuple[str, str]] = field(default_factory=list)
     test_faults: list[tuple[str, str]] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
@@ -122,8 +144,8 @@ def load_volumes(
 
     Args:
         name: `builtin:volumes`; a folder with images/ and labels/ or imagesTr/ and labelsTr/, whose files have equal
-            names (nnU-Net's _0000 aside), directly or in train/ and validation/ (test/ is only scored); a folder
-            of .npz (see `read_volume`).
+            names (nnU-Net's _0000, _0001 ... aside, which number the channels), directly or in train/ and validation/
+            (test/ is only scored); a folder of .npz (see `read_volume`).
         seed: Chooses the cases to hold out where the data does not; alike on every machine.
         validation: Share of the cases to hold out, between 0 and 1.
         modality: Instead of the one that dataset.json names; without either "other", which is treated as MR is.
@@ -155,7 +177,8 @@ def load_volumes(
     if test and found.test:
         _refuse_faults(name, found.test_faults)
     own = {"train": found.train, "validation": found.validation, "test": found.test if test else []}
-    parts = {part: _with_values(cases, named, found.ignored) for part, cases in own.items() if cases}
+    channels = _name_channels(found, [case for cases in own.values() for case in cases], name)
+    parts = {part: _with_values(cases, named, found) for part, cases in own.items() if cases}
     _warn_of_affines([case for cases in parts.values() for case in cases])
     warn_of_shared_groups({part: list_groups(cases) for part, cases in parts.items()}, "scan")
     test_split: Split = "test" if "test" in parts or not test else "validation"
@@ -165,8 +188,14 @@ def load_volumes(
 
     complete_parts(parts, test, hold_out, name, name_groups(group) if group else "scan")
     tested = tuple(parts["test"]) if test else None
+    modalities: dict[str, Modality] = {
+        channel: modality or (find_modality(channel) if len(channels) > 1 else found.modality) or "other"
+        for channel in channels
+    }
     modality = modality or found.modality or "other"
-    return VolumeData(name, tuple(parts["train"]), tuple(parts["validation"]), names, modality, tested, test_split)
+    return VolumeData(
+        name, tuple(parts["train"]), tuple(parts["validation"]), names, modality, tested, test_split, modalities
+    )
 
 
 def load_volumes_to_score(
@@ -197,7 +226,8 @@ def load_volumes_to_score(
     everything = [*found.train, *found.validation]
     scored = parts.get(chosen, everything)
     named = _name_present_classes(found, scored if chosen == "test" else everything, name)
-    cases = _with_values(scored, named, found.ignored)
+    _name_channels(found, scored, name)
+    cases = _with_values(scored, named, found)
     _warn_of_affines(cases)
     return chosen, tuple(cases), tuple(named.values()), split_note(name, chosen, own, training)
 
@@ -210,7 +240,7 @@ def _group_cases(found: FoundCases, group: str | None, name: str, *, test: bool)
     folder = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for an unknown user
 
     def with_groups(cases: list[Case]) -> list[Case]:
-        files = [case.image if isinstance(case.image, Path) else case.name for case in cases]
+        files = [case.files[0] if case.files else case.name for case in cases]
         return group_files(cases, group, name, relative_paths(files, folder))
 
     tested = with_groups(found.test) if test else found.test
@@ -226,9 +256,60 @@ def _refuse_faults(name: str, faults: Sequence[tuple[str, str]]) -> None:
         )
 
 
-def _with_values(cases: Sequence[Case], named: dict[int, str], ignored: int | None) -> list[Case]:
-    """Cases that know which numbers in their label maps are classes."""
-    return [replace(case, values=tuple(named), ignored=ignored) for case in cases]
+def _with_values(cases: Sequence[Case], named: dict[int, str], found: FoundCases) -> list[Case]:
+    """Cases that know which numbers in their label maps are classes, and what their channels are called."""
+    channels = found.channels if len(found.channels) > 1 else ()
+    return [replace(case, values=tuple(named), ignored=found.ignored, channels=channels) for case in cases]
+
+
+def _name_channels(found: FoundCases, cases: Sequence[Case], name: str) -> tuple[str, ...]:
+    """Names of the channels of a scan: those of dataset.json, or else channel_0, channel_1 ...; headers are read.
+
+    Raises:
+        InlayError: A case with more or fewer channels.
+    """
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        counts = [*pool.map(count_channels, cases)]
+    channels = found.channels or number_channels(most_common(counts))
+    wrong = {case.name: count for case, count in zip(cases, counts, strict=True) if count != len(channels)}
+    if wrong:
+        got = list_first([f"{case} ({explain_channels(count, channels)})" for case, count in wrong.items()])
+        raise DamagedFile(f"all scans of {name!r} need the channels {', '.join(channels)}: {got}.")
+    return channels
+
+
+def number_channels(count: int) -> tuple[str, ...]:
+    """Names of channels that have none."""
+    return tuple(f"channel_{i}" for i in range(count))
+
+
+def most_common(counts: Sequence[int]) -> int:
+    """The number of channels that most cases have, so that a single odd case is the one that is named."""
+    return max(counts, key=lambda count: (counts.count(count), count), default=1)
+
+
+def count_channels(case: Case) -> int:
+    """How many channels the image of a case has; of files only headers are read."""
+    if isinstance(case.image, tuple):
+        return len(case.image)
+    if isinstance(case.image, np.ndarray):
+        return case.image.shape[0] if case.image.ndim == 4 else 1
+    shape, _ = read_header(case.image)
+    return shape[3] if len(shape) == 4 else 1
+
+
+def explain_channels(count: int, channels: Sequence[str]) -> str:
+    """What is wrong with a scan of so many channels, where it needs these."""
+    if count > len(channels):
+        return f"{count} channels, {count - len(channels)} too many"
+    return f"{count} channel{'s' * (count != 1)}, so that it lacks {', '.join(channels[count:])}"
+
+
+def find_modality(channel: str) -> Modality:
+    """What a channel's name says: "CT", "CT_arterial", "T1w MRI" ..."""
+    words = {*re.split(r"[^A-Z0-9]+", channel.upper())}
+    mr = {"MR", "MRI", "T1", "T2", "T1W", "T2W", "T1GD", "T1CE", "T1C", "T1N", "T2F", "FLAIR", "PD", "ADC", "DWI"}
+    return "ct" if words & {"CT", "CBCT"} else "mr" if mr & words else "other"
 
 
 def _name_present_classes(found: FoundCases, cases: Sequence[Case], name: str) -> dict[int, str]:
@@ -281,7 +362,7 @@ def hold_out_cases(cases: Sequence[Case], share: float, seed: int, name: str) ->
 
 def _warn_of_affines(cases: Sequence[Case]) -> None:
     """Say which scans have two orientations that disagree."""
-    odd = {case.name: find_affine_conflict(case.image) for case in cases if isinstance(case.image, Path)}
+    odd = {case.name: find_affine_conflict(file) for case in cases for file in case.files}
     odd = {name: conflict for name, conflict in odd.items() if conflict}
     if odd:
         logger.warning(
@@ -372,7 +453,7 @@ def _find_in_folders(folder: Path, found: FoundCases) -> None:
         found.train, found.validation = train, next((cases for cases in held if cases), [])
     else:
         found.train, found.validation = _pair_files(folder, PAIRS, found), _pair_files(folder, HELD_OUT, found)
-    apart = FoundCases()  # what is wrong with test cases does not stop a training
+    apart = FoundCases(channels=found.channels)  # what is wrong with test cases does not stop a training
     tests = [_pair_files(inner[split], PAIRS, apart) for split in TEST if split in inner]
     tests.append(_pair_files(folder, TEST_PAIRS, apart))
     found.test, found.test_faults = next((cases for cases in tests if cases), []), apart.faults
@@ -414,15 +495,20 @@ def _match_pairs(scans: Sequence[Path], maps: Sequence[Path], found: FoundCases)
     """
     named = {case_name(path) for path in maps}
     images: dict[str, Path] = {}
+    numbered: dict[str, dict[int, Path]] = {}
     for path in scans:
         name = case_name(path)
-        channel = re.fullmatch(r"(.+)_(\d{4})", name)
+        channel = NUMBERED.fullmatch(name)
         if channel and name not in named and channel[1] in named:
-            if channel[2] != "0000":
-                found.faults.append((str(path), "a further channel: inlay reads one"))
+            name, number = channel[1], int(channel[2])
+            if number in numbered.setdefault(name, {}):
+                _add_file(images, name, path, found)
+            numbered[name].setdefault(number, path)
+            if len(numbered[name]) > 1:
                 continue
-            name = channel[1]
         _add_file(images, name, path, found)
+    channels = found.channels or number_channels(most_common([1 + max(files) for files in numbered.values()]))
+    further = {name: _order_channels(files, channels, found) for name, files in numbered.items()}
     labels: dict[str, Path] = {}
     for path in maps:
         name = case_name(path)
@@ -431,7 +517,22 @@ def _match_pairs(scans: Sequence[Path], maps: Sequence[Path], found: FoundCases)
         _add_file(labels, name, path, found)
     found.faults += [(str(images[name]), "no label map") for name in images if name not in labels]
     found.faults += [(str(labels[name]), "no image") for name in labels if name not in images]
-    return [Case(name, images[name], labels[name]) for name in images if name in labels]
+    return [Case(name, further.get(name, images[name]), labels[name]) for name in images if name in labels]
+
+
+def _order_channels(files: dict[int, Path], channels: Sequence[str], found: FoundCases) -> Path | tuple[Path, ...]:
+    """The numbered files of a case in the order of the channels, and a fault for each that lacks or is too many."""
+    first = files[min(files)]
+    for number, channel in enumerate(channels):
+        if number not in files:
+            wanted = first.with_name(f"{case_name(first)[:-4]}{number:04}{suffix_of(first)}")
+            found.faults.append((str(wanted), f"the case lacks the channel {channel}"))
+    for number, path in files.items():
+        if number >= len(channels):
+            listed = f"dataset.json names {', '.join(channels)}"
+            found.faults.append((str(path), f"a further channel: {listed}"))
+    ordered = tuple(files[number] for number in sorted(files))
+    return ordered if len(ordered) > 1 else ordered[0]
 
 
 def _add_file(files: dict[str, Path], name: str, path: Path, found: FoundCases) -> None:
@@ -448,7 +549,7 @@ def _read_description(path: Path, found: FoundCases) -> dict[str, Any]:
         # The Decathlon writes {"1": "name"}, nnU-Net {"name": 1}.
         pairs = [(v, k) if isinstance(v, int) else (int(k), v) for k, v in labels.items()]
         values = {int(value): str(label) for value, label in sorted(pairs)}
-        channel = str(channels if isinstance(channels, str) else next(iter(channels.values()), ""))
+        named = [channels] if isinstance(channels, str) else _channel_names(channels)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         got = f"'{path}' ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         raise DamagedFile(
@@ -458,17 +559,21 @@ def _read_description(path: Path, found: FoundCases) -> dict[str, Any]:
     found.ignored = next((value for value, label in values.items() if label.strip().lower() == IGNORE), None)
     if found.ignored is not None:
         values.pop(found.ignored)
-    if len(channels) > 1 and not isinstance(channels, str):
-        found.faults.append((str(path), f"{len(channels)} channels: inlay reads one"))
-    named = len(pairs) - (0 in dict(pairs)) - (found.ignored is not None)
-    if not values or not 0 < min(values) <= max(values) <= LARGEST or len(set(values.values())) < named:
+    found.channels = tuple(named)
+    count = len(pairs) - (0 in dict(pairs)) - (found.ignored is not None)
+    if not values or not 0 < min(values) <= max(values) <= LARGEST or len(set(values.values())) < count:
         found.faults.append((str(path), "classes without names and values of their own"))
     found.labels = values
-    if channel:
-        words = re.split(r"[^A-Z0-9]+", channel.upper())
-        mr = {"MR", "MRI", "T1", "T2", "T1W", "T2W", "FLAIR", "PD", "ADC", "DWI"}
-        found.modality = "ct" if "CT" in words or "CBCT" in words else "mr" if mr & {*words} else "other"
+    if named:
+        modalities = {find_modality(channel) for channel in named}
+        found.modality = modalities.pop() if len(modalities) == 1 else "other"
     return content
+
+
+def _channel_names(channels: dict[str, Any]) -> list[str]:
+    """Names in the order of their numbers; those that several share are numbered, as `MRI` of the Decathlon may be."""
+    names = [str(channels[key]) for key in sorted(channels, key=int)]
+    return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
 
 
 def _entries_with_label(entries: Any) -> list[Any]:
@@ -482,17 +587,33 @@ def _list_described(entries: Any, folder: Path, found: FoundCases) -> list[Case]
         raise DamagedFile(f"training in '{folder / 'dataset.json'}' must be a list of objects with image and label.")
     cases = []
     for entry in entries:
-        paths = [folder / str(entry.get(key)) for key in ("image", "label")]
-        for i, path in enumerate(paths):
-            numbered = path.with_name(f"{case_name(path)}_0000{path.name.removeprefix(case_name(path))}")
-            if not path.exists() and numbered.exists():
-                paths[i] = numbered
-        missing = [path for path in paths if not path.is_file()]
+        listed = entry["image"] if isinstance(entry.get("image"), list) else [entry.get("image")]
+        images = [folder / str(image) for image in listed]
+        if len(images) == 1 and not images[0].exists():
+            images = _list_numbered(images[0], len(found.channels)) or images
+        label = folder / str(entry["label"])
+        if not label.exists():
+            label = next(iter(_list_numbered(label, 1)), label)
+        missing = [path for path in (*images, label) if not path.is_file()]
         found.faults += [(str(path), "listed in dataset.json, but not there") for path in missing]
-        if not missing:
-            name, label = case_name(paths[0]), case_name(paths[1])
-            cases.append(Case(label if name == f"{label}_0000" else name, paths[0], paths[1]))
+        if not missing and images:
+            name, own = case_name(images[0]), case_name(label)
+            image = tuple(images) if len(images) > 1 else images[0]
+            cases.append(Case(own if name == f"{own}_0000" else name, image, label))
     return cases
+
+
+def _list_numbered(path: Path, least: int) -> list[Path]:
+    """The files case_0000, case_0001 ... of a path that is listed as case: at least so many, and those that are there.
+
+    None where there is not even the first.
+    """
+    found: list[Path] = []
+    while (file := path.with_name(f"{case_name(path)}_{len(found):04}{suffix_of(path)}")).exists() or (
+        found and len(found) < least
+    ):
+        found.append(file)
+    return found
 
 
 def _read_values(cases: Sequence[Case]) -> set[int]:

@@ -88,7 +88,7 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
 def _on_own_grid(adapter: Adapter, case: Case, labels: tuple[str, ...], numbers: np.ndarray) -> list[dict[str, Any]]:
     """Rows of `score_case`."""
     array, affine = read_image(case)
-    image, grid = reorient_to_ras(array, affine)
+    image, grid = reorient_to_ras(array[0], affine)
     truth = aligned_labels(case, image.shape, grid)  # D H W
     found = segment(adapter, adapter.processor.read(case), progress=False)
     mask = numbers[reorient_to_ras(found.class_mask, affine)[0]]

@@ -73,7 +73,7 @@ class WholeVolume:
     def _score(
         self, model: nn.Module, volume: torch.Tensor, labels: torch.Tensor, sums: "LossSums", found: torch.Tensor
     ) -> None:
-        """Slide windows over a scan (1, D, H, W): its sums go into `sums`, its classes into `found` (D, H, W)."""
+        """Slide windows over a scan (C, D, H, W): its sums go into `sums`, its classes into `found` (D, H, W)."""
         shape = labels.shape
         volume, before = pad_to_window(volume, self.window)
         _, h, w = (slice(first, first + n) for first, n in zip(before, shape, strict=True))
@@ -150,7 +150,7 @@ class LossSums:
 
 def _find_shape(volume: torch.Tensor, labels: torch.Tensor) -> list[int]:
     """D, H, W of a scan in a batch, without the planes at its ends that pad it: labels -1 where the image is 0."""
-    inside = (labels != IGNORED) | (volume[0] != PADDING)
+    inside = (labels != IGNORED) | (volume != PADDING).any(0)
     if not inside.any():
         return list(labels.shape)
     along = [inside.any(-1).any(-1), inside.any(-1).any(0), inside.any(0).any(0)]

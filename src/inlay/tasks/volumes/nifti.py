@@ -23,7 +23,9 @@ MOST_MORE = 2**20  # bytes of a header with its extensions, and of what stands b
 APART = 0.1  # of a voxel: what qform and sform, or image and label map, may differ by
 
 
-def read_volume(source: str | os.PathLike[str] | bytes, key: str = "image") -> tuple[np.ndarray, np.ndarray]:
+def read_volume(
+    source: str | os.PathLike[str] | bytes, key: str = "image", *, channels: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """All voxels of a scan or of a label map, as its file orders them.
 
     A NIfTI file may be compressed or not, whatever its name says. A compressed one is read to its end, so that its
@@ -33,24 +35,30 @@ def read_volume(source: str | os.PathLike[str] | bytes, key: str = "image") -> t
         source: A .nii or .nii.gz file, or the bytes of one; or .npz with arrays `image`, `label` and, if there are any,
             `affine` (4 x 4, voxel index to mm) or `spacing` (x, y, z in mm; 1 where there is neither). Further axes of
             length 1 are dropped.
+        channels: Take an image of several channels too. A NIfTI file has them along its fourth axis, as the
+            Decathlon's, or its fifth. In .npz they are the first or the last of four axes: the one that its `label` has
+            not, else the shorter one.
         key: `image` reads float32, `label` the numbers as they are, but for whole ones that the file's scaling has
             rounded (nibabel stores 1.0 as 1.0000153 when it scales to 16 bits).
 
     Returns:
-        Voxels (X, Y, Z), and the affine (4, 4) that takes a voxel's index to mm (right, anterior, superior), whatever
-        unit the file is in.
+        Voxels (X, Y, Z), or with `channels` (C, X, Y, Z), and the affine (4, 4) that takes a voxel's index to mm
+        (right, anterior, superior), whatever unit the file is in.
 
     Raises:
-        InlayError: No such file, truncated, damaged or of another kind, not three axes, an affine that maps no space,
-            voxels that are no real numbers, NaN or infinite ones in an image.
+        InlayError: No such file, truncated, damaged or of another kind, not three axes or four, an affine that maps no
+            space, voxels that are no real numbers, NaN or infinite ones in an image.
     """
     path = source if isinstance(source, bytes) else Path(source)
     try:
         if isinstance(path, Path) and path.suffix.lower() == ".npz":
             array, affine = _read_npz(path, key)
         else:
-            array, affine = _read_nifti(path, key)
-        array = array.reshape(_three_axes(array.shape))
+            array, affine = _read_nifti(path, key, channels)
+        if channels:
+            array = np.moveaxis(array.reshape(_four_axes(array.shape)), -1, 0)
+        else:
+            array = array.reshape(_three_axes(array.shape))
         if array.dtype.kind not in "buif":
             raise ValueError(f"voxels of type {array.dtype}")
         check_affine(affine)
@@ -67,18 +75,22 @@ def read_volume(source: str | os.PathLike[str] | bytes, key: str = "image") -> t
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[tuple[int, ...], np.ndarray]:
-    """Shape (X, Y, Z) and affine (4, 4) of an image; of a NIfTI file no voxel is read.
+    """Shape and affine (4, 4) of an image; of a NIfTI file no voxel is read.
+
+    Returns:
+        (X, Y, Z), or (X, Y, Z, C) where it has several channels; and the affine, voxel index to mm.
 
     Raises:
         InlayError: As for `read_volume`, but for what only the voxels tell.
     """
     path = Path(path)
     if path.suffix.lower() == ".npz":
-        array, affine = read_volume(path)
-        return array.shape, affine
+        array, affine = read_volume(path, channels=True)
+        return array.shape[1:] if len(array) == 1 else (*array.shape[1:], len(array)), affine
     try:
         with open_nifti(path) as (image, _):
-            shape, affine = _three_axes(image.shape), affine_mm(image)
+            shape, affine = _four_axes(image.shape), affine_mm(image)
+            shape = shape[:3] if shape[3] == 1 else shape
             check_affine(affine)
     except InlayError:
         raise
@@ -99,7 +111,7 @@ def find_affine_conflict(source: Path | bytes) -> str | None:
         return None
     try:
         with open_nifti(source) as (image, _):
-            header, shape = image.header, _three_axes(image.shape)
+            header, shape = image.header, _four_axes(image.shape)[:3]
             if not (header["qform_code"] and header["sform_code"]):  # a code of 0: it does not hold
                 return None
             scale, sform = unit_mm(header), header.get_sform()
@@ -164,8 +176,13 @@ def has_suffix(path: Path, suffixes: Sequence[str]) -> bool:
 
 def case_name(path: Path) -> str:
     """Name of a scan's file without its suffix."""
+    return path.name.removesuffix(suffix_of(path))
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix of a scan's file as it is written, .nii.gz as a whole; "" for no scan."""
     suffix = next((s for s in SUFFIXES if has_suffix(path, (s,))), "")
-    return path.name[: len(path.name) - len(suffix)]
+    return path.name[len(path.name) - len(suffix) :]
 
 
 def import_nibabel() -> Any:
@@ -230,13 +247,14 @@ def read_nifti_header(data: bytes, most_voxels: int) -> Any:
         first = stream.read(540)
         kind = nibabel.Nifti2Header if first[:4] in NIFTI2 else nibabel.Nifti1Header
         header = kind.from_fileobj(io.BytesIO(first))
-        shape = _three_axes(header.get_data_shape())
+        shape = _four_axes(header.get_data_shape())
         if not 0 <= header["vox_offset"] <= MOST_MORE:
             raise ValueError(f"voxels that begin at byte {float(header['vox_offset']):.0f}")
     except Exception as error:  # nibabel and zlib raise what they please for a broken file
         raise _unreadable(data, error) from error
     if math.prod(shape) > most_voxels:
-        raise BadInput(f"the scan has {' x '.join(map(str, shape))} voxels; the limit is {most_voxels:,} in all.")
+        size = " x ".join(map(str, shape[:3] if shape[3] == 1 else shape))
+        raise BadInput(f"the scan has {size} voxels; the limit is {most_voxels:,} in all.")
     return header
 
 
@@ -282,11 +300,11 @@ def affine_of_header(header: Any) -> np.ndarray:
     return affine
 
 
-def _read_nifti(source: Path | bytes, key: str) -> tuple[np.ndarray, np.ndarray]:
+def _read_nifti(source: Path | bytes, key: str, channels: bool) -> tuple[np.ndarray, np.ndarray]:
     with open_nifti(source) as (image, stream):
         if image.get_data_dtype().kind not in "buif":
             raise ValueError(f"voxels of type {image.get_data_dtype()}")
-        _three_axes(image.shape)  # before all of a long series is read
+        (_four_axes if channels else _three_axes)(image.shape)  # before all of a long series is read
         if key == "image":
             voxels = image.get_fdata(caching="unchanged", dtype=np.float32)
         else:
@@ -321,7 +339,20 @@ def _read_npz(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
             if spacing.size != 3 or not (spacing > 0).all():
                 raise ValueError(f"spacing {spacing.tolist()}")
             affine = np.diag([*spacing, 1.0])
+        if key == "image" and array.ndim == 4:
+            array = _put_channels_last(array, file["label"].shape if "label" in file else None)
     return array, affine
+
+
+def _put_channels_last(array: np.ndarray, label: tuple[int, ...] | None) -> np.ndarray:
+    """Voxels (C, X, Y, Z) or (X, Y, Z, C) as (X, Y, Z, C); `label` is the shape of the label map, if there is one."""
+    first, last = array.shape[1:] == label, array.shape[:3] == label
+    if first == last:
+        first, last = array.shape[0] < array.shape[3], array.shape[3] < array.shape[0]
+    if first == last:
+        size = "x".join(map(str, array.shape))
+        raise ValueError(f"an image of {size}, whose first axis is as long as its last: which one is that of channels")
+    return np.moveaxis(array, 0, -1) if first else array
 
 
 def _three_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -330,6 +361,14 @@ def _three_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
         several = "a series or several channels: save one volume of it" if len(shape) > 3 else "no volume"
         raise ValueError(f"{len(shape)} axes of {'x'.join(map(str, shape))}, {several}")
     return shape[:3]
+
+
+def _four_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """X, Y, Z and C: the shape with its channels along one axis."""
+    further = [n for n in shape[3:] if n != 1]
+    if len(shape) < 3 or len(further) > 1 or min(shape) < 1:
+        raise ValueError(f"{len(shape)} axes of {'x'.join(map(str, shape))}, {'a series' if further else 'no volume'}")
+    return *shape[:3], math.prod(further)
 
 
 def check_affine(affine: np.ndarray) -> None:

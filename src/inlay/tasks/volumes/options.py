@@ -62,7 +62,7 @@ class VolumeTask(TaskOptions):
             metrics=[VolumeDice(data.labels)],
             collate=collate_volumes,
             loss=WholeVolume(self.crop),
-            example=lambda: {"pixel_values": crops[0]["pixel_values"][None]},  # 1 1 D H W
+            example=lambda: {"pixel_values": crops[0]["pixel_values"][None]},  # 1 C D H W
         )
 
     def fit_method(self, config: Any, model: nn.Module, data: TaskData) -> Any:
@@ -72,7 +72,12 @@ class VolumeTask(TaskOptions):
         if not isinstance(config, SpatialAdapterConfig):
             return config
         return SpatialAdapterConfig.fitted(
-            model, data.source.labels, self.crop, data.processor.spacing_mm, width=config.width
+            model,
+            data.source.labels,
+            self.crop,
+            data.processor.spacing_mm,
+            channels=data.processor.channels,
+            width=config.width,
         )
 
     def report(self, model: nn.Module, data: TaskData, result: FitResult) -> Report:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,17 @@ import torch
 
 from inlay.errors import BadInput, DamagedFile
 from inlay.tasks.tables import list_first
-from inlay.tasks.volumes.data import CLASSES, LARGEST, Case, VolumeData, read_labels
+from inlay.tasks.volumes.data import (
+    CLASSES,
+    LARGEST,
+    NUMBERED,
+    Case,
+    VolumeData,
+    count_channels,
+    explain_channels,
+    number_channels,
+    read_labels,
+)
 from inlay.tasks.volumes.grid import (
     Shape,
     Triple,
@@ -24,9 +34,19 @@ from inlay.tasks.volumes.grid import (
     spacing_of,
     transform_points,
 )
-from inlay.tasks.volumes.nifti import APART, case_name, check_affine, corner_distance, read_header, read_volume
+from inlay.tasks.volumes.nifti import (
+    APART,
+    case_name,
+    check_affine,
+    corner_distance,
+    read_header,
+    read_volume,
+    suffix_of,
+)
 
 Intensity = Literal["percentile", "ct"]
+ScanFile = str | os.PathLike[str] | bytes
+ScanSource = ScanFile | Mapping[str, ScanFile] | Sequence[ScanFile]  # a scan, as people name it
 IGNORED = -1  # a label without a loss: padding, and what nnU-Net calls "ignore"
 PADDING = 0.0  # the image there: the mean of a scan, and what a convolution pads with
 PERCENTILES = (0.5, 99.5)
@@ -40,7 +60,7 @@ class Scan:
 
     Attributes:
         name: The case's.
-        image: Float (1, D, H, W), normalised.
+        image: Float (C, D, H, W), each channel normalised.
         labels: Integers (D, H, W), 0 background, 1..K the classes, -1 to be ignored; None: no label map.
         spacing_mm: Between voxels of `image`, in D, H, W.
         affine: Of the own grid, voxel index to mm, (4, 4).
@@ -79,21 +99,23 @@ class Scan:
 class VolumeProcessor:
     """How a scan becomes a model's input; saved with an adapter.
 
-    A scan is reoriented to RAS (its axes are only flipped and permuted: an oblique scan stays in its own planes), its
-    intensities are normalised, and it is resampled about its own edges, linearly (averaged where voxels get larger),
-    label maps by the nearest voxel. So the whole field of view stays, and the spacing is the one asked for, up to
-    rounding of the number of voxels. `back` undoes all of it.
+    A scan is reoriented to RAS (its axes are only flipped and permuted: an oblique scan stays in its own planes), the
+    intensities of each channel are normalised by themselves, and it is resampled about its own edges, linearly
+    (averaged where voxels get larger), label maps by the nearest voxel. So the whole field of view stays, and the
+    spacing is the one asked for, up to rounding of the number of voxels. `back` undoes all of it.
 
     Args:
         spacing_mm: Of the model's grid in D, H, W; None: each scan's own.
         crop: Voxels in D, H, W that the model sees at a time in training, and a sliding window at inference.
         intensity: `percentile` clips each scan to its percentiles 0.5 and 99.5 and gives it mean 0 and variance 1;
-            `ct` clips to the window low..high in HU, the same for all, and maps it to -1..1.
+            `ct` clips to the window low..high in HU, the same for all, and maps it to -1..1. One for all channels, or
+            one for each.
         low: Lower end of the window.
         high: Upper end of the window.
         flip: Axes along which training mirrors half of the crops: 0 D, 1 H, 2 W (left and right). A model has no right
             answer for a scan that is mirrored along another.
         values: The numbers of the classes 1..K in the label maps that were trained on, and so in the masks; None: 1..K.
+        channels: Names of a scan's channels, in their order; none: it has one.
 
     Raises:
         InlayError: A spacing, crop, window, axis or value that is not valid.
@@ -103,20 +125,32 @@ class VolumeProcessor:
         self,
         spacing_mm: Triple | None,
         crop: Shape,
-        intensity: Intensity = "percentile",
+        intensity: Intensity | Sequence[Intensity] = "percentile",
         low: float = WINDOW[0],
         high: float = WINDOW[1],
         flip: Sequence[int] = (),
         values: Sequence[int] | None = None,
+        channels: Sequence[str] = (),
     ) -> None:
         if spacing_mm is not None and not _are_three(spacing_mm, lambda s: 1e-5 <= s <= 1e4):
             raise BadInput(f"spacing_mm must be three lengths D, H, W in mm, or None, got {spacing_mm}.")
         if not _are_three(crop, lambda n: isinstance(n, int) and 0 < n < 2**13):
             raise BadInput(f"crop must be three whole numbers of voxels, got {crop}.")
-        if intensity not in ("percentile", "ct") or not (_is_number(low) and _is_number(high) and low < high):
+        if not isinstance(channels, list | tuple) or not all(map(_is_name, channels)) or _has_twins(channels):
+            raise BadInput(f"channels must be different names, got {channels!r}.")
+        self.channels: tuple[str, ...] = tuple(channels) if len(channels) > 1 else number_channels(1)
+        kinds = [intensity] * len(self.channels) if isinstance(intensity, str) else intensity
+        if (
+            not isinstance(kinds, list | tuple)
+            or len(kinds) != len(self.channels)
+            or not all(kind in ("percentile", "ct") for kind in kinds)
+            or not (_is_number(low) and _is_number(high) and low < high)
+        ):
             raise BadInput(
-                f"intensity must be percentile or ct, and low below high, got {intensity!r} from {low} to {high}."
+                "intensity must be percentile or ct, one for all channels or one for each of "
+                f"{len(self.channels)}, and low below high, got {intensity!r} from {low} to {high}."
             )
+        self.intensities: tuple[Intensity, ...] = tuple(kinds)
         if not isinstance(flip, list | tuple) or not set(flip) <= {0, 1, 2}:
             raise BadInput(f"flip must name axes 0, 1 or 2, got {flip!r}.")
         if values is not None and not _are_class_values(values):
@@ -129,7 +163,7 @@ class VolumeProcessor:
         if spacing_mm is not None:
             self.spacing_mm = float(spacing_mm[0]), float(spacing_mm[1]), float(spacing_mm[2])
         self.crop: Shape = (crop[0], crop[1], crop[2])
-        self.intensity, self.low, self.high = intensity, float(low), float(high)
+        self.low, self.high = float(low), float(high)
 
     @classmethod
     def fitted(
@@ -139,45 +173,136 @@ class VolumeProcessor:
         spacing_mm: Triple | Literal["median"] | None = "median",
         flip: Sequence[int] = (),
     ) -> "VolumeProcessor":
-        """A processor for a data set: with its modality's intensities, its labels' values and its median spacing."""
+        """A processor for a data set: its channels with the intensities of their modalities, its labels' values and its
+        median spacing.
+        """
         if spacing_mm == "median":
             spacing_mm = median_spacing(data.train)
-        intensity: Intensity = "ct" if data.modality == "ct" else "percentile"
-        return cls(spacing_mm, crop, intensity, flip=flip, values=data.train[0].values)
+        modalities = list(data.channels.values()) or [data.modality]
+        kinds: list[Intensity] = ["ct" if modality == "ct" else "percentile" for modality in modalities]
+        return cls(spacing_mm, crop, kinds, flip=flip, values=data.train[0].values, channels=tuple(data.channels))
 
-    def read(self, source: Case | str | os.PathLike[str] | bytes) -> Scan:
-        """A case with its label map, or a scan's file, or the bytes of a NIfTI file.
+    @property
+    def intensity(self) -> Intensity | tuple[Intensity, ...]:
+        """The one of all channels, or where they differ that of each."""
+        return self.intensities[0] if len(set(self.intensities)) == 1 else self.intensities
+
+    def read(self, source: Case | ScanSource) -> Scan:
+        """A case with its label map, or a scan as `find_case` takes it.
 
         Raises:
-            InlayError: A file that cannot be read, an image with NaN, a label map with another shape or affine than its
-                image, or with numbers that no class has; each names the file.
+            InlayError: A file that cannot be read, an image with NaN, channels on different grids, a channel that lacks
+                or is unknown, a label map with another shape or affine than its image, or with numbers that no class
+                has; each names the file.
+        """
+        case = source if isinstance(source, Case) else self.find_case(source)
+        order = self._order_channels(case)
+        array, affine = read_image(case)
+        _, grid = reorient_to_ras(array[0], affine)
+        ras = [reorient_to_ras(array[channel], affine)[0] for channel in order]
+        shape, spacing = self._resampled_grid(ras[0].shape, grid)
+        labels = None
+        if case.label is not None:
+            labels = resize(aligned_labels(case, ras[0].shape, grid), shape, "nearest")
+            labels = torch.from_numpy(np.ascontiguousarray(labels, np.int64))
+        channels = [
+            torch.from_numpy(np.ascontiguousarray(resize(self.normalise(each, i), shape, "linear")))
+            for i, each in enumerate(ras)
+        ]
+        image = channels[0][None] if len(channels) == 1 else torch.stack(channels)
+        _, x, y, z = array.shape
+        return Scan(case.name, image, labels, spacing, affine, (x, y, z))
+
+    def find_case(self, source: ScanSource) -> Case:
+        """The case of a scan that was given, with a file for each of the adapter's channels where they have files.
+
+        Args:
+            source: A file with all channels, or one file of an nnU-Net case (case_0000.nii.gz), whose other channels
+                lie next to it; {channel: file}; files in the order of `channels`; or the bytes of NIfTI files.
+
+        Raises:
+            InlayError: Channels that lack or are unknown.
         """
         if isinstance(source, bytes):
-            voxels, grid_of_file = read_volume(source)
-            source = Case("scan", voxels, affine=grid_of_file)
-        elif not isinstance(source, Case):
+            voxels, affine = read_volume(source, channels=True)
+            return Case("scan", voxels, affine=affine)
+        if isinstance(source, str | os.PathLike):
             path = Path(source)
-            source = Case(case_name(path), path)
-        array, affine = read_image(source)
-        image, grid = reorient_to_ras(array, affine)
-        shape, spacing = self._resampled_grid(image.shape, grid)
-        labels = None
-        if source.label is not None:
-            labels = resize(aligned_labels(source, image.shape, grid), shape, "nearest")
-            labels = torch.from_numpy(np.ascontiguousarray(labels, np.int64))
-        image = np.ascontiguousarray(resize(self.normalise(image), shape, "linear"))
-        x, y, z = array.shape
-        return Scan(source.name, torch.from_numpy(image)[None], labels, spacing, affine, (x, y, z))
+            return Case(case_name(path), self._find_neighbours(path) if len(self.channels) > 1 else path)
+        if isinstance(source, Mapping):
+            self._check_names(list(source))
+            source = [source[name] for name in self.channels]
+        if len(source) != len(self.channels):
+            raise BadInput(
+                f"the adapter takes the channels {', '.join(self.channels)}, and got {len(source)} files; give one for "
+                "each, in that order."
+            )
+        files = tuple(file if isinstance(file, bytes) else Path(file) for file in source)
+        if len(files) == 1:
+            return self.find_case(files[0])
+        return Case("scan" if isinstance(files[0], bytes) else case_name(files[0]), files, channels=self.channels)
+
+    def _find_neighbours(self, path: Path) -> Path | tuple[Path, ...]:
+        """All files of the nnU-Net case that a file belongs to; the file itself where it is none."""
+        numbered = NUMBERED.fullmatch(case_name(path))
+        if numbered is None:
+            return path
+        files = [path.with_name(f"{numbered[1]}_{i:04}{suffix_of(path)}") for i in range(len(self.channels))]
+        if path not in files or sum(file.exists() for file in files) < 2:
+            return path
+        lacking = [
+            f"{name} ({file.name})" for name, file in zip(self.channels, files, strict=True) if not file.exists()
+        ]
+        if lacking:
+            raise BadInput(
+                f"the case of '{path}' lacks the channel {', '.join(lacking)}; put it next to the others, or give all "
+                "as NAME=FILE."
+            )
+        return tuple(files)
+
+    def _check_names(self, names: Sequence[str]) -> None:
+        """Raise InlayError unless these are the names of the channels, in any order."""
+        lacking = [name for name in self.channels if name not in names]
+        unknown = [name for name in names if name not in self.channels]
+        if lacking or unknown:
+            said = [f"{', '.join(unknown)} {'is' if len(unknown) == 1 else 'are'} unknown"] * bool(unknown)
+            said += [f"{', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} missing"] * bool(lacking)
+            raise BadInput(f"the adapter takes the channels {', '.join(self.channels)}: {' and '.join(said)}.")
+
+    def _order_channels(self, case: Case) -> list[int]:
+        """Which channel of a case each of the adapter's is: by name where both have names, else in their order.
+
+        Raises:
+            InlayError: Channels that lack or are unknown.
+        """
+        if case.channels and self.channels != number_channels(len(self.channels)):
+            self._check_names(case.channels)
+            return [case.channels.index(name) for name in self.channels]
+        count = count_channels(case)
+        if count != len(self.channels):
+            where = str(case.files[0]) if case.files else case.name
+            remedy = (
+                "Give one file for each channel, as NAME=FILE." if count == 1 else "Save those alone, in this order."
+            )
+            if len(self.channels) == 1:
+                raise BadInput(
+                    f"'{where}' has {count} channels and the adapter takes one; save the one that it was trained on."
+                )
+            raise BadInput(
+                f"the adapter takes the channels {', '.join(self.channels)}, and '{where}' has "
+                f"{explain_channels(count, self.channels)}. {remedy}"
+            )
+        return list(range(count))
 
     def resampled_shape(self, shape: Shape, affine: np.ndarray) -> Shape:
         """Shape (D, H, W) on the model's grid of a scan of this shape (X, Y, Z) and affine; no voxel is needed."""
         image, grid = reorient_to_ras(np.broadcast_to(np.int8(0), shape), affine)
         return self._resampled_grid(image.shape, grid)[0]
 
-    def normalise(self, array: np.ndarray) -> np.ndarray:
-        """The intensities of a whole scan, of any shape, as float32; a scan of one value becomes 0."""
+    def normalise(self, array: np.ndarray, channel: int = 0) -> np.ndarray:
+        """The intensities of one channel of a whole scan, of any shape, as float32; a scan of one value becomes 0."""
         array = np.asarray(array, np.float32)
-        if self.intensity == "ct":
+        if self.intensities[channel] == "ct":
             middle, half = (self.low + self.high) / 2, (self.high - self.low) / 2
             return (np.clip(array, self.low, self.high) - np.float32(middle)) / np.float32(half)
         list_first = array.reshape(-1)[:: -(-array.size // SAMPLED)]
@@ -220,11 +345,12 @@ class VolumeProcessor:
         return {
             "spacing_mm": None if self.spacing_mm is None else list(self.spacing_mm),
             "crop": list(self.crop),
-            "intensity": self.intensity,
+            "intensity": self.intensity if isinstance(self.intensity, str) else list(self.intensity),
             "low": self.low,
             "high": self.high,
             **({"flip": list(self.flip)} if self.flip else {}),
             **({"values": list(self.values)} if self.values else {}),
+            **({"channels": list(self.channels)} if len(self.channels) > 1 else {}),
         }
 
     @classmethod
@@ -235,7 +361,7 @@ class VolumeProcessor:
             InlayError: Settings of another kind.
         """
         names = ("spacing_mm", "crop", "intensity", "low", "high")
-        more = ("flip", "values")
+        more = ("flip", "values", "channels")
         if not isinstance(settings, dict) or not set(names) <= set(settings) <= {*names, *more}:
             got = sorted(map(str, settings)) if isinstance(settings, dict) else type(settings).__name__
             raise DamagedFile(f"a volume processor has the settings {', '.join(names)}, got {got}.")
@@ -251,22 +377,48 @@ class VolumeProcessor:
 
 
 def read_image(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels (X, Y, Z), float32, and affine (4, 4) of a case's image, from its file or from memory.
+    """Voxels (C, X, Y, Z), float32, and affine (4, 4) of a case's image, from its files or from memory.
 
     Raises:
-        InlayError: As `read_volume`; voxels in memory that are not three axes of finite numbers.
+        InlayError: As `read_volume`; channels on different grids; voxels in memory that are not finite numbers along
+            three axes, or four with the channels first.
     """
-    if not isinstance(case.image, np.ndarray):
-        array, affine = read_volume(case.image)
+    if isinstance(case.image, tuple):
+        array, affine = _read_channels(case, case.image)
         return array, affine if case.affine is None else case.affine
-    if case.image.ndim != 3 or not np.isfinite(case.image).all():
-        raise DamagedFile(f"the voxels of case {case.name!r} must be finite numbers along three axes.")
+    if not isinstance(case.image, np.ndarray):
+        array, affine = read_volume(case.image, channels=True)
+        return array, affine if case.affine is None else case.affine
+    if case.image.ndim not in (3, 4) or not np.isfinite(case.image).all():
+        raise DamagedFile(
+            f"the voxels of case {case.name!r} must be finite numbers along three axes, or four with channels first."
+        )
     affine = np.eye(4) if case.affine is None else np.asarray(case.affine, np.float64)
     try:
         check_affine(affine)
     except ValueError as error:
         raise DamagedFile(f"the affine of case {case.name!r} is wrong: {error}.") from error
-    return np.asarray(case.image, np.float32), affine
+    array = np.asarray(case.image, np.float32)
+    return array if array.ndim == 4 else array[None], affine
+
+
+def _read_channels(case: Case, files: Sequence[Path | bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """`read_image` of a case whose channels are files of their own, on the grid of the first."""
+    first, affine = read_volume(files[0])
+    array = np.empty((len(files), *first.shape[::-1]), np.float32).transpose(0, 3, 2, 1)  # x runs fastest, as in NIfTI
+    array[0] = first
+    for i, file in enumerate(files[1:], start=1):
+        channel, own = read_volume(file)
+        apart = is_misplaced(channel.shape[::-1], own, first.shape[::-1], affine)
+        if apart:
+            name = case.channels[i] if case.channels else f"channel_{i}"
+            where = f"'{file}'" if isinstance(file, Path) else "a file"
+            raise DamagedFile(
+                f"{where}, the channel {name} of {case.name!r}, is not on the grid of the first channel: it has "
+                f"{apart}. Resample it to that grid."
+            )
+        array[i] = channel
+    return array, affine
 
 
 def median_spacing(cases: Sequence[Case]) -> Triple:
@@ -277,9 +429,10 @@ def median_spacing(cases: Sequence[Case]) -> Triple:
 
 def _spacing_of_case(case: Case) -> Triple:
     if isinstance(case.image, np.ndarray):
-        shape, affine = case.image.shape, np.eye(4)
+        shape, affine = case.image.shape[-3:], np.eye(4)
     else:
-        shape, affine = read_header(case.image)
+        shape, affine = read_header(case.files[0])
+        shape = shape[:3]
     return spacing_of(
         reorient_to_ras(np.broadcast_to(np.int8(0), shape), affine if case.affine is None else case.affine)[1]
     )
@@ -330,6 +483,14 @@ def find_strange_values(labels: np.ndarray, values: tuple[int, ...] | None, igno
     """The values of a label map that are no class: not 0 nor in `values`, or without these not in 0..`CLASSES`."""
     known = np.arange(CLASSES + 1) if values is None else [0, *values, *([] if ignored is None else [ignored])]
     return np.setdiff1d(labels, known).tolist()
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _has_twins(values: Sequence[Any]) -> bool:
+    return len(set(values)) < len(values)
 
 
 def _are_class_values(values: Any) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -32,7 +31,7 @@ from inlay.tasks.volumes.nifti import (
     open_nifti,
     unit_mm,
 )
-from inlay.tasks.volumes.scan import Scan
+from inlay.tasks.volumes.scan import Scan, ScanSource
 from inlay.tasks.volumes.windows import Grid, ScanPrompts, Voxel, probabilities, slide
 
 logger = logging.getLogger(__name__)
@@ -50,8 +49,10 @@ class Segmentation:
         affine: (4, 4), from a voxel's index to mm.
         labels: Names of the K classes.
         probabilities: (K+1, X, Y, Z) float16, background first; None if they were not asked for.
-        source: The scan's file, or its bytes, whose header `save` carries over; None: voxels from memory.
+        source: The scan's file, or its bytes, whose header `save` carries over; of several the first; None: voxels from
+            memory.
         values: The numbers of the K classes in the mask: those of the label maps that were trained on. None: 1..K.
+        further: The files of the scan's other channels, which `save` does not overwrite either.
     """
 
     mask: np.ndarray
@@ -60,6 +61,7 @@ class Segmentation:
     probabilities: np.ndarray | None = None
     source: Path | bytes | None = None
     values: tuple[int, ...] | None = None
+    further: tuple[Path, ...] = ()
 
     @property
     def names(self) -> dict[int, str]:
@@ -107,7 +109,9 @@ class Segmentation:
             InlayError: A name that does not end with .nii.gz or .nii, a folder that cannot be written, or the scan's
                 own file.
         """
-        path = check_output(path, MASKS, self.source if isinstance(self.source, Path) else None)
+        for scan in (self.source if isinstance(self.source, Path) else None, *self.further):
+            path = check_output(path, MASKS, scan)
+        path = Path(path)
         image = self._make_image()
         with replacing(path) as new:
             image.to_filename(new)
@@ -173,7 +177,7 @@ def put_values(class_mask: np.ndarray, values: Sequence[int] | None) -> np.ndarr
 
 def segment(
     adapter: Adapter,
-    scan: Scan | str | os.PathLike[str] | bytes,
+    scan: Scan | ScanSource,
     *,
     points: Sequence[Sequence[Any]] = (),
     boxes: Sequence[Sequence[Any]] = (),
@@ -194,7 +198,9 @@ def segment(
 
     Args:
         adapter: From `load_adapter`, trained on volumes.
-        scan: A .nii, .nii.gz or .npz file, the bytes of a NIfTI file, or what `adapter.processor.read` made of one.
+        scan: A .nii, .nii.gz or .npz file, the bytes of a NIfTI file, or what `adapter.processor.read` made of one. Of
+            several channels a file with all of them, one file of an nnU-Net case (case_0000.nii.gz), {channel: file},
+            or files in the order of `adapter.processor.channels`.
         points: Each (x, y, z) or (x, y, z, label) in the scan's own voxels, from 0 as nibabel indexes them. The
             label is 0 for background, a class's number in the mask, or its name; default: the first class.
         boxes: Each (x0, y0, z0, x1, y1, z1), or with a label behind: two opposite corners, included.
@@ -223,7 +229,7 @@ def segment(
             f"adapter {adapter.name!r} was not trained on mirrored scans, or does not say so, and would answer wrongly "
             "on them; leave flips out, or train with --flip."
         )
-    source, scan = open_scan(adapter, scan)
+    source, further, scan = open_scan(adapter, scan)
     move_model(adapter.model, device)
     grid = Grid(scan, adapter.processor.crop)
     prompts = grid.make_prompts(points, boxes, adapter.labels, numbers)
@@ -250,23 +256,28 @@ def segment(
     if largest:
         keep_largest(mask, len(adapter.labels))
     affine = np.asarray(scan.affine, np.float64)
-    return Segmentation(put_values(mask, numbers), affine, list(adapter.labels), kept, source, numbers)
+    return Segmentation(put_values(mask, numbers), affine, list(adapter.labels), kept, source, numbers, further)
 
 
-def open_scan(adapter: Adapter, scan: Any) -> tuple[Path | bytes | None, Scan]:
-    """The scan's file, if it is one, or its bytes, and what the adapter's processor makes of it.
+def open_scan(adapter: Adapter, scan: Scan | ScanSource) -> tuple[Path | bytes | None, tuple[Path, ...], Scan]:
+    """The scan's file, if it is one, or its bytes, of several the first; its other files; and what is made of them.
 
     Raises:
         InlayError: The adapter is not for volumes, or the file is no scan.
     """
     check_task(adapter, "volume-segmentation")
     if isinstance(scan, Scan):
-        return None, scan
-    source = scan if isinstance(scan, bytes) else Path(scan)
-    read = adapter.processor.read(source)
-    if conflict := find_affine_conflict(source):
-        logger.warning("%s: %s.", read.name if isinstance(source, bytes) else source, conflict)
-    return source, read
+        return None, (), scan
+    if isinstance(scan, bytes):
+        sources: tuple[Path | bytes, ...] = (scan,)
+        read = adapter.processor.read(scan)
+    else:
+        case = adapter.processor.find_case(scan)
+        sources, read = case.image if isinstance(case.image, tuple) else case.files, adapter.processor.read(case)
+    for source in sources:
+        if conflict := find_affine_conflict(source):
+            logger.warning("%s: %s.", read.name if isinstance(source, bytes) else source, conflict)
+    return sources[0], tuple(file for file in sources[1:] if isinstance(file, Path)), read
 
 
 def check_output(path: str | Path, suffixes: Sequence[str], scan: str | Path | None = None) -> Path:

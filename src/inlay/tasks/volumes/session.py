@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 from inlay.bases.device import Device, move_model
-from inlay.tasks.volumes.scan import Scan
+from inlay.tasks.volumes.scan import Scan, ScanSource
 from inlay.tasks.volumes.segment import Segmentation, empty_mask, open_scan, paint_mask, put_values
 from inlay.tasks.volumes.windows import Grid, ScanPrompts, Voxel, batch_prompts, gaussian_weights
 
@@ -45,16 +44,16 @@ class VolumeSession:
 
     Args:
         adapter: From `load_adapter`, trained on volumes.
-        scan: A .nii, .nii.gz or .npz file, or what `adapter.processor.read` made of one.
+        scan: A file, the files of several channels, or what `adapter.processor.read` made of them, as for `segment`.
         device: Move the adapter there first, such as to "cuda:1"; default: where it is.
 
     Raises:
         InlayError: An adapter for something else, a file that is no scan.
     """
 
-    def __init__(self, adapter: Adapter, scan: Scan | str | os.PathLike[str], *, device: Device | None = None) -> None:
+    def __init__(self, adapter: Adapter, scan: Scan | ScanSource, *, device: Device | None = None) -> None:
         self._adapter = adapter
-        self._source, scan = open_scan(adapter, scan)
+        self._source, self._further, scan = open_scan(adapter, scan)
         move_model(adapter.model, device)
         self._affine = np.asarray(scan.affine, np.float64)
         self._size: Voxel = tuple(adapter.processor.crop)
@@ -73,7 +72,8 @@ class VolumeSession:
     @property
     def segmentation(self) -> Segmentation:
         """The mask with its affine and labels, to save or to draw."""
-        return Segmentation(self.mask, self._affine, list(self._adapter.labels), None, self._source, self._values)
+        labels = list(self._adapter.labels)
+        return Segmentation(self.mask, self._affine, labels, None, self._source, self._values, self._further)
 
     def click(self, point: Sequence[float], positive: bool = True, label: int | str | None = None) -> np.ndarray:
         """Say that a voxel belongs to a class, or to none, and get the new mask.

@@ -77,9 +77,12 @@ class VolumeSegmentation(Task):
                 config.classes = list(labels)
 
     def golden_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
+        import numpy as np
         import torch
 
-        return {"pixel_values": torch.from_numpy(processor.normalise(golden_scan()))[None, None]}  # 1 1 D H W
+        scan = golden_scan()  # of several channels each is moved by some voxels
+        channels = [processor.normalise(np.roll(scan, 5 * i, axis=2), i) for i in range(len(processor.channels))]
+        return {"pixel_values": torch.from_numpy(np.stack(channels))[None]}  # 1 C D H W
 
     def golden_values(self, output: Any, count: int) -> Tensor:
         """Logits without a prompt, evenly spaced."""
@@ -91,7 +94,8 @@ class VolumeSegmentation(Task):
     def random_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
         import torch
 
-        return {"pixel_values": torch.randn(1, 1, *processor.crop, generator=torch.Generator().manual_seed(0))}
+        shape = (1, len(processor.channels), *processor.crop)
+        return {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
 
     def training_options(self) -> type[TaskOptions]:
         from inlay.tasks.volumes.options import VolumeTask
@@ -130,10 +134,15 @@ class VolumeSegmentation(Task):
         raise Unsupported("the base without its adapter reads no scans, so that there are no features to compare with.")
 
     def planned_batch(self, base: Any, rows: int, length: int, added: int) -> tuple[dict[str, Tensor], Loss | None]:
-        """Crops with labels."""
+        """Crops with labels, of the channels that an adapter in the base takes."""
         import torch
 
-        pixels = torch.zeros(rows, 1, PLANNED_CROP, PLANNED_CROP, PLANNED_CROP)
+        from inlay.methods.spatial.adapter import SpatialEncoderLayer
+
+        encoder = base.vision_encoder
+        configs = encoder.options.values() if isinstance(encoder, SpatialEncoderLayer) else ()
+        channels = max((config.channel_count for config in configs), default=1)
+        pixels = torch.zeros(rows, channels, PLANNED_CROP, PLANNED_CROP, PLANNED_CROP)
         return {"pixel_values": pixels, "labels": torch.zeros_like(pixels[:, 0], dtype=torch.long)}, None
 
     def prepare(self, inputs: Sequence[str], options: Mapping[str, Any]) -> Callable[[Adapter], Answer]:
@@ -171,7 +180,9 @@ class VolumeSegmentation(Task):
         spacing = settings["spacing_mm"] and " x ".join(f"{s:g}" for s in settings["spacing_mm"])
         crop = " x ".join(map(str, settings["crop"]))
         grid = f"resampled to {spacing} mm (D, H, W)" if spacing else "kept at their own spacing"
-        said = f"Scans are reoriented to RAS, {grid}, and processed {crop} voxels at a time."
+        channels = settings.get("channels", [])
+        first = f"A scan has the channels {', '.join(channels)}, in that order. " if channels else ""
+        said = f"{first}Scans are reoriented to RAS, {grid}, and processed {crop} voxels at a time."
         values = settings.get("values") or range(1, len(record["labels"]) + 1)
         names = {0: "background", **dict(zip(values, record["labels"], strict=False))}
         listed = ", ".join(f"{value} = {label}" for value, label in list(names.items())[:50])

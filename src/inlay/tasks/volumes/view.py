@@ -21,7 +21,7 @@ ANISOTROPIC = 2.0  # times the spacing within slices from which a scan is rotate
 
 
 class VolumeView(torch.utils.data.Dataset):
-    """One split as a model takes it: item i is {"pixel_values": float (1, D, H, W), "labels": int64 (D, H, W)}.
+    """One split as a model takes it: item i is {"pixel_values": float (C, D, H, W), "labels": int64 (D, H, W)}.
 
     Validation takes whole scans. Training takes a random crop of the processor's size; where a scan is smaller, the
     rest has labels -1 and the image is 0, its mean. All randomness comes from the global generators of Python and
@@ -84,7 +84,7 @@ class VolumeView(torch.utils.data.Dataset):
         axes = [axis for axis in self.flip if random.random() < 0.5]
         image, labels = image.flip([axis + 1 for axis in axes]), labels.flip(axes)
         if self.augment:
-            image = vary_intensity(image, labels != IGNORED)
+            image = torch.cat([vary_intensity(channel[None], labels != IGNORED) for channel in image])
         return {"pixel_values": image.contiguous(), "labels": labels.clamp(min=IGNORED).contiguous()}
 
     def scan(self, index: int) -> Scan:
@@ -108,7 +108,7 @@ class VolumeView(torch.utils.data.Dataset):
         return found
 
     def _draw_crop(self, scan: Scan, places: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A random crop, image (1, d, h, w) and labels (d, h, w), as `cut_crop` gives them."""
+        """A random crop, image (C, d, h, w) and labels (d, h, w), as `cut_crop` gives them."""
         size, shape = self.processor.crop, scan.image.shape[1:]
         at = None
         if places and random.random() < self.foreground:
@@ -123,7 +123,7 @@ class VolumeView(torch.utils.data.Dataset):
 
 
 def collate_volumes(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """A batch of pixel_values (B, 1, D, H, W) and labels (B, D, H, W), padded at the ends of axes to the largest.
+    """A batch of pixel_values (B, C, D, H, W) and labels (B, D, H, W), padded at the ends of axes to the largest.
 
     There labels are -1 and the image is 0.
     """
@@ -140,12 +140,12 @@ def collate_volumes(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch
 
 
 def cut_crop(scan: Scan, start: Sequence[int], size: Shape) -> tuple[torch.Tensor, torch.Tensor]:
-    """The voxels of a scan from `start` on, image (1, *size) and labels `size`; `start` may lie outside.
+    """The voxels of a scan from `start` on, image (C, *size) and labels `size`; `start` may lie outside.
 
     Labels beyond the scan are `IGNORED`, and those to be ignored in it `UNSCORED`: the image is there.
     """
     assert scan.labels is not None
-    image, labels = torch.full((1, *size), PADDING), torch.full(size, IGNORED)
+    image, labels = torch.full((len(scan.image), *size), PADDING), torch.full(size, IGNORED)
     inside, outside = [], []
     for n, begin, length in zip(scan.labels.shape, start, size, strict=True):
         low, high = max(begin, 0), max(min(begin + length, n), 0)
@@ -205,7 +205,10 @@ def random_affine(spacing_mm: Triple) -> torch.Tensor:
 
 
 def vary_intensity(image: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """A crop (1, d, h, w) with other gamma, contrast, brightness and noise, each sometimes; 0 where not `inside`."""
+    """One channel of a crop (1, d, h, w) with other gamma, contrast, brightness and noise; 0 where not `inside`.
+
+    Each of them happens sometimes.
+    """
     if random.random() < 0.3:
         low, high = image.min(), image.max()
         span = (high - low).clamp(min=1e-6)

@@ -66,7 +66,7 @@ class Grid:
     """A scan's tensor, padded to at least one window, and where the voxels of the scan's own file lie in it.
 
     Attributes:
-        image: (1, D, H, W) float32; a scan that is large enough is not copied.
+        image: (C, D, H, W) float32; a scan that is large enough is not copied.
         shape: D, H, W of it.
         axes: The axis of the own grid (0 = X) that runs along D, H and W.
         along: For each of D, H, W where the own voxels lie, rising or falling.
@@ -169,7 +169,7 @@ class Grid:
 
 
 def pad_to_window(image: torch.Tensor, window: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
-    """An image (1, D, H, W) with 0 on both sides of axes that are shorter than a window, and how much before each.
+    """An image (C, D, H, W) with 0 on both sides of axes that are shorter than a window, and how much before each.
 
     An image that is large enough is not copied. Source: MONAI's sliding_window_inference pads alike.
     """
@@ -222,7 +222,7 @@ def probabilities(
 
     Args:
         model: The adapted model, in eval mode.
-        pixels: B 1 d h w.
+        pixels: B C d h w.
         prompts: Those of each window, as many in each.
         flips: Axes 0 D, 1 H, 2 W; n of them make 2ⁿ versions.
 
@@ -273,8 +273,8 @@ def slide(
     Held at a time: one window's depth of planes, for each channel and for the sum of weights.
 
     Args:
-        predict: From windows B 1 d h w and their prompts to B C d h w.
-        image: (1, D, H, W), at least one window large.
+        predict: From windows (B, C, d, h, w) and their prompts to (B, K + 1, d, h, w).
+        image: (C, D, H, W), at least one window large.
         size: Of a window.
         prompts: In the tensor; each window gets those that fall into it.
         overlap: Share of a window that the next one covers too, 0 to below 1.
