@@ -10,13 +10,15 @@ Floats = npt.NDArray[np.float32]
 Random = np.random.Generator
 
 LABELS = ("organ", "lesion")
+CHANNELS = ("first", "second")  # of `generate_pairs_of_channels`
+PAIR_LABELS = ("alike", "opposite")
 SPACINGS = ((1.0, 1.0, 1.0), (1.0, 1.0, 1.5), (0.9, 0.9, 2.0), (0.9, 0.9, 2.5), (1.0, 1.0, 3.0))  # x, y, z in mm
 TISSUE, ORGAN, CYST, VESSEL = 0.45, 0.62, 0.25, 0.9  # brightness; lesions have that of vessels
 SEED = 30_000  # not one that pre-training would use
 
 
 class Body(NamedTuple):
-    """A scan: float32 voxels (X, Y, Z), uint8 labels of that shape (0, then those of `LABELS`), affine to mm (4, 4)."""
+    """A scan: float32 voxels (X, Y, Z), uint8 labels of that shape (0, then the classes), affine to mm (4, 4)."""
 
     name: str
     image: Floats
@@ -41,6 +43,44 @@ def generate_bodies(count: int = 48, seed: int = SEED) -> Iterator[Body]:
         image, labels = _draw_body(spacing, generator)
         image, labels, affine = _store(image, labels, spacing, generator)
         yield Body(f"body_{number:03}", image, labels, affine)
+
+
+def generate_pairs_of_channels(count: int = 48, seed: int = SEED) -> Iterator[Body]:
+    """Scans of two channels, float32 (2, X, Y, Z), whose classes neither channel tells by itself: an exclusive or.
+
+    In a body of textured tissue lie up to six balls of 2.5 to 4 mm radius. In each channel a ball is brighter or darker
+    than the tissue, at random. Class 1 has the same sign in both channels, class 2 the opposite ones. Each channel has
+    noise, a bias field and a scale of its own. Voxels are 1 mm.
+
+    Yields:
+        A scan at a time; scan i does not depend on `count`.
+    """
+    for number, generator in enumerate(np.random.default_rng(seed + 1).spawn(count)):
+        shape = tuple(generator.integers(22, 29, 3).tolist())
+        mm = np.stack(np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in shape), indexing="ij")).astype(np.float32)
+        body = _ellipsoid_distance(mm, np.zeros(3), np.array(shape) * 0.47, generator)
+        tissue = 0.03 + (0.5 - 0.03) * _cover_share(body)
+        channels = [tissue + 0.02 * _draw_texture(shape, (1.0, 1.0, 1.0), 1.2, generator) for _ in range(2)]
+        labels = np.zeros(shape, np.uint8)
+        placed: list[tuple[np.ndarray, float]] = []
+        for _ in range(generator.integers(4, 7)):
+            radius = generator.uniform(2.5, 4.0)
+            centre = _random_point(np.array(shape) * 0.47 - radius - 1, 0.95, generator)
+            if any(np.linalg.norm(centre - other) < radius + reach + 1 for other, reach in placed):
+                continue
+            placed.append((centre, radius))
+            distance = np.linalg.norm(mm - centre[:, None, None, None], axis=0) - np.float32(radius)
+            signs = generator.choice((-1, 1), 2)
+            for channel, sign in zip(channels, signs, strict=True):
+                channel += np.float32(0.25 * sign) * _cover_share(distance)
+            labels[distance < 0] = 1 if signs[0] == signs[1] else 2
+        place = mm / np.array(shape, np.float32)[:, None, None, None]
+        for i, channel in enumerate(channels):
+            slope = generator.uniform(-0.3, 0.3, 3).astype(np.float32)
+            noise = np.float32(0.03) * generator.standard_normal((2, *shape), np.float32)
+            bright = channel * np.exp(np.tensordot(slope, place, 1))
+            channels[i] = np.hypot(bright + noise[0], noise[1]) * np.float32(10 ** generator.uniform(2, 5))
+        yield Body(f"channels_{number:03}", np.stack(channels).astype(np.float32), labels, np.eye(4))
 
 
 def _draw_body(spacing: tuple[float, float, float], generator: Random) -> tuple[Floats, npt.NDArray[np.uint8]]:

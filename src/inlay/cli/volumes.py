@@ -1,7 +1,7 @@
 """The verbs of `inlay` for scans: segment, audit."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +17,13 @@ def segment(
     adapter: AdapterArgument,
     scan: Annotated[Path, typer.Argument(metavar="SCAN", help="A .nii.gz, .nii or .npz file.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="MASK", help="The mask: a .nii.gz or .nii file.")],
+    channels: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME=FILE]...", help="Channels in files of their own; SCAN is then NAME=FILE too."),
+    ] = None,
+    channel: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The channel that --montage and --html show; default: the first.")
+    ] = None,
     point: Annotated[
         list[str] | None,
         typer.Option(metavar="X,Y,Z[,LABEL]", help="A voxel of a class (default: the first). Repeatable."),
@@ -53,24 +60,26 @@ def segment(
     from inlay.tasks.volumes.segment import segment as find
     from inlay.tasks.volumes.viewer import PAGES, write_viewer
 
+    source = name_channels([str(scan), *(channels or [])])
     for path, suffixes in ((out, MASKS), (montage, IMAGES), (html, PAGES)):
         if path is not None:
-            check_output(path, suffixes, scan)  # before all the work
+            for file in source.values() if isinstance(source, dict) else [source]:
+                check_output(path, suffixes, file)  # before all the work
     if compare is not None and montage is None and html is None:
         raise BadInput("--compare shows a second mask in --montage or --html; give one of them.")
     if compare is not None and not compare.is_file():
         raise BadInput(f"--compare: '{compare}' is no file; give a mask on the scan's grid.")
     points = [_place(text, 3) for text in point or []] + [[*_place(text, 3)[:3], 0] for text in negative or []]
     boxes = [_place(text, 6) for text in box or []]
+    loaded = load_adapter_in(adapter, base, device, dtype)
+    shown = loaded.processor.find_channel(channel) if channel is not None else 0  # before all the work
     found = find(
-        load_adapter_in(adapter, base, device, dtype), scan, points=points, boxes=boxes, overlap=overlap,
+        loaded, source, points=points, boxes=boxes, overlap=overlap,
         batch_size=batch_size, flips=flips, largest=largest,
     )  # fmt: skip
     facts: dict[str, Any] = {"mask": str(found.save(out))}
     if montage is not None or html is not None:
-        from inlay.tasks.volumes.nifti import read_volume
-
-        image, _ = read_volume(scan)
+        image = loaded.processor.read_channel(source, shown)
         reference = None if compare is None else read_reference(compare, found)
         if montage is not None:
             facts["montage"] = str(draw_montage(image, found, montage, reference=reference))
@@ -83,6 +92,25 @@ def segment(
         print(f"{name}: {volume:.4g} ml")
     for kind, written in facts.items():
         print(f"{kind}: {written}")
+
+
+def name_channels(words: Sequence[str]) -> str | dict[str, str]:
+    """The scan that SCAN stands for: a file, or {channel: file} of NAME=FILE words.
+
+    Raises:
+        InlayError: Several words that are not all NAME=FILE, or a name that comes twice.
+    """
+    if len(words) == 1 and ("=" not in words[0] or Path(words[0]).exists()):
+        return words[0]
+    named: dict[str, str] = {}
+    for word in words:
+        name, sign, file = word.partition("=")
+        if not (name and sign and file):
+            raise BadInput(f"{word!r} must be NAME=FILE: give one file, or one for each channel with its name.")
+        if name in named:
+            raise BadInput(f"the channel {name} is given twice.")
+        named[name] = file
+    return named
 
 
 def audit(

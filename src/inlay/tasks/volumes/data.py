@@ -143,9 +143,10 @@ def load_volumes(
     label maps are read, and their values called "class 1" and so on.
 
     Args:
-        name: `builtin:volumes`; a folder with images/ and labels/ or imagesTr/ and labelsTr/, whose files have equal
-            names (nnU-Net's _0000, _0001 ... aside, which number the channels), directly or in train/ and validation/
-            (test/ is only scored); a folder of .npz (see `read_volume`).
+        name: `builtin:volumes`, or `builtin:channels` (scans of two channels); a folder with images/ and labels/ or
+            imagesTr/ and labelsTr/, whose files have equal names (nnU-Net's _0000, _0001 ... aside, which number the
+            channels), directly or in train/ and validation/ (test/ is only scored); a folder of .npz (see
+            `read_volume`).
         seed: Chooses the cases to hold out where the data does not; alike on every machine.
         validation: Share of the cases to hold out, between 0 and 1.
         modality: Instead of the one that dataset.json names; without either "other", which is treated as MR is.
@@ -188,10 +189,7 @@ def load_volumes(
 
     complete_parts(parts, test, hold_out, name, name_groups(group) if group else "scan")
     tested = tuple(parts["test"]) if test else None
-    modalities: dict[str, Modality] = {
-        channel: modality or (find_modality(channel) if len(channels) > 1 else found.modality) or "other"
-        for channel in channels
-    }
+    modalities = {channel: modality or find_modality(channel, found.modality or "other") for channel in channels}
     modality = modality or found.modality or "other"
     return VolumeData(
         name, tuple(parts["train"]), tuple(parts["validation"]), names, modality, tested, test_split, modalities
@@ -305,11 +303,11 @@ def explain_channels(count: int, channels: Sequence[str]) -> str:
     return f"{count} channel{'s' * (count != 1)}, so that it lacks {', '.join(channels[count:])}"
 
 
-def find_modality(channel: str) -> Modality:
-    """What a channel's name says: "CT", "CT_arterial", "T1w MRI" ..."""
+def find_modality(channel: str, otherwise: Modality = "other") -> Modality:
+    """What a channel's name says ("CT", "CT_arterial", "T1w MRI" ...); `otherwise` where it says nothing."""
     words = {*re.split(r"[^A-Z0-9]+", channel.upper())}
     mr = {"MR", "MRI", "T1", "T2", "T1W", "T2W", "T1GD", "T1CE", "T1C", "T1N", "T2F", "FLAIR", "PD", "ADC", "DWI"}
-    return "ct" if words & {"CT", "CBCT"} else "mr" if mr & words else "other"
+    return "ct" if words & {"CT", "CBCT"} else "mr" if mr & words else otherwise
 
 
 def _name_present_classes(found: FoundCases, cases: Sequence[Case], name: str) -> dict[int, str]:
@@ -377,13 +375,21 @@ def find_cases(name: str) -> FoundCases:
         InlayError: There is no such source, its dataset.json cannot be read, or it holds no cases.
     """
     if name.startswith("builtin:"):
-        if name != "builtin:volumes":
-            raise BadInput(f"unknown data {name!r}; the embedded scans are builtin:volumes.")
-        from inlay.builtin.bodies import LABELS, generate_bodies
+        from inlay.builtin import bodies
 
-        values = tuple(range(1, len(LABELS) + 1))
+        sets = {
+            "builtin:volumes": (bodies.generate_bodies, bodies.LABELS, ()),
+            "builtin:channels": (bodies.generate_pairs_of_channels, bodies.PAIR_LABELS, bodies.CHANNELS),
+        }
+        if name not in sets:
+            raise BadInput(f"unknown data {name!r}; the embedded scans are {' and '.join(sets)}.")
+        generate, labels, channels = sets[name]
+        values = tuple(range(1, len(labels) + 1))
         return FoundCases(
-            [Case(*body, values) for body in generate_bodies()], labels=dict(enumerate(LABELS, 1)), modality="mr"
+            [Case(*body, values) for body in generate()],
+            labels=dict(enumerate(labels, 1)),
+            modality="mr",
+            channels=channels,
         )
     folder = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for an unknown user
     if not name or not folder.is_dir():
@@ -412,14 +418,15 @@ def find_cases(name: str) -> FoundCases:
 def find_scans(folder: str | os.PathLike[str], channels: Sequence[str] = ()) -> list[Case]:
     """The scans of a folder without label maps, by name; no voxel is read.
 
-    Where all names end with _0000, as in nnU-Net's folders of one channel, the cases are called without it.
+    Where all names end with _0000, as in nnU-Net's folders of one channel, the cases are called without it. Of several
+    channels case_0000, case_0001 ... are one case, and a file without a number is a case with all of them.
 
     Args:
         folder: Scans in files, directly in it.
-        channels: Names of the channels that a case has; none: one, in a file.
+        channels: Names of the channels that a case has; fewer than two: one, in a file.
 
     Raises:
-        InlayError: No such folder, no scan in it, or two scans of the same name.
+        InlayError: No such folder, no scan in it, two scans of the same name, or a case that lacks a channel.
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
@@ -434,12 +441,24 @@ def find_scans(folder: str | os.PathLike[str], channels: Sequence[str] = ()) -> 
             "%d entries of %s are not read, as they are no %s: %s.",
             len(found.unread), folder, " or ".join(SUFFIXES), list_first([Path(file).name for file in found.unread]),
         )  # fmt: skip
-    numbered = all(case_name(file).endswith("_0000") for file in files)
     cases: dict[str, Case] = {}
+    if len(channels) > 1:
+        several: dict[str, dict[int, Path]] = {}
+        for file in files:
+            if match := NUMBERED.fullmatch(case_name(file)):
+                several.setdefault(match[1], {})[int(match[2])] = file
+        found.channels = tuple(channels)
+        for name, parts in several.items():
+            cases[name] = Case(name, _order_channels(parts, channels, found), channels=tuple(channels))
+        if found.faults:
+            got = list_first([f"{file} ({fault})" for file, fault in found.faults])
+            raise BadInput(f"the scans of '{folder}' need the channels {', '.join(channels)}: {got}.")
+        files = [file for file in files if not NUMBERED.fullmatch(case_name(file))]
+    numbered = all(case_name(file).endswith("_0000") for file in files)
     for file in files:
         name = case_name(file).removesuffix("_0000") if numbered else case_name(file)
         if name in cases:
-            twins = f"{Path(str(cases[name].image)).name} and {file.name}"
+            twins = f"{cases[name].files[0].name} and {file.name}"
             raise BadInput(f"'{folder}' holds two scans of the name {name!r}: {twins}; rename or remove one.")
         cases[name] = Case(name, file)
     return [cases[name] for name in sorted(cases)]
@@ -529,8 +548,7 @@ def _order_channels(files: dict[int, Path], channels: Sequence[str], found: Foun
             found.faults.append((str(wanted), f"the case lacks the channel {channel}"))
     for number, path in files.items():
         if number >= len(channels):
-            listed = f"dataset.json names {', '.join(channels)}"
-            found.faults.append((str(path), f"a further channel: {listed}"))
+            found.faults.append((str(path), f"a channel more than {', '.join(channels)}"))
     ordered = tuple(files[number] for number in sorted(files))
     return ordered if len(ordered) > 1 else ordered[0]
 

@@ -242,6 +242,26 @@ class VolumeProcessor:
             return self.find_case(files[0])
         return Case("scan" if isinstance(files[0], bytes) else case_name(files[0]), files, channels=self.channels)
 
+    def find_channel(self, name: str) -> int:
+        """The number of a channel.
+
+        Raises:
+            InlayError: No such channel.
+        """
+        if name not in self.channels:
+            raise BadInput(f"unknown channel {name!r}; the adapter has {', '.join(self.channels)}.")
+        return self.channels.index(name)
+
+    def read_channel(self, source: ScanSource, channel: int = 0) -> np.ndarray:
+        """Voxels (X, Y, Z) of one channel of a scan as its file has them, to be drawn.
+
+        Raises:
+            InlayError: As `read`.
+        """
+        case = self.find_case(source)
+        order = self._order_channels(case)
+        return read_image(case)[0][order[channel]]
+
     def _find_neighbours(self, path: Path) -> Path | tuple[Path, ...]:
         """All files of the nnU-Net case that a file belongs to; the file itself where it is none."""
         numbered = NUMBERED.fullmatch(case_name(path))
