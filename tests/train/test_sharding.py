@@ -41,7 +41,10 @@ def read_launch_file(title, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, forked):
-    """The runs whole, half (in bf16) and killed (in the fourth step); here, in one process, one and moved (killed)."""
+    """The runs whole, half (in bf16) and killed (in the fourth step), and those on a stream.
+
+    Here, in one process, one and moved (killed). On a stream also with whole weights: one process reads another order.
+    """
     folder = tmp_path_factory.mktemp("sharded")
     shards = read_launch_file("fsdp2.yaml", folder)
     one_each = {"ACCELERATE_USE_CPU": "false", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
@@ -60,6 +63,8 @@ def folder(tmp_path_factory, forked):
     train(folder / "moved")
     for rank, process in enumerate(processes):
         (folder / f"said {rank}").write_text(finish(process))
+    for process in [forked(JOB, folder, "whole", environment=rank) for rank in two_ranks()]:
+        finish(process)
     return folder
 
 
@@ -87,7 +92,18 @@ def test_a_killed_run_goes_on_in_shards_or_in_one_process(folder, name, atol):
         torch.testing.assert_close(resumed[key], whole[key], atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["whole", "half"])
+def test_a_stream_trains_in_shards_as_with_whole_weights_and_goes_on(folder):
+    assert json.loads((folder / "stream/run/run.json").read_text())["shards"] == 4
+    runs = "stream", "stream of whole weights", "stopped stream"
+    shards, whole, stopped = (adapter(folder / name) for name in runs)
+    for key in whole:
+        torch.testing.assert_close(shards[key], whole[key], atol=1e-5, rtol=0)
+        torch.testing.assert_close(stopped[key], shards[key], atol=0, rtol=0)
+    log = (folder / "stopped stream/run/log.jsonl").read_text()
+    assert log == (folder / "stream/run/log.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", ["whole", "half", "stream"])
 def test_the_saved_adapter_computes_what_the_joined_model_computed(folder, name):
     loaded = load_adapter(folder / name / "adapter")
     assert loaded.verified

@@ -18,7 +18,6 @@ from inlay.adapters.file import AdapterFile, Reading, run_step
 from inlay.adapters.identity import Identity, check_base
 from inlay.adapters.method import check_method
 from inlay.adapters.patterns import check_patterns
-from inlay.adapters.weight_file import find_weights
 from inlay.adapters.weights import read_weights
 from inlay.errors import DamagedFile, Unsupported
 
@@ -135,7 +134,7 @@ def _check_header(candidate: Candidate) -> Result:
 
 def _remark_header(candidate: Candidate) -> str:
     seen = hashlib.sha256()
-    with find_weights(candidate.reading.folder).open("rb") as opened:
+    with candidate.reading.weights.open("rb") as opened:
         while piece := opened.read(1 << 20):
             seen.update(piece)
     signed = candidate.results["header"] == "ok"

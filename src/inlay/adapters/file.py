@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +133,14 @@ class Reading:
     record: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def weights(self) -> Path:
+        """The file with the tensors, the same one in every step."""
+        return find_weights(self.folder)
+
     def file(self) -> AdapterFile:
         """What was read, once all steps are done."""
-        size = find_weights(self.folder).stat().st_size
+        size = self.weights.stat().st_size
         digest = find_digest(self.metadata)
         return AdapterFile(self.folder, self.config, self.shapes, self.record, self.metrics, size, digest)
 
@@ -163,7 +169,7 @@ def _check_folder(reading: Reading) -> None:
             if (folder / PIPELINE_WEIGHTS).is_file():
                 state += f"; inlay import makes one of its {PIPELINE_WEIGHTS}"
         raise BadInput(f"{folder} {state}; give the folder that save_adapter or peft wrote.")
-    if not find_weights(folder).is_file():
+    if not reading.weights.is_file():
         pickled = (
             f" ({PICKLE} is a pickle, which loading never opens: inlay import makes safetensors of its tensors)"
             if (folder / PICKLE).exists()
@@ -172,15 +178,15 @@ def _check_folder(reading: Reading) -> None:
         raise DamagedFile(f"{folder} has no {WEIGHTS}{pickled}; save the adapter again as safetensors.")
     if not is_text(folder.name):
         raise BadInput(f"the name of {str(folder)!r} is not valid UTF-8; rename it.")
-    _check_files(folder)
+    _check_files(folder, reading.weights)
 
 
 def _read_tensor_header(reading: Reading) -> None:
     """The names and shapes of the tensors, which fill the file without a gap; its checksum."""
-    path = find_weights(reading.folder)
-    header = read_header(path, digest=reading.digest)
+    header = read_header(reading.weights, digest=reading.digest)
     reading.metadata = header.get("__metadata__", {})
-    reading.shapes = {key: tuple(header[stored]["shape"]) for stored, key in find_peft_keys(path, header).items()}
+    keys = find_peft_keys(reading.weights, header)
+    reading.shapes = {key: tuple(header[stored]["shape"]) for stored, key in keys.items()}
 
 
 def _read_config(reading: Reading) -> None:
@@ -197,7 +203,7 @@ def _read_record_and_metrics(reading: Reading) -> None:
     """What inlay stored inside, of this very config; what was measured."""
     folder = reading.folder
     reading.metrics = _json(folder / METRICS) if (folder / METRICS).is_file() else {}
-    record = _record(folder, reading.metadata)
+    record = _record(folder, reading.weights, reading.metadata)
     if record and record["config"] != hash_config(reading.config):
         raise DamagedFile(
             f"{folder / CONFIG} is not what was saved with the weights; download it again, or save the adapter again."
@@ -214,11 +220,11 @@ READING_STEPS: dict[str, Callable[[Reading], None]] = {
 }
 
 
-def _check_files(folder: Path) -> None:
+def _check_files(folder: Path, weights: Path) -> None:
     """Each file is there itself, or is a link within: the Hub's cache keeps them in `blobs` next to `snapshots`."""
     inside = folder.resolve()
     homes = [inside, *(parent.parent / "blobs" for parent in inside.parents if parent.name == "snapshots")]
-    for path in (folder / CONFIG, weights := find_weights(folder), folder / METRICS, folder / CARD):
+    for path in (folder / CONFIG, weights, folder / METRICS, folder / CARD):
         if path.is_symlink() and not any(_target(path).is_relative_to(home) for home in homes):
             raise Unsupported(f"{path} is a link to a file outside of the folder; put the file itself there.")
         limit = MAX_BYTES.get(WEIGHTS if path == weights else path.name)
@@ -274,7 +280,7 @@ def _json(path: Path, *, exact: bool = False) -> dict[str, Any]:
     return content
 
 
-def _record(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
+def _record(folder: Path, weights: Path, metadata: dict[str, str]) -> dict[str, Any]:
     if "inlay" not in metadata:
         return {}
     try:
@@ -286,11 +292,11 @@ def _record(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
             raise ValueError("task is not text")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedFile(
-            f"the record inside {find_weights(folder)} cannot be read ({error}); download the adapter again."
+            f"the record inside {weights} cannot be read ({error}); download the adapter again."
         ) from None
     if version > FORMAT:
         raise Unsupported(
             f"{folder} was saved in format {version}, this inlay reads up to {FORMAT}: pip install --upgrade inlay."
         )
-    check_record(record, find_weights(folder))
+    check_record(record, weights)
     return record

@@ -149,7 +149,7 @@ def _check_width(width: Any, error: float) -> None:
 
 def _check_folder(out: str | Path, sources: Sequence[Source]) -> Path:
     folder = check_replaceable_folder(out, CONFIG, "an adapter")
-    if any(folder.resolve() == source.file.folder.resolve() for source in sources):
+    if folder.resolve() in {source.file.folder.resolve() for source in sources}:
         raise BadInput(f"{folder} is one of the adapters that are combined; give another folder.")
     return folder
 

@@ -1,5 +1,6 @@
 """Adapters opened for combining: checked to be of one base, their tensors sorted by method and site; no torch."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from inlay.combine.weights import Weight, check_parts, check_weight, spread_weig
 from inlay.errors import BadInput, DamagedFile, Unsupported, WrongBase
 
 _KINDS = {each.key_prefix: kind for kind, each in SUM_BY_PEFT_TYPE.items() if each.wraps_modules}
-_PREFIXES = tuple(_KINDS)
+_METHOD = re.compile(rf"(?:^|\.)({'|'.join(map(re.escape, _KINDS))})")  # in a key, before the name of the tensor
 
 
 @contextmanager
@@ -132,9 +133,5 @@ def _parse_key(key: str, own: str) -> tuple[str, str, str]:
     sum_class = SUM_BY_PEFT_TYPE.get(own)
     if sum_class is not None and not sum_class.wraps_modules and key == sum_class.key_prefix:
         return own, "", key
-    words = key.split(".")
-    for i, word in enumerate(words):
-        if word.startswith(_PREFIXES):
-            peft_type = next(kind for prefix, kind in _KINDS.items() if word.startswith(prefix))
-            return peft_type, ".".join(words[:i]), ".".join(words[i:])
-    return "", "", key
+    found = _METHOD.search(key)
+    return (_KINDS[found[1]], key[: found.start()], key[found.start(1) :]) if found else ("", "", key)

@@ -1,6 +1,7 @@
 """Write a combination as an adapter folder, tensor by tensor, and check that the folder holds together."""
 
 import json
+import math
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
@@ -32,7 +33,7 @@ class Stream:
         header: dict[str, Any] = {"__metadata__": metadata}
         at = 0
         for key, shape in shapes.items():
-            end = at + 4 * int(np.prod(shape, dtype=np.int64))
+            end = at + 4 * math.prod(shape)
             header[find_stored_key(path, key)] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, end]}
             at = end
         self._digest = start_digest(header)
