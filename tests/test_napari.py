@@ -10,13 +10,15 @@ import nibabel
 import numpy as np
 import pytest
 import yaml
+from peft import get_peft_model
 
-from inlay import BadInput, VolumeSession, load_adapter, segment
+from inlay import BadInput, SpatialAdapterConfig, VolumeProcessor, VolumeSession, load_adapter, load_base, segment
 from inlay.napari import layers, reader
 from inlay.napari.layers import NEGATIVE, Click, LayerSession, choose_colours, find_affine, read_case, read_clicks
 from inlay.tasks.colours import colour
 from inlay.tasks.volumes.data import Case
-from serve.test_tasks import save_volumes
+from serve.banked import SAM
+from serve.test_tasks import CROP, save_random, save_volumes
 
 FOLDER = Path(layers.__file__).parent
 has_napari = importlib.util.find_spec("napari") is not None and importlib.util.find_spec("qtpy") is not None
@@ -108,6 +110,15 @@ def test_layers_that_are_no_scans_are_refused(adapter, data):
     for wrong in (data[0], data[None], np.stack([data] * 3, -1)):
         with pytest.raises(BadInput, match=r"layer 'scan' has the shape \(.*\); choose an image of three axes"):
             LayerSession(adapter, PlainLayer(wrong))
+
+
+def test_layers_on_one_grid_are_the_channels_of_a_scan(data):
+    transform = np.diag([2.0, 1, 0.5, 1])
+    case = read_case(PlainLayer(data, transform), "RAS", [PlainLayer(data + 1, transform)])
+    assert case.image.shape == (2, 22, 18, 12) and np.array_equal(case.image[1], data.T + 1)
+    for other in (PlainLayer(data[1:], transform), PlainLayer(data, np.eye(4), name="t1")):
+        with pytest.raises(BadInput, match=r"layers 'scan' and '\w+' are not on the same grid; resample one of them"):
+            read_case(PlainLayer(data, transform), "RAS", [other])
 
 
 def test_points_are_clicks_wherever_their_layer_lies(data):
@@ -270,6 +281,28 @@ def test_the_panel_follows_points(panel, folder, adapter, data, tmp_path):
     saved = nibabel.load(tmp_path / "mask.nii.gz")
     assert np.array_equal(np.asarray(saved.dataobj).transpose(2, 1, 0), mask.data)
     assert np.allclose(saved.affine, np.diag([1, 1, 2, 1]))
+
+
+@needs_napari
+def test_the_panel_has_a_choice_for_each_channel(panel, data, tmp_path):
+    model = load_base(SAM)
+    processor = VolumeProcessor((2.0, 1.0, 1.0), CROP, channels=("flair", "t1"))
+    config = SpatialAdapterConfig.fitted(
+        model, ["tumour"], CROP, processor.spacing_mm, 4, width=4, decoder_width=8, channels=processor.channels
+    )
+    save_random(get_peft_model(model, config), tmp_path / "two", processor, 0)
+    panel._folder.value, panel._device.value, panel._world.value = tmp_path / "two", "cpu", "RAS"
+    layers = [panel._viewer.add_image(data + i, name=name, scale=(2, 1, 1)) for i, name in enumerate("ab")]
+    panel.load()
+    panel.wait()
+    assert [box.label for box in (panel._scan, *panel._others)] == ["flair", "t1"]
+    panel._scan.value, panel._others[0].value = layers
+    panel.segment_all()
+    panel.wait()
+    both = Case("s", np.stack([data.T, data.T + 1]), affine=np.diag([1.0, 1, 2, 1]))
+    adapter = load_adapter(tmp_path / "two", device="cpu")
+    expected = segment(adapter, adapter.processor.read(both), progress=False).mask
+    assert np.array_equal(panel._viewer.layers["a mask"].data, expected.transpose(2, 1, 0))
 
 
 @needs_napari

@@ -17,6 +17,7 @@ from inlay.errors import BadInput
 from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.colours import colour
 from inlay.tasks.volumes.data import Case
+from inlay.tasks.volumes.nifti import APART, corner_distance
 from inlay.tasks.volumes.segment import Segmentation, segment
 from inlay.tasks.volumes.session import VolumeSession
 
@@ -66,15 +67,16 @@ class LayerSession:
         adapter: From `load_adapter`, trained on volumes.
         image: An image layer of three axes.
         world: Which way the axes of napari's world grow.
+        others: Layers of the adapter's further channels, in their order.
 
     Raises:
-        InlayError: An adapter for something else, or a layer that is no scan.
+        InlayError: An adapter for something else, a layer that is no scan, or not as many as there are channels.
     """
 
-    def __init__(self, adapter: Adapter, image: Layer, world: World = "LPS") -> None:
+    def __init__(self, adapter: Adapter, image: Layer, world: World = "LPS", others: Sequence[Layer] = ()) -> None:
         check_task(adapter, "volume-segmentation")
-        self.adapter, self.image, self.world = adapter, image, world
-        self._scan = adapter.processor.read(read_case(image, world))
+        self.adapter, self.image, self.world, self.others = adapter, image, world, list(others)
+        self._scan = adapter.processor.read(read_case(image, world, others))
         self._session = VolumeSession(adapter, self._scan)
         self._clicks: list[Click] = []
         self._whole: np.ndarray | None = None  # X Y Z, of the last `segment_all`
@@ -138,19 +140,23 @@ class LayerSession:
         return found.with_mask(np.asarray(mask).transpose(2, 1, 0)).save(path)
 
 
-def read_case(image: Layer, world: World = "LPS") -> Case:
-    """The scan that an image layer shows, with its place in RAS and mm.
+def read_case(image: Layer, world: World = "LPS", others: Sequence[Layer] = ()) -> Case:
+    """The scan that an image layer shows, with its place in RAS and mm; others on its grid are further channels.
 
     The world is taken as mm where the layer's units are pixels.
 
     Raises:
-        InlayError: A layer of other than three axes, or with numbers that are not finite.
+        InlayError: A layer of other than three axes, with numbers that are not finite, or on another grid.
     """
-    shape = tuple(np.shape(image.data)) if isinstance(image.data, np.ndarray) else tuple(image.data.shape)
-    if len(shape) != 3:
-        raise BadInput(f"layer {image.name!r} has the shape {shape}; choose an image of three axes, without colours.")
-    voxels = np.asarray(image.data, np.float32).transpose(2, 1, 0)
-    return Case(image.name, voxels, affine=find_affine(image, world))
+    affine = find_affine(image, world)
+    channels = [_read_voxels(image)]
+    for other in others:
+        channels.append(_read_voxels(other))
+        fits = channels[-1].shape == channels[0].shape
+        apart = corner_distance(find_affine(other, world), affine, channels[0].shape) if fits else np.inf
+        if apart > APART * np.linalg.norm(affine[:3, :3], axis=0).min():
+            raise BadInput(f"layers {image.name!r} and {other.name!r} are not on the same grid; resample one of them.")
+    return Case(image.name, np.stack(channels) if others else channels[0], affine=affine)
 
 
 def find_affine(image: Layer, world: World) -> np.ndarray:
@@ -193,6 +199,13 @@ def choose_colours(names: dict[int, str]) -> dict[str, tuple[float, float, float
     """Red, green and blue, 0 to 1, of every class, and white for points that belong to none."""
     found = {name: colour(k) for k, name in enumerate(names.values(), start=1)}
     return {name: (r / 255, g / 255, b / 255) for name, (r, g, b) in {**found, NEGATIVE: (255, 255, 255)}.items()}
+
+
+def _read_voxels(image: Layer) -> np.ndarray:
+    shape = tuple(image.data.shape)
+    if len(shape) != 3:
+        raise BadInput(f"layer {image.name!r} has the shape {shape}; choose an image of three axes, without colours.")
+    return np.asarray(image.data, np.float32).transpose(2, 1, 0)
 
 
 def _voxel(place: Any) -> tuple[float, float, float]:

@@ -46,6 +46,7 @@ class SegmentPanel(Container):
         self._session: LayerSession | None = None
         self._points_layer: Points | None = None
         self._mask_layer: Labels | None = None
+        self._others: list[ComboBox] = []  # of further channels
         self._is_busy, self._is_stale = False, False
         self._folder = FileEdit(mode="d", label="Adapter", tooltip="A folder, or a Hub id")
         self._device = ComboBox(choices=[BEST, "cpu", "cuda", "mps"], label="Device")
@@ -132,10 +133,18 @@ class SegmentPanel(Container):
         return [] if self._adapter is None else [*self._adapter.labels, NEGATIVE]
 
     def _list_again(self) -> None:
-        self._scan.reset_choices()
+        for box in (self._scan, *self._others):
+            box.reset_choices()
 
     def _take_adapter(self, adapter: Adapter) -> None:
         self._adapter, self._session = adapter, None
+        for box in self._others:
+            self.remove(box)
+        channels = adapter.processor.channels
+        self._scan.label = "Scan" if len(channels) == 1 else channels[0]
+        self._others = [ComboBox(choices=self._list_images, label=name) for name in channels[1:]]
+        for place, box in enumerate(self._others, start=self.index(self._scan) + 1):
+            self.insert(place, box)
         labels = list(adapter.labels)
         colours = choose_colours(dict(enumerate(labels, start=1)))
         self._new_class.reset_choices()
@@ -172,16 +181,18 @@ class SegmentPanel(Container):
             self._is_stale = True
             return
         image, world, adapter = self._scan.value, self._world.value, self._adapter
-        if adapter is None or image is None:
+        others = [box.value for box in self._others]
+        if adapter is None or image is None or None in others:
             show_error("load an adapter and choose a scan first.")
             return
         known = self._session
-        is_known = known is not None and known.image is image and known.world == world and known.adapter is adapter
+        asked = (adapter, image, world, others)
+        is_known = known is not None and (known.adapter, known.image, known.world, known.others) == asked
         points = self._points_layer
         clicks = [] if points is None else read_clicks(points, image, points.features[FEATURE].tolist())
 
         def run() -> tuple[LayerSession, np.ndarray]:
-            session = known if is_known and known is not None else LayerSession(adapter, image, world)
+            session = known if is_known and known is not None else LayerSession(adapter, image, world, others)
             return session, work(session, clicks)
 
         self._run(run, self._show)
