@@ -67,6 +67,7 @@ bench-speed: setup ## of these, time and memory: 3 hours
 	$(BIN)/python tests/benchmarks/serve_http.py --size base --parts ways --dtype bfloat16
 	$(BIN)/python tests/benchmarks/serve_soak.py
 	$(BIN)/python tests/benchmarks/serve_fuzz.py
+	$(BIN)/python tests/benchmarks/serve_masks_scans.py
 	-$(BIN)/python tests/benchmarks/serve_ray.py # needs inlay[ray]
 	$(BIN)/python tests/benchmarks/serve_request.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/int8.py

@@ -1,13 +1,18 @@
 """The load generator, against a server whose times and answers are known."""
 
 import asyncio
+import base64
+import gzip
+import io
 import json
 import threading
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 
+import nibabel
 import numpy as np
 import pytest
+from PIL import Image
 
 from command import run
 from inlay import Bank, InlayError
@@ -15,9 +20,10 @@ from inlay.serve.load import Outcome, draw_arrivals, find_percentiles, run_load,
 from inlay.serve.load_config import LoadConfig
 from inlay.serve.server.app import make_app
 from inlay.serve.server.config import ServiceConfig
-from inlay.serve.server.service import Service
-from serve.banked import GPT2, VIT, save
+from inlay.serve.server.service import Service, open_bank
+from serve.banked import GPT2, SAM, VIT, save
 from serve.server.live import listen
+from serve.test_tasks import save_masks, save_volumes
 
 
 class StubServer:
@@ -217,6 +223,40 @@ def test_inputs_of_ones_own(tmp_path, pictures):
         assert len({json.loads(body)["image"] for _, body in stub.asked}) == 5
         with pytest.raises(InlayError, match="is not a folder of images"):
             run_load(url, config(inputs=str(lines)), ["a"])
+
+
+@pytest.mark.parametrize(("kind", "save_adapters"), [("mask", save_masks), ("scan", save_volumes)])
+def test_masks_and_scans_are_answered(kind, save_adapters, tmp_path):
+    """By a server, in both protocols; what is made is what other programs read."""
+    service = Service(open_bank(SAM, save_adapters(tmp_path)), ServiceConfig())
+    with listen(make_app(service)) as (host, port):
+        for protocol in ("v1", "v2"):
+            settings = config(kind=None, requests=3, clients=2, protocol=protocol, side=48, scan_side=20)
+            found = run_load(f"http://{host}:{port}", settings, ["a"])
+            assert found["kind"] == kind and found["loads"][0]["statuses"] == {"200": 3}
+
+
+def test_scans_are_nifti_and_masks_have_a_point_in_the_middle(tmp_path, pictures):
+    with serve(classify) as (stub, url):
+        run_load(url, config(kind="scan", scan_side=20, requests=8), ["a"])
+        assert {target for target, _ in stub.asked} == {"/v1/segment"}
+        scans = {json.loads(body)["scan"] for _, body in stub.asked}
+        stub.asked.clear()
+        file = gzip.decompress(base64.b64decode(scans.pop()))
+        image = nibabel.Nifti1Image.from_bytes(file)
+        assert scans and image.shape == (20, 20, 20) and np.array_equal(image.affine, np.eye(4))
+        assert image.get_fdata().std() > 100 and image.header.get_xyzt_units()[0] == "mm"
+        (tmp_path / "patient").mkdir()
+        (tmp_path / "patient" / "a.nii").write_bytes(file)
+        run_load(url, config(kind="scan", inputs=str(tmp_path), requests=1), ["a"])
+        assert base64.b64decode(json.loads(stub.asked[0][1])["scan"]) == file
+        with pytest.raises(InlayError, match="is not a folder of NIfTI scans"):
+            run_load(url, config(kind="scan", inputs=str(pictures)), ["a"])
+        stub.asked.clear()
+        run_load(url, config(kind="mask", inputs=str(pictures), requests=1), ["a"])
+        ((target, body),) = stub.asked
+        width, height = Image.open(io.BytesIO(base64.b64decode(json.loads(body)["image"]))).size
+        assert target == "/v1/segment" and json.loads(body)["points"] == [[width / 2, height / 2]]
 
 
 def test_percentiles_are_those_of_numpy():

@@ -9,6 +9,7 @@ coordinated omission (Tene, "How NOT to measure latency", 2013).
 
 import asyncio
 import base64
+import gzip
 import io
 import json
 import os
@@ -30,6 +31,8 @@ from inlay.serve.load_config import Kind, LoadConfig
 KEY = "INLAY_API_KEY"  # environment variable: the key of the server
 DIFFERENT = 64  # inputs that are made
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SCANS = (".nii", ".nii.gz")
+DIFFERENT_SCANS = 4
 WORDS = "the a small red old river house bird stone light walks sees under over near quiet and with green door"
 
 
@@ -125,11 +128,15 @@ async def _find_kind(connections: Connections, adapter: str) -> Kind:
     response = await connections.ask("GET", f"/v2/models/{quote(adapter, safe='')}")
     found = response.read_json().get("inputs", ()) if response.status == 200 else ()
     names = {tensor["name"] for tensor in found}
-    kinds: tuple[Kind, ...] = ("image", "prompt", "text")
+    if {"image", "boxes"} <= names:
+        return "mask"
+    kinds: tuple[Kind, ...] = ("image", "prompt", "text", "scan")
     for kind in kinds:
         if kind in names:
             return kind
-    raise BadInput(f"{connections.url} does not say what its adapters take; say so by kind: {', '.join(kinds)}.")
+    raise BadInput(
+        f"{connections.url} does not say what its adapters take; say so by kind: {', '.join((*kinds, 'mask'))}."
+    )
 
 
 def _read_error(response: Response) -> str:
@@ -146,6 +153,7 @@ class _Sender:
     def __init__(self, connections: Connections, config: LoadConfig, kind: Kind, adapters: Sequence[str]) -> None:
         self.connections, self.config, self.kind, self.adapters = connections, config, kind, adapters
         self.inputs = _read_inputs(config.inputs, kind) if config.inputs else list(_make_inputs(config, kind))
+        self.points = [_find_centre(given) for given in self.inputs] if kind == "mask" else []
         weights = np.ones(len(adapters))
         if config.popularity == "zipf":
             weights /= np.arange(1, len(adapters) + 1)
@@ -155,7 +163,7 @@ class _Sender:
         """The request at a place of the sequence, now."""
         draw = np.random.default_rng((self.config.seed, place))
         name = self.adapters[draw.choice(len(self.adapters), p=self._shares)]
-        target, body, headers = self._make_request(name, self.inputs[draw.integers(len(self.inputs))])
+        target, body, headers = self._make_request(name, int(draw.integers(len(self.inputs))))
         first, tokens, sent = None, 0, time.perf_counter()
         try:
             async with asyncio.timeout(self.config.timeout_s):
@@ -171,22 +179,35 @@ class _Sender:
             status = f"none: {type(error).__name__}"
         return Outcome(sent if due is None else due, sent, time.perf_counter(), status, first, tokens)
 
-    def _make_request(self, name: str, given: bytes) -> tuple[str, bytes, dict[str, str]]:
+    def _make_request(self, name: str, number: int) -> tuple[str, bytes, dict[str, str]]:
+        given = self.inputs[number]
         if self.kind == "prompt":
             asked = {"model": name, "prompt": given.decode(), "max_tokens": self.config.new_tokens, "temperature": 0}
             asked |= {"stream": True, "stream_options": {"include_usage": True}}
             return "/v1/completions", json.dumps(asked).encode(), JSON
         if self.config.protocol == "v1":
             value = given.decode() if self.kind == "text" else base64.b64encode(given).decode()
-            return "/v1/classify", json.dumps({"model": name, self.kind: value}).encode(), JSON
+            asked = {"model": name, FIELDS[self.kind]: value}
+            if self.points:
+                asked["points"] = [self.points[number]]
+            return ROUTES[self.kind], json.dumps(asked).encode(), JSON
         data = len(given).to_bytes(4, "little") + given
-        tensor = {"name": self.kind, "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(data)}}
-        header = json.dumps({"inputs": [tensor]}).encode()
+        size = {"binary_data_size": len(data)}
+        tensors = [{"name": FIELDS[self.kind], "datatype": "BYTES", "shape": [1], "parameters": size}]
+        if self.points:
+            tensors.append(
+                {"name": "points", "datatype": "FP32", "shape": [1, 1, 2], "data": list(self.points[number])}
+            )
+        outputs = [{"name": output} for output in OUTPUTS.get(self.kind, ())]
+        header = json.dumps({"inputs": tensors, "outputs": outputs}).encode()
         headers = {"content-type": "application/octet-stream", "inference-header-content-length": str(len(header))}
         return f"/v2/models/{quote(name, safe='')}/infer", header + data, headers
 
 
 JSON = {"content-type": "application/json"}
+FIELDS: dict[Kind, str] = {"image": "image", "text": "text", "mask": "image", "scan": "scan"}
+ROUTES: dict[Kind, str] = dict.fromkeys(FIELDS, "/v1/classify") | dict.fromkeys(("mask", "scan"), "/v1/segment")
+OUTPUTS: dict[Kind, tuple[str, ...]] = {"scan": ("mask_file", "volumes_ml")}  # as people get; else all
 
 
 def _judge(found: bytes, name: str) -> str:
@@ -282,23 +303,28 @@ def find_percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 def _read_inputs(path: str, kind: Kind) -> list[bytes]:
     place = Path(path).expanduser()
-    if kind == "image":
-        found = [file.read_bytes() for file in sorted(place.rglob("*")) if file.suffix.lower() in SUFFIXES]
+    if kind in ("image", "mask", "scan"):
+        suffixes = SCANS if kind == "scan" else SUFFIXES
+        found = [file.read_bytes() for file in sorted(place.rglob("*")) if file.name.lower().endswith(suffixes)]
     else:
         found = [line.encode() for line in place.read_text().splitlines() if line.strip()] if place.is_file() else []
     if not found:
-        wanted = "a folder of images" if kind == "image" else "a file of one text a line"
+        wanted = {"image": "a folder of images", "mask": "a folder of images", "scan": "a folder of NIfTI scans"}.get(
+            kind, "a file of one text a line"
+        )
         raise BadInput(f"{path} is not {wanted}.")
     return found
 
 
 def _make_inputs(config: LoadConfig, kind: Kind) -> Iterator[bytes]:
-    """JPEGs of soft colours, or texts of 4 to 64 words."""
+    """JPEGs of soft colours, scans of soft greys, or texts of 4 to 64 words."""
     from PIL import Image
 
     draw = np.random.default_rng(config.seed)
-    for _ in range(DIFFERENT):
-        if kind == "image":
+    for _ in range(DIFFERENT_SCANS if kind == "scan" else DIFFERENT):
+        if kind == "scan":
+            yield _make_scan(draw, config.scan_side)
+        elif kind in ("image", "mask"):
             colours = Image.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8))
             file = io.BytesIO()
             colours.resize((config.side, config.side), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
@@ -306,3 +332,41 @@ def _make_inputs(config: LoadConfig, kind: Kind) -> Iterator[bytes]:
         else:
             words = draw.choice(WORDS.split(), round(4 * 16 ** draw.random()))
             yield " ".join(words).encode()
+
+
+def _make_scan(draw: np.random.Generator, side: int) -> bytes:
+    """A compressed NIfTI-1 file of 16-bit voxels of 1 mm, by the layout of its header: nibabel need not be here."""
+    greys = draw.integers(0, 1000, (-(-side // 8),) * 3, dtype=np.int16)
+    for axis in range(3):
+        greys = greys.repeat(8, axis)
+    voxels = greys[:side, :side, :side] + draw.integers(0, 100, (side,) * 3, dtype=np.int16)
+    header = np.zeros(1, NIFTI)[0]
+    header["sizeof_hdr"], header["dim"], header["datatype"], header["bitpix"] = (
+        348,
+        (3, *(side,) * 3, 1, 1, 1, 1),
+        4,
+        16,
+    )
+    header["pixdim"], header["vox_offset"], header["xyzt_units"], header["magic"] = (1,) * 8, 352, 2, b"n+1"
+    header["sform_code"], header["srow"] = 1, np.eye(3, 4)
+    return gzip.compress(header.tobytes() + bytes(4) + voxels.tobytes(order="F"), compresslevel=1, mtime=0)
+
+
+# What of the 348 bytes is set: https://nifti.nimh.nih.gov/pub/dist/src/niftilib/nifti1.h
+NIFTI = np.dtype(
+    {
+        "names": ["sizeof_hdr", "dim", "datatype", "bitpix", "pixdim", "vox_offset", "xyzt_units", "sform_code", "srow",
+                  "magic"],
+        "formats": ["<i4", ("<i2", 8), "<i2", "<i2", ("<f4", 8), "<f4", "u1", "<i2", ("<f4", (3, 4)), "S4"],
+        "offsets": [0, 40, 70, 72, 76, 108, 123, 254, 280, 344],
+        "itemsize": 348,
+    }
+)  # fmt: skip
+
+
+def _find_centre(image: bytes) -> tuple[float, float]:
+    """The pixel x, y in an image's middle."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(image)) as opened:
+        return opened.width / 2, opened.height / 2

@@ -136,7 +136,7 @@ class Annotating(ABC):
     """How a task answers programs in which people annotate scans, such as 3D Slicer, in the terms of MONAI Label.
 
     Attributes:
-        outputs: Of `Answering.outputs`, those that `reply` takes.
+        outputs: Names of tensors that `Answering.reply` makes for it: of `Answering.outputs`, or for it only.
     """
 
     outputs: ClassVar[Sequence[str]]

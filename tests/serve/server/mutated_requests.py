@@ -1,6 +1,7 @@
 """Requests as no client should send them, by a seed, and what a server makes of them."""
 
 import base64
+import gzip
 import http.client
 import io
 import json
@@ -12,9 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import nibabel
 import numpy as np
 from PIL import Image
 
+Kind = Literal["image", "prompt", "scan"]
 SECONDS = 30  # that an answer may take on a busy machine; a usual one takes 0.01
 # Values that no field expects.
 ODD = [
@@ -66,7 +69,7 @@ class Attempt:
         return "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n" + self.body
 
 
-def make_attempt(seed: int, adapters: list[str], kind: Literal["image", "prompt"] = "image") -> Attempt:
+def make_attempt(seed: int, adapters: list[str], kind: Kind = "image") -> Attempt:
     """One request to a server of that kind; the same for a seed."""
     draw = random.Random(seed)
     attempt = draw.choice(FAMILIES[kind])(draw, draw.choice(adapters))
@@ -373,7 +376,138 @@ def _loading(draw: random.Random, name: str) -> Attempt:
 
 
 _ANY = [_content_type, _headers, _path, _raw, _infer, _loading]
+
+
+def make_scan(draw: random.Random) -> bytes:
+    """A whole one: NIfTI-1 or 2, compressed or not, of one of several types and shapes; or an .npz, which is none."""
+    shape = draw.choice([(1, 1, 1), (9, 8, 7), (16, 16, 9), (30, 4, 4), (6, 6, 6, 1), (6, 6, 6, 2), (8, 8)])
+    voxels = np.random.default_rng(draw.randrange(99)).normal(0, 50, shape)
+    voxels = voxels.astype(draw.choice([np.uint8, np.int16, np.float32, np.float64, np.complex64]))
+    if draw.random() < 0.1:
+        file = io.BytesIO()
+        np.savez(file, image=voxels, affine=np.eye(4))
+        return file.getvalue()
+    affine = np.diag([draw.choice([-1, 1, 0.01, 40]), 1, 2, 1])
+    kind = draw.choice([nibabel.Nifti1Image, nibabel.Nifti2Image])
+    data = kind(voxels, affine).to_bytes()
+    return gzip.compress(data, 1) if draw.random() < 0.5 else data
+
+
+def damage_scan(draw: random.Random) -> tuple[str, bytes]:
+    """One with a header that lies, bytes that changed, or what is no scan at all."""
+    if draw.random() < 0.5:
+        scan = bytearray(nibabel.Nifti1Image(np.zeros((9, 8, 7), np.int16), np.eye(4)).to_bytes())
+        place, kind = draw.choice(
+            [
+                (40, "h"),
+                (42, "h"),
+                (46, "h"),
+                (48, "h"),
+                (70, "h"),
+                (72, "h"),
+                (76, "f"),
+                (80, "f"),
+                (108, "f"),
+                (112, "f"),
+                (116, "f"),
+                (123, "B"),
+                (252, "h"),
+                (254, "h"),
+                (280, "f"),
+                (300, "f"),
+                (344, "I"),
+                (0, "i"),
+            ]
+        )
+        value = draw.choice([0, 1, 255]) if kind == "B" else draw.choice([-1, 0, 1, 2, 7, 8, 512, 2**15 - 1])
+        if kind == "f":
+            value = draw.choice([0.0, -1.0, 1e30, float("nan"), float("inf"), 1e-30, 352.0, 1e9])
+        struct.pack_into("<" + kind, scan, place, abs(value) if kind == "I" else value)
+        data = bytes(scan)
+        return f"a header that lies at {place}", gzip.compress(data, 1) if draw.random() < 0.5 else data
+    if draw.random() < 0.3:
+        return draw.choice([
+            lambda: ("which is a bomb", gzip.compress(bytes(50_000_000), 9)),
+            lambda: ("behind whose end is a bomb", gzip.compress(make_tiny_scan() + bytes(20_000_000), 9)),
+            lambda: ("which is empty", b""),
+            lambda: ("of two members", gzip.compress(make_tiny_scan()[:300]) + gzip.compress(make_tiny_scan()[300:])),
+            lambda: ("packed twice", gzip.compress(gzip.compress(make_tiny_scan()))),
+            lambda: ("which is a PNG", make_image(draw)),
+        ])()  # fmt: skip
+    scan = make_scan(draw)
+    for _ in range(draw.choice([0, 1, 1, 4])):
+        scan = mutate_bytes(scan, draw)
+    return "with changed bytes", scan
+
+
+def make_tiny_scan() -> bytes:
+    """A small NIfTI file."""
+    return nibabel.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)).to_bytes()
+
+
+PLACES = [
+    [[1, 1, 1]],
+    [[3, 2, 1], [4, 4, 4]],
+    [[-1, 0, 0]],
+    [[1e9, 1, 1]],
+    [[1, 1]],
+    [1, 1, 1],
+    [[None, 1, 1]],
+    [["1", 1, 1]],
+]
+
+
+def _scan(draw: random.Random, name: str) -> Attempt:
+    """/v1/segment, as a form or JSON."""
+    what, data = damage_scan(draw)
+    fields: dict[str, Any] = {"model": name}
+    for key in draw.sample(
+        ["points", "point_labels", "boxes", "box_labels", "largest", "flips", "x"], draw.choice([0, 1, 2])
+    ):
+        fields[key] = draw.choice([*ODD, *PLACES, True, [1], [[1, 1, 1, 4, 4, 4]]])
+    if draw.random() < 0.3:
+        given = {**fields, "scan": base64.b64encode(data).decode()}
+        return Attempt(f"JSON with a scan {what}", "/v1/segment", json.dumps(given).encode())
+    return Attempt(f"a form with a scan {what}", "/v1/segment", _scan_form("scan", data, fields), FORM)
+
+
+def _annotate(draw: random.Random, name: str) -> Attempt:
+    """The routes of MONAI Label."""
+    what, data = damage_scan(draw)
+    params: dict[str, Any] = {"client_id": draw.choice(["me", None, 1])}
+    for key in draw.sample(
+        ["left", "right", "background", "foreground", "label", "roi", "largest", "x"], draw.choice([0, 1, 3])
+    ):
+        params[key] = draw.choice([*ODD, *PLACES, "left", [0, 4, 0, 4, 0, 4]])
+    fields = {"params": draw.choice([params, params, params, *ODD])}
+    infer = f"/infer/{name}"
+    method, target, file = draw.choice([
+        ("POST", infer, "file"), ("POST", f"{infer}_clicks", "file"), ("POST", infer, "label"), ("GET", "/info/", "x"),
+        ("POST", f"{infer}?image=x&output=json", "x"), ("POST", "/infer/", "file"),
+        ("POST", f"{infer}?session_id=1", "x"),
+        ("POST", f"{infer}?output=%00", "file"), ("PUT", "/session/", "files"), ("PUT", "/session/", "file"),
+        ("PUT", "/datastore/?image=x", "file"), ("PUT", "/datastore/label?image=x", "label"),
+        ("GET", "/session/%ff", "x"), ("DELETE", "/session/x", "x"), ("GET", "/datastore/?output=x", "x"),
+        ("POST", "/auth/token", "x"),
+    ])  # fmt: skip
+    body = _scan_form(file, data, fields)
+    if draw.random() < 0.2:
+        body = mutate_bytes(body, draw)
+    return Attempt(f"{method} {target} with a scan {what}", target, body, FORM, method)
+
+
+def _scan_form(name: str, data: bytes, fields: dict[str, Any]) -> bytes:
+    parts = [
+        b"--x\r\ncontent-disposition: form-data; name=%s\r\n\r\n%s\r\n"
+        % (key.encode(), value.encode(errors="replace") if isinstance(value, str) else json.dumps(value).encode())
+        for key, value in fields.items()
+    ]
+    head = b'--x\r\ncontent-disposition: form-data; name=%s; filename="a.nii.gz"\r\n\r\n' % name.encode()
+    return b"".join(parts) + head + data + b"\r\n--x--\r\n"
+
+
 FAMILIES: dict[str, list[Callable[[random.Random, str], Attempt]]] = {
     "image": [*_ANY, _infer, _json, _base64, _image, _image, _bomb, _multipart],
     "prompt": [*_ANY, _completion, _completion, _completion, _chat, _chat],
+    "scan": [*_ANY, _infer, _json, _scan, _scan, _scan, _scan, _annotate, _annotate, _annotate],
 }

@@ -10,6 +10,7 @@ import pytest
 import torch
 from monai.inferers import sliding_window_inference
 from peft import get_peft_model
+from PIL import Image
 
 from inlay import InlayError, VolumeSession, segment
 from inlay.cli import app as cli
@@ -516,6 +517,21 @@ def run(capsys, monkeypatch, *arguments):
     with pytest.raises(SystemExit) as status:
         cli.main()
     return int(status.value.code or 0), *capsys.readouterr()
+
+
+def test_the_command_compares_with_a_second_mask(capsys, monkeypatch, tmp_path, scan):
+    mask, again, picture, page = (tmp_path / name for name in ("mask.nii.gz", "n.nii.gz", "m.png", "m.html"))
+    assert run(capsys, monkeypatch, "any", scan, "-o", mask)[0] == 0
+    shown = ["--montage", picture, "--html", page]
+    assert run(capsys, monkeypatch, "any", scan, "-o", again, *shown, "--compare", mask)[0] == 0
+    white = (np.asarray(Image.open(picture).convert("RGB")) == 255).all(-1)
+    assert white.sum() > 200 and '"reference": "H4s' in page.read_text(encoding="utf-8")  # a mask, gzipped
+    for options, sentence in (
+        (["--compare", mask], "--compare shows a second mask in --montage or --html"),
+        ([*shown, "--compare", tmp_path / "none.nii"], "none.nii' is no file; give a mask on the scan's grid"),
+    ):
+        status, _, err = run(capsys, monkeypatch, "any", scan, "-o", again, *options)
+        assert status == 2 and sentence in err
 
 
 def test_the_command_writes_mask_picture_and_page(capsys, monkeypatch, tmp_path, scan):

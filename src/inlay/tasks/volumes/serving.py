@@ -102,9 +102,6 @@ class VolumeServing(SingleServing):
     )
     outputs: ClassVar = (
         TensorSpec("mask_file", "BYTES", (1,), "The mask as .nii.gz, with the numbers that the classes have there."),
-        TensorSpec(
-            "class_file", "BYTES", (1,), "The mask as .nii.gz, with k for the class k of labels.", optional=True
-        ),
         TensorSpec("mask", "UINT8", (-1, -1, -1), "0 background, k the class k of labels, on the scan's grid: X Y Z."),
         TensorSpec("labels", "BYTES", (-1,), "Class names, the first one that of class 1.", is_text=True),
         TensorSpec("volumes_ml", "FP32", (-1,), "Volume of each class."),

@@ -70,6 +70,15 @@ class VolumeSession:
         return put_values(self._mask, self._values).copy()
 
     @property
+    def seen(self) -> np.ndarray:
+        """(X, Y, Z): true in the windows that were looked at, outside of which the mask is background."""
+        seen = np.zeros(self._grid.own_shape, bool)
+        own = seen.transpose(self._grid.axes)
+        for window in self._windows:
+            own[tuple(self._rows_of(window))] = True
+        return seen
+
+    @property
     def segmentation(self) -> Segmentation:
         """The mask with its affine and labels, to save or to draw."""
         labels = list(self._adapter.labels)
@@ -157,9 +166,12 @@ class VolumeSession:
         """The mask anew from the windows' last answers."""
         self._mask[:] = 0
         for window in self._windows:
-            low = [first - 0.5 for first in window.start]
-            rows = self._grid.find_rows(low, [first + side for first, side in zip(low, self._size, strict=True)])
-            paint_mask(self._grid, self._blended(window), window.start, rows, self._mask)
+            paint_mask(self._grid, self._blended(window), window.start, self._rows_of(window), self._mask)
+
+    def _rows_of(self, window: Window) -> list[slice]:
+        """The own voxels in a window, in the order D H W."""
+        low = [first - 0.5 for first in window.start]
+        return self._grid.find_rows(low, [first + side for first, side in zip(low, self._size, strict=True)])
 
     def _blended(self, window: Window) -> torch.Tensor:
         """Probabilities (K+1, d, h, w) in a window, those of the windows that overlap it included."""
