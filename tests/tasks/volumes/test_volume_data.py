@@ -508,7 +508,7 @@ def test_a_folder_without_scans_or_with_twins_is_refused(tmp_path):
         find_scans(tmp_path)
     for name in ("a.nii", "a.nii.gz"):
         (tmp_path / name).touch()
-    with pytest.raises(InlayError, match="two scans of the name 'a': a.nii and a.nii.gz"):
+    with pytest.raises(InlayError, match=r"two scans of the name 'a': a\.nii and a\.nii\.gz"):
         find_scans(tmp_path)
 
 
