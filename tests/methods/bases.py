@@ -17,6 +17,7 @@ from transformers import (
 
 from convolutional_networks import build_network, draw_batch
 from inlay.methods import METHODS
+from sam2_models import build_sam2
 
 OURS = [
     "bottleneck",
@@ -39,7 +40,16 @@ OURS = [
 ]
 PEFTS = ["lora", "rslora", "dora", "ia3", "pissa"]
 PROMPTS = ["prompt", "prefix"]  # peft's own for language models, which wrap no module
-KINDS = {"vit": "vision", "sam": "sam", "resnet": "conv", "gpt2": "text", "bert": "text", "llama": "text"}
+KINDS = {
+    "vit": "vision",
+    "sam": "sam",
+    "sam2": "sam",
+    "resnet": "conv",
+    "gpt2": "text",
+    "bert": "text",
+    "llama": "text",
+}
+ON_SAM2 = ("lora", "bottleneck", "bottleneck-linear", "adapter-plus", "visual-prompt", "attention-prefix", "partial")
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 TEXT = {"vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -55,6 +65,8 @@ def build(base, blocks=3):
         # windows of 3 x 3 over 8 x 8 patches: the last ones are padded; the last block attends globally
         windows = {"image_size": 32, "patch_size": 4, "window_size": 3, "global_attn_indexes": [blocks - 1]}
         model = SamVisionModel(SamVisionConfig(**size, **windows, output_channels=16, initializer_range=0.02))
+    elif base == "sam2":
+        model = build_sam2().vision_encoder
     elif base == "resnet":
         model = build_network("ResNet")
     elif base == "gpt2":
@@ -105,12 +117,12 @@ OTHERS = {
 
 
 def batch(base):
-    """Four examples (SAM two); texts are padded, those of decoders on the left."""
+    """Four examples (SAM and SAM 2 two); texts are padded, those of decoders on the left."""
     generator = torch.Generator().manual_seed(1)
     if base == "resnet":
         return {"pixel_values": draw_batch("ResNet")["pixel_values"]}
-    if base in ("vit", "sam"):
-        rows, size = (4, 16) if base == "vit" else (2, 32)
+    if base in ("vit", "sam", "sam2"):
+        rows, size = {"vit": (4, 16), "sam": (2, 32), "sam2": (2, 64)}[base]
         return {"pixel_values": torch.randn(rows, 3, size, size, generator=generator)}
     mask = torch.ones(4, 10, dtype=torch.long)
     mask[2:, slice(6, None) if base == "bert" else slice(0, 4)] = 0
@@ -120,6 +132,8 @@ def batch(base):
 def compute(model, base, **more):
     """Logits, or SAM's features, at the places that count."""
     output = model(**batch(base), **more)
+    if base == "sam2":
+        return torch.cat([level.flatten(1) for level in output.fpn_hidden_states], 1)
     values = output.logits if "logits" in output else output.last_hidden_state
     if base not in ("gpt2", "llama"):
         return values
@@ -151,12 +165,16 @@ def adapted(method, base, width=4, adapter="default", blocks=3):
 
 
 def pairs(methods):
-    """Methods and bases that go together; Llama has no biases to train, and peft's prompts are tested on decoders."""
+    """Methods and bases that go together.
+
+    Llama has no biases to train. SAM 2 has the methods that see its stages. peft's prompts are tested on decoders.
+    """
     return [
         (method, base)
         for base, kind in KINDS.items()
         for method in methods
         if kind in METHODS[method].bases
         and (method, base) != ("bias", "llama")
+        and (base != "sam2" or method in ON_SAM2)
         and (method not in PROMPTS or base in ("gpt2", "llama"))
     ]

@@ -213,9 +213,12 @@ def find_head(model: Any) -> list[str]:
 
 
 def find_size(config: Any) -> tuple[int | None, int | None]:
-    """Blocks and width of a model, by its config; of SAM those of its image encoder."""
+    """Blocks and width of a model, by its config; of SAM those of its image encoder, of SAM 2 its first width."""
     body = config.vision_config if is_mask_generator(config) else config
-    return getattr(body, "num_hidden_layers", None), getattr(body, "hidden_size", None)
+    body = getattr(body, "backbone_config", body)
+    stages = getattr(body, "blocks_per_stage", None)
+    blocks = sum(stages) if stages else getattr(body, "num_hidden_layers", None)
+    return blocks, getattr(body, "hidden_size", None)
 
 
 def set_labels(config: Any, labels: Sequence[str]) -> None:

@@ -7,8 +7,9 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerB
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
-from inlay.bases.load import explain_load_error, read_config, resolve_base, take_first_line
+from inlay.bases.load import explain_load_error, is_mask_generator, read_config, resolve_base, take_first_line
 from inlay.bases.networks.configs import IMAGENET_PROCESSOR, NETWORK_TYPES
+from inlay.bases.stretched_images import STRETCHED, Sam2ImageProcessorPil, asks_for_stretching
 from inlay.errors import BadInput, DamagedFile, Unsupported
 
 _PROCESSOR = "preprocessor_config.json"
@@ -27,13 +28,18 @@ def load_processor(name: str | Path, revision: str | None = None) -> BaseImagePr
             neither grey nor RGB nor RGBA images.
     """
     name, where = str(name), resolve_base(name, revision)
+    config = read_config(name, where, revision)
     try:
-        processor = AutoImageProcessor.from_pretrained(where, revision=revision, backend="pil", trust_remote_code=False)
+        if is_mask_generator(config) and asks_for_stretching(where, revision):
+            processor = Sam2ImageProcessorPil.from_pretrained(where, revision=revision)
+        else:
+            processor = AutoImageProcessor.from_pretrained(
+                where, revision=revision, backend="pil", trust_remote_code=False
+            )
     except Exception as error:  # settings are data from anywhere: they fail in any way
         if _has_processor(name, where, revision):
             raise DamagedFile(f"the {_PROCESSOR} of {name} cannot be used: {take_first_line(error)}") from error
         processor = None
-    config = read_config(name, where, revision)
     if processor is None:
         processor = _standard_processor(name, config)
     _match_channels(processor, getattr(getattr(config, "vision_config", config), "num_channels", 3), name)
@@ -45,11 +51,14 @@ def _standard_processor(name: str, config: Any) -> BaseImageProcessor:
     kind = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type, {}).get("pil")
     if config.model_type in NETWORK_TYPES:
         processor = build_processor(IMAGENET_PROCESSOR)
+    elif config.model_type in STRETCHED:
+        processor = Sam2ImageProcessorPil()
     elif kind is not None:
         processor = build_processor({"image_processor_type": kind.removesuffix("Pil")})
     else:
         raise BadInput(f"{name} has no {_PROCESSOR}, and {config.model_type} no standard one; add one to the folder.")
-    body = getattr(config, "vision_config", config)
+    stretched = config.model_type in STRETCHED
+    body = config.prompt_encoder_config if stretched else getattr(config, "vision_config", config)
     size: Any = getattr(body, "image_size", None)
     patch: Any = getattr(body, "patch_size", None)
     height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
@@ -92,15 +101,17 @@ def build_processor(settings: dict[str, Any]) -> BaseImageProcessor:
 
     named = str(settings.get("image_processor_type", ""))
     kind = named.removesuffix("Fast").removesuffix("Pil") + "Pil"
-    if not any(kind == known.get("pil") for known in IMAGE_PROCESSOR_MAPPING_NAMES.values()):
+    own = {"Sam2ImageProcessorPil": Sam2ImageProcessorPil}
+    if kind not in own and not any(kind == known.get("pil") for known in IMAGE_PROCESSOR_MAPPING_NAMES.values()):
         raise Unsupported(f"unknown image processor {named!r}; transformers has none of that name for Pillow.")
     sides = [n for key in _SIDES if isinstance(settings.get(key), dict) for n in settings[key].values()]
     if large := [n for n in sides if isinstance(n, int | float) and not n <= MAX_SIDE]:
         raise DamagedFile(
             f"the image processor {named} asks for {large[0]} pixels a side; expected at most {MAX_SIDE}."
         )
+    build = own.get(kind) or getattr(transformers, kind)
     try:
-        return getattr(transformers, kind)(**{k: v for k, v in settings.items() if k != "image_processor_type"})
+        return build(**{k: v for k, v in settings.items() if k != "image_processor_type"})
     except (TypeError, ValueError) as error:
         raise DamagedFile(
             f"the image processor {named} does not take these settings: {take_first_line(error)}"
@@ -135,6 +146,8 @@ def _resize(processor: BaseImageProcessor, side: int, tokens: int) -> None:
         processor.size = {"shortest_edge": side}
     else:
         processor.size = square
+        if getattr(processor, "mask_size", None):  # SAM 2
+            processor.mask_size = {"height": 4 * tokens, "width": 4 * tokens}
 
 
 def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:

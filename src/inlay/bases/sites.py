@@ -138,6 +138,10 @@ _SAM = Row(
     q="attn.qkv", k="attn.qkv", v="attn.qkv", out="attn.proj",
     mlp_in="mlp.lin1", mlp_out="mlp.lin2",
 )  # fmt: skip
+# Hiera: where its width doubles, a linear layer `proj` in the residual connection is no site of its own.
+_SAM2 = replace(
+    _SAM, blocks="backbone.blocks.*", embeddings="backbone.patch_embed", mlp_in="mlp.proj_in", mlp_out="mlp.proj_out"
+)
 _BERT = Row(
     blocks="encoder.layer.*", embeddings="embeddings",
     attention="attention.self", around_attention="attention.output", around_mlp="output",
@@ -163,6 +167,9 @@ SITES = {
     "clip_vision_model": _CLIP,
     "sam": _SAM,
     "sam_vision_model": _SAM,
+    "sam2": _SAM2,
+    "sam2_video": _SAM2,  # what the Hub's files of SAM 2 call themselves; of the images' part in them only
+    "sam2_vision_model": _SAM2,
     "gpt2": Row(
         blocks="h.*", embeddings="wte wpe",
         attention="attn", around_attention="attn", around_mlp="mlp",

@@ -23,7 +23,6 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.sam.modeling_sam import SamVisionAttention
 from typing_extensions import override
 
 from inlay.bases.sites import Sites
@@ -31,7 +30,7 @@ from inlay.errors import BadInput, Unsupported
 from inlay.methods._peft import PeftType, register_method
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
 from inlay.methods.method import Method
-from inlay.methods.window_attention import attend_with_prefix, gather_prefix
+from inlay.methods.window_attention import WINDOWED, attend_with_prefix, gather_prefix
 from inlay.peft_types import PEFT_TYPES
 
 _NAME = "inlay_attention_prefix"
@@ -165,11 +164,11 @@ class AttentionPrefixLayer(AdapterLayer):
 
 
 class WindowPrefixLayer(AttentionPrefixLayer):
-    """The same around SAM's attention: each window of a batch, padded or not, sees the prefix."""
+    """The same around the attention of SAM and SAM 2: each window of a batch, padded or not, sees the prefix."""
 
     @override
     def redirect_attention(self) -> None:
-        pass  # SAM has no attention functions to choose from
+        pass  # SAM has no attention functions to choose from, and SAM 2 calls them with windows for rows
 
     @override
     def undo_changes(self) -> None:
@@ -283,7 +282,7 @@ class AttentionPrefixModel(AdapterTuner):
 
     @override
     def layer_class(self, target: nn.Module) -> type[AdapterLayer]:
-        if isinstance(target, SamVisionAttention):
+        if isinstance(target, WINDOWED):
             return WindowPrefixLayer
         names = inspect.unwrap(type(target).forward).__code__.co_names
         if "ALL_ATTENTION_FUNCTIONS" not in names or not hasattr(target, "config"):

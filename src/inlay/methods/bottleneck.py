@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from inlay.bases.sites import Sites, is_linear, linear_shape, uses_weight_linearly
-from inlay.errors import BadInput
+from inlay.errors import BadInput, Unsupported
 from inlay.methods._peft import PeftType, register_method
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
 from inlay.methods.hidden_states import replace_recorded_state
@@ -139,11 +139,8 @@ class BottleneckLayer(AdapterLayer):
     @override
     def add(self, name: str, config: BottleneckConfig, tuner: AdapterTuner, key: str) -> None:
         width = config.width or max(1, round(self.size / config.reduction))
-        if config.placement == "parallel" and (size := _input_size(self.get_base_layer())) not in (None, self.size):
-            raise BadInput(
-                f"a parallel bottleneck needs a module with as many features in as out, got {size} and {self.size} in "
-                f'{key}; name one that holds the whole sublayer, or use placement="serial".'
-            )
+        if config.placement == "parallel":
+            self.check_parallel(key)
         if config.placement == "post" and _is_convolutional(self.get_base_layer()):
             raise BadInput(
                 f'placement="post" needs blocks of tokens, and {key} is one of a convolutional network; use "serial".'
@@ -170,6 +167,20 @@ class BottleneckLayer(AdapterLayer):
         if config.activation is not None:
             self.inlay_bottleneck_act[name] = ACT2FN[config.activation]
         self.options[name] = config
+
+    def check_parallel(self, key: str) -> None:
+        """Raise InlayError where the wrapped module gives other tokens or features than it takes."""
+        base = self.get_base_layer()
+        if (size := _input_size(base)) not in (None, self.size):
+            raise BadInput(
+                f"a parallel bottleneck needs a module with as many features in as out, got {size} and {self.size} in "
+                f'{key}; name one that holds the whole sublayer, or use placement="serial".'
+            )
+        if getattr(base, "query_stride", None):
+            raise Unsupported(
+                f"{key} gives fewer and wider tokens than it takes, as the first attention in a stage of SAM 2 does, "
+                'so that no bottleneck fits next to it; use placement="serial", or sites=["mlp"].'
+            )
 
     def projections(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
         """W_down (m, d), b_down (m,), W_up (d, m) and b_up (d,) of one adapter; None where it has no biases."""

@@ -8,8 +8,8 @@
 The prompts stand behind the image's tokens, which attention does not notice: class token and positions stay where they
 are, for any size of image. No later module, nor a caller that asks for hidden states or attentions, sees a prompt.
 
-In SAM, whose blocks work on (B, H, W, C) and attend within windows, prompts are tokens at the entry of each attention,
-seen by every window, padded or not (deep only: there is no sequence in which they could travel).
+In SAM and SAM 2, whose blocks work on (B, H, W, C) and attend within windows, prompts are tokens at the entry of each
+attention, seen by every window, padded or not (deep only: there is no sequence in which they could travel).
 
 Jia et al. 2022, arXiv:2203.12119.
 """
@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.sam.modeling_sam import SamVisionAttention
 from typing_extensions import override
 
 from inlay.bases.sites import Sites
@@ -29,7 +28,7 @@ from inlay.methods._peft import PeftType, register_method
 from inlay.methods.base import AdapterConfig, AdapterLayer, AdapterTuner, Groups
 from inlay.methods.hidden_states import hide_prompts
 from inlay.methods.method import Method
-from inlay.methods.window_attention import attend_with_prefix, gather_prefix
+from inlay.methods.window_attention import WINDOWED, attend_with_prefix, gather_prefix
 from inlay.peft_types import PEFT_TYPES
 
 # Encoders whose blocks take (B, N, D) without a mask; in others a prompt would have to be hidden from it.
@@ -47,7 +46,7 @@ ENCODERS = (
 
 @dataclass
 class VisualPromptConfig(AdapterConfig):
-    """Settings of visual prompts; `target_modules` are blocks (in SAM attention modules)."""
+    """Settings of visual prompts; `target_modules` are blocks (in SAM and SAM 2 attention modules)."""
 
     length: int = field(default=10, metadata={"help": "Prompt length P, in every block that has prompts."})
     deep: bool = field(default=True, metadata={"help": "New prompts in every block, rather than only in the first."})
@@ -147,7 +146,10 @@ class VisualPromptLayer(AdapterLayer):
 
 
 class WindowPromptLayer(VisualPromptLayer):
-    """The same around SAM's attention. What a prompt gives as a query is dropped, so only its key and value matter."""
+    """The same around the attention of SAM and SAM 2.
+
+    What a prompt gives as a query is dropped, so only its key and value matter.
+    """
 
     @override
     def forward_adapted(self, groups: Groups, *args: Any, **kwargs: Any) -> Any:
@@ -181,23 +183,21 @@ class VisualPromptModel(AdapterTuner):
 
     @override
     def targets(self, config: VisualPromptConfig, found: Sites) -> Sequence[str]:
-        if found.attention and all(
-            isinstance(self.model.get_submodule(n), SamVisionAttention) for n in found.attention
-        ):
+        if found.attention and all(isinstance(self.model.get_submodule(n), WINDOWED) for n in found.attention):
             if not config.deep:
                 raise Unsupported("SAM's blocks have no sequence in which prompts could travel; use deep=True.")
             return found.attention
         kind = getattr(getattr(self.model, "config", None), "model_type", "no model_type")
         if kind not in ENCODERS:
             raise Unsupported(
-                f"visual prompts are for encoders of images ({', '.join(ENCODERS)}, sam), got {kind}; "
+                f"visual prompts are for encoders of images ({', '.join(ENCODERS)}, sam, sam2), got {kind}; "
                 "for text use peft's PromptTuningConfig or AttentionPrefixConfig."
             )
         return found.blocks
 
     @override
     def layer_class(self, target: nn.Module) -> type[AdapterLayer]:
-        return WindowPromptLayer if isinstance(target, SamVisionAttention) else VisualPromptLayer
+        return WindowPromptLayer if isinstance(target, WINDOWED) else VisualPromptLayer
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         peft_config = super()._prepare_adapter_config(peft_config, model_config)

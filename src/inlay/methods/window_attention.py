@@ -1,4 +1,4 @@
-"""SAM's attention with further keys and values in front of those of its tokens, and the windows that it sees."""
+"""The attention of SAM and SAM 2 with further keys and values in front, and the windows that it sees."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,8 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.models.sam.modeling_sam import SamVisionAttention
+from transformers.models.sam2.modeling_sam2 import Sam2MultiScaleAttention
 
+from inlay.errors import Unsupported
 from inlay.methods.base import Groups
+
+WINDOWED = (SamVisionAttention, Sam2MultiScaleAttention)  # they take (B, H, W, C): an image, or its windows
 
 
 def gather_prefix(
@@ -39,23 +44,25 @@ def gather_prefix(
 
 def attend_with_prefix(
     attention: nn.Module, hidden: torch.Tensor, key: torch.Tensor, value: torch.Tensor, counts: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What a SamVisionAttention gives when further keys and values stand in front of those of its tokens.
+) -> Any:
+    """What one of WINDOWED gives when further keys and values stand in front of those of its tokens.
 
     They have no place in the image, so their relative-position bias is zero. The padding of a window, which SAM lets
-    take part as tokens, stays as it is.
+    take part as tokens, stays as it is. Where SAM 2 pools the queries at the beginning of a stage, keys and values are
+    not pooled, and neither are these.
 
     Args:
-        attention: A SamVisionAttention, eager or sdpa; its projections may be wrapped.
+        attention: A SamVisionAttention or Sam2MultiScaleAttention, eager or sdpa; its projections may be wrapped.
         hidden: (B, H, W, C): an image, or a window (then B counts windows).
-        key: (B or 1, P, C).
+        key: (B or 1, P, heads x head size).
         value: As key.
         counts: (B, P), which of the P keys exist for a row; None: all.
 
     Returns:
-        (B, H, W, C), and the weights of the tokens (B heads, H W, H W) from an eager attention, else None.
+        As the attention itself: of SAM (B, H, W, C), and the weights of the tokens (B heads, H W, H W) from an eager
+        one, else None; of SAM 2 (B, H', W', C').
 
-    Source: SamVisionAttention.forward of transformers, with the keys of Li & Liang 2021.
+    Source: their forward in transformers, with the keys of Li & Liang 2021.
     """
     base: Any = attention
     batch, height, width, _ = hidden.shape
@@ -70,15 +77,17 @@ def attend_with_prefix(
     k, v = torch.cat([extra_key, k], dim=2), torch.cat([extra_value, v], dim=2)
 
     bias = None
+    if counts is not None:
+        unseen = torch.zeros_like(counts, dtype=q.dtype).masked_fill(~counts, torch.finfo(q.dtype).min)
+        bias = F.pad(unseen, (0, height * width))[:, None, None]
+    if isinstance(base, Sam2MultiScaleAttention):
+        return _attend_to_stage(base, q, k, v, bias, height, width)
     if base.use_rel_pos:
         where = (height, width)
         flat = q.reshape(batch * heads, height * width, size)
-        bias = base.get_decomposed_rel_pos(flat, base.rel_pos_h, base.rel_pos_w, where, where)
-        bias = F.pad(bias.reshape(batch, heads, height * width, height * width), (length, 0))
-    if counts is not None:
-        unseen = torch.zeros_like(counts, dtype=q.dtype).masked_fill(~counts, torch.finfo(q.dtype).min)
-        front = F.pad(unseen, (0, height * width))[:, None, None]
-        bias = front if bias is None else bias + front
+        places = base.get_decomposed_rel_pos(flat, base.rel_pos_h, base.rel_pos_w, where, where)
+        places = F.pad(places.reshape(batch, heads, height * width, height * width), (length, 0))
+        bias = places if bias is None else places + bias
 
     if type(base).__name__ == "SamVisionSdpaAttention":
         weights = None
@@ -90,6 +99,35 @@ def attend_with_prefix(
         out = F.dropout(probabilities, base.dropout, base.training) @ v
     out = out.transpose(1, 2).reshape(batch, height, width, -1)
     return base.proj(out), weights
+
+
+def _attend_to_stage(
+    base: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    height: int,
+    width: int,
+) -> torch.Tensor:
+    """The end of Sam2MultiScaleAttention: pools the queries (B, heads, HW, d) of an image or window, then attends."""
+    kind = base.config._attn_implementation
+    if kind not in ("eager", "sdpa"):
+        raise Unsupported(
+            f"prefixes and prompts do not work with the attention {kind!r}; load the base with eager or sdpa."
+        )
+    heads = q.shape[1]
+    if base.query_stride:
+        grid = q.transpose(2, 3).flatten(0, 1).unflatten(-1, (height, width))  # B heads, d, H, W
+        grid = F.max_pool2d(grid, base.query_stride, base.query_stride)
+        height, width = grid.shape[-2:]
+        q = grid.flatten(2).transpose(1, 2).unflatten(0, (-1, heads))
+    if kind == "sdpa":
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    else:
+        scores = q @ k.transpose(-2, -1) * base.scale
+        out = (scores if bias is None else scores + bias).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+    return base.proj(out.transpose(1, 2).reshape(len(q), height, width, -1))
 
 
 def join_windows(windows: torch.Tensor, window: int, height: int, width: int) -> torch.Tensor:

@@ -21,8 +21,10 @@ from accelerate.utils import (
     ProjectConfiguration,
     parse_flag_from_env,
 )
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from inlay.errors import BadInput, Unsupported
 from inlay.methods._peft import fills_cache
@@ -304,6 +306,9 @@ def enable_checkpointing(model: nn.Module) -> None:
             "peft's prefix tuning puts keys and values into the cache, which gradient checkpointing does not use; "
             "leave the setting out, or train an attention prefix (AttentionPrefixConfig), which needs no cache."
         )
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if any(isinstance(module, GradientCheckpointingLayer) for module in base.modules()):
+        base.supports_gradient_checkpointing = True  # transformers does not say so of SAM 2, whose blocks can do it
     try:
         if hasattr(model, "activation_checkpointing_enable"):
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 
 @dataclass
@@ -32,7 +32,11 @@ class MaskLoss:
     Args:
         many: Ask for three masks and learn from the best, as a point may mean a part or the whole; or for a single one.
 
-    Source: Kirillov et al. 2023, arXiv:2304.02643, "Losses and training".
+    Of a model that also says whether there is an object (SAM 2), the absolute error of the predicted IoUs, and the
+    cross-entropy of that answer, which is yes for each mask that is asked for.
+
+    Source: Kirillov et al. 2023, arXiv:2304.02643, "Losses and training"; Ravi et al. 2024, arXiv:2408.00714, appendix
+    "Training".
     """
 
     def __init__(self, many: bool = True) -> None:
@@ -44,7 +48,11 @@ class MaskLoss:
         output = model(**inputs, multimask_output=self.many)
         labels = batch["labels"]
         asked = labels[..., 0, 0] >= 0  # B P
-        each = mask_losses(output.pred_masks.float(), output.iou_scores.float(), labels.clamp_min(0).float())
+        presence = getattr(output, "object_score_logits", None)  # B P 1
+        truth = labels.clamp_min(0).float()
+        each = mask_losses(output.pred_masks.float(), output.iou_scores.float(), truth, absolute=presence is not None)
+        if presence is not None:
+            each = each + softplus(-presence.float().squeeze(-1))
         return MaskOutput((each * asked).sum() / asked.sum().clamp_min(1), output.pred_masks, output.iou_scores)
 
     def weight(self, batch: dict[str, Any]) -> int:
@@ -61,7 +69,9 @@ class MaskLoss:
         return torch.stack(counts, -1), truth.new_zeros(len(truth), dtype=torch.int64)
 
 
-def mask_losses(logits: Tensor, scores: Tensor, targets: Tensor, *, balanced: bool = False) -> Tensor:
+def mask_losses(
+    logits: Tensor, scores: Tensor, targets: Tensor, *, balanced: bool = False, absolute: bool = False
+) -> Tensor:
     """The loss of each prompt, as MaskLoss says.
 
     Args:
@@ -70,6 +80,7 @@ def mask_losses(logits: Tensor, scores: Tensor, targets: Tensor, *, balanced: bo
         targets: (..., h, w), from 0 to 1.
         balanced: Cross-entropy in the place of focal loss, half of it over the object and half over the rest: a model
             that knows nothing yet learns from focal loss to answer with nothing, and stays there.
+        absolute: The absolute error of the predicted IoUs in the place of the squared one.
     """
     truth = targets.unsqueeze(-3).expand_as(logits)
     chance = logits.sigmoid()
@@ -83,7 +94,8 @@ def mask_losses(logits: Tensor, scores: Tensor, targets: Tensor, *, balanced: bo
     dice = 1 - (2 * (chance * truth).sum((-2, -1)) + 1) / (chance.sum((-2, -1)) + truth.sum((-2, -1)) + 1)
     said, true = logits.detach() > 0, truth > 0.5
     overlap = (said & true).sum((-2, -1)) / (said | true).sum((-2, -1)).clamp_min(1)
-    return (pixels + dice).amin(-1) + (scores - overlap).square().mean(-1)
+    wrong = (scores - overlap).abs() if absolute else (scores - overlap).square()
+    return (pixels + dice).amin(-1) + wrong.mean(-1)
 
 
 def pick_predicted_best(logits: Tensor, scores: Tensor) -> Tensor:

@@ -71,7 +71,12 @@ class MaskTask(TaskOptions):
             **{f"mean_iou_{kind}_before": value for kind, value in before.items()},
         }
         scores = ", ".join(f"{kind} {before[kind]:.3f} -> {after[kind]:.3f}" for kind in kinds)
-        return Report(metrics, f"mean IoU without and with the adapter: {scores}")
+        worse = [kind for kind in kinds if after[kind] < before[kind]]
+        warning = (
+            f"; with the adapter a {' and a '.join(worse)} is answered worse than by the base: use the base there, or "
+            "train again with a lower --learning_rate or more images"
+        )
+        return Report(metrics, f"mean IoU without and with the adapter: {scores}{warning if worse else ''}")
 
     def _scoring_view(self, data: Any, processor: Any, prompts: Prompts) -> MaskView:
         from inlay.tasks.masks.view import scoring_view

@@ -43,6 +43,12 @@ def mask_processor_settings(processor: Any) -> Record:
     return {**image_processor_settings(processor), "intensity": getattr(processor, "intensity", INTENSITY)}
 
 
+def find_sides(processor: Any) -> tuple[int, int]:
+    """Pixels of a side of the model's image and of its logits: SAM pads up to them, SAM 2 stretches."""
+    sizes = (processor.pad_size or processor.size, processor.mask_pad_size or processor.mask_size)
+    return sizes[0]["height"], sizes[1]["height"]
+
+
 def open_for_masks(source: Source, processor: Any) -> Image.Image:
     """An image as the processor takes it, with the scaling of 16 bits that belongs to the processor."""
     from inlay.tasks.image_decoding import open_for_processor

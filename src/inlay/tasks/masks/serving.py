@@ -43,7 +43,7 @@ class MaskServing(Serving):
 
     @override
     def largest_batch(self, config: Any) -> int:
-        side = getattr(config.vision_config, "image_size", None) or LARGEST_SIDE
+        side = config.prompt_encoder_config.image_size or LARGEST_SIDE
         return max(1, PIXELS // side**2)
 
     @override

@@ -14,7 +14,7 @@ def sam_targets(model: nn.Module, kind: Kind, where: Where = "both") -> list[str
     """Names of a SAM's modules, to be a method's `target_modules`.
 
     Args:
-        model: A SamModel.
+        model: A SamModel or Sam2Model.
         kind: `linear`: its linear layers, for LoRA; `output`: the last layer of each attention and MLP, behind which a
             bottleneck goes; `attention`: its attention modules, for a prefix; `block`: what partial tuning trains as it
             is, the last block and the neck of the encoder and nearly all of the decoder.
@@ -30,7 +30,7 @@ def sam_targets(model: nn.Module, kind: Kind, where: Where = "both") -> list[str
         encoder, decoder = lora_targets(model), linear
     elif kind == "output":
         encoder = [*found.out, *found.mlp_out]
-        decoder = [name for name in linear if name.endswith((".out_proj", ".lin2"))]
+        decoder = [name for name in linear if name.endswith((".out_proj", ".lin2", ".o_proj", ".proj_out"))]
     elif kind == "attention":
         encoder = list(found.attention)
         decoder = [name.removesuffix(".q_proj") for name in linear if name.endswith(".q_proj")]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from inlay.errors import BadInput
+from inlay.errors import BadInput, Unsupported
 from inlay.files.outputs import check_output_file
 from inlay.tasks.images.processing import blank_inputs, process_golden, random_inputs
 from inlay.tasks.masks.processing import load_mask_processor, mask_processor_settings
@@ -92,7 +92,16 @@ class MaskGeneration(Task):
         }
 
     def graph_inputs(self, model: nn.Module, processor: Any) -> dict[str, Tensor]:
-        """Of the image encoder."""
+        """Of the image encoder.
+
+        Raises:
+            InlayError: A SAM 2, whose encoder gives three maps.
+        """
+        if hasattr(model.config.vision_config, "backbone_config"):
+            raise Unsupported(
+                "the image encoder of SAM 2 gives three maps to its mask decoder, and a graph here has one output; "
+                "merge the adapter (`inlay merge`) and run the merged model in torch."
+            )
         return random_inputs(processor, 2)
 
     def training_options(self) -> type[TaskOptions]:
@@ -135,8 +144,10 @@ class MaskGeneration(Task):
     def compute_features(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The image embedding, a row for each of its positions."""
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        encoded = inner.vision_encoder(batch["pixel_values"]).last_hidden_state  # B C h w
-        return encoded.flatten(2).mT.flatten(0, 1)
+        encoded = inner.vision_encoder(batch["pixel_values"])
+        levels = getattr(encoded, "fpn_hidden_states", None)  # SAM 2's, of which the last is the coarsest
+        features = encoded.last_hidden_state if levels is None else levels[-1]  # B C h w
+        return features.flatten(2).mT.flatten(0, 1)
 
     def planned_batch(self, base: Any, rows: int, length: int, added: int) -> tuple[dict[str, Tensor], Loss | None]:
         """One image a row with as many prompts as MaskView asks for in training."""
@@ -145,9 +156,12 @@ class MaskGeneration(Task):
         from inlay.tasks.masks.loss import MaskLoss
         from inlay.tasks.masks.view import OBJECTS
 
-        pixels = blank_inputs(base.config, rows)["pixel_values"]
+        vision, prompts = base.config.vision_config, base.config.prompt_encoder_config
+        pixels = blank_inputs(getattr(vision, "backbone_config", vision), rows)[
+            "pixel_values"
+        ]  # SAM 2's names the size
         side = pixels.shape[-1]
-        low = 4 * side // base.config.vision_config.patch_size
+        low = 4 * side // prompts.patch_size
         boxes = torch.tensor([0.2, 0.3, 0.7, 0.9]).mul(side).expand(rows, OBJECTS, 4).contiguous()
         labels = torch.zeros(rows, OBJECTS, low, low, dtype=torch.int8)
         return {"pixel_values": pixels, "input_boxes": boxes, "labels": labels}, MaskLoss()

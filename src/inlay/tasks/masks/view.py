@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, default_collate
 
 from inlay.errors import BadInput
 from inlay.tasks.masks.data import Masked, read_map, split_classes
-from inlay.tasks.masks.processing import open_for_masks
+from inlay.tasks.masks.processing import find_sides, open_for_masks
 from inlay.tasks.masks.prompts import boxes_around, draw_points
 
 Prompts = Literal["any", "point", "points", "box"]
@@ -30,7 +30,7 @@ class MaskView(Dataset[dict[str, Any]]):
 
     Args:
         rows: A split of `MaskData`.
-        processor: The base's SamImageProcessor.
+        processor: The base's image processor.
         prompts: `point`: one inside; `points`: two inside, one outside; `box`; `any`: for each batch points, boxes or
             both, with 1 to 3 points inside and up to 2 outside.
         count: P, prompts of an image; objects are drawn anew for each item, with repetition where there are fewer.
@@ -59,7 +59,7 @@ class MaskView(Dataset[dict[str, Any]]):
             )
         self.rows, self.processor, self.prompts = rows, processor, prompts
         self.count, self.seed, self.turn, self.crop, self.meaning = count, seed, turn, crop, meaning
-        self.side, self.small = processor.pad_size["height"], processor.mask_pad_size["height"]
+        self.side, self.small = find_sides(processor)
 
     def __len__(self) -> int:
         return len(self.rows)
