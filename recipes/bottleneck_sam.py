@@ -61,4 +61,9 @@ def main(method: Bottleneck, task: MaskTask, train: TrainConfig) -> Path:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Bottleneck(), MaskTask(), TrainConfig(output_dir="runs/bottleneck_sam", epochs=8, batch_size=8))
+    run_recipe(
+        main,
+        Bottleneck(),
+        MaskTask(),
+        TrainConfig(output_dir="runs/bottleneck_sam", epochs=8, batch_size=8, eval_start=True),
+    )

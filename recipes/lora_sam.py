@@ -60,4 +60,6 @@ def main(method: Lora, task: MaskTask, train: TrainConfig) -> Path:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Lora(), MaskTask(), TrainConfig(output_dir="runs/lora_sam", epochs=8, batch_size=8))
+    run_recipe(
+        main, Lora(), MaskTask(), TrainConfig(output_dir="runs/lora_sam", epochs=8, batch_size=8, eval_start=True)
+    )

@@ -57,4 +57,6 @@ def main(method: Partial, task: MaskTask, train: TrainConfig) -> Path:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Partial(), MaskTask(), TrainConfig(output_dir="runs/partial_sam", epochs=8, batch_size=8))
+    run_recipe(
+        main, Partial(), MaskTask(), TrainConfig(output_dir="runs/partial_sam", epochs=8, batch_size=8, eval_start=True)
+    )

@@ -61,4 +61,6 @@ def main(method: Prefix, task: MaskTask, train: TrainConfig) -> Path:
 
 
 if __name__ == "__main__":
-    run_recipe(main, Prefix(), MaskTask(), TrainConfig(output_dir="runs/prefix_sam", epochs=8, batch_size=8))
+    run_recipe(
+        main, Prefix(), MaskTask(), TrainConfig(output_dir="runs/prefix_sam", epochs=8, batch_size=8, eval_start=True)
+    )

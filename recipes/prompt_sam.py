@@ -55,5 +55,5 @@ if __name__ == "__main__":
         main,
         VisualPrompt(),
         MaskTask(),
-        TrainConfig(output_dir="runs/prompt_sam", epochs=8, batch_size=8, embedded_rate=3e-2),
+        TrainConfig(output_dir="runs/prompt_sam", epochs=8, batch_size=8, eval_start=True, embedded_rate=3e-2),
     )

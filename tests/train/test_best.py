@@ -75,6 +75,15 @@ def test_patience_stops_and_the_best_weights_are_kept(tmp_path):
     assert not torch.equal(script.seen[1]["head.weight"], script.seen[3]["head.weight"])
 
 
+def test_weights_that_no_later_ones_beat_are_those_of_the_start(tmp_path):
+    net, start = Net(), trainable(Net())
+    script = Scripted(net, [0.5, 0.2, 0.4])
+    result = train(tmp_path / "run", net, metrics=[script], eval_every=6, steps=12, eval_start=True)
+    assert [row["step"] for row in result.history] == [0, 6, 12] and "train_loss" not in result.history[0]
+    assert (result.best_step, result.metrics["score"]) == (0, 0.5)
+    same(trainable(net), start)
+
+
 class Several(Scripted):
     """Gives two scores, of which the second falls while the first rises."""
 

@@ -25,8 +25,8 @@ def _numbers(row: dict[str, Any]) -> bool:
 
 def draw_curve(history: list[dict[str, float]], path: Path) -> None:
     """Draw losses, and next to them what else was scored, over the steps: a .png of 460 x 300 pixels a panel."""
-    losses: list[str] = [name for name in ("train_loss", "loss") if name in history[0]]
-    others = [name for name in history[0] if name not in ("step", "train_loss", "loss")][:_OTHERS]
+    losses: list[str] = [name for name in ("train_loss", "loss") if name in history[-1]]
+    others = [name for name in history[-1] if name not in ("step", "train_loss", "loss")][:_OTHERS]
     panels: list[list[str]] = [losses, others] if others else [losses]
     image = Image.new("RGB", (_SIZE[0] * len(panels), _SIZE[1]), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(12)

@@ -21,9 +21,9 @@ def scale_rate(rate: float, model: nn.Module) -> float:
     The best rate of a transformer falls with its hidden size to the power of 0.78, for LoRA and for all weights alike,
     as Schulman and Thinking Machines Lab 2025 (LoRA Without Regret) found on Llama: 0.781. On Qwen their code has
     0.0775, with which it hardly falls (tinker-cookbook, hyperparam_utils.py); the steeper law is the careful one. The
-    width of a convolutional network is the median number of channels that its layers give; there the rate of Adam falls
-    with 1 / width (Yang et al. 2022, arXiv:2203.03466), which gives a quarter for MobileNetV2. Measured on it, 0.1 to
-    0.3 of the rates of METHODS are best (docs/benchmarks/images.md).
+    width is that of the median block where blocks differ, and of a convolutional network the median number of channels
+    that its layers give; there the rate of Adam falls with 1 / width (Yang et al. 2022, arXiv:2203.03466), which gives
+    a quarter for MobileNetV2. Measured on it, 0.1 to 0.3 of the rates of METHODS are best (docs/benchmarks/images.md).
 
     Args:
         rate: Of a method, on a base as wide as the embedded ones.
@@ -50,8 +50,8 @@ def measure_width(model: nn.Module) -> tuple[int, bool]:
         return int(config.hidden_size), True
     modules = dict(base_modules_of(base))
     queries = sites(base).q
-    if queries:
-        return linear_shape(modules[queries[0]])[0], True
+    if queries:  # the stages of SAM 2 and Swin differ in width
+        return statistics.median_low(linear_shape(modules[name])[0] for name in queries), True
     outputs = [linear_shape(module)[1] for module in modules.values() if is_linear(module)]
     outputs += [module.out_channels for module in modules.values() if isinstance(module, nn.Conv2d)]
     return statistics.median_low(outputs), False

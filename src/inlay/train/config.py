@@ -74,6 +74,9 @@ class TrainConfig:
     eval_every: int | None = option(
         None, "Steps between evaluations; default: one epoch, or a tenth of the steps asked for.", least=1
     )
+    eval_start: bool = option(
+        False, "Evaluate before the first step too: where no later weights score better, those of the start are kept."
+    )
     save_every: int | None = option(None, "Steps between checkpoints; default: at every evaluation.", least=1)
     read_every: int = option(
         10,

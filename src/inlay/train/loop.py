@@ -358,6 +358,7 @@ class _Trainer:
         if resumed:
             self.accelerator.print(f"resumed at step {progress.step} of {self.steps}")
         set_train_mode(self.model)
+        self._evaluate_start(validation, bar)
         begun = time.perf_counter()
         for batch in loader:
             at = time.perf_counter()
@@ -563,10 +564,17 @@ class _Trainer:
             f"The weights of the last checkpoint are untouched. Try a lower --learning_rate, or check the data."
         )
 
+    def _evaluate_start(self, loader: Any, bar: Any) -> None:
+        """Evaluate the weights with which a run begins, where that is asked for."""
+        if self.config.eval_start and loader is not None and self.run.progress.step == 0:
+            self._evaluate(loader, bar)
+
     def _evaluate(self, loader: Any, bar: Any) -> None:
         """Evaluate, save the weights if they are the best so far, and print one line."""
         progress = self.run.progress
-        row = {"step": progress.step, "train_loss": progress.loss_sum / progress.loss_count}
+        row: dict[str, float] = {"step": progress.step}
+        if progress.loss_count:  # none before the first step
+            row["train_loss"] = progress.loss_sum / progress.loss_count
         progress.loss_sum, progress.loss_count = 0.0, 0
         if loader is not None:
             scores, chooses = evaluate_on(

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import SamModel
+from transformers import Sam2VisionModel, SamModel
 from transformers.activations import ACT2FN
 from transformers.models.sam.modeling_sam import SamMaskDecoder, SamVisionEncoder, SamVisionEncoderOutput
 from typing_extensions import override
@@ -35,6 +35,11 @@ from inlay.methods.spatial.decoder import Encoded, PromptTensors, VolumeDecoder
 from inlay.methods.spatial.encoder import EncoderParts
 from inlay.methods.spatial.sam import NEEDS_ADAPTER, VolumeSamModel
 from inlay.peft_types import PEFT_TYPES
+
+NEEDS_SAM = (
+    "the 3D spatial adapter needs an encoder whose blocks all see one grid of tokens, but SAM 2's pools its tokens at "
+    "each stage; take a SAM for scans."
+)
 
 
 @dataclass
@@ -134,10 +139,12 @@ class SpatialAdapterConfig(AdapterConfig):
             settings: Further fields.
 
         Raises:
-            InlayError: `token` does not divide the patch.
+            InlayError: `token` does not divide the patch; a SAM 2.
         """
         config: Any = model.config
-        patch = getattr(config, "vision_config", config).patch_size
+        patch = getattr(getattr(config, "vision_config", config), "patch_size", None)
+        if patch is None:
+            raise Unsupported(NEEDS_SAM)
         if token < 1 or patch % token:
             raise BadInput(f"a token must be as long as a divisor of SAM's patch of {patch} pixels, got {token}.")
         thick = spacing_mm[0] / max(spacing_mm[1:]) if spacing_mm else 1.0
@@ -282,6 +289,8 @@ class SpatialModel(AdapterTuner):
 
     @override
     def targets(self, config: SpatialAdapterConfig, found: Sites) -> Sequence[str]:
+        if any(isinstance(module, Sam2VisionModel) for module in self.model.modules()):
+            raise Unsupported(NEEDS_SAM)
         kinds = (SamVisionEncoder, SamMaskDecoder, SpatialLayer)
         return [name for name, module in self.model.named_children() if isinstance(module, kinds)]
 
