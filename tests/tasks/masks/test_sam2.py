@@ -43,6 +43,8 @@ from inlay.tasks.base import load_skeleton
 from inlay.tasks.masks.loss import MaskLoss, mask_losses
 from inlay.tasks.masks.scores import MaskIoU, compute_mean_iou
 from inlay.tasks.masks.view import MaskView, collate_masks
+from methods.volumes import build as build_sam
+from methods.volumes import volumes
 from sam2_models import SIDE, build_sam2, sam2_config, write_sam2
 
 CONFIGS = {
@@ -278,10 +280,10 @@ def test_training_begins_at_the_bases_score_and_improves_it(base, tmp_path):
     assert result.metrics["mean_iou"] > start + 0.03
 
 
-@pytest.mark.parametrize(("side", "own"), [(64, {"do_normalize": False}), (32, {"resample": 0})])
+@pytest.mark.parametrize(("side", "own"), [(64, {"do_normalize": False}), (256, {"resample": 0})])
 def test_a_sam_whose_settings_stretch_images_trains_loads_and_answers(side, own, tmp_path):
     """MedSAM scales a stretched image to 0 to 1; SAM-Med2D stretches by nearest pixels and normalises as SAM does."""
-    model = build_volume_sam(side=side)
+    model = build_sam(16, side)  # 256 with patches of 16 is SAM-Med2D's geometry
     model.save_pretrained(tmp_path / "base")
     sizes = {name: {"height": n, "width": n} for name, n in (("size", side), ("mask_size", side // 4))}
     settings = {"image_processor_type": "Sam2ImageProcessor", **sizes, **own}
@@ -299,6 +301,10 @@ def test_a_sam_whose_settings_stretch_images_trains_loads_and_answers(side, own,
     assert loaded.deviation < 1e-4
     found = predict_masks(loaded, Image.new("RGB", (90, 50), "red"), boxes=[(2, 2, 30, 40)])
     assert found.masks.shape == (1, 50, 90)
+    spatial = SpatialAdapterConfig.fitted(model, ["organ"], (8, 16, 16), width=4, decoder_width=8)
+    with torch.no_grad():
+        output = get_peft_model(load_base(tmp_path / "base"), spatial).eval()(volumes(1, (8, 16, 16)))
+    assert output.logits.shape == (1, 2, 8, 16, 16)
 
 
 def test_points_and_boxes_are_answered_at_the_images_size(saved):
