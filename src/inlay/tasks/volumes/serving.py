@@ -89,7 +89,7 @@ class VolumeServing(SingleServing):
     makes_files = True
     annotating = VolumeAnnotating()
     inputs: ClassVar = (
-        TensorSpec("scan", "BYTES", (), "A NIfTI file, compressed or not."),
+        TensorSpec("scan", "BYTES", (), "A NIfTI file with all channels, compressed or not."),
         TensorSpec("points", "FP32", (-1, 3), "Voxels x, y, z of the scan, from 0.", optional=True),
         TensorSpec(
             "point_labels", "INT32", (-1,), "The class of each: its number in the mask, 0: none.", optional=True
@@ -119,7 +119,7 @@ class VolumeServing(SingleServing):
         header = read_nifti_header(values["scan"], limits.voxels)
         x, y, z = header.get_data_shape()[:3]
         grid = adapter.processor.resampled_shape((x, y, z), affine_of_header(header))
-        if math.prod(grid) > limits.voxels:
+        if math.prod(grid) * len(adapter.processor.channels) > limits.voxels:
             raise BadInput(
                 f"at the spacing of the adapter the scan has {' x '.join(map(str, grid))} voxels; the limit is "
                 f"{limits.voxels:,} in all."
