@@ -57,6 +57,7 @@ bench-speed: setup ## of these, time and memory: 3 hours
 	$(BIN)/python tests/benchmarks/text_memory.py
 	$(BIN)/python tests/benchmarks/adapter_latency.py
 	$(BIN)/python tests/benchmarks/spatial_speed.py --edge 128 --threads 1
+	$(BIN)/python tests/benchmarks/spatial_speed.py --edge 48 --tasks train --ways stored blocks default --steps 3 --repeats 3
 	$(BIN)/python tests/benchmarks/segment_memory.py
 	$(BIN)/python tests/benchmarks/combine_speed.py
 	$(BIN)/python tests/benchmarks/bank.py --parts forward --rows 16 --counts 1 4 16 --rounds 2 --threads 1
@@ -65,6 +66,7 @@ bench-speed: setup ## of these, time and memory: 3 hours
 	$(BIN)/python tests/benchmarks/serve_text.py --rounds 2
 	$(BIN)/python tests/benchmarks/serve_http.py
 	$(BIN)/python tests/benchmarks/serve_http.py --size base --parts ways --dtype bfloat16
+	$(BIN)/python tests/benchmarks/serve_http.py --size tiny --parts spinning
 	$(BIN)/python tests/benchmarks/serve_soak.py
 	$(BIN)/python tests/benchmarks/serve_fuzz.py
 	$(BIN)/python tests/benchmarks/serve_masks_scans.py

@@ -1,6 +1,6 @@
 """`inlay serve` under load: mixed batches next to one request at a time, and to one process for each adapter.
 
-    python tests/benchmarks/serve_http.py [--size tiny base] [--parts model overhead wait ways]
+    python tests/benchmarks/serve_http.py [--size tiny base] [--parts model overhead wait ways spinning]
 
 A ViT with random weights, 12 blocks (tiny: width 96 at 32 px; base: width 768 at 224 px), LoRA r=8 on q and v, images
 as JPEG files, 64 clients on this machine, which compete with the server for its cores.
@@ -9,6 +9,9 @@ as JPEG files, 64 clients on this machine, which compete with the server for its
                 can give here at most
     overhead    CPU time that a server takes for a request beyond the model, at batches of one
     wait        how long a batch waits for more requests: 64 clients, and arrivals below what the server can do
+    spinning    threads of OpenMP that sleep while they wait for work, as in `inlay serve` (OMP_WAIT_POLICY=PASSIVE),
+                and those that spin as long as they do by default in GNU's OpenMP (GOMP_SPINCOUNT=300000); only where
+                it is asked for
     ways        mixed: `inlay serve` as it is, with 1, 16 and 64 adapters
                 one by one: the same with --max-batch 1
                 processes: `inlay serve` with one adapter in each of --processes processes of one thread, and the load
@@ -67,6 +70,10 @@ COLUMNS: dict[str, tuple[str, dict[str, str]]] = {
         {"server": "server_cpu_ms", "bank": "bank_cpu_ms", "bare model": "model_cpu_ms", "overhead": "overhead_cpu_ms"},
     ),
     "wait": ("load, max wait", {"requests a second": "per_second", **TIMES}),
+    "spinning": (
+        "load, threads that wait",
+        {"requests a second": "per_second", **TIMES, "CPU ms a request": "server_cpu_ms"},
+    ),
     "ways": (
         "way, adapters",
         {
@@ -185,6 +192,28 @@ def measure_wait(size: str, base: str, folder: Path, rounds: int, threads: int |
     return {"rows": rows}
 
 
+def measure_spinning(size: str, base: str, folder: Path, rounds: int, threads: int | None) -> dict[str, Any]:
+    """Servers whose threads sleep or spin while they wait, in turn, under many clients and under one."""
+    settings: dict[str, dict[str, str]] = {"sleep": {}, "spin": {"GOMP_SPINCOUNT": "300000"}}
+    loads: dict[str, list[dict[str, Any]]] = {}
+    with ExitStack() as stack:
+        servers = {
+            name: stack.enter_context(serve(base, [folder], threads=threads, variables=variables))
+            for name, variables in settings.items()
+        }
+        for turn in range(rounds):
+            for name in list(servers)[:: 1 - 2 * (turn % 2)]:  # one first, then the other
+                for clients, requests in ((CLIENTS, REQUESTS[size]), (1, ALONE[size])):
+                    load = load_server(servers[name], size, ADAPTERS, clients=clients, requests=requests)
+                    loads.setdefault(f"{clients} client{'s' * (clients > 1)}, {name}", []).append(load)
+    rows = {}
+    for way, figures in loads.items():
+        times = {f"{p}_ms": tell([load["latency_ms"][p] for load in figures]) for p in ("p50", "p99")}
+        sums = {key: tell([load[key] for load in figures]) for key in ("per_second", "server_cpu_ms")}
+        rows[way] = {**sums, **times}
+    return {"rows": rows}
+
+
 class RoutedConnections(Connections):
     """Connections to one process for each adapter."""
 
@@ -300,6 +329,8 @@ def main() -> None:
                     found = measure_overhead(size, base, folder, arguments.rounds)
                 elif part == "wait":
                     found = measure_wait(size, base, folder, arguments.rounds, arguments.server_threads)
+                elif part == "spinning":
+                    found = measure_spinning(size, base, folder, arguments.rounds, arguments.server_threads)
                 else:
                     found = measure_ways(size, base, folder, arguments)
                 key = f"{part}, {size}" + (", bfloat16" if part == "ways" and arguments.dtype == "bfloat16" else "")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +59,7 @@ def start_server(
     *options: str,
     threads: int | None = None,
     log: IO[str] | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> ServerProcess:
     """A server that has begun to listen.
 
@@ -68,12 +69,14 @@ def start_server(
         *options: Of `inlay serve`.
         threads: Of torch; default: as many as there are cores.
         log: Where its lines go.
+        variables: Of its environment, besides those of this process.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     environment.pop("OMP_NUM_THREADS", None)
+    environment |= variables or {}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     code = "from inlay.cli.app import main; main()"

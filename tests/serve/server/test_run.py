@@ -143,6 +143,13 @@ def test_a_second_signal_ends_it_at_once(monkeypatch):
     assert ended == [128 + signal.SIGTERM]
 
 
+def test_an_answer_in_two_parts_does_not_wait_for_the_client():
+    with run.open_port("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_a_client_that_sends_its_headers_slowly_is_cut_off_and_a_busy_one_is_not(monkeypatch):
     """Bytes that trickle in keep uvicorn waiting for ever."""
 
