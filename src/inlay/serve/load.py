@@ -216,6 +216,8 @@ def _judge(found: bytes, name: str) -> str:
         answer = json.loads(found)
     except ValueError:
         return "200, but no JSON"
+    if not isinstance(answer, dict):
+        return "200, but no JSON object"
     if "error" in answer:
         return "200, but an error"
     return "200" if name in (answer.get("model"), answer.get("model_name")) else "200, but of another adapter"
