@@ -84,6 +84,7 @@ bench-scores: setup ## quality and errors: 12 hours; a run that was broken off g
 	$(BIN)/python tests/benchmarks/e2e_gpt2.py
 	$(BIN)/python tests/benchmarks/eight_bit_gpt2.py
 	$(BIN)/python tests/benchmarks/hippocampus.py
+	$(BIN)/python tests/benchmarks/scan_channels.py
 	$(BIN)/python tests/benchmarks/mobilenet_flowers.py
 	$(BIN)/python tests/benchmarks/augment_flowers.py --epochs 2 --seeds 0
 	$(BIN)/python tests/benchmarks/dog_toy.py --train-options "--convolutions --epochs 300"
@@ -123,7 +124,7 @@ endef
 
 bench-forget: ## remove the results that scripts would go on from
 	rm -rf runs/benchmark_pruning runs/benchmark_tune runs/e2e runs/dog_toy runs/compare_*
-	for name in hippocampus mobilenet_flowers augment_flowers pruning_vit-tiny pruning_vit-small pruning_mobilenet dog_toy tune; do rm -f $(RESULTS)/$$name.json; done
+	for name in hippocampus scan_channels mobilenet_flowers augment_flowers pruning_vit-tiny pruning_vit-small pruning_mobilenet dog_toy tune; do rm -f $(RESULTS)/$$name.json; done
 
 bench-gpu: setup ## on a machine with a GPU, under 10 minutes
 	$(BIN)/python tests/benchmarks/gpu.py
