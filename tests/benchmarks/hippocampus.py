@@ -175,7 +175,7 @@ def windows(model, volume, points, said):
     pad = [n for n in reversed(lacking) for n in (0, n)]
     image = F.pad(volume[0], pad, value=PADDING)
     shares = torch.zeros(1, CLASSES + 1, *image.shape[1:])
-    predict = partial(probabilities, model, flips=False)
+    predict = partial(probabilities, model)
     for first, values in slide(predict, image, CROP, prompts, overlap=0.5, batch_size=4, bar=tqdm(disable=True)):
         shares[0, :, first : first + values.shape[1]] = values
     d, h, w = volume.shape[2:]

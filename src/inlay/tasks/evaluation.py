@@ -15,6 +15,7 @@ from inlay.files.atomic import replacing
 
 Split: TypeAlias = Literal["validation", "test", "train", "all"]
 SPLITS = ("validation", "test", "train", "all")
+FOLDS = 5  # parts of data without a split, of which one is held out
 SMALL = 100  # classes up to which a confusion matrix is kept in metrics.json
 TITLES = {
     "accuracy": "Accuracy",
@@ -183,6 +184,12 @@ class Training:
         """What kept examples of this data together in training: a column, or a regular expression for paths."""
         group = self.settings.get("group")
         return group if isinstance(group, str) and group and self.used(data) else None
+
+    def fold_for(self, data: str) -> tuple[int, int]:
+        """Which part of this data training held out, from 0, and of how many; (0, `FOLDS`) where none was noted."""
+        fold, folds = self.settings.get("fold"), self.settings.get("folds")
+        folds = folds if type(folds) is int and folds >= 2 else FOLDS
+        return (fold, folds) if type(fold) is int and 0 <= fold < folds and self.used(data) else (0, FOLDS)
 
     def asks_to_stream(self, data: str) -> bool:
         """Whether training on this data was told to stream it."""

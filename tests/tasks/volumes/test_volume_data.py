@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from inlay.errors import InlayError
+from inlay.tasks.evaluation import Training
 from inlay.tasks.volumes.data import Case, find_cases, find_scans, load_volumes, load_volumes_to_score
 from inlay.tasks.volumes.nifti import read_volume, write_volume
+from inlay.tasks.volumes.options import VolumeTask
 from inlay.tasks.volumes.scan import VolumeProcessor, median_spacing
 from inlay.tasks.volumes.view import VolumeView, collate_volumes, cut_crop, random_affine, rotate_crop
 from inlay.train.sampler import SeededDataset, seed_cpu
@@ -74,6 +76,40 @@ def test_two_folders_are_split_by_seed_and_name(tmp_path):
     assert len({*names(more.validation)} ^ {"c04", "c06"}) <= 2  # a new case moves few others
     named = load_volumes(str(root), labels=["first", "second", "third", "fourth"], modality="ct", validation=0.5)
     assert named.labels[1] == "second" and named.modality == "ct" and len(named.validation) == 6
+
+
+@pytest.mark.parametrize(("count", "folds"), [(12, 5), (5, 5), (7, 3)])
+@pytest.mark.parametrize("group", [None, r"(p\d+)_"])
+def test_folds_are_disjoint_and_hold_all(tmp_path, count, folds, group):
+    pairs(tmp_path, *(f"p{i}_{scan}" for i in range(count) for scan in "ab"))
+    share, found = 1 / folds, []
+    for fold in range(folds):
+        data = load_volumes(tmp_path, seed=3, validation=share, fold=fold, group=group)
+        held = names(data.validation)
+        assert held and not {*held} & {*names(data.train)} and len(held) + len(data.train) == 2 * count
+        found += held
+        if group:
+            assert not {name[:-2] for name in held} & {name[:-2] for name in names(data.train)}
+        settings = {"seed": 3, "fold": fold, "folds": folds, "group": group}
+        scored = load_volumes_to_score(tmp_path, training=Training(str(tmp_path), settings))
+        assert (scored[0], names(scored[1])) == ("validation", held)
+    assert len(found) == len({*found}) == 2 * count
+    first = names(load_volumes(tmp_path, seed=3, validation=share, group=group).validation)
+    assert first == found[: len(first)]
+
+
+def test_folds_that_cannot_be_made(tmp_path):
+    pairs(tmp_path, "a", "b", "c")
+    with pytest.raises(InlayError, match="3 cases, too few for 5 folds"):
+        load_volumes(tmp_path, fold=1)
+    with pytest.raises(InlayError, match="fold must be from 0 to 4"):
+        VolumeTask(fold=5)
+    with pytest.raises(InlayError, match="needs fold"):
+        VolumeTask(folds=3)
+    pairs(tmp_path / "own" / "train", "a", "b")
+    pairs(tmp_path / "own" / "val", "c")
+    with pytest.raises(InlayError, match="no folds"):
+        load_volumes(tmp_path / "own", fold=1)
 
 
 def test_other_layouts(tmp_path):

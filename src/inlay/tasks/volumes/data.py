@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from inlay.errors import BadInput, DamagedFile
-from inlay.tasks.evaluation import Split, Training, choose_split, name_groups, split_note
+from inlay.tasks.evaluation import FOLDS, Split, Training, choose_split, name_groups, split_note
 from inlay.tasks.groups import group_files, hold_out_groups, list_groups, relative_paths, warn_of_shared_groups
 from inlay.tasks.sampling import complete_parts
 from inlay.tasks.tables import list_first
@@ -131,7 +131,8 @@ def load_volumes(
     name: str | os.PathLike[str],
     *,
     seed: int = 0,
-    validation: float = 0.2,
+    validation: float = 1 / FOLDS,
+    fold: int | None = None,
     modality: Modality | None = None,
     labels: Sequence[str] | None = None,
     group: str | None = None,
@@ -149,6 +150,7 @@ def load_volumes(
             `read_volume`).
         seed: Chooses the cases to hold out where the data does not; alike on every machine.
         validation: Share of the cases to hold out, between 0 and 1.
+        fold: Which part of `validation` is held out, from 0; all parts together are the data. None: the first.
         modality: Instead of the one that dataset.json names; without either "other", which is treated as MR is.
         labels: Names of the classes without background, in the order of their values, instead of those found.
         group: Keep together what this regular expression finds in the paths of scans, from the data's folder on: the
@@ -182,10 +184,12 @@ def load_volumes(
     parts = {part: _with_values(cases, named, found) for part, cases in own.items() if cases}
     _warn_of_affines([case for cases in parts.values() for case in cases])
     warn_of_shared_groups({part: list_groups(cases) for part, cases in parts.items()}, "scan")
+    if fold is not None and "validation" in parts:
+        raise BadInput(f"{name!r} has validation scans of its own, so it has no folds; leave fold out.")
     test_split: Split = "test" if "test" in parts or not test else "validation"
 
     def hold_out(cases: list[Case], first: bool) -> tuple[list[Case], list[Case]]:
-        return hold_out_cases(cases, validation, seed, name)
+        return hold_out_cases(cases, validation, seed, name, (fold or 0) if first else 0)
 
     complete_parts(parts, test, hold_out, name, name_groups(group) if group else "scan")
     tested = tuple(parts["test"]) if test else None
@@ -220,7 +224,8 @@ def load_volumes_to_score(
     chosen = choose_split(name, split, own, "validation", training)
     _refuse_faults(name, found.test_faults if chosen == "test" else found.faults)
     if not found.validation and chosen in ("train", "validation"):
-        parts["train"], parts["validation"] = hold_out_cases(found.train, 0.2, training.seed, name)
+        fold, folds = training.fold_for(name)
+        parts["train"], parts["validation"] = hold_out_cases(found.train, 1 / folds, training.seed, name, fold)
     everything = [*found.train, *found.validation]
     scored = parts.get(chosen, everything)
     named = _name_present_classes(found, scored if chosen == "test" else everything, name)
@@ -339,14 +344,37 @@ def name_classes(found: FoundCases, present: Iterable[int], name: str) -> dict[i
     return {value: f"class {value}" for value in values}
 
 
-def hold_out_cases(cases: Sequence[Case], share: float, seed: int, name: str) -> tuple[list[Case], list[Case]]:
+def hold_out_cases(
+    cases: Sequence[Case], share: float, seed: int, name: str, fold: int = 0
+) -> tuple[list[Case], list[Case]]:
     """What is left of training cases and the share that is held out, by rank of a hash of their names, or of groups.
 
-    So a new case moves few others.
+    So a new case moves few others. Fold 0 is the first share of that order, fold 1 is held out of what fold 0 leaves,
+    and so on; the last fold is the rest. So folds are disjoint and hold every case.
 
     Raises:
-        InlayError: There is one case only, so that none can be held out.
+        InlayError: There is one case only, so that none can be held out; no such fold, or too few cases or groups.
     """
+    if not fold:
+        return _hold_out_first(cases, share, seed, name)
+    folds, groups = round(1 / share), list_groups(cases)
+    if not 0 < fold < folds:
+        raise BadInput(f"fold must be from 0 to {folds - 1}, got {fold}.")
+    count, unit = (len(cases), "cases") if groups is None else (len({*groups}), "groups")
+    if count < folds:
+        raise BadInput(f"{name!r} has {count} {unit}, too few for {folds} folds; choose fewer folds.")
+    rest = list(cases)
+    for i in range(fold):
+        rest, _ = _hold_out_first(rest, 1 / (folds - i), seed, name)
+        if groups is not None and len({*(list_groups(rest) or ())}) < folds - i - 1:
+            raise BadInput(f"the groups of {name!r} are too unequal for {folds} folds; choose fewer folds.")
+    held = rest if fold == folds - 1 else _hold_out_first(rest, 1 / (folds - fold), seed, name)[1]
+    chosen = {case.name for case in held}
+    return [case for case in cases if case.name not in chosen], held
+
+
+def _hold_out_first(cases: Sequence[Case], share: float, seed: int, name: str) -> tuple[list[Case], list[Case]]:
+    """What is left of cases and their first share."""
     if len(cases) < 2:
         raise BadInput(f"{name!r} needs at least two cases, to hold one out, got {len(cases)}; add some.")
     groups, names = list_groups(cases), [case.name for case in cases]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from inlay.errors import BadInput
 from inlay.options import option
+from inlay.tasks.evaluation import FOLDS
 from inlay.tasks.options import Report, TaskData, TaskOptions, describe_run
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ class VolumeTask(TaskOptions):
     spacing_mm: list[float] | None = option(
         None, "Resample scans to this spacing D, H, W; default: the median of the data.", above=0
     )
+    fold: int | None = option(
+        None, "Which fold of the training scans is held out, from 0; default: the first. Groups stay whole.", least=0
+    )
+    folds: int | None = option(None, "Number of folds; default: 5.", least=2)
     flip: list[int] = option(
         [], "Axes along which crops are mirrored: 0 D, 1 H, 2 W (left and right); kept for `--flips`.", least=0, most=2
     )
@@ -35,6 +40,10 @@ class VolumeTask(TaskOptions):
         super().__post_init__()
         if self.attention is not None:
             raise BadInput("the 3D encoder computes its attention in windows, by code of its own; leave attention out.")
+        if self.folds is not None and self.fold is None:
+            raise BadInput(f"folds = {self.folds} needs fold, the one to hold out, from 0 to {self.folds - 1}.")
+        if self.fold is not None and self.fold >= (self.folds or FOLDS):
+            raise BadInput(f"fold must be from 0 to {(self.folds or FOLDS) - 1}, got {self.fold}.")
         for name, sizes in (("crop", self.crop), ("spacing_mm", self.spacing_mm)):
             if sizes is not None and len(sizes) != 3:
                 raise BadInput(f"{name} must be three numbers D, H, W, got {sizes}.")
@@ -50,7 +59,8 @@ class VolumeTask(TaskOptions):
         from inlay.tasks.volumes.view import VolumeView, collate_volumes
 
         set_seed(seed)
-        data = load_volumes(self.dataset, seed=seed, group=self.group, test=test)
+        share = 1 / (self.folds or FOLDS)
+        data = load_volumes(self.dataset, seed=seed, validation=share, fold=self.fold, group=self.group, test=test)
         spacing = tuple(self.spacing_mm) if self.spacing_mm else "median"
         processor = VolumeProcessor.fitted(data, tuple(self.crop), spacing, self.flip)  # type: ignore[arg-type]
         crops = VolumeView(data.validation, processor, training=True, augment=False, flip=())
