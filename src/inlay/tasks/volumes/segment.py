@@ -315,7 +315,7 @@ def _fill_mask(
     progress: bool,
     before_windows: Callable[[], None] | None,
 ) -> None:
-    """Slide one adapter over a scan: its classes go into `mask`, its probabilities times `share` are added to `kept`."""
+    """Slide one adapter over a scan: classes go into `mask`, probabilities times `share` are added to `kept`."""
     from tqdm.auto import tqdm
 
     grid = Grid(scan, adapter.processor.crop)
