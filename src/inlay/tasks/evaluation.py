@@ -210,6 +210,7 @@ class Request:
         encoder: Model whose features compare painted images; None: an embedded one.
         resamples: Of the units, for the intervals.
         training: What metrics.json tells of the adapter's own.
+        options: The values of the task's `score_options`, by name; those that are missing have their defaults.
 
     Raises:
         InlayError: No such split; a limit or resamples below 1.
@@ -222,6 +223,7 @@ class Request:
     encoder: str | None = None
     resamples: int = 1000
     training: Training = field(default_factory=Training)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.split is not None and self.split not in SPLITS:
