@@ -17,6 +17,8 @@ Split: TypeAlias = Literal["validation", "test", "train", "all"]
 SPLITS = ("validation", "test", "train", "all")
 SMALL = 100  # classes up to which a confusion matrix is kept in metrics.json
 TITLES = {
+    "absolute_volume_error_ml": "Volume error, absolute, ml",
+    "absolute_volume_error_percent": "Volume error, absolute, %",
     "accuracy": "Accuracy",
     "bleu": "BLEU",
     "chrf": "chrF",
@@ -34,6 +36,10 @@ TITLES = {
     "mean_iou_box": "Mean IoU, a box",
     "mean_iou_point": "Mean IoU, one point",
     "mean_iou_points": "Mean IoU, three points",
+    "median_dice": "Dice, median",
+    "median_hd95_mm": "HD95, mm, median",
+    "median_iou": "IoU, median",
+    "median_nsd": "Surface Dice (NSD), median",
     "nsd": "Surface Dice (NSD)",
     "own_fidelity": "Subject fidelity, own images",
     "perplexity": "Perplexity",
@@ -43,6 +49,8 @@ TITLES = {
     "recall": "Macro recall",
     "rouge_l": "ROUGE-L",
     "subject_fidelity": "Subject fidelity",
+    "volume_error_ml": "Volume error, ml",
+    "volume_error_percent": "Volume error, %",
 }
 
 
