@@ -80,7 +80,11 @@ def segment(
     """
     names = [adapter, *(ensemble or [])]
     one = {"--point": point, "--negative": negative, "--box": box, "--montage": montage, "--html": html}
-    _refuse_options(scan, one | {"--compare": compare, "--channel": channel, "NAME=FILE": channels}, {"--format": suffix, "--overwrite": overwrite})
+    _refuse_options(
+        scan,
+        one | {"--compare": compare, "--channel": channel, "NAME=FILE": channels},
+        {"--format": suffix, "--overwrite": overwrite},
+    )
     if scan.is_dir():
         _segment_folder(
             names, scan, out, base=base, device=device, dtype=dtype, overlap=overlap, batch_size=batch_size,
@@ -194,8 +198,8 @@ def _segment_folder(
     }
     with lock_folder(out, wait_s=0):
         work = FolderWork.plan(
-            find_scans(folder, find_channels(names[0])), out, made_by, suffix=None if suffix is None else f".{suffix.removeprefix('.')}",
-            probabilities=probabilities, overwrite=overwrite,
+            find_scans(folder, find_channels(names[0])), out, made_by,
+            suffix=None if suffix is None else f".{suffix.removeprefix('.')}", probabilities=probabilities, overwrite=overwrite,
         )  # fmt: skip
         pending = len(work.pending)
         try:

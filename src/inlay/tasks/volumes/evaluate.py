@@ -136,7 +136,8 @@ class _Worst:
         if self.kept:
             self.folder.mkdir(parents=True, exist_ok=True)
         for dice, case, found, packed in self.kept:
-            image, affine = read_image(case)
+            channels, affine = read_image(case)
+            image = channels[0]
             mask = np.frombuffer(zlib.decompress(packed), found.mask.dtype).reshape(image.shape[-3:])
             whole = replace(found, mask=mask)
             values = {name: value for value, name in found.names.items()}

@@ -270,9 +270,15 @@ def _read_ahead(jobs: Sequence[Job], adapter: Adapter) -> Iterator[tuple[Job, Ca
     with ThreadPoolExecutor(1) as pool:
         waiting: Future[OpenScan] | None = None
         for i, job in enumerate(jobs):
-            current = waiting or pool.submit(open_scan, adapter, job.case.image)
-            waiting = pool.submit(open_scan, adapter, jobs[i + 1].case.image) if i + 1 < len(jobs) else None
+            current = waiting or pool.submit(open_scan, adapter, _source_of(job))
+            waiting = pool.submit(open_scan, adapter, _source_of(jobs[i + 1])) if i + 1 < len(jobs) else None
             yield job, current.result
+
+
+def _source_of(job: Job) -> Path | tuple[Path, ...]:
+    """The file of a case, or those of its channels in their order."""
+    files = job.case.files
+    return files if len(files) > 1 else files[0]
 
 
 def _stamp(paths: Sequence[Path]) -> list[int]:
