@@ -37,7 +37,7 @@ from PIL import Image
 from inlay import Bank, Region, combine, draw_paintings, load_adapter, load_base, paint_regions, read_adapter
 from inlay.builtin.paintings import BACKGROUNDS
 from inlay.files.atomic import write_json
-from inlay.study.report.canvas import GRID, INK, MUTED, Canvas, Line, Point, Text
+from inlay.tasks.canvas import GRID, INK, MUTED, Canvas, Line, Point, Text
 from inlay.tasks.statistics import score_with_intervals
 from inlay.tasks.text_to_image.data import load_captioned, open_captioned
 from inlay.tasks.text_to_image.encoder import load_encoder

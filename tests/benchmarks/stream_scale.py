@@ -34,7 +34,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, default_collate
 
 from inlay import head_modules, load_base, load_processor, lora_targets
-from inlay.study.report.canvas import GRID, INK, MUTED, Canvas, Line, Point, Text
+from inlay.tasks.canvas import GRID, INK, MUTED, Canvas, Line, Point, Text
 from inlay.tasks.images.stream import PreparedImage, load_image_stream
 from inlay.train.stream import StreamCollate, StreamItems, StreamLoader, StreamSampler
 

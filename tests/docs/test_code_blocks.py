@@ -25,6 +25,7 @@ from inlay import InlayError
 from inlay.adapters.file import read_adapter
 from inlay.adapters.task import find_task_of_file
 from inlay.cli import app as cli
+from inlay.cli import evaluate as evaluate_verb
 from inlay.cli import predict as predict_verb
 from inlay.cli import recipe as recipe_cli
 from inlay.serve import server
@@ -94,15 +95,20 @@ def check_verb(arguments):
     group = typer.main.get_command(cli.app)
     verb, *rest = arguments
     assert verb in group.commands
-    if verb == "predict":  # it has the options of the adapter's own task
-        predict_verb._build_command(task_of(rest)).make_context(verb, rest)
+    if verb in OF_TASKS:  # it has the options of the adapter's own task
+        OF_TASKS[verb].build(task_of(verb, rest)).make_context(verb, rest)
         return
     group.commands[verb].make_context(verb, rest)  # parses and checks, and runs nothing
 
 
-def task_of(arguments):
+OF_TASKS = {"predict": predict_verb.COMMAND, "evaluate": evaluate_verb.COMMAND}
+
+
+def task_of(verb, arguments):
     """What the adapter of a command is for: in the pages its folder has the name of the recipe that makes it."""
-    adapter = predict_verb._find_adapter(arguments)
+    adapter = OF_TASKS[verb].find_adapter(arguments)
+    if "spatial_sam" in adapter:
+        return find_task("volume-segmentation")
     if adapter.startswith("builtin:"):
         return read_task(adapter)
     if (ROOT / adapter / "adapter_config.json").is_file():

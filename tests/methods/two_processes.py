@@ -15,17 +15,24 @@ def gradients(model, loss):
     return {n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
+def squared_mean(output, field):
+    """Of one tensor, or of all levels of a pyramid."""
+    value = getattr(output, field)
+    levels = value if isinstance(value, tuple) else (value,)
+    return torch.cat([level.flatten(1) for level in levels], 1).square().mean()
+
+
 def agree(what, model, inputs, field, rank):
     """Half of a batch each gives the gradients of all of it."""
     for module in model.train().modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    expected = gradients(model, getattr(model(**inputs), field).square().mean())
+    expected = gradients(model, squared_mean(model(**inputs), field))
     wrapped = DistributedDataParallel(model)
     half = len(next(iter(inputs.values()))) // 2
     mine = {key: value[half * rank : half * (rank + 1)] for key, value in inputs.items()}
     for _ in range(2):  # the second forward fails where the first one left parameters unused
-        found = gradients(wrapped, getattr(wrapped(**mine), field).square().mean())
+        found = gradients(wrapped, squared_mean(wrapped(**mine), field))
     assert expected.keys() == found.keys()
     for name in expected:
         assert (expected[name] - found[name]).abs().max() < 1e-5 * (1 + expected[name].abs().max()), (what, name)
@@ -40,7 +47,7 @@ def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     for method, base in pairs(OURS):
-        field = "last_hidden_state" if base == "sam" else "logits"
+        field = {"sam": "last_hidden_state", "sam2": "fpn_hidden_states"}.get(base, "logits")
         agree(f"{method} on {base}", adapted(method, base), batch(base), field, rank)
     for name, field in OTHERS.items():
         inputs = batch("gpt2" if name.startswith(("Bert", "GPT2")) else "vit")

@@ -1,5 +1,6 @@
 """A saved adapter scored on labelled data, and its scores written next to it."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +41,7 @@ def evaluate(
     resamples: int = 1000,
     write: bool = False,
     device: Device | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Score an adapter on labelled data: all scores of its task with 95 % intervals, compared with those of its base.
 
@@ -57,10 +59,11 @@ def evaluate(
         resamples: Of the images, prompts, scans or seeds, for the intervals (bootstrap).
         write: Put the scores into the adapter's metrics.json and README.md, under the name of the data.
         device: As in `load_adapter`.
+        options: Of the adapter's task, by the names of its `score_options`, such as {"tolerance_mm": 2.0} for scans.
 
     Raises:
         InlayError: Whatever `load_adapter` and the task's loader of data find; labels that the adapter does not know;
-            `write` to what is no folder of one's own.
+            `write` to what is no folder of one's own; an option that the task has not.
     """
     request = Request(split, limit, compare, group, None if encoder is None else str(encoder), resamples)
     loaded = None if isinstance(adapter, str | Path) else adapter
@@ -81,8 +84,15 @@ def evaluate(
         )
     if encoder is not None and not loaded.task.compares_images:
         raise BadInput(f"adapter {loaded.name!r} is for {loaded.task.name} and paints nothing; leave encoder out.")
+    own = loaded.task.score_options
+    if strange := [name for name in options or {} if name not in own]:
+        has = f"has {', '.join(own)}" if own else "has none"
+        raise BadInput(f"unknown option {strange[0]!r}; evaluating an adapter for {loaded.task.name} {has}.")
+    values = {name: option.default for name, option in own.items()} | dict(options or {})
     # A model without an adapter has nothing to be compared with.
-    request = replace(request, training=Training.from_metrics(loaded.metrics), compare=compare and file is not None)
+    request = replace(
+        request, training=Training.from_metrics(loaded.metrics), compare=compare and file is not None, options=values
+    )
     found = loaded.task.evaluate(loaded, str(data), request)
     notes = [*found.notes, *interval_note(found.count, found.unit), *_note_precision(loaded.model)]
     found = replace(found, notes=notes)

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from inlay.cli import combine, compress, evaluate, hub, measure, paint, prune, report, serve, study, trust, volumes
+from inlay.cli import combine, compress, hub, measure, paint, prune, report, serve, study, trust, volumes
+from inlay.cli.evaluate import evaluate
 from inlay.cli.predict import predict
 from inlay.cli.show import AdapterArgument, BaseOption, DeviceOption, JsonOption, printable, show
 from inlay.errors import InlayError
@@ -127,16 +128,17 @@ def doctor(as_json: JsonOption = False) -> None:
     Console().print(table)
 
 
-# The options of predict depend on the adapter, so it parses the command line itself.
-app.command(
-    "predict",
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
-)(predict)
+# The options of these depend on the adapter, so they parse the command line themselves.
+for verb in (predict, evaluate):
+    app.command(
+        verb.__name__,
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+    )(verb)
 # The options of a task's recipes are options of a comparison too.
 app.command("compare", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(study.compare)
 app.command("tune", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(study.tune)
 
-for group in (evaluate, measure, report, volumes, paint, combine, serve, compress, prune, hub, trust):
+for group in (measure, report, volumes, paint, combine, serve, compress, prune, hub, trust):
     for name, verb in group.VERBS.items():
         app.command(name)(verb)
 

@@ -1,19 +1,30 @@
-"""The verb `inlay evaluate`."""
+"""The verb `inlay evaluate`, some of whose options are those of the adapter's task."""
 
+import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from inlay.cli.models import find_task, is_adapter, load_adapter_or_model
+from inlay.cli.models import is_adapter, load_adapter_or_model
 from inlay.cli.show import BaseOption, DeviceOption, DtypeOption, JsonOption, ModelArgument, printable
+from inlay.cli.task_command import TaskCommand
 from inlay.errors import Unsupported
 from inlay.files.outputs import check_output_file
+from inlay.tasks.task import Task
 
 
-def evaluate(
+def evaluate(context: typer.Context) -> None:
+    """Score an adapter and its base, or a model, on labelled data: all scores, with 95 % intervals."""
+    COMMAND(context.args)
+
+
+def _score(
+    task: Task,
+    options: Mapping[str, Any],
+    *,
     adapter: ModelArgument,
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="Labelled data, in a form that the recipes of the task take.")
@@ -54,14 +65,13 @@ def evaluate(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score an adapter and its base, or a model, on labelled data: all scores, with 95 % intervals."""
     for path in (csv, matrix):
         if path is not None:
             check_output_file(path)
     from inlay.adapters.evaluate import evaluate as score
 
-    if matrix is not None:
-        _check_classifies(adapter)
+    if matrix is not None and not task.classifies:
+        raise Unsupported(f"an adapter for {task.name} has no confusion matrix; leave --matrix out.")
     read_here = dtype is not None or not is_adapter(adapter)
     loaded = load_adapter_or_model(adapter, base, device, dtype) if read_here else None
     found = score(
@@ -75,6 +85,7 @@ def evaluate(
         encoder=encoder,
         write=write,
         device=None if loaded else device,
+        options=options,
     )
     if as_json:
         print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
@@ -86,11 +97,10 @@ def evaluate(
         found.draw_confusion(matrix)
 
 
-def _check_classifies(adapter: str) -> None:
-    """Raise Unsupported, before the scoring, for an adapter that is not a classifier."""
-    task = find_task(adapter)
-    if not task.classifies:
-        raise Unsupported(f"an adapter for {task.name} has no confusion matrix; leave --matrix out.")
-
-
-VERBS: dict[str, Callable[..., None]] = {"evaluate": evaluate}
+COMMAND = TaskCommand(
+    "evaluate",
+    _score,
+    lambda _: list(inspect.signature(_score).parameters.values())[2:],
+    lambda task: task.score_options,
+    "Score an adapter and its base, or a model, on labelled data: all scores, with 95 % intervals.",
+)

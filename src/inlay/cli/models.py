@@ -1,6 +1,7 @@
 """What the verbs `predict` and `evaluate` take: an adapter or a model, which may be an exported one."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from inlay.errors import BadInput, InlayError
@@ -70,6 +71,52 @@ def load_adapter_in(name: str, base: str | None, device: str | None, dtype: str 
     whole: Any = "float32" if merge or dtype in (None, "auto") else dtype
     loaded = load_adapter(name, base, dtype=whole, device=device)
     return _set_precision(loaded.merge() if merge else loaded, dtype)
+
+
+def load_ensemble(names: Sequence[str], base: str | None, device: str | None, dtype: str | None) -> list[Any]:
+    """Adapters on their bases; those that name the same base share its weights.
+
+    Raises:
+        InlayError: What `load_adapter_in` says.
+    """
+    if len(names) == 1:
+        return [load_adapter_in(names[0], base, device, dtype)]
+    from inlay.adapters.file import read_adapter
+    from inlay.adapters.hub.fetch import fetch
+    from inlay.adapters.load import load_own_base
+    from inlay.bases.device import choose_device
+    from inlay.serve.model_bank import ModelBank
+
+    whole: Any = "float32" if dtype in (None, "auto") else dtype
+    files = {name: read_adapter(fetch(name), digest=False) for name in names}
+    banks: dict[Any, ModelBank] = {}
+    loaded = {}
+    for name, file in files.items():
+        key = base or (file.base_name, file.record.get("base", {}).get("revision"))
+        if key not in banks:
+            banks[key] = ModelBank(load_own_base(file, base, whole, device=choose_device(device)))
+        banks[key].add(name, name)
+        loaded[name] = _set_precision(banks[key].load(name), dtype)
+    return [loaded[name] for name in names]
+
+
+def find_digest(name: str) -> str:
+    """What tells an adapter's files from those of any other: of its tensors, settings and record."""
+    from inlay.adapters.file import hash_config, read_adapter
+    from inlay.adapters.hub.fetch import fetch
+    from inlay.files.tensor_header import digest_file
+
+    file = read_adapter(fetch(name), digest=False)
+    return file.digest or digest_file(file.weights, hash_config(file.config))
+
+
+def find_channels(name: str) -> tuple[str, ...]:
+    """Names of the channels that an adapter's inputs have; none: one without a name."""
+    from inlay.adapters.file import read_adapter
+    from inlay.adapters.hub.fetch import fetch
+
+    settings = read_adapter(fetch(name), digest=False).record.get("preprocessing") or {}
+    return tuple(settings.get("channels", ()))
 
 
 def load_adapter_or_model(

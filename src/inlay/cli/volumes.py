@@ -1,6 +1,7 @@
 """The verbs of `inlay` for scans: segment, audit."""
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -8,15 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from inlay.cli.models import load_adapter_in
-from inlay.cli.show import AdapterArgument, BaseOption, DeviceOption, DtypeOption, JsonOption
+from inlay.cli.models import find_channels, find_digest, load_ensemble
+from inlay.cli.show import AdapterArgument, BaseOption, DeviceOption, DtypeOption, JsonOption, printable
 from inlay.errors import BadInput
 
 
 def segment(
     adapter: AdapterArgument,
-    scan: Annotated[Path, typer.Argument(metavar="SCAN", help="A .nii.gz, .nii or .npz file.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="MASK", help="The mask: a .nii.gz or .nii file.")],
+    scan: Annotated[
+        Path, typer.Argument(metavar="SCAN|FOLDER", help="A .nii.gz, .nii or .npz file, or a folder of such files.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="MASK|FOLDER", help="The mask, or the folder of masks.")],
     channels: Annotated[
         list[str] | None,
         typer.Argument(metavar="[NAME=FILE]...", help="Channels in files of their own; SCAN is then NAME=FILE too."),
@@ -33,6 +36,10 @@ def segment(
         list[str] | None,
         typer.Option(metavar="X0,Y0,Z0,X1,Y1,Z1[,LABEL]", help="Corners around an object. Repeatable."),
     ] = None,
+    ensemble: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ADAPTER", help="Average with the probabilities of this adapter too. Repeatable."),
+    ] = None,
     base: BaseOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -48,14 +55,45 @@ def segment(
         Path | None,
         typer.Option(metavar="MASK", help="A second mask, such as the reference, shown by --montage and --html."),
     ] = None,
+    probabilities: Annotated[
+        bool,
+        typer.Option(
+            "--probabilities",
+            help="Also save each class's probability: MASK_probabilities.nii.gz, or in probabilities/ of the folder.",
+        ),
+    ] = False,
+    suffix: Annotated[
+        str | None,
+        typer.Option("--format", metavar="SUFFIX", help="Of the masks of a folder, such as nii; default: the scan's."),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace masks of a folder that other adapters, options or scans made."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Find an adapter's classes in a scan, and save them as a mask on its grid.
+    """Find an adapter's classes in a scan, or in all scans of a folder, and save them as masks on their grids.
 
     Voxels are counted from 0 along the file's own axes, as nibabel indexes them. A label is a class's number in the
-    mask, or its name.
+    mask, or its name. A folder's masks that are there already are left out, so that the command can be repeated;
+    volumes.csv holds their volumes.
     """
+    names = [adapter, *(ensemble or [])]
+    one = {"--point": point, "--negative": negative, "--box": box, "--montage": montage, "--html": html}
+    _refuse_options(
+        scan,
+        one | {"--compare": compare, "--channel": channel, "NAME=FILE": channels},
+        {"--format": suffix, "--overwrite": overwrite},
+    )
+    if scan.is_dir():
+        _segment_folder(
+            names, scan, out, base=base, device=device, dtype=dtype, overlap=overlap, batch_size=batch_size,
+            flips=flips, largest=largest, probabilities=probabilities, suffix=suffix, overwrite=overwrite,
+            as_json=as_json,
+        )  # fmt: skip
+        return
     from inlay.tasks.volumes.montage import IMAGES, draw_montage
+    from inlay.tasks.volumes.nifti import case_name
     from inlay.tasks.volumes.segment import MASKS, check_output, read_reference
     from inlay.tasks.volumes.segment import segment as find
     from inlay.tasks.volumes.viewer import PAGES, write_viewer
@@ -65,19 +103,18 @@ def segment(
         if path is not None:
             for file in source.values() if isinstance(source, dict) else [source]:
                 check_output(path, suffixes, file)  # before all the work
-    if compare is not None and montage is None and html is None:
-        raise BadInput("--compare shows a second mask in --montage or --html; give one of them.")
-    if compare is not None and not compare.is_file():
-        raise BadInput(f"--compare: '{compare}' is no file; give a mask on the scan's grid.")
+    _check_comparison(compare, montage, html)
     points = [_place(text, 3) for text in point or []] + [[*_place(text, 3)[:3], 0] for text in negative or []]
     boxes = [_place(text, 6) for text in box or []]
-    loaded = load_adapter_in(adapter, base, device, dtype)
+    loaded, *others = load_ensemble(names, base, device, dtype)
     shown = loaded.processor.find_channel(channel) if channel is not None else 0  # before all the work
     found = find(
-        loaded, source, points=points, boxes=boxes, overlap=overlap,
-        batch_size=batch_size, flips=flips, largest=largest,
+        loaded, source, ensemble=others, points=points, boxes=boxes, overlap=overlap, batch_size=batch_size,
+        flips=flips, largest=largest, keep_probabilities=probabilities,
     )  # fmt: skip
     facts: dict[str, Any] = {"mask": str(found.save(out))}
+    if probabilities:
+        facts["probabilities"] = str(found.save_probabilities(out.with_name(f"{case_name(out)}_probabilities.nii.gz")))
     if montage is not None or html is not None:
         image = loaded.processor.read_channel(source, shown)
         reference = None if compare is None else read_reference(compare, found)
@@ -111,6 +148,79 @@ def name_channels(words: Sequence[str]) -> str | dict[str, str]:
             raise BadInput(f"the channel {name} is given twice.")
         named[name] = file
     return named
+
+
+def _refuse_options(scan: Path, for_one: dict[str, Any], for_folder: dict[str, Any]) -> None:
+    """Raise InlayError for an option of one scan where there is a folder, and the other way round."""
+    wrong, wanted, got = (
+        (for_one, "one scan", "a folder") if scan.is_dir() else (for_folder, "a folder of scans", "none")
+    )
+    for option, value in wrong.items():
+        if value:
+            raise BadInput(f"{option} is for {wanted}, and '{scan}' is {got}; leave it out.")
+
+
+def _check_comparison(compare: Path | None, montage: Path | None, html: Path | None) -> None:
+    if compare is not None and montage is None and html is None:
+        raise BadInput("--compare shows a second mask in --montage or --html; give one of them.")
+    if compare is not None and not compare.is_file():
+        raise BadInput(f"--compare: '{compare}' is no file; give a mask on the scan's grid.")
+
+
+def _segment_folder(
+    names: Sequence[str],
+    folder: Path,
+    out: Path,
+    *,
+    base: str | None,
+    device: str | None,
+    dtype: str | None,
+    overlap: float,
+    batch_size: int,
+    flips: bool,
+    largest: bool,
+    probabilities: bool,
+    suffix: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Segment what a folder of masks lacks; exit status 1 if a scan could not be segmented, 130 after Ctrl-C."""
+    from inlay.files.atomic import lock_folder
+    from inlay.tasks.volumes.data import find_scans
+    from inlay.tasks.volumes.folder import RECORD, VOLUMES, FolderWork
+
+    made_by = {
+        "adapters": [f"{Path(name).name} {find_digest(name)[:12]}" for name in names],
+        "dtype": dtype or "float32",
+        "overlap": overlap,
+        "flips": flips,
+        "largest": largest,
+    }
+    with lock_folder(out, wait_s=0):
+        work = FolderWork.plan(
+            find_scans(folder, find_channels(names[0])), out, made_by,
+            suffix=None if suffix is None else f".{suffix.removeprefix('.')}", probabilities=probabilities, overwrite=overwrite,
+        )  # fmt: skip
+        pending = len(work.pending)
+        try:
+            if pending:
+                adapters = load_ensemble(names, base, device, dtype)
+                work.run(adapters, overlap=overlap, flips=flips, largest=largest, batch_size=batch_size)
+        except KeyboardInterrupt:
+            left = len(work.pending)
+            print(f"stopped with {left} of {len(work.jobs)} scans to do; the same command goes on.", file=sys.stderr)
+            raise typer.Exit(130) from None
+    made = pending - len(work.failed)
+    if as_json:
+        facts = {"made": made, "there": len(work.jobs) - pending, "failed": work.failed, "scans": work.scans}
+        print(json.dumps({"volumes": str(out / VOLUMES), "record": str(out / RECORD), **facts}, indent=2))
+    else:
+        there = f"; {len(work.jobs) - pending} were there already" if pending < len(work.jobs) else ""
+        print(f"{made} scan{'s' * (made != 1)} segmented{there}.\nvolumes: {out / VOLUMES}")
+        for name, why in work.failed.items():
+            print(f"failed: {printable(name)}: {printable(why)}", file=sys.stderr)
+    if work.failed:
+        raise typer.Exit(1)
 
 
 def audit(

@@ -18,6 +18,8 @@ SPLITS = ("validation", "test", "train", "all")
 FOLDS = 5  # parts of data without a split, of which one is held out
 SMALL = 100  # classes up to which a confusion matrix is kept in metrics.json
 TITLES = {
+    "absolute_volume_error_ml": "Volume error, absolute, ml",
+    "absolute_volume_error_percent": "Volume error, absolute, %",
     "accuracy": "Accuracy",
     "bleu": "BLEU",
     "chrf": "chrF",
@@ -35,6 +37,10 @@ TITLES = {
     "mean_iou_box": "Mean IoU, a box",
     "mean_iou_point": "Mean IoU, one point",
     "mean_iou_points": "Mean IoU, three points",
+    "median_dice": "Dice, median",
+    "median_hd95_mm": "HD95, mm, median",
+    "median_iou": "IoU, median",
+    "median_nsd": "Surface Dice (NSD), median",
     "nsd": "Surface Dice (NSD)",
     "own_fidelity": "Subject fidelity, own images",
     "perplexity": "Perplexity",
@@ -44,6 +50,8 @@ TITLES = {
     "recall": "Macro recall",
     "rouge_l": "ROUGE-L",
     "subject_fidelity": "Subject fidelity",
+    "volume_error_ml": "Volume error, ml",
+    "volume_error_percent": "Volume error, %",
 }
 
 
@@ -217,6 +225,7 @@ class Request:
         encoder: Model whose features compare painted images; None: an embedded one.
         resamples: Of the units, for the intervals.
         training: What metrics.json tells of the adapter's own.
+        options: The values of the task's `score_options`, by name; those that are missing have their defaults.
 
     Raises:
         InlayError: No such split; a limit or resamples below 1.
@@ -229,6 +238,7 @@ class Request:
     encoder: str | None = None
     resamples: int = 1000
     training: Training = field(default_factory=Training)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.split is not None and self.split not in SPLITS:

@@ -27,7 +27,7 @@ Record = dict[str, Any]  # what inlay keeps inside an adapter's file
 
 @dataclass(frozen=True)
 class Option:
-    """An option of `inlay predict` that belongs to one task.
+    """An option of `inlay predict` or `inlay evaluate` that belongs to one task.
 
     Attributes:
         kind: Its type, as typer takes it.
@@ -88,6 +88,7 @@ class Task(ABC):
         usage: Python for the card that uses an adapter; FOLDER stands for where it is.
         inputs: What the inputs of `inlay predict` are.
         options: Those of `inlay predict`, by name.
+        score_options: Those of `inlay evaluate`, by name.
         main_score: The score of `evaluate` by which adapters are compared.
         smaller_is_better: Of the main score.
         graph_module: The part of a model that an exported graph computes; empty: the whole.
@@ -113,6 +114,7 @@ class Task(ABC):
     usage: ClassVar[str]
     inputs: ClassVar[str]
     options: ClassVar[Mapping[str, Option]] = {}
+    score_options: ClassVar[Mapping[str, Option]] = {}
     main_score: ClassVar[str]
     smaller_is_better: ClassVar[bool] = False
     graph_module: ClassVar[str] = ""

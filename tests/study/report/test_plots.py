@@ -9,9 +9,9 @@ import pytest
 
 from inlay.errors import BadInput
 from inlay.methods import METHODS
-from inlay.study.report.canvas import Line, Text, measure_text
 from inlay.study.report.labels import place_labels
 from inlay.study.report.plots import COSTS, SIZE, draw_all, draw_quality, draw_rates, find_front
+from inlay.tasks.canvas import Line, Text, measure_text
 from study.report.examples import make_comparison
 
 COMPARISON = make_comparison()

@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from command import run
 from inlay import InlayError, VolumeView, evaluate, load_adapter, load_volumes, segment
 from inlay.builtin.bodies import generate_bodies
 from inlay.tasks.volumes.loss import WholeVolume
@@ -86,6 +88,40 @@ def test_rows_are_what_segment_and_monai_say(adapter, scans, found):
     assert found.scores["dice"].value == pytest.approx(np.mean([row["dice"] for row in found.rows]), abs=1e-5)
     assert [row["class"] for row in found.per_class] == ["organ", "lesion"]
     assert set(found.scores) >= {"dice", "iou", "hd95_mm", "nsd", "dice_organ", "dice_lesion"}
+
+
+def test_errors_of_volumes_medians_and_tolerance(adapter, scans, found):
+    """From the volumes in the rows, by hand."""
+    signed = np.array([row["predicted_ml"] - row["reference_ml"] for row in found.rows])
+    percent = [100 * e / row["reference_ml"] for e, row in zip(signed, found.rows, strict=True) if row["reference_ml"]]
+    for name, values in (("volume_error_ml", signed), ("volume_error_percent", np.array(percent))):
+        assert found.scores[name].value == pytest.approx(values.mean(), abs=1e-3)
+        assert found.scores[f"absolute_{name}"].value == pytest.approx(np.abs(values).mean(), abs=1e-3)
+    dice = [row["dice"] for row in found.rows]
+    assert found.scores["median_dice"].value == pytest.approx(np.median(dice), abs=1e-5)
+    wide = evaluate(adapter, scans, resamples=2, compare=False, options={"tolerance_mm": 50.0})
+    assert wide.scores["nsd"].value == 1.0 > found.scores["nsd"].value and "within 50 mm" in " ".join(wide.notes)
+    with pytest.raises(InlayError, match=r"unknown option 'tolerance'; evaluating .* has tolerance_mm, plot"):
+        evaluate(adapter, scans, options={"tolerance": 1.0})
+
+
+def test_a_box_plot_and_the_worst_scans_are_drawn(capsys, monkeypatch, scans, found, tmp_path):
+    status, _, err = run(
+        capsys, monkeypatch, "evaluate", SHIPPED, scans, "--adapter-only", "--plot", tmp_path / "boxes.png",
+        "--worst", 1, "--worst-folder", tmp_path / "worst", "--csv", tmp_path / "scores.csv",
+    )  # fmt: skip
+    assert status == 0, err
+    means = {case: np.mean([row["dice"] for row in found.rows if row["case"] == case])
+             for case in {row["case"] for row in found.rows}}  # fmt: skip
+    worst = min(means, key=means.__getitem__)
+    assert [path.name for path in (tmp_path / "worst").iterdir()] == [f"{means[worst]:.3f}_{worst}.png"]
+    with Image.open(tmp_path / "boxes.png") as image:
+        assert image.width > 1000 and len(image.convert("RGB").getcolors(2**24)) > 20
+    assert (tmp_path / "scores.csv").read_text().splitlines()[0].endswith("volume_error_ml,volume_error_percent")
+    status, _, err = run(
+        capsys, monkeypatch, "evaluate", ROOT / "adapters_hub" / "digits-lora-vit-tiny", "builtin:digits", "--worst", 1
+    )
+    assert status == 2 and "--worst is an option for volume-segmentation" in err and err.count("\n") == 1
 
 
 def test_classes_are_matched_by_name(adapter, found, tmp_path):

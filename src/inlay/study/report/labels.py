@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from inlay.study.report.canvas import Point
+from inlay.tasks.canvas import Point
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 

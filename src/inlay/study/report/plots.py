@@ -8,9 +8,9 @@ from itertools import pairwise
 from inlay.errors import BadInput
 from inlay.methods import METHODS
 from inlay.study.comparison import Comparison, Row
-from inlay.study.report.canvas import GRID, INK, MUTED, PAPER, Canvas, Line, Point, Text, measure_text
 from inlay.study.report.labels import Box, place_labels
 from inlay.study.report.standing import Standing, find_standings
+from inlay.tasks.canvas import GRID, INK, MUTED, PAPER, Canvas, Line, Point, Text, measure_text
 from inlay.tasks.evaluation import title
 
 SIZE = (1600, 900)  # pixels: 16:9

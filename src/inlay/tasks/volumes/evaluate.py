@@ -1,20 +1,26 @@
 """A segmenter of scans scored on label maps: overlap, distance of surfaces and volumes, for each scan and class."""
 
+import zlib
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from inlay.files.outputs import check_output_folder
 from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, check_labels, count_units, pick_evenly
 from inlay.tasks.groups import list_groups
 from inlay.tasks.statistics import Indices, score_with_intervals
+from inlay.tasks.volumes.box_plot import draw_boxes
 from inlay.tasks.volumes.data import Case, load_volumes_to_score
-from inlay.tasks.volumes.grid import reorient_to_ras, spacing_of
+from inlay.tasks.volumes.grid import reorient_from_ras, reorient_to_ras, spacing_of
 from inlay.tasks.volumes.loss import WholeVolume
+from inlay.tasks.volumes.montage import draw_montage
 from inlay.tasks.volumes.scan import aligned_labels, read_image
-from inlay.tasks.volumes.scores import SCORES, dice_of, overlap, score_case
-from inlay.tasks.volumes.segment import segment
+from inlay.tasks.volumes.scores import SCORES, VOLUME_ERRORS, dice_of, overlap, score_case
+from inlay.tasks.volumes.segment import Segmentation, check_output, segment
 
 TOLERANCE_MM = 1.0
 
@@ -42,14 +48,33 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
     rows: list[dict[str, Any]] = []
     dice = []  # N K, on the model's grid
     picked = [cases[i] for i in pick_evenly(len(cases), request.limit)]
+    tolerance_mm = request.options.get("tolerance_mm", TOLERANCE_MM)
+    plot, worst = (
+        request.options.get("plot"),
+        _Worst(request.options.get("worst"), request.options.get("worst_folder"), labels),
+    )
+    if plot is not None:
+        check_output(plot, (".png",))
     for case in picked:
-        rows += _on_own_grid(adapter, case, labels, numbers)
+        found, of_case = _on_own_grid(adapter, case, labels, numbers, tolerance_mm)
+        rows += of_case
+        worst.add(case, found, float(np.mean([row["dice"] for row in of_case])))
         if request.compare:
             dice.append(_on_model_grid(adapter, case, numbers, len(labels)))
     values = {name: np.array([row[name] for row in rows]).reshape(len(picked), len(labels)) for name in SCORES}  # N K
 
+    errors = {
+        name: np.array([row[name] for row in rows], np.float64).reshape(len(picked), len(labels))  # None becomes NaN
+        for name in VOLUME_ERRORS
+    }
+
     def statistic(scans: Indices) -> dict[str, float]:
         found = {name: float(each[scans].mean()) for name, each in values.items()}
+        found |= {f"median_{name}": float(np.median(each[scans])) for name, each in values.items()}
+        for name, each in errors.items():
+            known = each[scans][~np.isnan(each[scans])]
+            found[name] = float(known.mean()) if known.size else np.nan
+            found[f"absolute_{name}"] = float(np.abs(known).mean()) if known.size else np.nan
         if len(labels) > 1:
             found |= {f"dice_{label}": float(values["dice"][scans, k].mean()) for k, label in enumerate(labels)}
         return found | ({"dice_model_grid": float(np.array(dice)[scans].mean())} if dice else {})
@@ -61,9 +86,14 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
             **{name: float(values[name][:, k].mean()) for name in SCORES},
             "predicted_ml": float(np.mean([row["predicted_ml"] for row in rows[k :: len(labels)]])),
             "reference_ml": float(np.mean([row["reference_ml"] for row in rows[k :: len(labels)]])),
+            "median_dice": float(np.median(values["dice"][:, k])),
+            "volume_error_ml": float(np.mean([row["volume_error_ml"] for row in rows[k :: len(labels)]])),
         }
         for k, label in enumerate(labels)
     ]
+    worst.draw()
+    if plot is not None:
+        draw_boxes(rows, labels, plot)
     groups = list_groups(picked)
     count, unit, counted = count_units(len(picked), "scan", groups, request.training.group_for(data))
     return Evaluation(
@@ -79,22 +109,58 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
             *notes,
             *counted,
             f"Masks are those of `inlay segment` without prompts, on the scans' own grids; surface Dice within "
-            f"{TOLERANCE_MM:g} mm.",
+            f"{tolerance_mm:g} mm.",
             "The base without the adapter has no score: it names no classes of scans.",
         ],
     )
 
 
-def _on_own_grid(adapter: Adapter, case: Case, labels: tuple[str, ...], numbers: np.ndarray) -> list[dict[str, Any]]:
-    """Rows of `score_case`."""
+class _Worst:
+    """The scans of the lowest mean Dice so far, whose masks are kept compressed until they are drawn."""
+
+    def __init__(self, count: int | None, folder: Path | None, labels: tuple[str, ...]) -> None:
+        self.count, self.folder, self.labels = count or 0, folder or Path("worst"), labels
+        self.kept: list[tuple[float, Case, Segmentation, bytes]] = []
+        if self.count:
+            check_output_folder(self.folder)
+
+    def add(self, case: Case, found: Segmentation, dice: float) -> None:
+        """Keep a scan if it is among the worst."""
+        if self.count and (len(self.kept) < self.count or dice < self.kept[-1][0]):
+            packed = zlib.compress(found.mask.tobytes(), 1)
+            empty = replace(found, mask=np.zeros((1, 1, 1), found.mask.dtype))
+            self.kept = sorted([*self.kept, (dice, case, empty, packed)], key=lambda one: one[0])[: self.count]
+
+    def draw(self) -> None:
+        """Save a montage of each, with the reference as dashed outlines, under its Dice and name."""
+        if self.kept:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        for dice, case, found, packed in self.kept:
+            channels, affine = read_image(case)
+            image = channels[0]
+            mask = np.frombuffer(zlib.decompress(packed), found.mask.dtype).reshape(image.shape[-3:])
+            whole = replace(found, mask=mask)
+            values = {name: value for value, name in found.names.items()}
+            numbers = np.array([0, *(values[label] for label in self.labels)])
+            _, grid = reorient_to_ras(image, affine)
+            truth = aligned_labels(case, reorient_to_ras(image, affine)[0].shape, grid)  # D H W, -1 to be ignored
+            reference = reorient_from_ras(numbers[truth.clip(0)], affine)
+            draw_montage(image, whole, self.folder / f"{dice:.3f}_{case.name}.png", reference=reference)
+
+
+def _on_own_grid(
+    adapter: Adapter, case: Case, labels: tuple[str, ...], numbers: np.ndarray, tolerance_mm: float
+) -> tuple[Segmentation, list[dict[str, Any]]]:
+    """The mask that `segment` gives, and rows of `score_case`."""
     array, affine = read_image(case)
     image, grid = reorient_to_ras(array[0], affine)
     truth = aligned_labels(case, image.shape, grid)  # D H W
     found = segment(adapter, adapter.processor.read(case), progress=False)
     mask = numbers[reorient_to_ras(found.class_mask, affine)[0]]
-    rows = score_case(mask, truth, labels, spacing_of(grid), case=case.name, tolerance_mm=TOLERANCE_MM)
+    rows = score_case(mask, truth, labels, spacing_of(grid), case=case.name, tolerance_mm=tolerance_mm)
     values = {label: value for value, label in found.names.items()}
-    return [{"case": row["case"], "class": row["class"], "value": values[row["class"]], **row} for row in rows]
+    named = [{"case": row["case"], "class": row["class"], "value": values[row["class"]], **row} for row in rows]
+    return found, named
 
 
 @torch.inference_mode()

@@ -27,7 +27,8 @@ from inlay.files.atomic import replacing
 from inlay.tasks.metrics import ClassMetric
 
 SCORES = ("dice", "iou", "hd95_mm", "nsd")
-COLUMNS = ("case", "class", *SCORES, "predicted_ml", "reference_ml")
+VOLUME_ERRORS = ("volume_error_ml", "volume_error_percent")
+COLUMNS = ("case", "class", *SCORES, "predicted_ml", "reference_ml", *VOLUME_ERRORS)
 Mask: TypeAlias = np.ndarray | torch.Tensor
 
 
@@ -55,7 +56,8 @@ def score_case(
         tolerance_mm: What counts as no distance for NSD, above 0.
 
     Returns:
-        Rows with the keys `COLUMNS`; volumes are in ml.
+        Rows with the keys `COLUMNS`; volumes are in ml. The error of a volume is predicted minus reference, and its
+        percentage that of the reference: None where only the reference is empty.
 
     Raises:
         InlayError: Masks of other shapes, a class without a name, or spacing that is none.
@@ -80,7 +82,9 @@ def score_case(
         )
         scores = dice_of(counts)[0], iou_of(counts)[0], distance, nsd
         named = {"case": case, "class": label} | {k: float(v) for k, v in zip(SCORES, scores, strict=True)}
-        rows.append(named | {"predicted_ml": p * ml, "reference_ml": r * ml})
+        volumes = {"predicted_ml": p * ml, "reference_ml": r * ml, "volume_error_ml": (p - r) * ml}
+        percent = 100 * (p - r) / r if r else None if p else 0.0
+        rows.append({**named, **volumes, "volume_error_percent": percent})
     return rows
 
 

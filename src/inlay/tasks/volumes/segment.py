@@ -5,11 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -36,7 +38,10 @@ from inlay.tasks.volumes.windows import Grid, ScanPrompts, Voxel, probabilities,
 
 logger = logging.getLogger(__name__)
 
-MASKS = (".nii.gz", ".nii")
+NIFTI = (".nii.gz", ".nii")
+MASKS = NIFTI
+MOST = 32767  # what a probability of 1 is stored as
+SLAB = 16  # planes of an ensemble's probabilities whose classes are found at a time
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class Segmentation:
             class `labels[k - 1]`.
         affine: (4, 4), from a voxel's index to mm.
         labels: Names of the K classes.
-        probabilities: (K+1, X, Y, Z) float16, background first; None if they were not asked for.
+        probabilities: (K+1, X, Y, Z) float16, or float32 of an ensemble, background first; None if they were not asked
+            for.
         source: The scan's file, or its bytes, whose header `save` carries over; of several the first; None: voxels from
             memory.
         values: The numbers of the K classes in the mask: those of the label maps that were trained on. None: 1..K.
@@ -117,6 +123,33 @@ class Segmentation:
             image.to_filename(new)
         return path
 
+    def save_probabilities(self, path: str | Path) -> Path:
+        """Write the probabilities as NIfTI with a fourth axis, background first; whole or not at all.
+
+        They are stored in 16 bits in steps of 1/32767, which nibabel, ITK and MONAI give back as 0 to 1: NIfTI has no
+        float16. A header extension names the classes by their place, as JSON {"labels": {"0": "background", ...}}.
+
+        Raises:
+            InlayError: They were not kept; as `save`.
+        """
+        if self.probabilities is None:
+            raise BadInput("this segmentation has no probabilities; pass keep_probabilities to segment.")
+        path = check_output(path, NIFTI, self.source if isinstance(self.source, Path) else None)
+        nibabel = import_nibabel()
+        steps = make_scratch((*self.mask.shape, len(self.probabilities)), np.int16, order="F")  # as the file has them
+        for k, values in enumerate(self.probabilities):
+            for x in range(0, len(values), SLAB):
+                scaled = np.asarray(values[x : x + SLAB], np.float32) * MOST
+                steps[x : x + SLAB, ..., k] = np.rint(scaled).clip(0, MOST)
+        image = nibabel.Nifti1Image(steps, self.affine, dtype=np.int16)
+        image.header.set_slope_inter(1 / MOST, 0)
+        image.header.set_xyzt_units("mm")
+        image.header["cal_max"] = 1
+        _name_classes(image, dict(enumerate(["background", *self.labels])))
+        with replacing(path) as new:
+            image.to_filename(new)
+        return path
+
     def to_bytes(self) -> bytes:
         """What `save` writes into a .nii.gz file."""
         return gzip.compress(self._make_image().to_bytes(), compresslevel=6, mtime=0)
@@ -137,8 +170,7 @@ class Segmentation:
         image = kind(self.mask, affine, header, dtype=self.mask.dtype)
         if header is None:
             image.header.set_xyzt_units("mm")
-        named = json.dumps({"labels": {"0": "background", **self.names}}, ensure_ascii=False)
-        image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", named.encode()))
+        _name_classes(image, {0: "background", **self.names})
         return image
 
 
@@ -155,6 +187,12 @@ def read_reference(path: str | Path, segmentation: Segmentation) -> np.ndarray:
     if apart > APART * np.linalg.norm(segmentation.affine[:3, :3], axis=0).min():
         raise BadInput(f"'{path}' is not on the scan's grid: its affine moves a corner by {apart:.3g} mm.")
     return mask
+
+
+def _name_classes(image: Any, names: dict[int, str]) -> None:
+    """Add a header extension to nibabel's image with the names of classes by their numbers."""
+    named = json.dumps({"labels": names}, ensure_ascii=False)
+    image.header.extensions.append(import_nibabel().nifti1.Nifti1Extension("comment", named.encode()))
 
 
 def class_values(labels: Sequence[str], values: Sequence[int] | None) -> Sequence[int]:
@@ -175,17 +213,26 @@ def put_values(class_mask: np.ndarray, values: Sequence[int] | None) -> np.ndarr
     return np.array([0, *values], label_dtype(0, max(values)))[class_mask]
 
 
+class OpenScan(NamedTuple):
+    """A scan as an adapter's processor makes it, and the files or bytes that it is of; None: it was in memory."""
+
+    source: Path | bytes | None
+    further: tuple[Path, ...]
+    scan: Scan
+
+
 def segment(
     adapter: Adapter,
-    scan: Scan | ScanSource,
+    scan: Scan | OpenScan | ScanSource,
     *,
+    ensemble: Sequence[Adapter] = (),
     points: Sequence[Sequence[Any]] = (),
     boxes: Sequence[Sequence[Any]] = (),
     overlap: float = 0.5,
     flips: bool = False,
     largest: bool = False,
     batch_size: int = 1,
-    keep_probabilities: bool = False,
+    keep_probabilities: bool | np.ndarray = False,
     progress: bool = True,
     device: Device | None = None,
     before_windows: Callable[[], None] | None = None,
@@ -194,13 +241,16 @@ def segment(
 
     Windows that hold a prompt are answered with it, all others without one. Probabilities are averaged where windows
     overlap, with Gaussian weights, and interpolated at the scan's own voxels; a voxel gets its most probable class.
-    Besides scan and mask only the planes of one window's depth are held, so memory does not grow with length.
+    Besides scan and mask only the planes of one window's depth are held, so memory does not grow with length. Those of
+    an ensemble are averaged at the scan's own voxels, in a file without a name where temporary files are (TMPDIR).
 
     Args:
         adapter: From `load_adapter`, trained on volumes.
-        scan: A .nii, .nii.gz or .npz file, the bytes of a NIfTI file, or what `adapter.processor.read` made of one. Of
-            several channels a file with all of them, one file of an nnU-Net case (case_0000.nii.gz), {channel: file},
-            or files in the order of `adapter.processor.channels`.
+        scan: A .nii, .nii.gz or .npz file, the bytes of a NIfTI file, or what `adapter.processor.read` or `open_scan`
+            made of one. Of several channels a file with all of them, one file of an nnU-Net case (case_0000.nii.gz),
+            {channel: file}, or files in the order of `adapter.processor.channels`.
+        ensemble: Further adapters of the same classes, on whatever bases and with whatever crops and spacings: the
+            probabilities of all are averaged.
         points: Each (x, y, z) or (x, y, z, label) in the scan's own voxels, from 0 as nibabel indexes them. The
             label is 0 for background, a class's number in the mask, or its name; default: the first class.
         boxes: Each (x0, y0, z0, x1, y1, z1), or with a label behind: two opposite corners, included.
@@ -209,65 +259,137 @@ def segment(
             (`processor.flip`): 2, 4 or 8 times the work for 1, 2 or 3 axes.
         largest: Keep only the largest connected component of each class (26 neighbours).
         batch_size: Windows in one forward pass.
-        keep_probabilities: Also return them.
+        keep_probabilities: Also return them. An array (K+1, X, Y, Z) of zeros, such as one of `make_scratch`, is
+            filled with them.
         progress: Show a bar, where standard error is a terminal.
-        device: Move the adapter there first, such as to "cuda:1"; default: where it is.
+        device: Move the adapters there first, such as to "cuda:1"; default: where they are.
         before_windows: Called before each batch of windows; what it raises ends the work.
 
     Raises:
         InlayError: An adapter for something else, a file that is no scan, a prompt outside of the scan or of no class,
-            overlap or batch_size out of range, flips of an adapter that was trained without.
+            overlap or batch_size out of range, flips of an adapter that was trained without, an ensemble of different
+            classes.
     """
-    if not 0 <= overlap < 1 or batch_size < 1:
-        raise BadInput(f"overlap must be from 0 to below 1 and batch_size at least 1, got {overlap} and {batch_size}.")
+    members = [adapter, *ensemble]
+    check_settings(members, overlap=overlap, flips=flips, batch_size=batch_size)
+    opened = open_scan(adapter, scan)
+    source, further, first = opened
+    shape, kept = (len(adapter.labels) + 1, *first.own_shape), None
+    if isinstance(keep_probabilities, np.ndarray):
+        kept = keep_probabilities
+    elif ensemble:
+        kept = make_scratch(shape, np.float32)
+    elif keep_probabilities:
+        kept = np.zeros(shape, np.float16)
+    mask = empty_mask(first, adapter.labels)
+    for member in members:
+        move_model(member.model, device)
+        own = opened if member is adapter else _reopen(member, adapter, opened)
+        _fill_mask(
+            member, own.scan, mask, kept, share=1 / len(members), points=points, boxes=boxes, overlap=overlap,
+            mirrored=member.processor.flip if flips else (), batch_size=batch_size, progress=progress,
+            before_windows=before_windows,
+        )  # fmt: skip
+    if ensemble and kept is not None:
+        for x in range(0, len(mask), SLAB):
+            mask[x : x + SLAB] = most_probable(torch.from_numpy(np.array(kept[:, x : x + SLAB]))).numpy()
+    if largest:
+        keep_largest(mask, len(adapter.labels))
+    affine, numbers = np.asarray(first.affine, np.float64), adapter.processor.values
+    wanted = kept if keep_probabilities is not False else None
+    return Segmentation(put_values(mask, numbers), affine, list(adapter.labels), wanted, source, numbers, further)
+
+
+def _fill_mask(
+    adapter: Adapter,
+    scan: Scan,
+    mask: np.ndarray,
+    kept: np.ndarray | None,
+    *,
+    share: float,
+    points: Sequence[Sequence[Any]],
+    boxes: Sequence[Sequence[Any]],
+    overlap: float,
+    mirrored: Sequence[int],
+    batch_size: int,
+    progress: bool,
+    before_windows: Callable[[], None] | None,
+) -> None:
+    """Slide one adapter over a scan: classes go into `mask`, probabilities times `share` are added to `kept`."""
     from tqdm.auto import tqdm
 
-    check_task(adapter, "volume-segmentation")
-    numbers, mirrored = adapter.processor.values, adapter.processor.flip if flips else ()
-    if flips and not mirrored:
-        raise Unsupported(
-            f"adapter {adapter.name!r} was not trained on mirrored scans, or does not say so, and would answer wrongly "
-            "on them; leave flips out, or train with --flip."
-        )
-    source, further, scan = open_scan(adapter, scan)
-    move_model(adapter.model, device)
     grid = Grid(scan, adapter.processor.crop)
-    prompts = grid.make_prompts(points, boxes, adapter.labels, numbers)
-    mask = empty_mask(grid, adapter.labels)
-    kept = np.zeros((len(adapter.labels) + 1, *scan.own_shape), np.float16) if keep_probabilities else None
-    size = tuple(adapter.processor.crop)
+    prompts = grid.make_prompts(points, boxes, adapter.labels, adapter.processor.values)
 
     def predict(pixels: torch.Tensor, inside: Sequence[ScanPrompts]) -> torch.Tensor:
         if before_windows is not None:
             before_windows()
         return probabilities(adapter.model, pixels, inside, flips=mirrored)
 
-    # disable=None: no bar where the output is no terminal
-    bar = tqdm(desc="segment", unit="window", disable=None if progress else True)
+    # disable=None: no bar where the output is no terminal. leave=None: it stays if it is the only one.
+    bar = tqdm(desc="segment", unit="window", disable=None if progress else True, leave=None)
     with bar, torch.inference_mode():
-        planes = slide(predict, grid.image, size, prompts, overlap=overlap, batch_size=batch_size, bar=bar)
+        planes = slide(
+            predict, grid.image, tuple(adapter.processor.crop), prompts, overlap=overlap, batch_size=batch_size, bar=bar
+        )
         for first, values in planes:
             last = first + values.shape[1]
             low = -np.inf if first == 0 else first
             high = np.inf if last == grid.shape[0] else last - 1
-            paint_mask(
-                grid, values, (first, 0, 0), grid.find_rows((low, -np.inf, -np.inf), (high, np.inf, np.inf)), mask, kept
+            rows = grid.find_rows((low, -np.inf, -np.inf), (high, np.inf, np.inf))
+            paint_mask(grid, values, (first, 0, 0), rows, mask, kept, share)
+
+
+def check_settings(adapters: Sequence[Adapter], *, overlap: float, flips: bool, batch_size: int) -> None:
+    """Raise InlayError for what `segment` refuses whatever the scan.
+
+    Args:
+        adapters: One, or those of an ensemble.
+        overlap: As for `segment`.
+        flips: The same.
+        batch_size: The same.
+    """
+    if not 0 <= overlap < 1 or batch_size < 1:
+        raise BadInput(f"overlap must be from 0 to below 1 and batch_size at least 1, got {overlap} and {batch_size}.")
+    for adapter in adapters:
+        check_task(adapter, "volume-segmentation")
+        if flips and not adapter.processor.flip:
+            raise Unsupported(
+                f"adapter {adapter.name!r} was not trained on mirrored scans, or does not say so, and would answer "
+                "wrongly on them; leave flips out, or train with --flip."
             )
-    if largest:
-        keep_largest(mask, len(adapter.labels))
-    affine = np.asarray(scan.affine, np.float64)
-    return Segmentation(put_values(mask, numbers), affine, list(adapter.labels), kept, source, numbers, further)
+    first = adapters[0]
+    numbers = list(class_values(first.labels, first.processor.values))
+    for place, other in enumerate(adapters[1:], 2):
+        pairs = (
+            ("the classes", list(first.labels), list(other.labels)),
+            ("the numbers of classes", numbers, list(class_values(other.labels, other.processor.values))),
+            ("the channels", _channels_of(first), _channels_of(other)),
+        )
+        for what, wanted, found in pairs:
+            if found != wanted:
+                raise BadInput(
+                    f"adapter {place} of the ensemble, {other.name!r}, has {what} {list_first(found) or 'none'}, and "
+                    f"the first one, {first.name!r}, has {list_first(wanted) or 'none'}; average adapters of the same."
+                )
 
 
-def open_scan(adapter: Adapter, scan: Scan | ScanSource) -> tuple[Path | bytes | None, tuple[Path, ...], Scan]:
+def _channels_of(adapter: Adapter) -> list[str]:
+    """Names of the channels that an adapter reads; none: one without a name."""
+    return list(adapter.processor.to_dict().get("channels", ()))
+
+
+def open_scan(adapter: Adapter, scan: Scan | OpenScan | ScanSource) -> OpenScan:
     """The scan's file, if it is one, or its bytes, of several the first; its other files; and what is made of them.
 
     Raises:
         InlayError: The adapter is not for volumes, or the file is no scan.
     """
     check_task(adapter, "volume-segmentation")
+    if isinstance(scan, OpenScan):
+        return scan
     if isinstance(scan, Scan):
-        return None, (), scan
+        return OpenScan(None, (), scan)
     if isinstance(scan, bytes):
         sources: tuple[Path | bytes, ...] = (scan,)
         read = adapter.processor.read(scan)
@@ -277,7 +399,42 @@ def open_scan(adapter: Adapter, scan: Scan | ScanSource) -> tuple[Path | bytes |
     for source in sources:
         if conflict := find_affine_conflict(source):
             logger.warning("%s: %s.", read.name if isinstance(source, bytes) else source, conflict)
-    return sources[0], tuple(file for file in sources[1:] if isinstance(file, Path)), read
+    return OpenScan(sources[0], tuple(file for file in sources[1:] if isinstance(file, Path)), read)
+
+
+def _reopen(adapter: Adapter, first: Adapter, opened: OpenScan) -> OpenScan:
+    """The scan as another adapter's processor makes it: read again, unless both make the same of it.
+
+    Raises:
+        InlayError: It is to be read again, and is in memory only.
+    """
+    ours, others = (
+        {key: value for key, value in one.processor.to_dict().items() if key not in ("crop", "flip", "values")}
+        for one in (first, adapter)
+    )
+    if ours == others:
+        return opened
+    if opened.source is None:
+        raise BadInput(
+            f"adapter {adapter.name!r} reads scans at another spacing or intensity than {first.name!r}; give the "
+            "scan's file, and not one that was read already."
+        )
+    files: Any = (opened.source, *opened.further) if opened.further else opened.source
+    return open_scan(adapter, files)
+
+
+def make_scratch(shape: Sequence[int], dtype: Any, order: Literal["C", "F"] = "C") -> np.ndarray:
+    """Zeros in a file without a name where temporary files are, which is gone when the array is: they may be larger
+    than memory.
+
+    Raises:
+        OSError: The disk has no room for them.
+    """
+    with tempfile.TemporaryFile(prefix="inlay-") as file:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if hasattr(os, "posix_fallocate"):  # else a full disk would end the process later, without a word
+            os.posix_fallocate(file.fileno(), 0, size)
+        return np.memmap(file, dtype, "w+", shape=tuple(shape), order=order)
 
 
 def check_output(path: str | Path, suffixes: Sequence[str], scan: str | Path | None = None) -> Path:
@@ -296,15 +453,21 @@ def check_output(path: str | Path, suffixes: Sequence[str], scan: str | Path | N
     return path
 
 
-def empty_mask(grid: Grid, labels: Sequence[str]) -> np.ndarray:
+def empty_mask(grid: Grid | Scan, labels: Sequence[str]) -> np.ndarray:
     """Background on the own grid, in a type that holds the numbers 0..K."""
     return np.zeros(grid.own_shape, label_dtype(0, len(labels)))
 
 
 def paint_mask(
-    grid: Grid, values: torch.Tensor, start: Voxel, rows: list[slice], mask: np.ndarray, kept: np.ndarray | None = None
+    grid: Grid,
+    values: torch.Tensor,
+    start: Voxel,
+    rows: list[slice],
+    mask: np.ndarray,
+    kept: np.ndarray | None = None,
+    share: float = 1.0,
 ) -> None:
-    """Write the most probable classes, and the probabilities if wanted, of a part of the tensor into own voxels.
+    """Write the most probable classes of a part of the tensor into own voxels, and add the probabilities if wanted.
 
     Args:
         grid: Where things lie.
@@ -312,14 +475,15 @@ def paint_mask(
         start: Where it begins in the tensor.
         rows: The own voxels to write.
         mask: (X, Y, Z), which gets k for class k.
-        kept: (K+1, X, Y, Z).
+        kept: (K+1, X, Y, Z), to which the probabilities are added.
+        share: What they are multiplied with before.
     """
     own = mask.transpose(grid.axes)  # a view in the order D H W
     own_kept = None if kept is None else kept.transpose(0, *(grid.axes + 1))
     for index, part in grid.interpolate(values, start, rows):
         own[index] = most_probable(part).numpy()
         if own_kept is not None:
-            own_kept[(slice(None), *index)] = part.numpy()
+            own_kept[(slice(None), *index)] += part.numpy() * np.float32(share)
 
 
 def most_probable(values: torch.Tensor) -> torch.Tensor:

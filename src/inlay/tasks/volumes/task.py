@@ -45,6 +45,12 @@ class VolumeSegmentation(Task):
     options: ClassVar[Mapping[str, Option]] = {
         "out": Option(Path | None, "Save the mask as a .nii.gz or .nii file.", metavar="MASK"),
     }
+    score_options: ClassVar[Mapping[str, Option]] = {
+        "tolerance_mm": Option(float, "Distance of surfaces that surface Dice takes for none.", 1.0),
+        "plot": Option(Path | None, "Draw a box of each class and score, with a point a scan.", metavar="FILE.png"),
+        "worst": Option(int | None, "Draw so many scans of the lowest Dice, with both masks.", least=1),
+        "worst_folder": Option(Path | None, "Where they go; default: worst.", metavar="FOLDER"),
+    }
 
     def takes_base(self, config: Any) -> bool:
         """A SAM by itself is for masks in images: only its adapter makes it one for volumes."""
