@@ -85,6 +85,7 @@ bench-scores: setup ## quality and errors: 12 hours; a run that was broken off g
 	$(BIN)/python tests/benchmarks/eight_bit_gpt2.py
 	$(BIN)/python tests/benchmarks/hippocampus.py
 	$(BIN)/python tests/benchmarks/scan_channels.py
+	$(BIN)/python tests/benchmarks/scan_folds.py
 	$(BIN)/python tests/benchmarks/mobilenet_flowers.py
 	$(BIN)/python tests/benchmarks/augment_flowers.py --epochs 2 --seeds 0
 	$(BIN)/python tests/benchmarks/dog_toy.py --train-options "--convolutions --epochs 300"

@@ -199,7 +199,8 @@ def _segment_folder(
     with lock_folder(out, wait_s=0):
         work = FolderWork.plan(
             find_scans(folder, find_channels(names[0])), out, made_by,
-            suffix=None if suffix is None else f".{suffix.removeprefix('.')}", probabilities=probabilities, overwrite=overwrite,
+            suffix=None if suffix is None else f".{suffix.removeprefix('.')}", probabilities=probabilities,
+            overwrite=overwrite,
         )  # fmt: skip
         pending = len(work.pending)
         try:

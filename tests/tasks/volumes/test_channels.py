@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
 def test_numbered_files_are_one_case_and_each_channel_is_normalised_by_itself(folder):
     data = load_volumes(str(folder))
     assert data.channels == {"T1": "mr", "FLAIR": "mr", "CT": "ct"}
-    processor = VolumeProcessor.fitted(data, (8, 8, 8))
+    processor = VolumeProcessor.fitted(data, (8, 8, 8), window=(-1000, 1000))
     assert processor.channels == NAMES and processor.intensity == ("percentile", "percentile", "ct")
     scan = processor.read(data.train[0])
     assert scan.image.shape == (3, 7, 8, 9)
@@ -161,7 +161,7 @@ def test_masks_of_several_channels_and_the_channel_that_is_drawn(folder, tmp_pat
     saved = segment(adapter, tmp_path / "4d.nii.gz", progress=False).save(tmp_path / "mask.nii.gz")
     assert np.array_equal(nibabel.load(saved).get_fdata(), found.mask)
     assert np.array_equal(adapter.processor.read_channel(files[0], adapter.processor.find_channel("FLAIR")), VOXELS[1])
-    monkeypatch.setattr("inlay.cli.volumes.load_adapter_in", lambda *_: adapter)
+    monkeypatch.setattr("inlay.cli.volumes.load_ensemble", lambda *_: [adapter])
     words = [f"{name}={file}" for name, file in zip(NAMES, files, strict=True)]
     out = tmp_path / "out.nii.gz"
     drawn = ["--montage", str(tmp_path / "m.png"), "--channel", "CT"]

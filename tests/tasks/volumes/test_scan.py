@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from dataclasses import replace
 
 import nibabel
 import numpy as np
@@ -13,7 +14,7 @@ from inlay.errors import InlayError
 from inlay.tasks.volumes.data import Case, VolumeData
 from inlay.tasks.volumes.grid import reorient_from_ras, reorient_to_ras, resize, spacing_of
 from inlay.tasks.volumes.nifti import write_volume
-from inlay.tasks.volumes.scan import VolumeProcessor, median_spacing
+from inlay.tasks.volumes.scan import VolumeProcessor, find_window, median_spacing
 
 RANDOM = np.random.default_rng(1)
 SHAPE, SPACING = (7, 9, 5), (0.8, 1.1, 3.0)  # x, y, z in RAS
@@ -317,3 +318,24 @@ def test_without_the_extra_the_error_names_it(monkeypatch, tmp_path):
     for source in (tmp_path / "a.nii", Case("a", np.zeros((3, 3, 3)))):
         with pytest.raises(InlayError, match=r"pip install 'inlay\[volumes\]'"):
             VolumeProcessor(None, (4, 4, 4)).read(source)
+
+
+def test_the_window_of_ct_holds_the_classes():
+    """Liver at 60 HU between air and bone; a small case counts as much as a large one."""
+    generator = np.random.default_rng(0)
+    cases = []
+    for name, side, level in (("large", 24, 60.0), ("small", 8, 100.0)):
+        image = np.where(generator.random((side,) * 3) < 0.5, -1000.0, 1500.0)
+        label = np.zeros(image.shape, np.uint8)
+        label[2:6, 2:6, 2:6] = 1
+        image[label == 1] = level + generator.uniform(-5, 5, 64)
+        cases.append(Case(name, image.astype(np.float32), label))
+    low, high = find_window(cases)
+    inside = np.concatenate([case.image[case.label == 1] for case in cases])
+    assert (low, high) == (np.floor(np.quantile(inside, 0.005)), np.ceil(np.quantile(inside, 0.995)))
+    assert find_window([Case("empty", cases[0].image, np.zeros_like(cases[0].label))]) == (-1000, 1000)
+    data = VolumeData("a", tuple(cases), (), ("liver",), "ct")
+    found, given = (VolumeProcessor.fitted(data, (8, 8, 8), window=window) for window in (None, (-50, 200)))
+    assert (found.low, found.high) == (low, high) and (given.low, given.high) == (-50, 200)
+    with pytest.raises(InlayError, match="is for CT"):
+        VolumeProcessor.fitted(replace(data, modality="mr"), (8, 8, 8), window=(0, 1))

@@ -106,6 +106,20 @@ def test_conventions_for_empty_masks():
         assert VolumeDice(["x"]).compute(predictions=counts) == {"dice": wanted[0]}
 
 
+def test_a_class_is_judged_by_the_scans_that_have_it():
+    """Of three scans one has the class "b" and half of it is found; in another it is predicted by mistake."""
+    counts = np.array(
+        [
+            [[4, 4, 4], [2, 4, 4], [0, 0, 0]],
+            [[1, 2, 2], [0, 0, 0], [0, 0, 0]],
+            [[2, 2, 2], [0, 3, 0], [0, 0, 0]],
+        ]
+    )  # scans, classes; in both, predicted, in the reference
+    scores = VolumeDice(["a", "b", "nowhere"]).compute(predictions=counts)
+    a, b = (1 + 0.5 + 1) / 3, (0.5 + 0) / 2
+    assert scores == pytest.approx({"dice": (a + b) / 2, "dice_a": a, "dice_b": b, "dice_nowhere": 1.0})
+
+
 def test_ignored_voxels_count_nowhere():
     predicted, truth = noisy(shape=(1, 6, 7, 8))
     masked = truth.clone()

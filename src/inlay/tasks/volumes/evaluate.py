@@ -19,7 +19,7 @@ from inlay.tasks.volumes.grid import reorient_from_ras, reorient_to_ras, spacing
 from inlay.tasks.volumes.loss import WholeVolume
 from inlay.tasks.volumes.montage import draw_montage
 from inlay.tasks.volumes.scan import aligned_labels, read_image
-from inlay.tasks.volumes.scores import SCORES, VOLUME_ERRORS, dice_of, overlap, score_case
+from inlay.tasks.volumes.scores import SCORES, VOLUME_ERRORS, mean_dice, overlap, score_case
 from inlay.tasks.volumes.segment import Segmentation, check_output, segment
 
 TOLERANCE_MM = 1.0
@@ -46,7 +46,7 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
     # From the adapter's numbers of classes to those of the data, with 0 for those that the data lacks.
     numbers = np.array([0, *(labels.index(name) + 1 if name in labels else 0 for name in adapter.labels)], np.int64)
     rows: list[dict[str, Any]] = []
-    dice = []  # N K, on the model's grid
+    on_model_grid = []  # voxel counts, N K 3
     picked = [cases[i] for i in pick_evenly(len(cases), request.limit)]
     tolerance_mm = request.options.get("tolerance_mm", TOLERANCE_MM)
     plot, worst = (
@@ -60,7 +60,7 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
         rows += of_case
         worst.add(case, found, float(np.mean([row["dice"] for row in of_case])))
         if request.compare:
-            dice.append(_on_model_grid(adapter, case, numbers, len(labels)))
+            on_model_grid.append(_on_model_grid(adapter, case, numbers, len(labels)))
     values = {name: np.array([row[name] for row in rows]).reshape(len(picked), len(labels)) for name in SCORES}  # N K
 
     errors = {
@@ -77,7 +77,7 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
             found[f"absolute_{name}"] = float(np.abs(known).mean()) if known.size else np.nan
         if len(labels) > 1:
             found |= {f"dice_{label}": float(values["dice"][scans, k].mean()) for k, label in enumerate(labels)}
-        return found | ({"dice_model_grid": float(np.array(dice)[scans].mean())} if dice else {})
+        return found | ({"dice_model_grid": mean_dice(np.array(on_model_grid)[scans])[0]} if on_model_grid else {})
 
     per_class = [
         {
@@ -165,7 +165,7 @@ def _on_own_grid(
 
 @torch.inference_mode()
 def _on_model_grid(adapter: Adapter, case: Case, numbers: np.ndarray, classes: int) -> np.ndarray:
-    """Dice of each class, (K,), as a recipe scores it."""
+    """Voxels in both masks, the predicted and the reference, (K, 3), as a recipe counts them."""
     scan = adapter.processor.read(case)
     assert scan.labels is not None  # cases without are refused
     weight = next(p for p in adapter.model.parameters() if p.is_floating_point())
@@ -174,4 +174,4 @@ def _on_model_grid(adapter: Adapter, case: Case, numbers: np.ndarray, classes: i
         "labels": scan.labels[None].to(weight.device),
     }
     answer = WholeVolume(adapter.processor.crop)(adapter.model, batch).classes.long()
-    return dice_of(overlap(torch.from_numpy(numbers)[answer], scan.labels[None], classes).numpy())[0]
+    return overlap(torch.from_numpy(numbers)[answer], scan.labels[None], classes)[0].numpy()

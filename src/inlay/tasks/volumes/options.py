@@ -32,6 +32,9 @@ class VolumeTask(TaskOptions):
         None, "Which fold of the training scans is held out, from 0; default: the first. Groups stay whole.", least=0
     )
     folds: int | None = option(None, "Number of folds; default: 5.", least=2)
+    window: list[float] | None = option(
+        None, "CT: low and high end of the intensities, in HU; default: what holds the classes of the training scans."
+    )
     flip: list[int] = option(
         [], "Axes along which crops are mirrored: 0 D, 1 H, 2 W (left and right); kept for `--flips`.", least=0, most=2
     )
@@ -44,6 +47,8 @@ class VolumeTask(TaskOptions):
             raise BadInput(f"folds = {self.folds} needs fold, the one to hold out, from 0 to {self.folds - 1}.")
         if self.fold is not None and self.fold >= (self.folds or FOLDS):
             raise BadInput(f"fold must be from 0 to {(self.folds or FOLDS) - 1}, got {self.fold}.")
+        if self.window is not None and (len(self.window) != 2 or not self.window[0] < self.window[1]):
+            raise BadInput(f"window must be two numbers of HU, low and high, got {self.window}.")
         for name, sizes in (("crop", self.crop), ("spacing_mm", self.spacing_mm)):
             if sizes is not None and len(sizes) != 3:
                 raise BadInput(f"{name} must be three numbers D, H, W, got {sizes}.")
@@ -62,7 +67,7 @@ class VolumeTask(TaskOptions):
         share = 1 / (self.folds or FOLDS)
         data = load_volumes(self.dataset, seed=seed, validation=share, fold=self.fold, group=self.group, test=test)
         spacing = tuple(self.spacing_mm) if self.spacing_mm else "median"
-        processor = VolumeProcessor.fitted(data, tuple(self.crop), spacing, self.flip)  # type: ignore[arg-type]
+        processor = VolumeProcessor.fitted(data, tuple(self.crop), spacing, self.flip, self.window)  # type: ignore[arg-type]
         crops = VolumeView(data.validation, processor, training=True, augment=False, flip=())
         return TaskData(
             data,

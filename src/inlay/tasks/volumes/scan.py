@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +53,7 @@ PADDING = 0.0  # the image there: the mean of a scan, and what a convolution pad
 PERCENTILES = (0.5, 99.5)
 WINDOW = (-1000.0, 1000.0)  # HU
 SAMPLED = 4_000_000  # voxels that the percentiles are taken of
+FOUND = 10_000  # voxels of a case that the window of CT is found by
 
 
 @dataclass(frozen=True)
@@ -172,15 +174,34 @@ class VolumeProcessor:
         crop: Shape,
         spacing_mm: Triple | Literal["median"] | None = "median",
         flip: Sequence[int] = (),
+        window: Sequence[float] | None = None,
     ) -> "VolumeProcessor":
         """A processor for a data set: its channels with the intensities of their modalities, its labels' values and its
         median spacing.
+
+        Args:
+            data: With a training part.
+            crop: As for the processor, and `flip` too.
+            spacing_mm: Of the model's grid; `median`: `median_spacing` of the training cases.
+            window: Low and high of channels of CT, in HU; default: `find_window` of the training cases.
+
+        Raises:
+            InlayError: A window for data without CT; as `find_window`.
         """
         if spacing_mm == "median":
             spacing_mm = median_spacing(data.train)
         modalities = list(data.channels.values()) or [data.modality]
         kinds: list[Intensity] = ["ct" if modality == "ct" else "percentile" for modality in modalities]
-        return cls(spacing_mm, crop, kinds, flip=flip, values=data.train[0].values, channels=tuple(data.channels))
+        ct = [channel for channel, kind in enumerate(kinds) if kind == "ct"]
+        if window is not None and not ct:
+            raise BadInput(
+                f"window = {list(window)} is for CT, and {data.name!r} names no channel CT in its dataset.json; leave "
+                "it out, or name the modality."
+            )
+        low, high = WINDOW if not ct else find_window(data.train, ct) if window is None else window
+        return cls(
+            spacing_mm, crop, kinds, low, high, flip=flip, values=data.train[0].values, channels=tuple(data.channels)
+        )
 
     @property
     def intensity(self) -> Intensity | tuple[Intensity, ...]:
@@ -325,8 +346,8 @@ class VolumeProcessor:
         if self.intensities[channel] == "ct":
             middle, half = (self.low + self.high) / 2, (self.high - self.low) / 2
             return (np.clip(array, self.low, self.high) - np.float32(middle)) / np.float32(half)
-        list_first = array.reshape(-1)[:: -(-array.size // SAMPLED)]
-        low, high = np.percentile(list_first, PERCENTILES)
+        sampled = array.reshape(-1)[:: -(-array.size // SAMPLED)]
+        low, high = np.percentile(sampled, PERCENTILES)
         if high <= low:  # nearly all is one value: what differs is the object
             low, high = array.min(), array.max()
         array = np.clip(array, np.float32(low), np.float32(high))
@@ -445,6 +466,43 @@ def median_spacing(cases: Sequence[Case]) -> Triple:
     """Median of the spacings of cases in D, H, W, each axis by itself, to four digits; only headers are read."""
     d, h, w = (float(f"{s:.4g}") for s in np.median([_spacing_of_case(case) for case in cases], axis=0))
     return d, h, w
+
+
+def find_window(cases: Sequence[Case], channels: Sequence[int] = (0,)) -> tuple[float, float]:
+    """The window of CT that holds the classes: percentiles 0.5 and 99.5 of their voxels' HU, as whole numbers.
+
+    Each case counts alike, by up to 10,000 voxels. Without a voxel of a class, or where all are alike, it is -1000 to
+    1000 HU.
+
+    Args:
+        cases: To train on, with label maps.
+        channels: Those of CT, which get one window.
+
+    Raises:
+        InlayError: As `VolumeProcessor.read`.
+
+    Source: the normalisation of CT in nnU-Net (Isensee et al. 2021, doi 10.1038/s41592-020-01008-z).
+    """
+    labelled = [case for case in cases if case.label is not None]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        found = [values for values in pool.map(lambda case: _sample_classes(case, channels), labelled) if values.size]
+    if not found:
+        return WINDOW
+    values, shares = np.concatenate(found), np.concatenate([np.full(len(one), 1 / len(one)) for one in found])
+    order = np.argsort(values)
+    ranks = np.cumsum(shares[order]) / shares.sum()
+    places = np.searchsorted(ranks, np.array(PERCENTILES) / 100).clip(0, len(values) - 1)
+    low, high = values[order][places]
+    return (float(np.floor(low)), float(np.ceil(high))) if np.floor(low) < np.ceil(high) else WINDOW
+
+
+def _sample_classes(case: Case, channels: Sequence[int]) -> np.ndarray:
+    """Intensities of voxels of any class, evenly spread over them."""
+    array, affine = read_image(case)
+    image, grid = reorient_to_ras(array[0], affine)
+    inside = aligned_labels(case, image.shape, grid) > 0
+    values = np.concatenate([reorient_to_ras(array[channel], affine)[0][inside] for channel in channels])
+    return values[:: -(-len(values) // FOUND)] if len(values) else values
 
 
 def _spacing_of_case(case: Case) -> Triple:

@@ -118,8 +118,21 @@ def iou_of(counts: np.ndarray) -> np.ndarray:
     return np.where(p + r > 0, both / np.maximum(p + r - both, 1), 1.0)
 
 
+def mean_dice(counts: np.ndarray) -> tuple[float, np.ndarray]:
+    """Mean Dice of the classes that are there, and that of each class, (K,), of `overlap`'s counts (N, K, 3).
+
+    A case says nothing of a class that is in neither of its masks, and is left out for it, as nnU-Net does; where the
+    class is predicted without being there it counts 0. So a rare class is judged by the cases that have it. A class
+    that is in no mask at all has 1, and no part in the mean.
+    """
+    there = np.asarray(counts)[..., 1:].any(-1)  # N K
+    cases = there.sum(0)
+    each = np.where(cases > 0, (dice_of(counts) * there).sum(0) / np.maximum(cases, 1), 1.0)
+    return float(each[cases > 0].mean()) if cases.any() else 1.0, each
+
+
 class VolumeDice(ClassMetric):
-    """Mean Dice over cases and classes as `dice`, and over cases for each class as `dice_` and its name.
+    """`mean_dice`: of the classes that are there as `dice`, and of each class as `dice_` and its name.
 
     Predictions are the rows of `overlap`, (K, 3) for a case; references are not read. So a case of any size is three
     numbers a class, which processes can gather.
@@ -143,9 +156,9 @@ class VolumeDice(ClassMetric):
         )
 
     def _compute(self, predictions: Any) -> dict[str, float]:
-        dice = dice_of(np.asarray(predictions))  # N K
-        each = {f"dice_{label}": float(value) for label, value in zip(self.labels, dice.mean(0), strict=True)}
-        return {"dice": float(dice.mean())} | (each if len(each) > 1 else {})
+        mean, dice = mean_dice(np.asarray(predictions))
+        each = {f"dice_{label}": float(value) for label, value in zip(self.labels, dice, strict=True)}
+        return {"dice": mean} | (each if len(each) > 1 else {})
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
