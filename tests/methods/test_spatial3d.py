@@ -4,17 +4,20 @@ import copy
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from scipy import ndimage
 from torch.nn import functional as F
 from transformers import SamConfig, SamModel, SamVisionModel
 
 from inlay import InlayError, SpatialAdapterConfig
 from inlay.methods.spatial.attention import cut_windows, resize_table
 from inlay.methods.spatial.decoder import Encoded, PromptTensors
-from inlay.methods.spatial.sam import VolumeSamModel, dice_cross_entropy
+from inlay.methods.spatial.prompts import clicks_at_centres, damage_masks, measure_depth, name_components
+from inlay.methods.spatial.sam import VolumeSamModel, dice_cross_entropy, mask_logits
 from inlay.train.launch import enable_checkpointing
 from methods.bases import randomise
 from methods.volumes import CONFIG, build, published_levels, settings, volumes
@@ -442,3 +445,54 @@ def test_it_goes_into_the_published_sizes_of_sam(size, blocks, expected):
         model = get_peft_model(SamModel(SamConfig(vision_config=vision)), SpatialAdapterConfig(classes=["tumour"]))
     assert model.get_nb_trainable_parameters()[0] == expected
     assert len(model.vision_encoder.inlay_spatial3d_encoder["default"].necks) == 4
+
+
+def test_components_and_their_depth_are_those_of_scipy():
+    generator = torch.Generator().manual_seed(0)
+    for share in (0.05, 0.1, 0.5):
+        mask = torch.rand(2, 12, 15, 18, generator=generator) < share
+        names, depth = name_components(mask), measure_depth(mask)
+        for name, one, deep in zip(names, mask, depth, strict=True):
+            wanted, count = ndimage.label(one.numpy(), np.ones((3, 3, 3)))
+            pairs = set(zip(wanted[one].tolist(), name.view(one.shape)[one].tolist(), strict=True))
+            assert len(pairs) == len({b for _, b in pairs}) == count
+            distance = ndimage.distance_transform_edt(np.pad(one.numpy(), 1))[1:-1, 1:-1, 1:-1]
+            assert np.allclose(deep.sqrt().numpy(), distance, atol=1e-6)
+    corridor = torch.zeros(1, 3, 30, 30, dtype=torch.bool)
+    corridor[0, 1, ::2] = True
+    corridor[0, 1, 1::4, -1] = corridor[0, 1, 3::4, 0] = True
+    assert len(name_components(corridor).view(corridor.shape)[corridor].unique()) == 1, "a line of 464 voxels"
+
+
+def test_clicks_at_centres_take_the_largest_errors_in_turn():
+    labels = torch.zeros(2, 12, 14, 16, dtype=torch.long)
+    labels[0, 2:9, 3:8, 3:8] = 1  # 175 voxels that are missing; the centre
+    labels[0, 10, 12, 2:6] = 2  # 4 more
+    labels[1, 0, 0, 0] = -1
+    logits = mask_logits(torch.zeros_like(labels), 2)
+    logits[1, 2, 4:7, 4:7, 10:13] = 20  # 27 too many
+    points, said = clicks_at_centres(logits, labels, 3)
+    assert said.tolist() == [[1, 2, -1], [0, -1, -1]]
+    assert points[0, 0, 1:].tolist() == [5, 5] and 4 <= points[0, 0, 0] <= 6
+    assert points[0, 1, :2].tolist() == [10, 12] and points[1, 0].tolist() == [5, 5, 11]
+
+
+def test_a_mask_is_mended_as_the_logits_that_are_sure_of_it():
+    model, mask = adapted().eval(), labelled().clamp(min=0)
+    with torch.no_grad():
+        given = model(pixel_values=volumes(), input_masks=mask).logits
+        sure = model(pixel_values=volumes(), input_masks=mask_logits(mask, 2)).logits
+        none = model(pixel_values=volumes()).logits
+    assert torch.equal(given, sure) and off(given, none) > 1e-4
+    assert torch.equal(mask_logits(mask, 2).argmax(1), mask) and mask_logits(mask, 2).softmax(1).amax(1).min() > 0.999
+    with pytest.raises(InlayError, match="whole numbers"):
+        model(pixel_values=volumes(), input_masks=mask.float())
+    with pytest.raises(InlayError, match="takes no masks"):
+        adapted(prompts=False)(pixel_values=volumes(), input_masks=mask)
+
+
+def test_damaged_masks_are_wrong_in_places():
+    torch.manual_seed(3)
+    labels = labelled()
+    wrong = [(damage_masks(labels, 2) != labels.clamp(min=0)).float().mean() for _ in range(8)]
+    assert 0 < max(wrong) < 0.6 and damage_masks(torch.full((1, 4, 5, 6), -1), 2).eq(0).all()

@@ -40,6 +40,10 @@ def segment(
         list[str] | None,
         typer.Option(metavar="ADAPTER", help="Average with the probabilities of this adapter too. Repeatable."),
     ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="A mask of the scan to correct; with points or boxes it changes only where they are."),
+    ] = None,
     base: BaseOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -82,7 +86,7 @@ def segment(
     one = {"--point": point, "--negative": negative, "--box": box, "--montage": montage, "--html": html}
     _refuse_options(
         scan,
-        one | {"--compare": compare, "--channel": channel, "NAME=FILE": channels},
+        one | {"--mask": mask, "--compare": compare, "--channel": channel, "NAME=FILE": channels},
         {"--format": suffix, "--overwrite": overwrite},
     )
     if scan.is_dir():
@@ -109,8 +113,8 @@ def segment(
     loaded, *others = load_ensemble(names, base, device, dtype)
     shown = loaded.processor.find_channel(channel) if channel is not None else 0  # before all the work
     found = find(
-        loaded, source, ensemble=others, points=points, boxes=boxes, overlap=overlap, batch_size=batch_size,
-        flips=flips, largest=largest, keep_probabilities=probabilities,
+        loaded, source, ensemble=others, points=points, boxes=boxes, mask=mask, overlap=overlap,
+        batch_size=batch_size, flips=flips, largest=largest, keep_probabilities=probabilities,
     )  # fmt: skip
     facts: dict[str, Any] = {"mask": str(found.save(out))}
     if probabilities:

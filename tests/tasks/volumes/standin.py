@@ -48,7 +48,9 @@ class Segmenter(nn.Module):
                 for box, label in zip(input_boxes[b].tolist(), input_box_labels[b].tolist(), strict=True):
                     inside = [(a >= low) & (a <= high) for a, low, high in zip(axes, box[:3], box[3:], strict=True)]
                     logits[b, label] += 9.0 * (inside[0] & inside[1] & inside[2])
-        if input_masks is not None:
+        if input_masks is not None and input_masks.ndim == 4:  # a mask of classes
+            logits = logits + 4.0 * F.one_hot(input_masks.long(), 3).movedim(-1, 1)
+        elif input_masks is not None:
             logits = logits + 0.1 * input_masks
         return SimpleNamespace(logits=logits, image_embeddings=image_embeddings)
 

@@ -16,8 +16,17 @@ from typing_extensions import override
 from inlay.errors import BadInput, Unsupported
 from inlay.methods.base import AdapterLayer
 from inlay.methods.spatial.decoder import Encoded, PromptTensors
-from inlay.methods.spatial.prompts import boxes_around, clicks_in_objects, clicks_on_errors
+from inlay.methods.spatial.prompts import (
+    boxes_around,
+    clicks_at_centres,
+    clicks_in_objects,
+    clicks_on_errors,
+    damage_masks,
+)
 
+CERTAIN = 10.0  # logit of a mask's class where the others have 0: probabilities of 0.9999 and less than 0.0001
+FIRST = ("box", "mask", "objects", "clicks")  # what a simulated user begins with,
+SHARES = (0.25, 0.1, 0.3, 0.35)  # and in how many of the steps
 NEEDS_ADAPTER = "SAM by itself takes images; a volume needs an active 3D spatial adapter."
 
 
@@ -59,7 +68,8 @@ class VolumeSamModel(SamModel):
             input_points: (B, N, 3), voxel indices (d, h, w).
             input_labels: (B, N): the class at each point, 0 for background, -1 for no point; default: 1.
             input_boxes: (B, M, 6), two opposite corners (d, h, w, d, h, w).
-            input_masks: The logits of an earlier answer, to be mended by further prompts.
+            input_masks: What is to be mended: the logits of an earlier answer (B, K + 1, D, H, W), or a mask
+                (B, D, H, W) of classes 0 to K, in whole numbers.
             image_embeddings: Of an earlier output, in place of pixel_values.
             labels: (B, D, H, W), -1 to be ignored. In train mode clicks are simulated, unless prompts are given.
             input_box_labels: (B, M): the class in each box, -1 for no box; default: 1.
@@ -136,13 +146,32 @@ class VolumeSamModel(SamModel):
                 )
             said[what] = where
             said["labels" if what == "points" else "box_labels"] = names
-        return PromptTensors(**said, previous=previous)
+        return PromptTensors(**said, previous=self._check_previous(previous))
+
+    def _check_previous(self, previous: torch.Tensor | None) -> torch.Tensor | None:
+        """Logits of what is to be mended."""
+        encoder: Any = self.vision_encoder
+        config = encoder.options[self._active_adapter()]
+        if previous is None:
+            return None
+        if not config.prompts:
+            raise BadInput("this adapter takes no masks; train one with prompts=True.")
+        if previous.ndim == 5:
+            return previous
+        if previous.ndim != 4 or previous.is_floating_point():
+            raise BadInput(
+                "input_masks are whole numbers (B, D, H, W) or logits (B, K + 1, D, H, W); these are "
+                f"{previous.dtype}, {tuple(previous.shape)}."
+            )
+        return mask_logits(previous, len(config.classes))
 
     def _train_by_clicks(self, encoded: Encoded, labels: torch.Tensor) -> VolumeOutput:
-        """An answer without prompts, then `rounds` more, each after further clicks; the loss is their mean.
+        """An answer without prompts, then `rounds` more, each after further prompts; the loss is their mean.
 
-        Of the first clicks one in four steps is a box; the later ones go where the answer before was wrong. The first
-        answer is handed on with the first prompts in half of the steps, as a click may begin or mend.
+        The first prompts are a box, nothing but a mask, clicks anywhere in the objects, or clicks where the answer is
+        wrong, as all later ones: at its densest errors or at the centres of the largest. What they mend is handed on
+        with them, but with the first clicks only in half of the steps, as a click may begin: the answer before as it
+        is, the mask that a user sees of it, or at first sometimes a mask from elsewhere, which is wrong in other ways.
         """
         encoder: Any = self.vision_encoder
         config = encoder.options[self._active_adapter()]
@@ -151,25 +180,37 @@ class VolumeSamModel(SamModel):
         losses, prompts = [dice_cross_entropy(logits, labels)], PromptTensors()
         for i in range(config.rounds if config.prompts else 0):
             previous = logits.detach()
-            if i == 0 and torch.rand(()) < 0.25:
+            if torch.rand(()) < 0.5:
+                mask = damage_masks(labels, classes) if i == 0 and torch.rand(()) < 0.5 else previous.argmax(1)
+                previous = mask_logits(mask, classes).to(previous)
+            kind = "clicks" if i else FIRST[int(torch.multinomial(torch.tensor(SHARES), 1))]
+            if kind == "box":
                 boxes, named = boxes_around(labels, classes)
                 prompts = prompts._replace(boxes=boxes, box_labels=named)
-            else:
+            elif kind != "mask":
                 count = int(2 ** (torch.rand(()) * 3.5))  # 1 to 11, fewer more often
-                points, said = (
-                    clicks_in_objects(labels, count, classes) if i == 0 else clicks_on_errors(previous, labels, count)
-                )
+                if kind == "objects":
+                    points, said = clicks_in_objects(labels, count, classes)
+                else:
+                    simulate = clicks_on_errors if torch.rand(()) < 0.5 else clicks_at_centres
+                    points, said = simulate(previous, labels, count)
                 if prompts.points is not None and prompts.labels is not None:
                     points, said = torch.cat([prompts.points, points], 1), torch.cat([prompts.labels, said], 1)
                 prompts = prompts._replace(points=points, labels=said)
-            prompts = prompts._replace(previous=previous if i or torch.rand(()) < 0.5 else None)
-            logits = self._decode(encoded, prompts)
+            begins = i == 0 and kind != "mask" and bool(torch.rand(()) < 0.5)
+            logits = self._decode(encoded, prompts._replace(previous=None if begins else previous))
             losses.append(dice_cross_entropy(logits, labels))
         return VolumeOutput(loss=torch.stack(losses).mean(), logits=first, image_embeddings=encoded)
 
     def undo_changes(self) -> None:
         """Be a SamModel again."""
         self.__class__ = SamModel
+
+
+def mask_logits(mask: torch.Tensor, classes: int) -> torch.Tensor:
+    """Logits (B, K + 1, D, H, W) of an answer that is sure of a mask (B, D, H, W) of classes 0 to K."""
+    numbers = torch.arange(classes + 1, device=mask.device)
+    return (mask[:, None] == numbers[:, None, None, None]) * CERTAIN
 
 
 def dice_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from inlay.files.atomic import replacing
 from inlay.files.outputs import check_output_file
 from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.tables import list_first
+from inlay.tasks.volumes.correction import MaskSource, correct_mask, read_mask
 from inlay.tasks.volumes.data import Case, read_labels
 from inlay.tasks.volumes.nifti import (
     APART,
@@ -228,6 +229,7 @@ def segment(
     ensemble: Sequence[Adapter] = (),
     points: Sequence[Sequence[Any]] = (),
     boxes: Sequence[Sequence[Any]] = (),
+    mask: Segmentation | MaskSource | None = None,
     overlap: float = 0.5,
     flips: bool = False,
     largest: bool = False,
@@ -254,6 +256,9 @@ def segment(
         points: Each (x, y, z) or (x, y, z, label) in the scan's own voxels, from 0 as nibabel indexes them. The
             label is 0 for background, a class's number in the mask, or its name; default: the first class.
         boxes: Each (x0, y0, z0, x1, y1, z1), or with a label behind: two opposite corners, included.
+        mask: A mask of the scan to correct: a Segmentation, a file, the bytes of a NIfTI file, or voxels (X, Y, Z) on
+            the scan's own grid. Every window gets it. With points or boxes only those voxels change that become the
+            class of one and are connected to it; without, the answer is the model's everywhere.
         overlap: Share of a window that the next one covers too, 0 to below 1.
         flips: Average over the versions of each window that are mirrored along the axes that training mirrored
             (`processor.flip`): 2, 4 or 8 times the work for 1, 2 or 3 axes.
@@ -267,8 +272,8 @@ def segment(
 
     Raises:
         InlayError: An adapter for something else, a file that is no scan, a prompt outside of the scan or of no class,
-            overlap or batch_size out of range, flips of an adapter that was trained without, an ensemble of different
-            classes.
+            a mask on another grid or with numbers that no class has, overlap or batch_size out of range, flips of an
+            adapter that was trained without, an ensemble of different classes.
     """
     members = [adapter, *ensemble]
     check_settings(members, overlap=overlap, flips=flips, batch_size=batch_size)
@@ -281,23 +286,26 @@ def segment(
         kept = make_scratch(shape, np.float32)
     elif keep_probabilities:
         kept = np.zeros(shape, np.float16)
-    mask = empty_mask(first, adapter.labels)
+    found = empty_mask(first, adapter.labels)
+    given = None if mask is None else open_mask(adapter, first, mask)
     for member in members:
         move_model(member.model, device)
         own = opened if member is adapter else _reopen(member, adapter, opened)
         _fill_mask(
-            member, own.scan, mask, kept, share=1 / len(members), points=points, boxes=boxes, overlap=overlap,
-            mirrored=member.processor.flip if flips else (), batch_size=batch_size, progress=progress,
+            member, own.scan, found, kept, share=1 / len(members), points=points, boxes=boxes, given=given,
+            overlap=overlap, mirrored=member.processor.flip if flips else (), batch_size=batch_size, progress=progress,
             before_windows=before_windows,
         )  # fmt: skip
     if ensemble and kept is not None:
-        for x in range(0, len(mask), SLAB):
-            mask[x : x + SLAB] = most_probable(torch.from_numpy(np.array(kept[:, x : x + SLAB]))).numpy()
+        for x in range(0, len(found), SLAB):
+            found[x : x + SLAB] = most_probable(torch.from_numpy(np.array(kept[:, x : x + SLAB]))).numpy()
+    if given is not None and (points or boxes):
+        found = correct_mask(given, found, points, boxes, adapter.labels, adapter.processor.values)
     if largest:
-        keep_largest(mask, len(adapter.labels))
+        keep_largest(found, len(adapter.labels))
     affine, numbers = np.asarray(first.affine, np.float64), adapter.processor.values
     wanted = kept if keep_probabilities is not False else None
-    return Segmentation(put_values(mask, numbers), affine, list(adapter.labels), wanted, source, numbers, further)
+    return Segmentation(put_values(found, numbers), affine, list(adapter.labels), wanted, source, numbers, further)
 
 
 def _fill_mask(
@@ -309,6 +317,7 @@ def _fill_mask(
     share: float,
     points: Sequence[Sequence[Any]],
     boxes: Sequence[Sequence[Any]],
+    given: np.ndarray | None,
     overlap: float,
     mirrored: Sequence[int],
     batch_size: int,
@@ -320,6 +329,8 @@ def _fill_mask(
 
     grid = Grid(scan, adapter.processor.crop)
     prompts = grid.make_prompts(points, boxes, adapter.labels, adapter.processor.values)
+    if given is not None:
+        prompts = replace(prompts, mask=grid.cut_mask(given, (0, 0, 0), grid.shape))
 
     def predict(pixels: torch.Tensor, inside: Sequence[ScanPrompts]) -> torch.Tensor:
         if before_windows is not None:
@@ -435,6 +446,18 @@ def make_scratch(shape: Sequence[int], dtype: Any, order: Literal["C", "F"] = "C
         if hasattr(os, "posix_fallocate"):  # else a full disk would end the process later, without a word
             os.posix_fallocate(file.fileno(), 0, size)
         return np.memmap(file, dtype, "w+", shape=tuple(shape), order=order)
+
+
+def open_mask(adapter: Adapter, scan: Scan, mask: Segmentation | MaskSource) -> np.ndarray:
+    """A given mask on the scan's own grid, (X, Y, Z), with k for class k of the adapter; a copy.
+
+    Raises:
+        InlayError: As `read_mask`.
+    """
+    labels, values = adapter.labels, adapter.processor.values
+    if isinstance(mask, Segmentation):
+        return read_mask(mask.mask, scan, labels, values, mask.affine)
+    return read_mask(mask, scan, labels, values)
 
 
 def check_output(path: str | Path, suffixes: Sequence[str], scan: str | Path | None = None) -> Path:

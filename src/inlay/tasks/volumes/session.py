@@ -1,21 +1,32 @@
-"""Segmentation of a scan click by click: the encoder runs once for a window, each click runs the decoder."""
+"""Segmentation of a scan click by click: the encoder runs once for a window, each click runs the decoder.
+
+A session holds the scan, its mask, and with each window a few numbers more: encodings of the last windows only, and
+what undo needs up to a limit.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from inlay.bases.device import Device, move_model
+from inlay.tasks.volumes.correction import MaskSource, Region, correct_mask, find_box
 from inlay.tasks.volumes.scan import Scan, ScanSource
-from inlay.tasks.volumes.segment import Segmentation, empty_mask, open_scan, paint_mask, put_values
+from inlay.tasks.volumes.segment import Segmentation, empty_mask, open_mask, open_scan, paint_mask, put_values
+from inlay.tasks.volumes.strokes import sample_lasso, sample_scribble
 from inlay.tasks.volumes.windows import Grid, ScanPrompts, Voxel, batch_prompts, gaussian_weights
 
 if TYPE_CHECKING:
     from inlay.tasks.adapter import Adapter
+
+ENCODED = 8  # windows whose encoding is kept
+HISTORY = 2**30  # bytes of what undo and redo need
+HEARD = 256  # points in a window that the model hears, the newest
 
 
 @dataclass(eq=False)
@@ -24,45 +35,83 @@ class Window:
 
     Attributes:
         start: Its first voxel in the scan's tensor.
-        encoded: The model's image_embeddings; None before the first answer.
-        answers: Logits (1, K+1, d, h, w) float16 on the CPU, after each of its prompts, with the number of all prompts
-            of the session then: the last one is the answer that stands.
+        encoded: The model's image_embeddings; None before the first answer, or where it was long ago.
+        answers: Logits (1, K+1, d, h, w) float16 on the CPU, after each of its prompts that can be undone and one
+            before: the last one is the answer that stands. None where a mask is corrected.
     """
 
     start: Voxel
     encoded: Any = None
-    answers: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    answers: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Step:
+    """What one click, box, scribble or lasso did.
+
+    Attributes:
+        prompts: What was said.
+        answers: Windows that answered, with their logits.
+        change: Where a mask was corrected: the voxels there before and after.
+    """
+
+    prompts: ScanPrompts
+    answers: list[tuple[Window, torch.Tensor]]
+    change: tuple[Region, np.ndarray, np.ndarray] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory."""
+        changed = 0 if self.change is None else 2 * self.change[1].nbytes
+        return changed + sum(logits.nbytes for _, logits in self.answers)
 
 
 class VolumeSession:
-    """Clicks and boxes on one scan, and the mask that follows from all of them.
+    """Clicks, boxes, scribbles and lassos on one scan, and the mask that follows from all of them.
 
     The first click lays a window of `processor.crop` around itself, and the encoder runs on it. A click within windows
     that are there runs only prompt encoder and decoder, with all prompts so far and the logits of the answer before; a
     click elsewhere lays another window. Outside of all windows the mask is background; where windows overlap, their
     probabilities are averaged with Gaussian weights.
 
+    With `mask` the session corrects it: the decoder gets the mask as it is instead of earlier logits, and of its answer
+    only those voxels are taken that become the class of the prompt and are connected to it. All else stays.
+
     Args:
         adapter: From `load_adapter`, trained on volumes.
         scan: A file, the files of several channels, or what `adapter.processor.read` made of them, as for `segment`.
+        mask: What to correct, such as the result of `segment`: a Segmentation, a file, or voxels (X, Y, Z) on the
+            scan's own grid, with the numbers that the classes have in masks. Default: nothing is there yet.
         device: Move the adapter there first, such as to "cuda:1"; default: where it is.
 
     Raises:
-        InlayError: An adapter for something else, a file that is no scan.
+        InlayError: An adapter for something else, a file that is no scan, a mask of another grid or of other classes.
     """
 
-    def __init__(self, adapter: Adapter, scan: Scan | ScanSource, *, device: Device | None = None) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        scan: Scan | ScanSource,
+        *,
+        mask: Segmentation | MaskSource | None = None,
+        device: Device | None = None,
+    ) -> None:
         self._adapter = adapter
         self._source, self._further, scan = open_scan(adapter, scan)
+        self._given = None if mask is None else open_mask(adapter, scan, mask)
         move_model(adapter.model, device)
         self._affine = np.asarray(scan.affine, np.float64)
         self._size: Voxel = tuple(adapter.processor.crop)
         self._grid = Grid(scan, self._size)
         self._weights: torch.Tensor | None = None
-        self._prompts: list[ScanPrompts] = []
+        self._settled = ScanPrompts.none()  # prompts that cannot be undone any more
+        self._steps: list[Step] = []
+        self._undone: list[Step] = []
         self._windows: list[Window] = []
-        self._mask = empty_mask(self._grid, adapter.labels)  # k for class k
+        self._encoded: list[Window] = []  # those whose encoding is kept, the last used at the end
         self._values: tuple[int, ...] | None = adapter.processor.values
+        self._mask = empty_mask(self._grid, adapter.labels)  # k for class k
+        self._begin()
 
     @property
     def mask(self) -> np.ndarray:
@@ -71,7 +120,7 @@ class VolumeSession:
 
     @property
     def seen(self) -> np.ndarray:
-        """(X, Y, Z): true in the windows that were looked at, outside of which the mask is background."""
+        """(X, Y, Z): true in the windows that were looked at; outside of them the mask is empty, or as it was given."""
         seen = np.zeros(self._grid.own_shape, bool)
         own = seen.transpose(self._grid.axes)
         for window in self._windows:
@@ -96,8 +145,7 @@ class VolumeSession:
             InlayError: A point outside of the scan, or no such class.
         """
         said = (*point, *_as_given(label)) if positive else (*point, 0)
-        prompts = self._grid.make_prompts([said], [], self._adapter.labels, self._values)
-        return self._add(prompts, prompts.points[0])
+        return self._add([said], [])
 
     def box(self, first: Sequence[float], last: Sequence[float], label: int | str | None = None) -> np.ndarray:
         """Say that an object lies between two corners x, y, z, both included, and get the new mask.
@@ -107,39 +155,154 @@ class VolumeSession:
         Raises:
             InlayError: A corner outside of the scan, or no such class.
         """
-        prompts = self._grid.make_prompts([], [(*first, *last, *_as_given(label))], self._adapter.labels, self._values)
-        return self._add(prompts, prompts.boxes[0].view(2, 3).mean(0))
+        return self._add([], [(*first, *last, *_as_given(label))])
+
+    def scribble(self, points: npt.ArrayLike, positive: bool = True, label: int | str | None = None) -> np.ndarray:
+        """Say that a line belongs to a class, or to none, and get the new mask. It counts as at most 32 clicks.
+
+        Args:
+            points: (N, 3), where the line begins, bends and ends: voxels x, y, z.
+            positive: As for `click`.
+            label: As for `click`.
+
+        Raises:
+            InlayError: A point outside of the scan, no points, or no such class.
+        """
+        return self._draw(sample_scribble(points), positive, label)
+
+    def lasso(
+        self,
+        polygon: npt.ArrayLike,
+        axis: int,
+        index: float,
+        positive: bool = True,
+        label: int | str | None = None,
+    ) -> np.ndarray:
+        """Say that what a closed contour in one slice encloses belongs to a class, or to none, and get the new mask.
+
+        It counts as at most 32 clicks inside. Nothing is said of what lies outside, which may be another class.
+
+        Args:
+            polygon: (N, 2), the corners, in voxels along the other two axes in their order.
+            axis: That the slice is perpendicular to: 0 x, 1 y, 2 z.
+            index: Of the slice along it.
+            positive: As for `click`.
+            label: As for `click`.
+
+        Raises:
+            InlayError: Fewer than three corners, a voxel outside of the scan, or no such class.
+        """
+        return self._draw(sample_lasso(polygon, axis, index), positive, label)
 
     def undo(self) -> np.ndarray:
-        """Take the last click or box back; without one nothing happens. The mask is what it was before."""
-        if self._prompts:
-            for window in self._windows:
-                if window.answers[-1][0] == len(self._prompts):
-                    window.answers.pop()
-            self._windows = [window for window in self._windows if window.answers]
-            self._prompts.pop()
-            self._paint()
+        """Take the last prompt back; without one nothing happens. The mask is what it was before.
+
+        Prompts before the last ones cannot be undone where more than 1 GB would be needed for it.
+        """
+        if self._steps:
+            step = self._steps.pop()
+            self._undone.append(step)
+            for window, _ in step.answers:
+                window.answers.pop()
+            self._windows = [window for window in self._windows if window.answers or self._given is not None]
+            self._show(step, after=False)
+        return self.mask
+
+    def redo(self) -> np.ndarray:
+        """Say again what was undone last; without it, or after another prompt, nothing happens."""
+        if self._undone:
+            step = self._undone.pop()
+            self._steps.append(step)
+            self._keep(step.answers)
+            self._show(step, after=True)
         return self.mask
 
     def reset(self) -> np.ndarray:
-        """Forget all clicks, boxes and windows."""
-        self._prompts, self._windows = [], []
-        self._mask[:] = 0
+        """Forget all prompts and windows: the mask is empty, or the one that was given."""
+        self._begin()
         return self.mask
 
-    def _add(self, prompts: ScanPrompts, centre: torch.Tensor) -> np.ndarray:
-        """Answer in every window that holds the prompt's centre, or in a new one around it."""
-        sides = zip(centre.tolist(), self._size, self._grid.shape, strict=True)
-        around = tuple(min(max(0, round(c) - side // 2), n - side) for c, side, n in sides)
-        held = [w for w in self._windows if self._holds(w, centre)] or [Window(around)]
-        everything = join_prompts([*self._prompts, prompts])
-        answers = [self._answer(window, everything.inside(window.start, self._size)) for window in held]
-        self._prompts.append(prompts)  # from here on nothing fails: an interrupted click leaves no trace
-        for window, logits in zip(held, answers, strict=True):
-            window.answers.append((len(self._prompts), logits))
-        self._windows += [window for window in held if window not in self._windows]
-        self._paint()
+    def _begin(self) -> None:
+        self._settled, self._steps, self._undone = ScanPrompts.none(), [], []
+        self._windows, self._encoded = [], []
+        self._mask[:] = 0 if self._given is None else self._given
+
+    def _draw(self, places: np.ndarray, positive: bool, label: int | str | None) -> np.ndarray:
+        """Clicks at places x, y, z."""
+        behind = _as_given(label) if positive else (0,)
+        return self._add([(*place, *behind) for place in places.tolist()], [])
+
+    def _add(self, points: list[Any], boxes: list[Any]) -> np.ndarray:
+        """Answer in every window that holds a point, or the middle of a box, and in new ones around those in none."""
+        prompts = self._grid.make_prompts(points, boxes, self._adapter.labels, self._values)
+        places = torch.cat([prompts.points, prompts.boxes.view(-1, 2, 3).mean(1)])
+        everything = join_prompts([self._settled, *(step.prompts for step in self._steps), prompts])
+        answers = [(w, self._answer(w, everything.inside(w.start, self._size))) for w in self._find_windows(places)]
+        change = None if self._given is None else self._correct(answers, points, boxes)
+        step = Step(prompts, [] if change else answers, change)
+        self._steps.append(step)  # from here on nothing fails: an interrupted click leaves no trace
+        self._undone = []
+        self._keep(answers if change is None else [])
+        answered = [window for window, _ in answers]
+        self._windows += [window for window in answered if window not in self._windows]
+        self._encoded = [*(w for w in self._encoded if w not in answered), *answered]
+        while len(self._encoded) > ENCODED:
+            self._encoded.pop(0).encoded = None
+        self._show(step, after=True)
+        self._forget()
         return self.mask
+
+    def _find_windows(self, places: torch.Tensor) -> list[Window]:
+        """Those that hold at least one of the places (N, 3), and new ones so that each place is held."""
+        found = [window for window in self._windows if any(self._holds(window, place) for place in places)]
+        missed = [place for place in places if not any(self._holds(window, place) for window in found)]
+        while missed:
+            middle = (torch.stack(missed).amin(0) + torch.stack(missed).amax(0)) / 2
+            window = self._lay_window(middle)
+            if not any(self._holds(window, place) for place in missed):
+                window = self._lay_window(missed[0])
+            found.append(window)
+            missed = [place for place in missed if not self._holds(window, place)]
+        return found
+
+    def _lay_window(self, centre: torch.Tensor) -> Window:
+        """A window about a place, moved into the scan."""
+        sides = zip(centre.tolist(), self._size, self._grid.shape, strict=True)
+        d, h, w = (min(max(0, round(c) - side // 2), n - side) for c, side, n in sides)
+        return Window((d, h, w))
+
+    def _correct(
+        self, answers: list[tuple[Window, torch.Tensor]], points: list[Any], boxes: list[Any]
+    ) -> tuple[Region, np.ndarray, np.ndarray]:
+        """Where the mask changes, and the voxels there before and after."""
+        answered = self._mask.copy()
+        self._paint(answers, answered)
+        merged = correct_mask(self._mask, answered, points, boxes, self._adapter.labels, self._values)
+        where = find_box(merged != self._mask)
+        return where, self._mask[where].copy(), merged[where].copy()
+
+    def _keep(self, answers: list[tuple[Window, torch.Tensor]]) -> None:
+        """The answers stand from now on."""
+        for window, logits in answers:
+            window.answers.append(logits)
+        self._windows += [window for window, _ in answers if window not in self._windows]
+
+    def _show(self, step: Step, after: bool) -> None:
+        """The mask after a step, or before it."""
+        if step.change is not None:
+            self._mask[step.change[0]] = step.change[2 if after else 1]
+        else:
+            self._mask[:] = 0
+            self._paint([(window, window.answers[-1]) for window in self._windows], self._mask)
+
+    def _forget(self) -> None:
+        """Give up undoing the oldest steps where they take too much memory."""
+        while len(self._steps) > 1 and sum(step.nbytes for step in self._steps) > HISTORY:
+            oldest = self._steps.pop(0)
+            self._settled = join_prompts([self._settled, oldest.prompts])
+            for window, logits in oldest.answers:
+                if window.answers[0] is not logits:  # an answer before it that no undo comes back to
+                    window.answers.pop(0)
 
     def _holds(self, window: Window, centre: torch.Tensor) -> bool:
         sides = zip(centre.tolist(), window.start, self._size, strict=True)
@@ -150,9 +313,12 @@ class VolumeSession:
         """Logits for a window; its encoding is kept."""
         model = self._adapter.model
         weight = next(p for p in model.parameters() if p.is_floating_point())
+        prompts = prompts.newest(HEARD)
+        if self._given is not None:
+            prompts = replace(prompts, mask=self._grid.cut_mask(self._mask, window.start, self._size))
         arguments: dict[str, Any] = batch_prompts([prompts], weight.device)
         if window.answers:
-            arguments["input_masks"] = window.answers[-1][1].to(weight)
+            arguments["input_masks"] = window.answers[-1].to(weight)
         if window.encoded is None:
             box = tuple(slice(first, first + side) for first, side in zip(window.start, self._size, strict=True))
             arguments["pixel_values"] = self._grid.image[(slice(None), *box)][None].to(weight)
@@ -162,22 +328,22 @@ class VolumeSession:
         window.encoded = output.image_embeddings
         return output.logits.cpu().half()
 
-    def _paint(self) -> None:
-        """The mask anew from the windows' last answers."""
-        self._mask[:] = 0
-        for window in self._windows:
-            paint_mask(self._grid, self._blended(window), window.start, self._rows_of(window), self._mask)
+    def _paint(self, answers: list[tuple[Window, torch.Tensor]], mask: np.ndarray) -> None:
+        """Write the answers of windows into a mask."""
+        for window, _ in answers:
+            paint_mask(self._grid, self._blended(window, answers), window.start, self._rows_of(window), mask)
 
     def _rows_of(self, window: Window) -> list[slice]:
         """The own voxels in a window, in the order D H W."""
         low = [first - 0.5 for first in window.start]
         return self._grid.find_rows(low, [first + side for first, side in zip(low, self._size, strict=True)])
 
-    def _blended(self, window: Window) -> torch.Tensor:
+    def _blended(self, window: Window, answers: list[tuple[Window, torch.Tensor]]) -> torch.Tensor:
         """Probabilities (K+1, d, h, w) in a window, those of the windows that overlap it included."""
-        shifts = [(other, [b - a for a, b in zip(window.start, other.start, strict=True)]) for other in self._windows]
+        shifts = [(other, [b - a for a, b in zip(window.start, other.start, strict=True)]) for other, _ in answers]
         near = [one for one in shifts if all(abs(by) < side for by, side in zip(one[1], self._size, strict=True))]
-        total = window.answers[-1][1][0].float().softmax(0)
+        logits = dict(answers)
+        total = logits[window][0].float().softmax(0)
         if len(near) == 1:  # itself
             return total
         if self._weights is None:
@@ -189,7 +355,7 @@ class VolumeSession:
                 continue
             here = tuple(slice(max(0, by), min(side, side + by)) for by, side in zip(shift, self._size, strict=True))
             there = tuple(slice(max(0, -by), min(side, side - by)) for by, side in zip(shift, self._size, strict=True))
-            values = other.answers[-1][1][0].float().softmax(0)[(slice(None), *there)]
+            values = logits[other][0].float().softmax(0)[(slice(None), *there)]
             total[(slice(None), *here)] += values * self._weights[there]
             count[here] += self._weights[there]
         return total / count

@@ -19,19 +19,21 @@ ROWS = 16  # planes of the own grid that are interpolated at a time
 
 @dataclass(frozen=True)
 class ScanPrompts:
-    """Clicks and boxes in a tensor (D, H, W), in voxels of it.
+    """Clicks, boxes and a mask in a tensor (D, H, W), in voxels of it.
 
     Attributes:
         points: (N, 3), each (d, h, w).
         labels: (N,) 0 = background, k = class k.
         boxes: (M, 6), each (d0, h0, w0, d1, h1, w1), corners included.
         box_labels: (M,) the class in each box.
+        mask: (D, H, W) of classes, to be corrected; None: there is none.
     """
 
     points: torch.Tensor
     labels: torch.Tensor
     boxes: torch.Tensor
     box_labels: torch.Tensor
+    mask: torch.Tensor | None = None
 
     @classmethod
     def none(cls) -> "ScanPrompts":
@@ -45,13 +47,19 @@ class ScanPrompts:
         return len(self.points), len(self.boxes)
 
     def inside(self, start: Sequence[int], size: Sequence[int]) -> "ScanPrompts":
-        """Those of a window, in its own coordinates: the points in it, and the boxes that reach into it, cut to it."""
+        """Those of a window, in its own coordinates: points in it, boxes that reach into it and the mask, cut to it."""
         first, side = torch.tensor(start, dtype=torch.float32), torch.tensor(size, dtype=torch.float32)
         points, (low, high) = self.points - first, (self.boxes - first.repeat(2)).split(3, -1)
         near = ((points >= -0.5) & (points <= side - 0.5)).all(-1)
         reach = ((high >= 0) & (low <= side - 1)).all(-1)
         boxes = torch.cat([low.clamp(min=0), high.minimum(side - 1)], -1)
-        return ScanPrompts(points[near], self.labels[near], boxes[reach], self.box_labels[reach])
+        mask = None if self.mask is None else self.mask[_window_slices(start, size)]
+        return ScanPrompts(points[near], self.labels[near], boxes[reach], self.box_labels[reach], mask)
+
+    def newest(self, most: int) -> "ScanPrompts":
+        """The same with the last `most` points and boxes."""
+        points, labels = self.points[-most:], self.labels[-most:]
+        return ScanPrompts(points, labels, self.boxes[-most:], self.box_labels[-most:], self.mask)
 
     def flipped(self, axes: Sequence[int], size: Sequence[int]) -> "ScanPrompts":
         """The same in a window of that size whose axes (0 = D) are reversed."""
@@ -59,7 +67,8 @@ class ScanPrompts:
         for axis in axes:
             points[:, axis] = size[axis] - 1 - points[:, axis]
             low[:, axis], high[:, axis] = size[axis] - 1 - high[:, axis], size[axis] - 1 - low[:, axis]
-        return ScanPrompts(points, self.labels, torch.cat([low, high], -1), self.box_labels)
+        mask = None if self.mask is None else self.mask.flip(list(axes))
+        return ScanPrompts(points, self.labels, torch.cat([low, high], -1), self.box_labels, mask)
 
 
 class Grid:
@@ -138,6 +147,17 @@ class Grid:
             torch.tensor([[*np.minimum(a, b), *np.maximum(a, b)] for a, b in corners]).float().reshape(-1, 6),
             torch.tensor(inside, dtype=torch.long),
         )
+
+    def cut_mask(self, mask: np.ndarray, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+        """A part (d, h, w) of the tensor from a mask (X, Y, Z) on the own grid, by the nearest voxel; 0 beyond it."""
+        part = mask.transpose(self.axes)  # a view in the order D H W
+        for axis, (along, first, side) in enumerate(zip(self.along, start, size, strict=True)):
+            step = along[1] - along[0] if len(along) > 1 else 1.0
+            own = np.rint((np.arange(first, first + side) - along[0]) / step).astype(np.int64)
+            inside = (own >= 0) & (own < len(along))
+            part = part.take(own.clip(0, len(along) - 1), axis)
+            part[(slice(None),) * axis + (~inside,)] = 0
+        return torch.from_numpy(np.ascontiguousarray(part))
 
     def find_rows(self, low: Sequence[float], high: Sequence[float]) -> list[slice]:
         """For D, H and W the own indices whose place p in the tensor has low <= p < high."""
@@ -243,7 +263,7 @@ def probabilities(
 
 
 def batch_prompts(prompts: Sequence[ScanPrompts], device: torch.device) -> dict[str, torch.Tensor]:
-    """The model's arguments for windows with as many prompts in each; none where there are none.
+    """The model's arguments for windows with as many prompts in each, and a mask in all or none.
 
     Places stay float32 whatever the model's type: bfloat16 has no odd number over 256.
     """
@@ -255,6 +275,9 @@ def batch_prompts(prompts: Sequence[ScanPrompts], device: torch.device) -> dict[
     if boxes:
         arguments["input_boxes"] = torch.stack([one.boxes for one in prompts]).to(device)
         arguments["input_box_labels"] = torch.stack([one.box_labels for one in prompts]).to(device)
+    masks = [one.mask for one in prompts if one.mask is not None]
+    if masks:
+        arguments["input_masks"] = torch.stack(masks).to(device)
     return arguments
 
 

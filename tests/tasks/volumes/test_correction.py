@@ -1,0 +1,187 @@
+"""Masks as prompts, scribbles and lassos: what is read, what changes, and what undo brings back."""
+
+from itertools import pairwise
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from inlay import InlayError, VolumeSession, segment
+from inlay.tasks.volumes import session as session_module
+from inlay.tasks.volumes.correction import correct_mask, read_mask
+from inlay.tasks.volumes.strokes import sample_lasso, sample_scribble
+from inlay.tasks.volumes.windows import Grid
+from tasks.volumes.standin import adapter, blobs
+
+SHAPE = (18, 20, 22)
+TURNED = np.array([[0, 0, -1.0, 30], [2.0, 0, 0, -10], [0, 1.5, 0, 4], [0, 0, 0, 1]])
+
+
+def save(path, array, affine=TURNED):
+    nib.save(nib.Nifti1Image(array, affine), path)
+    return path
+
+
+@pytest.fixture
+def scan(tmp_path):
+    return save(tmp_path / "scan.nii.gz", blobs(SHAPE))
+
+
+def ball(centre, radius, shape=SHAPE):
+    at = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), -1)
+    return np.linalg.norm(at - np.array(centre), axis=-1) <= radius
+
+
+def test_a_mask_is_read_on_the_scans_own_grid(tmp_path, scan):
+    """The same mask as a file, its bytes, a file whose axes nibabel turned to RAS, voxels, and a Segmentation."""
+    given = adapter(values=(4, 2))
+    mask = np.where(ball((5, 6, 7), 3), 4, np.where(ball((12, 12, 12), 3), 2, 0)).astype(np.uint8)
+    path = save(tmp_path / "mask.nii.gz", mask)
+    turned = tmp_path / "ras.nii.gz"
+    nib.save(nib.as_closest_canonical(nib.load(path)), turned)
+    assert nib.load(turned).shape != SHAPE
+    read = given.processor.read(scan)
+    wanted = np.select([mask == 4, mask == 2], [1, 2])
+    for source in (path, path.read_bytes(), turned, mask):
+        assert np.array_equal(read_mask(source, read, given.labels, given.processor.values), wanted)
+    begun = VolumeSession(given, scan, mask=path).segmentation
+    assert np.array_equal(begun.mask, mask) and np.array_equal(VolumeSession(given, scan, mask=begun).mask, mask)
+
+
+def test_wrong_masks_are_named(tmp_path, scan):
+    read = adapter().processor.read(scan)
+    shifted = TURNED.copy()
+    shifted[0, 3] += 3
+    wrong = save(tmp_path / "wrong.nii.gz", np.zeros(SHAPE, np.uint8), shifted)
+    with pytest.raises(InlayError, match=r"wrong.nii.gz' is not on the grid of the scan 'scan'.*3 mm"):
+        read_mask(wrong, read, ["bright", "dark"])
+    with pytest.raises(InlayError, match="not on the grid"):
+        segment(adapter(), scan, mask=np.zeros((5, 5, 5), np.uint8))
+    with pytest.raises(InlayError, match="holds 3; it may hold 0 and the adapter's classes: 1 bright, 2 dark"):
+        VolumeSession(adapter(), scan, mask=np.full(SHAPE, 3))
+
+
+@pytest.mark.parametrize("spacing", [None, (1.0, 1.0, 1.0)])
+def test_the_model_gets_the_mask_at_the_voxels_nearest(scan, spacing):
+    given = adapter(crop=(28, 24, 12), spacing_mm=spacing)
+    read = given.processor.read(scan)
+    grid, mask = Grid(read, given.processor.crop), ball((5, 6, 7), 4).astype(np.uint8)
+    got = grid.cut_mask(mask, (0, 0, 0), grid.shape)
+    inside = tuple(slice(int(b), int(b) + n) for b, n in zip(grid.before, read.image.shape[1:], strict=True))
+    same = given.processor.back(got[inside].numpy(), read) == mask
+    assert got.shape == grid.shape and same.all() and got.sum() == got[inside].sum() > 0
+
+
+def test_only_what_is_connected_to_a_prompt_changes():
+    before = np.zeros((12, 12, 12), np.uint8)
+    before[1:3, 1:3, 1:3] = 2
+    after = np.zeros_like(before)
+    after[5:8, 5:8, 5:8] = 1  # at the click
+    after[8, 8, 8] = 1  # connected over a corner only
+    after[10:, 10:, 10:] = 1  # elsewhere
+    merged = correct_mask(before, after, [(6, 6, 6)], [], ["one", "two"])
+    wanted = before.copy()
+    wanted[5:8, 5:8, 5:8] = 1
+    assert np.array_equal(merged, wanted)
+    boxed = correct_mask(before, after, [], [(11, 11, 11, 9, 9, 9, "one")], ["one", "two"])
+    assert boxed[10:, 10:, 10:].all() and not boxed[5:9, 5:9, 5:9].any() and (boxed[1:3, 1:3, 1:3] == 2).all()
+    unheard = correct_mask(before, before, [(2, 2, 2, 0)], [], ["one", "two"])
+    assert unheard[2, 2, 2] == 0 and (unheard != before).sum() == 1, "the voxel that was clicked takes its class"
+
+
+def test_segment_and_session_correct_a_mask_alike(scan):
+    given = adapter(crop=(20, 22, 24))  # one window
+    mask = np.where(ball((13, 14, 16), 3), 1, 0).astype(np.uint8)  # of nothing in the image
+    found = segment(given, scan, points=[(3, 15, 4, "dark")], mask=mask)
+    passed = given.model.seen[-1][3]
+    assert passed.shape == (1, 20, 22, 24) and passed.sum() == mask.sum(), "every window gets the mask"
+    session = VolumeSession(given, scan, mask=mask)
+    clicked = session.click((3, 15, 4), label="dark")
+    assert np.array_equal(clicked, found.mask) and clicked[3, 15, 4] == 2
+    assert ((clicked != mask) == (clicked == 2)).all() and (clicked == 2).sum() > 1
+    free = segment(given, scan, mask=mask).mask
+    assert (free != mask)[ball((5, 6, 6), 1)].all(), "without a prompt the answer is the model's"
+
+
+def test_a_correction_is_undone_and_done_again(scan):
+    given = adapter()
+    mask = ball((9, 9, 9), 4).astype(np.uint8)
+    session = VolumeSession(given, scan, mask=mask)
+    states = [session.mask, session.click((3, 3, 3), label="dark"), session.scribble([(4, 4, 15), (12, 4, 15)])]
+    states += [session.lasso([(2, 2), (6, 2), (6, 6), (2, 6)], axis=2, index=18, label=2)]
+    states += [session.box((10, 12, 14), (13, 15, 16), label=2)]
+    assert all((a != b).any() for a, b in pairwise(states))
+    for state in states[-2::-1]:
+        assert np.array_equal(session.undo(), state)
+    assert np.array_equal(session.undo(), mask)
+    for state in states[1:]:
+        assert np.array_equal(session.redo(), state)
+    session.undo()
+    session.click((1, 1, 1), positive=False)
+    again = session.mask
+    assert np.array_equal(session.redo(), again), "a new prompt forgets what was undone"
+    assert np.array_equal(session.reset(), mask)
+
+
+def test_a_session_without_a_mask_does_again_what_was_undone(tmp_path):
+    session = VolumeSession(adapter(), save(tmp_path / "scan.nii.gz", blobs((40, 40, 40)), np.eye(4)))
+    states = [session.click((8, 8, 8)), session.click((30, 30, 30), label=2), session.click((30, 31, 28))]
+    assert np.array_equal(session.undo(), states[1]) and np.array_equal(session.undo(), states[0])
+    assert np.array_equal(session.redo(), states[1]) and np.array_equal(session.redo(), states[2])
+
+
+def test_what_a_session_holds_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(session_module, "HISTORY", 3 * 3 * 16**3 * 2)  # three answers
+    monkeypatch.setattr(session_module, "ENCODED", 1)
+    monkeypatch.setattr(session_module, "HEARD", 2)
+    given = adapter()
+    session = VolumeSession(given, save(tmp_path / "scan.nii.gz", blobs((40, 40, 40)), np.eye(4)))
+    for place in range(6, 13):
+        mask = session.click((8, 8, place))
+    assert sum(len(window.answers) for window in session._windows) == 4 and given.model.seen[-1][1].shape == (1, 2)
+    session.click((32, 32, 32))
+    assert [window.encoded is None for window in session._windows] == [True, False]
+    assert np.array_equal(session.undo(), mask)
+    encoded = given.model.encoded
+    session.click((8, 8, 8))
+    assert given.model.encoded == encoded + 1, "an encoding that was dropped is computed again"
+    for _ in range(9):
+        mask = session.undo()
+    assert mask.any(), "the oldest prompts stay"
+
+
+def test_a_scribble_is_points_at_equal_distances():
+    line = [(0, 0, 0), (0, 0, 6), (8, 0, 6)]
+    assert sample_scribble(line).tolist() == [[0, 0, 0], [0, 0, 2], [0, 0, 4], [0, 0, 6], [2, 0, 6], [4, 0, 6],
+                                              [6, 0, 6], [8, 0, 6]]  # fmt: skip
+    assert sample_scribble([(1, 2, 3)]).tolist() == [[1, 2, 3]]
+    long = sample_scribble(np.stack([np.linspace(0, 500, 4000)] * 3, 1))
+    assert len(long) == 32 and np.allclose(np.diff(long, axis=0), 500 / 31)
+
+
+def test_a_lasso_is_points_inside_its_contour():
+    angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    circle = np.stack([50 + 20 * np.cos(angle), 30 + 20 * np.sin(angle)], 1)
+    points = sample_lasso(circle, axis=1, index=7)
+    assert 16 <= len(points) <= 32 and (points[:, 1] == 7).all()
+    apart = np.hypot(points[:, 0] - 50, points[:, 2] - 30)
+    assert apart.max() <= 21 and apart.max() > 10, "spread over the circle"
+    assert sample_lasso([(3, 4), (5, 4), (4, 6)], axis=0, index=2, most=1).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda s: s.scribble([]), "a scribble is a list"),
+        (lambda s: s.scribble([(1, 2)]), "3 numbers"),
+        (lambda s: s.scribble([(1, 2, 3), (1, 2, 90)]), "lies outside the scan"),
+        (lambda s: s.lasso([(1, 2), (3, 4)], 0, 5), "3 or more points"),
+        (lambda s: s.lasso([(1, 2), (3, 4), (5, 2)], 3, 5), "axis must be 0, 1 or 2"),
+        (lambda s: s.lasso([(0, 0), (1e9, 0), (0, 5)], 0, 5), "at most 4,096"),
+    ],
+)
+def test_strokes_that_make_no_sense(scan, call, says):
+    session = VolumeSession(adapter(), scan)
+    with pytest.raises(InlayError, match=says):
+        call(session)
+    assert not session.mask.any() and not session.undo().any()
