@@ -17,9 +17,17 @@ from inlay.errors import BadInput
 def segment(
     adapter: AdapterArgument,
     scan: Annotated[
-        Path, typer.Argument(metavar="SCAN|FOLDER", help="A .nii.gz, .nii or .npz file, or a folder of such files.")
+        Path, typer.Argument(metavar="SCAN|FOLDER", help="A scan: a file or a DICOM folder; or a folder of scans.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="MASK|FOLDER", help="The mask, or the folder of masks.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="MASK|FOLDER",
+            help="The mask (.nii.gz, .nrrd, .seg.nrrd, .mha or .mgz), or the folder of masks.",
+        ),
+    ],
     channels: Annotated[
         list[str] | None,
         typer.Argument(metavar="[NAME=FILE]...", help="Channels in files of their own; SCAN is then NAME=FILE too."),
@@ -89,7 +97,7 @@ def segment(
         one | {"--mask": mask, "--compare": compare, "--channel": channel, "NAME=FILE": channels},
         {"--format": suffix, "--overwrite": overwrite},
     )
-    if scan.is_dir():
+    if _is_folder_of_scans(scan):
         _segment_folder(
             names, scan, out, base=base, device=device, dtype=dtype, overlap=overlap, batch_size=batch_size,
             flips=flips, largest=largest, probabilities=probabilities, suffix=suffix, overwrite=overwrite,
@@ -154,10 +162,17 @@ def name_channels(words: Sequence[str]) -> str | dict[str, str]:
     return named
 
 
+def _is_folder_of_scans(path: Path) -> bool:
+    """Whether a path is a folder, but not the slices of one DICOM series."""
+    from inlay.tasks.volumes.nifti import is_scan
+
+    return path.is_dir() and not is_scan(path)
+
+
 def _refuse_options(scan: Path, for_one: dict[str, Any], for_folder: dict[str, Any]) -> None:
     """Raise InlayError for an option of one scan where there is a folder, and the other way round."""
     wrong, wanted, got = (
-        (for_one, "one scan", "a folder") if scan.is_dir() else (for_folder, "a folder of scans", "none")
+        (for_one, "one scan", "a folder") if _is_folder_of_scans(scan) else (for_folder, "a folder of scans", "none")
     )
     for option, value in wrong.items():
         if value:

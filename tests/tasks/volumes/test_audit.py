@@ -165,13 +165,13 @@ def test_files_that_training_will_not_see_are_warned_of(folder):
     images, labels = files(folder, "imagesTr"), files(folder, "labelsTr")
     for file in (images[0], labels[0]):
         file.rename(file.with_name(file.name.replace(".nii.gz", ".NII.GZ")))
-    for i, suffix in enumerate((".nrrd", ".mgz", ".mha"), 1):
+    for i, suffix in enumerate((".bmp", ".tif", ".img"), 1):
         for file in (images[i], labels[i]):
             file.rename(file.with_name(file.name.replace(".nii.gz", suffix)))
     report = audit(str(folder))
     assert report.cases == 9 and not report.errors and len(report.findings) == 6
     assert all("not read" in finding.what for finding in report.findings)
-    assert {Path(finding.file).suffix for finding in report.findings} == {".nrrd", ".mgz", ".mha"}
+    assert {Path(finding.file).suffix for finding in report.findings} == {".bmp", ".tif", ".img"}
 
 
 def test_two_orientations_are_warned_of(folder, caplog):

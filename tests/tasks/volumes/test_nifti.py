@@ -78,7 +78,7 @@ def broken(folder):
         "objects.npz": "",
         "cut.npz": "",
         "none.nii.gz": "no such file",
-        "scan.mha": "is no scan in .nii.gz, .nii, .npz",
+        "scan.tif": "is no scan in .nii.gz, .nii, .npz, ",
     }
 
 

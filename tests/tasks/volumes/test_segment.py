@@ -555,7 +555,7 @@ def test_the_command_writes_mask_picture_and_page(capsys, monkeypatch, tmp_path,
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["-o", "{tmp}/mask.png"], "ending with .nii.gz or .nii"),
+        (["-o", "{tmp}/mask.png"], "ending with .nii.gz or .nii or .nrrd"),
         (["-o", "{tmp}/m.nii", "--html", "{tmp}/m.png"], "ending with .html"),
         (["-o", "{tmp}/m.nii", "--point", "1,2"], "'1,2' must be x,y,z"),
         (["-o", "{tmp}/m.nii", "--point", "1,2,here"], "'1,2,here'"),

@@ -334,14 +334,14 @@ def test_what_is_wrong_with_test_data_does_not_stop_a_training(tmp_path):
 def test_files_that_are_not_read_are_named(tmp_path, caplog):
     pairs(tmp_path, "a", "b")
     (tmp_path / "images" / "b.nii.gz").rename(tmp_path / "images" / "b.NII.GZ")
-    for name in ("c.nrrd", "d.mha", "e.mgz", "f.nii.bz2", "README.md", "a.json", ".DS_Store"):
+    for name in ("c.bmp", "d.tif", "e.img", "f.nii.bz2", "README.md", "a.json", ".DS_Store"):
         (tmp_path / "images" / name).touch()
     (tmp_path / "labels" / "dicom").mkdir()
     found = find_cases(str(tmp_path))
     assert names(found.train) == ["a", "b"] and not found.faults
-    assert [file.rpartition("/")[2] for file in found.unread] == ["c.nrrd", "d.mha", "e.mgz", "f.nii.bz2", "dicom"]
+    assert [file.rpartition("/")[2] for file in found.unread] == ["c.bmp", "d.tif", "e.img", "f.nii.bz2", "dicom"]
     load_volumes(str(tmp_path))
-    assert "5 files" in caplog.text and "c.nrrd" in caplog.text
+    assert "5 files" in caplog.text and "c.bmp" in caplog.text
 
 
 def test_spacings_far_from_a_millimetre(tmp_path):

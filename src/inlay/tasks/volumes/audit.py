@@ -13,7 +13,6 @@ from tqdm import tqdm
 from inlay.errors import InlayError
 from inlay.tasks.tables import list_first
 from inlay.tasks.volumes.data import (
-    SUFFIXES,
     Case,
     explain_channels,
     find_cases,
@@ -24,7 +23,7 @@ from inlay.tasks.volumes.data import (
     read_labels,
 )
 from inlay.tasks.volumes.grid import Triple, reorient_to_ras, spacing_of
-from inlay.tasks.volumes.nifti import explain_unreadable, find_affine_conflict
+from inlay.tasks.volumes.nifti import READ, explain_unreadable, find_affine_conflict
 from inlay.tasks.volumes.scan import find_strange_values, is_misplaced, read_image
 
 UNEVEN = 2.0  # ratio of spacings along an axis that is worth a warning
@@ -117,7 +116,7 @@ def audit(name: str) -> Audit:
     cases = [*found.train, *found.validation]
     report = Audit(name, found.modality or "other", len(cases))
     report.findings = [Finding("error", file, fault) for file, fault in found.faults]
-    not_read = f"not read: inlay reads {', '.join(SUFFIXES)}; convert it"
+    not_read = f"not read: inlay reads {READ}; convert it"
     report.findings += [Finding("warning", file, not_read) for file in found.unread]
     values = tuple(found.labels) if found.labels else None
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:

@@ -1,4 +1,4 @@
-"""Labelled scans: from embedded data, NIfTI folders, the Medical Segmentation Decathlon's layout and .npz to cases."""
+"""Labelled scans: from embedded data, folders of files, the Decathlon's layout and .npz to cases."""
 
 import hashlib
 import json
@@ -19,10 +19,11 @@ from inlay.tasks.groups import group_files, hold_out_groups, list_groups, relati
 from inlay.tasks.sampling import complete_parts
 from inlay.tasks.tables import list_first
 from inlay.tasks.volumes.nifti import (
-    SUFFIXES,
+    READ,
     case_name,
     find_affine_conflict,
     has_suffix,
+    is_scan,
     read_header,
     read_volume,
     suffix_of,
@@ -51,8 +52,8 @@ class Case:
 
     Attributes:
         name: The file's, without suffix.
-        image: A .nii, .nii.gz or .npz file, or voxels (X, Y, Z), or (C, X, Y, Z) of several channels; or a tuple of
-            files, one a channel.
+        image: A file or a DICOM folder, as `read_volume` takes it; voxels (X, Y, Z), or (C, X, Y, Z) of several
+            channels; or a tuple of files, one a channel.
         label: The same of the label map; None: there is none.
         affine: Voxel index to mm, (4, 4), of voxels in memory; None: what the file says, or 1 mm.
         values: The numbers in the label map of the classes 1..K, in their order; None: 1, 2, ... themselves.
@@ -175,7 +176,7 @@ def load_volumes(
     if found.unread:
         logger.warning(
             "%d files of %s are not read, as they are no %s: %s.",
-            len(found.unread), name, " or ".join(SUFFIXES), list_first([Path(file).name for file in found.unread]),
+            len(found.unread), name, READ, list_first([Path(file).name for file in found.unread]),
         )  # fmt: skip
     if test and found.test:
         _refuse_faults(name, found.test_faults)
@@ -450,7 +451,7 @@ def find_scans(folder: str | os.PathLike[str], channels: Sequence[str] = ()) -> 
     channels case_0000, case_0001 ... are one case, and a file without a number is a case with all of them.
 
     Args:
-        folder: Scans in files, directly in it.
+        folder: Scans in files and DICOM folders, directly in it.
         channels: Names of the channels that a case has; fewer than two: one, in a file.
 
     Raises:
@@ -463,11 +464,11 @@ def find_scans(folder: str | os.PathLike[str], channels: Sequence[str] = ()) -> 
     files = _list_scans(path, found)
     if not files:
         inside = list_first(sorted(each.name for each in path.iterdir())) or "nothing"
-        raise BadInput(f"'{folder}' holds {inside}, and no scan; give a folder of {' or '.join(SUFFIXES)} files.")
+        raise BadInput(f"'{folder}' holds {inside}, and no scan; give a folder of scans: {READ}.")
     if found.unread:
         logger.warning(
             "%d entries of %s are not read, as they are no %s: %s.",
-            len(found.unread), folder, " or ".join(SUFFIXES), list_first([Path(file).name for file in found.unread]),
+            len(found.unread), folder, READ, list_first([Path(file).name for file in found.unread]),
         )  # fmt: skip
     cases: dict[str, Case] = {}
     if len(channels) > 1:
@@ -527,7 +528,7 @@ def _list_scans(folder: Path, found: FoundCases) -> list[Path]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
-        if has_suffix(path, SUFFIXES) and not path.is_dir():
+        if is_scan(path):
             scans.append(path)
         elif path.is_dir() or not has_suffix(path, BESIDE):
             found.unread.append(str(path))
@@ -640,7 +641,7 @@ def _list_described(entries: Any, folder: Path, found: FoundCases) -> list[Case]
         label = folder / str(entry["label"])
         if not label.exists():
             label = next(iter(_list_numbered(label, 1)), label)
-        missing = [path for path in (*images, label) if not path.is_file()]
+        missing = [path for path in (*images, label) if not path.exists()]
         found.faults += [(str(path), "listed in dataset.json, but not there") for path in missing]
         if not missing and images:
             name, own = case_name(images[0]), case_name(label)

@@ -1,4 +1,4 @@
-"""Files of scans, NIfTI and .npz: read whole, checked, with errors that name the file; masks written as NIfTI."""
+"""Files of scans of every format: read whole, checked, with errors that name the file; NIfTI itself, .npz and MGH."""
 
 import gzip
 import io
@@ -14,8 +14,15 @@ import numpy as np
 
 from inlay.errors import BadInput, DamagedFile, InlayError, Unsupported
 from inlay.files.atomic import replacing
+from inlay.tasks.volumes.dicom import is_dicom, read_dicom, read_dicom_header
+from inlay.tasks.volumes.itk import read_itk, read_itk_header, write_itk
 
-SUFFIXES = (".nii.gz", ".nii", ".npz")
+NIFTI = (".nii.gz", ".nii")
+ITK = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")  # read by SimpleITK
+MGH = (".mgz", ".mgh")
+SUFFIXES = (*NIFTI, ".npz", *ITK, *MGH)
+READ = f"{', '.join(SUFFIXES)} or a folder of DICOM slices"
+WRITTEN = (*NIFTI, ".nrrd", ".seg.nrrd", ".mha", *MGH)
 GZIP = b"\x1f\x8b"  # how a gzip file begins, whatever it is called
 NIFTI2 = (540).to_bytes(4, "little"), (540).to_bytes(4, "big")  # how a NIfTI-2 header begins
 MM = {"meter": 1000.0, "micron": 0.001}  # length of a unit in mm; mm itself and an unknown unit count as mm
@@ -28,16 +35,17 @@ def read_volume(
 ) -> tuple[np.ndarray, np.ndarray]:
     """All voxels of a scan or of a label map, as its file orders them.
 
-    A NIfTI file may be compressed or not, whatever its name says. A compressed one is read to its end, so that its
-    checksum is compared.
+    A NIfTI or MGH file may be compressed or not, whatever its name says. A compressed one is read to its end, so that
+    its checksum is compared. Positions in NRRD, MetaImage and DICOM are those of ITK.
 
     Args:
-        source: A .nii or .nii.gz file, or the bytes of one; or .npz with arrays `image`, `label` and, if there are any,
+        source: A .nii or .nii.gz file, or the bytes of one; .nrrd, .nhdr, .mha, .mhd, .mgz or .mgh; a folder with the
+            slices of a DICOM series, or one of its files; or .npz with arrays `image`, `label` and, if there are any,
             `affine` (4 x 4, voxel index to mm) or `spacing` (x, y, z in mm; 1 where there is neither). Further axes of
             length 1 are dropped.
         channels: Take an image of several channels too. A NIfTI file has them along its fourth axis, as the
-            Decathlon's, or its fifth. In .npz they are the first or the last of four axes: the one that its `label` has
-            not, else the shorter one.
+            Decathlon's, or its fifth; NRRD and MetaImage as vectors, MGH as frames. In .npz they are the
+            first or the last of four axes: the one that its `label` has not, else the shorter one.
         key: `image` reads float32, `label` the numbers as they are, but for whole ones that the file's scaling has
             rounded (nibabel stores 1.0 as 1.0000153 when it scales to 16 bits).
 
@@ -47,14 +55,24 @@ def read_volume(
 
     Raises:
         InlayError: No such file, truncated, damaged or of another kind, not three axes or four, an affine that maps no
-            space, voxels that are no real numbers, NaN or infinite ones in an image.
+            space, voxels that are no real numbers, NaN or infinite ones in an image; a DICOM series that is no volume;
+            a library that is not installed.
     """
     path = source if isinstance(source, bytes) else Path(source)
     try:
-        if isinstance(path, Path) and path.suffix.lower() == ".npz":
-            array, affine = _read_npz(path, key)
-        else:
+        if isinstance(path, bytes) or has_suffix(path, NIFTI):
             array, affine = _read_nifti(path, key, channels)
+        elif has_suffix(path, (".npz",)):
+            array, affine = _read_npz(path, key)
+        elif has_suffix(path, ITK):
+            (_four_axes if channels else _three_axes)(read_itk_header(path)[0])
+            array, affine = read_itk(path)
+        elif has_suffix(path, MGH):
+            array, affine = _read_mgh(path, channels)
+        elif is_dicom(path):
+            array, affine = read_dicom(path)
+        else:
+            raise _unknown(path)
         if channels:
             array = np.moveaxis(array.reshape(_four_axes(array.shape)), -1, 0)
         else:
@@ -75,7 +93,7 @@ def read_volume(
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[tuple[int, ...], np.ndarray]:
-    """Shape and affine (4, 4) of an image; of a NIfTI file no voxel is read.
+    """Shape and affine (4, 4) of an image; no voxel is read, but of .npz.
 
     Returns:
         (X, Y, Z), or (X, Y, Z, C) where it has several channels; and the affine, voxel index to mm.
@@ -84,14 +102,25 @@ def read_header(path: str | os.PathLike[str]) -> tuple[tuple[int, ...], np.ndarr
         InlayError: As for `read_volume`, but for what only the voxels tell.
     """
     path = Path(path)
-    if path.suffix.lower() == ".npz":
+    if has_suffix(path, (".npz",)):
         array, affine = read_volume(path, channels=True)
         return array.shape[1:] if len(array) == 1 else (*array.shape[1:], len(array)), affine
     try:
-        with open_nifti(path) as (image, _):
-            shape, affine = _four_axes(image.shape), affine_mm(image)
-            shape = shape[:3] if shape[3] == 1 else shape
-            check_affine(affine)
+        if has_suffix(path, NIFTI):
+            with open_nifti(path) as (image, _):
+                shape, affine = tuple(image.shape), affine_mm(image)
+        elif has_suffix(path, ITK):
+            shape, affine = read_itk_header(path)
+        elif has_suffix(path, MGH):
+            with _open_mgh(path) as (image, _):
+                shape, affine = tuple(map(int, image.shape)), np.array(image.affine, np.float64)
+        elif is_dicom(path):
+            shape, affine = read_dicom_header(path)
+        else:
+            raise _unknown(path)
+        shape = _four_axes(shape)
+        shape = shape[:3] if shape[3] == 1 else shape
+        check_affine(affine)
     except InlayError:
         raise
     except Exception as error:
@@ -107,7 +136,7 @@ def find_affine_conflict(source: Path | bytes) -> str | None:
     Raises:
         InlayError: As `read_header`.
     """
-    if isinstance(source, Path) and source.suffix.lower() == ".npz":
+    if isinstance(source, Path) and not has_suffix(source, NIFTI):
         return None
     try:
         with open_nifti(source) as (image, _):
@@ -139,21 +168,28 @@ def corner_distance(first: np.ndarray, second: np.ndarray, shape: Sequence[int])
 
 
 def write_volume(path: str | os.PathLike[str], array: np.ndarray, affine: np.ndarray) -> None:
-    """Save voxels (X, Y, Z) as .nii.gz or .nii, under a temporary name first; whole numbers in 8, 16 or 32 bits.
+    """Save voxels (X, Y, Z) in the format of the suffix, under a temporary name first; whole numbers in 8 to 32 bits.
 
     Raises:
         InlayError: Another suffix, a folder that does not exist, labels that do not fit 32 bits.
     """
     path = Path(path)
-    if not has_suffix(path, SUFFIXES[:2]) or not path.parent.is_dir():
-        raise BadInput(f"'{path}' must end with .nii.gz or .nii, in a folder that exists.")
+    if not has_suffix(path, WRITTEN) or not path.parent.is_dir():
+        raise BadInput(f"'{path}' must end with {' or '.join(WRITTEN)}, in a folder that exists.")
     array = np.asarray(array)
     if array.dtype.kind in "bui" and array.dtype not in (np.uint8, np.int16, np.int32):
         low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
         array = array.astype(label_dtype(low, high))
-    image = import_nibabel().Nifti1Image(array, affine)
-    image.header.set_xyzt_units("mm")
     with replacing(path) as temporary:
+        if has_suffix(path, ITK):
+            write_itk(temporary, array, affine, {})
+            return
+        nibabel = import_nibabel()
+        if has_suffix(path, MGH):
+            image = nibabel.MGHImage(array.astype(np.uint8) if array.dtype == bool else array, affine)
+        else:
+            image = nibabel.Nifti1Image(array, affine)
+            image.header.set_xyzt_units("mm")
         image.to_filename(temporary)
 
 
@@ -180,9 +216,14 @@ def case_name(path: Path) -> str:
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix of a scan's file as it is written, .nii.gz as a whole; "" for no scan."""
-    suffix = next((s for s in SUFFIXES if has_suffix(path, (s,))), "")
+    """The suffix of a scan's file as it is written, .nii.gz as a whole; "" for no scan, and for a folder of slices."""
+    suffix = next((s for s in (*SUFFIXES, ".dcm") if has_suffix(path, (s,)) and not path.is_dir()), "")
     return path.name[len(path.name) - len(suffix) :]
+
+
+def is_scan(path: Path) -> bool:
+    """Whether a path is a file whose name is a scan's, or a folder that holds the slices of a DICOM series."""
+    return is_dicom(path) if path.is_dir() else has_suffix(path, SUFFIXES)
 
 
 def import_nibabel() -> Any:
@@ -201,20 +242,29 @@ def open_nifti(source: Path | bytes) -> Iterator[tuple[Any, BinaryIO]]:
     """A NIfTI file, or its bytes, as nibabel's image, and the open stream that its voxels are read from.
 
     Whether it is compressed, and whether NIfTI-1 or 2, is read from its first bytes and not from its name.
-
-    Raises:
-        InlayError: A name that is no NIfTI file's.
     """
-    if isinstance(source, Path) and not has_suffix(source, SUFFIXES[:2]):
-        raise BadInput(f"'{source}' is no scan in {', '.join(SUFFIXES)}; convert it.")
     nibabel = import_nibabel()
+    with _inflating(source) as stream:
+        kind = nibabel.Nifti2Image if stream.read(4) in NIFTI2 else nibabel.Nifti1Image
+        stream.seek(0)
+        yield kind.from_stream(stream), stream
+
+
+@contextmanager
+def _open_mgh(path: Path) -> Iterator[tuple[Any, BinaryIO]]:
+    """A file of FreeSurfer's, as nibabel's image, and the open stream that its voxels are read from."""
+    with _inflating(path) as stream:
+        yield import_nibabel().MGHImage.from_stream(stream), stream
+
+
+@contextmanager
+def _inflating(source: Path | bytes) -> Iterator[BinaryIO]:
+    """The open content of a file, or of its bytes, without its compression, if it has one."""
     with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file:
         packed = file.read(len(GZIP)) == GZIP
         file.seek(0)
         stream: Any = gzip.GzipFile(fileobj=file) if packed else file
-        kind = nibabel.Nifti2Image if stream.read(4) in NIFTI2 else nibabel.Nifti1Image
-        stream.seek(0)
-        yield kind.from_stream(stream), stream
+        yield stream
 
 
 def inflate_nifti(data: bytes, most_voxels: int) -> bytes:
@@ -309,10 +359,23 @@ def _read_nifti(source: Path | bytes, key: str, channels: bool) -> tuple[np.ndar
             voxels = image.get_fdata(caching="unchanged", dtype=np.float32)
         else:
             voxels = _round_scaled(np.asarray(image.dataobj), image.dataobj.slope)
-        if isinstance(stream, gzip.GzipFile):
-            while stream.read(2**20):  # the checksum is behind the last byte
-                pass
+        _read_to_end(stream)
         return voxels, affine_mm(image)
+
+
+def _read_mgh(path: Path, channels: bool) -> tuple[np.ndarray, np.ndarray]:
+    with _open_mgh(path) as (image, stream):
+        (_four_axes if channels else _three_axes)(tuple(map(int, image.shape)))
+        voxels = np.asarray(image.dataobj)
+        _read_to_end(stream)
+        return voxels, np.array(image.affine, np.float64)
+
+
+def _read_to_end(stream: BinaryIO) -> None:
+    """Compare the checksum of a compressed stream, which is behind its last byte."""
+    if isinstance(stream, gzip.GzipFile):
+        while stream.read(2**20):
+            pass
 
 
 def _round_scaled(labels: np.ndarray, slope: float) -> np.ndarray:
@@ -394,6 +457,13 @@ def explain_unreadable(source: Path | bytes, error: BaseException) -> str:
         return "damaged, its compressed data does not match its checksum"
     said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     return said.replace(str(source), "the file") if isinstance(source, Path) else said
+
+
+def _unknown(path: Path) -> InlayError:
+    """The error for a path that has no scan's name, and is no DICOM."""
+    if path.is_dir():
+        return BadInput(f"'{path}' is a folder without DICOM slices directly in it; give a scan, or such a folder.")
+    return BadInput(f"'{path}' is no scan in {READ}; convert it.")
 
 
 def _unreadable(source: Path | bytes, error: Exception) -> InlayError:

@@ -1,4 +1,4 @@
-"""Masks of whole scans, from NIfTI to NIfTI: a model's windows over the scan, joined on the scan's own grid."""
+"""Masks of whole scans, from file to file: a model's windows over the scan, joined on the scan's own grid."""
 
 from __future__ import annotations
 
@@ -24,8 +24,13 @@ from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.tables import list_first
 from inlay.tasks.volumes.correction import MaskSource, correct_mask, read_mask
 from inlay.tasks.volumes.data import Case, read_labels
+from inlay.tasks.volumes.itk import import_simpleitk, write_itk
 from inlay.tasks.volumes.nifti import (
     APART,
+    ITK,
+    MGH,
+    NIFTI,
+    WRITTEN,
     corner_distance,
     find_affine_conflict,
     has_suffix,
@@ -39,8 +44,7 @@ from inlay.tasks.volumes.windows import Grid, ScanPrompts, Voxel, probabilities,
 
 logger = logging.getLogger(__name__)
 
-NIFTI = (".nii.gz", ".nii")
-MASKS = NIFTI
+MASKS = WRITTEN
 MOST = 32767  # what a probability of 1 is stored as
 SLAB = 16  # planes of an ensemble's probabilities whose classes are found at a time
 
@@ -108,20 +112,27 @@ class Segmentation:
         return replace(self, mask=mask.astype(self.mask.dtype), probabilities=None)
 
     def save(self, path: str | Path) -> Path:
-        """Write the mask as NIfTI, with affine, orientation codes and units of the scan's file; whole or not at all.
+        """Write the mask in the format of its name, on the scan's grid; whole or not at all.
 
-        A header extension (code 6, a comment) names the classes, as JSON {"labels": {"number": "name"}}.
+        NIfTI has orientation codes and units of the scan's file; .seg.nrrd is a segmentation of 3D Slicer. The names of
+        the classes stand in a header extension of NIfTI (code 6, a comment) and in the field `classes` of NRRD and
+        MetaImage, as JSON {"labels": {"number": "name"}}, and in the segments of .seg.nrrd. MGH has no place for them.
 
         Raises:
-            InlayError: A name that does not end with .nii.gz or .nii, a folder that cannot be written, or the scan's
-                own file.
+            InlayError: A name that does not end as one of `MASKS` does, a folder that cannot be written, the scan's own
+                file, or a library that is not installed.
         """
         for scan in (self.source if isinstance(self.source, Path) else None, *self.further):
             path = check_output(path, MASKS, scan)
         path = Path(path)
-        image = self._make_image()
         with replacing(path) as new:
-            image.to_filename(new)
+            if has_suffix(path, ITK):
+                like = self.source if isinstance(self.source, Path) and has_suffix(self.source, ITK) else None
+                write_itk(new, self.mask, self.affine, self._make_fields(path), like)
+            elif has_suffix(path, MGH):
+                import_nibabel().MGHImage(self.mask, self.affine).to_filename(new)
+            else:
+                self._make_image().to_filename(new)
         return path
 
     def save_probabilities(self, path: str | Path) -> Path:
@@ -151,6 +162,24 @@ class Segmentation:
             image.to_filename(new)
         return path
 
+    def _make_fields(self, path: Path) -> dict[str, str]:
+        """Names of the classes as the header of NRRD or MetaImage holds them.
+
+        Source: 3D Slicer's developer guide, "Segmentation labelmap file format (.seg.nrrd)".
+        """
+        if not has_suffix(path, (".seg.nrrd",)):
+            return {"classes": json.dumps({"labels": {"0": "background", **self.names}}, ensure_ascii=False)}
+        fields = {
+            "Segmentation_ContainedRepresentationNames": "Binary labelmap|",
+            "Segmentation_SourceRepresentation": "Binary labelmap",
+            "Segmentation_ReferenceImageExtentOffset": "0 0 0",
+        }
+        extent = " ".join(f"0 {size - 1}" for size in self.mask.shape)
+        for i, (value, name) in enumerate(self.names.items()):
+            own = {"ID": f"class_{value}", "Name": name, "LabelValue": str(value), "Layer": "0", "Extent": extent}
+            fields |= {f"Segment{i}_{key}": text for key, text in own.items()}
+        return fields
+
     def to_bytes(self) -> bytes:
         """What `save` writes into a .nii.gz file."""
         return gzip.compress(self._make_image().to_bytes(), compresslevel=6, mtime=0)
@@ -159,7 +188,7 @@ class Segmentation:
         """nibabel's image of the mask."""
         nibabel = import_nibabel()
         kind, header, affine = nibabel.Nifti1Image, None, self.affine
-        if isinstance(self.source, bytes) or (self.source is not None and has_suffix(self.source, MASKS)):
+        if isinstance(self.source, bytes) or (self.source is not None and has_suffix(self.source, NIFTI)):
             with open_nifti(self.source) as (scan, _):
                 kind, header = type(scan), scan.header.copy()  # NIfTI-1 or -2
             affine = np.vstack([self.affine[:3] / unit_mm(header), self.affine[3:]])
@@ -248,9 +277,10 @@ def segment(
 
     Args:
         adapter: From `load_adapter`, trained on volumes.
-        scan: A .nii, .nii.gz or .npz file, the bytes of a NIfTI file, or what `adapter.processor.read` or `open_scan`
-            made of one. Of several channels a file with all of them, one file of an nnU-Net case (case_0000.nii.gz),
-            {channel: file}, or files in the order of `adapter.processor.channels`.
+        scan: A file or a DICOM folder, as `read_volume` takes it, the bytes of a NIfTI file, or what
+            `adapter.processor.read` or `open_scan` made of one. Of several channels a file with all of them, one file
+            of an nnU-Net case (case_0000.nii.gz), {channel: file}, or files in the order of
+            `adapter.processor.channels`.
         ensemble: Further adapters of the same classes, on whatever bases and with whatever crops and spacings: the
             probabilities of all are averaged.
         points: Each (x, y, z) or (x, y, z, label) in the scan's own voxels, from 0 as nibabel indexes them. The
@@ -465,11 +495,13 @@ def check_output(path: str | Path, suffixes: Sequence[str], scan: str | Path | N
 
     Raises:
         InlayError: Another suffix, a folder that does not exist or cannot be written, or the scan's own file, also
-            through a link.
+            through a link; a format whose library is not installed.
     """
     path = Path(path)
     if not has_suffix(path, suffixes):
         raise BadInput(f"'{path}' must be a name ending with {' or '.join(suffixes)}.")
+    if has_suffix(path, ITK):
+        import_simpleitk()  # else it would be missed after all the work
     check_output_file(path)
     if scan is not None and path.exists() and Path(scan).exists() and path.samefile(scan):
         raise BadInput(f"'{path}' is the scan itself, which would be overwritten; give another name.")

@@ -43,7 +43,7 @@ class VolumeSegmentation(Task):
     )
     inputs = "a scan, to segment"
     options: ClassVar[Mapping[str, Option]] = {
-        "out": Option(Path | None, "Save the mask as a .nii.gz or .nii file.", metavar="MASK"),
+        "out": Option(Path | None, "Save the mask as a .nii.gz, .nrrd, .seg.nrrd, .mha or .mgz file.", metavar="MASK"),
     }
     score_options: ClassVar[Mapping[str, Option]] = {
         "tolerance_mm": Option(float, "Distance of surfaces that surface Dice takes for none.", 1.0),
