@@ -14,7 +14,7 @@ equally many steps, and are scored on whole scans by mean Dice over cases and cl
 
 Scored are no prompt; 1 and 10 random points in each class (`slices`: in every slice that shows the class, as a slice
 knows nothing of the others: many more clicks); and 10 clicks a user would give, one in each class, then where the
-answer is most wrong. A U-Net takes no clicks.
+answer is most wrong. A U-Net takes no clicks. For the adapter `score_clicks` adds two users one click at a time.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from inlay import InlayError, SpatialAdapterConfig
 from inlay.methods.spatial.attention import cut_windows, resize_table
 from inlay.methods.spatial.decoder import Encoded, PromptTensors
 from inlay.methods.spatial.prompts import clicks_at_centres, damage_masks, measure_depth, name_components
-from inlay.methods.spatial.sam import VolumeSamModel, dice_cross_entropy, mask_logits
+from inlay.methods.spatial.sam import VolumeSamModel, dice_cross_entropy, draw_mixed_prompts, mask_logits
 from inlay.train.launch import enable_checkpointing
 from methods.bases import randomise
 from methods.volumes import CONFIG, build, published_levels, settings, volumes
@@ -348,6 +348,7 @@ def test_an_adapter_without_prompts_refuses_them_and_trains():
         ({"position": "beside"}, "position"),
         ({"activation": "none"}, "activation"),
         ({"reduction": 0}, "reduction"),
+        ({"simulated": "people"}, "errors or mixed"),
     ],
 )
 def test_settings_that_make_no_sense(setting, says):
@@ -496,3 +497,16 @@ def test_damaged_masks_are_wrong_in_places():
     labels = labelled()
     wrong = [(damage_masks(labels, 2) != labels.clamp(min=0)).float().mean() for _ in range(8)]
     assert 0 < max(wrong) < 0.6 and damage_masks(torch.full((1, 4, 5, 6), -1), 2).eq(0).all()
+
+
+def test_mixed_prompts_train_and_are_of_every_kind():
+    torch.manual_seed(0)
+    labels = labelled()
+    drawn = [draw_mixed_prompts(PromptTensors(), mask_logits(labels.clamp(min=0), 2), labels, True) for _ in range(40)]
+    kinds = {(one.points is None, one.boxes is None, one.previous is None) for one in drawn}
+    assert {(True, True, False), (True, False, False), (True, False, True), (False, True, False)} <= kinds
+    assert (True, True, True) not in kinds, "no step without any prompt"
+    model = adapted(simulated="mixed").train()
+    loss = model(pixel_values=volumes(), labels=labels).loss
+    loss.backward()
+    assert torch.isfinite(loss)

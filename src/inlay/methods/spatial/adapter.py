@@ -70,6 +70,12 @@ class SpatialAdapterConfig(AdapterConfig):
     decoder_width: int = field(default=64, metadata={"help": "Features inside the decoder."})
     prompts: bool = field(default=True, metadata={"help": "False: a segmenter that takes no clicks and boxes."})
     rounds: int = field(default=2, metadata={"help": "Answers to simulated clicks that a training step learns from."})
+    simulated: Literal["errors", "mixed"] = field(
+        default="errors",
+        metadata={
+            "help": "Prompts of training: clicks in classes and errors; mixed: at centres too, and masks to mend."
+        },
+    )
     reference: bool = field(default=False, metadata={"help": "The encoder as it was published."})
 
     def __post_init__(self) -> None:
@@ -94,8 +100,7 @@ class SpatialAdapterConfig(AdapterConfig):
             raise BadInput("rounds must be at least 1 where clicks are to be learned; else set prompts=False.")
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise BadInput(f"kernel must be odd, got {self.kernel}.")
-        if self.position not in ("before", "after"):
-            raise BadInput(f"position must be before or after, got {self.position!r}.")
+        self._check_choices()
         if self.activation not in ACT2FN:
             raise BadInput(f"activation must be one of {', '.join(sorted(ACT2FN))}, got {self.activation!r}.")
         if self.patch_depth % self.enlarge_depth:
@@ -113,6 +118,11 @@ class SpatialAdapterConfig(AdapterConfig):
         """As peft's, without `channels` where there is one: such files are as they were before there could be more."""
         settings = super().to_dict()
         return settings if self.channels else {key: value for key, value in settings.items() if key != "channels"}
+
+    def _check_choices(self) -> None:
+        for name, known in (("position", ("before", "after")), ("simulated", ("errors", "mixed"))):
+            if getattr(self, name) not in known:
+                raise BadInput(f"{name} must be {' or '.join(known)}, got {getattr(self, name)!r}.")
 
     @classmethod
     def fitted(

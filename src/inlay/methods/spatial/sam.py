@@ -166,45 +166,81 @@ class VolumeSamModel(SamModel):
         return mask_logits(previous, len(config.classes))
 
     def _train_by_clicks(self, encoded: Encoded, labels: torch.Tensor) -> VolumeOutput:
-        """An answer without prompts, then `rounds` more, each after further prompts; the loss is their mean.
-
-        The first prompts are a box, nothing but a mask, clicks anywhere in the objects, or clicks where the answer is
-        wrong, as all later ones: at its densest errors or at the centres of the largest. What they mend is handed on
-        with them, but with the first clicks only in half of the steps, as a click may begin: the answer before as it
-        is, the mask that a user sees of it, or at first sometimes a mask from elsewhere, which is wrong in other ways.
-        """
+        """An answer without prompts, then `rounds` more, each after further prompts; the loss is their mean."""
         encoder: Any = self.vision_encoder
         config = encoder.options[self._active_adapter()]
-        classes = len(config.classes)
+        draw = draw_mixed_prompts if config.simulated == "mixed" else draw_prompts
         first = logits = self._decode(encoded, PromptTensors())
         losses, prompts = [dice_cross_entropy(logits, labels)], PromptTensors()
         for i in range(config.rounds if config.prompts else 0):
-            previous = logits.detach()
-            if torch.rand(()) < 0.5:
-                mask = damage_masks(labels, classes) if i == 0 and torch.rand(()) < 0.5 else previous.argmax(1)
-                previous = mask_logits(mask, classes).to(previous)
-            kind = "clicks" if i else FIRST[int(torch.multinomial(torch.tensor(SHARES), 1))]
-            if kind == "box":
-                boxes, named = boxes_around(labels, classes)
-                prompts = prompts._replace(boxes=boxes, box_labels=named)
-            elif kind != "mask":
-                count = int(2 ** (torch.rand(()) * 3.5))  # 1 to 11, fewer more often
-                if kind == "objects":
-                    points, said = clicks_in_objects(labels, count, classes)
-                else:
-                    simulate = clicks_on_errors if torch.rand(()) < 0.5 else clicks_at_centres
-                    points, said = simulate(previous, labels, count)
-                if prompts.points is not None and prompts.labels is not None:
-                    points, said = torch.cat([prompts.points, points], 1), torch.cat([prompts.labels, said], 1)
-                prompts = prompts._replace(points=points, labels=said)
-            begins = i == 0 and kind != "mask" and bool(torch.rand(()) < 0.5)
-            logits = self._decode(encoded, prompts._replace(previous=None if begins else previous))
+            prompts = draw(prompts, logits.detach(), labels, begins=i == 0)
+            logits = self._decode(encoded, prompts)
             losses.append(dice_cross_entropy(logits, labels))
         return VolumeOutput(loss=torch.stack(losses).mean(), logits=first, image_embeddings=encoded)
 
     def undo_changes(self) -> None:
         """Be a SamModel again."""
         self.__class__ = SamModel
+
+
+def draw_prompts(prompts: PromptTensors, answer: torch.Tensor, labels: torch.Tensor, begins: bool) -> PromptTensors:
+    """The prompts so far and further ones: at first a box or clicks in the classes, later clicks at the densest errors.
+
+    Of the first ones one in four is a box. The answer is handed on too, with the first ones only in half of the steps,
+    as a click may begin or mend.
+
+    Args:
+        prompts: So far.
+        answer: Logits to them, (B, K + 1, D, H, W).
+        labels: (B, D, H, W), -1 to be ignored.
+        begins: There are none so far.
+    """
+    classes = answer.shape[1] - 1
+    if begins and torch.rand(()) < 0.25:
+        boxes, named = boxes_around(labels, classes)
+        prompts = prompts._replace(boxes=boxes, box_labels=named)
+    else:
+        count = _draw_count()
+        found = clicks_in_objects(labels, count, classes) if begins else clicks_on_errors(answer, labels, count)
+        prompts = _add_clicks(prompts, *found)
+    return prompts._replace(previous=answer if not begins or torch.rand(()) < 0.5 else None)
+
+
+def draw_mixed_prompts(
+    prompts: PromptTensors, answer: torch.Tensor, labels: torch.Tensor, begins: bool
+) -> PromptTensors:
+    """As `draw_prompts`, with clicks at the centres of the largest errors too, and with masks to mend.
+
+    What the prompts mend is the answer before as it is, the mask that a user sees of it, or at first sometimes a mask
+    from elsewhere, which is wrong in other ways. The first prompts may also be nothing but such a mask, or clicks at
+    errors.
+    """
+    classes, previous = answer.shape[1] - 1, answer
+    if torch.rand(()) < 0.5:
+        mask = damage_masks(labels, classes) if begins and torch.rand(()) < 0.5 else answer.argmax(1)
+        previous = mask_logits(mask, classes).to(answer)
+    kind = FIRST[int(torch.multinomial(torch.tensor(SHARES), 1))] if begins else "clicks"
+    if kind == "box":
+        boxes, named = boxes_around(labels, classes)
+        prompts = prompts._replace(boxes=boxes, box_labels=named)
+    elif kind == "objects":
+        prompts = _add_clicks(prompts, *clicks_in_objects(labels, _draw_count(), classes))
+    elif kind == "clicks":
+        simulate = clicks_on_errors if torch.rand(()) < 0.5 else clicks_at_centres
+        prompts = _add_clicks(prompts, *simulate(previous, labels, _draw_count()))
+    alone = begins and kind != "mask" and bool(torch.rand(()) < 0.5)
+    return prompts._replace(previous=None if alone else previous)
+
+
+def _draw_count() -> int:
+    """1 to 11, fewer more often."""
+    return int(2 ** (torch.rand(()) * 3.5))
+
+
+def _add_clicks(prompts: PromptTensors, points: torch.Tensor, labels: torch.Tensor) -> PromptTensors:
+    if prompts.points is not None and prompts.labels is not None:
+        points, labels = torch.cat([prompts.points, points], 1), torch.cat([prompts.labels, labels], 1)
+    return prompts._replace(points=points, labels=labels)
 
 
 def mask_logits(mask: torch.Tensor, classes: int) -> torch.Tensor:
