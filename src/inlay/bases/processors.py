@@ -31,7 +31,7 @@ def load_processor(name: str | Path, revision: str | None = None) -> BaseImagePr
     config = read_config(name, where, revision)
     try:
         if is_mask_generator(config) and asks_for_stretching(where, revision):
-            processor = Sam2ImageProcessorPil.from_pretrained(where, revision=revision)
+            processor = Sam2ImageProcessorPil.from_pretrained(where, revision=revision, trust_remote_code=False)
         else:
             processor = AutoImageProcessor.from_pretrained(
                 where, revision=revision, backend="pil", trust_remote_code=False
