@@ -68,7 +68,7 @@ def read_embedded_bases_once():
 
     @functools.lru_cache(maxsize=16)
     def load_once(model_class, folder, options):
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[], device_type="cpu"):
             return load(model_class, folder, **pickle.loads(options))
 
     def load_copy(model_class, folder, *arguments, **options):
