@@ -1,5 +1,6 @@
 """Training on crops and scoring whole scans: the loss, its windows, and a run that is killed."""
 
+import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -202,3 +203,29 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, monkeypatch):
     assert found.resumed
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_structure_of_a_ten_thousandth_is_in_a_third_of_the_crops():
+    """Half of the two thirds that are placed at a class: as often as one that fills a quarter of the scan."""
+    label = np.zeros((64, 100, 100), np.uint8)
+    label[:, :25] = 1
+    label[30:34, 80:84, 80:84] = 2  # 64 of 640,000 voxels
+    case = Case("rare", np.zeros(label.shape, np.float32), label, values=(1, 2))
+    view = VolumeView([case], VolumeProcessor(None, (8, 8, 8)), training=True, augment=False, crops=90)
+    torch.manual_seed(0)
+    random.seed(0)
+    items = [view[i]["labels"] for i in range(len(view))]
+    assert 0.2 < np.mean([bool((labels == 2).any()) for labels in items]) < 0.47
+
+
+def test_several_crops_of_a_scan_in_an_epoch():
+    processor, few = VolumeProcessor(None, (16, 16, 16)), cases(2)
+    view = VolumeView(few, processor, training=True, crops=3)
+    reads = []
+    view.processor.read = lambda case: (reads.append(case.name), VolumeProcessor.read(processor, case))[1]
+    assert len(view) == 6 and len(VolumeView(few, processor, crops=3)) == 2  # whole scans come once
+    for i in range(6):
+        assert view.scan(i).name == few[i // 3].name and view[i]["labels"].shape == (16, 16, 16)
+    assert reads == [few[0].name, few[1].name]
+    with pytest.raises(InlayError, match="crops"):
+        VolumeView(few, processor, training=True, crops=0)

@@ -49,10 +49,8 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
     on_model_grid = []  # voxel counts, N K 3
     picked = [cases[i] for i in pick_evenly(len(cases), request.limit)]
     tolerance_mm = request.options.get("tolerance_mm", TOLERANCE_MM)
-    plot, worst = (
-        request.options.get("plot"),
-        _Worst(request.options.get("worst"), request.options.get("worst_folder"), labels),
-    )
+    plot = request.options.get("plot")
+    worst = _Worst(request.options.get("worst"), request.options.get("worst_folder"), labels)
     if plot is not None:
         check_output(plot, (".png",))
     for case in picked:
@@ -62,7 +60,6 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
         if request.compare:
             on_model_grid.append(_on_model_grid(adapter, case, numbers, len(labels)))
     values = {name: np.array([row[name] for row in rows]).reshape(len(picked), len(labels)) for name in SCORES}  # N K
-
     errors = {
         name: np.array([row[name] for row in rows], np.float64).reshape(len(picked), len(labels))  # None becomes NaN
         for name in VOLUME_ERRORS

@@ -25,6 +25,7 @@ class VolumeTask(TaskOptions):
         "builtin:volumes", "Embedded data, a Decathlon task, images/ and labels/ of scans, or a folder of .npz."
     )
     crop: list[int] = option([32, 40, 40], "Voxels D, H, W that the model sees at a time.", least=1)
+    crops: int | None = option(None, "Crops of each scan in an epoch; default: 1.", least=1)
     spacing_mm: list[float] | None = option(
         None, "Resample scans to this spacing D, H, W; default: the median of the data.", above=0
     )
@@ -71,7 +72,7 @@ class VolumeTask(TaskOptions):
         crops = VolumeView(data.validation, processor, training=True, augment=False, flip=())
         return TaskData(
             data,
-            VolumeView(data.train, processor, training=True),
+            VolumeView(data.train, processor, training=True, crops=self.crops or 1),
             VolumeView(data.validation, processor),
             processor,
             metrics=[VolumeDice(data.labels)],

@@ -36,6 +36,8 @@ class VolumeView(torch.utils.data.Dataset):
         flip: Axes along which half of the crops are mirrored: 0 D, 1 H, 2 W. Left and right (2) may be told apart by
             the classes. Default: those that the processor names, and so the adapter.
         foreground: Share of crops that are placed at a voxel of a class.
+        crops: Of each scan in an epoch, at least 1: items i·crops to (i + 1)·crops - 1 are of case i. A scan in the
+            cache is read once for all of them.
         cache_gb: Memory for scans as they were read, in each process; beyond it, the one that was used longest ago
             goes, and is read again.
 
@@ -52,31 +54,32 @@ class VolumeView(torch.utils.data.Dataset):
         augment: bool = True,
         flip: Sequence[int] | None = None,
         foreground: float = FOREGROUND,
+        crops: int = 1,
         cache_gb: float = 4.0,
     ) -> None:
         bare = [case.name for case in cases if case.label is None]
         if not len(cases) or bare:
             raise BadInput(f"case {bare[0]!r} has no label map." if bare else "there are no cases.")
         flip = processor.flip if flip is None else flip
-        if not set(flip) <= {0, 1, 2} or not 0 <= foreground <= 1 or not cache_gb >= 0:
+        if not set(flip) <= {0, 1, 2} or not 0 <= foreground <= 1 or crops < 1 or not cache_gb >= 0:
             raise BadInput(
-                "flip must name axes 0, 1 or 2, foreground be from 0 to 1 and cache_gb at least 0, got "
-                f"{tuple(flip)}, {foreground} and {cache_gb}."
+                "flip must name axes 0, 1 or 2, foreground be from 0 to 1, crops at least 1 and cache_gb at least 0, "
+                f"got {tuple(flip)}, {foreground}, {crops} and {cache_gb}."
             )
         self.cases, self.processor = tuple(cases), processor
         self.training, self.augment, self.flip, self.foreground = training, augment, tuple(flip), foreground
-        self.cache_gb = cache_gb
+        self.crops, self.cache_gb = crops if training else 1, cache_gb
         self._cache: OrderedDict[int, tuple[Scan, list[torch.Tensor]]] = OrderedDict()
         self._bytes = 0
 
     def __len__(self) -> int:
-        return len(self.cases)
+        return len(self.cases) * self.crops
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cache": OrderedDict(), "_bytes": 0}  # workers read for themselves
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        scan, places = self._read(range(len(self))[int(index)])
+        scan, places = self._read(range(len(self))[int(index)] // self.crops)
         assert scan.labels is not None  # cases without are refused
         if not self.training:
             return {"pixel_values": scan.image, "labels": scan.labels.long()}
@@ -89,7 +92,7 @@ class VolumeView(torch.utils.data.Dataset):
 
     def scan(self, index: int) -> Scan:
         """The scan of an item, with what brings predictions back to its own grid."""
-        return self._read(range(len(self))[int(index)])[0]
+        return self._read(range(len(self))[int(index)] // self.crops)[0]
 
     def _read(self, index: int) -> tuple[Scan, list[torch.Tensor]]:
         """A scan, and some of the voxels of each class in it, from the cache if they are there."""
