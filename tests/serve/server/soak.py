@@ -94,6 +94,7 @@ class Soak:
     def __init__(self, url: str, truth: Truth, served: Mapping[str, Path], change: Change, seed: int = 0) -> None:
         self.url, self.truth, self.change = url, truth, change
         self.draw = random.Random(seed)
+        self.draw_change = random.Random(seed)  # of its own: the same changes, however the requests fall
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
         # By name: from when on it may have, and from when on it must have, this digest, or none.
@@ -142,6 +143,8 @@ class Soak:
         self.counts[str(response.status)] += 1
         if reason := self._judge(name, image, response.status, response.read_json(), sent):
             self.wrong.append(f"{name}: {reason}")
+        if response.status == 404:  # sooner than an answer: else all requests pass while one adapter is added
+            await asyncio.sleep(0.1)
 
     def _judge(self, name: str, image: int, status: int, answer: Any, sent: float) -> str | None:
         """Why an answer is wrong."""
@@ -172,9 +175,9 @@ class Soak:
     async def _change_often(self) -> None:
         while True:
             await self.changes_due.acquire()
-            name = self.draw.choice(list(self.history))
+            name = self.draw_change.choice(list(self.history))
             states = self.history[name]
-            folder = None if states[-1][2] and self.draw.random() < 0.3 else self.draw.choice(list(self.truth.folders))
+            folder = None if states[-1][2] and self.draw_change.random() < 0.3 else self.draw_change.choice(list(self.truth.folders))
             digest = folder and self.truth.digests[folder]
             states.append((time.monotonic(), float("inf"), digest))
             await self.change(name, folder)

@@ -41,6 +41,6 @@ def test_every_answer_is_the_adapters_own_while_adapters_come_and_go(versions):
         asyncio.run(soak.run(REQUESTS))
     assert not soak.wrong, soak.wrong[:5]
     counts = soak.counts
-    assert counts["200"] > REQUESTS / 4 and counts["404"] and counts["left"]
+    assert counts["200"] > REQUESTS / 2 and counts["404"] and counts["left"]
     assert counts["added"] and counts["removed"] and counts["replaced"]
     assert threading.active_count() == before
