@@ -177,7 +177,11 @@ class Soak:
             await self.changes_due.acquire()
             name = self.draw_change.choice(list(self.history))
             states = self.history[name]
-            folder = None if states[-1][2] and self.draw_change.random() < 0.3 else self.draw_change.choice(list(self.truth.folders))
+            folder = (
+                None
+                if states[-1][2] and self.draw_change.random() < 0.3
+                else self.draw_change.choice(list(self.truth.folders))
+            )
             digest = folder and self.truth.digests[folder]
             states.append((time.monotonic(), float("inf"), digest))
             await self.change(name, folder)
