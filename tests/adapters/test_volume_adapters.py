@@ -11,7 +11,7 @@ from transformers import SamModel
 
 from inlay import InlayError, VolumeProcessor, load_adapter, load_base, read_adapter, save_adapter
 from inlay.adapters.task import find_task_of_file
-from inlay.tasks.volumes.nifti import write_volume
+from inlay.tasks.volumes.formats import write_volume
 from methods.bases import randomise
 from methods.volumes import build, settings, volumes
 from places import ROOT

@@ -9,7 +9,7 @@ import pytest
 
 from inlay import load_adapter, load_volumes, read_adapter
 from inlay.cli.app import app
-from inlay.tasks.volumes.nifti import read_volume, write_volume
+from inlay.tasks.volumes.formats import read_volume, write_volume
 from places import ROOT
 
 SHORT = ["--crop", 16, 16, 16, "--width", 8, "--epochs", 0.11, "--batch_size", 2, "--workers", 0]

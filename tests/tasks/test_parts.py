@@ -23,7 +23,7 @@ from inlay.tasks.sequences.data import load_sequences_to_score
 from inlay.tasks.text.data import group_by_prompt, load_texts_to_score
 from inlay.tasks.text_to_image.data import load_captioned_to_score, open_captioned
 from inlay.tasks.volumes.data import load_volumes_to_score
-from inlay.tasks.volumes.nifti import write_volume
+from inlay.tasks.volumes.formats import write_volume
 from places import SHARED
 
 PARTS = ("train", "validation", "test")

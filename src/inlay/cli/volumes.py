@@ -104,8 +104,8 @@ def segment(
             as_json=as_json,
         )  # fmt: skip
         return
+    from inlay.tasks.volumes.formats import case_name
     from inlay.tasks.volumes.montage import IMAGES, draw_montage
-    from inlay.tasks.volumes.nifti import case_name
     from inlay.tasks.volumes.segment import MASKS, check_output, read_reference
     from inlay.tasks.volumes.segment import segment as find
     from inlay.tasks.volumes.viewer import PAGES, write_viewer
@@ -164,7 +164,7 @@ def name_channels(words: Sequence[str]) -> str | dict[str, str]:
 
 def _is_folder_of_scans(path: Path) -> bool:
     """Whether a path is a folder, but not the slices of one DICOM series."""
-    from inlay.tasks.volumes.nifti import is_scan
+    from inlay.tasks.volumes.formats import is_scan
 
     return path.is_dir() and not is_scan(path)
 

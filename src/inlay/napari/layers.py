@@ -17,7 +17,7 @@ from inlay.errors import BadInput
 from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.colours import colour
 from inlay.tasks.volumes.data import Case
-from inlay.tasks.volumes.nifti import APART, corner_distance
+from inlay.tasks.volumes.file_checks import APART, corner_distance
 from inlay.tasks.volumes.segment import Segmentation, segment
 from inlay.tasks.volumes.session import VolumeSession
 

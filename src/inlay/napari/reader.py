@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from inlay.napari.layers import AFFINE, SOURCE, WORLDS
+from inlay.tasks.volumes.formats import read_volume
 from inlay.tasks.volumes.grid import orientation, transform_points
-from inlay.tasks.volumes.nifti import read_volume
 
 LayerData = tuple[np.ndarray, dict[str, Any], str]
 

@@ -12,7 +12,7 @@ from inlay.cli import app as cli
 from inlay.errors import InlayError
 from inlay.tasks.volumes.audit import audit
 from inlay.tasks.volumes.data import load_volumes
-from inlay.tasks.volumes.nifti import read_volume, write_volume
+from inlay.tasks.volumes.formats import read_volume, write_volume
 from inlay.tasks.volumes.scan import VolumeProcessor
 from places import SHARED
 

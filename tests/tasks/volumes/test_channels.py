@@ -15,7 +15,7 @@ from inlay.errors import InlayError
 from inlay.tasks import TASKS
 from inlay.tasks.volumes.audit import audit
 from inlay.tasks.volumes.data import Case, find_scans, load_volumes
-from inlay.tasks.volumes.nifti import read_header, read_volume, write_volume
+from inlay.tasks.volumes.formats import read_header, read_volume, write_volume
 from inlay.tasks.volumes.scan import VolumeProcessor, read_image
 from inlay.tasks.volumes.segment import segment
 from inlay.tasks.volumes.view import VolumeView, collate_volumes

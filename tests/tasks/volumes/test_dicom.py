@@ -12,7 +12,7 @@ from inlay import InlayError, segment
 from inlay.cli import app as cli
 from inlay.tasks.volumes.audit import audit
 from inlay.tasks.volumes.data import find_scans, load_volumes
-from inlay.tasks.volumes.nifti import read_header, read_volume, write_volume
+from inlay.tasks.volumes.formats import read_header, read_volume, write_volume
 from tasks.volumes.dicom_series import SECRET, new_slice, write_frames, write_series
 from tasks.volumes.standin import adapter, blobs
 from tasks.volumes.test_formats import GRIDS, affine_of, check_positions

@@ -10,8 +10,8 @@ from PIL import Image
 from command import run
 from inlay import InlayError, VolumeView, evaluate, load_adapter, load_volumes, segment
 from inlay.builtin.bodies import generate_bodies
+from inlay.tasks.volumes.formats import read_volume, write_volume
 from inlay.tasks.volumes.loss import WholeVolume
-from inlay.tasks.volumes.nifti import read_volume, write_volume
 from inlay.tasks.volumes.scores import VolumeDice
 from inlay.tasks.volumes.view import collate_volumes
 from places import ROOT, SHARED

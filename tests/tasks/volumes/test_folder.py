@@ -14,7 +14,7 @@ from inlay.files.atomic import lock_folder
 from inlay.tasks.volumes import folder as folders
 from inlay.tasks.volumes.data import find_scans
 from inlay.tasks.volumes.folder import FolderWork
-from inlay.tasks.volumes.nifti import write_volume
+from inlay.tasks.volumes.formats import write_volume
 from places import ROOT
 from tasks.volumes.standin import adapter, blobs
 

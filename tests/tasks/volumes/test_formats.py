@@ -12,7 +12,8 @@ import SimpleITK as sitk
 from inlay import InlayError, segment
 from inlay.tasks.volumes.audit import audit
 from inlay.tasks.volumes.data import find_scans, load_volumes
-from inlay.tasks.volumes.nifti import SUFFIXES, case_name, find_affine_conflict, read_header, read_volume, write_volume
+from inlay.tasks.volumes.formats import SUFFIXES, case_name, read_header, read_volume, write_volume
+from inlay.tasks.volumes.nifti import find_affine_conflict
 from inlay.tasks.volumes.scan import read_image
 from places import SHARED
 from tasks.volumes.standin import adapter, blobs

@@ -10,15 +10,8 @@ import pytest
 
 from inlay.errors import InlayError
 from inlay.tasks.volumes.data import Case, read_labels
-from inlay.tasks.volumes.nifti import (
-    case_name,
-    find_affine_conflict,
-    inflate_nifti,
-    read_header,
-    read_nifti_header,
-    read_volume,
-    write_volume,
-)
+from inlay.tasks.volumes.formats import case_name, read_header, read_volume, write_volume
+from inlay.tasks.volumes.nifti import find_affine_conflict, inflate_nifti, read_nifti_header
 
 
 def test_files_come_back_as_they_were_written(tmp_path):

@@ -12,8 +12,8 @@ import torch
 
 from inlay.errors import InlayError
 from inlay.tasks.volumes.data import Case, VolumeData
+from inlay.tasks.volumes.formats import write_volume
 from inlay.tasks.volumes.grid import reorient_from_ras, reorient_to_ras, resize, spacing_of
-from inlay.tasks.volumes.nifti import write_volume
 from inlay.tasks.volumes.scan import VolumeProcessor, find_window, median_spacing
 
 RANDOM = np.random.default_rng(1)

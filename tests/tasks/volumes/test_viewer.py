@@ -15,8 +15,8 @@ from PIL import Image, ImageCms
 
 from inlay import InlayError
 from inlay.tasks.colours import COLOURS, colour
+from inlay.tasks.volumes.formats import write_volume
 from inlay.tasks.volumes.montage import LARGE, draw_montage
-from inlay.tasks.volumes.nifti import write_volume
 from inlay.tasks.volumes.segment import Segmentation, read_reference
 from inlay.tasks.volumes.viewer import NIIVUE, _thinning_steps, write_viewer
 

@@ -12,7 +12,7 @@ import torch
 from inlay.errors import InlayError
 from inlay.tasks.evaluation import Training
 from inlay.tasks.volumes.data import Case, find_cases, find_scans, load_volumes, load_volumes_to_score
-from inlay.tasks.volumes.nifti import read_volume, write_volume
+from inlay.tasks.volumes.formats import read_volume, write_volume
 from inlay.tasks.volumes.options import VolumeTask
 from inlay.tasks.volumes.scan import VolumeProcessor, median_spacing
 from inlay.tasks.volumes.view import VolumeView, collate_volumes, cut_crop, random_affine, rotate_crop

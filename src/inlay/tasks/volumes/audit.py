@@ -22,8 +22,10 @@ from inlay.tasks.volumes.data import (
     number_channels,
     read_labels,
 )
+from inlay.tasks.volumes.file_checks import explain_unreadable
+from inlay.tasks.volumes.formats import READ
 from inlay.tasks.volumes.grid import Triple, reorient_to_ras, spacing_of
-from inlay.tasks.volumes.nifti import READ, explain_unreadable, find_affine_conflict
+from inlay.tasks.volumes.nifti import find_affine_conflict
 from inlay.tasks.volumes.scan import find_strange_values, is_misplaced, read_image
 
 UNEVEN = 2.0  # ratio of spacings along an axis that is worth a warning

@@ -11,8 +11,8 @@ import numpy as np
 from inlay.errors import BadInput
 from inlay.tasks.tables import list_first
 from inlay.tasks.volumes.data import Case, read_labels
+from inlay.tasks.volumes.formats import label_dtype, read_volume
 from inlay.tasks.volumes.grid import reorient_from_ras, reorient_to_ras
-from inlay.tasks.volumes.nifti import label_dtype, read_volume
 from inlay.tasks.volumes.scan import Scan, find_strange_values, is_misplaced
 from inlay.tasks.volumes.windows import class_index
 

@@ -18,16 +18,9 @@ from inlay.tasks.evaluation import FOLDS, Split, Training, choose_split, name_gr
 from inlay.tasks.groups import group_files, hold_out_groups, list_groups, relative_paths, warn_of_shared_groups
 from inlay.tasks.sampling import complete_parts
 from inlay.tasks.tables import list_first
-from inlay.tasks.volumes.nifti import (
-    READ,
-    case_name,
-    find_affine_conflict,
-    has_suffix,
-    is_scan,
-    read_header,
-    read_volume,
-    suffix_of,
-)
+from inlay.tasks.volumes.file_checks import has_suffix
+from inlay.tasks.volumes.formats import READ, case_name, is_scan, read_header, read_volume, suffix_of
+from inlay.tasks.volumes.nifti import find_affine_conflict
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from inlay.files.atomic import replacing, write_json
 from inlay.files.outputs import check_output_folder
 from inlay.tasks.tables import list_first
 from inlay.tasks.volumes.data import Case
-from inlay.tasks.volumes.nifti import case_name
+from inlay.tasks.volumes.formats import case_name
 
 if TYPE_CHECKING:
     from inlay.tasks.adapter import Adapter

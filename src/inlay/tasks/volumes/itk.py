@@ -11,6 +11,7 @@ import numpy as np
 
 from inlay.errors import Unsupported
 
+ITK = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # from left, posterior, superior, and back
 MOST_HEADER = 2**20  # bytes of a MetaImage's header
 ELEMENT_BYTES = {

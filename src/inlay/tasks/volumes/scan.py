@@ -25,6 +25,8 @@ from inlay.tasks.volumes.data import (
     number_channels,
     read_labels,
 )
+from inlay.tasks.volumes.file_checks import APART, check_affine, corner_distance
+from inlay.tasks.volumes.formats import case_name, read_header, read_volume, suffix_of
 from inlay.tasks.volumes.grid import (
     Shape,
     Triple,
@@ -34,15 +36,6 @@ from inlay.tasks.volumes.grid import (
     resize,
     spacing_of,
     transform_points,
-)
-from inlay.tasks.volumes.nifti import (
-    APART,
-    case_name,
-    check_affine,
-    corner_distance,
-    read_header,
-    read_volume,
-    suffix_of,
 )
 
 Intensity = Literal["percentile", "ct"]

@@ -24,21 +24,10 @@ from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.tables import list_first
 from inlay.tasks.volumes.correction import MaskSource, correct_mask, read_mask
 from inlay.tasks.volumes.data import Case, read_labels
-from inlay.tasks.volumes.itk import import_simpleitk, write_itk
-from inlay.tasks.volumes.nifti import (
-    APART,
-    ITK,
-    MGH,
-    NIFTI,
-    WRITTEN,
-    corner_distance,
-    find_affine_conflict,
-    has_suffix,
-    import_nibabel,
-    label_dtype,
-    open_nifti,
-    unit_mm,
-)
+from inlay.tasks.volumes.file_checks import APART, corner_distance, has_suffix
+from inlay.tasks.volumes.formats import WRITTEN, label_dtype
+from inlay.tasks.volumes.itk import ITK, import_simpleitk, write_itk
+from inlay.tasks.volumes.nifti import MGH, NIFTI, find_affine_conflict, import_nibabel, open_nifti, unit_mm
 from inlay.tasks.volumes.scan import Scan, ScanSource
 from inlay.tasks.volumes.windows import Grid, ScanPrompts, Voxel, probabilities, slide
 
