@@ -233,3 +233,8 @@ def test_all_of_the_hippocampus_scans_are_whole():
     report = audit(str(HIPPOCAMPUS))
     assert not report.findings and report.cases == 60
     assert report.classes == {"class 1": 60, "class 2": 60} and report.spacings_mm[0] == (1.0, 1.0, 1.0)
+
+
+def test_a_label_map_with_nothing_but_voxels_to_ignore_is_named(tmp_path):
+    folder = write_cases(tmp_path / "data", [[0, 1, 9], [0, 9], [1]], {"background": 0, "a": 1, "ignore": 9})
+    assert [(Path(f.file).name, f.what) for f in audit(folder).findings] == [("1.nii.gz", "no voxel has a label")]

@@ -1,6 +1,7 @@
 """Training on crops and scoring whole scans: the loss, its windows, and a run that is killed."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,12 +11,15 @@ from monai.inferers import sliding_window_inference
 from peft import get_peft_model
 
 from inlay import InlayError, TrainConfig, VolumeProcessor, VolumeView, fit
+from inlay.methods.spatial.decoder import PromptTensors
 from inlay.methods.spatial.prompts import clicks_on_errors
-from inlay.methods.spatial.sam import dice_cross_entropy
-from inlay.tasks.volumes.data import Case
+from inlay.methods.spatial.sam import dice_cross_entropy, draw_mixed_prompts, draw_prompts
+from inlay.tasks.volumes.data import Case, find_present_classes
 from inlay.tasks.volumes.loss import LossSums, WholeVolume
+from inlay.tasks.volumes.scan import find_window
 from inlay.tasks.volumes.scores import VolumeDice, overlap
 from inlay.tasks.volumes.view import collate_volumes
+from inlay.train.sampler import SeededDataset
 from methods.volumes import build, settings, volumes
 
 
@@ -161,7 +165,9 @@ def run(folder, epochs=3.0):
     processor = VolumeProcessor(None, (16, 16, 16))
     found = fit(
         model,
-        VolumeView(cases(), processor, training=True),
+        VolumeView(
+            cases(), processor, training=True, present=[{1}, *[set()] * (len(cases()) - 1)]
+        ),  # as if it were rare
         VolumeView(cases(2), processor),
         TrainConfig(output_dir=str(folder), epochs=epochs, batch_size=2, learning_rate=1e-2, workers=0, eval_every=3),
         metrics=[VolumeDice(["ball"])],
@@ -216,6 +222,108 @@ def test_a_structure_of_a_ten_thousandth_is_in_a_third_of_the_crops():
     random.seed(0)
     items = [view[i]["labels"] for i in range(len(view))]
     assert 0.2 < np.mean([bool((labels == 2).any()) for labels in items]) < 0.47
+
+
+def crowd(count=20, rare=2):
+    """Scans with class 1, of which few have class 2; the first voxel tells which scan it is."""
+    made = []
+    for i in range(count):
+        label = np.zeros((12, 12, 12), np.uint8)
+        label[3:6, 3:6, 3:6] = 1
+        label[9:, 9:, 9:] = 2 * (i < rare)
+        made.append(Case(f"{i}", np.full(label.shape, i, np.float32), label, values=(1, 2)))
+    return made
+
+
+def test_scans_of_a_rare_class_are_drawn_more_often():
+    """Weights by hand: a class in 2 of 20 scans counts sqrt(0.5 / 0.1), the others 1."""
+    few, processor = crowd(), VolumeProcessor(None, (4, 4, 4), "ct", 0, 20)
+    present = find_present_classes(few)
+    assert present == [{1, 2}] * 2 + [{1}] * 18
+    view = VolumeView(few, processor, training=True, augment=False, present=present)
+    drawn = SeededDataset(view, seed=0)
+    assert len(view) == 20 and view.weights == {2: pytest.approx(5**0.5)}
+    items = [drawn[i % 20, i] for i in range(2000)]
+    scans = [round(float(item["pixel_values"].max() + 1) * 10) for item in items]
+    chosen = [item for scan, item in zip(scans, items, strict=True) if scan < 2]
+    assert len(chosen) / 2000 == pytest.approx(2 * 5**0.5 / (18 + 2 * 5**0.5), abs=0.03) and {*scans} == {*range(20)}
+    placed = np.mean([bool((item["labels"] == 2).any()) for item in chosen])
+    assert placed == pytest.approx(2 / 3 * 5**0.5 / (1 + 5**0.5), abs=0.07)
+    assert all(torch.equal(drawn[i % 20, i]["labels"], items[i]["labels"]) for i in (3, 700, 1999))
+
+
+def test_classes_that_half_of_the_scans_have_change_nothing():
+    few, processor = crowd(6, 3), VolumeProcessor(None, (4, 4, 4))
+    views = [VolumeView(few, processor, training=True, present=each) for each in (None, find_present_classes(few))]
+    for i in range(30):
+        one, other = (SeededDataset(view, seed=1)[i % 6, i] for view in views)
+        assert torch.equal(one["pixel_values"], other["pixel_values"]) and torch.equal(one["labels"], other["labels"])
+
+
+def sparse(case, kept):
+    """A case of which only some planes have labels; what is under the others is wrong on purpose."""
+    label = np.full_like(case.label, 9)
+    label[kept] = case.label[kept]
+    return replace(case, label=label, ignored=9)
+
+
+def test_ignored_voxels_have_no_gradient_and_get_no_click():
+    torch.manual_seed(0)
+    labels = torch.randint(-1, 3, (2, 9, 8, 7))
+    logits = torch.randn(2, 3, 9, 8, 7, requires_grad=True)
+    dice_cross_entropy(logits, labels).backward()
+    assert not logits.grad.movedim(1, -1)[labels < 0].any() and logits.grad.movedim(1, -1)[labels >= 0].any()
+    nothing = dice_cross_entropy(logits, torch.full_like(labels, -1))
+    assert torch.isfinite(nothing) and not torch.autograd.grad(nothing, logits)[0].any()
+    for draw in (draw_prompts, draw_mixed_prompts):
+        for step in range(20):
+            prompts = draw(PromptTensors(), logits.detach(), labels, begins=step % 2 == 0)
+            if prompts.points is None:
+                continue
+            for row, (points, said) in enumerate(zip(prompts.points.long(), prompts.labels, strict=True)):
+                d, h, w = points[said >= 0].T
+                assert torch.equal(labels[row, d, h, w], said[said >= 0])
+
+
+def test_crops_lie_where_something_is_labelled():
+    """Of 60 planes 2 are labelled; a crop has 8. Anywhere, one in seven would have a labelled voxel."""
+    label = np.zeros((60, 16, 16), np.uint8)
+    label[20:40, 4:8, 4:8] = 1
+    case = sparse(Case("a", np.zeros(label.shape, np.float32), label, values=(1,)), [31, 50])
+    view = VolumeView([case], VolumeProcessor(None, (8, 8, 8)), training=True, augment=False, crops=200)
+    random.seed(0)
+    items = [view[i]["labels"] for i in range(200)]
+    assert all((labels >= 0).any() for labels in items)
+    assert 0.6 < np.mean([bool((labels == 1).any()) for labels in items]) < 0.95  # two thirds, and some by chance
+    nothing = VolumeView([sparse(case, [])], VolumeProcessor(None, (8, 8, 8)), training=True)
+    assert (nothing[0]["labels"] == -1).all()
+
+
+def test_ignored_voxels_steer_neither_the_window_of_ct_nor_the_classes():
+    label = np.zeros((8, 8, 8), np.uint8)
+    label[:4] = 1
+    image = np.random.default_rng(0).normal(40, 5, label.shape).astype(np.float32)
+    plain = Case("a", image, label, values=(1, 2))
+    hidden = replace(plain, label=np.where(np.arange(8)[:, None, None] > 5, 9, label), ignored=9)
+    hidden.image[6:] = 3000
+    assert find_window([hidden]) == find_window([plain]) and find_present_classes([hidden]) == [{1}]
+
+
+def test_a_model_learns_from_a_few_labelled_planes(tmp_path):
+    """A quarter of the planes is labelled; whole scans are scored."""
+    torch.manual_seed(0)
+    model = get_peft_model(build(), settings(classes=["ball"], rounds=1))
+    processor = VolumeProcessor(None, (16, 16, 16))
+    found = fit(
+        model,
+        VolumeView([sparse(case, slice(2, None, 4)) for case in cases()], processor, training=True),
+        VolumeView(cases(2), processor),
+        TrainConfig(output_dir=str(tmp_path), epochs=6, batch_size=2, learning_rate=1e-2, workers=0, eval_every=12),
+        metrics=[VolumeDice(["ball"])],
+        collate=collate_volumes,
+        loss=WholeVolume((16, 16, 16)),
+    )
+    assert found.metrics["dice"] > 0.5
 
 
 def test_several_crops_of_a_scan_in_an_epoch():

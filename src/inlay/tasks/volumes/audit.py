@@ -185,7 +185,7 @@ def _examine_case(case: Case, values: tuple[int, ...] | None, ignored: int | Non
         found.append(Finding("error", label, f"{apart}, unlike its image"))
     if strange:
         found.append(Finding("error", label, f"labels {list_first(strange)} that dataset.json does not name"))
-    if not view.any():
+    if not np.any((view != 0) & (view != ignored)):
         found.append(Finding("warning", label, "no voxel has a label"))
     return _CaseReport(found, values=tuple(np.unique(view).tolist()), **seen)
 

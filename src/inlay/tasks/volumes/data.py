@@ -311,7 +311,7 @@ def find_modality(channel: str, otherwise: Modality = "other") -> Modality:
 
 def _name_present_classes(found: FoundCases, cases: Sequence[Case], name: str) -> dict[int, str]:
     """`name_classes`; label maps are read only where nothing else tells their values."""
-    return name_classes(found, [] if found.labels else _read_values(cases), name)
+    return name_classes(found, [] if found.labels else {0}.union(*_read_values(cases)), name)
 
 
 def name_classes(found: FoundCases, present: Iterable[int], name: str) -> dict[int, str]:
@@ -656,10 +656,22 @@ def _list_numbered(path: Path, least: int) -> list[Path]:
     return found
 
 
-def _read_values(cases: Sequence[Case]) -> set[int]:
-    """All values in the label maps of cases."""
+def find_present_classes(cases: Sequence[Case]) -> list[set[int]]:
+    """The classes 1..K that each case has; all label maps are read.
+
+    Raises:
+        InlayError: As `read_labels`.
+    """
+    return [
+        {number for number, value in enumerate(case.values or range(1, CLASSES + 1), 1) if value in values}
+        for case, values in zip(cases, _read_values(cases), strict=True)
+    ]
+
+
+def _read_values(cases: Sequence[Case]) -> list[set[int]]:
+    """The values in the label map of each case."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return set().union(*pool.map(lambda case: np.unique(read_labels(case)[0]).tolist(), cases))
+        return [*pool.map(lambda case: {*np.unique(read_labels(case)[0]).tolist()}, cases)]
 
 
 def read_labels(case: Case) -> tuple[np.ndarray, np.ndarray]:
