@@ -59,8 +59,8 @@ def generate_pairs_of_channels(count: int = 48, seed: int = SEED) -> Iterator[Bo
         shape = tuple(generator.integers(22, 29, 3).tolist())
         mm = np.stack(np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in shape), indexing="ij")).astype(np.float32)
         body = _ellipsoid_distance(mm, np.zeros(3), np.array(shape) * 0.47, generator)
-        tissue = 0.03 + (0.5 - 0.03) * _cover_share(body)
-        channels = [tissue + 0.02 * _draw_texture(shape, (1.0, 1.0, 1.0), 1.2, generator) for _ in range(2)]
+        tissue = 0.03 + (0.5 - 0.03) * cover_share(body)
+        channels = [tissue + 0.02 * draw_texture(shape, (1.0, 1.0, 1.0), 1.2, generator) for _ in range(2)]
         labels = np.zeros(shape, np.uint8)
         placed: list[tuple[np.ndarray, float]] = []
         for _ in range(generator.integers(4, 7)):
@@ -72,7 +72,7 @@ def generate_pairs_of_channels(count: int = 48, seed: int = SEED) -> Iterator[Bo
             distance = np.linalg.norm(mm - centre[:, None, None, None], axis=0) - np.float32(radius)
             signs = generator.choice((-1, 1), 2)
             for channel, sign in zip(channels, signs, strict=True):
-                channel += np.float32(0.25 * sign) * _cover_share(distance)
+                channel += np.float32(0.25 * sign) * cover_share(distance)
             labels[distance < 0] = 1 if signs[0] == signs[1] else 2
         place = mm / np.array(shape, np.float32)[:, None, None, None]
         for i, channel in enumerate(channels):
@@ -91,20 +91,20 @@ def _draw_body(spacing: tuple[float, float, float], generator: Random) -> tuple[
     ]
     mm = np.stack(np.meshgrid(*axes, indexing="ij")).astype(np.float32)  # 3 X Y Z
     radii = extents * generator.uniform(0.42, 0.48, 3)
-    wobble = _draw_texture(mm.shape[1:], spacing, 6.0, generator)
+    wobble = draw_texture(mm.shape[1:], spacing, 6.0, generator)
     body = _ellipsoid_distance(mm, np.zeros(3), radii, generator) + 0.8 * wobble
-    image = 0.03 + (TISSUE + 0.05 * _draw_texture(mm.shape[1:], spacing, 1.2, generator) - 0.03) * _cover_share(body)
+    image = 0.03 + (TISSUE + 0.05 * draw_texture(mm.shape[1:], spacing, 1.2, generator) - 0.03) * cover_share(body)
 
     organ = (
         _ellipsoid_distance(mm, _random_point(radii, 0.35, generator), generator.uniform(6, 10, 3), generator) + wobble
     )
-    grain = 0.08 * _draw_texture(mm.shape[1:], spacing, 0.7, generator)
+    grain = 0.08 * draw_texture(mm.shape[1:], spacing, 0.7, generator)
     cyst = _ellipsoid_distance(mm, _random_point(radii, 0.6, generator), generator.uniform(3, 6, 3), generator)
     for distance, brightness in ((cyst, CYST), (organ, ORGAN + grain)):
-        image += (brightness - image) * _cover_share(np.maximum(distance, body))
+        image += (brightness - image) * cover_share(np.maximum(distance, body))
     lesions, vessels = _draw_lesions_and_vessels(mm, radii, generator)
     bright = VESSEL * generator.uniform(0.9, 1.1) + 0.5 * grain
-    image += (bright - image) * _cover_share(np.maximum(np.minimum(lesions, vessels), body))
+    image += (bright - image) * cover_share(np.maximum(np.minimum(lesions, vessels), body))
 
     labels = np.zeros(image.shape, np.uint8)
     labels[(organ < 0) & (body < 0) & (vessels >= 0)] = 1
@@ -165,12 +165,12 @@ def _ellipsoid_distance(mm: Floats, centre: np.ndarray, radii: np.ndarray, gener
     return ((np.linalg.norm(scaled, axis=0) - 1) * radii.min()).astype(np.float32)
 
 
-def _cover_share(distance: Floats) -> Floats:
+def cover_share(distance: Floats) -> Floats:
     """Share of a voxel inside an edge: a ramp of 1 mm."""
     return np.clip(0.5 - distance, 0, 1)
 
 
-def _draw_texture(shape: tuple[int, ...], spacing: tuple[float, ...], size: float, generator: Random) -> Floats:
+def draw_texture(shape: tuple[int, ...], spacing: tuple[float, ...], size: float, generator: Random) -> Floats:
     """Random field of unit variance whose grains measure `size` mm."""
     from scipy.ndimage import gaussian_filter
 

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -138,10 +138,10 @@ def load_volumes(
     label maps are read, and their values called "class 1" and so on.
 
     Args:
-        name: `builtin:volumes`, or `builtin:channels` (scans of two channels); a folder with images/ and labels/ or
-            imagesTr/ and labelsTr/, whose files have equal names (nnU-Net's _0000, _0001 ... aside, which number the
-            channels), directly or in train/ and validation/ (test/ is only scored); a folder of .npz (see
-            `read_volume`).
+        name: `builtin:volumes`, `builtin:channels` (scans of two channels) or `builtin:atlas` (heads with 32 classes);
+            a folder with images/ and labels/ or imagesTr/ and labelsTr/, whose files have equal names (nnU-Net's
+            _0000, _0001 ... aside, which number the channels), directly or in train/ and validation/ (test/ is only
+            scored); a folder of .npz (see `read_volume`).
         seed: Chooses the cases to hold out where the data does not; alike on every machine.
         validation: Share of the cases to hold out, between 0 and 1.
         fold: Which part of `validation` is held out, from 0; all parts together are the data. None: the first.
@@ -397,14 +397,15 @@ def find_cases(name: str) -> FoundCases:
         InlayError: There is no such source, its dataset.json cannot be read, or it holds no cases.
     """
     if name.startswith("builtin:"):
-        from inlay.builtin import bodies
+        from inlay.builtin import atlas, bodies
 
-        sets = {
+        sets: dict[str, tuple[Callable[[], Iterable[bodies.Body]], Sequence[str], Sequence[str]]] = {
             "builtin:volumes": (bodies.generate_bodies, bodies.LABELS, ()),
             "builtin:channels": (bodies.generate_pairs_of_channels, bodies.PAIR_LABELS, bodies.CHANNELS),
+            "builtin:atlas": (atlas.generate_heads, atlas.LABELS, ()),
         }
         if name not in sets:
-            raise BadInput(f"unknown data {name!r}; the embedded scans are {' and '.join(sets)}.")
+            raise BadInput(f"unknown data {name!r}; the embedded scans are {', '.join(sets)}.")
         generate, labels, channels = sets[name]
         values = tuple(range(1, len(labels) + 1))
         return FoundCases(

@@ -22,7 +22,9 @@ class VolumeTask(TaskOptions):
 
     model: str = option("builtin:sam-tiny", "Embedded base, local folder or Hub id of a SAM.")
     dataset: str = option(
-        "builtin:volumes", "Embedded data, a Decathlon task, images/ and labels/ of scans, or a folder of .npz."
+        "builtin:volumes",
+        "Embedded data (builtin:volumes, builtin:channels, builtin:atlas), a Decathlon task, images/ and labels/ of "
+        "scans, or a folder of .npz.",
     )
     crop: list[int] = option([32, 40, 40], "Voxels D, H, W that the model sees at a time.", least=1)
     crops: int | None = option(None, "Crops of each scan in an epoch; default: 1.", least=1)
