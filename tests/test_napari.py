@@ -10,15 +10,13 @@ import nibabel
 import numpy as np
 import pytest
 import yaml
-from peft import get_peft_model
 
-from inlay import BadInput, SpatialAdapterConfig, VolumeProcessor, VolumeSession, load_adapter, load_base, segment
+from inlay import BadInput, VolumeSession, load_adapter, segment
 from inlay.napari import layers, reader
 from inlay.napari.layers import NEGATIVE, Click, LayerSession, choose_colours, find_affine, read_case, read_clicks
 from inlay.tasks.colours import colour
 from inlay.tasks.volumes.data import Case
-from serve.banked import SAM
-from serve.test_tasks import CROP, save_random, save_volumes
+from serve.test_tasks import save_channels, save_volumes
 
 FOLDER = Path(layers.__file__).parent
 has_napari = importlib.util.find_spec("napari") is not None and importlib.util.find_spec("qtpy") is not None
@@ -285,12 +283,7 @@ def test_the_panel_follows_points(panel, folder, adapter, data, tmp_path):
 
 @needs_napari
 def test_the_panel_has_a_choice_for_each_channel(panel, data, tmp_path):
-    model = load_base(SAM)
-    processor = VolumeProcessor((2.0, 1.0, 1.0), CROP, channels=("flair", "t1"))
-    config = SpatialAdapterConfig.fitted(
-        model, ["tumour"], CROP, processor.spacing_mm, 4, width=4, decoder_width=8, channels=processor.channels
-    )
-    save_random(get_peft_model(model, config), tmp_path / "two", processor, 0)
+    save_channels(tmp_path)
     panel._folder.value, panel._device.value, panel._world.value = tmp_path / "two", "cpu", "RAS"
     layers = [panel._viewer.add_image(data + i, name=name, scale=(2, 1, 1)) for i, name in enumerate("ab")]
     panel.load()

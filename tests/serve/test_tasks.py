@@ -88,6 +88,17 @@ def save_volumes(folder):
     return folder
 
 
+def save_channels(folder, channels=("flair", "t1"), name="two"):
+    """An adapter for scans of several channels."""
+    model = load_base(SAM)
+    processor = VolumeProcessor((2.0, 1.0, 1.0), CROP, channels=channels)
+    config = SpatialAdapterConfig.fitted(
+        model, ["tumour"], CROP, processor.spacing_mm, 4, width=4, decoder_width=8, channels=channels
+    )
+    save_random(get_peft_model(model, config), folder / name, processor, 0)
+    return folder
+
+
 def image_requests():
     made = [draw(seed) for seed in range(3)]
     return [{"image": png(made[0])}, {"pixels": np.asarray(made[1])}, {"image": png(made[2]), "top": 2}]

@@ -154,16 +154,19 @@ class Annotating(ABC):
         """
 
     @abstractmethod
-    def read(self, scan: bytes, params: Mapping[str, Any], adapter: ServedAdapter) -> dict[str, Any]:
+    def read(
+        self, scan: bytes, params: Mapping[str, Any], adapter: ServedAdapter, label: bytes | None = None
+    ) -> dict[str, Any]:
         """The values of a request for `Answering.read`.
 
         Args:
             scan: Its file.
             params: Of the request: clicks and switches.
             adapter: That is asked.
+            label: The file of a label map: a mask to correct, and what was painted over it.
 
         Raises:
-            InlayError: Clicks that are no voxels.
+            InlayError: Clicks that are no voxels, or paint that belongs to no class.
         """
 
     @abstractmethod
@@ -176,7 +179,7 @@ class Answering(ABC):
 
     Attributes:
         action: What people ask of it: the last part of its route, such as /v1/classify. None: it has routes of its own.
-        inputs: What a request holds.
+        inputs: What a request holds, whatever the adapter.
         outputs: What a reply holds; -1 stands for the number of classes too.
         makes_files: A reply holds masks or files, which take longer to make than an event loop should wait.
         annotating: How programs for annotating ask; None: they cannot.
@@ -188,12 +191,16 @@ class Answering(ABC):
     makes_files: ClassVar[bool] = False
     annotating: ClassVar[Annotating | None] = None
 
+    def list_inputs(self, adapter: ServedAdapter) -> Sequence[TensorSpec]:
+        """What a request to this adapter holds: `inputs`, where adapters do not differ."""
+        return self.inputs
+
     @abstractmethod
     def read(self, values: Mapping[str, Any], adapter: ServedAdapter, limits: Limits) -> Any:
         """What the model needs of a request: a Row, or a Prompt; called on any thread.
 
         Args:
-            values: By the names of `inputs`: an array without the axis of the batch, bytes of a file, or a text.
+            values: By the names of `list_inputs`: an array without the axis of the batch, bytes of a file, or a text.
             adapter: That is asked.
             limits: Of the server.
 

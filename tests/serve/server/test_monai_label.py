@@ -65,10 +65,11 @@ def class_mask(bank, name, **prompts):
     return segment(bank.load(name), scan(3), progress=False, **prompts).class_mask
 
 
-def test_each_adapter_is_listed_for_the_whole_scan_and_for_clicks(client):
+def test_each_adapter_is_listed_for_the_whole_scan_for_clicks_and_for_scribbles(client):
     info = client.get("/info/").json()
     kinds = {name: model["type"] for name, model in info["models"].items()}
-    assert kinds == {"a": "segmentation", "a_clicks": "deepedit", "b": "segmentation", "b_clicks": "deepedit"}
+    listed = {"": "segmentation", "_clicks": "deepedit", "_scribbles": "scribbles"}
+    assert kinds == {name + behind: kind for name in "ab" for behind, kind in listed.items()}
     assert info["models"]["b"]["labels"] == {"left": 1, "right": 2, "background": 0}
     assert info["models"]["a"]["labels"] == {
         "tumour": 1,
@@ -110,6 +111,82 @@ def test_clicks_are_voxels_of_the_file_that_was_sent(client, bank):
     region = infer(client, "b", {"roi": [-3.2, 9, 30, 4, 2, 8], "label": "left"}, scan(3), output="image")
     boxed = class_mask(bank, "b", boxes=[(0, 17, 2, 9, 4, 8, "left")])
     assert np.array_equal(np.asarray(read_mask(region.content).dataobj), boxed)
+
+
+def paint(values, affine=(-1.0, 1.0, 2.0, 1.0)):
+    """A label map on the grid of `scan`: {value: slices of its box}."""
+    painted = np.zeros((22, 18, 12), np.uint8)
+    for value, box in values.items():
+        painted[box] = value
+    return nibabel.Nifti1Image(painted, np.diag(affine)).to_bytes()
+
+
+# What Slicer sends with scribbles: all segments in one label map, numbered in their order.
+LABEL_INFO = [
+    {"name": name, "id": i}
+    for i, name in enumerate(["tumour", "left", "right", "background_scribbles", "foreground_scribbles"], start=1)
+]
+LEFT, RIGHT = np.s_[2:8, 4:9, 3:7], np.s_[12:18, 4:9, 3:7]
+INSIDE, OUTSIDE = np.s_[4:12, 12, 5], np.s_[3:5, 5, 4]
+
+
+def ask_scribbles(client, params, label, model="b_scribbles"):
+    fields = {"params": json.dumps({"label_info": LABEL_INFO, **params})}
+    return client.post(f"/infer/{model}", data=fields, files={"file": scan(3), "label": label})
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_scribbles_correct_the_mask_under_them(client, bank, turned):
+    label = paint({1: np.s_[19:, :2, :2], 2: LEFT, 3: RIGHT, 5: INSIDE, 4: OUTSIDE})
+    if turned:  # the same voxels, counted from the other end
+        array = np.asarray(nibabel.Nifti1Image.from_bytes(label).dataobj)[::-1]
+        turn = nibabel.affines.from_matvec(np.diag([1.0, 1, 2]), [-21, 0, 0])
+        label = nibabel.Nifti1Image(array, turn).to_bytes()
+    response = ask_scribbles(client, {"selected_label_name": "left", "roi": []}, label)
+    parts = read_parts(response)
+    found = np.asarray(read_mask(parts["image"].get_payload(decode=True)).dataobj)
+    given = np.zeros((22, 18, 12), np.uint8)
+    given[RIGHT] = 2
+    given[LEFT] = given[INSIDE] = 1
+    given[OUTSIDE] = 0
+    points = [(x, 12, 5, "left") for x in range(4, 12)] + [(3, 5, 4, 0), (4, 5, 4, 0)]
+    expected = class_mask(bank, "b", points=points, mask=given)
+    assert np.array_equal(found, expected == 1)  # of the class alone, as Slicer puts it into its segment
+    assert found[INSIDE].all() and not found[OUTSIDE].any()
+    said = json.loads(parts["params"].get_payload(decode=True))
+    assert said["label_names"] == {"left": 1} and list(said["volumes_ml"]) == ["left"]
+
+
+def test_a_label_map_without_scribbles_is_a_mask_to_correct(client, bank):
+    label, given = paint({1: LEFT, 2: RIGHT}), np.zeros((22, 18, 12), np.uint8)
+    given[LEFT], given[RIGHT] = 1, 2
+    params = {"left": [[10, 14, 9]]}
+    fields = {"params": json.dumps(params)}
+    found = client.post(
+        "/infer/b_clicks?output=image", data=fields, files={"file": scan(3), "label": gzip.compress(label)}
+    )
+    expected = class_mask(bank, "b", points=[(10, 14, 9, "left")], mask=given)
+    assert np.array_equal(np.asarray(read_mask(found.content).dataobj), expected)
+
+
+@pytest.mark.parametrize(
+    ("params", "label", "words"),
+    [
+        ({}, paint({2: LEFT}), "scribbles and a roi need a label: one of left, right; got None"),
+        ({"selected_label_name": "tumour"}, paint({2: LEFT}), "one of left, right; got 'tumour'"),
+        ({"selected_label_name": "left"}, paint({9: LEFT}), "the label map holds 9, which label_info does not name"),
+        ({"selected_label_name": "left"}, paint({2: LEFT}, (1, 1, 2, 1)), "is not on the grid of the scan"),
+        ({"selected_label_name": "left"}, scan(0), "which label_info does not name"),
+        ({"selected_label_name": "left"}, scan(0, (9, 9, 9)), "9 x 9 x 9 voxels and the scan 22 x 18 x 12"),
+        ({"selected_label_name": "left"}, b"no label map", "cannot be read as a scan"),
+        ({"label_info": [1]}, paint({2: LEFT}), "label_info must be a list of"),
+        ({"label_info": {"id": 1}}, paint({2: LEFT}), "label_info must be a list of"),
+        ({"label_info": [{"name": "left", "id": "1"}]}, paint({2: LEFT}), "label_info must be a list of"),
+    ],
+)
+def test_label_maps_that_are_refused(client, params, label, words):
+    response = ask_scribbles(client, params, label)
+    assert response.status_code == 400 and words in response.text
 
 
 def test_itk_counts_voxels_as_clicks_do(client, bank, tmp_path):
@@ -169,8 +246,8 @@ def test_requests_that_are_refused(client, model, params, status, words):
 
 def test_files_that_are_refused(client):
     assert "a request has a scan" in infer(client, "a").text
-    scribbles = client.post("/infer/a", files={"file": scan(3), "label": scan(3)})
-    assert scribbles.status_code == 400 and "scribbles" in scribbles.text
+    several = client.post("/infer/a", files=[("file", scan(3)), ("label", scan(3)), ("label", scan(3))])
+    assert several.status_code == 400 and "label must be one file" in several.text
     assert "unknown output 'dicom_seg'" in infer(client, "a", None, scan(3), output="dicom_seg").text
     for data, words in ((b"x", "cannot be read as a scan"), (scan(3, (40, 40, 40)), "the limit is 30,000")):
         response = client.put("/session/", files={"files": data})
@@ -260,6 +337,12 @@ def test_the_client_of_monai_label(client_module, bank, tmp_path):
         path, _ = connect().infer("b_clicks", "MRHead", clicks, session_id=session)
         expected = class_mask(bank, "b", points=[(3, 4, 5, "right")])
         assert np.array_equal(np.asarray(nibabel.load(path).dataobj), expected)
+        label = tmp_path / "scribbles.nii.gz"
+        label.write_bytes(gzip.compress(paint({2: LEFT, 5: INSIDE})))
+        painted = {"label_info": LABEL_INFO, "selected_label_name": "left", "roi": []}
+        path, params = connect().infer("b_scribbles", "MRHead", painted, str(label), session_id=session)
+        found = np.asarray(nibabel.load(path).dataobj)
+        assert found[INSIDE].all() and found.max() == 1 and params["label_names"] == {"left": 1}
         path, _ = connect().infer("a", "", {}, file=str(file))
         assert np.array_equal(np.asarray(nibabel.load(path).dataobj), class_mask(bank, "a"))
         connect().remove_session(session)

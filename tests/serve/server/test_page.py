@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from inlay import Bank, load_adapter, predict
+from inlay import Bank, load_adapter, predict, segment
 from inlay.serve.server.app import make_app
 from inlay.serve.server.config import ServiceConfig
 from inlay.serve.server.page import HEADERS, PAGE
-from inlay.serve.server.service import Service
-from serve.banked import GPT2, VIT, pair, save
+from inlay.serve.server.service import Service, open_bank
+from serve.banked import GPT2, SAM, VIT, pair, save
 from serve.server.browser import CHROMIUM, open_browser
 from serve.server.clients import open_client, png
 from serve.server.live import listen
+from serve.server.test_scans import make_mask
+from serve.test_tasks import save_channels, save_volumes, scan
 
 ODD = "it's <img src=x onerror=alert(1)> & $(x)"  # a name that is a trap where it is taken for HTML or for shell
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page with")
@@ -122,6 +124,37 @@ def test_a_text_is_streamed(page, tmp_path):
             "max_tokens: 5, temperature: 0}), headers: {'Content-Type': 'application/json'}}).then(r => r.json())"
         )
         assert shown == "name[Aromi]" + alone["choices"][0]["text"]
+        assert page.errors() == []
+
+
+@needs_browser
+def test_each_channel_of_a_scan_has_a_place_for_its_file(page, tmp_path):
+    folder = save_channels(save_volumes(tmp_path / "served"))
+    for i, name in enumerate(("flair", "t1", "mask")):
+        (tmp_path / f"{name}.nii").write_bytes(scan(i) if name != "mask" else make_mask([1]))
+    expected = segment(load_adapter(folder / "two"), {name: tmp_path / f"{name}.nii" for name in ("flair", "t1")})
+    service = Service(open_bank(SAM, folder), ServiceConfig())
+    with listen(make_app(service)) as (host, port):
+        page.open(f"http://{host}:{port}/")
+        page.wait_for("document.getElementById('main')?.hidden === false")
+        titles = "[...document.querySelectorAll('.title')].map(title => title.textContent)"
+        assert page.run(titles) == ["Scan", "Mask"]
+        page.run("find('adapter').value = 'two'; find('adapter').dispatchEvent(new Event('input', {bubbles: true}))")
+        assert page.run(titles) == ["Scan", "Scan flair", "Scan t1", "Mask"]
+        assert "-F scan=@FILE" in page.run("find('curl').textContent")
+        for name in ("flair", "t1"):
+            page.drop(f"[for=in-scan_{name}]", tmp_path / f"{name}.nii")
+        page.drop("[for=in-mask]", tmp_path / "mask.nii")
+        page.wait_for("find('curl').textContent.includes('mask=@mask.nii')")
+        page.click("[aria-label='Remove the file of Mask']")
+        curl = page.run("find('curl').textContent")
+        assert "-F scan_flair=@flair.nii" in curl and "-F scan_t1=@t1.nii" in curl
+        assert "mask" not in curl and "scan=" not in curl
+        page.click("#go")
+        page.wait_for("document.querySelector('#answer table')")
+        shown = page.run("document.querySelector('#answer td').textContent")
+        assert float(shown.removesuffix(" ml")) == pytest.approx(expected.volumes_ml["tumour"], rel=1e-3)
+        page.photograph(tmp_path / "channels.png", height=1100)
         assert page.errors() == []
 
 

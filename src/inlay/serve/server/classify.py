@@ -44,7 +44,7 @@ async def _answer(request: Request, action: str) -> dict[str, Any]:
         other = service.serving.action
         remedy = f"; post to v1/{other}" if other else ""
         raise BadInput(f"this server is for {service.task.name}{remedy}.")
-    specs = {spec.name: spec for spec in service.serving.inputs}
+    specs = {spec.name: spec for spec in await service.list_inputs(name)}
     if unknown := [field for field in given if field not in specs]:
         raise BadInput(f"unknown field {unknown[0][:80]!r}; a request has model and {', '.join(specs)}.")
     rows = _split_rows(specs, given)

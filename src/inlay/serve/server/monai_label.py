@@ -1,9 +1,9 @@
 """What 3D Slicer's module "MONAI Label" asks a server for scans: `/info/`, `/infer`, `/session/`, `/datastore/`.
 
-Each adapter is listed twice: under its name as a segmentation, and with CLICKS behind it for clicks. A program sends a
-scan with its request, or once (`/session/`, `/datastore/`) and then asks about it; such scans are held in memory for a
-while. Nothing is trained, and no labels are kept. Where the server wants a key, `/auth/` says so, and the key is the
-password.
+Each adapter is listed three times: under its name as a segmentation, with CLICKS behind it for clicks, and with
+SCRIBBLES for what people paint, which comes as a label map. A program sends a scan with its request, or once
+(`/session/`, `/datastore/`) and then asks about it; such scans are held in memory for a while. Nothing is trained, and
+no labels are kept. Where the server wants a key, `/auth/` says so, and the key is the password.
 
 Source: MONAI Label 0.8.5, monailabel/endpoints and plugins/slicer; https://github.com/Project-MONAI/MONAILabel.
 """
@@ -27,7 +27,7 @@ from inlay.serve.server.uploads import LIFETIME_S, Uploads
 from inlay.tasks.serving import Annotating
 
 router = APIRouter()
-CLICKS = "_clicks"
+CLICKS, SCRIBBLES = "_clicks", "_scribbles"
 OUTPUTS = ("all", "image", "json")
 LONGEST_NAME = 256  # characters of a scan's or a client's
 
@@ -61,8 +61,9 @@ async def infer(request: Request, model: str, image: str = "", session_id: str =
     name = _find_name(service, model)
     file, adapter = await service.run_on_pool(service.describe_adapter, name)
     form = await read_form(request)
-    if form.get("label"):
-        raise BadInput("a label map as input, such as scribbles, is not supported; send clicks.")
+    label = form.get("label") or None
+    if label is not None and not isinstance(label, bytes):
+        raise BadInput("label must be one file: a label map of the scan as NIfTI.")
     params = _read_params(form)
     uploads, sent = _uploads_of(request), form.get("file")
     if session_id:
@@ -74,7 +75,7 @@ async def infer(request: Request, model: str, image: str = "", session_id: str =
     else:
         raise BadInput("a request has a scan: as a file, or the image or session_id of one that was sent before.")
     annotating = _annotating_of(service)
-    values = annotating.read(scan, params, adapter)
+    values = annotating.read(scan, params, adapter, label)
     answered = await run_unless_gone(request, service.ask(name, values, tensors=annotating.outputs))
     if answered.signature.digest != file.digest:
         raise Replaced(f"adapter {name!r} was replaced; ask again.")
@@ -161,15 +162,19 @@ def _describe_models(service: Service) -> dict[str, Any]:
             **name_signature(service.sign(name, file)),
         }
         models[name] = {**facts, "type": "segmentation", "description": "All classes in the whole scan."}
-        if name + CLICKS not in names:
-            models[name + CLICKS] = {**facts, "type": "deepedit", "description": "The same, led by clicks."}
+        for behind, kind, description in (
+            (CLICKS, "deepedit", "The same, led by clicks."),
+            (SCRIBBLES, "scribbles", "The same, corrected where scribbles are painted."),
+        ):
+            if name + behind not in names:
+                models[name + behind] = {**facts, "type": kind, "description": description}
     return models
 
 
 def _find_name(service: Service, model: str) -> str:
     """The adapter that stands behind a name of `/info/`, in which the client has written blanks as plus signs."""
     for name in (model, model.replace("+", " ")):
-        for known in (name, name.removesuffix(CLICKS)):
+        for known in (name, name.removesuffix(CLICKS), name.removesuffix(SCRIBBLES)):
             if known in service.bank.names or known in service.refused:
                 return known
     return model

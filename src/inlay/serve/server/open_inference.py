@@ -8,7 +8,7 @@ Source: https://github.com/kserve/open-inference-protocol, and Triton's extensio
 """
 
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from importlib.metadata import version as find_version
 from typing import Any
 
@@ -57,7 +57,7 @@ async def describe_model(request: Request) -> Response:
         "name": name,
         "versions": [file.digest],
         "platform": "inlay_adapter",
-        "inputs": [_describe_tensor(spec) for spec in service.serving.inputs],
+        "inputs": [_describe_tensor(spec) for spec in await service.list_inputs(name)],
         "outputs": [_describe_tensor(spec) for spec in service.serving.outputs],
         "parameters": name_signature(service.sign(name, file)),
     }
@@ -92,7 +92,7 @@ async def infer(request: Request) -> Response:
     if "version" in request.path_params:
         file = await service.run_on_pool(service.find_file, name)
         _check_version(request, name, file.digest)
-    asked = await _read_request(request, service)
+    asked = await _read_request(request, service, await service.list_inputs(name))
     names = [output.name for output in asked.outputs]
     answers = await run_unless_gone(request, service.ask_rows(name, asked.rows, asked.timeout_s, names))
     signatures = {answer.signature for answer in answers}
@@ -115,13 +115,13 @@ async def infer(request: Request) -> Response:
     return Response(body, media_type="application/octet-stream", headers={HEADER_LENGTH: str(header_length)})
 
 
-async def _read_request(request: Request, service: Service) -> InferRequest:
+async def _read_request(request: Request, service: Service, inputs: Sequence[TensorSpec]) -> InferRequest:
     body, encoding = await request.body(), request.headers.get("content-encoding", "identity")
     length = request.headers.get(HEADER_LENGTH)
 
     def read() -> tuple[InferRequest, int]:
         whole = body if encoding == "identity" else _inflate(body, encoding, int(service.config.max_body_mb * 1e6))
-        return parse_request(whole, length, service.serving, service.queue.limit), len(whole)
+        return parse_request(whole, length, inputs, service.serving.outputs, service.queue.limit), len(whole)
 
     is_large = encoding != "identity" or len(body) > LARGE
     asked, size = await service.run_on_pool(read) if is_large else read()

@@ -9,9 +9,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, Response
 
+from inlay.errors import InlayError
 from inlay.serve.server.answers import hide_paths
 from inlay.serve.server.service import Service
-from inlay.tasks.serving import Writing
+from inlay.tasks.serving import SingleServing, Writing
 
 PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
@@ -43,7 +44,10 @@ async def show_page() -> Response:
 
 @router.get("/page/about")
 async def describe_service(request: Request) -> dict[str, Any]:
-    """What the page needs to know: the task, the fields of a request, and the adapters."""
+    """What the page needs to know: the task, the fields of a request, and the adapters.
+
+    `own_inputs` has the fields of adapters where they are others than those of all.
+    """
     service: Service = request.app.state.service
     serving = service.serving
     return {
@@ -51,6 +55,20 @@ async def describe_service(request: Request) -> dict[str, Any]:
         "action": "complete" if isinstance(serving, Writing) else serving.action,
         "base": service.base_name,
         "inputs": [vars(spec) for spec in serving.inputs],
+        "own_inputs": await service.run_on_pool(_list_own_inputs, service),
         "adapters": sorted(service.bank.names),
         "refused": {name: hide_paths(service.hide_base(reason)) for name, reason in service.refused.items()},
     }
+
+
+def _list_own_inputs(service: Service) -> dict[str, list[dict[str, Any]]]:
+    serving, found = service.serving, {}
+    for name in service.bank.names if isinstance(serving, SingleServing) else ():
+        try:
+            _, adapter = service.describe_adapter(name)
+        except InlayError:  # said when it is asked
+            continue
+        inputs = serving.list_inputs(adapter)
+        if inputs != serving.inputs:
+            found[name] = [vars(spec) for spec in inputs]
+    return found

@@ -33,7 +33,7 @@ from inlay.serve.server.refusals import DoesNotFit, Replaced, Stopping, TooLate,
 from inlay.serve.server.singles import WAITING, SingleLoop
 from inlay.serve.server.streams import TextStream
 from inlay.serve.server.trace import current_trace
-from inlay.tasks.serving import Reply, ServedAdapter, Serving, SingleServing, Writing
+from inlay.tasks.serving import Reply, ServedAdapter, Serving, SingleServing, TensorSpec, Writing
 from inlay.tasks.task import Task
 
 log = logging.getLogger(__name__)
@@ -166,6 +166,17 @@ class Service:
         """
         file = self.find_file(name)
         return file, self._describe_adapter(name, file)
+
+    async def list_inputs(self, name: str) -> Sequence[TensorSpec]:
+        """What a request to an adapter holds.
+
+        Raises:
+            InlayError: As `find_file`.
+        """
+        if not isinstance(self.serving, SingleServing):  # whose adapters do not differ: nothing is to be read
+            return self.serving.inputs
+        _, adapter = await self.run_on_pool(self.describe_adapter, name)
+        return self.serving.list_inputs(adapter)
 
     def sign(self, name: str, file: AdapterFile) -> Signature:
         """What an answer of this adapter names."""

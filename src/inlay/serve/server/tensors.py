@@ -14,7 +14,7 @@ import numpy as np
 from inlay.errors import BadInput
 from inlay.serve.server.answers import parse_object
 from inlay.serve.server.refusals import TooLarge
-from inlay.tasks.serving import Answering, TensorSpec
+from inlay.tasks.serving import TensorSpec
 
 Elements = np.ndarray | list[str] | list[bytes]
 
@@ -61,13 +61,20 @@ class InferRequest:
     timeout_s: float | None
 
 
-def parse_request(body: bytes, header_length: str | None, serving: Answering, most_rows: int) -> InferRequest:
+def parse_request(
+    body: bytes,
+    header_length: str | None,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    most_rows: int,
+) -> InferRequest:
     """Read a request.
 
     Args:
         body: JSON, and behind it the data of tensors.
         header_length: Bytes of the JSON; None: all.
-        serving: Says which tensors there are.
+        inputs: Tensors that a request to this adapter may have.
+        outputs: Tensors of the answer.
         most_rows: Of a batch.
 
     Raises:
@@ -77,7 +84,7 @@ def parse_request(body: bytes, header_length: str | None, serving: Answering, mo
     given = head.get("inputs")
     if not isinstance(given, list) or not all(isinstance(each, dict) for each in given):
         raise BadInput("a request has inputs, a list of tensors.")
-    specs = {spec.name: spec for spec in serving.inputs}
+    specs = {spec.name: spec for spec in inputs}
     values: dict[str, list[Any]] = {}
     at = 0
     for tensor in given:
@@ -110,7 +117,7 @@ def parse_request(body: bytes, header_length: str | None, serving: Answering, mo
     identity = head.get("id")
     if identity is not None and not isinstance(identity, str):
         raise BadInput(f"id must be a text, got {type(identity).__name__}.")
-    return InferRequest(identity, rows, _read_outputs(head, parameters, serving), _read_timeout(parameters))
+    return InferRequest(identity, rows, _read_outputs(head, parameters, outputs), _read_timeout(parameters))
 
 
 def encode_answer(
@@ -278,12 +285,14 @@ def _split_rows(spec: TensorSpec, elements: Elements, shape: tuple[int, ...]) ->
     return list(elements)
 
 
-def _read_outputs(head: Mapping[str, Any], parameters: Mapping[str, Any], serving: Answering) -> list[WantedOutput]:
+def _read_outputs(
+    head: Mapping[str, Any], parameters: Mapping[str, Any], outputs: Sequence[TensorSpec]
+) -> list[WantedOutput]:
     """Which tensors are answered, and how; without a list of them all."""
     given, is_binary = head.get("outputs"), parameters.get("binary_data_output", False)
     if not isinstance(is_binary, bool):
         raise BadInput(f"binary_data_output must be true or false, got {str(is_binary)[:80]!r}.")
-    specs = {spec.name: spec for spec in serving.outputs}
+    specs = {spec.name: spec for spec in outputs}
     if given is None or given == []:
         return [WantedOutput(name, is_binary, is_named=False) for name in specs]
     if not isinstance(given, list) or not all(isinstance(each, dict) for each in given):

@@ -2,88 +2,31 @@
 
 import base64
 import math
-import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 from typing_extensions import override
 
-from inlay.errors import BadInput
+from inlay.errors import BadInput, InlayError
 from inlay.tasks.adapter import Adapter
-from inlay.tasks.serving import (
-    AnnotatedModel,
-    Annotating,
-    Limits,
-    Reply,
-    Row,
-    ServedAdapter,
-    SingleServing,
-    TensorSpec,
-)
+from inlay.tasks.serving import Limits, Reply, Row, ServedAdapter, SingleServing, TensorSpec
+from inlay.tasks.volumes.annotating import VolumeAnnotating
 from inlay.tasks.volumes.nifti import affine_of_header, inflate_nifti, read_nifti_header
-from inlay.tasks.volumes.segment import Segmentation, class_values, segment
+from inlay.tasks.volumes.segment import Segmentation, segment
+from inlay.tasks.volumes.strokes import MOST, sample_scribble
 from inlay.tasks.volumes.windows import import_monai
 
-PROMPTS = 256  # points, or boxes, of a request at most
-
-
-class VolumeAnnotating(Annotating):
-    """Clicks are lists of voxels under the name of their class, or under foreground and background.
-
-    Source: MONAI Label 0.8.5, plugins/slicer/MONAILabel/MONAILabel.py. Its clicks are indices i, j, k of the file that
-    it sent, so x, y, z of that file.
-    """
-
-    outputs: ClassVar = ("class_file", "labels", "volumes_ml")
-
-    @override
-    def describe(self, adapter: ServedAdapter) -> AnnotatedModel:
-        options = {"largest": False, **({"flips": False} if adapter.processor.flip else {})}
-        return AnnotatedModel({name: k for k, name in enumerate(adapter.labels, start=1)}, options)
-
-    @override
-    def check(self, scan: bytes, limits: Limits) -> None:
-        read_nifti_header(scan, limits.voxels)
-
-    @override
-    def read(self, scan: bytes, params: Mapping[str, Any], adapter: ServedAdapter) -> dict[str, Any]:
-        numbers = dict(zip(adapter.labels, class_values(adapter.labels, adapter.processor.values), strict=True))
-        values: dict[str, Any] = {"scan": scan}
-        points: list[list[float]] = []
-        labels: list[int] = []
-        for name, given in params.items():
-            if name == "roi" or not (isinstance(given, list) and given):
-                continue
-            number = 0 if name == "background" else numbers.get(name)
-            if name == "foreground":
-                number = _find_label(params, numbers, adapter)
-            if number is None:
-                classes = ", ".join(adapter.labels)
-                raise BadInput(f"adapter {adapter.name!r} has no class {name!r} to click at; it has {classes}.")
-            places = _read_places(name, given)
-            points += places
-            labels += [number] * len(places)
-        if points:
-            values |= {"points": np.array(points, np.float32), "point_labels": np.array(labels, np.int32)}
-        if params.get("roi"):
-            values["boxes"] = _read_region(params["roi"], scan)
-            values["box_labels"] = np.array([_find_label(params, numbers, adapter)], np.int32)
-        for name in self.describe(adapter).options:
-            values[name] = params.get(name) is True
-        return values
-
-    @override
-    def reply(self, tensors: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
-        names = tensors["labels"]
-        volumes = dict(zip(names, map(float, tensors["volumes_ml"]), strict=True))
-        (file,) = tensors["class_file"]
-        return file, {"label_names": {name: k for k, name in enumerate(names, start=1)}, "volumes_ml": volumes}
+PROMPTS = 256  # points of a request at most, those of its scribbles included; and boxes
+CHANNEL = "scan_"  # and the name of a channel: the field of that channel's own file
 
 
 class VolumeServing(SingleServing):
-    """A request has a scan, and perhaps points and boxes in it; a mask comes back on the scan's own grid."""
+    """A request has a scan, and perhaps prompts or a mask of it to correct; a mask comes back on the scan's own grid.
+
+    The scan of an adapter with several channels is one file, or one file for each: `scan_NAME`.
+    """
 
     action = "segment"
     makes_files = True
@@ -96,6 +39,23 @@ class VolumeServing(SingleServing):
         ),
         TensorSpec("boxes", "FP32", (-1, 6), "x0, y0, z0, x1, y1, z1, two corners, included.", optional=True),
         TensorSpec("box_labels", "INT32", (-1,), "The class in each: its number in the mask.", optional=True),
+        TensorSpec(
+            "scribbles",
+            "FP32",
+            (-1, 4),
+            "Ends and bends of lines: x, y, z and the line's number, from 0.",
+            optional=True,
+        ),
+        TensorSpec(
+            "scribble_labels", "INT32", (-1,), "The class of each line: its number in the mask, 0: none.", optional=True
+        ),
+        TensorSpec(
+            "mask",
+            "BYTES",
+            (),
+            "A NIfTI file: a mask to correct; with points, boxes or scribbles it changes only there.",
+            optional=True,
+        ),
         TensorSpec("largest", "BOOL", (), "Keep only the largest connected component of each class.", optional=True),
         TensorSpec("flips", "BOOL", (), "Average over mirrored windows.", optional=True),
         TensorSpec("keep_probabilities", "BOOL", (), "Answer with probabilities too.", optional=True),
@@ -112,11 +72,31 @@ class VolumeServing(SingleServing):
         import_monai()  # seconds, which the first request would wait for
 
     @override
+    def list_inputs(self, adapter: ServedAdapter) -> Sequence[TensorSpec]:
+        channels = adapter.processor.channels
+        if len(channels) == 1:
+            return self.inputs
+        scan, *others = self.inputs
+        files = [
+            TensorSpec(CHANNEL + name, "BYTES", (), f"A NIfTI file with the channel {name} alone.", optional=True)
+            for name in channels
+        ]
+        return [replace(scan, optional=True), *files, *others]
+
+    @override
     def read(self, values: Mapping[str, Any], adapter: ServedAdapter, limits: Limits) -> Row:
-        """Only the header is read here: a scan that waits is held as its file."""
-        if "scan" not in values:
-            raise BadInput("a request has a scan, which is missing.")
-        header = read_nifti_header(values["scan"], limits.voxels)
+        """Only headers are read here: a scan that waits is held as its files.
+
+        Args:
+            values: As `list_inputs` describes them; from a program for annotating also `paint`, a Paint.
+            adapter: That is asked.
+            limits: Of the server, for all channels together.
+
+        Raises:
+            InlayError: As `Answering.read`.
+        """
+        scan = _find_scan(values, adapter)
+        header = _check_headers(scan, limits)
         x, y, z = header.get_data_shape()[:3]
         grid = adapter.processor.resampled_shape((x, y, z), affine_of_header(header))
         if math.prod(grid) * len(adapter.processor.channels) > limits.voxels:
@@ -130,17 +110,33 @@ class VolumeServing(SingleServing):
                 f"probabilities of {len(adapter.labels)} classes and the background in {x} x {y} x {z} voxels are "
                 f"{count:,} numbers; the limit is {limits.voxels:,}. Leave keep_probabilities out."
             )
+        paint = values.get("paint")
+        for mask in (values.get("mask"), paint and paint.file):
+            if mask is not None:
+                _check_mask(mask, (x, y, z), limits)
+        points = _label_prompts(values, "points", "point_labels")
         inputs = {
-            "points": _label_prompts(values, "points", "point_labels"),
+            "points": points + _read_scribbles(values, PROMPTS - len(points)),
             "boxes": _label_prompts(values, "boxes", "box_labels"),
             **{name: bool(values.get(name, False)) for name in ("largest", "flips", "keep_probabilities")},
         }
-        return Row({"scan": values["scan"], **inputs})
+        only = None if paint is None else paint.selected
+        return Row({"scan": scan, "mask": values.get("mask"), "paint": paint, **inputs}, source=only)
 
     @override
     def compute(self, row: Row, adapter: Adapter, limits: Limits, before_pass: Callable[[], None]) -> Mapping[str, Any]:
         asked = dict(row.inputs)
-        scan = inflate_nifti(asked.pop("scan"), limits.voxels)
+        given, mask, paint = (asked.pop(name) for name in ("scan", "mask", "paint"))
+        if isinstance(given, bytes):
+            scan: Any = inflate_nifti(given, limits.voxels)
+        else:
+            scan = {name: _name_channel(name, inflate_nifti, file, limits.voxels) for name, file in given.items()}
+        if mask is not None:
+            asked["mask"] = inflate_nifti(mask, limits.voxels)
+        if paint is not None:
+            first = scan if isinstance(scan, bytes) else scan[adapter.processor.channels[0]]
+            asked["mask"], clicks = paint.read(adapter, first, limits.voxels)
+            asked["points"] = asked["points"] + clicks
         return {"segmentation": segment(adapter, scan, **asked, progress=False, before_windows=before_pass)}
 
     @override
@@ -149,6 +145,9 @@ class VolumeServing(SingleServing):
     ) -> Reply:
         """For people the mask is a .nii.gz file in base64."""
         mask: Segmentation = found["segmentation"]
+        if row.source is not None:  # where a class was painted, the program takes it alone, as 1
+            name = mask.names[row.source]
+            mask = replace(mask, mask=(mask.mask == row.source).astype(np.uint8), labels=[name], values=None)
         volumes = mask.volumes_ml
         if tensors is None:
             labels = {str(number): name for number, name in mask.names.items()}
@@ -167,51 +166,93 @@ class VolumeServing(SingleServing):
         return Reply(tensors={name: make[name]() for name in tensors if name in make})
 
 
+def _find_scan(values: Mapping[str, Any], adapter: ServedAdapter) -> bytes | dict[str, bytes]:
+    """The file of a scan, or its files by the names of their channels.
+
+    Raises:
+        InlayError: None, both, or a channel that lacks.
+    """
+    channels = adapter.processor.channels
+    files = {name: values[CHANNEL + name] for name in channels if CHANNEL + name in values}
+    if "scan" in values:
+        if files:
+            raise BadInput(f"a scan comes as scan or as {', '.join(CHANNEL + name for name in files)}; leave one out.")
+        scan: bytes = values["scan"]
+        return scan
+    if not files:
+        ways = "" if len(channels) == 1 else f"; send scan, or {' and '.join(CHANNEL + name for name in channels)}"
+        raise BadInput(f"a request has a scan, which is missing{ways}.")
+    adapter.processor.find_case(files)  # names the channels that lack
+    return files
+
+
+def _check_headers(scan: bytes | Mapping[str, bytes], limits: Limits) -> Any:
+    """nibabel's header of a scan, of several files that of the first.
+
+    Raises:
+        InlayError: A file that is no NIfTI, or more voxels in all than the limit.
+    """
+    if isinstance(scan, bytes):
+        return read_nifti_header(scan, limits.voxels)
+    headers = [_name_channel(name, read_nifti_header, file, limits.voxels) for name, file in scan.items()]
+    count = sum(math.prod(header.get_data_shape()) for header in headers)
+    if count > limits.voxels:
+        raise BadInput(f"the channels have {count:,} voxels together; the limit is {limits.voxels:,} in all.")
+    return headers[0]
+
+
+def _name_channel(name: str, work: Callable[[bytes, int], Any], file: bytes, most_voxels: int) -> Any:
+    """What a function makes of a channel's file; its errors name the channel."""
+    try:
+        return work(file, most_voxels)
+    except InlayError as error:
+        raise type(error)(f"{CHANNEL}{name}: {error}") from error
+
+
+def _check_mask(mask: bytes, shape: tuple[int, ...], limits: Limits) -> None:
+    """Refuse a mask that cannot be on the scan's grid, before it is inflated; its axes may be in another order."""
+    own = read_nifti_header(mask, limits.voxels).get_data_shape()
+    if math.prod(own) != math.prod(shape):
+        sizes = (" x ".join(map(str, each)) for each in (own, shape))
+        raise BadInput("the mask has {} voxels and the scan {}; send a mask of this scan.".format(*sizes))
+
+
 def _label_prompts(values: Mapping[str, Any], name: str, labels: str) -> list[tuple[float, ...]]:
     """Points or boxes, each with its label behind where there are labels."""
     places = values.get(name, np.zeros((0, 3), np.float32)).tolist()
-    numbers = values.get(labels)
     if len(places) > PROMPTS:
         raise BadInput(f"a request has {PROMPTS} {name} at most, got {len(places)}.")
+    return [
+        (*place, *label) for place, label in zip(places, _read_labels(values, labels, name, len(places)), strict=True)
+    ]
+
+
+def _read_labels(values: Mapping[str, Any], labels: str, name: str, count: int) -> list[tuple[int, ...]]:
+    """What stands behind each prompt: its label, or nothing where there are none."""
+    numbers = values.get(labels)
     if numbers is None:
-        return [tuple(place) for place in places]
-    if len(numbers) != len(places):
-        raise BadInput(f"there are {len(places)} {name} and {len(numbers)} {labels}; give one for each.")
-    return [(*place, number) for place, number in zip(places, numbers.tolist(), strict=True)]
+        return [()] * count
+    if len(numbers) != count:
+        raise BadInput(f"there are {count} {name} and {len(numbers)} {labels}; give one for each.")
+    return [(number,) for number in numbers.tolist()]
 
 
-def _find_label(params: Mapping[str, Any], numbers: Mapping[str, int], adapter: ServedAdapter) -> int:
-    """The number of the class that `label` names; of an adapter's only class without it."""
-    label = params.get("label")
-    if isinstance(label, str) and label in numbers:
-        return numbers[label]
-    if len(numbers) > 1:
-        raise BadInput(f"foreground clicks and a roi need a label: one of {', '.join(adapter.labels)}; got {label!r}.")
-    return next(iter(numbers.values()))
-
-
-def _read_places(name: str, given: list[Any]) -> list[list[float]]:
-    """Clicks of one class: lists of three numbers."""
-    places = _read_array(given)
-    if places is None or places.ndim != 2 or places.shape[1] != 3:
-        raise BadInput(f"the clicks of {name!r} must be voxels [i, j, k], as a list.")
-    return places.tolist()
-
-
-def _read_region(given: Any, scan: bytes) -> np.ndarray:
-    """A box (1, 6) from i, i, j, j, k, k, cut to the scan."""
-    ends = _read_array(given)
-    if ends is None or ends.shape != (6,):
-        raise BadInput("roi must be six numbers: i, i, j, j, k, k.")
-    corners = ends.reshape(3, 2).T
-    last = np.array(read_nifti_header(scan, most_voxels=sys.maxsize).get_data_shape()[:3]) - 1
-    return corners.clip(0, last).reshape(1, 6).astype(np.float32)
-
-
-def _read_array(given: Any) -> np.ndarray | None:
-    """Finite numbers, or None."""
-    try:
-        array = np.array(given, np.float32)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return array if np.isfinite(array).all() else None
+def _read_scribbles(values: Mapping[str, Any], room: int) -> list[tuple[float, ...]]:
+    """Scribbles as points, of which there is room for so many; lines get fewer of them where there are many."""
+    corners = values.get("scribbles", np.zeros((0, 4), np.float32))
+    lines = np.unique(corners[:, 3])
+    if lines.tolist() != list(range(len(lines))):
+        raise BadInput(
+            "the fourth number in scribbles says which line a place is of: 0 for the first, then 1 and so on."
+        )
+    labels = _read_labels(values, "scribble_labels", "scribbles", len(lines))
+    most = min(MOST, room // max(1, len(lines)))
+    if len(lines) and most < 2:
+        raise BadInput(
+            f"{len(lines)} scribbles are too many: a request has {PROMPTS} points at most, two for each line included."
+        )
+    return [
+        (*place, *label)
+        for line, label in zip(lines, labels, strict=True)
+        for place in sample_scribble(corners[corners[:, 3] == line, :3], most).tolist()
+    ]

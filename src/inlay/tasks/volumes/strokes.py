@@ -1,4 +1,4 @@
-"""Scribbles and lassos as clicks: a few voxels that say the same, however long the stroke is."""
+"""Scribbles, lassos and paint as clicks: a few voxels that say the same, however long the stroke is."""
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,12 @@ def sample_lasso(polygon: npt.ArrayLike, axis: int, index: float, most: int = MO
     while len(chosen := _take_lattice(inside, step)) > most:
         step += 1
     return np.insert(chosen.astype(np.float64), axis, index, axis=1)
+
+
+def sample_paint(painted: np.ndarray, most: int = MOST) -> np.ndarray:
+    """Some of the voxels that are true, evenly along their order in the array: (N, 3), N at most `most`."""
+    places = np.argwhere(painted)
+    return places[np.linspace(0, len(places) - 1, min(most, len(places))).round().astype(int)]
 
 
 def _take_lattice(inside: np.ndarray, step: int) -> np.ndarray:
