@@ -14,6 +14,7 @@ from inlay import BadInput, ImageTask, InlayError, MaskTask, SequenceTask, TextT
 from inlay.compress.prune.trained import load_trained
 from inlay.compress.quantize import load_batches
 from inlay.tasks.evaluation import Training, count_units
+from inlay.tasks.folds import Fold
 from inlay.tasks.groups import find_groups, hold_out_groups, relative_paths
 from inlay.tasks.images.data import load_images, load_images_to_score
 from inlay.tasks.statistics import score_with_intervals
@@ -138,7 +139,7 @@ def test_groups_are_spread_over_classes_as_scikit_learn_spreads_them(seed):
     groups = np.repeat(np.arange(40), generator.integers(1, 20, 40))
     ids = (groups % 3 + (generator.random(len(groups)) < 0.3)) % 3  # mostly of one class
     names = [f"patient {group}" for group in groups]
-    held = hold_out_groups(names, range(len(ids)), 0.2, seed, "image", ids=ids.tolist(), labels=["a", "b", "c"])
+    held = hold_out_groups(names, range(len(ids)), Fold(0.2), seed, "image", ids=ids.tolist(), labels=["a", "b", "c"])
     total = np.bincount(ids)
 
     def error(rows):
@@ -152,7 +153,8 @@ def test_groups_are_spread_over_classes_as_scikit_learn_spreads_them(seed):
 def test_what_is_held_out_does_not_change():
     """Adapters of before are scored on what they have not seen: written down here, not computed."""
     names = [f"P{i % 10}" for i in range(40)]
-    held = [hold_out_groups(names, range(40), 0.2, seed, "image", ids=[i % 2 for i in range(40)]) for seed in (0, 1)]
+    ids = [i % 2 for i in range(40)]
+    held = [hold_out_groups(names, range(40), Fold(0.2), seed, "image", ids=ids) for seed in (0, 1)]
     assert [sorted({names[i] for i in each}) for each in held] == WRITTEN
 
 
@@ -161,32 +163,32 @@ WRITTEN = [["P5", "P6"], ["P3", "P4"]]
 
 def test_a_group_larger_than_a_share_is_held_out_where_there_is_no_smaller_one():
     for seed in range(4):
-        assert hold_out_groups(["a"] * 6 + ["b"] * 4, range(10), 0.2, seed, "image") == [6, 7, 8, 9]
+        assert hold_out_groups(["a"] * 6 + ["b"] * 4, range(10), Fold(0.2), seed, "image") == [6, 7, 8, 9]
         # Of a class with two patients one is held out, though it has half of that class.
         names, ids = [f"P{i}" for i in range(12)], [0] * 10 + [1] * 2
-        held = hold_out_groups(names, range(12), 0.2, seed, "image", ids=ids, labels=["many", "few"])
+        held = hold_out_groups(names, range(12), Fold(0.2), seed, "image", ids=ids, labels=["many", "few"])
         assert [ids[i] for i in held] == [0, 0, 1]
 
 
 def test_a_class_of_one_group_stays_in_training(caplog):
     names, ids = ["a", "b", "c", "d", "e", "only"] * 4, [0, 0, 0, 0, 0, 1] * 4
-    held = hold_out_groups(names, range(24), 0.2, 0, "image", ids=ids, labels=["cat", "dog"])
+    held = hold_out_groups(names, range(24), Fold(0.2), 0, "image", ids=ids, labels=["cat", "dog"])
     assert "only" not in {names[i] for i in held} and len(held) == 4
     assert (
         "no image of these classes is held out, as training would be left without one of a class: dog." in caplog.text
     )
     with pytest.raises(BadInput, match="every group has all images of a class"):
-        hold_out_groups(["a", "b"], range(2), 0.2, 0, "image", ids=[0, 1], labels=["cat", "dog"])
+        hold_out_groups(["a", "b"], range(2), Fold(0.2), 0, "image", ids=[0, 1], labels=["cat", "dog"])
 
 
 def test_equal_examples_join_their_groups(caplog):
     names = [f"P{i // 2}" for i in range(40)]
     contents = [*range(39), 0]  # of the first and the last patient
     for seed in range(8):
-        held = {names[i] for i in hold_out_groups(names, contents, 0.2, seed, "image")}
+        held = {names[i] for i in hold_out_groups(names, contents, Fold(0.2), seed, "image")}
         assert ("P0" in held) == ("P19" in held)
     # A blank tile of every patient would join all: it is on both sides, and counted.
-    held = hold_out_groups(names, [i if i % 2 else "blank" for i in range(40)], 0.2, 0, "image")
+    held = hold_out_groups(names, [i if i % 2 else "blank" for i in range(40)], Fold(0.2), 0, "image")
     assert len(held) == 8 and "4 of 8 images held out are in training too, in other groups." in caplog.text
 
 
@@ -333,7 +335,7 @@ def test_a_model_that_is_pruned_or_quantised_keeps_to_the_groups_of_its_adapter(
     (tmp_path / "adapter" / "metrics.json").write_text(json.dumps(noted))
     trained, parts = load_trained(tmp_path / "adapter"), load_images(data, seed=3, group=r"P\d+")
     assert {row["group"] for row in trained.score(data, resamples=2).rows} == {*parts.validation["group"]}
-    healed_on = trained.task.load_labelled(trained, data, 100, trained.seed, group=trained.group_for(data))
+    healed_on = trained.task.load_labelled(trained, data, 100, trained.seed, trained.training)
     assert {*healed_on.view.rows["group"]} == {*parts.train["group"]}
     held = load_batches(trained, data, 100, 3, held_out=True)
     assert sum(len(batch["labels"]) for batch in held) == len(parts.validation)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -14,8 +15,10 @@ from PIL import Image
 
 from diffusion_models import write_pipeline
 from inlay import ImageTask, InlayError, MaskTask, SequenceTask, TextTask, TextToImageTask, VolumeTask, load_adapter
+from inlay.compress.prune.trained import load_trained
+from inlay.compress.quantize import load_batches
 from inlay.tasks import TASKS
-from inlay.tasks.evaluation import Request
+from inlay.tasks.evaluation import Request, Training
 from inlay.tasks.image_decoding import open_image
 from inlay.tasks.images.data import load_images, load_images_to_score
 from inlay.tasks.masks.data import load_masks_to_score
@@ -204,6 +207,100 @@ def test_two_examples_are_too_few_for_three_parts(name, tmp_path):
     task.load(0)
     with pytest.raises(InlayError, match=r"too few different .*s for three parts.*; add some, or give it a validation"):
         task.load_parts(0)
+
+
+FOLDED = pytest.mark.parametrize("name", [name for name in ROWS if name != "text-to-image"])
+
+
+def fold_options(name, folder, grouped):
+    """The options of a task for this data, in which a group, if any, is three or so examples."""
+    if not grouped:
+        return {}
+    if "text" not in name:
+        return {"group": r"(\d)\d*[_.]"}
+    table = folder / "all.csv"
+    header, *rows = list(csv.reader(table.read_text().splitlines()))
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([[*header, "who"], *([*row, row[0].split()[1][0]] for row in rows)])
+    return {"group": "who"}
+
+
+@FOLDED
+@pytest.mark.parametrize("grouped", [False, True])
+def test_folds_share_nothing_and_cover_the_data(name, grouped, tmp_path):
+    row, folder = ROWS[name], tmp_path / "data"
+    written = write(row, folder, {"": 30})
+    options = fold_options(name, folder, grouped)
+    task = row.options(dataset=str(folder), **options)
+    usual, found = row.content(task.load(3).source.validation), []
+    for fold in range(3 if grouped else task.default_folds):
+        folds = {"folds": 3} if grouped else {}
+        task = row.options(dataset=str(folder), fold=fold, **folds, **options)
+        source = task.load(3).source
+        held, left = row.content(source.validation), row.content(source.train)
+        assert held and not {*held} & {*left} and Counter(held) + Counter(left) == Counter(written)
+        found.append(held)
+        training = Training(str(folder), {**asdict(task), "seed": 3})
+        assert row.content(row.score(str(folder), training=training)) == held
+        parts = task.load_parts(3).data.source  # the fold is the test part, and what chooses is held out of the rest
+        assert row.content(parts.test) == held and row.content(parts.validation)
+    assert Counter(content for held in found for content in held) == Counter(written)
+    assert grouped or found[0] == usual
+
+
+@FOLDED
+def test_folds_that_cannot_be_made(name, tmp_path):
+    row = ROWS[name]
+    write(row, tmp_path / "few", {"": 4})
+    with pytest.raises(InlayError, match=r"there are \d+ .*s, too few for \d+ folds; choose fewer folds"):
+        row.options(dataset=str(tmp_path / "few"), fold=0, folds=9).load(0)
+    write(row, tmp_path / "own", {"train": 20, "val": 10})
+    with pytest.raises(InlayError, match="has a validation split of its own, so it has no folds; leave fold out"):
+        row.options(dataset=str(tmp_path / "own"), fold=0).load(0)
+    with pytest.raises(InlayError, match="fold must be from 0 to 3, got 4"):
+        row.options(fold=4, folds=4)
+    with pytest.raises(InlayError, match="folds = 3 needs fold, the one to hold out, from 0 to 2"):
+        row.options(folds=3)
+
+
+def test_what_has_no_folds_says_so(tmp_path):
+    (tmp_path / "book.txt").write_text("One. " * 400)
+    with pytest.raises(InlayError, match="is running text, of which the end is held out, so it has no folds"):
+        TextTask(dataset=str(tmp_path / "book.txt"), fold=1).load(0)
+    with pytest.raises(InlayError, match="is streamed, of which one example in twenty is held out, so it has no folds"):
+        SequenceTask(dataset="x-*.jsonl", fold=1).load(0)
+    with pytest.raises(InlayError, match="images of a subject are too few for folds"):
+        TextToImageTask(fold=0)
+
+
+def test_classes_of_few_examples_in_folds(tmp_path):
+    """One of a single example stays in training, one of two or three is held out as often as it has examples."""
+    for label, count in {"a": 20, "b": 3, "c": 1}.items():
+        for i in range(count):
+            picture(1000 * ord(label) + i, tmp_path / "data" / label / f"{i}.png")
+    held = []
+    for fold in range(5):
+        source = ImageTask(dataset=str(tmp_path / "data"), fold=fold).load(0).source
+        assert {*source.train["label"]} == {0, 1, 2}
+        held += source.validation["label"][:]
+    assert Counter(held) == {0: 20, 1: 3}
+
+
+def test_what_is_fitted_pruned_or_quantised_keeps_to_the_fold(digits_adapter, tmp_path):
+    for i in range(40):
+        picture(i, tmp_path / "data" / f"digit {i % 4}" / f"{i}.png")
+    data = str(tmp_path / "data")
+    shutil.copytree(digits_adapter, tmp_path / "adapter")
+    noted = {"dataset": data, "training": {"seed": 3, "fold": 2, "folds": 4}}
+    (tmp_path / "adapter" / "metrics.json").write_text(json.dumps(noted))
+    trained, parts = load_trained(tmp_path / "adapter"), load_images(data, seed=3, validation=1 / 4, fold=2)
+    held, left = ([open_image(image).tobytes() for image in rows["image"]] for rows in (parts.validation, parts.train))
+    for held_out, expected in ((False, left), (True, held)):
+        found = trained.task.load_labelled(trained, data, 100, 0, trained.training, held_out=held_out)
+        assert Counter(open_image(image).tobytes() for image in found.view.rows["image"]) == Counter(expected)
+    assert sum(len(batch["labels"]) for batch in load_batches(trained, data, 100, 0, held_out=True)) == len(held)
+    scored = trained.score(data, resamples=2)
+    assert len(scored.rows) == len(held) and "(seed 3, fold 2 of 0 to 3)" in scored.notes[0]
 
 
 def test_running_text_is_held_out_by_its_end(tmp_path):

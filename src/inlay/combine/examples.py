@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from inlay.tasks.adapter import Adapter
+from inlay.tasks.evaluation import Training
 from inlay.train.losses import Loss
 
 
@@ -38,7 +39,7 @@ class Examples:
         return total
 
 
-def load_examples(loaded: Adapter, data: str, count: int, seed: int, *, group: str | None = None) -> Examples:
+def load_examples(loaded: Adapter, data: str, count: int, seed: int, *, training: Training | None = None) -> Examples:
     """Up to so many examples of an adapter's own task; equal seeds draw the same.
 
     Args:
@@ -46,12 +47,12 @@ def load_examples(loaded: Adapter, data: str, count: int, seed: int, *, group: s
         data: Name of labelled data, as the loader of that task takes it.
         count: How many images, texts or crops of scans.
         seed: Of all that is drawn.
-        group: What the adapter's training kept together.
+        training: Of the adapter: what it held out of this data is not used. None: what `seed` holds out is not.
 
     Raises:
         InlayError: Data of other labels, or none of that task.
     """
-    labelled = loaded.task.load_labelled(loaded, data, count, seed, group=group)
+    labelled = loaded.task.load_labelled(loaded, data, count, seed, training or Training(settings={"seed": seed}))
     with _seed_draws(seed):
         items = [labelled.view[i] for i in range(min(count, len(labelled.view)))]
     weight = next(p for p in loaded.model.parameters() if p.is_floating_point())

@@ -29,6 +29,7 @@ from inlay.combine.parts import Source
 from inlay.combine.weights import Weight, list_numbers, replace_numbers, weight_at
 from inlay.errors import BadInput, Unsupported
 from inlay.methods._peft import adapter_parameters
+from inlay.tasks.evaluation import Training
 
 RATE = 0.05  # of Adam, for weights of about 1
 
@@ -97,7 +98,9 @@ def fit_weights(
     with tempfile.TemporaryDirectory() as folder:
         write(ones, sums(ones, fixed), Path(folder) / "sum")
         loaded = load_adapter(Path(folder) / "sum", device="cpu")
-    labelled = load_examples(loaded, data, examples, seed)
+    trainings = [Training.from_metrics(source.file.metrics) for source in sources]
+    training = next((each for each in trainings if each.used(data)), None)  # none has seen what it held out
+    labelled = load_examples(loaded, data, examples, seed, training=training)
     corners = [weight_sources([float(i == k) for i in range(len(start))]) for k in range(-1, len(start))]
     base, *slopes = _find_slopes([sums(corner, fixed) for corner in corners])
     names = adapter_parameters(loaded.model)

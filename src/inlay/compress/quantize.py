@@ -176,8 +176,8 @@ def load_batches(source: Source, data: str, count: int, seed: int, *, held_out: 
     Raises:
         InlayError: Data of other labels, or none of that task.
     """
-    group = Training.from_metrics(source.metrics).group_for(data)
-    labelled = source.task.load_labelled(source, data, count, seed, held_out=held_out, group=group)
+    training = Training.from_metrics(source.metrics)
+    labelled = source.task.load_labelled(source, data, count, seed, training, held_out=held_out)
     state = random.getstate()
     random.seed(seed)
     try:

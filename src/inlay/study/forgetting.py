@@ -20,7 +20,7 @@ from inlay.errors import BadInput, InlayError, Unsupported
 from inlay.methods._peft import PeftModel
 from inlay.tasks.adapter import TaskModel, place_inputs
 from inlay.tasks.base import load_base, read_task
-from inlay.tasks.evaluation import pick_evenly
+from inlay.tasks.evaluation import Training, pick_evenly
 from inlay.tasks.options import TaskData
 from inlay.tasks.task import Task
 from inlay.train.losses import Loss
@@ -184,7 +184,7 @@ def _score_own_task(base: PreTrainedModel, adapted_for: Task, trained_on: str, b
     if task is not adapted_for and model.base_model is model:
         raise Unsupported(f"a model for {adapted_for.name} has no head of {task.name} that could be put over it.")
     own = TaskModel(name, model, task, task.load_processor(name, None), task.labels(model, None))
-    examples = task.load_labelled(own, data, task.own_examples, seed=0)
+    examples = task.load_labelled(own, data, task.own_examples, 0, Training())
     items = range(len(examples.view))
     batches = [
         place_inputs(examples.collate([examples.view[i] for i in items[at : at + examples.rows]]), weight)

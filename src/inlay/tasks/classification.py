@@ -24,6 +24,7 @@ from inlay.tasks.evaluation import (
     is_cut,
     split_note,
 )
+from inlay.tasks.folds import Fold
 from inlay.tasks.groups import hold_out_groups, warn_of_shared_groups
 from inlay.tasks.sampling import (
     hold_out_by_class,
@@ -62,7 +63,7 @@ class LabelledRows:
     def hold_out(
         self,
         labels: Sequence[str],
-        share: float,
+        fold: Fold,
         seed: int,
         noun: str,
         *,
@@ -73,7 +74,7 @@ class LabelledRows:
 
         Args:
             labels: Class names, by the numbers in `label`.
-            share: To hold out, between 0 and 1.
+            fold: What is held out.
             seed: Chooses the examples.
             noun: What one is called.
             first: Whether nothing was held out of these before; if so, what stays in training is said.
@@ -85,14 +86,14 @@ class LabelledRows:
         ids = self.rows["label"][:]
         if self.groups is not None:
             held = hold_out_groups(
-                self.groups, self.contents or range(len(ids)), share, seed, noun, ids=ids, labels=labels, warn=first
+                self.groups, self.contents or range(len(ids)), fold, seed, noun, ids=ids, labels=labels, warn=first
             )
         elif self.contents is None:
-            held = hold_out_by_class(ids, labels, share, seed, noun, first)
+            held = hold_out_by_class(ids, labels, fold, seed, noun, first)
         elif refuse_equal or not first:
-            held = hold_out_by_content(ids, labels, share, seed, noun, self.contents, first)
+            held = hold_out_by_content(ids, labels, fold, seed, noun, self.contents, first)
         else:
-            held = hold_out_if_possible_by_content(ids, labels, share, seed, noun, self.contents)
+            held = hold_out_if_possible_by_content(ids, labels, fold, seed, noun, self.contents)
         return self.select(sorted({*range(len(ids))} - {*held})), self.select(held)
 
     @property
@@ -149,7 +150,7 @@ def choose_labelled_rows(
     whole = "train" if "train" in own else own[0]
     found = load(list(own) if chosen == "all" else [whole if cut else chosen])
     if cut:
-        left, held = found.hold_out(labels, 0.2, training.seed, noun)
+        left, held = found.hold_out(labels, training.fold_for(data), training.seed, noun)
         found = left if chosen == "train" else held
     return chosen, found.rows, split_note(data, chosen, own, training)
 

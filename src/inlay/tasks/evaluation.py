@@ -12,10 +12,10 @@ from typing import Any, Literal, TypeAlias
 
 from inlay.errors import BadInput, Unsupported
 from inlay.files.atomic import replacing
+from inlay.tasks.folds import FOLDS, Fold
 
 Split: TypeAlias = Literal["validation", "test", "train", "all"]
 SPLITS = ("validation", "test", "train", "all")
-FOLDS = 5  # parts of data without a split, of which one is held out
 SMALL = 100  # classes up to which a confusion matrix is kept in metrics.json
 TITLES = {
     "absolute_volume_error_ml": "Volume error, absolute, ml",
@@ -193,11 +193,18 @@ class Training:
         group = self.settings.get("group")
         return group if isinstance(group, str) and group and self.used(data) else None
 
-    def fold_for(self, data: str) -> tuple[int, int]:
-        """Which part of this data training held out, from 0, and of how many; (0, `FOLDS`) where none was noted."""
+    def fold_for(self, data: str, share: float = 1 / FOLDS) -> Fold:
+        """Which part of this data training held out; the first of this share where no fold was noted."""
         fold, folds = self.settings.get("fold"), self.settings.get("folds")
         folds = folds if type(folds) is int and folds >= 2 else FOLDS
-        return (fold, folds) if type(fold) is int and 0 <= fold < folds and self.used(data) else (0, FOLDS)
+        noted = type(fold) is int and 0 <= fold < folds and self.used(data)
+        return Fold(1 / folds, fold) if noted else Fold(share)
+
+    def split_options(self, data: str) -> dict[str, Any]:
+        """What the loaders of all tasks take to hold the same part of this data out again."""
+        fold = self.fold_for(data)
+        options = {"seed": self.seed, "group": self.group_for(data)}
+        return options if fold.number is None else {**options, "validation": fold.share, "fold": fold.number}
 
     def asks_to_stream(self, data: str) -> bool:
         """Whether training on this data was told to stream it."""
@@ -323,7 +330,9 @@ def split_note(data: str, split: Split, own: Collection[str], training: Training
         return []
     lacks = "no split of its own" if len(own) == 1 else "no validation split of its own"
     part = "hold out of it" if split == "validation" else "train on"
-    return [f"{data!r} has {lacks}; what was scored is the part that recipes {part} (seed {training.seed})."]
+    fold = training.fold_for(data)
+    said = f"seed {training.seed}" + ("" if fold.number is None else f", fold {fold.number} of 0 to {fold.count - 1}")
+    return [f"{data!r} has {lacks}; what was scored is the part that recipes {part} ({said})."]
 
 
 def pick_evenly(count: int, limit: int | None) -> list[int]:

@@ -12,6 +12,7 @@ import numpy as np
 import regex
 
 from inlay.errors import BadInput
+from inlay.tasks.folds import Fold
 from inlay.tasks.tables import Table, find_column, list_first
 
 logger = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ def relative_paths(paths: Sequence[str | Path], folder: Path) -> list[str]:
 def hold_out_groups(
     groups: Sequence[str],
     contents: Sequence[Hashable],
-    share: float,
+    fold: Fold,
     seed: int,
     noun: str,
     *,
@@ -156,7 +157,7 @@ def hold_out_groups(
     Args:
         groups: Of each row.
         contents: Equal for rows that are the same example.
-        share: Of the rows of each class to hold out, between 0 and 1.
+        fold: Of the rows of each class.
         seed: Chooses the groups, alike on every machine.
         noun: What an example is called.
         ids: The class of each row, an index of `labels`; None: there are no classes.
@@ -164,17 +165,20 @@ def hold_out_groups(
         warn: Say what stays in training or stands on both sides, and why.
 
     Raises:
-        InlayError: There is one group only, or every group has all examples of a class.
+        InlayError: There is one group only, or every group has all examples of a class; too few groups for folds.
     """
     if len(set(groups)) < 2:
         raise BadInput(
             f"all {len(groups)} {noun}s are of one group ({groups[0]!r}), so none can be held out; add others."
         )
     classes = np.zeros(len(groups), np.int64) if ids is None else np.asarray(ids)
-    joined = _join_equal(groups, contents)
-    held = _choose_groups(joined, classes, share, seed)
-    if len(held) < share / 2 * len(groups) and len(set(joined)) < len(set(groups)):
-        held = _choose_groups(groups, classes, share, seed)
+    units: Sequence[str] = _join_equal(groups, contents)
+    if len(set(units)) < len(set(groups)):
+        held = _choose_groups(units, classes, fold.share, seed)
+        units = units if len(held) >= fold.share / 2 * len(groups) else groups
+    fold.check_count(len(set(units)), "group")
+    held = _choose_fold(units, classes, fold, seed)
+    if units is groups:
         chosen = {*held}
         outside = {content for row, content in enumerate(contents) if row not in chosen}
         both = sum(contents[row] in outside for row in held)
@@ -189,6 +193,44 @@ def hold_out_groups(
             noun, list_first([labels[i] for i in missing]),
         )  # fmt: skip
     return held
+
+
+def _choose_fold(groups: Sequence[str], classes: np.ndarray, fold: Fold, seed: int) -> list[int]:
+    """Rows of the groups of a fold, each chosen from what those before it have left; the last one takes all of that.
+
+    Raises:
+        InlayError: Groups so unequal that a fold would be empty.
+    """
+    rest, held = np.arange(len(groups)), np.arange(0)
+    for number, share in enumerate(fold.shares()):
+        rest = np.setdiff1d(rest, held)
+        left = [groups[i] for i in rest.tolist()]
+        if number and len(set(left)) < fold.count - number:
+            raise BadInput(f"the groups are too unequal for {fold.count} folds; choose fewer folds.")
+        last = number and number == fold.count - 1
+        held = rest[
+            _take_groups(left, classes[rest], classes) if last else _choose_groups(left, classes[rest], share, seed)
+        ]
+    return held.tolist()
+
+
+def _take_groups(groups: Sequence[str], classes: np.ndarray, everywhere: np.ndarray) -> list[int]:
+    """Rows of all groups, but for those without which training would be left without a class.
+
+    Args:
+        groups: Of each row.
+        classes: Of each row.
+        everywhere: The classes of all rows of the data.
+    """
+    left = np.bincount(everywhere)  # of each class, for training
+    taken: list[int] = []
+    for name in dict.fromkeys(groups):
+        rows = [i for i, group in enumerate(groups) if group == name]
+        counts = np.bincount(classes[rows], minlength=len(left))
+        if ((counts < left) | (counts == 0)).all():
+            left = left - counts
+            taken += rows
+    return sorted(taken)
 
 
 def _choose_groups(groups: Sequence[str], classes: np.ndarray, share: float, seed: int) -> list[int]:

@@ -15,10 +15,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from inlay.errors import Unreachable, Unsupported
+from inlay.errors import BadInput, Unreachable, Unsupported
 from inlay.options import check_options, option
+from inlay.tasks.folds import FOLDS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -97,8 +98,13 @@ class Report:
 
 @dataclass
 class TaskOptions:
-    """Options of every task. A task adds its own, and says how its data is loaded and scored."""
+    """Options of every task. A task adds its own, and says how its data is loaded and scored.
 
+    Attributes:
+        default_folds: Of what the data does not split itself, one part in so many is held out.
+    """
+
+    default_folds: ClassVar[int] = FOLDS
     model: str
     dataset: str
     quantize: Literal["8bit", "4bit"] | None = option(
@@ -109,7 +115,13 @@ class TaskOptions:
         "Keep together: a column of the data, or a regular expression whose match in a file's path names the patient, "
         "slide or site.",
     )
-
+    fold: int | None = option(
+        None,
+        "Which fold of training data without a validation split is held out, from 0; default: the first. Groups stay "
+        "whole.",
+        least=0,
+    )
+    folds: int | None = option(None, "Number of folds; default: 5, and 10 of prompts.", least=2)
     attention: Literal["sdpa", "flash", "eager"] | None = option(
         None,
         "Code that computes the base's attention in training; flash needs flash-attn, a CUDA GPU and --precision bf16. "
@@ -119,6 +131,18 @@ class TaskOptions:
     def __post_init__(self) -> None:
         self.model, self.dataset = os.fspath(self.model), os.fspath(self.dataset)  # of a caller with a pathlib.Path
         check_options(self)
+        if self.folds is not None and self.fold is None:
+            raise BadInput(f"folds = {self.folds} needs fold, the one to hold out, from 0 to {self.folds - 1}.")
+        if self.fold is not None:
+            self.folds = self.folds or self.default_folds
+            if self.fold >= self.folds:
+                raise BadInput(f"fold must be from 0 to {self.folds - 1}, got {self.fold}.")
+
+    @property
+    def split(self) -> dict[str, Any]:
+        """What every loader takes to know what to hold out, besides the seed."""
+        share = 1 / (self.folds or self.default_folds)
+        return {"group": self.group, "validation": share, "fold": self.fold}
 
     def load(self, seed: int, *, test: bool = False) -> TaskData:
         """Both splits as the base takes them.
@@ -239,11 +263,16 @@ class StreamOptions(TaskOptions):
         """Whether the data is read as it is needed.
 
         Raises:
-            InlayError: A test part is wanted of a stream.
+            InlayError: A fold or a test part is wanted of a stream.
         """
         from inlay.tasks.shards import is_streamed
 
         streamed = is_streamed(self.dataset, self.stream)
+        if streamed and self.fold is not None:
+            raise Unsupported(
+                f"{self.dataset!r} is streamed, of which one example in twenty is held out, so it has no folds; leave "
+                "fold out, or pass data that is loaded."
+            )
         if streamed and test:
             raise Unsupported(
                 f"{self.dataset!r} is streamed, so it is not split into three parts to compare on; pass data that is "

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
 from inlay.errors import BadInput
+from inlay.tasks.folds import Fold
 from inlay.tasks.tables import list_first
 
 logger = logging.getLogger(__name__)
@@ -16,7 +17,12 @@ Rows = TypeVar("Rows")
 
 
 def complete_parts(
-    parts: dict[str, Rows], test: bool, hold_out: Callable[[Rows, bool], tuple[Rows, Rows]], name: str, noun: str
+    parts: dict[str, Rows],
+    test: bool,
+    fold: Fold,
+    hold_out: Callable[[Rows, Fold, bool], tuple[Rows, Rows]],
+    name: str,
+    noun: str,
 ) -> None:
     """Hold out of training, in place, the parts that the data does not have of its own.
 
@@ -26,21 +32,24 @@ def complete_parts(
     Args:
         parts: The data's own, by name: train, and perhaps validation and test.
         test: Whether a part is wanted that chooses nothing.
-        hold_out: Gives what is left of a training part and what is held out. The second argument says whether it is the
+        fold: What is held out first.
+        hold_out: Gives what is left of a training part and what is held out. The last argument says whether it is the
             first time, when it may warn.
         name: Of the data.
         noun: What an example is called.
 
     Raises:
-        InlayError: As `hold_out`; too few examples for three parts.
+        InlayError: As `hold_out`; too few examples for three parts; folds of data that has a validation part.
     """
+    if fold.number is not None and "validation" in parts:
+        raise BadInput(f"{name!r} has a validation split of its own, so it has no folds; leave fold out.")
     if test and "test" not in parts and "validation" in parts:
         parts["test"] = parts.pop("validation")
     missing = [part for part in (("test", "validation") if test else ("validation",)) if part not in parts]
     for part in missing:
         first = part == missing[0]
         try:
-            parts["train"], parts[part] = hold_out(parts["train"], first)
+            parts["train"], parts[part] = hold_out(parts["train"], fold if first else fold.first, first)
         except BadInput as error:
             if first:
                 raise
@@ -75,16 +84,21 @@ def normalise_label(word: str) -> str:
 
 
 def hold_out_by_class(
-    ids: Sequence[int], labels: Sequence[str], share: float, seed: int, noun: str, warn: bool = True
+    ids: Sequence[int], labels: Sequence[str], fold: Fold, seed: int, noun: str, warn: bool = True
 ) -> list[int]:
     """Rows to hold out, by rank of a hash: no library's random stream has to stay as it is."""
+    fold.check_count(len(ids), noun)
     groups: dict[int, list[int]] = {}
     for row, label in enumerate(ids):
         groups.setdefault(label, []).append(row)
     held: list[int] = []
     for rows in groups.values():
         rows.sort(key=lambda row: hashlib.sha256(f"{seed}:{row}".encode()).digest())
-        held += rows[: min(max(1, round(len(rows) * share)), len(rows) - 1)]
+        held += fold.take(rows)
+    if fold.number and not held:
+        raise BadInput(
+            f"fold {fold.number} has no {noun}, as every class has fewer than {fold.count}; choose fewer folds."
+        )
     single = [labels[label] for label, rows in groups.items() if len(rows) == 1]
     if not held:
         raise BadInput(f"there is only one {noun} of each of {list_first(single)}, so none can be held out; add some.")
@@ -96,7 +110,7 @@ def hold_out_by_class(
 def hold_out_by_content(
     ids: Sequence[int],
     labels: Sequence[str],
-    share: float,
+    fold: Fold,
     seed: int,
     noun: str,
     contents: Sequence[Hashable],
@@ -107,7 +121,7 @@ def hold_out_by_content(
     Args:
         ids: The class of each row, an index of `labels`.
         labels: Names of the classes.
-        share: Of the different examples of each class to hold out, between 0 and 1.
+        fold: Of the different examples of each class.
         seed: Chooses them.
         noun: What an example is called.
         contents: Equal for rows that are the same example.
@@ -124,14 +138,14 @@ def hold_out_by_content(
         logger.warning("%d %s with more than one label; check the labels.", count, stand)
     if not clear:
         raise BadInput(f"every {noun} stands with more than one label, so none can be held out; check the labels.")
-    held = hold_out_by_class([ids[rows[0]] for rows in clear], labels, share, seed, noun, warn)
+    held = hold_out_by_class([ids[rows[0]] for rows in clear], labels, fold, seed, noun, warn)
     return sorted(row for one in held for row in clear[one])
 
 
 def hold_out_if_possible_by_content(
     ids: Sequence[int],
     labels: Sequence[str],
-    share: float,
+    fold: Fold,
     seed: int,
     noun: str,
     contents: Sequence[Hashable],
@@ -141,22 +155,24 @@ def hold_out_if_possible_by_content(
     Raises:
         InlayError: No class has two rows.
     """
+    if fold.number is not None:  # folds that share equal examples would prove nothing
+        return hold_out_by_content(ids, labels, fold, seed, noun, contents)
     try:
-        return hold_out_by_content(ids, labels, share, seed, noun, contents)
+        return hold_out_by_content(ids, labels, fold, seed, noun, contents)
     except BadInput as error:
-        held = hold_out_by_class(ids, labels, share, seed, noun)
+        held = hold_out_by_class(ids, labels, fold, seed, noun)
         logger.warning("%s For now training and validation share equal %ss.", error, noun)
         return held
 
 
-def hold_out_unlabelled(share: float, seed: int, contents: Sequence[Hashable]) -> list[int]:
+def hold_out_unlabelled(fold: Fold, seed: int, contents: Sequence[Hashable], noun: str) -> list[int]:
     """Rows to hold out at random, where equal ones stay on one side; none if all are equal."""
     import numpy as np
 
     places = _group_equal(contents)
+    fold.check_count(len(places), f"different {noun}")
     order = np.random.default_rng(seed).permutation(len(places)).tolist()
-    count = min(max(1, round(share * len(places))), len(places) - 1)
-    return sorted(row for one in order[:count] for row in places[one])
+    return sorted(row for one in fold.take(order) for row in places[one])
 
 
 def _group_equal(contents: Sequence[Hashable]) -> list[list[int]]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from inlay.tasks.adapter import Adapter
-    from inlay.tasks.evaluation import Evaluation, Request
+    from inlay.tasks.evaluation import Evaluation, Request, Training
     from inlay.tasks.options import TaskOptions
     from inlay.tasks.serving import Answering
     from inlay.train.losses import Loss
@@ -227,9 +227,9 @@ class Task(ABC):
         data: str,
         count: int,
         seed: int,
+        training: Training,
         *,
         held_out: bool = False,
-        group: str | None = None,
     ) -> LabelledBatches:
         """Up to `count` training examples of labelled data, as this adapter's model takes them.
 
@@ -237,9 +237,9 @@ class Task(ABC):
             adapter: Says which labels, and makes inputs.
             data: Its name.
             count: Of examples.
-            seed: Chooses them, and what is held out where the data does not say.
+            seed: Chooses them.
+            training: Of the adapter: what it held out of this data is held out again.
             held_out: Take validation examples instead.
-            group: What the adapter's training kept together, as `TaskOptions.group`.
 
         Raises:
             InlayError: Data of other labels, or none of this task.

@@ -85,9 +85,7 @@ def heal(
     else:
         raise BadInput(f"unknown way {way!r}; choose one of lora, full, scratch.")
     size = footprint(model)
-    labelled = trained.task.load_labelled(
-        trained.with_model(model), data, EVERY, trained.seed, group=trained.group_for(data)
-    )
+    labelled = trained.task.load_labelled(trained.with_model(model), data, EVERY, trained.seed, trained.training)
     if way == "scratch":
         set_statistics(model, labelled, 4, batch_size)
     rate = learning_rate or scale_rate(METHODS["lora" if way == "lora" else "full"].learning_rate, trained.model)

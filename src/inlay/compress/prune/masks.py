@@ -61,7 +61,7 @@ def mask_weights(
     layers = find_layers(masked)
     before = count_nonzero(layers.values())
     known = (
-        load_examples(trained, data, examples, trained.seed, group=trained.group_for(data))
+        load_examples(trained, data, examples, trained.seed, training=trained.training)
         if criterion == "wanda" and data
         else None
     )

@@ -87,7 +87,7 @@ def prune(
     trained = model if isinstance(model, TrainedModel) else load_trained(model)
     groups = find_groups(trained.model, kinds)
     needs: set[Need] = set(row.needs) | ({"activations"} if compensate else set())
-    known = load_examples(trained, data, examples, trained.seed, group=trained.group_for(data)) if needs else None
+    known = load_examples(trained, data, examples, trained.seed, training=trained.training) if needs else None
     inputs = inputs_of_one(trained.task.random_inputs(trained.model, trained.processor))
     counter = Counter(trained.model, inputs)
     before: dict[str, float] = {"macs": counter.count({}), "params": counter.count({}, "params")}

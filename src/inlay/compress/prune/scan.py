@@ -117,7 +117,7 @@ def scan_sensitivity(
     needs: set[Need] = set(find_criterion(criterion).needs) | ({"activations"} if compensate else set())
     trained = model if isinstance(model, TrainedModel) else load_trained(model)
     groups = find_groups(trained.model, kinds)
-    known = load_examples(trained, data, examples, trained.seed, group=trained.group_for(data))
+    known = load_examples(trained, data, examples, trained.seed, training=trained.training)
     evidence = observe(trained.model, groups, known.batches, known.loss, needs)
     scores = score_units(criterion, trained.model, groups, evidence, torch.Generator().manual_seed(seed))
     dense = trained.score(data, limit=limit, resamples=1)

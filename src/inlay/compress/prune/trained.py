@@ -16,13 +16,14 @@ class TrainedModel(Source):
     """A model without an adapter in it, all its weights frozen, and what its task needs of it."""
 
     @property
+    def training(self) -> Training:
+        """What is known of its training: the seed, and what it held out."""
+        return Training.from_metrics(self.metrics)
+
+    @property
     def seed(self) -> int:
         """By which its training held out a part of data without a split; 0 where that is not known."""
-        return Training.from_metrics(self.metrics).seed
-
-    def group_for(self, data: str) -> str | None:
-        """What kept examples of this data together in its training; None where that is not known."""
-        return Training.from_metrics(self.metrics).group_for(data)
+        return self.training.seed
 
     def score(
         self, data: str, *, limit: int | None = None, split: Split | None = None, resamples: int = 100
@@ -38,7 +39,8 @@ class TrainedModel(Source):
         Raises:
             InlayError: Data of other labels, or none of this task.
         """
-        training = Training(data, {"seed": self.seed, "group": self.group_for(data)})
+        used = self.training.used(data)
+        training = replace(self.training if used else Training(settings={"seed": self.seed}), dataset=data)
         request = Request(split=split, limit=limit, compare=False, resamples=resamples, training=training)
         return self.task.evaluate(self, data, request)
 

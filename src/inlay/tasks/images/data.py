@@ -15,6 +15,7 @@ import numpy as np
 from inlay.errors import BadInput, DamagedFile
 from inlay.tasks.classification import LabelledRows, choose_labelled_rows, warn_of_overlaps
 from inlay.tasks.evaluation import Split, Training, check_labels, name_groups
+from inlay.tasks.folds import FOLDS, Fold
 from inlay.tasks.groups import find_groups, relative_paths
 from inlay.tasks.image_decoding import SUFFIXES, explain_unreadable
 from inlay.tasks.images.checked import check_images
@@ -58,7 +59,8 @@ def load_images(
     *,
     revision: str | None = None,
     seed: int = 0,
-    validation: float = 0.2,
+    validation: float = 1 / FOLDS,
+    fold: int | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
     corrupt: Literal["refuse", "skip"] = "refuse",
@@ -78,6 +80,7 @@ def load_images(
         seed: Chooses the images to hold out where the data does not; alike on every machine.
         validation: Share of each class to hold out, between 0 and 1; equal images stay on one side. Data with a
             validation split keeps it: the first of validation, val, valid and dev that has labels.
+        fold: Which part of `validation` is held out, from 0; all parts together are the data. None: the first.
         image_column: Column of the images, where it cannot be told.
         label_column: Column of the labels, where it cannot be told.
         corrupt: `skip` leaves out images that cannot be read, with a warning that names them.
@@ -90,10 +93,9 @@ def load_images(
         InlayError: The data cannot be found or read, or its images, labels and splits make no task.
     """
     name = os.fspath(name)
-    if not 0 < validation < 1 or corrupt not in ("refuse", "skip"):
-        raise BadInput(
-            f"validation must be a share between 0 and 1, and corrupt refuse or skip, got {validation} and {corrupt!r}."
-        )
+    part = Fold(validation, fold)
+    if corrupt not in ("refuse", "skip"):
+        raise BadInput(f"corrupt must be refuse or skip, got {corrupt!r}.")
     path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for an unknown user
     sources = _read_splits(name, path, revision)
     first = "train" if "train" in sources else next(iter(sources))
@@ -120,10 +122,10 @@ def load_images(
     warn_of_overlaps(made, "image")
     test_split: Split = "test" if "test" in parts or not test else "validation"
 
-    def hold_out(rows: LabelledRows, first: bool) -> tuple[LabelledRows, LabelledRows]:
-        return rows.hold_out(labels, validation, seed, "image", first=first)
+    def hold_out(rows: LabelledRows, part: Fold, first: bool) -> tuple[LabelledRows, LabelledRows]:
+        return rows.hold_out(labels, part, seed, "image", first=first)
 
-    complete_parts(made, test, hold_out, name, name_groups(group) if group else "image")
+    complete_parts(made, test, part, hold_out, name, name_groups(group) if group else "image")
     tested = made["test"].rows if test else None
     return ImageData(name, made["train"].rows, made["validation"].rows, tuple(labels), tested, test_split)
 

@@ -65,7 +65,7 @@ class ImageTask(StreamOptions):
             )
             train = replace(data.train, prepare=PreparedImage(processor, self.augment, **how))
         else:
-            data = load_images(self.dataset, seed=seed, corrupt=self.corrupt, group=self.group, test=test)
+            data = load_images(self.dataset, seed=seed, corrupt=self.corrupt, test=test, **self.split)
             train = ImageView(data.train, processor, self.augment, **how)
         validation = ImageView(data.validation, processor)
         return TaskData(

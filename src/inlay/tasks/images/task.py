@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from inlay.tasks.adapter import Adapter
-    from inlay.tasks.evaluation import Evaluation, Request
+    from inlay.tasks.evaluation import Evaluation, Request, Training
     from inlay.tasks.options import TaskOptions
     from inlay.tasks.serving import Answering
     from inlay.train.losses import Loss
@@ -97,9 +97,9 @@ class ImageClassification(Task):
         data: str,
         count: int,
         seed: int,
+        training: Training,
         *,
         held_out: bool = False,
-        group: str | None = None,
     ) -> LabelledBatches:
         """The classes take turns; numbers of labels are those of the adapter."""
         import torch
@@ -111,7 +111,7 @@ class ImageClassification(Task):
         from inlay.tasks.sampling import by_turns
         from inlay.train.losses import ModelLoss
 
-        images = load_images(data, seed=seed, group=group)
+        images = load_images(data, **training.split_options(data))
         numbers = torch.tensor(number_labels(data, images.labels, adapter))
         rows = images.validation if held_out else images.train
         view = ImageView(rows.select(by_turns(rows["label"][:], seed)[:count]), adapter.processor)

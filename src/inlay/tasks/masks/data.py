@@ -15,6 +15,7 @@ from PIL import Image
 
 from inlay.errors import BadInput, DamagedFile, InlayError
 from inlay.tasks.evaluation import Split, Training, choose_split, is_cut, name_groups, split_note
+from inlay.tasks.folds import FOLDS, Fold
 from inlay.tasks.groups import group_files, hold_out_groups, list_groups, relative_paths, warn_of_shared_groups
 from inlay.tasks.image_decoding import SUFFIXES, explain_unreadable
 from inlay.tasks.images.checked import Checked, check_images
@@ -74,7 +75,8 @@ def load_masks(
     name: str | os.PathLike[str],
     *,
     seed: int = 0,
-    validation: float = 0.2,
+    validation: float = 1 / FOLDS,
+    fold: int | None = None,
     meaning: Meaning = "instances",
     limit: int | None = None,
     group: str | None = None,
@@ -87,6 +89,7 @@ def load_masks(
             val/ that hold them. Labels are PNG or TIFF maps of 8 or 16 bits, one channel: 0 = background.
         seed: Chooses the images to hold out where the data does not.
         validation: Share to hold out, between 0 and 1.
+        fold: Which part of `validation` is held out, from 0; all parts together are the data. None: the first.
         meaning: What a number in a map is.
         limit: Take so many images for training at most, and a quarter of that for validation.
         group: Keep together what this regular expression finds in the paths of images, from the data's folder on: the
@@ -99,11 +102,9 @@ def load_masks(
             another size, with colours or without any object (all named).
     """
     name = os.fspath(name)
-    if not 0 < validation < 1 or meaning not in ("instances", "classes") or (limit is not None and limit < 1):
-        raise BadInput(
-            "validation must be between 0 and 1, meaning instances or classes, and limit at least 1, got "
-            f"{validation}, {meaning!r} and {limit}."
-        )
+    part = Fold(validation, fold)
+    if meaning not in ("instances", "classes") or (limit is not None and limit < 1):
+        raise BadInput(f"meaning must be instances or classes, and limit at least 1, got {meaning!r} and {limit}.")
     parts = _read_splits(name, ("train", "validation", "test") if test else ("train", "validation"), group)
     warn_of_shared_groups({split: list_groups([row for row, _ in found]) for split, found in parts.items()}, "image")
     for split, found in parts.items():
@@ -111,10 +112,10 @@ def load_masks(
             warn_of_overlap(_list_contents(parts["train"]), _list_contents(found), split, "image")
     test_split: Split = "test" if "test" in parts or not test else "validation"
 
-    def hold_out(rows: list[Distinct], first: bool) -> tuple[list[Distinct], list[Distinct]]:
-        return _hold_out(rows, validation, seed, name, first=first)
+    def hold_out(rows: list[Distinct], part: Fold, first: bool) -> tuple[list[Distinct], list[Distinct]]:
+        return _hold_out(rows, part, seed, name, first=first)
 
-    complete_parts(parts, test, hold_out, name, name_groups(group) if group else "image")
+    complete_parts(parts, test, part, hold_out, name, name_groups(group) if group else "image")
     made = {split: tuple(row for row, _ in found) for split, found in parts.items()}
     train, held = made["train"], made["validation"]
     if limit is not None:
@@ -147,7 +148,7 @@ def load_masks_to_score(
     wanted = own if chosen == "all" else ("train",) if cut else (chosen,)
     parts = _read_splits(name, wanted, training.group_for(name))
     if cut:
-        train, held = _hold_out(parts["train"], 0.2, training.seed, name)
+        train, held = _hold_out(parts["train"], training.fold_for(name), training.seed, name)
         found = train if chosen == "train" else held
     else:
         found = [pair for part in wanted for pair in parts[part]]
@@ -209,22 +210,22 @@ def _list_contents(rows: list[Distinct]) -> list[str]:
 
 
 def _hold_out(
-    rows: list[Distinct], share: float, seed: int, name: str, *, first: bool = True
+    rows: list[Distinct], fold: Fold, seed: int, name: str, *, first: bool = True
 ) -> tuple[list[Distinct], list[Distinct]]:
     """Images to train on and images held out; equal ones stay on one side, unless, the first time, all are equal."""
     if len(rows) == 1:
         raise BadInput(f"{name!r} has one image, so none can be held out; add some.")
     groups, contents = list_groups([row for row, _ in rows]), _list_contents(rows)
     held = (
-        {*hold_out_unlabelled(share, seed, contents)}
+        {*hold_out_unlabelled(fold, seed, contents, "image")}
         if groups is None
-        else {*hold_out_groups(groups, contents, share, seed, "image", warn=first)}
+        else {*hold_out_groups(groups, contents, fold, seed, "image", warn=first)}
     )
     if not held and not first:
         raise BadInput(f"all images of {name!r} that are left are equal; add others.")
     if not held:
         logger.warning("all images of %r are equal, so training and validation share them.", name)
-        held = set(hold_out_unlabelled(share, seed, range(len(rows))))
+        held = set(hold_out_unlabelled(fold, seed, range(len(rows)), "image"))
     parts: dict[bool, list[Distinct]] = {True: [], False: []}
     for i, row in enumerate(rows):
         parts[i in held].append(row)

@@ -39,7 +39,7 @@ class MaskTask(TaskOptions):
         set_seed(seed)
         with self.offering_embedded_base():
             processor = choose_intensity(load_processor(self.model), self.intensity)
-        data = load_masks(self.dataset, seed=seed, meaning=self.meaning, group=self.group, test=test)
+        data = load_masks(self.dataset, seed=seed, meaning=self.meaning, test=test, **self.split)
         box = self._scoring_view(data, processor, "box")
         return TaskData(
             data,

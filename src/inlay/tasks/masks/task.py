@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from inlay.tasks.adapter import Adapter
-    from inlay.tasks.evaluation import Evaluation, Request
+    from inlay.tasks.evaluation import Evaluation, Request, Training
     from inlay.tasks.options import TaskOptions
     from inlay.tasks.serving import Answering
     from inlay.train.losses import Loss
@@ -118,9 +118,9 @@ class MaskGeneration(Task):
         data: str,
         count: int,
         seed: int,
+        training: Training,
         *,
         held_out: bool = False,
-        group: str | None = None,
     ) -> LabelledBatches:
         """Up to 8 objects of an image, asked for by points, boxes or both."""
         import numpy as np
@@ -129,7 +129,7 @@ class MaskGeneration(Task):
         from inlay.tasks.masks.loss import MaskLoss
         from inlay.tasks.masks.view import MaskView, collate_masks
 
-        masks = load_masks(data, seed=seed, group=group)
+        masks = load_masks(data, **training.split_options(data))
         rows = masks.validation if held_out else masks.train
         order = np.random.default_rng(seed).permutation(len(rows))[:count]
         view = MaskView([rows[i] for i in order.tolist()], adapter.processor, seed=seed)

@@ -13,6 +13,7 @@ import datasets
 from inlay.errors import BadInput
 from inlay.tasks.classification import LabelledRows, choose_labelled_rows, warn_of_overlaps
 from inlay.tasks.evaluation import Split, Training, check_labels, name_groups
+from inlay.tasks.folds import FOLDS, Fold
 from inlay.tasks.groups import read_groups
 from inlay.tasks.sampling import complete_parts, normalise_label, sort_labels
 from inlay.tasks.tables import SPLITS, Table, find_column, hub_splits, list_first, read_table
@@ -61,7 +62,8 @@ def load_sequences(
     *,
     revision: str | None = None,
     seed: int = 0,
-    validation: float = 0.2,
+    validation: float = 1 / FOLDS,
+    fold: int | None = None,
     text_column: str | None = None,
     pair_column: str | None = None,
     label_column: str | None = None,
@@ -82,6 +84,7 @@ def load_sequences(
         seed: Chooses the texts to hold out where the data has no split validation, val, valid or dev.
         validation: Share of each class to hold out, between 0 and 1. Equal texts stay on one side, and what stands with
             several labels stays in training.
+        fold: Which part of `validation` is held out, from 0; all parts together are the data. None: the first.
         text_column: Column of the texts, where it cannot be told.
         pair_column: Column of the second texts; without it, but with text_column, there are none.
         label_column: Column of the labels, where it cannot be told.
@@ -95,8 +98,7 @@ def load_sequences(
             than two classes, or a class stands in validation only.
     """
     name = os.fspath(name)
-    if not 0 < validation < 1:
-        raise BadInput(f"validation must be between 0 and 1, got {validation}.")
+    part = Fold(validation, fold)
     if pair_column and not text_column:
         raise BadInput("pair_column needs text_column too; pass both.")
     tables = _read_tables(name, revision)
@@ -110,10 +112,10 @@ def load_sequences(
     warn_of_overlaps(parts, "text")
     test_split: Split = "test" if "test" in parts or not test else "validation"
 
-    def hold_out(found: LabelledRows, first: bool) -> tuple[LabelledRows, LabelledRows]:
-        return found.hold_out(labels, validation, seed, "text", first=first, refuse_equal=True)
+    def hold_out(found: LabelledRows, part: Fold, first: bool) -> tuple[LabelledRows, LabelledRows]:
+        return found.hold_out(labels, part, seed, "text", first=first, refuse_equal=True)
 
-    complete_parts(parts, test, hold_out, name, name_groups(group) if group else "text")
+    complete_parts(parts, test, part, hold_out, name, name_groups(group) if group else "text")
     made = {split: found.rows for split, found in parts.items()}
     return SequenceData(name, made["train"], made["validation"], tuple(labels), made.get("test"), test_split)
 

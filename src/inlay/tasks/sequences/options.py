@@ -54,7 +54,7 @@ class SequenceTask(StreamOptions):
                 self.dataset, seed=seed, group=self.group, classes=self.classes, buffer=self.shuffle_buffer
             )
         else:
-            data = load_sequences(self.dataset, seed=seed, group=self.group, test=test)
+            data = load_sequences(self.dataset, seed=seed, test=test, **self.split)
         with self.offering_embedded_base():
             tokenizer = load_tokenizer(self.model)
         processor = SequenceProcessor(tokenizer, max_length=self.max_length)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from inlay.tasks.adapter import Adapter
-    from inlay.tasks.evaluation import Evaluation, Request
+    from inlay.tasks.evaluation import Evaluation, Request, Training
     from inlay.tasks.options import TaskOptions
     from inlay.tasks.serving import Answering
     from inlay.train.losses import Loss
@@ -139,9 +139,9 @@ class SequenceClassification(Task):
         data: str,
         count: int,
         seed: int,
+        training: Training,
         *,
         held_out: bool = False,
-        group: str | None = None,
     ) -> LabelledBatches:
         """The classes take turns; numbers of labels are those of the adapter."""
         from inlay.tasks.classification import number_labels
@@ -150,7 +150,7 @@ class SequenceClassification(Task):
         from inlay.tasks.sequences.loss import SequenceLoss
         from inlay.tasks.sequences.view import SequenceView
 
-        found = load_sequences(data, seed=seed, group=group)
+        found = load_sequences(data, **training.split_options(data))
         numbers = number_labels(data, found.labels, adapter)
         split = found.validation if held_out else found.train
         rows = split.select(by_turns(split["label"][:], seed)[:count])

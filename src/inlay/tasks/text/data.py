@@ -13,6 +13,7 @@ import datasets
 
 from inlay.errors import BadInput
 from inlay.tasks.evaluation import Split, Training, choose_split, name_groups, split_note
+from inlay.tasks.folds import PROMPT_FOLDS, Fold
 from inlay.tasks.groups import hold_out_groups, list_groups, read_groups, warn_of_shared_groups
 from inlay.tasks.sampling import complete_parts
 from inlay.tasks.tables import KINDS, SPLITS, Table, find_column, hub_splits, kind_of, list_first, read_table
@@ -119,7 +120,8 @@ def load_texts(
     *,
     revision: str | None = None,
     seed: int = 0,
-    validation: float = 0.1,
+    validation: float = 1 / PROMPT_FOLDS,
+    fold: int | None = None,
     prompt_column: str | None = None,
     completion_column: str | None = None,
     group: str | None = None,
@@ -149,6 +151,8 @@ def load_texts(
         seed: Chooses the prompts to hold out where the data has no split validation, val, valid or dev.
         validation: Share to hold out, between 0 and 1: of the distinct prompts, each with all its completions; of
             running text the last part, from a paragraph on.
+        fold: Which part of `validation` is held out, from 0; all parts together are the data. Running text has none,
+            but by `group`. None: the first.
         prompt_column: Column of the prompts, where it cannot be told.
         completion_column: Column of the completions, where it cannot be told; without prompt_column it holds
             chat messages or running text.
@@ -162,8 +166,7 @@ def load_texts(
             there is nothing to hold out.
     """
     name = os.fspath(name)
-    if not 0 < validation < 1:
-        raise BadInput(f"validation must be a share between 0 and 1, got {validation}.")
+    part = Fold(validation, fold)
     if prompt_column and not completion_column:
         raise BadInput("prompt_column needs completion_column; pass both.")
     splits, plain = _read_splits(name, revision, prompt_column, completion_column, group)
@@ -173,10 +176,10 @@ def load_texts(
             _warn_of_overlap(splits["train"], splits[split], split)
     test_split: Split = "test" if "test" in splits or not test else "validation"
 
-    def hold_out(rows: list[Row], first: bool) -> tuple[list[Row], list[Row]]:
-        return _hold_out(rows, plain, validation, seed, name, first=first)
+    def hold_out(rows: list[Row], part: Fold, first: bool) -> tuple[list[Row], list[Row]]:
+        return _hold_out(rows, plain, part, seed, name, first=first)
 
-    complete_parts(splits, test, hold_out, name, name_groups(group) if group else "text" if plain else "prompt")
+    complete_parts(splits, test, part, hold_out, name, name_groups(group) if group else "text" if plain else "prompt")
     made = {split: make_dataset(rows) for split, rows in splits.items()}
     return TextData(name, made["train"], made["validation"], made.get("test"), plain, test_split)
 
@@ -203,7 +206,8 @@ def load_texts_to_score(
     own = [each for each in ("train", "validation", "test") if each in splits]
     chosen = choose_split(name, split, own, "test" if "test" in splits else "validation", training)
     if "validation" not in splits and chosen in ("train", "validation"):
-        splits["train"], splits["validation"] = _hold_out(splits["train"], plain, 0.1, training.seed, name)
+        fold = training.fold_for(name, 1 / PROMPT_FOLDS)
+        splits["train"], splits["validation"] = _hold_out(splits["train"], plain, fold, training.seed, name)
     rows = [row for each in splits.values() for row in each] if chosen == "all" else splits[chosen]
     return chosen, make_dataset(rows), plain, split_note(name, chosen, own, training)
 
@@ -580,18 +584,25 @@ def _contents(messages: Sequence[Message]) -> list[str]:
 
 
 def _hold_out(
-    rows: list[Row], plain: bool, share: float, seed: int, name: str, *, first: bool = True
+    rows: list[Row], plain: bool, fold: Fold, seed: int, name: str, *, first: bool = True
 ) -> tuple[list[Row], list[Row]]:
     """Training and validation: of prompts some, of running text the end, and of groups some."""
     groups = list_groups(rows)
     if groups is not None:
         contents = [make_key(row.prompt) or row.completion for row in rows]
-        held = {*hold_out_groups(groups, contents, share, seed, "text" if plain else "prompt", warn=first)}
+        held = {*hold_out_groups(groups, contents, fold, seed, "text" if plain else "prompt", warn=first)}
         return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
-    return _hold_out_end(rows, share, name) if plain else _hold_out_prompts(rows, share, seed, name)
+    if not plain:
+        return _hold_out_prompts(rows, fold, seed, name)
+    if fold.number is not None:
+        raise BadInput(
+            f"{name!r} is running text, of which the end is held out, so it has no folds; leave fold out, or name the "
+            "column of what belongs together (group)."
+        )
+    return _hold_out_end(rows, fold.share, name)
 
 
-def _hold_out_prompts(rows: list[Row], share: float, seed: int, name: str) -> tuple[list[Row], list[Row]]:
+def _hold_out_prompts(rows: list[Row], fold: Fold, seed: int, name: str) -> tuple[list[Row], list[Row]]:
     """Training and validation without a prompt in both; by rank of a hash, alike on every machine."""
     keys = [make_key(row.prompt) for row in rows]
     prompts = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
@@ -599,7 +610,8 @@ def _hold_out_prompts(rows: list[Row], share: float, seed: int, name: str) -> tu
         raise BadInput(
             f"all {len(rows)} rows of {name!r} have one prompt, so none can be held out; add a validation file."
         )
-    held = set(prompts[: min(max(1, round(len(prompts) * share)), len(prompts) - 1)])
+    fold.check_count(len(prompts), "prompt")
+    held = set(fold.take(prompts))
     parts: tuple[list[Row], list[Row]] = ([], [])
     for key, row in zip(keys, rows, strict=True):
         parts[key in held].append(row)

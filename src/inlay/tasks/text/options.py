@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from inlay.errors import BadInput, Unsupported
 from inlay.options import option
+from inlay.tasks.folds import PROMPT_FOLDS
 from inlay.tasks.options import Parts, Report, StreamOptions, TaskData, describe_run
 from inlay.tasks.text.vocabulary import check_vocabulary, vocabulary_of
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 class TextTask(StreamOptions):
     """The language model: its base, its texts, and how they become examples."""
 
+    default_folds: ClassVar[int] = PROMPT_FOLDS
     model: str = option("builtin:gpt2-tiny", "Embedded base, local folder or Hub id.")
     dataset: str = option(
         "builtin:restaurants", "Embedded data, .csv, .jsonl, .parquet or .txt file, folder of them, shards, or Hub id."
@@ -62,7 +64,7 @@ class TextTask(StreamOptions):
         if streamed:
             data: TextData = load_text_stream(self.dataset, seed=seed, group=self.group, buffer=self.shuffle_buffer)
         else:
-            data = load_texts(self.dataset, seed=seed, group=self.group, test=test)
+            data = load_texts(self.dataset, seed=seed, test=test, **self.split)
         if virtual_tokens > tokenizer.model_max_length // 2:
             raise BadInput(
                 f"a prompt may take half of the base's {tokenizer.model_max_length} positions, got a length of "

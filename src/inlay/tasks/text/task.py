@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from inlay.tasks.adapter import Adapter
-    from inlay.tasks.evaluation import Evaluation, Request
+    from inlay.tasks.evaluation import Evaluation, Request, Training
     from inlay.tasks.options import TaskOptions
     from inlay.tasks.serving import Answering
     from inlay.train.losses import Loss
@@ -119,9 +119,9 @@ class TextGeneration(Task):
         data: str,
         count: int,
         seed: int,
+        training: Training,
         *,
         held_out: bool = False,
-        group: str | None = None,
     ) -> LabelledBatches:
         """Of running text, blocks of half of what the base reads, which leaves room for a learned prompt."""
         import numpy as np
@@ -132,7 +132,7 @@ class TextGeneration(Task):
         from inlay.tasks.text.processor import TextProcessor
         from inlay.tasks.text.view import TextView
 
-        texts, processor = load_texts(data, seed=seed, group=group), adapter.processor
+        texts, processor = load_texts(data, **training.split_options(data)), adapter.processor
         rows = texts.validation if held_out else texts.train
         if texts.plain:
             half = TextProcessor(processor.tokenizer, separator="", max_length=processor.max_length // 2)

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from inlay.errors import BadInput, DamagedFile
 from inlay.tasks.evaluation import Split, Training, choose_split, is_cut, split_note
+from inlay.tasks.folds import FOLDS, Fold
 from inlay.tasks.image_decoding import SUFFIXES
 from inlay.tasks.images.checked import check_images
 from inlay.tasks.images.data import VALIDATION
@@ -68,7 +69,7 @@ class CaptionedData:
 
 
 def load_captioned(
-    name: str, prompt: str | None = None, *, seed: int = 0, validation: float = 0.2, test: bool = False
+    name: str, prompt: str | None = None, *, seed: int = 0, validation: float = 1 / FOLDS, test: bool = False
 ) -> CaptionedData:
     """Images with prompts for training; each is read once, to find what is wrong.
 
@@ -86,8 +87,7 @@ def load_captioned(
         InlayError: No such data, no images, images without a prompt, or files that cannot be read (all named); too few
             for three parts.
     """
-    if not 0 < validation < 1:
-        raise BadInput(f"validation must be between 0 and 1, got {validation}.")
+    fold = Fold(validation)
     parts = _read_splits(name, ("train", "validation", "test") if test else ("train", "validation"), prompt)
     contents = {split: [content for _, content in found] for split, found in parts.items()}
     for split, found in contents.items():
@@ -95,15 +95,15 @@ def load_captioned(
             warn_of_overlap(contents["train"], found, split, "image")
     test_split: Split = "test" if "test" in parts or not test else "validation"
 
-    def hold_out(rows: list[Distinct], first: bool) -> tuple[list[Distinct], list[Distinct]]:
+    def hold_out(rows: list[Distinct], fold: Fold, first: bool) -> tuple[list[Distinct], list[Distinct]]:
         if test and len(rows) < HELD_OUT_FROM:
             raise BadInput(
                 f"{len(rows)} images of {name!r} are too few different images for three parts (to train on, to choose "
                 "by, to test); add some, or give it a validation or test split of its own."
             )
-        return _hold_out(rows, validation, seed)
+        return _hold_out(rows, fold, seed)
 
-    complete_parts(parts, test, hold_out, name, "image")
+    complete_parts(parts, test, fold, hold_out, name, "image")
     made = {split: tuple(row for row, _ in found) for split, found in parts.items()}
     return CaptionedData(name, made["train"], made["validation"], made.get("test"), test_split)
 
@@ -135,7 +135,7 @@ def load_captioned_to_score(
     parts = _read_splits(name, wanted, prompt)
     found = [pair for part in wanted for pair in parts[part]]
     if cut:
-        train, held = _hold_out(found, 0.2, training.seed)
+        train, held = _hold_out(found, Fold(), training.seed)
         if not held and split == "validation":
             raise BadInput(f"nothing is held out of the {len(found)} images of {name!r}; leave split out.")
         if held:
@@ -249,11 +249,11 @@ def _read_captions(folder: Path) -> dict[str, str]:
     return captions
 
 
-def _hold_out(rows: list[Distinct], share: float, seed: int) -> tuple[list[Distinct], list[Distinct]]:
+def _hold_out(rows: list[Distinct], fold: Fold, seed: int) -> tuple[list[Distinct], list[Distinct]]:
     """Images to train on and images held out, where equal ones stay on one side; none of a few of a subject."""
     if len(rows) < HELD_OUT_FROM:
         return rows, []
-    held = {*hold_out_unlabelled(share, seed, [content for _, content in rows])}
+    held = {*hold_out_unlabelled(fold, seed, [content for _, content in rows], "image")}
     parts: dict[bool, list[Distinct]] = {True: [], False: []}
     for i, row in enumerate(rows):
         parts[i in held].append(row)

@@ -53,6 +53,8 @@ class TextToImageTask(TaskOptions):
         super().__post_init__()
         if self.group is not None:
             raise BadInput("images of a subject are one group; leave group out.")
+        if self.fold is not None:
+            raise BadInput("images of a subject are too few for folds; leave fold out.")
         if self.attention is not None:
             raise BadInput("diffusers chooses the attention of a denoiser by itself; leave attention out.")
         for name in ("prompt", "class_prompt"):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from inlay.tasks.adapter import Adapter
-    from inlay.tasks.evaluation import Evaluation, Request
+    from inlay.tasks.evaluation import Evaluation, Request, Training
     from inlay.tasks.options import TaskOptions
     from inlay.train.losses import Loss
 
@@ -130,9 +130,9 @@ class TextToImage(Task):
         data: str,
         count: int,
         seed: int,
+        training: Training,
         *,
         held_out: bool = False,
-        group: str | None = None,
     ) -> LabelledBatches:
         """Images with prompts, at fixed noise."""
         from torch.utils.data import default_collate
@@ -141,7 +141,7 @@ class TextToImage(Task):
         from inlay.tasks.text_to_image.loss import DenoisingLoss
         from inlay.tasks.text_to_image.view import PromptView
 
-        found = load_captioned(data, seed=seed)
+        found = load_captioned(data, seed=training.seed)
         rows = (found.validation if held_out else found.train)[:count]
         config = adapter.model.config
         view = PromptView(rows, adapter.processor, seed=seed, levels=config.train_timesteps)

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from inlay.errors import InlayError
+from inlay.tasks.folds import Fold
 from inlay.tasks.tables import list_first
 from inlay.tasks.volumes.data import (
     Case,
@@ -145,7 +146,7 @@ def audit(name: str) -> Audit:
         report.findings.append(Finding("error", name, str(error)))
     try:
         if found.train and not found.validation:
-            hold_out_cases(found.train, 0.5, 0, name)
+            hold_out_cases(found.train, Fold(0.5), 0, name)
     except InlayError as error:
         report.findings.append(Finding("error", name, str(error)))
     report.classes = {label: sum(v in one.values for one in seen) for v, label in names.items()}

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 from inlay.errors import BadInput, DamagedFile
-from inlay.tasks.evaluation import FOLDS, Split, Training, choose_split, name_groups, split_note
+from inlay.tasks.evaluation import Split, Training, choose_split, name_groups, split_note
+from inlay.tasks.folds import FOLDS, Fold
 from inlay.tasks.groups import group_files, hold_out_groups, list_groups, relative_paths, warn_of_shared_groups
 from inlay.tasks.sampling import complete_parts
 from inlay.tasks.tables import list_first
@@ -156,10 +157,9 @@ def load_volumes(
         InlayError: No such data, images or label maps without a partner, fewer than two cases, no classes.
     """
     name = os.fspath(name)
-    if not 0 < validation < 1 or modality not in (None, "mr", "ct", "other"):
-        raise BadInput(
-            f"validation must be between 0 and 1, and modality mr, ct or other, got {validation} and {modality!r}."
-        )
+    part = Fold(validation, fold)
+    if modality not in (None, "mr", "ct", "other"):
+        raise BadInput(f"modality must be mr, ct or other, got {modality!r}.")
     found = _group_cases(find_cases(name), group, name, test=test)
     _refuse_faults(name, found.faults)
     named = _name_present_classes(found, [*found.train, *found.validation], name)
@@ -178,14 +178,12 @@ def load_volumes(
     parts = {part: _with_values(cases, named, found) for part, cases in own.items() if cases}
     _warn_of_affines([case for cases in parts.values() for case in cases])
     warn_of_shared_groups({part: list_groups(cases) for part, cases in parts.items()}, "scan")
-    if fold is not None and "validation" in parts:
-        raise BadInput(f"{name!r} has validation scans of its own, so it has no folds; leave fold out.")
     test_split: Split = "test" if "test" in parts or not test else "validation"
 
-    def hold_out(cases: list[Case], first: bool) -> tuple[list[Case], list[Case]]:
-        return hold_out_cases(cases, validation, seed, name, (fold or 0) if first else 0)
+    def hold_out(cases: list[Case], part: Fold, first: bool) -> tuple[list[Case], list[Case]]:
+        return hold_out_cases(cases, part, seed, name)
 
-    complete_parts(parts, test, hold_out, name, name_groups(group) if group else "scan")
+    complete_parts(parts, test, part, hold_out, name, name_groups(group) if group else "scan")
     tested = tuple(parts["test"]) if test else None
     modalities = {channel: modality or find_modality(channel, found.modality or "other") for channel in channels}
     modality = modality or found.modality or "other"
@@ -218,8 +216,8 @@ def load_volumes_to_score(
     chosen = choose_split(name, split, own, "validation", training)
     _refuse_faults(name, found.test_faults if chosen == "test" else found.faults)
     if not found.validation and chosen in ("train", "validation"):
-        fold, folds = training.fold_for(name)
-        parts["train"], parts["validation"] = hold_out_cases(found.train, 1 / folds, training.seed, name, fold)
+        fold = training.fold_for(name)
+        parts["train"], parts["validation"] = hold_out_cases(found.train, fold, training.seed, name)
     everything = [*found.train, *found.validation]
     scored = parts.get(chosen, everything)
     named = _name_present_classes(found, scored if chosen == "test" else everything, name)
@@ -338,46 +336,25 @@ def name_classes(found: FoundCases, present: Iterable[int], name: str) -> dict[i
     return {value: f"class {value}" for value in values}
 
 
-def hold_out_cases(
-    cases: Sequence[Case], share: float, seed: int, name: str, fold: int = 0
-) -> tuple[list[Case], list[Case]]:
-    """What is left of training cases and the share that is held out, by rank of a hash of their names, or of groups.
+def hold_out_cases(cases: Sequence[Case], fold: Fold, seed: int, name: str) -> tuple[list[Case], list[Case]]:
+    """What is left of training cases and what is held out, by rank of a hash of their names, or by groups.
 
-    So a new case moves few others. Fold 0 is the first share of that order, fold 1 is held out of what fold 0 leaves,
-    and so on; the last fold is the rest. So folds are disjoint and hold every case.
+    So a new case moves few others.
 
     Raises:
-        InlayError: There is one case only, so that none can be held out; no such fold, or too few cases or groups.
+        InlayError: There is one case only, so that none can be held out; too few cases or groups for folds.
     """
-    if not fold:
-        return _hold_out_first(cases, share, seed, name)
-    folds, groups = round(1 / share), list_groups(cases)
-    if not 0 < fold < folds:
-        raise BadInput(f"fold must be from 0 to {folds - 1}, got {fold}.")
-    count, unit = (len(cases), "cases") if groups is None else (len({*groups}), "groups")
-    if count < folds:
-        raise BadInput(f"{name!r} has {count} {unit}, too few for {folds} folds; choose fewer folds.")
-    rest = list(cases)
-    for i in range(fold):
-        rest, _ = _hold_out_first(rest, 1 / (folds - i), seed, name)
-        if groups is not None and len({*(list_groups(rest) or ())}) < folds - i - 1:
-            raise BadInput(f"the groups of {name!r} are too unequal for {folds} folds; choose fewer folds.")
-    held = rest if fold == folds - 1 else _hold_out_first(rest, 1 / (folds - fold), seed, name)[1]
-    chosen = {case.name for case in held}
-    return [case for case in cases if case.name not in chosen], held
-
-
-def _hold_out_first(cases: Sequence[Case], share: float, seed: int, name: str) -> tuple[list[Case], list[Case]]:
-    """What is left of cases and their first share."""
     if len(cases) < 2:
         raise BadInput(f"{name!r} needs at least two cases, to hold one out, got {len(cases)}; add some.")
     groups, names = list_groups(cases), [case.name for case in cases]
     if groups is not None:
-        chosen = {*hold_out_groups(groups, names, share, seed, "scan")}
-        return [case for i, case in enumerate(cases) if i not in chosen], [cases[i] for i in sorted(chosen)]
-    ranked = sorted(cases, key=lambda case: hashlib.sha256(f"{seed}:{case.name}".encode()).digest())
-    held = {case.name for case in ranked[: min(max(1, round(len(cases) * share)), len(cases) - 1)]}
-    return [case for case in cases if case.name not in held], [case for case in cases if case.name in held]
+        chosen = {*hold_out_groups(groups, names, fold, seed, "scan")}
+    else:
+        fold.check_count(len(cases), "case")
+        digests = [hashlib.sha256(f"{seed}:{case.name}".encode()).digest() for case in cases]
+        chosen = {*fold.take(sorted(range(len(cases)), key=digests.__getitem__))}
+    left = [case for i, case in enumerate(cases) if i not in chosen]
+    return left, [case for i, case in enumerate(cases) if i in chosen]
 
 
 def _warn_of_affines(cases: Sequence[Case]) -> None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from inlay.errors import BadInput
 from inlay.options import option
-from inlay.tasks.evaluation import FOLDS
 from inlay.tasks.options import Report, TaskData, TaskOptions, describe_run
 
 if TYPE_CHECKING:
@@ -31,10 +30,6 @@ class VolumeTask(TaskOptions):
     spacing_mm: list[float] | None = option(
         None, "Resample scans to this spacing D, H, W; default: the median of the data.", above=0
     )
-    fold: int | None = option(
-        None, "Which fold of the training scans is held out, from 0; default: the first. Groups stay whole.", least=0
-    )
-    folds: int | None = option(None, "Number of folds; default: 5.", least=2)
     window: list[float] | None = option(
         None, "CT: low and high end of the intensities, in HU; default: what holds the classes of the training scans."
     )
@@ -46,10 +41,6 @@ class VolumeTask(TaskOptions):
         super().__post_init__()
         if self.attention is not None:
             raise BadInput("the 3D encoder computes its attention in windows, by code of its own; leave attention out.")
-        if self.folds is not None and self.fold is None:
-            raise BadInput(f"folds = {self.folds} needs fold, the one to hold out, from 0 to {self.folds - 1}.")
-        if self.fold is not None and self.fold >= (self.folds or FOLDS):
-            raise BadInput(f"fold must be from 0 to {(self.folds or FOLDS) - 1}, got {self.fold}.")
         if self.window is not None and (len(self.window) != 2 or not self.window[0] < self.window[1]):
             raise BadInput(f"window must be two numbers of HU, low and high, got {self.window}.")
         for name, sizes in (("crop", self.crop), ("spacing_mm", self.spacing_mm)):
@@ -67,8 +58,7 @@ class VolumeTask(TaskOptions):
         from inlay.tasks.volumes.view import VolumeView, collate_volumes
 
         set_seed(seed)
-        share = 1 / (self.folds or FOLDS)
-        data = load_volumes(self.dataset, seed=seed, validation=share, fold=self.fold, group=self.group, test=test)
+        data = load_volumes(self.dataset, seed=seed, test=test, **self.split)
         spacing = tuple(self.spacing_mm) if self.spacing_mm else "median"
         processor = VolumeProcessor.fitted(data, tuple(self.crop), spacing, self.flip, self.window)  # type: ignore[arg-type]
         crops = VolumeView(data.validation, processor, training=True, augment=False, flip=())

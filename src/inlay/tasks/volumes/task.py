@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from inlay.tasks.adapter import Adapter
-    from inlay.tasks.evaluation import Evaluation, Request
+    from inlay.tasks.evaluation import Evaluation, Request, Training
     from inlay.tasks.options import TaskOptions
     from inlay.tasks.serving import Answering
     from inlay.train.losses import Loss
@@ -114,9 +114,9 @@ class VolumeSegmentation(Task):
         data: str,
         count: int,
         seed: int,
+        training: Training,
         *,
         held_out: bool = False,
-        group: str | None = None,
     ) -> LabelledBatches:
         """A crop of each scan, without prompts."""
         import numpy as np
@@ -125,7 +125,7 @@ class VolumeSegmentation(Task):
         from inlay.tasks.volumes.view import VolumeView, collate_volumes
         from inlay.train.losses import ModelLoss
 
-        volumes = load_volumes(data, seed=seed, group=group)
+        volumes = load_volumes(data, **training.split_options(data))
         if list(volumes.labels) != adapter.labels:
             raise BadInput(
                 f"the data {data!r} has the classes {', '.join(volumes.labels)}, but the combination has "
