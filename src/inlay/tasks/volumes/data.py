@@ -376,7 +376,7 @@ def find_cases(name: str) -> FoundCases:
     if name.startswith("builtin:"):
         from inlay.builtin import atlas, bodies
 
-        sets: dict[str, tuple[Callable[[], Iterable[bodies.Body]], Sequence[str], Sequence[str]]] = {
+        sets: dict[str, tuple[Callable[[], Iterable[bodies.Body]], tuple[str, ...], tuple[str, ...]]] = {
             "builtin:volumes": (bodies.generate_bodies, bodies.LABELS, ()),
             "builtin:channels": (bodies.generate_pairs_of_channels, bodies.PAIR_LABELS, bodies.CHANNELS),
             "builtin:atlas": (atlas.generate_heads, atlas.LABELS, ()),
