@@ -1,4 +1,4 @@
-"""The verbs of `inlay` for scans: segment, audit."""
+"""The verbs of `inlay` for scans: segment, audit, score."""
 
 import json
 import sys
@@ -12,6 +12,9 @@ import typer
 from inlay.cli.models import find_channels, find_digest, load_ensemble
 from inlay.cli.show import AdapterArgument, BaseOption, DeviceOption, DtypeOption, JsonOption, printable
 from inlay.errors import BadInput
+from inlay.tasks.volumes.task import VolumeSegmentation
+
+SCORE_OPTIONS = VolumeSegmentation.score_options
 
 
 def segment(
@@ -261,6 +264,35 @@ def audit(
         raise typer.Exit(1)
 
 
+def score(
+    masks: Annotated[Path, typer.Argument(metavar="MASKS", help="Folder of masks, one a case, made by anything.")],
+    reference: Annotated[
+        str, typer.Argument(metavar="LABELS", help="Folder of label maps of the same names, or labelled scans.")
+    ],
+    tolerance_mm: Annotated[float, typer.Option(help=SCORE_OPTIONS["tolerance_mm"].help)] = 1.0,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one row a case and class.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help=SCORE_OPTIONS["plot"].help)] = None,
+    worst: Annotated[int | None, typer.Option(min=1, help=SCORE_OPTIONS["worst"].help)] = None,
+    worst_folder: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help=SCORE_OPTIONS["worst_folder"].help)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score masks against label maps without a model: all scores of `inlay evaluate`, with 95 % intervals."""
+    from inlay.files.outputs import check_output_file
+    from inlay.tasks.volumes.score_masks import score_masks
+
+    if csv is not None:
+        check_output_file(csv)
+    found = score_masks(masks, reference, tolerance_mm=tolerance_mm, plot=plot, worst=worst, worst_folder=worst_folder)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(map(printable, str(found).split("\n"))))
+    if csv is not None:
+        found.write_csv(csv)
+
+
 def _place(text: str, size: int) -> list[Any]:
     """Numbers, and a label behind them or none."""
     words = [word.strip() for word in text.split(",")]
@@ -289,4 +321,4 @@ def _list_findings(report: Any) -> None:
     print(report)
 
 
-VERBS: dict[str, Callable[..., None]] = {"segment": segment, "audit": audit}
+VERBS: dict[str, Callable[..., None]] = {"segment": segment, "audit": audit, "score": score}

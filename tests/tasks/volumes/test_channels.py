@@ -198,3 +198,14 @@ def test_neither_embedded_channel_tells_the_classes_by_itself():
     ]
     both = bright[0] == bright[1]
     assert both[case.label == 1].mean() > 0.8 and both[case.label == 2].mean() < 0.2
+
+
+def test_axes_of_channels_that_do_not_fit_are_those_of_their_files(tmp_path):
+    """Of a scan that is stored in another order than D, H, W too."""
+    turned = np.array([[0, 0, 1.0, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
+    for name, shape, affine in (("a", (4, 5, 6), turned), ("b", (4, 5, 7), turned), ("c", (4, 5, 6), np.eye(4))):
+        write_volume(tmp_path / f"{name}.nii.gz", np.ones(shape, np.float32), affine)
+    files = {name: tmp_path / f"{name}.nii.gz" for name in "abc"}
+    for second, words in (("b", r"shape 4x5x7 and not 4x5x6 \(X, Y, Z\)"), ("c", "an affine that moves a corner by")):
+        with pytest.raises(InlayError, match=rf"{second}.nii.gz', the channel channel_1 .*: it has {words}"):
+            read_image(Case("x", (files["a"], files[second])))

@@ -8,14 +8,18 @@ import nrrd
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from PIL import Image
 
-from inlay import InlayError, segment
+from inlay import InlayError, VolumeProcessor, segment
+from inlay.tasks import TASKS
+from inlay.tasks.evaluation import Request
 from inlay.tasks.volumes.audit import audit
 from inlay.tasks.volumes.data import find_scans, load_volumes
 from inlay.tasks.volumes.formats import SUFFIXES, case_name, read_header, read_volume, write_volume
 from inlay.tasks.volumes.nifti import find_affine_conflict
 from inlay.tasks.volumes.scan import read_image
 from places import SHARED
+from tasks.volumes.dicom_series import write_series
 from tasks.volumes.standin import adapter, blobs
 
 HIPPOCAMPUS = SHARED / "hippocampus_msd04" / "dev"
@@ -239,6 +243,52 @@ def test_a_folder_of_mixed_formats_is_trained_on_audited_and_found(tmp_path):
     assert report.cases == 5 and not report.errors
     assert [case.name for case in find_scans(tmp_path / "images")] == [f"case{i}" for i in range(5)]
     assert all(case_name(tmp_path / f"x{suffix}") == "x" for suffix in SUFFIXES)
+
+
+def write_labelled(folder, suffix, channels=1):
+    """A scan with its label map, of which the mask of the stand-in misses a part."""
+    array, affine = blobs((14, 12, 10)), affine_of("oblique")
+    label = (array > 200).astype(np.uint8) + 2 * (array < 0).astype(np.uint8)
+    label[:, :4] = 0
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True)
+    if suffix == "dicom":
+        write_series(folder / "imagesTr/case", array, affine)
+    for i in range(channels if suffix != "dicom" else 0):
+        name = f"case_{i:04}" if channels > 1 else "case"
+        write_volume(folder / f"imagesTr/{name}{suffix}", array[:, :, :: 1 - 2 * i].copy(), affine)
+    write_volume(folder / f"labelsTr/case{'.nrrd' if suffix == 'dicom' else suffix}", label, affine)
+    described = {"labels": {"background": 0, "bright": 1, "dark": 2}}
+    if channels > 1:
+        described["channel_names"] = {"0": "T1", "1": "T2"}
+    (folder / "dataset.json").write_text(json.dumps(described))
+    return folder
+
+
+def test_scores_rows_and_pictures_are_alike_in_every_format(tmp_path):
+    """Of DICOM and of an nnU-Net case of two channels too; the stand-in looks at the first channel only."""
+    made = {}
+    for name, suffix, channels in (
+        ("nifti", ".nii.gz", 1), ("nrrd", ".nrrd", 1), ("mha", ".mha", 1), ("mgz", ".mgz", 1), ("dicom", "dicom", 1),
+        ("channels", ".nii.gz", 2),
+    ):  # fmt: skip
+        data = write_labelled(tmp_path / name, suffix, channels)
+        segmenter = adapter()
+        if channels > 1:
+            segmenter.processor = VolumeProcessor(None, (16, 16, 16), channels=("T1", "T2"))
+        options = {"plot": data / "plot.png", "worst": 1, "worst_folder": data / "worst"}
+        found = TASKS["volume-segmentation"].evaluate(
+            segmenter, str(data), Request(compare=False, resamples=2, options=options)
+        )
+        csv_file = found.write_csv(data / "rows.csv").read_text()
+        [worst] = (data / "worst").iterdir()
+        made[name] = [np.asarray(Image.open(file)) for file in (worst, data / "plot.png")], csv_file
+        assert found.count == 1 and 0.2 < found.scores["dice"].value < 0.9 and worst.stem.endswith("_case")
+        assert found.scores["dice"].value == pytest.approx(float(worst.stem.split("_")[0]), abs=6e-4)
+    (picture, plot), rows = made["nifti"]
+    for (other, other_plot), other_rows in made.values():
+        assert [line.split(",")[:4] for line in other_rows.split()] == [line.split(",")[:4] for line in rows.split()]
+        assert np.abs(picture.astype(int) - other).mean() < 1 and np.abs(plot.astype(int) - other_plot).mean() < 1
 
 
 def test_a_library_that_is_missing_is_said(tmp_path, monkeypatch):

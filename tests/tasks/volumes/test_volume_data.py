@@ -571,3 +571,12 @@ def test_hippocampus():
     crops = [view[i] for i in range(12)]
     assert sum((c["labels"] > 0).any().item() for c in crops) >= 8
     assert time.process_time() - begun < 20
+
+
+def test_training_draws_scans_of_a_rare_class_more_often(tmp_path):
+    pairs(tmp_path, *(f"c{i}" for i in range(11)), values=(1,))
+    pairs(tmp_path, *(f"r{i}" for i in range(2)), values=(1, 2))
+    data = VolumeTask(dataset=str(tmp_path), crop=[4, 4, 4]).load(0)
+    rare = sum(case.name.startswith("r") for case in data.source.train)
+    assert data.train.weights == {2: pytest.approx((0.5 * len(data.source.train) / rare) ** 0.5)}
+    assert not data.validation.weights and len(data.train) == len(data.source.train)

@@ -162,7 +162,7 @@ def load_volumes(
         raise BadInput(f"modality must be mr, ct or other, got {modality!r}.")
     found = _group_cases(find_cases(name), group, name, test=test)
     _refuse_faults(name, found.faults)
-    named = _name_present_classes(found, [*found.train, *found.validation], name)
+    named = name_present_classes(found, [*found.train, *found.validation], name)
     names = tuple(named.values() if labels is None else labels)
     if len(names) != len(named) or not all(names) or len(set(names)) < len(names) or isinstance(labels, str):
         raise BadInput(f"labels must be {len(named)} different class names, got {labels!r}.")
@@ -220,7 +220,7 @@ def load_volumes_to_score(
         parts["train"], parts["validation"] = hold_out_cases(found.train, fold, training.seed, name)
     everything = [*found.train, *found.validation]
     scored = parts.get(chosen, everything)
-    named = _name_present_classes(found, scored if chosen == "test" else everything, name)
+    named = name_present_classes(found, scored if chosen == "test" else everything, name)
     _name_channels(found, scored, name)
     cases = _with_values(scored, named, found)
     _warn_of_affines(cases)
@@ -307,7 +307,7 @@ def find_modality(channel: str, otherwise: Modality = "other") -> Modality:
     return "ct" if words & {"CT", "CBCT"} else "mr" if mr & words else otherwise
 
 
-def _name_present_classes(found: FoundCases, cases: Sequence[Case], name: str) -> dict[int, str]:
+def name_present_classes(found: FoundCases, cases: Sequence[Case], name: str) -> dict[int, str]:
     """`name_classes`; label maps are read only where nothing else tells their values."""
     return name_classes(found, [] if found.labels else {0}.union(*_read_values(cases)), name)
 

@@ -1,6 +1,7 @@
 """A segmenter of scans scored on label maps: overlap, distance of surfaces and volumes, for each scan and class."""
 
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from inlay.files.outputs import check_output_folder
 from inlay.tasks.adapter import Adapter, check_task
-from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, check_labels, count_units, pick_evenly
+from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, Score, check_labels, count_units, pick_evenly
 from inlay.tasks.groups import list_groups
 from inlay.tasks.statistics import Indices, score_with_intervals
 from inlay.tasks.volumes.box_plot import draw_boxes
@@ -48,20 +49,57 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
     rows: list[dict[str, Any]] = []
     on_model_grid = []  # voxel counts, N K 3
     picked = [cases[i] for i in pick_evenly(len(cases), request.limit)]
-    tolerance_mm = request.options.get("tolerance_mm", TOLERANCE_MM)
-    plot = request.options.get("plot")
-    worst = _Worst(request.options.get("worst"), request.options.get("worst_folder"), labels)
-    if plot is not None:
-        check_output(plot, (".png",))
+    drawings = Drawings.from_options(request.options, labels)
     for case in picked:
-        found, of_case = _on_own_grid(adapter, case, labels, numbers, tolerance_mm)
+        found, of_case = _on_own_grid(adapter, case, labels, numbers, drawings.tolerance_mm)
         rows += of_case
-        worst.add(case, found, float(np.mean([row["dice"] for row in of_case])))
+        drawings.add(case, found, of_case)
         if request.compare:
             on_model_grid.append(_on_model_grid(adapter, case, numbers, len(labels)))
-    values = {name: np.array([row[name] for row in rows]).reshape(len(picked), len(labels)) for name in SCORES}  # N K
+    drawings.draw(rows)
+    groups = list_groups(picked)
+    count, unit, counted = count_units(len(picked), "scan", groups, request.training.group_for(data))
+    scores, per_class = summarise_rows(rows, labels, groups, request.resamples, np.array(on_model_grid))
+    return Evaluation(
+        data=data,
+        task="volume-segmentation",
+        split=chosen,
+        count=count,
+        unit=unit,
+        scores=scores,
+        rows=round_rows(rows),
+        per_class=per_class,
+        notes=[
+            *notes,
+            *counted,
+            f"Masks are those of `inlay segment` without prompts, on the scans' own grids; surface Dice within "
+            f"{drawings.tolerance_mm:g} mm.",
+            "The base without the adapter has no score: it names no classes of scans.",
+        ],
+    )
+
+
+def summarise_rows(
+    rows: Sequence[dict[str, Any]],
+    labels: Sequence[str],
+    groups: Sequence[str] | None = None,
+    resamples: int = 1000,
+    on_model_grid: np.ndarray | None = None,
+) -> tuple[dict[str, Score], list[dict[str, Any]]]:
+    """The scores of all scans with their intervals, and the means of each class.
+
+    Args:
+        rows: Those of `score_case` for each scan, with `value` in each.
+        labels: Names of the classes 1..K.
+        groups: Of each scan; None: they are independent.
+        resamples: For the intervals.
+        on_model_grid: Counts of `overlap` for each scan (N, K, 3), for the Dice that recipes write; None or empty: not
+            asked for.
+    """
+    count = len(rows) // len(labels)
+    values = {name: np.array([row[name] for row in rows]).reshape(count, len(labels)) for name in SCORES}  # N K
     errors = {
-        name: np.array([row[name] for row in rows], np.float64).reshape(len(picked), len(labels))  # None becomes NaN
+        name: np.array([row[name] for row in rows], np.float64).reshape(count, len(labels))  # None becomes NaN
         for name in VOLUME_ERRORS
     }
 
@@ -74,7 +112,9 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
             found[f"absolute_{name}"] = float(np.abs(known).mean()) if known.size else np.nan
         if len(labels) > 1:
             found |= {f"dice_{label}": float(values["dice"][scans, k].mean()) for k, label in enumerate(labels)}
-        return found | ({"dice_model_grid": mean_dice(np.array(on_model_grid)[scans])[0]} if on_model_grid else {})
+        if on_model_grid is not None and len(on_model_grid):
+            found["dice_model_grid"] = mean_dice(on_model_grid[scans])[0]
+        return found
 
     per_class = [
         {
@@ -88,48 +128,69 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
         }
         for k, label in enumerate(labels)
     ]
-    worst.draw()
-    if plot is not None:
-        draw_boxes(rows, labels, plot)
-    groups = list_groups(picked)
-    count, unit, counted = count_units(len(picked), "scan", groups, request.training.group_for(data))
-    return Evaluation(
-        data=data,
-        task="volume-segmentation",
-        split=chosen,
-        count=count,
-        unit=unit,
-        scores=score_with_intervals(statistic, len(picked), groups=groups, resamples=request.resamples),
-        rows=[{key: round(v, 6) if isinstance(v, float) else v for key, v in row.items()} for row in rows],
-        per_class=per_class,
-        notes=[
-            *notes,
-            *counted,
-            f"Masks are those of `inlay segment` without prompts, on the scans' own grids; surface Dice within "
-            f"{tolerance_mm:g} mm.",
-            "The base without the adapter has no score: it names no classes of scans.",
-        ],
-    )
+    return score_with_intervals(statistic, count, groups=groups, resamples=resamples), per_class
 
 
-class _Worst:
-    """The scans of the lowest mean Dice so far, whose masks are kept compressed until they are drawn."""
+def round_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with floats of six decimals."""
+    return [{key: round(v, 6) if isinstance(v, float) else v for key, v in row.items()} for row in rows]
 
-    def __init__(self, count: int | None, folder: Path | None, labels: tuple[str, ...]) -> None:
-        self.count, self.folder, self.labels = count or 0, folder or Path("worst"), labels
+
+class Drawings:
+    """What is drawn of an evaluation: a plot of all scores, and the scans of the lowest mean Dice.
+
+    The masks of the worst so far are kept compressed until they are drawn.
+
+    Args:
+        labels: Names of the classes 1..K.
+        tolerance_mm: Of surface Dice.
+        plot: A .png file; None: no plot.
+        worst: How many scans; None: none.
+        folder: Where they go.
+
+    Raises:
+        InlayError: Files that cannot be written.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[str],
+        tolerance_mm: float = TOLERANCE_MM,
+        plot: Path | None = None,
+        worst: int | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.labels, self.tolerance_mm, self.plot = labels, tolerance_mm, plot
+        self.count, self.folder = worst or 0, folder or Path("worst")
         self.kept: list[tuple[float, Case, Segmentation, bytes]] = []
+        if plot is not None:
+            check_output(plot, (".png",))
         if self.count:
             check_output_folder(self.folder)
 
-    def add(self, case: Case, found: Segmentation, dice: float) -> None:
-        """Keep a scan if it is among the worst."""
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], labels: Sequence[str]) -> "Drawings":
+        """As the task's `score_options` say."""
+        return cls(
+            labels,
+            options.get("tolerance_mm", TOLERANCE_MM),
+            options.get("plot"),
+            options.get("worst"),
+            options.get("worst_folder"),
+        )
+
+    def add(self, case: Case, found: Segmentation, rows: Sequence[dict[str, Any]]) -> None:
+        """Keep a scan, of which these are the rows, if it is among the worst."""
+        dice = float(np.mean([row["dice"] for row in rows]))
         if self.count and (len(self.kept) < self.count or dice < self.kept[-1][0]):
             packed = zlib.compress(found.mask.tobytes(), 1)
             empty = replace(found, mask=np.zeros((1, 1, 1), found.mask.dtype))
             self.kept = sorted([*self.kept, (dice, case, empty, packed)], key=lambda one: one[0])[: self.count]
 
-    def draw(self) -> None:
-        """Save a montage of each, with the reference as dashed outlines, under its Dice and name."""
+    def draw(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Save the plot of all rows, and a montage of each of the worst, the reference dashed, by its Dice and name."""
+        if self.plot is not None:
+            draw_boxes(rows, self.labels, self.plot)
         if self.kept:
             self.folder.mkdir(parents=True, exist_ok=True)
         for dice, case, found, packed in self.kept:

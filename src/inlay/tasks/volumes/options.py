@@ -51,7 +51,7 @@ class VolumeTask(TaskOptions):
         """Scans of both splits, as `TaskOptions.load` says: crops in training, whole scans in evaluation."""
         from accelerate.utils import set_seed
 
-        from inlay.tasks.volumes.data import load_volumes
+        from inlay.tasks.volumes.data import find_present_classes, load_volumes
         from inlay.tasks.volumes.loss import WholeVolume
         from inlay.tasks.volumes.scan import VolumeProcessor
         from inlay.tasks.volumes.scores import VolumeDice
@@ -64,7 +64,9 @@ class VolumeTask(TaskOptions):
         crops = VolumeView(data.validation, processor, training=True, augment=False, flip=())
         return TaskData(
             data,
-            VolumeView(data.train, processor, training=True, crops=self.crops or 1),
+            VolumeView(
+                data.train, processor, training=True, crops=self.crops or 1, present=find_present_classes(data.train)
+            ),
             VolumeView(data.validation, processor),
             processor,
             metrics=[VolumeDice(data.labels)],

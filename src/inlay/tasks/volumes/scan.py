@@ -443,7 +443,9 @@ def _read_channels(case: Case, files: Sequence[Path | bytes]) -> tuple[np.ndarra
     array[0] = first
     for i, file in enumerate(files[1:], start=1):
         channel, own = read_volume(file)
-        apart = is_misplaced(channel.shape[::-1], own, first.shape[::-1], affine)
+        apart = explain_shift(own, affine, first.shape)
+        if channel.shape != first.shape:
+            apart = f"shape {'x'.join(map(str, channel.shape))} and not {'x'.join(map(str, first.shape))} (X, Y, Z)"
         if apart:
             name = case.channels[i] if case.channels else f"channel_{i}"
             where = f"'{file}'" if isinstance(file, Path) else "a file"
@@ -546,7 +548,12 @@ def is_misplaced(
     """How a label map's shape (D, H, W) and affine in RAS differ from its image's, by more than `most` of a voxel."""
     if labels != shape:
         return f"shape {'x'.join(map(str, labels))} and not {'x'.join(map(str, shape))} (D, H, W)"
-    apart = corner_distance(grid, affine, shape[::-1])
+    return explain_shift(grid, affine, shape[::-1], most)
+
+
+def explain_shift(grid: np.ndarray, affine: np.ndarray, shape: tuple[int, ...], most: float = APART) -> str | None:
+    """How an affine of a grid (X, Y, Z) differs from another one, by more than `most` of a voxel."""
+    apart = corner_distance(grid, affine, shape)
     return None if apart <= most * min(spacing_of(affine)) else f"an affine that moves a corner by {apart:.3g} mm"
 
 
