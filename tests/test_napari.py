@@ -151,19 +151,37 @@ def test_clicks_that_change_are_followed(adapter, data):
     assert np.array_equal(session.mask, expected(one))
 
 
-def test_around_clicks_the_mask_is_theirs_and_elsewhere_the_whole_scans(adapter, data):
+def test_clicks_correct_the_mask_of_the_whole_scan(adapter, data):
     data = np.concatenate([data] * 3, 2)
     session = LayerSession(adapter, PlainLayer(data, np.diag([2.0, 1, 1, 1])), "RAS")
     scan = adapter.processor.read(Case("scan", data.T.copy(), affine=np.diag([1.0, 1, 2, 1])))
-    whole = session.segment_all([Click((3, 4, 5), "right")], largest=True)
-    expected = segment(adapter, scan, points=[(3, 4, 5, "right")], largest=True, progress=False).mask
-    assert np.array_equal(whole, expected.transpose(2, 1, 0))
-    mask = session.follow([Click((3, 4, 5), "right")])
-    seen = session._session.seen.transpose(2, 1, 0)
-    assert 0 < seen.mean() < 1 and seen[5, 4, 3] and not seen[:, :, 40:].any()
-    assert np.array_equal(mask[~seen], whole[~seen])
-    plain = VolumeSession(adapter, scan)
-    assert np.array_equal(mask[seen], plain.click((3, 4, 5), True, "right").transpose(2, 1, 0)[seen])
+    first, second = Click((3, 4, 5), "right"), Click((10, 2, 1), "left")
+    whole = session.segment_all([first], largest=True)
+    expected = segment(adapter, scan, points=[(3, 4, 5, "right")], largest=True, progress=False)
+    assert np.array_equal(whole, expected.mask.transpose(2, 1, 0))
+    assert np.array_equal(session.follow([first]), whole)  # it is in the mask, and says nothing more
+    plain = VolumeSession(adapter, scan, mask=expected)
+    corrected = session.follow([first, second])
+    assert np.array_equal(corrected, plain.click((10, 2, 1), True, "left").transpose(2, 1, 0))
+    assert 0 < (corrected != whole).mean() < 0.5  # what the click does not reach stays
+    assert np.array_equal(session.follow([second]), corrected)
+    assert np.array_equal(session.follow([first]), whole) and np.array_equal(session.follow([]), whole)
+
+
+def test_clicks_correct_what_was_painted(adapter, data):
+    session = LayerSession(adapter, PlainLayer(data, np.diag([2.0, 1, 1, 1])), "RAS")
+    scan = adapter.processor.read(Case("scan", data.T.copy(), affine=np.diag([1.0, 1, 2, 1])))
+    first, second = Click((3, 4, 5), "right"), Click((10, 2, 1), "left")
+    painted = session.follow([first]).copy()
+    assert np.array_equal(session.follow([first], painted), painted)
+    painted[8:, 10:, 15:] = 2
+    plain = VolumeSession(adapter, scan, mask=painted.transpose(2, 1, 0))
+    expected = plain.click((10, 2, 1), True, "left").transpose(2, 1, 0)
+    assert np.array_equal(session.follow([first, second], painted), expected)
+    assert np.array_equal(session.follow([first], expected), painted)  # undone: the paint stays
+    painted[0, 0, 0] = 7
+    with pytest.raises(BadInput, match="the mask holds 7; it may hold 0 and"):
+        session.follow([first], painted)
 
 
 def test_a_mask_is_saved_on_the_grid_of_its_file(adapter, data, tmp_path):
@@ -275,6 +293,11 @@ def test_the_panel_follows_points(panel, folder, adapter, data, tmp_path):
     whole = segment(adapter, scan, points=[(3, 4, 5, "right")], progress=False).mask
     assert np.array_equal(mask.data, whole.transpose(2, 1, 0))
     mask.data[0, 0, 0] = 1
+    painted = mask.data.copy()
+    points.add((5.0, 9, 12))
+    panel.wait()
+    corrected = VolumeSession(adapter, scan, mask=painted.transpose(2, 1, 0)).click((12, 9, 2.5), False)
+    assert np.array_equal(mask.data, corrected.transpose(2, 1, 0)) and mask.data[0, 0, 0] == 1
     panel.save(tmp_path / "mask.nii.gz")
     saved = nibabel.load(tmp_path / "mask.nii.gz")
     assert np.array_equal(np.asarray(saved.dataobj).transpose(2, 1, 0), mask.data)

@@ -28,7 +28,7 @@ def segment(
             "--out",
             "-o",
             metavar="MASK|FOLDER",
-            help="The mask (.nii.gz, .nrrd, .seg.nrrd, .mha or .mgz), or the folder of masks.",
+            help="The mask (.nii.gz, .nrrd, .seg.nrrd, .mha, .mgz, or .dcm of a DICOM scan), or the folder of masks.",
         ),
     ],
     channels: Annotated[

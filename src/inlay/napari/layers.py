@@ -78,8 +78,8 @@ class LayerSession:
         self.adapter, self.image, self.world, self.others = adapter, image, world, list(others)
         self._scan = adapter.processor.read(read_case(image, world, others))
         self._session = VolumeSession(adapter, self._scan)
-        self._clicks: list[Click] = []
-        self._whole: np.ndarray | None = None  # X Y Z, of the last `segment_all`
+        self._clicks: list[Click] = []  # that the session has heard
+        self._settled: list[Click] = []  # those before, which the mask that it corrects follows from
 
     @property
     def names(self) -> dict[int, str]:
@@ -88,18 +88,25 @@ class LayerSession:
 
     @property
     def mask(self) -> np.ndarray:
-        """(D, H, W): around the clicks what follows from them, elsewhere what `segment_all` has found."""
-        mask = self._session.mask
-        if self._whole is not None:
-            mask = np.where(self._session.seen, mask, self._whole)
-        return mask.transpose(2, 1, 0)
+        """(D, H, W): what follows from all clicks, and from the mask that they correct, if there is one."""
+        return self._session.mask.transpose(2, 1, 0)
 
-    def follow(self, clicks: Sequence[Click]) -> np.ndarray:
+    def follow(self, clicks: Sequence[Click], painted: np.ndarray | None = None) -> np.ndarray:
         """The mask that follows from these clicks: what they share with the last ones is not computed again.
 
+        At first it is what a session says around the clicks. After `segment_all`, or where somebody has painted, new
+        clicks correct the mask that is there; those which it follows from stay in it, also if they are taken away.
+
+        Args:
+            clicks: All that there are.
+            painted: The mask (D, H, W) as it is shown now, with what somebody has painted over it.
+
         Raises:
-            InlayError: A click outside of the scan, or of no class; those before it stand.
+            InlayError: A click outside of the scan, or of no class, where those before it stand; paint of no class.
         """
+        if painted is not None and not np.array_equal(painted, self.mask):
+            self._correct(np.asarray(painted).transpose(2, 1, 0), [*self._settled, *self._clicks])
+        clicks = [click for click in clicks if click not in self._settled]
         pairs = zip(clicks, self._clicks, strict=False)
         shared = next((i for i, (new, old) in enumerate(pairs) if new != old), min(len(clicks), len(self._clicks)))
         while len(self._clicks) > shared:
@@ -112,7 +119,7 @@ class LayerSession:
         return self.mask
 
     def segment_all(self, clicks: Sequence[Click] = (), *, largest: bool = False) -> np.ndarray:
-        """The mask of the whole scan, with these clicks as prompts.
+        """The mask of the whole scan, with these clicks as prompts; later ones correct it.
 
         Args:
             clicks: Voxels of classes, and of none.
@@ -122,10 +129,13 @@ class LayerSession:
             InlayError: As `follow`.
         """
         points = [(*click.point, 0 if click.label == NEGATIVE else click.label) for click in clicks]
-        self._whole = segment(self.adapter, self._scan, points=points, largest=largest, progress=False).mask
-        self._session.reset()
-        self._clicks = []
+        self._correct(segment(self.adapter, self._scan, points=points, largest=largest, progress=False), clicks)
         return self.mask
+
+    def _correct(self, mask: Segmentation | np.ndarray, clicks: Sequence[Click]) -> None:
+        """Begin to correct a mask, X Y Z, which follows from these clicks."""
+        self._session = VolumeSession(self.adapter, self._scan, mask=mask)
+        self._clicks, self._settled = [], list(clicks)
 
     def save(self, mask: np.ndarray, path: str | Path) -> Path:
         """Write a mask (D, H, W), such as one that was painted over, on the grid of the scan.

@@ -104,11 +104,11 @@ class SegmentPanel(Container):
     def segment_all(self) -> None:
         """Segment the whole scan, with all points as prompts."""
         largest = self._largest.value
-        self._compute(lambda session, clicks: session.segment_all(clicks, largest=largest))
+        self._compute(lambda session, clicks, _: session.segment_all(clicks, largest=largest))
 
     def follow(self) -> None:
         """Bring the mask up to date with the points."""
-        self._compute(lambda session, clicks: session.follow(clicks))
+        self._compute(lambda session, clicks, painted: session.follow(clicks, painted))
 
     def undo(self) -> None:
         """Remove the last point."""
@@ -175,8 +175,8 @@ class SegmentPanel(Container):
         if self._live.value and event.action in CHANGES:
             self.follow()
 
-    def _compute(self, work: Callable[[LayerSession, list[Any]], np.ndarray]) -> None:
-        """Run something of the session with the points as they are now, and show the mask that it gives."""
+    def _compute(self, work: Callable[[LayerSession, list[Any], np.ndarray | None], np.ndarray]) -> None:
+        """Run something of the session with points and mask as they are now, and show the mask that it gives."""
         if self._is_busy:
             self._is_stale = True
             return
@@ -190,20 +190,19 @@ class SegmentPanel(Container):
         is_known = known is not None and (known.adapter, known.image, known.world, known.others) == asked
         points = self._points_layer
         clicks = [] if points is None else read_clicks(points, image, points.features[FEATURE].tolist())
+        painted = (
+            None if self._mask_layer is None or not (is_known and self._has_mask()) else np.array(self._mask_layer.data)
+        )
 
         def run() -> tuple[LayerSession, np.ndarray]:
             session = known if is_known and known is not None else LayerSession(adapter, image, world, others)
-            return session, work(session, clicks)
+            return session, work(session, clicks, painted)
 
         self._run(run, self._show)
 
     def _show(self, found: tuple[LayerSession, np.ndarray]) -> None:
         self._session, mask = found
-        if (
-            self._mask_layer is not None
-            and self._mask_layer in self._viewer.layers
-            and self._mask_layer.data.shape == mask.shape
-        ):
+        if self._mask_layer is not None and self._has_mask() and self._mask_layer.data.shape == mask.shape:
             self._mask_layer.data = mask
             return
         names, image = self._session.names, self._session.image
@@ -221,6 +220,10 @@ class SegmentPanel(Container):
         if self._points_layer is not None and self._points_layer in self._viewer.layers:
             self._viewer.layers.move(len(self._viewer.layers) - 1, self._viewer.layers.index(self._points_layer))
             self._viewer.layers.selection.active = self._points_layer
+
+    def _has_mask(self) -> bool:
+        """Whether the layer of the mask is still there."""
+        return self._mask_layer is not None and self._mask_layer in self._viewer.layers
 
     def _run(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
         """Compute on a thread, so that the window stays alive."""

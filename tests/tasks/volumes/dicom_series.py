@@ -16,7 +16,7 @@ def new_slice(pixels, kind=CTImageStorage, **tags):
     made.file_meta.MediaStorageSOPClassUID = made.SOPClassUID = kind
     made.file_meta.MediaStorageSOPInstanceUID = made.SOPInstanceUID = generate_uid()
     made.PatientName, made.PatientID, made.Modality = SECRET, SECRET, "CT"
-    made.StudyInstanceUID, made.SeriesInstanceUID = "1.2.3", "1.2.3.4"
+    made.StudyInstanceUID, made.SeriesInstanceUID, made.FrameOfReferenceUID = "1.2.3", "1.2.3.4", "1.2.3.5"
     made.SeriesDescription, made.ImageType = "Axial", ["ORIGINAL", "PRIMARY", "AXIAL"]
     made.Rows, made.Columns = pixels.shape[-2:]
     made.SamplesPerPixel, made.PhotometricInterpretation = 1, "MONOCHROME2"

@@ -32,7 +32,7 @@ NO_SCANS = ("SEG", "RTDOSE", "RTSTRUCT", "RTPLAN", "SR", "PR", "KO", "REG", "RTI
 
 
 @dataclass(frozen=True)
-class _Plane:
+class Plane:
     """One slice: a file, or a frame of one.
 
     Attributes:
@@ -85,7 +85,7 @@ def read_dicom_header(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
         InlayError: No DICOM, several series, or slices that make no volume: missing or double ones, of several sizes or
             orientations, or shifted sideways (gantry tilt).
     """
-    planes, affine = _find_stack(path)
+    planes, affine = find_stack(path)
     return (*planes[0].shape, len(planes)), affine
 
 
@@ -100,7 +100,7 @@ def read_dicom(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         InlayError: As `read_dicom_header`; voxels that cannot be read.
     """
-    planes, affine = _find_stack(path)
+    planes, affine = find_stack(path)
     columns, rows = planes[0].shape
     voxels = np.empty((len(planes), rows, columns), np.float32)
     places: dict[Path, list[int]] = {}
@@ -151,7 +151,7 @@ def _read_inverted(file: Path) -> np.ndarray:
         ) from None
 
 
-def _find_stack(path: Path) -> tuple[list[_Plane], np.ndarray]:
+def find_stack(path: Path) -> tuple[list[Plane], np.ndarray]:
     """The slices of a series in their order, and the affine (4, 4) to mm."""
     try:
         from pydicom import dcmread  # noqa: F401
@@ -167,7 +167,7 @@ def _find_stack(path: Path) -> tuple[list[_Plane], np.ndarray]:
     if not planes:
         raise BadInput(f"'{path}' holds no slices of a DICOM series; give the folder in which they are.")
     planes = [plane for plane in planes if plane.is_volume] or planes
-    series: dict[str, list[_Plane]] = {}
+    series: dict[str, list[Plane]] = {}
     for plane in planes:
         series.setdefault(plane.series, []).append(plane)
     if len(series) > 1:
@@ -181,7 +181,7 @@ def _find_stack(path: Path) -> tuple[list[_Plane], np.ndarray]:
     return _stack(planes, path)
 
 
-def _stack(planes: list[_Plane], path: Path) -> tuple[list[_Plane], np.ndarray]:
+def _stack(planes: list[Plane], path: Path) -> tuple[list[Plane], np.ndarray]:
     """Slices ordered along their normal, and their affine (4, 4) to mm (right, anterior, superior)."""
     first = planes[0]
     if any(plane.position is None for plane in planes):
@@ -216,7 +216,7 @@ def _stack(planes: list[_Plane], path: Path) -> tuple[list[_Plane], np.ndarray]:
     return planes, TO_RAS @ affine
 
 
-def _find_step(planes: list[_Plane], heights: np.ndarray, path: Path) -> float:
+def _find_step(planes: list[Plane], heights: np.ndarray, path: Path) -> float:
     """Distance of slices in mm, if they are evenly spaced; `heights` are their places along the normal, in order."""
     if len(planes) == 1:
         return planes[0].thickness
@@ -262,7 +262,7 @@ def _list_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if not file.name.startswith(".") and file.is_file())
 
 
-def _read_planes(file: Path) -> list[_Plane]:
+def _read_planes(file: Path) -> list[Plane]:
     """The slices in a file: none in one that is no DICOM, or DICOM of something else."""
     from pydicom import dcmread
 
@@ -281,7 +281,7 @@ def _read_planes(file: Path) -> list[_Plane]:
         raise DamagedFile(f"the header of '{file}' cannot be read: {str(error).splitlines()[0]}.") from None
 
 
-def _find_planes(file: Path, header: Any) -> Iterator[_Plane]:
+def _find_planes(file: Path, header: Any) -> Iterator[Plane]:
     """The slices that a header tells of: one, or those of its frames."""
     kind = [str(word).upper() for word in header.get("ImageType") or []]
     if "MOSAIC" in kind:
@@ -301,7 +301,7 @@ def _find_planes(file: Path, header: Any) -> Iterator[_Plane]:
         between_rows, between_columns = _floats(spacing, 2) if has_place else (1.0, 1.0)
         if not (between_rows > 0 and between_columns > 0):
             raise ValueError(f"a pixel spacing of {between_rows:g} x {between_columns:g} mm")
-        yield _Plane(
+        yield Plane(
             file=file,
             frame=number,
             identity=f"{header.get('SOPInstanceUID')}/{number}",

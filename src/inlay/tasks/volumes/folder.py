@@ -24,6 +24,7 @@ from inlay.files.atomic import replacing, write_json
 from inlay.files.outputs import check_output_folder
 from inlay.tasks.tables import list_first
 from inlay.tasks.volumes.data import Case
+from inlay.tasks.volumes.dicom_seg import SEG, check_dicom_seg
 from inlay.tasks.volumes.formats import case_name
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ class FolderWork:
         for case in cases:
             source = case.files[0]
             own = source.name[len(case_name(source)) :].lower()
+            if suffix in SEG:
+                check_dicom_seg(out / f"{case.name}{suffix}", source)
             mask = out / f"{case.name}{suffix or (own if own in MASKS else '.nii.gz')}"
             jobs.append(Job(case, source, mask, out / PROBABILITIES / f"{case.name}.nii.gz" if probabilities else None))
         if any(job.source.resolve().parent == out.resolve() for job in jobs):

@@ -24,6 +24,7 @@ from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.tables import list_first
 from inlay.tasks.volumes.correction import MaskSource, correct_mask, read_mask
 from inlay.tasks.volumes.data import Case, read_labels
+from inlay.tasks.volumes.dicom_seg import SEG, check_dicom_seg, write_dicom_seg
 from inlay.tasks.volumes.file_checks import APART, corner_distance, has_suffix
 from inlay.tasks.volumes.formats import WRITTEN, label_dtype
 from inlay.tasks.volumes.itk import ITK, import_simpleitk, write_itk
@@ -33,7 +34,7 @@ from inlay.tasks.volumes.windows import Grid, ScanPrompts, Voxel, probabilities,
 
 logger = logging.getLogger(__name__)
 
-MASKS = WRITTEN
+MASKS = (*WRITTEN, *SEG)
 MOST = 32767  # what a probability of 1 is stored as
 SLAB = 16  # planes of an ensemble's probabilities whose classes are found at a time
 
@@ -106,10 +107,11 @@ class Segmentation:
         NIfTI has orientation codes and units of the scan's file; .seg.nrrd is a segmentation of 3D Slicer. The names of
         the classes stand in a header extension of NIfTI (code 6, a comment) and in the field `classes` of NRRD and
         MetaImage, as JSON {"labels": {"number": "name"}}, and in the segments of .seg.nrrd. MGH has no place for them.
+        .dcm is a DICOM segmentation of a DICOM series, and carries the name of its patient; its segments are 1..K.
 
         Raises:
             InlayError: A name that does not end as one of `MASKS` does, a folder that cannot be written, the scan's own
-                file, or a library that is not installed.
+                file, a library that is not installed, or .dcm of a scan that is no DICOM.
         """
         for scan in (self.source if isinstance(self.source, Path) else None, *self.further):
             path = check_output(path, MASKS, scan)
@@ -118,6 +120,9 @@ class Segmentation:
             if has_suffix(path, ITK):
                 like = self.source if isinstance(self.source, Path) and has_suffix(self.source, ITK) else None
                 write_itk(new, self.mask, self.affine, self._make_fields(path), like)
+            elif has_suffix(path, SEG):
+                assert isinstance(self.source, Path)  # else `check_output` has refused it
+                write_dicom_seg(new, self.class_mask, self.source, self.labels)
             elif has_suffix(path, MGH):
                 import_nibabel().MGHImage(self.mask, self.affine).to_filename(new)
             else:
@@ -484,13 +489,15 @@ def check_output(path: str | Path, suffixes: Sequence[str], scan: str | Path | N
 
     Raises:
         InlayError: Another suffix, a folder that does not exist or cannot be written, or the scan's own file, also
-            through a link; a format whose library is not installed.
+            through a link; a format whose library is not installed; .dcm of a scan that is no DICOM.
     """
     path = Path(path)
     if not has_suffix(path, suffixes):
         raise BadInput(f"'{path}' must be a name ending with {' or '.join(suffixes)}.")
     if has_suffix(path, ITK):
         import_simpleitk()  # else it would be missed after all the work
+    if has_suffix(path, SEG):
+        check_dicom_seg(path, None if scan is None else Path(scan))
     check_output_file(path)
     if scan is not None and path.exists() and Path(scan).exists() and path.samefile(scan):
         raise BadInput(f"'{path}' is the scan itself, which would be overwritten; give another name.")

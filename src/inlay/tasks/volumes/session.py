@@ -119,15 +119,6 @@ class VolumeSession:
         return put_values(self._mask, self._values).copy()
 
     @property
-    def seen(self) -> np.ndarray:
-        """(X, Y, Z): true in the windows that were looked at; outside of them the mask is empty, or as it was given."""
-        seen = np.zeros(self._grid.own_shape, bool)
-        own = seen.transpose(self._grid.axes)
-        for window in self._windows:
-            own[tuple(self._rows_of(window))] = True
-        return seen
-
-    @property
     def segmentation(self) -> Segmentation:
         """The mask with its affine and labels, to save or to draw."""
         labels = list(self._adapter.labels)

@@ -43,7 +43,11 @@ class VolumeSegmentation(Task):
     )
     inputs = "a scan, to segment"
     options: ClassVar[Mapping[str, Option]] = {
-        "out": Option(Path | None, "Save the mask as a .nii.gz, .nrrd, .seg.nrrd, .mha or .mgz file.", metavar="MASK"),
+        "out": Option(
+            Path | None,
+            "Save the mask: .nii.gz, .nrrd, .seg.nrrd, .mha, .mgz, .dcm of DICOM.",
+            metavar="MASK",
+        ),
     }
     score_options: ClassVar[Mapping[str, Option]] = {
         "tolerance_mm": Option(float, "Distance of surfaces that surface Dice takes for none.", 1.0),
