@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from scipy import ndimage
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import SamConfig, SamModel, SamVisionModel
 
 from inlay import InlayError, SpatialAdapterConfig
@@ -408,9 +409,10 @@ def test_places_are_exact_in_bf16():
         kind: decoder._draw_guides(prompts, None, torch.zeros(1, 1, *sizes, dtype=kind), sizes)
         for kind in (torch.float32, torch.bfloat16)
     }
+    assert all(guides.pop() is None for guides in drawn.values())  # there is no earlier answer
     for whole, halved in zip(*drawn.values(), strict=True):
         assert halved.dtype == torch.bfloat16 and torch.equal(whole.bfloat16(), halved)
-    clicks, boxes, _ = drawn[torch.bfloat16]
+    clicks, boxes = drawn[torch.bfloat16]
     assert clicks[0, 1].amax((1, 2)).argmax() == 301 and boxes[0, 1].amax((1, 2)).nonzero().flatten().tolist() == [
         257,
         258,
@@ -429,6 +431,44 @@ def test_loss_is_dice_and_cross_entropy_of_what_counts():
     counted, sizes = (labels >= 0).sum(), [(labels == k).sum() for k in (1, 2)]
     dice = sum((2 * n / 3 + 1) / (n + counted / 3 + 1) for n in sizes) / 2
     assert even.item() == pytest.approx(((torch.log(torch.tensor(3.0)) + 1 - dice) / 2).item(), abs=1e-5)
+
+
+def test_loss_keeps_no_probabilities_for_the_backward_pass_and_has_the_gradient_of_the_plain_formula():
+    """With 32 classes they would be the largest tensors of a step."""
+    labels, logits = labelled().clamp(max=1), torch.randn(2, 33, 21, 35, 30, requires_grad=True)
+    labels[0, :4] = 32
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = dice_cross_entropy(logits, labels)
+    assert sum(kept) <= logits.nbytes + labels.nbytes  # what came in
+    (found,) = torch.autograd.grad(loss, logits)
+    shares, counted = logits.softmax(1)[:, 1:] * (labels >= 0)[:, None], (labels >= 0).sum()
+    wanted = F.one_hot(labels.clamp(min=0), 33).movedim(-1, 1)[:, 1:]
+    both, all_ = (shares * wanted).sum((2, 3, 4)), (shares + wanted).sum((2, 3, 4))
+    entropy = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / counted
+    plain = (entropy + 1 - ((2 * both + 1) / (all_ + 1)).mean()) / 2
+    (expected,) = torch.autograd.grad(plain, logits)
+    assert off(loss, plain) < 1e-5 and off(found, expected) < 1e-5
+
+
+def test_prompts_that_are_not_given_cost_the_decoder_nothing_and_count_as_none():
+    """As many as 98 volumes for 32 classes: left out, the scores are those of volumes of zeros."""
+    model, volume = adapted(classes=[f"class {i}" for i in range(32)]).eval(), volumes(1, (16, 16, 16))
+    absent = {"input_points": torch.ones(1, 2, 3), "input_labels": torch.full((1, 2), -1)}
+    absent |= {"input_boxes": torch.ones(1, 1, 6), "input_box_labels": torch.full((1, 1), -1)}
+    with torch.no_grad():
+        encoded, work = model(pixel_values=volume).image_embeddings, {}
+        for name, prompts in {"none": {}, "absent": absent}.items():
+            with FlopCounterMode(display=False) as counter:
+                logits = model(image_embeddings=encoded, **prompts).logits
+            work[name] = counter.get_total_flops(), logits
+    assert off(work["none"][1], work["absent"][1]) < 1e-4
+    assert work["none"][0] < 0.8 * work["absent"][0]
 
 
 @pytest.mark.parametrize(

@@ -60,12 +60,27 @@ class PromptTensors(NamedTuple):
 
 
 class Convolution(GradientCheckpointingLayer, nn.Sequential):
-    """3x3x3 convolution, group norm and GELU."""
+    """3x3x3 convolution, group norm and GELU.
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    Args:
+        inputs: Channels of each part of the input.
+        outputs: Channels of the output.
+    """
+
+    def __init__(self, inputs: Sequence[int], outputs: int) -> None:
         super().__init__(
-            nn.Conv3d(inputs, outputs, 3, padding=1), nn.GroupNorm(math.gcd(outputs, 8), outputs), nn.GELU()
+            nn.Conv3d(sum(inputs), outputs, 3, padding=1), nn.GroupNorm(math.gcd(outputs, 8), outputs), nn.GELU()
         )
+        self.inputs = tuple(inputs)
+
+    def forward(self, *parts: torch.Tensor | None) -> torch.Tensor:
+        """Of the parts side by side; one that is None counts as 0, and costs nothing."""
+        convolution, norm, activation = self
+        there = [
+            (x, w) for x, w in zip(parts, convolution.weight.split(self.inputs, dim=1), strict=True) if x is not None
+        ]
+        x, weight = there[0] if len(there) == 1 else (torch.cat(each, dim=1) for each in zip(*there, strict=True))
+        return activation(norm(F.conv3d(x, weight, convolution.bias, padding=1)))
 
 
 class PromptExchange(nn.Module):
@@ -116,15 +131,15 @@ class VolumeDecoder(GradientCheckpointingLayer):
     ) -> None:
         super().__init__()
         half, fine, self.classes = max(8, width // 2), max(8, width // 4), classes
-        self.levels = nn.ModuleList(Convolution(channels, width) for _ in range(levels))
+        self.levels = nn.ModuleList(Convolution([channels], width) for _ in range(levels))
         self.tokens = nn.Linear(levels * width, width)
-        guides = 2 * (classes + 1) + classes if prompts else 0
-        self.fine, self.coarse = Convolution(inputs, fine), Convolution(fine, half)
-        self.refine = nn.Sequential(Convolution(width + half + guides, half), Convolution(half, half))
+        self.guides = (classes + 1, classes, classes + 1) if prompts else ()  # clicks, boxes, the previous answer
+        self.fine, self.coarse = Convolution([inputs], fine), Convolution([fine], half)
+        self.refine = nn.Sequential(Convolution([width, half, *self.guides], half), Convolution([half], half))
         self.shrink = nn.Conv3d(half, fine, 1)
-        self.score = nn.Sequential(Convolution(fine, fine), nn.Conv3d(fine, classes + 1, 1))
+        self.score = nn.Sequential(Convolution([fine], fine), nn.Conv3d(fine, classes + 1, 1))
         if prompts:
-            self.marks = nn.Conv3d(guides, fine, 1, bias=False)
+            self.marks = nn.Conv3d(sum(self.guides), fine, 1, bias=False)
             self.queries = nn.Parameter(torch.randn(queries, channels) * channels**-0.5)
             # no point; background and the classes; then the two corners of a box around each class
             self.kinds = nn.Embedding(3 * classes + 2, channels)
@@ -158,11 +173,12 @@ class VolumeDecoder(GradientCheckpointingLayer):
         last = self._exchange_with_prompts(last, prompts, previous, stride) if self.takes_prompts else last
         weight = self.tokens.weight.chunk(len(self.levels), dim=1)[-1]
         x = others + _map_channels(self.levels[-1](last), weight, self.tokens.bias)
-        guides = self._draw_guides(prompts, previous, fine, coarse.shape[2:]) if self.takes_prompts else []
-        x = self.refine(torch.cat([_resize(x, coarse.shape[2:]), coarse, *guides], dim=1))
+        guides = self._draw_guides(prompts, previous, fine, coarse.shape[2:])
+        x = self.refine[1](self.refine[0](_resize(x, coarse.shape[2:]), coarse, *guides))
         x = _resize(self.shrink(x), fine.shape[2:]) + fine  # summed: a click then costs one narrow convolution here
-        if self.takes_prompts:
-            x = x + self.marks(torch.cat(self._draw_guides(prompts, previous, fine, fine.shape[2:]), dim=1))
+        for i, guide in enumerate(self._draw_guides(prompts, previous, fine, fine.shape[2:])):
+            if guide is not None:
+                x = x + F.conv3d(guide, self.marks.weight.split(self.guides, dim=1)[i])
         x = self.score(x)
         return x[:, :, : volume.shape[2], : volume.shape[3], : volume.shape[4]]
 
@@ -202,13 +218,15 @@ class VolumeDecoder(GradientCheckpointingLayer):
 
     def _draw_guides(
         self, prompts: PromptTensors, previous: torch.Tensor | None, volume: torch.Tensor, sizes: Sequence[int]
-    ) -> list[torch.Tensor]:
-        """Clicks, boxes and the previous answer as volumes of `sizes`; `volume` has those of the voxels.
+    ) -> list[torch.Tensor | None]:
+        """Clicks, boxes and the previous answer as volumes of `sizes`, each None where there is none of it.
 
-        Places are float32 whatever the type of the volume: bfloat16 has no odd number over 256.
+        `volume` has the sizes of the voxels. Places are float32 whatever its type: bfloat16 has no odd number over 256.
         """
+        if not self.takes_prompts:
+            return []
         batch, k = len(volume), self.classes
-        clicks, boxes = volume.new_zeros(batch, k + 1, *sizes), volume.new_zeros(batch, k, *sizes)
+        clicks = boxes = None
         scale = [n / m for n, m in zip(volume.shape[2:], sizes, strict=True)]  # voxels
         axes = [
             (torch.arange(m, device=volume.device, dtype=torch.float32) + 0.5) * s - 0.5
@@ -218,6 +236,7 @@ class VolumeDecoder(GradientCheckpointingLayer):
             near = [
                 torch.exp(-0.5 * ((prompts.points[..., i, None] - axis) / SPREAD) ** 2) for i, axis in enumerate(axes)
             ]
+            clicks = volume.new_zeros(batch, k + 1, *sizes)
             for label in range(k + 1):
                 said = prompts.labels.eq(label).float()
                 clicks[:, label] = torch.einsum("bn,bnd,bnh,bnw->bdhw", said, *near).clamp(max=1)
@@ -227,11 +246,13 @@ class VolumeDecoder(GradientCheckpointingLayer):
                 ((axis >= low[..., i, None] - s / 2) & (axis <= high[..., i, None] + s / 2)).float()
                 for i, (axis, s) in enumerate(zip(axes, scale, strict=True))
             ]
+            boxes = volume.new_zeros(batch, k, *sizes)
             for label in range(1, k + 1):
                 said = prompts.box_labels.eq(label).float()
                 boxes[:, label - 1] = torch.einsum("bn,bnd,bnh,bnw->bdhw", said, *inside).clamp(max=1)
-        mask = torch.zeros_like(clicks) if previous is None else F.adaptive_avg_pool3d(previous, sizes)
-        return [clicks, boxes, mask]
+        if previous is not None and list(previous.shape[2:]) != list(sizes):
+            previous = F.adaptive_avg_pool3d(previous, sizes)
+        return [clicks, boxes, previous]
 
 
 def covered_voxels(tokens: torch.Tensor, stride: tuple[int, int, int]) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import SamModel
 from transformers.utils import ModelOutput
 from typing_extensions import override
@@ -252,17 +253,25 @@ def mask_logits(mask: torch.Tensor, classes: int) -> torch.Tensor:
 def dice_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean of the soft Dice loss, over rows and classes with the background left out, and of the cross-entropy.
 
+    Probabilities are not kept for the backward pass, but computed again: of many classes they are the largest tensors.
+
     Args:
         logits: (B, K + 1, D, H, W).
         labels: (B, D, H, W), -1 to be ignored.
 
     Source: Milletari et al. 2016, arXiv:1606.04797, with squares left out of the denominator as in nnU-Net.
     """
-    logits, counted = logits.float(), (labels >= 0)
-    entropy = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / counted.sum().clamp(min=1)
-    shares = logits.softmax(1)[:, 1:] * counted[:, None]
-    classes = torch.arange(1, logits.shape[1], device=labels.device)
-    wanted = labels[:, None] == classes[:, None, None, None]  # B K D H W
-    both, all_ = (shares * wanted).flatten(2).sum(-1), (shares + wanted).flatten(2).sum(-1)
+    loss: torch.Tensor = checkpoint(_dice_cross_entropy, logits, labels, use_reentrant=False, preserve_rng_state=False)
+    return loss
+
+
+def _dice_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    labels, counted = labels.flatten(1), (labels >= 0).flatten(1)  # B N
+    logs = logits.float().flatten(2).log_softmax(1)  # B K+1 N
+    entropy = F.nll_loss(logs, labels, ignore_index=-1, reduction="sum") / counted.sum().clamp(min=1)
+    shares = logs[:, 1:].exp()
+    wanted = labels[:, None] == torch.arange(1, logits.shape[1], device=labels.device)[:, None]  # B K N
+    both = (shares * wanted).sum(-1)  # B K
+    all_ = torch.einsum("bkn,bn->bk", shares, counted.to(shares)) + wanted.sum(-1)
     dice = (2 * both + 1) / (all_ + 1)
     return (entropy + 1 - dice.mean()) / 2
