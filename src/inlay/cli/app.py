@@ -137,6 +137,7 @@ def _add_verb(name: str, verb: Callable[..., None], **settings: Any) -> None:
     app.command(name, help=help, context_settings=settings)(verb)
 
 
+verb: Callable[..., None]
 # The options of these depend on the adapter, so they parse the command line themselves.
 for verb in (predict, evaluate):
     _add_verb(verb.__name__, verb, ignore_unknown_options=True, allow_extra_args=True, help_option_names=[])
