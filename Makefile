@@ -146,8 +146,8 @@ hub: setup ## train again what adapters_hub holds, at the recipes' defaults
 	PATH="$(BIN):$$PATH" accelerate launch recipes/spatial_sam.py --output_dir runs/hub/spatial_sam --overwrite
 	rm -rf adapters_hub/lesions-spatial-sam-tiny
 	cp -r runs/hub/spatial_sam/adapter adapters_hub/lesions-spatial-sam-tiny
-	$(BIN)/python -c "from inlay.builtin import bodies; from inlay.tasks.volumes import nifti; body = next(bodies.generate_bodies(1, seed=1)); \
-		nifti.write_volume('runs/hub/scan.nii.gz', body.image, body.affine)"
+	$(BIN)/python -c "from inlay.builtin import bodies; from inlay.tasks.volumes.formats import write_volume; body = next(bodies.generate_bodies(1, seed=1)); \
+		write_volume('runs/hub/scan.nii.gz', body.image, body.affine)"
 	$(BIN)/inlay segment adapters_hub/lesions-spatial-sam-tiny runs/hub/scan.nii.gz -o runs/hub/mask.nii.gz \
 		--montage adapters_hub/lesions-spatial-sam-tiny/example.png
 	$(BIN)/inlay index adapters_hub

@@ -218,7 +218,7 @@ def test_missing_and_empty_files(zoo, tmp_path):
 
 
 def test_a_hub_id_without_a_network():
-    refused("someone/adapter", r"no folder 'someone/adapter' here, and the Hub does not give it")
+    refused("someone/adapter", r"there is no folder 'someone/adapter' here, and as a Hub id it fails")
 
 
 @pytest.mark.parametrize(

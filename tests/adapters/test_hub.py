@@ -92,7 +92,7 @@ def test_a_name_on_the_hub_is_that_of_an_adapter_or_of_a_model(hub, adapter, tmp
     assert (fetch_if_adapter("ann/zoo") / CONFIG).is_file()
     assert fetch_if_adapter("ann/base") is None
     assert not [path for path in cached(tmp_path) if path.name == "model.safetensors"], "its weights are not needed"
-    with pytest.raises(InlayError, match="no folder 'ann/none' here, and the Hub does not give it"):
+    with pytest.raises(InlayError, match="there is no folder 'ann/none' here, and as a Hub id it fails"):
         fetch_if_adapter("ann/none")
     with pytest.raises(InlayError, match="does not exist; give the folder of an adapter or of a model"):
         fetch_if_adapter(tmp_path / "none")
@@ -448,7 +448,9 @@ def test_a_token_that_a_server_sends_back_is_not_repeated(hub, adapter, where, c
 
 
 def test_offline_and_unknown_are_one_sentence(hub, adapter, monkeypatch):
-    with pytest.raises(InlayError, match="no folder 'ann/none' here, and the Hub does not give it: the Hub has no"):
+    with pytest.raises(
+        InlayError, match="there is no folder 'ann/none' here, and as a Hub id it fails: the Hub has no"
+    ):
         load_adapter("ann/none")
     offline(monkeypatch)
     with pytest.raises(InlayError, match="this process is offline: unset HF_HUB_OFFLINE"):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -55,6 +56,8 @@ def test_predict_prints_json_lines_and_a_sheet(capsys, monkeypatch, digits_adapt
         (["info", "{tmp}/none"], "does not exist"),
         (["predict", "{adapter}", "none.png"], "no image or folder at 'none.png'"),
         (["predict", "{adapter}", "{pictures}", "--base", "builtin:none"], "unknown embedded model 'builtin:none'"),
+        (["predict", "{adapter}", "{pictures}", "--tpo", "3"], "unknown option --tpo; did you mean --top?"),
+        (["evaluate", "{adapter}", "{pictures}", "--splitt", "test"], "unknown option --splitt; did you mean --split?"),
         (["index", "{tmp}"], "holds no adapter"),
     ],
 )
@@ -108,6 +111,17 @@ def test_doctor_tries_what_it_reports(capsys, monkeypatch, tmp_path):
     assert findings["torch"]["works"] and "builtin:vit-tiny" in findings["embedded bases"]["remark"]
     assert isinstance(findings["bf16"]["works"], bool) and isinstance(findings["8-bit base"]["works"], bool)
     assert "bfloat16, " in findings["golden output"]["remark"] and "0.02" in findings["golden output"]["remark"]
+
+
+@pytest.mark.parametrize("verb", ["segment", "compare", "import"])
+def test_help_is_wrapped_for_the_terminal_and_not_as_the_source_is(capsys, monkeypatch, verb):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run(capsys, monkeypatch, verb, "--help")
+    lines = [line.strip() for line in out.partition("╭")[0].splitlines()]
+    assert len(lines) > 5
+    for line, after in pairwise(lines):
+        if line and after:  # of one paragraph: the next word had no room
+            assert len(f"{line} {after.split()[0]}") > 78
 
 
 def test_help_imports_nothing_heavy():

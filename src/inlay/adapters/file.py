@@ -165,7 +165,7 @@ def _check_folder(reading: Reading) -> None:
         if folder.exists():
             state = f"is not an adapter: it has no {CONFIG}" if folder.is_dir() else "is a file"
             if inner := sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")):
-                state += f"; there is one in its folder {', '.join(inner[:5])}"
+                state += f"; adapters in it: {', '.join(inner[:5])}{' ...' if len(inner) > 5 else ''}"
             if (folder / PIPELINE_WEIGHTS).is_file():
                 state += f"; inlay import makes one of its {PIPELINE_WEIGHTS}"
         raise BadInput(f"{folder} {state}; give the folder that save_adapter or peft wrote.")

@@ -3,9 +3,11 @@
 A verb imports the library only when it runs, so that `inlay --help` is fast.
 """
 
+import inspect
 import json
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -128,19 +130,23 @@ def doctor(as_json: JsonOption = False) -> None:
     Console().print(table)
 
 
+def _add_verb(name: str, verb: Callable[..., None], **settings: Any) -> None:
+    """Register a verb. Each paragraph of its docstring is one line: rich would keep the line breaks of the source."""
+    paragraphs = inspect.cleandoc(verb.__doc__ or "").split("\n\n")
+    help = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
+    app.command(name, help=help, context_settings=settings)(verb)
+
+
+verb: Callable[..., None]
 # The options of these depend on the adapter, so they parse the command line themselves.
 for verb in (predict, evaluate):
-    app.command(
-        verb.__name__,
-        context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
-    )(verb)
+    _add_verb(verb.__name__, verb, ignore_unknown_options=True, allow_extra_args=True, help_option_names=[])
 # The options of a task's recipes are options of a comparison too.
-app.command("compare", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(study.compare)
-app.command("tune", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(study.tune)
-
+for verb in (study.compare, study.tune):
+    _add_verb(verb.__name__, verb, ignore_unknown_options=True, allow_extra_args=True)
 for group in (measure, report, volumes, paint, combine, serve, compress, prune, hub, trust):
     for name, verb in group.VERBS.items():
-        app.command(name)(verb)
+        _add_verb(name, verb)
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ def examine() -> list[Finding]:
 
     findings = [Finding("python", None, f"{platform.python_version()} on {platform.platform(terse=True)}")]
     findings += [Finding(name, *_find_version(name)) for name in _PACKAGES]
-    findings.append(Finding("cpu", None, f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"))
+    findings.append(Finding("cpu", None, f"{os.cpu_count()} cores; threads of torch: {torch.get_num_threads()}"))
     findings.append(_find_gpu())
     findings.append(_try_feature("bf16", _time_bf16))
     findings.append(_find_fp16())

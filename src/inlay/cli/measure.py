@@ -86,8 +86,10 @@ def _print_tables(found: "Measurement") -> None:
         said = "counted from the config; without --no-weights, time, memory and energy are measured too"
         console.print(said, soft_wrap=True)
     else:
-        where = f"on {found.device}" + (f", {found.threads} threads" if found.device == "cpu" else "")
-        console.print(printable(f"{where}; energy: {found.energy_source}"), markup=False, soft_wrap=True)
+        threads = f", {found.threads} thread{'s' * (found.threads != 1)}" if found.device == "cpu" else ""
+        console.print(
+            printable(f"on {found.device}{threads}; energy: {found.energy_source}"), markup=False, soft_wrap=True
+        )
     for remark in found.remarks:
         console.print(printable(remark), markup=False, soft_wrap=True)
 

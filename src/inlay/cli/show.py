@@ -22,8 +22,9 @@ DtypeOption = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"] | None,
     typer.Option(
         "--dtype",
-        help="Compute in this type of number; auto: bfloat16 where it is faster here and the adapter's golden output "
-        "allows it; default: float32.",
+        metavar="TYPE",
+        help="Compute in float32, bfloat16, float16 or auto: bfloat16 where it is faster here and the adapter's golden "
+        "output allows it; default: float32.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Annotated, Any
 
 import typer
@@ -51,7 +52,7 @@ class TaskCommand:
         known = {flag for parameter in command.params for flag in parameter.opts} | {"--help"}
         for option in _named_options(arguments):
             if option not in known:
-                raise BadInput(self._explain_option(option, adapter, task))
+                raise BadInput(self._explain_option(option, adapter, task, known))
         command(arguments, prog_name=f"inlay {self.verb}")
 
     def find_adapter(self, arguments: Sequence[str]) -> str | None:
@@ -92,7 +93,7 @@ class TaskCommand:
         app.command()(run)
         return typer.main.get_command(app)
 
-    def _explain_option(self, option: str, adapter: str, task: Task) -> str:
+    def _explain_option(self, option: str, adapter: str, task: Task, known: set[str]) -> str:
         own = ", ".join(map(_flag_of, self.options_of(task)))
         takes = f"takes {own}" if own else f"has none of its own for {self.verb}"
         owners = [other.name for other in TASKS.values() if option in map(_flag_of, self.options_of(other))]
@@ -101,6 +102,8 @@ class TaskCommand:
                 f"{option} is an option for {' and '.join(owners)}, but adapter {adapter!r} is for {task.name}, which "
                 f"{takes}."
             )
+        if similar := get_close_matches(option, sorted(known), 1):
+            return f"unknown option {option}; did you mean {similar[0]}?"
         return f"unknown option {option}; an adapter for {task.name} {takes}."
 
 

@@ -45,7 +45,7 @@ def segment(
     negative: Annotated[list[str] | None, typer.Option(metavar="X,Y,Z", help="A voxel of none. Repeatable.")] = None,
     box: Annotated[
         list[str] | None,
-        typer.Option(metavar="X0,Y0,Z0,X1,Y1,Z1[,LABEL]", help="Corners around an object. Repeatable."),
+        typer.Option(metavar="CORNERS", help="X0,Y0,Z0,X1,Y1,Z1[,LABEL] around an object. Repeatable."),
     ] = None,
     ensemble: Annotated[
         list[str] | None,

@@ -343,13 +343,13 @@ def _make_scan(draw: np.random.Generator, side: int) -> bytes:
         greys = greys.repeat(8, axis)
     voxels = greys[:side, :side, :side] + draw.integers(0, 100, (side,) * 3, dtype=np.int16)
     header = np.zeros(1, NIFTI)[0]
-    header["sizeof_hdr"], header["dim"], header["datatype"], header["bitpix"] = (
-        348,
-        (3, *(side,) * 3, 1, 1, 1, 1),
-        4,
-        16,
-    )
-    header["pixdim"], header["vox_offset"], header["xyzt_units"], header["magic"] = (1,) * 8, 352, 2, b"n+1"
+    header["sizeof_hdr"] = NIFTI.itemsize
+    header["dim"] = (3, side, side, side, 1, 1, 1, 1)
+    header["datatype"], header["bitpix"] = 4, 16  # signed, 16 bits
+    header["pixdim"] = 1
+    header["xyzt_units"] = 2  # mm
+    header["vox_offset"] = 352  # behind the header and four bytes that say that it has no extension
+    header["magic"] = b"n+1"
     header["sform_code"], header["srow"] = 1, np.eye(3, 4)
     return gzip.compress(header.tobytes() + bytes(4) + voxels.tobytes(order="F"), compresslevel=1, mtime=0)
 

@@ -162,19 +162,19 @@ def fit(
         if config.tracker is not None:
             accelerator.init_trackers("inlay", config=config.identity())
         trainer = _Trainer(
-            accelerator,
-            wrapped,
-            optimizer,
-            scheduler,
-            run,
-            config,
-            steps,
-            loss,
-            list(metrics),
-            best_by,
-            callback,
-            reader,
-            average,
+            accelerator=accelerator,
+            model=wrapped,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            run=run,
+            config=config,
+            steps=steps,
+            loss=loss,
+            metrics=list(metrics),
+            best_by=best_by,
+            callback=callback,
+            reader=reader,
+            average=average,
         )
         if isinstance(collate, TwoStepCollate):
             validation_data = collate.shrink_items(validation_data)
@@ -299,34 +299,31 @@ def _order_examples(
     return SeededSampler(len(train_data), config.batch_size, steps, config.seed, done=progress.step, lengths=lengths)
 
 
+@dataclass
 class _Trainer:
     """The loop of one run, and the objects it works with."""
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        model: nn.Module,
-        optimizer: Any,
-        scheduler: Any,
-        run: Run,
-        config: TrainConfig,
-        steps: int,
-        loss: Loss,
-        metrics: "list[evaluate.Metric]",
-        best_by: str | None,
-        callback: Callback | None,
-        reader: StepReader,
-        average: WeightAverage | None,
-    ) -> None:
-        self.best_by, self.callback, self.reader = best_by, callback, reader
-        self.accelerator, self.model, self.optimizer, self.scheduler = accelerator, model, optimizer, scheduler
-        self.run, self.config, self.steps, self.loss, self.metrics = run, config, steps, loss, metrics
-        self.eval_every = config.count_steps_to_evaluation(steps)
-        self.skipped = 0  # fp16 steps in a row whose gradient overflowed
-        self.step_seconds, self.steps_here = 0.0, 0
-        self.average = average
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: Any
+    scheduler: Any
+    run: Run
+    config: TrainConfig
+    steps: int
+    loss: Loss
+    metrics: "list[evaluate.Metric]"
+    best_by: str | None
+    callback: Callback | None
+    reader: StepReader
+    average: WeightAverage | None
+    skipped: int = field(default=0, init=False)  # fp16 steps in a row whose gradient overflowed
+    step_seconds: float = field(default=0.0, init=False)
+    steps_here: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.eval_every = self.config.count_steps_to_evaluation(self.steps)
         # Frozen weights have no gradient, but accelerate tells a model in shards by its whole list.
-        self.clipped = [p for p in model.parameters() if p.requires_grad or has_shards(accelerator)]
+        self.clipped = [p for p in self.model.parameters() if p.requires_grad or has_shards(self.accelerator)]
 
     def train(
         self,

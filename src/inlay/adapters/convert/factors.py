@@ -105,9 +105,11 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickles fail in any way
-        reason = "it holds more than tensors" if "weights_only" in str(error).lower() else type(error).__name__
+        is_code = "weights_only" in str(error).lower()
+        reason = "it holds more than tensors" if is_code else "it is damaged or of another kind"
         raise Unsupported(
-            f"{path} cannot be read ({reason}); inlay runs no code that a pickle names: ask for safetensors."
+            f"{path} cannot be read as tensors of torch ({reason}), and inlay runs no code that a pickle names; give a "
+            "safetensors file."
         ) from None
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):

@@ -39,7 +39,7 @@ def fetch_folder(path: str | Path, revision: str | None = None) -> Path:
     try:
         return download(f"{user}/{name}", revision, *inside)
     except InlayError as error:
-        raise Unreachable(f"no folder {text!r} here, and the Hub does not give it: {error}") from None
+        raise Unreachable(f"there is no folder {text!r} here, and as a Hub id it fails: {error}") from None
 
 
 def fetch_if_adapter(name: str | Path) -> Path | None:

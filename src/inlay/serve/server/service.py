@@ -460,7 +460,7 @@ def _find_task(bank: Bank | ModelBank, refused: dict[str, str]) -> Task:
             bank.remove(name)
     if found is None:
         reasons = " ".join(refused.values())
-        raise BadInput(f"a server needs an adapter, which says what the base is for. {reasons}".strip())
+        raise BadInput(f"no adapter can be served on this base: {reasons or 'none was given.'}")
     return found
 
 

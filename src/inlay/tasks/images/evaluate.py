@@ -14,6 +14,7 @@ from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, pick_evenly
 from inlay.tasks.images.data import load_images_to_score
 from inlay.tasks.images.stream import load_image_stream_to_score
 from inlay.tasks.images.view import ImageView
+from inlay.tasks.progress import show_progress
 from inlay.tasks.shards import is_streamed
 
 AT_ONCE = 32  # images in one forward pass
@@ -64,7 +65,8 @@ def _compute_probabilities(model: Any, images: Any, logits: list[int]) -> np.nda
     """Of the classes that these logits stand for, (N, K)."""
     weight = next(p for p in model.parameters() if p.is_floating_point())
     found = []
-    for batch in DataLoader(images, batch_size=AT_ONCE):
+    batches = DataLoader(images, batch_size=AT_ONCE)
+    for batch in show_progress(batches, len(batches), "score", "batch"):
         inputs = place_inputs({key: value for key, value in batch.items() if key != "labels"}, weight)
         output = model(**inputs).logits  # B K
         found.append(class_probabilities(output[:, logits].double(), model.config).cpu())

@@ -20,6 +20,7 @@ from inlay.tasks.adapter import Adapter, check_task, place_inputs
 from inlay.tasks.classification import class_probabilities
 from inlay.tasks.image_decoding import SUFFIXES, open_for_processor, open_image
 from inlay.tasks.images.pixels import choose_steps
+from inlay.tasks.progress import show_progress
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def predict(
     top = min(top, len(labels))
     weight = next(p for p in adapter.model.parameters() if p.is_floating_point())
     predictions: list[Prediction] = []
-    for batch in _read_ahead(images, adapter.processor, batch_size):
+    batches = _read_ahead(images, adapter.processor, batch_size)
+    for batch in show_progress(batches, -(-len(images) // batch_size), "predict", "batch"):
         with torch.inference_mode():
             logits = adapter.model(**place_inputs(batch, weight)).logits  # B K
         probabilities, classes = class_probabilities(logits[:, rows].float(), adapter.model.config).topk(top)

@@ -14,6 +14,7 @@ from inlay.tasks.groups import list_groups
 from inlay.tasks.masks.data import load_masks_to_score
 from inlay.tasks.masks.loss import MaskLoss
 from inlay.tasks.masks.view import SCORED_OBJECTS, MaskView, Prompts, scoring_view
+from inlay.tasks.progress import show_progress
 from inlay.tasks.statistics import Indices, score_with_intervals
 
 KINDS: tuple[Prompts, ...] = ("point", "points", "box")
@@ -75,7 +76,8 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
 def _answer_prompts(model: Any, view: MaskView, picked: list[int]) -> list[dict[str, Any]]:
     """A row for each object that was asked for: the image's place in the view, IoU, and the IoU that was predicted."""
     loss, weight, rows = MaskLoss(), next(p for p in model.parameters() if p.is_floating_point()), []
-    for begin, batch in enumerate(DataLoader(Subset(view, picked), batch_size=AT_ONCE)):
+    batches = DataLoader(Subset(view, picked), batch_size=AT_ONCE)
+    for begin, batch in enumerate(show_progress(batches, len(batches), "score", "batch")):
         batch = {  # prompts stay float32: bfloat16 has no odd number over 256
             key: value.to(weight.device, weight.dtype if key == "pixel_values" else value.dtype)
             for key, value in batch.items()

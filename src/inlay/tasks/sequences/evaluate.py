@@ -10,6 +10,7 @@ from inlay.methods.prompt import check_prompt
 from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.classification import class_probabilities, evaluate_classifier
 from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, pick_evenly
+from inlay.tasks.progress import show_progress
 from inlay.tasks.sequences.data import load_sequences_to_score
 from inlay.tasks.sequences.stream import load_sequence_stream_to_score
 from inlay.tasks.sequences.view import SequenceView
@@ -62,7 +63,8 @@ def _probabilities(model: Any, view: SequenceView, logits: list[int]) -> np.ndar
     """Of the classes that these logits stand for, (N, K)."""
     device = next(model.parameters()).device
     found = []
-    for begin in range(0, len(view), AT_ONCE):
+    begins = range(0, len(view), AT_ONCE)
+    for begin in show_progress(begins, len(begins), "score", "batch"):
         batch = view.collate([view[i] for i in range(begin, min(begin + AT_ONCE, len(view)))])
         inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
         output = model(**inputs).logits  # B K

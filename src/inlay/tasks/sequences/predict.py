@@ -10,6 +10,7 @@ from inlay.errors import BadInput
 from inlay.methods.prompt import check_prompt
 from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.classification import class_probabilities
+from inlay.tasks.progress import show_progress
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def classify_texts(
     top = min(top, len(labels))
     device = next(adapter.model.parameters()).device
     found = []
-    for begin in range(0, len(rows), batch_size):
+    begins = range(0, len(rows), batch_size)
+    for begin in show_progress(begins, len(begins), "predict", "batch"):
         batch = rows[begin : begin + batch_size]
         seconds = [str(b) for _, b in batch] if True in paired else None
         encoded, _ = adapter.processor.encode([a for a, _ in batch], seconds)

@@ -13,6 +13,7 @@ from inlay.errors import InlayError
 from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, Score, count_units, pick_evenly
 from inlay.tasks.groups import join_units
+from inlay.tasks.progress import show_progress
 from inlay.tasks.shards import is_streamed
 from inlay.tasks.statistics import BINS, Indices, find_bins, score_with_intervals
 from inlay.tasks.text.chunked_logits import IGNORED, read_logits
@@ -138,7 +139,8 @@ def _sum_over_tokens(model: Any, view: TextView, wanted: np.ndarray) -> _TokenSu
     device = next(model.parameters()).device
     losses, tokens, gaps = np.zeros(len(view)), np.zeros(len(view)), np.zeros((len(view), BINS))
     items = sorted(np.flatnonzero(wanted).tolist(), key=lambda i: -view.lengths[i])  # alike in length
-    for begin in range(0, len(items), AT_ONCE):
+    begins = range(0, len(items), AT_ONCE)
+    for begin in show_progress(begins, len(begins), "score", "batch"):
         part = items[begin : begin + AT_ONCE]
         batch = {key: value.to(device) for key, value in view.collate([view[i] for i in part]).items()}
         counts = (batch["labels"][:, 1:] != IGNORED).sum(1).cpu().numpy()
