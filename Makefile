@@ -84,6 +84,8 @@ bench-scores: setup ## quality and errors: 12 hours; a run that was broken off g
 	$(BIN)/python tests/benchmarks/e2e_gpt2.py
 	$(BIN)/python tests/benchmarks/eight_bit_gpt2.py
 	$(BIN)/python tests/benchmarks/hippocampus.py
+	$(BIN)/python tests/benchmarks/hippocampus_clicks.py
+	$(BIN)/python tests/benchmarks/mask_clicks.py
 	$(BIN)/python tests/benchmarks/scan_channels.py
 	$(BIN)/python tests/benchmarks/scan_folds.py
 	$(BIN)/python tests/benchmarks/mobilenet_flowers.py
@@ -124,8 +126,8 @@ OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/int8.py --table dense=$(1) prun
 endef
 
 bench-forget: ## remove the results that scripts would go on from
-	rm -rf runs/benchmark_pruning runs/benchmark_tune runs/e2e runs/dog_toy runs/compare_*
-	for name in hippocampus scan_channels mobilenet_flowers augment_flowers pruning_vit-tiny pruning_vit-small pruning_mobilenet dog_toy tune; do rm -f $(RESULTS)/$$name.json; done
+	rm -rf runs/benchmark_pruning runs/benchmark_tune runs/e2e runs/dog_toy runs/hippocampus_clicks runs/compare_*
+	for name in hippocampus hippocampus_clicks scan_channels mobilenet_flowers augment_flowers pruning_vit-tiny pruning_vit-small pruning_mobilenet dog_toy tune; do rm -f $(RESULTS)/$$name.json; done
 
 bench-gpu: setup ## on a machine with a GPU, under 10 minutes
 	$(BIN)/python tests/benchmarks/gpu.py

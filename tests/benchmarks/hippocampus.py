@@ -14,7 +14,7 @@ equally many steps, and are scored on whole scans by mean Dice over cases and cl
 
 Scored are no prompt; 1 and 10 random points in each class (`slices`: in every slice that shows the class, as a slice
 knows nothing of the others: many more clicks); and 10 clicks a user would give, one in each class, then where the
-answer is most wrong. A U-Net takes no clicks. For the adapter `score_clicks` adds two users one click at a time.
+answer is most wrong. A U-Net takes no clicks. hippocampus_clicks.py scores other users, one prompt at a time.
 """
 
 import argparse
@@ -182,60 +182,6 @@ def windows(model, volume, points, said):
     return shares[:, :, :d, :h, :w]
 
 
-PROTOCOLS = {"centre": "at the centre of the largest error", "densest": "where errors are densest"}
-COUNTS = (1, 3, 5, 10)
-
-
-def score_clicks(model, cases, processor, seed, ways=("session", "correct")):
-    """A user's clicks one by one on each case: mean Dice of the scan before and after some, and cases that got worse.
-
-    `session` clicks into an empty VolumeSession, `correct` into one that is given what `segment` found. Before is
-    what `segment` found. A case is worse if its Dice, the mean over classes, is less than before by any amount.
-    """
-    from types import SimpleNamespace
-
-    from inlay import VolumeSession, segment
-    from inlay.methods.spatial.prompts import clicks_at_centres, clicks_on_errors
-    from inlay.tasks import TASKS
-    from inlay.tasks.volumes.scores import dice_of, overlap
-
-    adapter = SimpleNamespace(
-        model=model.eval(), processor=processor, labels=["anterior", "posterior"], name="hippocampus",
-        task=TASKS["volume-segmentation"],
-    )  # fmt: skip
-    simulators = {"centre": clicks_at_centres, "densest": clicks_on_errors}
-
-    def score_mask(mask, labels):
-        counts = overlap(torch.from_numpy(mask.astype(np.int16))[None], torch.from_numpy(labels)[None], CLASSES)
-        return float(dice_of(counts.numpy()).mean())
-
-    torch.manual_seed(seed)
-    found = {}
-    for way in ways:
-        for protocol, simulate in simulators.items():
-            rows = []
-            for case in cases:
-                scan = processor.read(case)
-                labels = processor.back(scan.labels.numpy(), scan)
-                begun = segment(adapter, scan, progress=False)
-                session = VolumeSession(adapter, scan, mask=begun if way == "correct" else None)
-                mask, row = begun.mask, [score_mask(begun.mask, labels)]
-                for count in range(1, max(COUNTS) + 1):
-                    answer = F.one_hot(torch.from_numpy(mask.astype(np.int64)), CLASSES + 1).movedim(-1, 0)[None]
-                    point, label = simulate(answer.float(), torch.from_numpy(labels)[None].long(), 1)
-                    if label.item() >= 0:
-                        mask = session.click(
-                            point[0, 0].tolist(), positive=label.item() > 0, label=label.item() or None
-                        )
-                    if count in COUNTS:
-                        row.append(score_mask(mask, labels))
-                rows.append(row)
-            table = np.array(rows)
-            worse = (table[:, 1:] < table[:, :1]).sum(0).tolist()
-            found[f"{way} {protocol}"] = {"dice": table.mean(0).tolist(), "worse": worse, "cases": len(rows)}
-    return found
-
-
 MODES = {
     "none": "no prompt",
     "1 point": "1 point per class",
@@ -296,8 +242,6 @@ def run(way, seed, steps, folder):
         losses.append(loss.item())
     row = {"train_cpu_s": round(cpu_seconds() - begun, 1), "loss": round(float(np.mean(losses[-20:])), 4)}
     sizes = {"trained": sum(p.numel() for p in trained), "parameters": sum(p.numel() for p in model.parameters())}
-    if way == "spatial":
-        row["clicks"] = score_clicks(model, data.validation, processor, 1000 + seed)
     return {**row, **sizes, "dice": score(way, model, held_out, 1000 + seed)}
 
 

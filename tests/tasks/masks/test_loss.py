@@ -8,7 +8,7 @@ from torch import nn
 
 from inlay import MaskLoss, load_base
 from inlay.builtin.scenes import generate_scenes
-from inlay.tasks.masks.clicks import answer_clicks, score_clicks
+from inlay.tasks.masks.clicks import answer_centres, answer_clicks, score_centres, score_clicks
 from inlay.tasks.masks.loss import mask_losses, pick_predicted_best
 from inlay.tasks.masks.prompts import draw_objects
 from inlay.tasks.masks.scores import MaskIoU
@@ -112,6 +112,65 @@ def test_a_simulated_user_clicks_where_the_answer_is_wrong():
     assert set(seen[-1]) == {"input_boxes"} and seen[-1]["input_boxes"].shape == (6, 1, 4)
 
 
+def test_a_simulated_user_clicks_at_the_centres_of_the_largest_errors():
+    """First of the object, then of what is missing or too much, with the class that is right there."""
+    objects = torch.zeros(1, 2, 64, 64, dtype=torch.bool)
+    objects[0, 0, 8:40, 8:40] = True
+    objects[0, 1, 20:28, 20:60] = True
+    seen = []
+
+    def model(image_embeddings, multimask_output, **prompt):
+        """The left of 24 pixels of anything: too much for the first object, too little for the second."""
+        seen.append(prompt)
+        masks = torch.full((2, 1, 3 if multimask_output else 1, 16, 16), -1.0)
+        masks[..., 1:15, :6] = 1.0
+        return SimpleNamespace(pred_masks=masks, iou_scores=torch.zeros(masks.shape[:3]))
+
+    rounds = list(answer_centres(model, torch.zeros(1, 8, 4, 4), objects, 2))
+    assert [tuple(logits.shape) for logits, _, _ in rounds] == [(2, 3, 16, 16), (2, 1, 16, 16)]
+    first, second = (prompt["input_points"][:, 0] for prompt in seen)
+    assert (first[0, 0] - 23.5).abs().max() <= 4 and (first[1, 0] - torch.tensor([39.5, 23.5])).abs().max() <= 16
+    assert objects[0, [0, 1], first[:, 0, 1].long(), first[:, 0, 0].long()].all() and "input_masks" not in seen[0]
+    assert (
+        second.shape == (2, 2, 2)
+        and torch.equal(second[:, :1], first)
+        and seen[1]["input_masks"].shape == (2, 1, 16, 16)
+    )
+    x, y = second[:, 1].long().unbind(-1)
+    right = objects[0, [0, 1], y, x]
+    answered = rounds[0][0][[0, 1], 0, y // 4, x // 4] > 0
+    assert torch.equal(seen[1]["input_labels"][:, 0, 1] == 1, right) and (right != answered).all()
+
+
+def test_of_an_answer_that_is_right_nothing_more_is_asked():
+    objects = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
+    objects[..., 16:32, 16:32] = True
+    seen = []
+
+    def model(image_embeddings, multimask_output, **prompt):
+        seen.append(prompt["input_labels"].flatten().tolist())
+        masks = torch.full((1, 1, 1, 16, 16), -1.0)
+        masks[..., 4:8, 4:8] = 1.0
+        return SimpleNamespace(pred_masks=masks, iou_scores=torch.zeros(1, 1, 1))
+
+    list(answer_centres(model, torch.zeros(1, 8, 4, 4), objects, 3))
+    assert seen == [[1], [1, -1], [1, -1, -1]]
+
+
+@pytest.mark.parametrize("base", ["sam", "sam2"])
+def test_ten_clicks_are_scored_for_sam_and_sam_2(base):
+    from sam2_models import build_sam2
+
+    torch.manual_seed(0)
+    model, side = (build_sam2(), 64) if base == "sam2" else (load_base("builtin:sam-tiny"), 128)
+    pixels, objects = torch.randn(2, 3, side, side), torch.zeros(2, 3, side, side, dtype=torch.bool)
+    objects[:, :, 10:30, 10:40] = True
+    assert score_centres(model, pixels, objects).shape == (10, 6)
+    assert {key: tuple(value.shape) for key, value in score_clicks(model, pixels, objects).items()} == {
+        "1 point": (6,), "3 points": (6,), "box": (6,),
+    }  # fmt: skip
+
+
 def test_clicks_in_errors_help_the_embedded_sam():
     torch.manual_seed(0)
     made = generate_scenes(8, seed=4712)
@@ -120,3 +179,5 @@ def test_clicks_in_errors_help_the_embedded_sam():
     means = {key: float(value.mean()) for key, value in found.items()}
     assert all(value.shape == (64,) for value in found.values())
     assert means["3 points"] > means["1 point"] + 0.03 and means["box"] > means["1 point"]
+    clicked = score_centres(load_base("builtin:sam-tiny"), pixels, draw_objects(made, 8), 3).mean(1)
+    assert clicked[2] > clicked[0] + 0.03

@@ -1,16 +1,19 @@
 """Masks as prompts, scribbles and lassos: what is read, what changes, and what undo brings back."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from inlay import InlayError, VolumeSession, segment
 from inlay.tasks.volumes import session as session_module
 from inlay.tasks.volumes.correction import correct_mask, read_mask
-from inlay.tasks.volumes.strokes import sample_lasso, sample_scribble
-from inlay.tasks.volumes.windows import Grid
+from inlay.tasks.volumes.obedience import lift_clicked
+from inlay.tasks.volumes.strokes import fill_lasso, fill_scribble, sample_lasso, sample_scribble
+from inlay.tasks.volumes.windows import Grid, ScanPrompts
 from tasks.volumes.standin import adapter, blobs
 
 SHAPE = (18, 20, 22)
@@ -150,6 +153,59 @@ def test_what_a_session_holds_is_bounded(tmp_path, monkeypatch):
     assert mask.any(), "the oldest prompts stay"
 
 
+class Deaf(torch.nn.Module):
+    """A model that is sure of background everywhere, whatever it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, pixel_values=None, image_embeddings=None, **prompts):
+        image_embeddings = pixel_values if image_embeddings is None else image_embeddings
+        logits = torch.zeros(1, 3, *image_embeddings.shape[2:]) + self.bias
+        logits[:, 0] = 8
+        return SimpleNamespace(logits=logits, image_embeddings=image_embeddings)
+
+
+def test_each_voxel_hears_the_click_that_is_nearest():
+    logits = torch.zeros(1, 3, 12, 12, 12)
+    logits[:, 0] = 4
+    logits[:, 2, 3, 3, 3] = 20
+    near = torch.tensor([[3.0, 3, 3], [3, 3, 4], [9, 9, 9], [9, 9, 9]])
+    said = ScanPrompts(near, torch.tensor([2, 1, 1, 2]), torch.zeros(0, 6), torch.zeros(0, dtype=torch.long))
+    lifted = lift_clicked(logits, [said])
+    classes = lifted.argmax(1)[0]
+    assert [int(classes[tuple(p)]) for p in near.long().tolist()] == [2, 1, 2, 2], "of two in one voxel the later one"
+    assert torch.equal(lifted[:, 2, :5, :5, :3], logits[:, 2, :5, :5, :3]), "a click that was heard changes nothing"
+    around = lifted[0, 2, 9, 9]
+    assert around[9] == 5 and 0 < around[10] < around[9] and around[11] < around[10] and around[2] == 0
+    assert torch.equal(lifted[:, 0], logits[:, 0]) and logits[0, 1].max() == 0, "a copy"
+
+
+@pytest.mark.parametrize("spacing", [None, (1.0, 1.0, 1.0)])
+@pytest.mark.parametrize("corrects", [False, True])
+def test_what_was_said_of_voxels_holds_until_something_else_is_said(scan, spacing, corrects):
+    """Also where the model hears nothing, on a grid other than the model's, and after later prompts."""
+    given = adapter(crop=(28, 24, 12), spacing_mm=spacing)
+    given.model = Deaf()
+    session = VolumeSession(given, scan, mask=np.zeros(SHAPE, np.uint8) if corrects else None)
+    assert session.click((17.4, 19.5, 0), label=2)[17, 19, 0] == 2
+    mask = session.click((3, 4, 5))
+    assert mask[3, 4, 5] == 1 and (mask == 1).sum() > 1, "what the model is as unsure of follows"
+    line = [(5, 5, 5), (5, 12, 5), (10, 12, 9)]
+    scribbled = session.scribble(line, label="dark")
+    x, y, z = fill_scribble(line).T
+    assert (scribbled[x, y, z] == 2).all() and scribbled[3, 4, 5] == 1
+    x, y, z = fill_lasso([(8, 8), (14, 8), (14, 15), (8, 15)], 2, 9).T
+    mask = session.lasso([(8, 8), (14, 8), (14, 15), (8, 15)], axis=2, index=9)
+    assert (mask[x, y, z] == 1).all() and mask[5, 8, 5] == 2 and mask[10, 12, 9] == 1, "the later one counts"
+    assert np.array_equal(session.undo(), scribbled)
+    found = segment(
+        given, scan, points=[(3, 4, 5), (12, 4, 18, "dark")], mask=np.zeros(SHAPE, int) if corrects else None
+    )
+    assert found.mask[3, 4, 5] == 1 and found.mask[12, 4, 18] == 2
+
+
 def test_a_scribble_is_points_at_equal_distances():
     line = [(0, 0, 0), (0, 0, 6), (8, 0, 6)]
     assert sample_scribble(line).tolist() == [[0, 0, 0], [0, 0, 2], [0, 0, 4], [0, 0, 6], [2, 0, 6], [4, 0, 6],
@@ -157,6 +213,9 @@ def test_a_scribble_is_points_at_equal_distances():
     assert sample_scribble([(1, 2, 3)]).tolist() == [[1, 2, 3]]
     long = sample_scribble(np.stack([np.linspace(0, 500, 4000)] * 3, 1))
     assert len(long) == 32 and np.allclose(np.diff(long, axis=0), 500 / 31)
+    voxels = fill_scribble([(0, 0, 0), (0, 0, 3), (2, 2, 3.4)])
+    assert voxels.tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 0, 3], [1, 1, 3], [2, 2, 3]]
+    assert fill_scribble([(1.2, 2, 3)]).tolist() == [[1, 2, 3]]
 
 
 def test_a_lasso_is_points_inside_its_contour():
@@ -166,6 +225,13 @@ def test_a_lasso_is_points_inside_its_contour():
     assert 16 <= len(points) <= 32 and (points[:, 1] == 7).all()
     apart = np.hypot(points[:, 0] - 50, points[:, 2] - 30)
     assert apart.max() <= 21 and apart.max() > 10, "spread over the circle"
+    inside = fill_lasso(circle, axis=1, index=7.2)
+    assert {tuple(p) for p in points} <= {tuple(v) for v in inside.astype(float)} and (inside[:, 1] == 7).all()
+    assert np.hypot(inside[:, 0] - 50, inside[:, 2] - 30).max() <= 20 and len(inside) > 0.97 * np.pi * 20**2
+    square = fill_lasso([(2, 3), (5, 3), (5, 7), (2, 7)], axis=2, index=1)
+    assert len(square) == 20 and square.min(0).tolist() == [2, 3, 1], "what the contour runs through is enclosed"
+    assert len(fill_lasso([(1.5, 2.5), (4.5, 2.5), (4.5, 5.5), (1.5, 5.5)], axis=2, index=1)) == 9
+    assert fill_lasso([(2.2, 3.2), (2.4, 3.2), (2.2, 3.4)], axis=0, index=4).tolist() == [[4, 2, 3]]
     assert sample_lasso([(3, 4), (5, 4), (4, 6)], axis=0, index=2, most=1).shape == (1, 3)
 
 
@@ -175,6 +241,7 @@ def test_a_lasso_is_points_inside_its_contour():
         (lambda s: s.scribble([]), "a scribble is a list"),
         (lambda s: s.scribble([(1, 2)]), "3 numbers"),
         (lambda s: s.scribble([(1, 2, 3), (1, 2, 90)]), "lies outside the scan"),
+        (lambda s: s.scribble([(1, 2, 3), (1e9, 2, 3), (1, 2, 4)]), "lies outside the scan"),
         (lambda s: s.lasso([(1, 2), (3, 4)], 0, 5), "3 or more points"),
         (lambda s: s.lasso([(1, 2), (3, 4), (5, 2)], 3, 5), "axis must be 0, 1 or 2"),
         (lambda s: s.lasso([(0, 0), (1e9, 0), (0, 5)], 0, 5), "at most 4,096"),

@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -14,7 +15,9 @@ from PIL import Image
 
 from inlay import InlayError, VolumeSession, segment
 from inlay.cli import app as cli
+from inlay.tasks.volumes.obedience import lift_clicked
 from inlay.tasks.volumes.scan import VolumeProcessor
+from inlay.tasks.volumes.windows import ScanPrompts
 from methods.volumes import build, settings
 from places import SHARED
 from tasks.volumes.standin import LABELS, adapter, blobs
@@ -503,9 +506,11 @@ def test_an_adapted_sam_encodes_once_and_hears_every_click(spatial, scan):
             output = spatial.model(
                 input_points=places[:, : i + 1], input_labels=torch.tensor([[2, 0, 1][: i + 1]]), **given
             )
-        given = {"image_embeddings": output.image_embeddings, "input_masks": output.logits.half().float()}
+        said = replace(ScanPrompts.none(), points=places[0, : i + 1], labels=torch.tensor([2, 0, 1][: i + 1]))
+        logits = lift_clicked(output.logits, [said]).half().float()
+        given = {"image_embeddings": output.image_embeddings, "input_masks": logits}
         wanted = torch.zeros(read.image.shape[1:], dtype=torch.uint8)
-        wanted[box] = output.logits.half().float()[0].argmax(0).byte()
+        wanted[box] = logits[0].argmax(0).byte()
         assert (spatial.processor.back(wanted, read) == mask).mean() > 0.999 and mask.any()
     assert (session.undo() == masks[1]).all() and (session.undo() == masks[0]).all() and len(runs) == 2
 

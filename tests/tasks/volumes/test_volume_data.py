@@ -172,7 +172,7 @@ def test_layouts_that_make_no_task(tmp_path):
     refused("notes.txt", "above or below", name=str(tmp_path))
     refused("two cases", "got 1", name=str(pairs(tmp_path / "a", "x")))
     refused("between 0 and 1", name=str(tmp_path), validation=1.0)
-    refused("modality mr, ct or other", "'pet'", name=str(tmp_path), modality="pet")
+    refused("modality must be mr, ct or other", "'pet'", name=str(tmp_path), modality="pet")
     refused("empty", name=str(pairs(tmp_path / "e", "x", "y", values=())))
     refused("2 different class names", "['one']", name=str(pairs(tmp_path / "n", "x", "y")), labels=["one"])
 

@@ -53,9 +53,7 @@ def clicks_on_errors(logits: torch.Tensor, labels: torch.Tensor, count: int) -> 
     wrong = ((logits.argmax(1) != labels) & (labels >= 0)).float()
     points, said = [], []
     for _ in range(count):
-        # Padded first: avg_pool3d refuses volumes that are smaller than its kernel, whatever its own padding.
-        framed = F.pad(wrong[:, None], [REACH // 2] * 6)
-        dense = F.avg_pool3d(framed, REACH, stride=1)[:, 0] * wrong
+        dense = _measure_density(wrong) * wrong
         jitter = 1 + 0.1 * torch.rand_like(dense)  # equal regions: any of them
         value, at = (dense * jitter).flatten(1).max(1, keepdim=True)
         label = labels.flatten(1).gather(1, at)
@@ -70,7 +68,8 @@ def clicks_at_centres(logits: torch.Tensor, labels: torch.Tensor, count: int) ->
     """Clicks at the centres of the largest errors, the largest first, each with the class that is right there.
 
     An error is a connected component (26 neighbours) of the voxels whose class is wrong; its centre is the voxel that
-    is farthest from its surface. Users are simulated so where models are compared.
+    is farthest from its surface. Of several (a shell may be one voxel thick) it is the one in the densest region of
+    errors. Users are simulated so where models are compared.
 
     Args:
         logits: The answer, (B, K + 1, D, H, W).
@@ -82,7 +81,7 @@ def clicks_at_centres(logits: torch.Tensor, labels: torch.Tensor, count: int) ->
     """
     wrong = (logits.argmax(1) != labels) & (labels >= 0)
     names = name_components(wrong).flatten(1)
-    depth = measure_depth(wrong).flatten(1)
+    depth = (measure_depth(wrong) + _measure_density(wrong.float()) / 2).flatten(1)  # of depths, which are whole, ties
     sizes = torch.zeros_like(names, dtype=torch.float32)
     sizes = sizes.scatter_add(1, names, wrong.flatten(1).float()).gather(1, names) * wrong.flatten(1)
     points, said = [], []
@@ -122,12 +121,12 @@ def name_components(mask: torch.Tensor) -> torch.Tensor:
 def measure_depth(mask: torch.Tensor) -> torch.Tensor:
     """Squared distance in voxels of each voxel of a mask (B, D, H, W) to the nearest outside of it, up to DEPTH².
 
-    What lies beyond the volume counts as outside.
+    What lies beyond the volume counts as outside, but not above and below one single plane: an image has an inside.
 
     Source: the exact Euclidean distance axis by axis, Felzenszwalb & Huttenlocher 2012, doi:10.4086/toc.2012.v008a019.
     """
     depth = mask.float() * DEPTH**2
-    for axis in (1, 2, 3):
+    for axis in (axis for axis in (1, 2, 3) if mask.shape[axis] > 1):
         nearest = depth
         for step in range(1, DEPTH + 1):
             around = torch.minimum(_shift(depth, axis, step, 0.0), _shift(depth, axis, -step, 0.0))
@@ -179,6 +178,13 @@ def damage_masks(labels: torch.Tensor, classes: int, balls: int = 2, reach: int 
     if torch.rand(()) < 0.5:
         masks = masks.roll(torch.randint(-reach, reach + 1, (3,)).tolist(), (1, 2, 3))
     return masks
+
+
+def _measure_density(wrong: torch.Tensor) -> torch.Tensor:
+    """The share of wrong voxels in a cube around each voxel, (B, D, H, W), from 0 to 1."""
+    # Padded first: avg_pool3d refuses volumes that are smaller than its kernel, whatever its own padding.
+    framed = F.pad(wrong[:, None], [REACH // 2] * 6)
+    return F.avg_pool3d(framed, REACH, stride=1)[:, 0]
 
 
 def _unravel(at: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -85,8 +85,7 @@ def correct_mask(
     from scipy import ndimage
 
     merged = before.copy()
-    voxels = [tuple(round(float(v)) for v in point[:3]) for point in points]
-    regions = [tuple(slice(max(0, v - 1), v + 2) for v in voxel) for voxel in voxels]
+    regions = [tuple(slice(max(0, round(float(v)) - 1), round(float(v)) + 2) for v in point[:3]) for point in points]
     for box in boxes:
         corners = np.sort(np.rint(np.array([box[:3], box[3:6]], np.float64)).astype(int), 0).clip(0)
         regions.append(tuple(slice(low, high + 1) for low, high in corners.T.tolist()))
@@ -106,10 +105,24 @@ def correct_mask(
                 reached[np.unique(components[tuple(inside)])] = True
         reached[0] = False  # what did not change
         merged[box][reached[components]] = label
-    for voxel, label in zip(voxels, classes, strict=False):
-        inside_scan = tuple(min(max(v, 0), n - 1) for v, n in zip(voxel, merged.shape, strict=True))
-        merged[inside_scan] = label
+    write_points(merged, points, labels, values)
     return merged
+
+
+def write_points(
+    mask: np.ndarray, points: Sequence[Sequence[Any]], labels: Sequence[str], values: Sequence[int] | None = None
+) -> None:
+    """Give clicked voxels their classes, in place; of two in one voxel the later one counts.
+
+    Args:
+        mask: (X, Y, Z), classes.
+        points: In own voxels, as `Grid.make_prompts` takes them.
+        labels: Names of the K classes.
+        values: Their numbers in the mask; None: 1..K.
+    """
+    for point in points:
+        voxel = tuple(min(max(round(float(v)), 0), n - 1) for v, n in zip(point[:3], mask.shape, strict=True))
+        mask[voxel] = class_index(point[3], labels, values) if len(point) > 3 else 1
 
 
 def find_box(changed: np.ndarray) -> Region:

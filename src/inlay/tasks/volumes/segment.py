@@ -22,7 +22,7 @@ from inlay.files.atomic import replacing
 from inlay.files.outputs import check_output_file
 from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.tables import list_first
-from inlay.tasks.volumes.correction import MaskSource, correct_mask, read_mask
+from inlay.tasks.volumes.correction import MaskSource, correct_mask, read_mask, write_points
 from inlay.tasks.volumes.data import Case, read_labels
 from inlay.tasks.volumes.dicom_seg import SEG, check_dicom_seg, write_dicom_seg
 from inlay.tasks.volumes.file_checks import APART, corner_distance, has_suffix
@@ -264,7 +264,8 @@ def segment(
 ) -> Segmentation:
     """Find the adapter's classes in a scan of any size, in windows of the size that it was trained on.
 
-    Windows that hold a prompt are answered with it, all others without one. Probabilities are averaged where windows
+    Windows that hold a prompt are answered with it, all others without one; a voxel that was clicked has the class that
+    was said. Probabilities are averaged where windows
     overlap, with Gaussian weights, and interpolated at the scan's own voxels; a voxel gets its most probable class.
     Besides scan and mask only the planes of one window's depth are held, so memory does not grow with length. Those of
     an ensemble are averaged at the scan's own voxels, in a file without a name where temporary files are (TMPDIR).
@@ -327,6 +328,7 @@ def segment(
         found = correct_mask(given, found, points, boxes, adapter.labels, adapter.processor.values)
     if largest:
         keep_largest(found, len(adapter.labels))
+    write_points(found, points, adapter.labels, adapter.processor.values)
     affine, numbers = np.asarray(first.affine, np.float64), adapter.processor.values
     wanted = kept if keep_probabilities is not False else None
     return Segmentation(put_values(found, numbers), affine, list(adapter.labels), wanted, source, numbers, further)

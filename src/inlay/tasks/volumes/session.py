@@ -16,9 +16,10 @@ import torch
 
 from inlay.bases.device import Device, move_model
 from inlay.tasks.volumes.correction import MaskSource, Region, correct_mask, find_box
+from inlay.tasks.volumes.obedience import lift_clicked
 from inlay.tasks.volumes.scan import Scan, ScanSource
 from inlay.tasks.volumes.segment import Segmentation, empty_mask, open_mask, open_scan, paint_mask, put_values
-from inlay.tasks.volumes.strokes import sample_lasso, sample_scribble
+from inlay.tasks.volumes.strokes import fill_lasso, fill_scribble, sample_lasso, sample_scribble
 from inlay.tasks.volumes.windows import Grid, ScanPrompts, Voxel, batch_prompts, gaussian_weights
 
 if TYPE_CHECKING:
@@ -50,12 +51,16 @@ class Step:
     """What one click, box, scribble or lasso did.
 
     Attributes:
-        prompts: What was said.
+        prompts: What the model was told.
+        voxels: Own voxels (N, 3) whose class was said: clicked, or under a scribble or in a lasso.
+        label: Their class.
         answers: Windows that answered, with their logits.
         change: Where a mask was corrected: the voxels there before and after.
     """
 
     prompts: ScanPrompts
+    voxels: np.ndarray
+    label: int
     answers: list[tuple[Window, torch.Tensor]]
     change: tuple[Region, np.ndarray, np.ndarray] | None = None
 
@@ -71,8 +76,9 @@ class VolumeSession:
 
     The first click lays a window of `processor.crop` around itself, and the encoder runs on it. A click within windows
     that are there runs only prompt encoder and decoder, with all prompts so far and the logits of the answer before; a
-    click elsewhere lays another window. Outside of all windows the mask is background; where windows overlap, their
-    probabilities are averaged with Gaussian weights.
+    click elsewhere lays another window. Voxels that were clicked, scribbled on or enclosed by a lasso have the class
+    that was said of them last, whatever the model answers. Outside of all windows the mask is background; where windows
+    overlap, their probabilities are averaged with Gaussian weights.
 
     With `mask` the session corrects it: the decoder gets the mask as it is instead of earlier logits, and of its answer
     only those voxels are taken that become the class of the prompt and are connected to it. All else stays.
@@ -105,6 +111,7 @@ class VolumeSession:
         self._grid = Grid(scan, self._size)
         self._weights: torch.Tensor | None = None
         self._settled = ScanPrompts.none()  # prompts that cannot be undone any more
+        self._settled_voxels: list[tuple[np.ndarray, int]] = []  # what was said of voxels with them
         self._steps: list[Step] = []
         self._undone: list[Step] = []
         self._windows: list[Window] = []
@@ -149,7 +156,9 @@ class VolumeSession:
         return self._add([], [(*first, *last, *_as_given(label))])
 
     def scribble(self, points: npt.ArrayLike, positive: bool = True, label: int | str | None = None) -> np.ndarray:
-        """Say that a line belongs to a class, or to none, and get the new mask. It counts as at most 32 clicks.
+        """Say that a line belongs to a class, or to none, and get the new mask.
+
+        Each voxel on the line gets the class; the model is told of it by at most 32 clicks.
 
         Args:
             points: (N, 3), where the line begins, bends and ends: voxels x, y, z.
@@ -159,7 +168,10 @@ class VolumeSession:
         Raises:
             InlayError: A point outside of the scan, no points, or no such class.
         """
-        return self._draw(sample_scribble(points), positive, label)
+        places = sample_scribble(points)
+        for point in np.asarray(points, np.float64):  # between two places there may be a bend
+            self._grid.locate(point, "a point")
+        return self._draw(places, fill_scribble(points), positive, label)
 
     def lasso(
         self,
@@ -171,7 +183,8 @@ class VolumeSession:
     ) -> np.ndarray:
         """Say that what a closed contour in one slice encloses belongs to a class, or to none, and get the new mask.
 
-        It counts as at most 32 clicks inside. Nothing is said of what lies outside, which may be another class.
+        Each voxel inside gets the class; the model is told of it by at most 32 clicks. Nothing is said of what lies
+        outside, which may be another class.
 
         Args:
             polygon: (N, 2), the corners, in voxels along the other two axes in their order.
@@ -183,7 +196,7 @@ class VolumeSession:
         Raises:
             InlayError: Fewer than three corners, a voxel outside of the scan, or no such class.
         """
-        return self._draw(sample_lasso(polygon, axis, index), positive, label)
+        return self._draw(sample_lasso(polygon, axis, index), fill_lasso(polygon, axis, index), positive, label)
 
     def undo(self) -> np.ndarray:
         """Take the last prompt back; without one nothing happens. The mask is what it was before.
@@ -214,23 +227,31 @@ class VolumeSession:
         return self.mask
 
     def _begin(self) -> None:
-        self._settled, self._steps, self._undone = ScanPrompts.none(), [], []
+        self._settled, self._settled_voxels, self._steps, self._undone = ScanPrompts.none(), [], [], []
         self._windows, self._encoded = [], []
         self._mask[:] = 0 if self._given is None else self._given
 
-    def _draw(self, places: np.ndarray, positive: bool, label: int | str | None) -> np.ndarray:
-        """Clicks at places x, y, z."""
+    def _draw(self, places: np.ndarray, voxels: np.ndarray, positive: bool, label: int | str | None) -> np.ndarray:
+        """Clicks at places x, y, z for a stroke over voxels."""
         behind = _as_given(label) if positive else (0,)
-        return self._add([(*place, *behind) for place in places.tolist()], [])
+        inside = ((voxels >= 0) & (voxels < self._grid.own_shape)).all(1)
+        return self._add([(*place, *behind) for place in places.tolist()], [], voxels[inside])
 
-    def _add(self, points: list[Any], boxes: list[Any]) -> np.ndarray:
-        """Answer in every window that holds a point, or the middle of a box, and in new ones around those in none."""
+    def _add(self, points: list[Any], boxes: list[Any], voxels: np.ndarray | None = None) -> np.ndarray:
+        """Answer in every window that holds a point, or the middle of a box, and in new ones around those in none.
+
+        All points are of one class, which the voxels get; None: those of the points.
+        """
         prompts = self._grid.make_prompts(points, boxes, self._adapter.labels, self._values)
         places = torch.cat([prompts.points, prompts.boxes.view(-1, 2, 3).mean(1)])
         everything = join_prompts([self._settled, *(step.prompts for step in self._steps), prompts])
         answers = [(w, self._answer(w, everything.inside(w.start, self._size))) for w in self._find_windows(places)]
-        change = None if self._given is None else self._correct(answers, points, boxes)
-        step = Step(prompts, [] if change else answers, change)
+        if voxels is None:
+            clicked = np.array([point[:3] for point in points], np.float64).reshape(-1, 3)
+            voxels = np.rint(clicked).astype(np.int64).clip(0, np.array(self._grid.own_shape) - 1)
+        label = int(prompts.labels[0]) if points else 0
+        change = None if self._given is None else self._correct(answers, points, boxes, (voxels, label))
+        step = Step(prompts, voxels, label, [] if change else answers, change)
         self._steps.append(step)  # from here on nothing fails: an interrupted click leaves no trace
         self._undone = []
         self._keep(answers if change is None else [])
@@ -263,12 +284,17 @@ class VolumeSession:
         return Window((d, h, w))
 
     def _correct(
-        self, answers: list[tuple[Window, torch.Tensor]], points: list[Any], boxes: list[Any]
+        self,
+        answers: list[tuple[Window, torch.Tensor]],
+        points: list[Any],
+        boxes: list[Any],
+        said: tuple[np.ndarray, int],
     ) -> tuple[Region, np.ndarray, np.ndarray]:
         """Where the mask changes, and the voxels there before and after."""
         answered = self._mask.copy()
         self._paint(answers, answered)
         merged = correct_mask(self._mask, answered, points, boxes, self._adapter.labels, self._values)
+        self._write_said(merged, [said])
         where = find_box(merged != self._mask)
         return where, self._mask[where].copy(), merged[where].copy()
 
@@ -285,12 +311,19 @@ class VolumeSession:
         else:
             self._mask[:] = 0
             self._paint([(window, window.answers[-1]) for window in self._windows], self._mask)
+            self._write_said(self._mask)
+
+    def _write_said(self, mask: np.ndarray, further: Sequence[tuple[np.ndarray, int]] = ()) -> None:
+        """Give voxels the class that was said of them; what was said later counts."""
+        for voxels, label in [*self._settled_voxels, *((step.voxels, step.label) for step in self._steps), *further]:
+            mask[tuple(voxels.T)] = label
 
     def _forget(self) -> None:
         """Give up undoing the oldest steps where they take too much memory."""
         while len(self._steps) > 1 and sum(step.nbytes for step in self._steps) > HISTORY:
             oldest = self._steps.pop(0)
             self._settled = join_prompts([self._settled, oldest.prompts])
+            self._settled_voxels.append((oldest.voxels, oldest.label))
             for window, logits in oldest.answers:
                 if window.answers[0] is not logits:  # an answer before it that no undo comes back to
                     window.answers.pop(0)
@@ -317,7 +350,7 @@ class VolumeSession:
             arguments["image_embeddings"] = window.encoded
         output = model(**arguments)
         window.encoded = output.image_embeddings
-        return output.logits.cpu().half()
+        return lift_clicked(output.logits.float(), [prompts]).cpu().half()
 
     def _paint(self, answers: list[tuple[Window, torch.Tensor]], mask: np.ndarray) -> None:
         """Write the answers of windows into a mask."""

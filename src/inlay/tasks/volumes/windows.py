@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from inlay.errors import BadInput, Unsupported
+from inlay.tasks.volumes.obedience import lift_clicked
 from inlay.tasks.volumes.scan import PADDING, Scan
 
 Voxel = tuple[int, int, int]  # d, h, w
@@ -240,6 +241,8 @@ def probabilities(
 ) -> torch.Tensor:
     """Softmax over background and classes, on the CPU; the mean over the windows that are mirrored along `flips`.
 
+    A voxel that was clicked is of the class that was said.
+
     Args:
         model: The adapted model, in eval mode.
         pixels: B C d h w.
@@ -254,9 +257,10 @@ def probabilities(
     total: torch.Tensor | None = None
     for axes in (axes for count in range(len(flips) + 1) for axes in combinations(flips, count)):
         dims = [axis + 2 for axis in axes]
-        arguments = batch_prompts([one.flipped(axes, size) for one in prompts] if axes else prompts, weight.device)
+        said = [one.flipped(axes, size) for one in prompts] if axes else prompts
+        arguments = batch_prompts(said, weight.device)
         logits = model(pixel_values=pixels.flip(dims) if axes else pixels, **arguments).logits  # B K+1 d h w
-        shares = logits.float().softmax(1)
+        shares = lift_clicked(logits.float(), said).softmax(1)
         total = shares if total is None else total.add_(shares.flip(dims))
     assert total is not None  # the first version is the window as it is
     return total.div_(2 ** len(flips)).cpu()
