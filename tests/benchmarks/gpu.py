@@ -11,6 +11,7 @@
     volumes     training step and inference of the 3D adapter on SAM ViT-B, 128 voxels a side, next to the published
                 architecture
     bank        a batch whose rows have different adapters: bank, peft, separate batches
+    serve       `inlay serve` under many clients, each with an adapter of its own: in batches and one by one
     images      JPEGs from disk to the GPU, images per second, and how many a training takes
     syncs       how often a step waits for the GPU, by torch's sync debug mode and by the profiler
     attention   training steps with each implementation of attention
@@ -472,60 +473,29 @@ def part_memory(size: Size) -> Iterator[Row]:
 def prepare_volumes(way: str, task: str, precision: str, size: Size) -> Callable[[], Any]:
     """A training step, or an inference, of the published architecture (`plain`) or of ours (`default`)."""
     import torch
-    from spatial_speed import PublishedDecoder, new_model
-    from torch.utils.checkpoint import checkpoint
+    from spatial_speed import new_model, recompute
 
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from inlay.methods.spatial.sam import dice_cross_entropy
-    from inlay.train.launch import enable_checkpointing
-    from methods import volumes as published
-
-    model, config = new_model(way, size.edge, **dict(size.sam))
-    model.to(size.device)
+    model = new_model(way, size.edge, **dict(size.sam)).to(size.device)
     volume = torch.randn(1, 1, size.edge, size.edge, size.edge, device=size.device)
-    labels = (volume[:, 0] > 1).long() + (volume[:, 0] > 2).long()
-    point = torch.full((1, 1, 3), size.edge / 2, device=size.device)
-    encoder = model.get_base_model().vision_encoder
-    parts, decoder = encoder.inlay_spatial3d_encoder["default"], PublishedDecoder(2)
-    for module in (decoder.heads, decoder.last, decoder.attention):
-        module.to(size.device)
-    decoder.queries = torch.nn.Parameter(decoder.queries.detach().to(size.device))
-
-    def compute_plain() -> Any:
-        return decoder(published.published_levels(encoder, parts, config, volume), volume)
-
     if task == "inference":
         model.eval()
         if way != "plain" and precision == "bf16":  # as `--dtype bfloat16`
             model.to(torch.bfloat16)
-        pixels = volume.to(next(model.parameters()).dtype)
-        return torch.inference_mode()(
-            compute_plain if way == "plain" else lambda: model(pixel_values=pixels, input_points=point)
-        )
-    enable_checkpointing(model)
-    decoder.recompute = lambda *a: checkpoint(*a, use_reentrant=False)
-    trained = [p for p in model.parameters() if p.requires_grad] + (decoder.parameters() if way == "plain" else [])
-    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+        inputs = {"pixel_values": volume.to(next(model.parameters()).dtype)}
+        if way != "plain":
+            inputs["input_points"] = torch.full((1, 1, 3), size.edge / 2, device=size.device)
+        return torch.inference_mode()(lambda: model(**inputs))
     model.train()
+    recompute(model, way)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    batch = {"pixel_values": volume, "labels": (volume[:, 0] > 1).long() + (volume[:, 0] > 2).long()}
 
     def step() -> None:
-        ours = way != "plain"
-        loss = model(pixel_values=volume, labels=labels).loss if ours else dice_cross_entropy(compute_plain(), labels)
-        loss.backward()
+        model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
-
-
-def checkpoint_published_blocks() -> None:
-    """From now on; ours has its own setting."""
-    from torch.utils.checkpoint import checkpoint
-
-    from methods import volumes as published
-
-    block = published.published_block
-    published.published_block = lambda *a, **k: checkpoint(block, *a, use_reentrant=False, **k)
 
 
 def time_volumes(way: str, task: str, precision: str, size: Size) -> Row:
@@ -550,8 +520,6 @@ def time_volumes(way: str, task: str, precision: str, size: Size) -> Row:
 def part_volumes(size: Size) -> Iterator[Row]:
     titles = {"plain": "published", "default": "inlay"}
     for task in ("inference", "training"):
-        if task == "training":
-            checkpoint_published_blocks()
         for precision in ("TF32", "bf16"):
             for way, title in titles.items():
                 row = {"task": task, "precision": precision, "architecture": title, "edge": size.edge}
@@ -580,6 +548,39 @@ def part_bank(size: Size) -> Iterator[Row]:
         way, _, count = name.partition(" ")
         row = {"way": way, "adapters": int(count or 1), "ms": round(1e3 * statistics.median(times), 2)}
         yield row | give_ratios("to the plain base", times, plain)
+
+
+# ---- the server
+
+
+def load_server(base: Path, folder: Path, options: tuple[str, ...], size: Size) -> Row:
+    """What a server does under as many clients as a batch of the part `bank` has rows."""
+    import bank
+    from server_process import serve
+
+    from inlay.serve.load import run_load
+    from inlay.serve.load_config import LoadConfig
+
+    kind, _, clients, counts = size.bank
+    settings = {"kind": "image", "side": bank.SIZES[kind]["image_size"], "clients": clients}
+    config = LoadConfig(**settings, requests=16 * clients, warm_up=2 * clients)
+    with serve(str(base), [folder], *options) as server:
+        (found,) = run_load(server.url, config, [str(i) for i in range(max(counts))])["loads"]
+    latencies = {f"{p}, ms": round(found["latency_ms"][p], 2) for p in ("p50", "p99")}
+    return {"requests/s": round(found["per_second"], 1), **latencies, "statuses": json.dumps(found["statuses"])}
+
+
+def part_serve(size: Size) -> Iterator[Row]:
+    import bank
+
+    kind, blocks, clients, counts = size.bank
+    with tempfile.TemporaryDirectory() as where:
+        base = bank.make_base(Path(where) / "base", kind, blocks)
+        folder = bank.make_adapters(base, "lora", Path(where) / "lora", max(counts))
+        for dtype, way in (("bfloat16", "in batches"), ("bfloat16", "one by one"), ("float32", "in batches")):
+            options = ("--dtype", dtype, *(("--max-batch", "1") if way == "one by one" else ()))
+            row = {"way": way, "dtype": dtype, "adapters": max(counts), "clients": clients}
+            yield measure(row, lambda o=options: load_server(base, folder, o, size))
 
 
 # ---- images
@@ -782,6 +783,7 @@ PARTS: dict[str, tuple[Callable[[Size], Iterator[Row]], int]] = {  # with the mo
     "memory": (part_memory, 90),
     "volumes": (part_volumes, 70),
     "bank": (part_bank, 60),
+    "serve": (part_serve, 90),
     "images": (part_images, 60),
     "syncs": (part_syncs, 50),
     "attention": (part_attention, 40),

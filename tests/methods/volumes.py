@@ -44,29 +44,46 @@ def volumes(rows=2, sizes=(21, 35, 30), seed=1):
     return torch.randn(rows, 1, *sizes, generator=torch.Generator().manual_seed(seed))
 
 
-def published_levels(encoder, parts, config, volume):
-    """The encoder of Gong et al. 2023, arXiv:2306.13465, formula by formula; tokens (B, D, H, W, C)."""
-    base, patch = encoder.get_base_layer(), encoder.get_base_layer().patch_embed.projection
+def call(function, *inputs):
+    """What it gives for them."""
+    return function(*inputs)
+
+
+def published_levels(encoder, parts, config, volume, run=call):
+    """The encoder of Gong et al. 2023, arXiv:2306.13465, formula by formula; levels (B, C, D, H, W).
+
+    `run` calls each of its pieces; torch's `checkpoint` would recompute them.
+    """
+    base = encoder.get_base_layer()
+    x = run(published_tokens, volume, base, parts.patches, config)
+    levels = []
+    for i, (block, own) in enumerate(zip(base.layers, parts.blocks, strict=True)):
+        x = run(published_block, x, block, own, config.window, config.window // 2 if i % 2 == 0 else 0)
+        if i in parts.ends:
+            levels.append(run(published_neck, x, parts.necks[len(levels)]))
+    return levels
+
+
+def published_tokens(volume, base, patches, config):
+    """Slices enlarged, patches of each by the 2D convolution, these by a depth-wise one along the slices, positions."""
+    patch = base.patch_embed.projection
     big = F.interpolate(volume, scale_factor=(config.enlarge_depth, config.enlarge, config.enlarge), mode="trilinear")
     slices = big.movedim(2, 1).flatten(0, 1).repeat(1, 3, 1, 1)
     flat = F.conv2d(slices, patch.weight, patch.bias, stride=patch.stride)
     flat = flat.unflatten(0, (len(volume), -1)).movedim(1, 2)  # B C D H W
-    p, filters = config.patch_depth, parts.patches.depth + 1 / config.patch_depth
-    x = F.conv3d(flat, filters[:, None, :, None, None], parts.patches.bias, stride=(p, 1, 1), groups=len(filters))
+    p, filters = config.patch_depth, patches.depth + 1 / config.patch_depth
+    x = F.conv3d(flat, filters[:, None, :, None, None], patches.bias, stride=(p, 1, 1), groups=len(filters))
     x = x.movedim(1, -1)
     x = x + F.adaptive_avg_pool2d(base.pos_embed.movedim(-1, 1), x.shape[2:4]).movedim(1, -1)[:, None]
-    x = x + parts.patches.positions[:, None, None]
-    levels = []
-    for i, (block, own) in enumerate(zip(base.layers, parts.blocks, strict=True)):
-        x = published_block(x, block, own, config.window, shift=config.window // 2 if i % 2 == 0 else 0)
-        if i in parts.ends:
-            neck = parts.necks[len(levels)]
-            y = F.conv3d(x.movedim(-1, 1), neck.conv1.weight[..., None, None, None])
-            y = F.layer_norm(y.movedim(1, -1), y.shape[1:2], neck.norm1.weight, neck.norm1.bias, 1e-6).movedim(-1, 1)
-            y = F.conv3d(y, neck.conv2.weight, padding=1)
-            y = F.layer_norm(y.movedim(1, -1), y.shape[1:2], neck.norm2.weight, neck.norm2.bias, 1e-6).movedim(-1, 1)
-            levels.append(y)
-    return levels
+    return x + patches.positions[:, None, None]
+
+
+def published_neck(x, neck):
+    """A 1x1x1 and a 3x3x3 convolution, each with a norm; (B, C, D, H, W)."""
+    y = F.conv3d(x.movedim(-1, 1), neck.conv1.weight[..., None, None, None])
+    y = F.layer_norm(y.movedim(1, -1), y.shape[1:2], neck.norm1.weight, neck.norm1.bias, 1e-6).movedim(-1, 1)
+    y = F.conv3d(y, neck.conv2.weight, padding=1)
+    return F.layer_norm(y.movedim(1, -1), y.shape[1:2], neck.norm2.weight, neck.norm2.bias, 1e-6).movedim(-1, 1)
 
 
 def published_block(x, block, own, window, shift):
@@ -96,14 +113,14 @@ def published_block(x, block, own, window, shift):
         apart = where[:, axis][:, None] - where[:, axis][None] + n - 1
         scores = scores + torch.einsum("mhqc,qkc->mhqk", q, table[apart])
     if shift:
-        region = torch.zeros(1, *sizes, 1)
+        region = torch.zeros(1, *sizes, 1, device=x.device)
         parts = [(slice(0, -n), slice(-n, -shift), slice(-shift, None))] * 3
         for i, d in enumerate(parts[0]):
             for j, h_ in enumerate(parts[1]):
                 for k_, w in enumerate(parts[2]):
                     region[:, d, h_, w] = 9 * i + 3 * j + k_
         region = region.view(counts[0], n, counts[1], n, counts[2], n).permute(0, 2, 4, 1, 3, 5).reshape(-1, n**3)
-        mask = -100.0 * (region[:, :, None] != region[:, None]).float()
+        mask = -100.0 * (region[:, :, None] != region[:, None]).to(attention.qkv.weight.dtype)
         scores = scores + mask.repeat(batch, 1, 1)[:, None]
     y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(len(y), n**3, channels)
     y = attention.proj(y).view(batch, *counts, n, n, n, channels).permute(0, 1, 4, 2, 5, 3, 6, 7)
