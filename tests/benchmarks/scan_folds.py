@@ -3,9 +3,10 @@
     python tests/benchmarks/scan_folds.py [--steps 240] [--folds 0 1 2 3 4] [--seeds 0] [--ways spatial unet unet_time]
 
 Medical Segmentation Decathlon, hippocampus, the 60 scans of `dev`: in each fold 48 are trained on and 12 held out.
-Loop, crops, rates and models are those of hippocampus.py. `unet_time` is the U-Net trained until it has used the CPU
-seconds of `spatial` on the same fold and seed; its learning rate falls with the time used. Whole scans are scored on
-the model's grid without prompts, by `score_case`. A run that is in the result file is kept.
+Loop, crops, rates and models are those of hippocampus.py. `unet_time` is the U-Net trained for as many steps as fit
+into the CPU time of the adapter; what a step of each costs is measured by turns just before, so that the speed and load
+of the machine are the same for both. Whole scans are scored on the grid of the model without prompts, by `score_case`.
+A run that is in the result file is kept.
 """
 
 import argparse
@@ -33,27 +34,43 @@ WAYS = {
 SCORES = {"dice": "Dice", "nsd": "surface Dice, 1 mm", "hd95_mm": "HD95, mm"}
 
 
-def train(way, view, seed, steps, seconds):
-    """A trained model, its steps and CPU seconds; it ends after `steps`, or after `seconds` where these are given."""
-    from inlay.tasks.volumes.view import collate_volumes
-
+def train(way, view, seed, steps):
+    """A trained model, and its CPU seconds."""
     torch.manual_seed(seed)
     random.seed(seed)
     model = new_model(way).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATES[way], weight_decay=0.0)
-    begun, step, done = cpu_seconds(), 0, 0.0  # done: share of the run
-    while done < 1:
-        rate = RATES[way] * min(1, (step + 1) / 20) * 0.5 * (1 + np.cos(np.pi * done))
+    begun = cpu_seconds()
+    for step in range(steps):
+        rate = RATES[way] * min(1, (step + 1) / 20) * 0.5 * (1 + np.cos(np.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss_of(way, model, collate_volumes([view[random.randrange(len(view))] for _ in range(2)])).backward()
+        loss_of(way, model, draw_batch(view)).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        step += 1
-        done = step / steps if seconds is None else (cpu_seconds() - begun) / seconds
-    return model, step, cpu_seconds() - begun
+    return model, cpu_seconds() - begun
+
+
+def draw_batch(view):
+    """Crops of two scans drawn at random."""
+    from inlay.tasks.volumes.view import collate_volumes
+
+    return collate_volumes([view[random.randrange(len(view))] for _ in range(2)])
+
+
+def measure_step(view, rounds=10):
+    """CPU seconds of forward and backward of the adapter and of the U-Net on the same crops by turns, medians."""
+    models = {way: new_model(way).train() for way in ("spatial", "unet")}
+    seconds = {way: [] for way in models}
+    for _ in range(rounds):
+        batch = draw_batch(view)
+        for way, model in models.items():
+            begun = cpu_seconds()
+            loss_of(way, model, batch).backward()
+            seconds[way].append(cpu_seconds() - begun)
+    return {way: statistics.median(values) for way, values in seconds.items()}
 
 
 @torch.inference_mode()
@@ -72,7 +89,7 @@ def score(way, model, view):
     return {name: means[name] for name in SCORES}
 
 
-def run(way, fold, seed, steps, folder, seconds):
+def run(way, fold, seed, steps, folder):
     """Train and score one model."""
     from inlay.tasks.volumes.data import load_volumes
     from inlay.tasks.volumes.scan import VolumeProcessor
@@ -80,26 +97,36 @@ def run(way, fold, seed, steps, folder, seconds):
 
     data = load_volumes(str(folder), labels=LABELS, fold=fold)
     processor = VolumeProcessor.fitted(data, CROP)
-    kind = way.removesuffix("_time")
-    model, taken, used = train(kind, VolumeView(data.train, processor, training=True), seed, steps, seconds)
-    scores = score(kind, model, VolumeView(data.validation, processor))
-    return {"way": way, "fold": fold, "seed": seed, "steps": taken, "train_cpu_s": round(used, 1), **scores}
+    view = VolumeView(data.train, processor, training=True)
+    measured = {}
+    if way == "unet_time":
+        cost = measure_step(view)
+        steps = round(steps * cost["spatial"] / cost["unet"])
+        measured = {"step_cpu_s": cost}
+    model, used = train(way.removesuffix("_time"), view, seed, steps)
+    scores = score(way.removesuffix("_time"), model, VolumeView(data.validation, processor))
+    return {"way": way, "fold": fold, "seed": seed, "steps": steps, "train_cpu_s": round(used, 1), **measured, **scores}
 
 
 def table(rows):
-    """Markdown: the mean over all runs of a way, and its standard deviation."""
-    lines = [f"| way | runs | {' | '.join(SCORES.values())} | steps | CPU s |", f"|---|---:|{'---:|' * 5}"]
-    for way, title in WAYS.items():
-        found = [row for row in rows if row["way"] == way]
-        if found:
-            cells = []
-            for name in SCORES:
-                values = [row[name] for row in found]
-                spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.3f}{spread}")
-            steps, seconds = (statistics.mean(row[key] for row in found) for key in ("steps", "train_cpu_s"))
-            lines.append(f"| {title} | {len(found)} | {' | '.join(cells)} | {steps:.0f} | {seconds:.0f} |")
+    """Markdown: means and standard deviations over the folds with the first seed, and over seeds on the first fold."""
+    first = rows[0]
+    groups = {"folds": [row for row in rows if row["seed"] == first["seed"]]}
+    groups[f"seeds on fold {first['fold']}"] = [row for row in rows if row["fold"] == first["fold"]]
+    lines = [f"| way | over | {' | '.join(SCORES.values())} | steps |", f"|---|---|{'---:|' * 4}"]
+    for over, group in groups.items():
+        for way, title in WAYS.items():
+            found = [row for row in group if row["way"] == way]
+            if len(found) > 1:
+                cells = [describe_spread([row[name] for row in found]) for name in SCORES]
+                steps = statistics.mean(row["steps"] for row in found)
+                lines.append(f"| {title} | {len(found)} {over} | {' | '.join(cells)} | {steps:.0f} |")
     return "\n".join(lines) + "\n"
+
+
+def describe_spread(values):
+    """Mean and standard deviation."""
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
 def main():
@@ -120,18 +147,15 @@ def main():
     for seed in args.seeds:
         for fold in args.folds:
             for way in args.ways:
-                name, spatial = f"{way} fold {fold} seed {seed}", rows.get(f"spatial fold {fold} seed {seed}")
+                name = f"{way} fold {fold} seed {seed}"
                 if name in rows:
                     continue
-                if way == "unet_time" and spatial is None:
-                    sys.exit(f"{name} takes the CPU time of spatial; run that first")
-                seconds = spatial["train_cpu_s"] if way == "unet_time" else None
-                rows[name] = run(way, fold, seed, args.steps, folder, seconds)
-                result = {"rows": rows, "steps": args.steps, "machine": describe_machine("monai")}
+                rows[name] = run(way, fold, seed, args.steps, folder) | {"machine": describe_machine("monai")}
+                result = {"rows": rows, "steps": args.steps}
                 path.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
-                path.with_suffix(".md").write_text(table(rows.values()))
+                path.with_suffix(".md").write_text(table(list(rows.values())))
                 print(name, rows[name], flush=True)
-    print(table(rows.values()))
+    print(table(list(rows.values())))
 
 
 if __name__ == "__main__":
