@@ -82,6 +82,15 @@ def test_a_folder_of_label_maps_alone_and_voxels_to_ignore(tmp_path):
     assert after.rows[0]["predicted_ml"] == pytest.approx(4 * 6 * 6 * 3e-3)  # the part of the mask that is not hidden
 
 
+def test_what_nnunet_writes_next_to_its_masks_is_no_mask(tmp_path):
+    write_data(tmp_path)
+    expected = score_masks(tmp_path / "masks", tmp_path / "data", resamples=5).rows
+    for i in range(3):
+        np.savez(tmp_path / f"masks/case{i}.npz", probabilities=np.zeros((3, 10, 12, 14), np.float16))
+        (tmp_path / f"masks/case{i}.pkl").write_bytes(b"properties")
+    assert score_masks(tmp_path / "masks", tmp_path / "data", resamples=5).rows == expected
+
+
 def test_what_does_not_fit_is_named(tmp_path):
     write_data(tmp_path)
     masks, data = tmp_path / "masks", tmp_path / "data"
@@ -104,5 +113,5 @@ def test_what_does_not_fit_is_named(tmp_path):
         score_masks(masks, data)
     (tmp_path / "none").mkdir()
     for wrong in ((tmp_path / "none", data), (masks, tmp_path / "nowhere"), (masks, tmp_path / "none")):
-        with pytest.raises(InlayError, match=r"no folder|holds nothing"):
+        with pytest.raises(InlayError, match=r"no folder|is empty"):
             score_masks(*wrong)

@@ -540,7 +540,7 @@ def test_the_number_of_an_only_channel_is_no_part_of_a_name(tmp_path):
 def test_a_folder_without_scans_or_with_twins_is_refused(tmp_path):
     with pytest.raises(InlayError, match=r"there is no folder '.*none'"):
         find_scans(tmp_path / "none")
-    with pytest.raises(InlayError, match="holds nothing, and no scan"):
+    with pytest.raises(InlayError, match="is empty; give a folder of scans"):
         find_scans(tmp_path)
     for name in ("a.nii", "a.nii.gz"):
         (tmp_path / name).touch()

@@ -474,8 +474,8 @@ def check_readable(
     if corrupt == "refuse":
         count = sum(map(len, checked.values()))
         raise DamagedFile(
-            f"{len(bad)} of {count} images in {name!r} cannot be read: {list_first(bad)}; replace them, or pass "
-            "corrupt='skip'."
+            f"{len(bad)} of {count} images in {name!r} cannot be read: {list_first(bad)}; replace them, or "
+            "train with corrupt='skip'."
         )
     logger.warning("left out %d images that cannot be read: %s.", len(bad), ", ".join(bad))
     if lost or not all(map(len, parts.values())):

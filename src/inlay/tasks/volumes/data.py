@@ -432,10 +432,13 @@ def find_scans(folder: str | os.PathLike[str], channels: Sequence[str] = ()) -> 
     if not path.is_dir():
         raise BadInput(f"there is no folder '{folder}'; give one with scans in it.")
     found = FoundCases()
-    files = _list_scans(path, found)
+    # nnU-Net's --save_probabilities writes case.npz and case.pkl next to the mask case.nii.gz
+    probabilities = {file.with_suffix(".npz") for file in path.glob("*.pkl")}
+    files = [file for file in _list_scans(path, found) if file not in probabilities]
     if not files:
-        inside = list_first(sorted(each.name for each in path.iterdir())) or "nothing"
-        raise BadInput(f"'{folder}' holds {inside}, and no scan; give a folder of scans: {READ}.")
+        inside = list_first(sorted(each.name for each in path.iterdir()))
+        lacking = f"holds no scan ({inside})" if inside else "is empty"
+        raise BadInput(f"'{folder}' {lacking}; give a folder of scans: {READ}.")
     if found.unread:
         logger.warning(
             "%d entries of %s are not read, as they are no %s: %s.",

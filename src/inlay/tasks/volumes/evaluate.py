@@ -13,6 +13,7 @@ from inlay.files.outputs import check_output_folder
 from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.evaluation import EVERYTHING, Evaluation, Request, Score, check_labels, count_units, pick_evenly
 from inlay.tasks.groups import list_groups
+from inlay.tasks.progress import show_progress
 from inlay.tasks.statistics import Indices, score_with_intervals
 from inlay.tasks.volumes.box_plot import draw_boxes
 from inlay.tasks.volumes.data import Case, load_volumes_to_score
@@ -42,6 +43,7 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
         InlayError: As `load_volumes`; classes that the adapter does not know; an adapter that is not for scans.
     """
     check_task(adapter, "volume-segmentation")
+    drawings = Drawings.from_options(request.options)
     chosen, cases, labels, notes = load_volumes_to_score(data, split=request.split, training=request.training)
     check_labels(data, labels, adapter.labels, adapter.name)
     # From the adapter's numbers of classes to those of the data, with 0 for those that the data lacks.
@@ -49,8 +51,7 @@ def evaluate(adapter: Adapter, data: str, request: Request = EVERYTHING) -> Eval
     rows: list[dict[str, Any]] = []
     on_model_grid = []  # voxel counts, N K 3
     picked = [cases[i] for i in pick_evenly(len(cases), request.limit)]
-    drawings = Drawings.from_options(request.options, labels)
-    for case in picked:
+    for case in show_progress(picked, len(picked), "score", "scan"):
         found, of_case = _on_own_grid(adapter, case, labels, numbers, drawings.tolerance_mm)
         rows += of_case
         drawings.add(case, found, of_case)
@@ -142,7 +143,6 @@ class Drawings:
     The masks of the worst so far are kept compressed until they are drawn.
 
     Args:
-        labels: Names of the classes 1..K.
         tolerance_mm: Of surface Dice.
         plot: A .png file; None: no plot.
         worst: How many scans; None: none.
@@ -154,13 +154,12 @@ class Drawings:
 
     def __init__(
         self,
-        labels: Sequence[str],
         tolerance_mm: float = TOLERANCE_MM,
         plot: Path | None = None,
         worst: int | None = None,
         folder: Path | None = None,
     ) -> None:
-        self.labels, self.tolerance_mm, self.plot = labels, tolerance_mm, plot
+        self.tolerance_mm, self.plot = tolerance_mm, plot
         self.count, self.folder = worst or 0, folder or Path("worst")
         self.kept: list[tuple[float, Case, Segmentation, bytes]] = []
         if plot is not None:
@@ -169,10 +168,9 @@ class Drawings:
             check_output_folder(self.folder)
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any], labels: Sequence[str]) -> "Drawings":
+    def from_options(cls, options: Mapping[str, Any]) -> "Drawings":
         """As the task's `score_options` say."""
         return cls(
-            labels,
             options.get("tolerance_mm", TOLERANCE_MM),
             options.get("plot"),
             options.get("worst"),
@@ -189,8 +187,9 @@ class Drawings:
 
     def draw(self, rows: Sequence[dict[str, Any]]) -> None:
         """Save the plot of all rows, and a montage of each of the worst, the reference dashed, by its Dice and name."""
+        labels = list(dict.fromkeys(row["class"] for row in rows))
         if self.plot is not None:
-            draw_boxes(rows, self.labels, self.plot)
+            draw_boxes(rows, labels, self.plot)
         if self.kept:
             self.folder.mkdir(parents=True, exist_ok=True)
         for dice, case, found, packed in self.kept:
@@ -199,7 +198,7 @@ class Drawings:
             mask = np.frombuffer(zlib.decompress(packed), found.mask.dtype).reshape(image.shape[-3:])
             whole = replace(found, mask=mask)
             values = {name: value for value, name in found.names.items()}
-            numbers = np.array([0, *(values[label] for label in self.labels)])
+            numbers = np.array([0, *(values[label] for label in labels)])
             _, grid = reorient_to_ras(image, affine)
             truth = aligned_labels(case, reorient_to_ras(image, affine)[0].shape, grid)  # D H W, -1 to be ignored
             reference = reorient_from_ras(numbers[truth.clip(0)], affine)

@@ -8,6 +8,7 @@ from typing import Any
 
 from inlay.errors import BadInput, DamagedFile
 from inlay.tasks.evaluation import Evaluation
+from inlay.tasks.progress import show_progress
 from inlay.tasks.tables import list_first
 from inlay.tasks.volumes.data import (
     PAIRS,
@@ -54,6 +55,7 @@ def score_masks(
         InlayError: A folder without masks, a mask without a reference, one on another grid, or with a number that no
             class has; each names the file.
     """
+    drawings = Drawings(tolerance_mm, plot, worst, worst_folder)
     found = _find_references(str(reference))
     every = [*found.train, *found.validation, *found.test]
     cases = {case.name: case for case in every}
@@ -68,9 +70,8 @@ def score_masks(
     scored = [cases[name] for name in predicted]
     named = name_present_classes(found, scored, str(reference))
     labels, values = [*named.values()], tuple(named)
-    drawings = Drawings(labels, tolerance_mm, plot, worst, worst_folder)
     rows: list[dict[str, Any]] = []
-    for case in scored:
+    for case in show_progress(scored, len(scored), "score", "scan"):
         known = replace(case, values=values, ignored=found.ignored)
         mask, of_case = _score_mask(known, predicted[case.name].files[0], labels, tolerance_mm)
         rows += of_case
