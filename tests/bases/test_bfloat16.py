@@ -26,7 +26,14 @@ def test_a_cpu_is_timed_once(timed):
 
 @pytest.mark.parametrize(
     "change",
-    [{"cpu": "another"}, {"torch": "1.0"}, {"capability": "AVX2"}, {"speedup": -1}, {"speedup": "fast"}, {"more": 1}],
+    [
+        {"cpu": "another"},
+        {"torch": "1.0"},
+        {"capability": "another"},
+        {"speedup": -1},
+        {"speedup": "fast"},
+        {"more": 1},
+    ],
 )
 def test_what_is_kept_of_something_else_is_timed_again(timed, change):
     file, counted = timed

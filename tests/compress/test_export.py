@@ -51,7 +51,7 @@ from inlay.compress import graph as graphs
 from inlay.compress import quantize as quantizing
 from inlay.compress.exported import RECORD, hash_file, is_exported
 from inlay.compress.graph import Graph, measure_error
-from inlay.compress.int8 import INT8_MODES, prepare_graph, quantize_graph
+from inlay.compress.int8 import INT8_MODES, has_vnni, prepare_graph, quantize_graph
 from inlay.compress.probe import Row, Speed
 from inlay.compress.quantize import FLOAT32, TORCH, judge_modes
 from inlay.compress.source import load_source
@@ -183,7 +183,7 @@ def test_a_language_model_writes_the_same_texts(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")  # where the quantiser would leave files
     prepared = prepare_graph(tmp_path / "out/model.onnx", tmp_path / "prepared")
-    quantize_graph(prepared, INT8_MODES["int8-dynamic"], [], tmp_path / "int8", reduce_range=False)
+    quantize_graph(prepared, INT8_MODES["int8-dynamic"], [], tmp_path / "int8", reduce_range=not has_vnni())
     assert not list((tmp_path / "here").iterdir())
     inputs = source.task.graph_inputs(source.model, source.processor)
     assert 0 < measure_error(source.model, Graph(tmp_path / "int8/model.onnx"), inputs, "logits") < 0.05

@@ -601,7 +601,7 @@ def test_hub_name_and_revision_go_to_datasets(monkeypatch):
 def test_settings_are_checked(tmp_path):
     for share in (0, 1, -0.5, float("nan")):
         refused("between 0 and 1", name="builtin:digits", validation=share)
-    refused("corrupt refuse or skip", "'maybe'", name="builtin:digits", corrupt="maybe")
+    refused("corrupt must be refuse or skip", "'maybe'", name="builtin:digits", corrupt="maybe")
     refused("revision", name="builtin:digits", revision="main")
     refused("revision", name=str(tmp_path), revision="main")
 

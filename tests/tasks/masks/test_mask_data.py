@@ -156,7 +156,7 @@ def test_what_is_no_data_is_refused(tmp_path):
         load_masks(str(tmp_path / "nowhere"))
     with pytest.raises(InlayError, match="there are no files"):
         load_masks(str(tmp_path))
-    with pytest.raises(InlayError, match=r"meaning instances or classes, .* got .*'things'"):
+    with pytest.raises(InlayError, match=r"meaning must be instances or classes, .* got .*'things'"):
         load_masks("builtin:scenes", meaning="things")
 
 

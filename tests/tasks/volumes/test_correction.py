@@ -154,7 +154,7 @@ def test_what_a_session_holds_is_bounded(tmp_path, monkeypatch):
 
 
 class Deaf(torch.nn.Module):
-    """A model that is sure of background everywhere, whatever it is told."""
+    """A model that says background everywhere, whatever it is told."""
 
     def __init__(self):
         super().__init__()
@@ -163,7 +163,7 @@ class Deaf(torch.nn.Module):
     def forward(self, pixel_values=None, image_embeddings=None, **prompts):
         image_embeddings = pixel_values if image_embeddings is None else image_embeddings
         logits = torch.zeros(1, 3, *image_embeddings.shape[2:]) + self.bias
-        logits[:, 0] = 8
+        logits[:, 0] = 4
         return SimpleNamespace(logits=logits, image_embeddings=image_embeddings)
 
 
