@@ -1,7 +1,6 @@
 """The verb `inlay evaluate`, some of whose options are those of the adapter's task."""
 
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from inlay.cli.models import is_adapter, load_adapter_or_model
-from inlay.cli.show import BaseOption, DeviceOption, DtypeOption, JsonOption, ModelArgument, printable
+from inlay.cli.show import BaseOption, DeviceOption, DtypeOption, JsonOption, ModelArgument, show_scores
 from inlay.cli.task_command import TaskCommand
 from inlay.errors import Unsupported
 from inlay.files.outputs import check_output_file
@@ -87,10 +86,7 @@ def _score(
         device=None if loaded else device,
         options=options,
     )
-    if as_json:
-        print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
-    else:
-        print("\n".join(map(printable, str(found).split("\n"))))
+    show_scores(found, as_json)
     if csv is not None:
         found.write_csv(csv)
     if matrix is not None:

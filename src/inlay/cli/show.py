@@ -1,11 +1,14 @@
 """Options that the verbs of the `inlay` command share, and the printing of facts."""
 
 import json
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from inlay.tasks.printing import printable
+
+if TYPE_CHECKING:
+    from inlay.tasks.evaluation import Evaluation
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="ADAPTER|MODEL", help="Folder of an adapter or a model, or Hub id of an adapter.")
@@ -45,6 +48,14 @@ def show(facts: dict[str, Any], as_json: bool) -> None:
         if value not in (None, "", [], {}):
             table.add_row(key.replace("_", " "), printable(_format_value(value)))
     Console().print(table, markup=False, highlight=False)
+
+
+def show_scores(found: "Evaluation", as_json: bool) -> None:
+    """Print scores as they describe themselves, or as JSON."""
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(map(printable, str(found).split("\n"))))
 
 
 def _format_value(value: Any) -> str:

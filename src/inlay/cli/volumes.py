@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from inlay.cli.models import find_channels, find_digest, load_ensemble
-from inlay.cli.show import AdapterArgument, BaseOption, DeviceOption, DtypeOption, JsonOption, printable
+from inlay.cli.show import AdapterArgument, BaseOption, DeviceOption, DtypeOption, JsonOption, printable, show_scores
 from inlay.errors import BadInput
 from inlay.tasks.volumes.task import VolumeSegmentation
 
@@ -285,10 +285,7 @@ def score(
     if csv is not None:
         check_output_file(csv)
     found = score_masks(masks, reference, tolerance_mm=tolerance_mm, plot=plot, worst=worst, worst_folder=worst_folder)
-    if as_json:
-        print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
-    else:
-        print("\n".join(map(printable, str(found).split("\n"))))
+    show_scores(found, as_json)
     if csv is not None:
         found.write_csv(csv)
 

@@ -264,11 +264,11 @@ def segment(
 ) -> Segmentation:
     """Find the adapter's classes in a scan of any size, in windows of the size that it was trained on.
 
-    Windows that hold a prompt are answered with it, all others without one; a voxel that was clicked has the class that
-    was said. Probabilities are averaged where windows
-    overlap, with Gaussian weights, and interpolated at the scan's own voxels; a voxel gets its most probable class.
-    Besides scan and mask only the planes of one window's depth are held, so memory does not grow with length. Those of
-    an ensemble are averaged at the scan's own voxels, in a file without a name where temporary files are (TMPDIR).
+    Windows that hold a prompt are answered with it, all others without one. Probabilities are averaged where windows
+    overlap, with Gaussian weights, and interpolated at the scan's own voxels. A voxel gets its most probable class, and
+    one that was clicked the class that was said. Besides scan and mask only the planes of one window's depth are held,
+    so memory does not grow with length. Probabilities of an ensemble are averaged at the scan's own voxels, in a file
+    without a name where temporary files are (TMPDIR).
 
     Args:
         adapter: From `load_adapter`, trained on volumes.
