@@ -49,7 +49,9 @@ def _draw_panel(
 ) -> None:
     """One score: its axis, and for each class box, whiskers and points."""
     everything = [value for each in values for value in each] or [0.0]
-    low, high = BOUNDS.get(name, (min(0.0, *everything), max(1e-6, *everything)))
+    low, high = BOUNDS.get(name, (min(0.0, *everything), max(0.0, *everything)))
+    if low == high:  # all are 0
+        high = 1.0
     rough = 10 ** math.floor(math.log10((high - low) / 5))
     step = rough * next(times for times in (1, 2, 5, 10) if rough * times * 5 >= high - low - 1e-9)
     low, high = math.floor(low / step) * step, math.ceil(high / step - 1e-9) * step
