@@ -253,13 +253,16 @@ def mask_logits(mask: torch.Tensor, classes: int) -> torch.Tensor:
 def dice_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean of the soft Dice loss, over rows and classes with the background left out, and of the cross-entropy.
 
+    In the cross-entropy a class counts, background too, by the square root of its voxels in the batch, and not by their
+    number: else the background outweighs many small classes, and none of them is learned in the first 100 steps.
     Probabilities are not kept for the backward pass, but computed again: of many classes they are the largest tensors.
 
     Args:
         logits: (B, K + 1, D, H, W).
         labels: (B, D, H, W), -1 to be ignored.
 
-    Source: Milletari et al. 2016, arXiv:1606.04797, with squares left out of the denominator as in nnU-Net.
+    Source: Milletari et al. 2016, arXiv:1606.04797, with squares left out of the denominator as in nnU-Net; weights of
+    classes between all alike and by their inverse frequency, as compared in Cui et al. 2019, arXiv:1901.05555.
     """
     loss: torch.Tensor = checkpoint(_dice_cross_entropy, logits, labels, use_reentrant=False, preserve_rng_state=False)
     return loss
@@ -268,9 +271,12 @@ def dice_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
 def _dice_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     labels, counted = labels.flatten(1), (labels >= 0).flatten(1)  # B N
     logs = logits.float().flatten(2).log_softmax(1)  # B K+1 N
-    entropy = F.nll_loss(logs, labels, ignore_index=-1, reduction="sum") / counted.sum().clamp(min=1)
-    shares = logs[:, 1:].exp()
     wanted = labels[:, None] == torch.arange(1, logits.shape[1], device=labels.device)[:, None]  # B K N
+    found = wanted.sum((0, 2))  # K
+    sizes = torch.cat([counted.sum()[None] - found.sum(), found]).float()  # K+1
+    weights = sizes.clamp(min=1).rsqrt()
+    entropy = F.nll_loss(logs, labels, weights, ignore_index=-1, reduction="sum") / sizes.sqrt().sum().clamp(min=1)
+    shares = logs[:, 1:].exp()
     both = (shares * wanted).sum(-1)  # B K
     all_ = torch.einsum("bkn,bn->bk", shares, counted.to(shares)) + wanted.sum(-1)
     dice = (2 * both + 1) / (all_ + 1)

@@ -117,34 +117,32 @@ class LossSums:
 
     def __init__(self) -> None:
         self.classes = 0
-        self._entropy, self._counted = 0.0, 0
-        self._both: list[np.ndarray] = []  # for each scan, (K,)
+        self._entropies = self._sizes = np.zeros(1)  # of the voxels of each class, the background first, (K + 1,)
+        self._both: list[np.ndarray] = []  # for each scan, (K + 1,)
         self._all: list[np.ndarray] = []
 
     def begin_scan(self) -> None:
         """What is added from here on is of another scan."""
-        self._both.append(np.zeros(self.classes))
-        self._all.append(np.zeros(self.classes))
+        self._both.append(np.zeros(1))
+        self._all.append(np.zeros(1))
 
     def add(self, shares: torch.Tensor, labels: torch.Tensor) -> None:
         """Add a part of a scan: probabilities (K + 1, d, h, w), and labels (d, h, w), of which -1 is ignored."""
-        if not self.classes:
-            self.classes = len(shares) - 1
-            self._both[-1], self._all[-1] = np.zeros(self.classes), np.zeros(self.classes)
+        self.classes = len(shares) - 1
         counted = labels >= 0
-        right = shares.gather(0, labels.clamp(min=0)[None])[0]  # probability of the class that is there
-        self._entropy -= float(right.clamp(min=LEAST).log()[counted].sum(dtype=torch.float64))
-        self._counted += int(counted.sum())
-        for k in range(1, self.classes + 1):
-            is_class = labels == k
-            share = shares[k].where(counted, 0.0).sum(dtype=torch.float64)
-            self._both[-1][k - 1] += float(shares[k][is_class].sum(dtype=torch.float64))
-            self._all[-1][k - 1] += float(share) + int(is_class.sum())
+        there = labels[counted].numpy()
+        right = shares.gather(0, labels.clamp(min=0)[None])[0][counted].double()  # probability of the class there
+        sizes = np.bincount(there, minlength=len(shares))
+        predicted = [float(share.where(counted, 0.0).sum(dtype=torch.float64)) for share in shares]
+        self._entropies = self._entropies + np.bincount(there, -right.clamp(min=LEAST).log().numpy(), len(shares))
+        self._sizes = self._sizes + sizes
+        self._both[-1] = self._both[-1] + np.bincount(there, right.numpy(), len(shares))
+        self._all[-1] = self._all[-1] + sizes + predicted
 
     def loss(self) -> torch.Tensor:
         """As `dice_cross_entropy` of the logarithms of all probabilities, float32, 0-dimensional."""
-        dice = (2 * np.stack(self._both) + 1) / (np.stack(self._all) + 1)
-        entropy = self._entropy / max(self._counted, 1)
+        dice = (2 * np.stack(self._both)[:, 1:] + 1) / (np.stack(self._all)[:, 1:] + 1)
+        entropy = (self._entropies / np.sqrt(np.maximum(self._sizes, 1))).sum() / max(np.sqrt(self._sizes).sum(), 1)
         return torch.tensor((entropy + 1 - dice.mean()) / 2, dtype=torch.float32)
 
 
