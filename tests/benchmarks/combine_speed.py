@@ -30,7 +30,7 @@ from machine import describe_machine, tell_machine
 from inlay.adapters.file import WEIGHTS
 from inlay.combine import combine
 from inlay.combine.parts import Tensors
-from inlay.files.tensor_header import PIECE, encode_header, sign, start_digest
+from inlay.files.tensor_header import PIECE, encode_header, read_header, sign, start_digest
 
 RESULTS = Path(__file__).parent / "results" / "combine_speed"
 SIZE, BLOCKS = 768, 12
@@ -189,7 +189,8 @@ def compressing(folder: Path, rounds: int) -> dict[str, Any]:
         model.add_weighted_adapter(["a", "b"], [1.0, 1.0], f"svd{i}", combination_type="svd", svd_rank=32)
         times.append(time.perf_counter() - start)
     lost = {"ours": 0.0, "peft": 0.0}
-    whole, files = 0.0, [Tensors(path / WEIGHTS) for path in (a, b, folder / "small")]
+    paths = [path / WEIGHTS for path in (a, b, folder / "small")]
+    whole, files = 0.0, [Tensors(path, read_header(path)) for path in paths]
     layers = dict(model.named_modules())
     for module in MODULES:
         key = f"base_model.model.{module}.lora_"

@@ -64,7 +64,7 @@ def test_tensors_read_in_any_order_are_hashed_once(data, order, tmp_path, monkey
         if place is not None:
             broken[place] ^= 4
         path.write_bytes(broken)
-        tensors = Tensors(path)
+        tensors = Tensors(path, read_header(path, digest=False))
         for name in order:
             found = tensors.read(f"base_model.model.{name}")
             if place is None:
@@ -80,7 +80,7 @@ def test_tensors_read_in_any_order_are_hashed_once(data, order, tmp_path, monkey
 def test_bytes_that_were_read_in_order_are_not_read_again(tmp_path, monkeypatch):
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(SIGNED["new"])
-    tensors, counted = Tensors(path), []
+    tensors, counted = Tensors(path, read_header(path, digest=False)), []
     monkeypatch.setattr(tensor_header.BodyDigest, "_read_until", lambda self, end: counted.append(end - self._at))
     for name in "abc":
         tensors.read(f"base_model.model.{name}")
@@ -92,9 +92,43 @@ def test_bytes_that_were_read_in_order_are_not_read_again(tmp_path, monkeypatch)
 def test_files_without_a_digest_have_nothing_to_compare(tmp_path):
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(save(TENSORS, {"format": "pt"}))
-    tensors = Tensors(path)
+    tensors = Tensors(path, read_header(path, digest=False))
     tensors.check_digest()
     tensors.close()
     path.write_bytes(PLAIN)
     with pytest.raises(DamagedFile, match="its checksum is gone"):
         read_header(path)
+
+
+DESCRIBED = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({k: v for k, v in DESCRIBED.items() if k != missing} for missing in DESCRIBED),
+        *({**DESCRIBED, "dtype": dtype} for dtype in ("F31", 32, ["F32"])),
+        *({**DESCRIBED, "shape": shape} for shape in ({}, "22", 4, [2, -2], [2, 2.0], [2, True], [1] * 9, None)),
+        *({**DESCRIBED, "data_offsets": offsets} for offsets in ([0], [0, 8, 16], {"0": 16}, 16, [0, 16.0], "16")),
+        [0, 16],
+        None,
+    ],
+    ids=json.dumps,
+)
+def test_a_header_that_does_not_describe_its_tensor_is_refused(wrong, tmp_path):
+    text = json.dumps({"a": wrong}).encode()
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+    with pytest.raises(DamagedFile, match="does not describe the tensor 'a'"):
+        read_header(path)
+
+
+def test_a_file_is_read_by_the_header_that_was_checked(tmp_path):
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(save({"a": np.zeros((2, 3), np.float32)}))
+    tensors = Tensors(path, read_header(path))
+    assert tensors.shape("a") == (2, 3)
+    path.write_bytes(save({"a": np.zeros(2, np.float32)}))  # by another process, between the check and the reading
+    with pytest.raises(DamagedFile, match="cut short"):
+        tensors.read("a")
+    tensors.close()

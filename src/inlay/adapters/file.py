@@ -105,10 +105,15 @@ def read_adapter(folder: str | Path, *, digest: bool = True) -> AdapterFile:
             for harm or was changed since; weights that are truncated, damaged, pickled, or an LFS pointer; tensor names
             that are paths; a record of a newer format.
     """
+    return take_all_steps(folder, digest=digest).file()
+
+
+def take_all_steps(folder: str | Path, *, digest: bool = True) -> "Reading":
+    """The same, with the header of the file, for who reads the tensors next."""
     reading = Reading(Path(folder), digest)
     for name in READING_STEPS:
         run_step(name, reading)
-    return reading.file()
+    return reading
 
 
 @dataclass
@@ -118,7 +123,7 @@ class Reading:
     Attributes:
         folder: Of the adapter.
         digest: As in `read_adapter`.
-        metadata: Of the safetensors file.
+        header: Of the safetensors file.
         shapes: Key, as peft has it, and shape of every tensor.
         config: adapter_config.json.
         record: What inlay stored.
@@ -127,7 +132,7 @@ class Reading:
 
     folder: Path
     digest: bool = True
-    metadata: dict[str, str] = field(default_factory=dict)
+    header: dict[str, Any] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
@@ -137,6 +142,11 @@ class Reading:
     def weights(self) -> Path:
         """The file with the tensors, the same one in every step."""
         return find_weights(self.folder)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Of the safetensors file."""
+        return dict(self.header.get("__metadata__", {}))
 
     def file(self) -> AdapterFile:
         """What was read, once all steps are done."""
@@ -183,10 +193,9 @@ def _check_folder(reading: Reading) -> None:
 
 def _read_tensor_header(reading: Reading) -> None:
     """The names and shapes of the tensors, which fill the file without a gap; its checksum."""
-    header = read_header(reading.weights, digest=reading.digest)
-    reading.metadata = header.get("__metadata__", {})
-    keys = find_peft_keys(reading.weights, header)
-    reading.shapes = {key: tuple(header[stored]["shape"]) for stored, key in keys.items()}
+    reading.header = read_header(reading.weights, digest=reading.digest)
+    keys = find_peft_keys(reading.weights, reading.header)
+    reading.shapes = {key: tuple(reading.header[stored]["shape"]) for stored, key in keys.items()}
 
 
 def _read_config(reading: Reading) -> None:

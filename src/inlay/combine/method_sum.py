@@ -78,6 +78,7 @@ class Sum(ABC):
         self.names = list(dict.fromkeys(site for part in parts for site in part.sites))
         if not options.rule.linear and not self.has_updates:
             raise Unsupported(f"this rule works on updates of weights, which {self.title} does not have; use add.")
+        self._acting = {site: self._find_acting_parts(site) for site in self.names}
         wrong = [part for part in parts if not self.has_multiples and part.weight not in (0, 1)]
         if wrong:
             raise Unsupported(
@@ -111,6 +112,9 @@ class Sum(ABC):
 
     def acting_parts(self, site: str) -> list[Part]:
         """The parts that have something at a site: those of weight 0 do not count, unless there are no others."""
+        return self._acting[site]
+
+    def _find_acting_parts(self, site: str) -> list[Part]:
         here = [part for part in self.parts if site in part.sites]
         return [part for part in here if part.weight != 0 or self.options.zeros] or here[:1]
 

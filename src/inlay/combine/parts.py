@@ -1,6 +1,5 @@
 """What is combined: adapters as the tensors that each method holds at each site, read one by one from their files."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from io import FileIO
@@ -22,18 +21,15 @@ _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 class Tensors:
-    """The tensors of a safetensors file that `read_adapter` has checked, each read, as float32, when asked for.
+    """The tensors of a safetensors file, each read, as float32, when asked for. Keys are those of peft."""
 
-    Keys are those of peft.
-    """
-
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        """Of a file with this header, as `read_header` has checked it."""
         self._file = FileIO(path)
-        length = int.from_bytes(self._file.read(8), "little")
-        header = json.loads(self._file.read(length))
-        self._start = 8 + length
+        self._start = 8 + int.from_bytes(self._file.read(8), "little")
         self._digest = BodyDigest(path, self._file, header, self._start)
         self._entries: dict[str, Any] = {key: header[stored] for stored, key in find_peft_keys(path, header).items()}
+        self._shapes: dict[str, tuple[int, ...]] = {key: tuple(entry["shape"]) for key, entry in self._entries.items()}
         self.path = path
 
     def __iter__(self) -> Iterator[str]:
@@ -41,7 +37,7 @@ class Tensors:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Of one tensor."""
-        return tuple(self._entries[key]["shape"])
+        return self._shapes[key]
 
     def read(self, key: str) -> Array:
         """One tensor.

@@ -6,7 +6,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from inlay.adapters.file import AdapterFile, read_adapter
+from inlay.adapters.file import AdapterFile, take_all_steps
 from inlay.adapters.hub.fetch import fetch
 from inlay.adapters.patterns import check_patterns
 from inlay.adapters.sketch_distance import explain_difference
@@ -35,10 +35,11 @@ def open_adapters(adapters: Mapping[Any, float | Mapping[str, float]]) -> Iterat
     if not adapters:
         raise BadInput("there are no adapters to combine; give them with their weights, such as {'a': 1.0, 'b': 0.5}.")
     weights = [check_weight(path, weight) for path, weight in adapters.items()]
-    files = [read_adapter(fetch(path), digest=False) for path in adapters]
+    readings = [take_all_steps(fetch(path), digest=False) for path in adapters]
+    files = [reading.file() for reading in readings]
     sources: list[Source] = []
     with ExitStack() as held:
-        opened = [held.enter_context(closing(Tensors(file.weights))) for file in files]
+        opened = [held.enter_context(closing(Tensors(reading.weights, reading.header))) for reading in readings]
         try:
             names = shorten_names([file.folder for file in files])
             _check_bases(dict(zip(names, files, strict=True)))

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from io import FileIO
@@ -40,6 +42,9 @@ class Stream:
         self._place = self._digest.hexdigest().encode()  # of the final digest, which is as long
         self._header = encode_header({**header, "__metadata__": {**metadata, DIGEST: self._place.decode()}})
         self._file = FileIO(path, "w")
+        if hasattr(os, "posix_fallocate"):  # writing into place that is there takes less time
+            with suppress(OSError):  # a file system that cannot, or a full disk, which the first write to it reports
+                os.posix_fallocate(self._file.fileno(), 0, len(self._header) + at)
         self._write_bytes(self._header)
 
     def _write_bytes(self, data: Any) -> None:

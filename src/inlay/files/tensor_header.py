@@ -176,15 +176,16 @@ def _read_extent(key: str, entry: Any) -> tuple[int, int]:
     """First byte of a tensor in the body, and the byte after its last one."""
     if ".." in key or "/" in key or "\\" in key or not key.isprintable():
         raise ValueError(f"the tensor name {key[:80]!r} is a path")
-    entry = entry if isinstance(entry, dict) else {}
-    shape, offsets, dtype = entry.get("shape"), entry.get("data_offsets"), entry.get("dtype")
-    known_dtype = isinstance(dtype, str) and dtype in _BYTES_PER_NUMBER
-    if not (known_dtype and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        sizes = [begin, end, *shape]
+        whole_numbers = isinstance(shape, list) and {*map(type, sizes)} == {int}
+        described = whole_numbers and min(sizes) >= 0 and len(shape) <= 8
+        bytes_per_number = _BYTES_PER_NUMBER[dtype]
+    except (KeyError, TypeError, ValueError):  # no such entry, another kind of value, other than two offsets
+        described = False
+    if not described:
         raise ValueError(f"its header does not describe the tensor {key[:80]!r}")
-    if offsets[1] - offsets[0] != math.prod(shape) * _BYTES_PER_NUMBER[dtype]:
+    if end - begin != math.prod(shape) * bytes_per_number:
         raise ValueError(f"the tensor {key[:80]!r} does not fill its bytes")
-    return offsets[0], offsets[1]
-
-
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and len(value) <= 8 and {*map(type, value)} <= {int} and min(value, default=0) >= 0
+    return begin, end
