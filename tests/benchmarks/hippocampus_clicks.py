@@ -67,7 +67,7 @@ def open_adapter(split, seed, steps):
     folder = RUNS / f"{split}_{seed}_{steps}" / "adapter"
     if not folder.is_dir():
         cases, _, processor = load_split(split)
-        model, _, seconds = train("spatial", VolumeView(cases, processor, training=True), seed, steps, None)
+        model, seconds = train("spatial", VolumeView(cases, processor, training=True), seed, steps)
         print(f"{folder.parent.name}: {seconds:.0f} CPU s to train", flush=True)
         save_adapter(model.eval(), folder, processor=processor)
     return load_adapter(folder)

@@ -269,15 +269,14 @@ def dice_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
 
 
 def _dice_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    labels, counted = labels.flatten(1), (labels >= 0).flatten(1)  # B N
-    logs = logits.float().flatten(2).log_softmax(1)  # B K+1 N
-    wanted = labels[:, None] == torch.arange(1, logits.shape[1], device=labels.device)[:, None]  # B K N
-    found = wanted.sum((0, 2))  # K
-    sizes = torch.cat([counted.sum()[None] - found.sum(), found]).float()  # K+1
-    weights = sizes.clamp(min=1).rsqrt()
-    entropy = F.nll_loss(logs, labels, weights, ignore_index=-1, reduction="sum") / sizes.sqrt().sum().clamp(min=1)
-    shares = logs[:, 1:].exp()
-    both = (shares * wanted).sum(-1)  # B K
-    all_ = torch.einsum("bkn,bn->bk", shares, counted.to(shares)) + wanted.sum(-1)
-    dice = (2 * both + 1) / (all_ + 1)
-    return (entropy + 1 - dice.mean()) / 2
+    labels = labels.flatten(2)  # B D P
+    logs = logits.float().flatten(3).log_softmax(1)  # B K+1 D P
+    right = logs.gather(1, labels.clamp(min=0)[:, None])[:, 0]  # of the class that is there
+    sums = logs.new_zeros(3, *logs.shape[:3:2], logs.shape[1] + 1)  # in each plane; the first class is what is ignored
+    values = torch.stack([torch.ones_like(right), right, right.exp()])
+    sizes, certainty, both = sums.scatter_add(3, (labels + 1).expand_as(values), values)[..., 1:].sum(2)  # B K+1
+    weights = sizes.sum(0).clamp(min=1).rsqrt()
+    entropy = -(certainty.sum(0) * weights).sum() / sizes.sum(0).sqrt().sum().clamp(min=1)
+    predicted = torch.einsum("bkdp,bdp->bk", logs.exp(), (labels >= 0).to(logs))
+    dice = (2 * both + 1) / (predicted + sizes + 1)
+    return (entropy + 1 - dice[:, 1:].mean()) / 2
