@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import SamModel
 from transformers.utils import ModelOutput
