@@ -1,6 +1,7 @@
 """Predicted peak of a training step (`plan_memory`) beside the peak that is measured.
 
     python tests/benchmarks/memory_plan.py [--device cpu] [--cases vit gpt2 llama mobilenet]
+    python tests/benchmarks/memory_plan.py --cases sam --name memory_plan_scans
 
 Two measurements: `measured`, the step of `measure_peak`, in which the profiler counts tensors (on a GPU CUDA's
 allocator does), and `fit`, three steps of the real `fit` under the profiler, with its data set, CPU only. Both count
@@ -28,17 +29,20 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
-from inlay import TrainConfig, fit, load_base
+from inlay import TrainConfig, fit
 from inlay.bases.load import BUILTIN
 from inlay.measure import footprint
 from inlay.measure.memory import measure_peak, plan_memory
 from inlay.methods import METHODS
+from inlay.tasks import TASKS
+from inlay.tasks.base import load_base
+from inlay.tasks.task import PlannedData
 from inlay.tasks.text.loss import NextToken
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from places import SHARED
 
-RESULTS = Path(__file__).parent / "results" / "memory_plan.json"
+RESULTS = Path(__file__).parent / "results"
 LLAMA, MOBILENET = SHARED / "lm_stories260K_llama" / "hf", SHARED / "mobilenet_imagenet" / "hf" / "mobilenet_v2_1.0_224"
 TINY = BUILTIN / "gpt2-tiny"
 WIDTH = 8
@@ -80,6 +84,16 @@ def vit(method: str) -> tuple[Any, Batch]:
 def mobilenet(method: str) -> tuple[Any, Batch]:
     """MobileNetV2 with ImageNet weights, batch 8."""
     return METHODS[method].adapt(load_base(MOBILENET, labels=list("abcde")), WIDTH), pictures(8, 224, 3)
+
+
+def scans(rows: int, **size: Any) -> tuple[Any, Batch]:
+    """The embedded SAM with the spatial adapter, for scans of a size."""
+    task = TASKS["volume-segmentation"]
+    base = load_base("builtin:sam-tiny", task=task.name)
+    config = task.fit_planned(METHODS["spatial"].make_config(base, WIDTH), base, PlannedData(**size))
+    model = METHODS["spatial"].attach(base, config)
+    batch, _ = task.planned_batch(base, rows, 0, 0, size["crop"])
+    return model, batch | {"labels": torch.randint(0, size.get("labels", 1) + 1, batch["labels"].shape)}
 
 
 def gpt2(method: str, bits: int | None = None, **text: int) -> tuple[Any, Batch]:
@@ -133,6 +147,14 @@ def cases() -> dict[str, tuple[Callable[[], tuple[Any, Batch]], dict[str, Any]]]
         found[f"{name} 16x64 padded, lora"] = (lambda f=folder: language_model(f, "lora", padding=20), {})
     for method in ("lora", "full"):
         found[f"mobilenet-v2 8x224, {method}"] = (lambda m=method: mobilenet(m), {})
+    for name, rows, size, settings in (
+        ("1x32x40x40", 1, {"crop": (32, 40, 40)}, {}),
+        ("2x32x40x40", 2, {"crop": (32, 40, 40)}, {}),
+        ("2x32x40x40, 4 channels, 32 classes", 2, {"crop": (32, 40, 40), "channels": 4, "labels": 32}, {}),
+        ("1x64x64x64, checkpointing", 1, {"crop": (64, 64, 64)}, {"gradient_checkpointing": True}),
+        ("2x16x64x64 of 5 mm slices", 2, {"crop": (16, 64, 64), "spacing_mm": (5.0, 1.0, 1.0)}, {}),
+    ):
+        found[f"sam-tiny scans {name}, spatial"] = (lambda r=rows, s=size: scans(r, **s), settings)
     missing = {"gpt2-tiny": TINY, "llama": LLAMA, "mobilenet": MOBILENET}
     for name, folder in missing.items():
         if not (folder / "config.json").is_file():
@@ -204,6 +226,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cases", nargs="+", default=[""], help="How their names begin; default: all.")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--name", default="memory_plan", help="Of the files with the results.")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
@@ -227,8 +250,8 @@ def main() -> None:
         "largest_ratio": max(ratios),
         "machine": describe_machine("bitsandbytes", device=arguments.device),
     }
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
-    RESULTS.with_suffix(".md").write_text(table(result))
+    (RESULTS / f"{arguments.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (RESULTS / f"{arguments.name}.md").write_text(table(result))
     print(table(result))
 
 

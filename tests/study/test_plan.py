@@ -76,6 +76,32 @@ def test_the_step_takes_what_is_planned():
     assert plan.peak == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    "scans",
+    [
+        {"crop": (32, 40, 40)},  # of one row, torch's own convolution, which copies what it sees
+        {"crop": (16, 24, 24), "channels": 2, "labels": 3, "batch_size": 2},
+        {"crop": (8, 32, 32), "spacing_mm": (4.0, 1.0, 1.0), "gradient_checkpointing": True},
+    ],
+    ids=["one row", "channels and classes", "thick slices"],
+)
+def test_a_step_on_scans_takes_what_is_planned(scans):
+    plan, measured = plan_base("builtin:sam-tiny", "spatial", **{"batch_size": 1, **scans}, measure=True)
+    assert plan.peak == pytest.approx(measured, rel=0.03)
+
+
+def test_the_size_of_scans_decides_what_is_planned():
+    def planned(**scans):
+        return plan_base("builtin:sam-tiny", "spatial", batch_size=2, **scans)[0]
+
+    recipe = planned()
+    assert recipe == planned(crop=(32, 40, 40), channels=1, labels=1)
+    assert planned(crop=(64, 80, 80)).activations > 7 * recipe.activations
+    assert planned(labels=9).adapter > recipe.adapter and planned(labels=9).activations > recipe.activations
+    assert planned(channels=4).adapter > recipe.adapter
+    assert planned(spacing_mm=(5.0, 1.0, 1.0)).activations > recipe.activations  # a token has fewer slices
+
+
 def test_pissa_is_planned_without_the_weights_that_it_starts_from():
     plan, measured = plan_base("builtin:gpt2-tiny", "pissa", batch_size=2, length=16, measure=True)
     assert plan == plan_base("builtin:gpt2-tiny", "lora", batch_size=2, length=16)[0]
@@ -112,6 +138,28 @@ def test_settings_count():
         ("builtin:gpt2-tiny", "lora", {"precision": "fp8"}, r"unknown precision 'fp8'; choose one of no, bf16, fp16"),
         ("builtin:gpt2-tiny", "prefix", {"gradient_checkpointing": True}, r"use the attention prefix, or no checkp"),
         ("builtin:vit-tiny", "lora", {"labels": 1}, r"labels must be at least 2, not 1"),
+        ("builtin:sam-tiny", "spatial", {"labels": 0}, r"labels must be at least 1, not 0"),
+        ("builtin:sam-tiny", "spatial", {"channels": 0}, r"channels must be at least 1, not 0"),
+        ("builtin:sam-tiny", "spatial", {"crop": (32, 0, 32)}, r"crop must be three numbers above 0.*, not 32 0 32"),
+        ("builtin:sam-tiny", "spatial", {"crop": (32, 32)}, r"crop must be three numbers above 0.*, not 32 32"),
+        (
+            "builtin:sam-tiny",
+            "spatial",
+            {"spacing_mm": (1.0, float("nan"), 1.0)},
+            r"spacing_mm must be .*, not 1 nan 1",
+        ),
+        (
+            "builtin:sam-tiny",
+            "lora",
+            {"crop": (8, 8, 8)},
+            r"crop can be given for scans only, but this is a plan for m",
+        ),
+        (
+            "builtin:gpt2-tiny",
+            "lora",
+            {"crop": (8, 8, 8), "channels": 2},
+            r"crop and channels can be given.*leave them",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(name, method, settings, sentence):
@@ -140,6 +188,15 @@ def test_the_command_says_it_as_text_and_as_json(monkeypatch, capsys):
     assert [said[part] for part in ("base", "adapter", "peak")] == [plan.base, plan.adapter, plan.peak]
     status, out, _ = command(monkeypatch, capsys, *arguments, "--measure")
     assert status == 0 and out.splitlines()[1].startswith("measured: ") and "predicted / measured: " in out
+
+
+def test_the_command_takes_the_size_of_scans(monkeypatch, capsys):
+    size = ["--crop", 16, 24, 24, "--labels", 3, "--channels", 2, "--spacing-mm", 3, 1, 1]
+    arguments = ["builtin:sam-tiny", "--method", "spatial", "--width", 8, "--batch-size", 2, *size, "--json"]
+    status, out, _ = command(monkeypatch, capsys, *arguments)
+    scans = {"crop": (16, 24, 24), "labels": 3, "channels": 2, "spacing_mm": (3.0, 1.0, 1.0)}
+    plan, _ = plan_base("builtin:sam-tiny", "spatial", width=8, batch_size=2, **scans)
+    assert status == 0 and json.loads(out)["peak"] == plan.peak
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,21 @@ def plan(
     width: Annotated[int, typer.Option(help="Rank or other width of the adapter.")] = 8,
     batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens per text.")] = 128,
-    labels: Annotated[int, typer.Option(help="Classes of an image classifier.")] = 10,
+    labels: Annotated[
+        int | None,
+        typer.Option(help="Classes of a classifier, default 10; or of scans without the background, default 1."),
+    ] = None,
+    crop: Annotated[
+        tuple[int, int, int] | None,
+        typer.Option(metavar="D H W", help="Voxels of a scan that the model sees at a time; default: 32 40 40."),
+    ] = None,
+    channels: Annotated[int | None, typer.Option(help="Channels of a scan; default: 1.")] = None,
+    spacing_mm: Annotated[
+        tuple[float, float, float] | None,
+        typer.Option(
+            metavar="D H W", help="Spacing of a scan in mm: where slices are thick, a token has fewer of them."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of the weights: float32, bfloat16 or float16.")] = "float32",
     quantize: Annotated[str | None, typer.Option(help="Hold the frozen base in 8bit or 4bit.")] = None,
     optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit, paged_adamw or paged_adamw8bit.")] = "adamw",
@@ -93,6 +107,9 @@ def plan(
         batch_size=batch_size,
         length=length,
         labels=labels,
+        crop=crop,
+        channels=channels,
+        spacing_mm=spacing_mm,
         dtype=dtype,  # type: ignore[arg-type]
         quantize=quantize,  # type: ignore[arg-type]
         optimizer=optimizer,  # type: ignore[arg-type]

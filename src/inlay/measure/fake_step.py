@@ -215,7 +215,31 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _count_hidden_bytes(func: Any, args: Any) -> int:
-    """Bytes that an operation allocates and frees itself: the 4-bit product of bitsandbytes unpacks a whole weight."""
-    if str(func) != "bitsandbytes.gemm_4bit.default" or args[0].device.type != "cpu":
+    """Bytes that an operation allocates and frees itself.
+
+    The 4-bit product of bitsandbytes unpacks a whole weight on a CPU. Where torch computes a small 3D convolution there
+    without oneDNN (one row, few channels), it copies the voxels that each output sees.
+    """
+    if str(func) == "bitsandbytes.gemm_4bit.default" and args[0].device.type == "cpu":
+        return math.prod(args[2]) * args[0].element_size()
+    if func is torch.ops.aten.convolution.default:
+        return _count_column_bytes(args[0], args[1], args[3:])
+    if func is torch.ops.aten.convolution_backward.default:
+        return _count_column_bytes(args[1], args[2], args[4:10])
+    return 0
+
+
+def _count_column_bytes(volume: Tensor, weight: Tensor, settings: Any) -> int:
+    """Bytes of the copies that torch's own 3D convolution multiplies; 0 where another one is chosen."""
+    if volume.ndim != 5 or volume.device.type != "cpu":
         return 0
-    return math.prod(args[2]) * args[0].element_size()
+    if torch._C._select_conv_backend(volume, weight, None, *settings, None) != torch._C._ConvBackend.Slow3d:
+        return 0
+    stride, padding, dilation = settings[:3]
+    places = [
+        (size + 2 * pad - step * (edge - 1) - 1) // move + 1
+        for size, pad, step, edge, move in zip(
+            volume.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True
+        )
+    ]
+    return len(volume) * math.prod(weight.shape[1:]) * math.prod(places) * volume.element_size()

@@ -1,5 +1,6 @@
 """Will it fit: the memory of a training step before training starts, of a run or of a base that is not here."""
 
+from collections.abc import Sequence
 from typing import Any, get_args
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from inlay.methods import METHODS
 from inlay.methods._peft import PeftModel, count_virtual_tokens
 from inlay.tasks import TASKS, task_of_base
 from inlay.tasks.base import load_base, load_skeleton
-from inlay.tasks.task import Task
+from inlay.tasks.task import PlannedData, Task
 from inlay.train.losses import Loss
 
 Batch = dict[str, Tensor]
@@ -25,7 +26,10 @@ def plan_base(
     width: int = 8,
     batch_size: int = 8,
     length: int = 128,
-    labels: int = 10,
+    labels: int | None = None,
+    crop: Sequence[int] | None = None,
+    channels: int | None = None,
+    spacing_mm: Sequence[float] | None = None,
     dtype: Dtype = "float32",
     quantize: Quantize | None = None,
     optimizer: Optimizer = "adamw",
@@ -44,7 +48,10 @@ def plan_base(
         width: Of the adapter.
         batch_size: Rows of a step.
         length: Tokens of a text; of an image classifier the config names the size of an image.
-        labels: Classes of an image classifier.
+        labels: Classes of a classifier, default 10; or of scans without the background, default 1.
+        crop: Voxels (D, H, W) of a scan that the model sees at a time; default: those of the recipe.
+        channels: Channels of a scan; default: 1.
+        spacing_mm: Between the voxels of a scan, (D, H, W): where slices are thick, a token has fewer of them.
         dtype: Of the weights.
         quantize: As in `load_base`.
         optimizer: As in TrainConfig, and so the next three.
@@ -61,7 +68,7 @@ def plan_base(
     if method not in METHODS:
         raise BadInput(f"unknown method {method!r}; choose one of {', '.join(METHODS)}.")
     sizes = {"width": width, "batch_size": batch_size, "accumulate": accumulate}
-    for what, size, least in (*((*item, 1) for item in sizes.items()), ("length", length, 2), ("labels", labels, 2)):
+    for what, size, least in (*((*item, 1) for item in sizes.items()), ("length", length, 2)):
         if size < least:
             raise BadInput(f"{what} must be at least {least}, not {size}.")
     if ema is not None and not 0 < ema < 1:
@@ -71,12 +78,16 @@ def plan_base(
         if value not in get_args(allowed):
             raise BadInput(f"unknown {what} {value!r}; choose one of {', '.join(get_args(allowed))}.")
     task = _task_for(name, method)
-    names = [str(i) for i in range(labels)] if task.classifies else None
+    if task.classifies and labels is not None and labels < 2:
+        raise BadInput(f"labels must be at least 2, not {labels}.")
+    names = [str(i) for i in range(labels or 10)] if task.classifies else None
+    data = PlannedData(labels, crop, channels, spacing_mm)
 
     def adapt(base: Any) -> tuple[nn.Module, Batch, Loss | None]:
-        model = METHODS[method].adapt(base, width)
+        config = task.fit_planned(METHODS[method].make_config(base, width), base, data)
+        model = METHODS[method].attach(base, config)
         added = count_virtual_tokens(model.active_peft_config) if isinstance(model, PeftModel) else 0
-        return model, *task.planned_batch(base, batch_size, length, added)
+        return model, *task.planned_batch(base, batch_size, length, added, crop)
 
     def options(loss: Loss | None) -> dict[str, Any]:
         step = {"optimizer": optimizer, "accumulate": accumulate, "precision": precision, "loss": loss}

@@ -69,6 +69,23 @@ class LabelledBatches:
     rows: int
 
 
+@dataclass(frozen=True)
+class PlannedData:
+    """What is said of the data of a training that is planned; None where it is not.
+
+    Attributes:
+        labels: Number of classes; of scans without the background.
+        crop: Voxels (D, H, W) of a scan that a model sees at a time.
+        channels: Number of channels of a scan.
+        spacing_mm: Between the voxels of a scan, (D, H, W).
+    """
+
+    labels: int | None = None
+    crop: Sequence[int] | None = None
+    channels: int | None = None
+    spacing_mm: Sequence[float] | None = None
+
+
 class Task(ABC):
     """One row of TASKS.
 
@@ -273,8 +290,24 @@ class Task(ABC):
 
         return read_head_inputs(model, batch)
 
+    def fit_planned(self, config: Any, base: Any, data: PlannedData) -> Any:
+        """The config of a method, fitted to planned data as `TaskOptions.fit_method` fits it to real data.
+
+        Raises:
+            InlayError: What is said of the data does not fit the task.
+        """
+        given = [name for name in ("crop", "channels", "spacing_mm") if getattr(data, name) is not None]
+        if given:
+            raise BadInput(
+                f"{' and '.join(given)} can be given for scans only, but this is a plan for {self.name}; leave "
+                f"{'it' if len(given) == 1 else 'them'} out, or choose the method 'spatial' and a SAM."
+            )
+        return config
+
     @abstractmethod
-    def planned_batch(self, base: Any, rows: int, length: int, added: int) -> tuple[dict[str, Tensor], Loss | None]:
+    def planned_batch(
+        self, base: Any, rows: int, length: int, added: int, crop: Sequence[int] | None = None
+    ) -> tuple[dict[str, Tensor], Loss | None]:
         """A batch of the size of a training step, and its loss, for planning memory.
 
         Args:
@@ -282,6 +315,7 @@ class Task(ABC):
             rows: Examples.
             length: Tokens of a text.
             added: Tokens that a method puts in front of it.
+            crop: Voxels (D, H, W) of a scan; default: those of the recipe.
         """
 
     def forward_inputs(self, base: Any, rows: int, length: int, size: int | None = None) -> dict[str, Tensor]:

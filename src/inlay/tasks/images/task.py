@@ -127,7 +127,9 @@ class ImageClassification(Task):
 
         return classify_batch(model, batch)
 
-    def planned_batch(self, base: Any, rows: int, length: int, added: int) -> tuple[dict[str, Tensor], Loss | None]:
+    def planned_batch(
+        self, base: Any, rows: int, length: int, added: int, crop: Sequence[int] | None = None
+    ) -> tuple[dict[str, Tensor], Loss | None]:
         import torch
 
         return {**blank_inputs(base.config, rows), "labels": torch.zeros(rows, dtype=torch.long)}, None

@@ -149,7 +149,9 @@ class MaskGeneration(Task):
         features = encoded.last_hidden_state if levels is None else levels[-1]  # B C h w
         return features.flatten(2).mT.flatten(0, 1)
 
-    def planned_batch(self, base: Any, rows: int, length: int, added: int) -> tuple[dict[str, Tensor], Loss | None]:
+    def planned_batch(
+        self, base: Any, rows: int, length: int, added: int, crop: Sequence[int] | None = None
+    ) -> tuple[dict[str, Tensor], Loss | None]:
         """One image a row with as many prompts as MaskView asks for in training."""
         import torch
 

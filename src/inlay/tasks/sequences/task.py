@@ -164,7 +164,9 @@ class SequenceClassification(Task):
 
         return classify_batch(model, batch)
 
-    def planned_batch(self, base: Any, rows: int, length: int, added: int) -> tuple[dict[str, Tensor], Loss | None]:
+    def planned_batch(
+        self, base: Any, rows: int, length: int, added: int, crop: Sequence[int] | None = None
+    ) -> tuple[dict[str, Tensor], Loss | None]:
         import torch
 
         ids = token_ids(base.config, rows, length, added)

@@ -158,7 +158,9 @@ class TextGeneration(Task):
         predicted, true = zip(*found, strict=True)
         return torch.cat(predicted), torch.cat(true)
 
-    def planned_batch(self, base: Any, rows: int, length: int, added: int) -> tuple[dict[str, Tensor], Loss | None]:
+    def planned_batch(
+        self, base: Any, rows: int, length: int, added: int, crop: Sequence[int] | None = None
+    ) -> tuple[dict[str, Tensor], Loss | None]:
         """Texts of which every token is learned; a prompt adds tokens to each."""
         import torch
 

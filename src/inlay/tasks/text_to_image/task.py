@@ -159,7 +159,9 @@ class TextToImage(Task):
     def compute_features(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         raise Unsupported("a text-to-image pipeline has no features that a head reads.")
 
-    def planned_batch(self, base: Any, rows: int, length: int, added: int) -> tuple[dict[str, Tensor], Loss | None]:
+    def planned_batch(
+        self, base: Any, rows: int, length: int, added: int, crop: Sequence[int] | None = None
+    ) -> tuple[dict[str, Tensor], Loss | None]:
         """Images of the size that the base was trained on, with prompts of the full length."""
         import torch
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from inlay.train.loop import FitResult
 
+CROP = (32, 40, 40)  # voxels D, H, W that a model sees at a time, where nothing else is said
+
 
 @dataclass
 class VolumeTask(TaskOptions):
@@ -25,7 +27,7 @@ class VolumeTask(TaskOptions):
         "Embedded data (builtin:volumes, builtin:channels, builtin:atlas), a Decathlon task, images/ and labels/ of "
         "scans, or a folder of .npz.",
     )
-    crop: list[int] = option([32, 40, 40], "Voxels D, H, W that the model sees at a time.", least=1)
+    crop: list[int] = option([*CROP], "Voxels D, H, W that the model sees at a time.", least=1)
     crops: int | None = option(None, "Crops of each scan in an epoch; default: 1.", least=1)
     spacing_mm: list[float] | None = option(
         None, "Resample scans to this spacing D, H, W; default: the median of the data.", above=0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from inlay.errors import BadInput, Unsupported
 from inlay.tasks.golden import golden_scan
 from inlay.tasks.printing import printable
-from inlay.tasks.task import Answer, LabelledBatches, Option, Record, Task
+from inlay.tasks.task import Answer, LabelledBatches, Option, PlannedData, Record, Task
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from inlay.tasks.options import TaskOptions
     from inlay.tasks.serving import Answering
     from inlay.train.losses import Loss
-
-PLANNED_CROP = 32  # voxels D, H and W of a crop where nothing else is said
 
 
 class VolumeSegmentation(Task):
@@ -143,16 +142,41 @@ class VolumeSegmentation(Task):
     def compute_features(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         raise Unsupported("the base without its adapter reads no scans, so that there are no features to compare with.")
 
-    def planned_batch(self, base: Any, rows: int, length: int, added: int) -> tuple[dict[str, Tensor], Loss | None]:
-        """Crops with labels, of the channels that an adapter in the base takes."""
+    def fit_planned(self, config: Any, base: Any, data: PlannedData) -> Any:
+        """A decoder for so many classes and channels, and tokens that suit crop and spacing."""
+        from inlay.methods import SpatialAdapterConfig
+        from inlay.tasks.volumes.options import CROP
+
+        for name in ("labels", "channels"):
+            count = getattr(data, name)
+            if count is not None and count < 1:
+                raise BadInput(f"{name} must be at least 1, not {count}.")
+        for name, sizes in (("crop", data.crop), ("spacing_mm", data.spacing_mm)):
+            if sizes is not None and (len(sizes) != 3 or not all(0 < size < math.inf for size in sizes)):
+                given = " ".join(f"{size:g}" for size in sizes)
+                raise BadInput(f"{name} must be three numbers above 0, for D, H and W, not {given}.")
+        return SpatialAdapterConfig.fitted(
+            base,
+            [f"class_{i}" for i in range(data.labels or 1)],
+            data.crop or CROP,
+            data.spacing_mm,
+            channels=[f"channel_{i}" for i in range(data.channels or 1)],
+            width=config.width,
+        )
+
+    def planned_batch(
+        self, base: Any, rows: int, length: int, added: int, crop: Sequence[int] | None = None
+    ) -> tuple[dict[str, Tensor], Loss | None]:
+        """Crops with labels, of the channels that an adapter in the base takes, on the base's device."""
         import torch
 
         from inlay.methods.spatial.adapter import SpatialEncoderLayer
+        from inlay.tasks.volumes.options import CROP
 
         encoder = base.vision_encoder
         configs = encoder.options.values() if isinstance(encoder, SpatialEncoderLayer) else ()
         channels = max((config.channel_count for config in configs), default=1)
-        pixels = torch.zeros(rows, channels, PLANNED_CROP, PLANNED_CROP, PLANNED_CROP)
+        pixels = torch.zeros(rows, channels, *(crop or CROP), device=next(base.parameters()).device)
         return {"pixel_values": pixels, "labels": torch.zeros_like(pixels[:, 0], dtype=torch.long)}, None
 
     def prepare(self, inputs: Sequence[str], options: Mapping[str, Any]) -> Callable[[Adapter], Answer]:
