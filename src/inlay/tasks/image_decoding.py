@@ -23,7 +23,9 @@ SUFFIXES = tuple(f".{s}" for s in "jpg jpeg jfif png gif bmp webp avif tif tiff 
 _AVIF = () if find_spec("PIL.AvifImagePlugin") is None else ("AVIF",)  # since Pillow 11.3
 FORMATS = (*_AVIF, "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 UPRIGHT = 1  # EXIF orientation
+_ORIENTED = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}  # in `info`; TIFF has tags instead
 TURNED = (5, 6, 7, 8)  # EXIF orientations whose upright image has width and height exchanged
+SMALL = 2**16  # bytes
 # A JPEG is decoded at 1/n of its size if what is made of it is at least 2 n times smaller: the bound of `thumbnail`.
 REDUCING_GAP = 2.0
 
@@ -166,18 +168,30 @@ def _open_file(source: Any, formats: tuple[str, ...] | None = None) -> Image.Ima
         source = source["path"] if source.get("bytes") is None else source["bytes"]
     if not source:
         raise ValueError("no image in this row" if source is None else "an empty file")
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else _read_small(source), formats=formats)
+
+
+def _read_small(path: Any) -> Any:
+    """The content of a small file, which is read faster at once; the path of a larger one."""
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - half the time of Path.open
+        content = file.read(SMALL)
+    return io.BytesIO(content) if len(content) < SMALL else path
 
 
 def _turn_upright(file: Image.Image, *, in_place: bool = False) -> Image.Image:
     """All of a file's pixels, upright, in a mode of 8 or 16 bits; `in_place` copies nothing."""
     file.load()
-    if in_place:
+    if in_place and _may_be_turned(file):
         ImageOps.exif_transpose(file, in_place=True)
     image = file if in_place else ImageOps.exif_transpose(file)
     if image.mode == "F" or (image.mode == "I" and file.format != "PPM"):
         raise ValueError("pixels of 32 bits have no known range: save it with 8 or 16 bits")
     return image
+
+
+def _may_be_turned(file: Image.Image) -> bool:
+    """False if a file that was just opened and loaded holds nothing in which Pillow looks for an orientation."""
+    return hasattr(file, "tag_v2") or not _ORIENTED.isdisjoint(file.info)
 
 
 def _convert_mode(image: Image.Image, channels: int, intensity: Intensity) -> Image.Image:

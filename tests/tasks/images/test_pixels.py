@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from inlay.tasks.image_decoding import open_crop, open_image
 from inlay.tasks.images import pixels
@@ -105,7 +106,7 @@ def turned(orientation):
     return exif
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_a_crop_at_full_size_is_part_of_the_whole_image(kind, orientation):
     source = encode(smooth(60, 40), kind, exif=turned(orientation))
@@ -114,6 +115,31 @@ def test_a_crop_at_full_size_is_part_of_the_whole_image(kind, orientation):
     crop = open_crop(source, lambda *size: sizes.append(size) or box, lambda width, height: 3.9)
     assert sizes == [whole.size] and whole.size == ((40, 60) if orientation == 6 else (60, 40))
     assert crop.mode == "RGB" and crop.tobytes() == whole.crop(box).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_an_orientation_in_xmp_counts(kind):
+    """Editors write it there, and no EXIF."""
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", xmp.decode())
+    source = encode(smooth(60, 40), kind, **({"pnginfo": info} if kind == "PNG" else {"xmp": xmp}))
+    whole, box = open_image(source), (3, 5, 33, 35)
+    assert whole.size == (40, 60)
+    crop = open_crop(source, lambda width, height: box, lambda width, height: 1)
+    assert crop.tobytes() == whole.crop(box).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"])
+@pytest.mark.parametrize("side", [8, 300])
+def test_a_file_on_disk_is_its_bytes(kind, side, tmp_path):
+    """Small files are read at once, larger ones as Pillow reads them."""
+    source, box = encode(noise(side, side), kind), (1, 2, 7, 8)
+    (tmp_path / "image").write_bytes(source["bytes"])
+    on_disk = {"bytes": None, "path": str(tmp_path / "image")}
+    assert open_image(on_disk).tobytes() == open_image(source).tobytes()
+    crops = [open_crop(each, lambda width, height: box, lambda width, height: 1) for each in (on_disk, source)]
+    assert crops[0].tobytes() == crops[1].tobytes()
 
 
 @pytest.mark.parametrize(("reduction", "scale"), [(4, 2), (7.9, 2), (8, 4), (40, 8)])
