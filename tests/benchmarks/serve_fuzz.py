@@ -3,8 +3,8 @@
     python tests/benchmarks/serve_fuzz.py [--cases 1000]
 
 Requests are made by a seed (tests/serve/server/mutated_requests.py): JSON, base64, forms, images, scans, bombs, tensors
-of the Open Inference Protocol, completions and chats, MONAI Label's routes, loading of adapters, paths, methods,
-headers and bytes that are no HTTP.
+of the Open Inference Protocol, completions and chats, files of channels, masks and scribbles, MONAI Label's routes,
+loading of adapters, paths, methods, headers and bytes that are no HTTP.
 `statuses`: none means that the connection was closed, which is right for what is no HTTP. Memory, files and threads are
 those of the server, after a fifth of the requests and after all. Exit status 1 for a status of 500 or more, a request
 that is not answered in 30 seconds, or growth.
@@ -27,7 +27,7 @@ from server_process import look_at, serve
 from inlay.files.atomic import write_json
 from serve.banked import GPT2, SAM, VIT, save
 from serve.server.mutated_requests import Kind, make_attempt, send
-from serve.test_tasks import save_volumes
+from serve.test_tasks import save_channels, save_volumes
 
 RESULTS = Path(__file__).parent / "results" / "serve_fuzz.json"
 BASES: dict[Kind, str] = {"image": VIT, "prompt": GPT2, "scan": SAM}
@@ -36,9 +36,9 @@ MEMORY_MB = 20.0  # that may be more at the end: what the allocator keeps
 
 def attack(kind: Kind, cases: int, folder: Path) -> dict[str, Any]:
     """Send the requests, and say what became of them."""
-    names = ["a", "b"] if kind == "scan" else ["version0", "version1"]
+    names = ["a", "b", "two"] if kind == "scan" else ["version0", "version1"]
     if kind == "scan":
-        save_volumes(folder)
+        save_channels(save_volumes(folder))
     else:
         for seed, name in enumerate(names):
             save(BASES[kind], ("lora", 2), folder / name, seed)

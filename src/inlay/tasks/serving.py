@@ -157,16 +157,16 @@ class Annotating(ABC):
     def read(
         self, scan: bytes, params: Mapping[str, Any], adapter: ServedAdapter, label: bytes | None = None
     ) -> dict[str, Any]:
-        """The values of a request for `Answering.read`.
+        """The values of a request for `Answering.read`, and `suffix`, that of the file with the mask.
 
         Args:
             scan: Its file.
-            params: Of the request: clicks and switches.
+            params: Of the request: clicks and switches, and the `result_extension` that the mask shall have.
             adapter: That is asked.
             label: The file of a label map: a mask to correct, and what was painted over it.
 
         Raises:
-            InlayError: Clicks that are no voxels, or paint that belongs to no class.
+            InlayError: Clicks that are no voxels, paint that belongs to no class, or a format that masks do not have.
         """
 
     @abstractmethod

@@ -379,7 +379,10 @@ _ANY = [_content_type, _headers, _path, _raw, _infer, _loading]
 
 
 def make_scan(draw: random.Random) -> bytes:
-    """A whole one: NIfTI-1 or 2, compressed or not, of one of several types and shapes; or an .npz, which is none."""
+    """A whole one: NIfTI-1 or 2, NRRD, MetaImage or MGH, compressed or not; or an .npz, which is none.
+
+    It is of one of several types and shapes.
+    """
     shape = draw.choice([(1, 1, 1), (9, 8, 7), (16, 16, 9), (30, 4, 4), (6, 6, 6, 1), (6, 6, 6, 2), (8, 8)])
     voxels = np.random.default_rng(draw.randrange(99)).normal(0, 50, shape)
     voxels = voxels.astype(draw.choice([np.uint8, np.int16, np.float32, np.float64, np.complex64]))
@@ -388,9 +391,46 @@ def make_scan(draw: random.Random) -> bytes:
         np.savez(file, image=voxels, affine=np.eye(4))
         return file.getvalue()
     affine = np.diag([draw.choice([-1, 1, 0.01, 40]), 1, 2, 1])
+    if voxels.dtype.name in WRITTEN_TYPES and voxels.ndim == 3 and draw.random() < 0.5:
+        return draw.choice([write_nrrd, write_metaimage, write_mgh])(voxels, draw.random() < 0.5)
     kind = draw.choice([nibabel.Nifti1Image, nibabel.Nifti2Image])
     data = kind(voxels, affine).to_bytes()
     return gzip.compress(data, 1) if draw.random() < 0.5 else data
+
+
+WRITTEN_TYPES = {"uint8": "MET_UCHAR", "int16": "MET_SHORT", "float32": "MET_FLOAT"}
+
+
+def write_nrrd(voxels: np.ndarray, packed: bool) -> bytes:
+    """An NRRD file of voxels (X, Y, Z)."""
+    data, kind = voxels.tobytes("F"), {"float32": "float"}.get(voxels.dtype.name, voxels.dtype.name)
+    header = (
+        f"NRRD0004\ntype: {kind}\ndimension: 3\nspace: left-posterior-superior\nsizes: {list_sizes(voxels)}\n"
+        f"space directions: (1,0,0) (0,1,0) (0,0,2)\nendian: little\nencoding: {'gzip' if packed else 'raw'}\n"
+        "space origin: (0,0,0)\n\n"
+    )
+    return header.encode() + (gzip.compress(data) if packed else data)
+
+
+def write_metaimage(voxels: np.ndarray, packed: bool) -> bytes:
+    """A MetaImage of voxels (X, Y, Z)."""
+    data = voxels.tobytes("F")
+    header = (
+        f"ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\nCompressedData = {packed}\n"
+        f"TransformMatrix = 1 0 0 0 1 0 0 0 1\nOffset = 0 0 0\nElementSpacing = 1 1 2\nDimSize = {list_sizes(voxels)}\n"
+        f"ElementType = {WRITTEN_TYPES[voxels.dtype.name]}\nElementDataFile = LOCAL\n"
+    )
+    return header.encode() + (zlib.compress(data) if packed else data)
+
+
+def write_mgh(voxels: np.ndarray, packed: bool) -> bytes:
+    """An MGH file of voxels (X, Y, Z)."""
+    data = nibabel.MGHImage(voxels, np.diag([1.0, 1, 2, 1])).to_bytes()
+    return gzip.compress(data) if packed else data
+
+
+def list_sizes(voxels: np.ndarray) -> str:
+    return " ".join(map(str, voxels.shape))
 
 
 def damage_scan(draw: random.Random) -> tuple[str, bytes]:
@@ -429,6 +469,12 @@ def damage_scan(draw: random.Random) -> tuple[str, bytes]:
         return draw.choice([
             lambda: ("which is a bomb", gzip.compress(bytes(50_000_000), 9)),
             lambda: ("behind whose end is a bomb", gzip.compress(make_tiny_scan() + bytes(20_000_000), 9)),
+            lambda: ("which is a bomb as NRRD", write_nrrd(np.zeros((9, 8, 7), np.uint8), False)[:-504].replace(
+                b"raw", b"gzip") + gzip.compress(bytes(50_000_000), 9)),
+            lambda: ("which is a bomb as MetaImage", write_metaimage(np.zeros((1, 1, 1), np.uint8), True)
+                     + zlib.compress(bytes(50_000_000), 9)),
+            lambda: ("which is a bomb as MGH", gzip.compress(
+                write_mgh(np.zeros((4, 4, 4), np.uint8), False) + bytes(50_000_000), 9)),
             lambda: ("which is empty", b""),
             lambda: ("of two members", gzip.compress(make_tiny_scan()[:300]) + gzip.compress(make_tiny_scan()[300:])),
             lambda: ("packed twice", gzip.compress(gzip.compress(make_tiny_scan()))),
@@ -462,23 +508,32 @@ def _scan(draw: random.Random, name: str) -> Attempt:
     what, data = damage_scan(draw)
     fields: dict[str, Any] = {"model": name}
     for key in draw.sample(
-        ["points", "point_labels", "boxes", "box_labels", "largest", "flips", "x"], draw.choice([0, 1, 2])
-    ):
-        fields[key] = draw.choice([*ODD, *PLACES, True, [1], [[1, 1, 1, 4, 4, 4]]])
+        [
+            "points", "point_labels", "boxes", "box_labels", "scribbles", "scribble_labels", "largest", "flips",
+            "keep_probabilities", "x",
+        ],
+        draw.choice([0, 1, 2]),
+    ):  # fmt: skip
+        fields[key] = draw.choice([*ODD, *PLACES, True, [1], [[1, 1, 1, 4, 4, 4]], [[1, 1, 1, 0], [3, 3, 3, 0]]])
     if draw.random() < 0.3:
         given = {**fields, "scan": base64.b64encode(data).decode()}
         return Attempt(f"JSON with a scan {what}", "/v1/segment", json.dumps(given).encode())
-    return Attempt(f"a form with a scan {what}", "/v1/segment", _scan_form("scan", data, fields), FORM)
+    files = {draw.choice(["scan", "scan", "scan_flair", "mask"]): data}
+    if draw.random() < 0.5:
+        files[draw.choice(["scan", "scan_t1", "scan_x", "mask"])] = make_scan(draw)
+    return Attempt(f"a form with {', '.join(files)} {what}", "/v1/segment", _scan_form(files, fields), FORM)
+
+
+LABEL_INFO = [{"name": "foreground_scribbles", "id": 1}, {"name": "left", "id": 2}]
 
 
 def _annotate(draw: random.Random, name: str) -> Attempt:
     """The routes of MONAI Label."""
     what, data = damage_scan(draw)
     params: dict[str, Any] = {"client_id": draw.choice(["me", None, 1])}
-    for key in draw.sample(
-        ["left", "right", "background", "foreground", "label", "roi", "largest", "x"], draw.choice([0, 1, 3])
-    ):
-        params[key] = draw.choice([*ODD, *PLACES, "left", [0, 4, 0, 4, 0, 4]])
+    names = ["left", "right", "background", "foreground", "label", "roi", "largest", "x", "label_info"]
+    for key in draw.sample([*names, "selected_label_name", "result_extension"], draw.choice([0, 1, 3])):
+        params[key] = draw.choice([*ODD, *PLACES, "left", [0, 4, 0, 4, 0, 4], LABEL_INFO, ".nrrd", ".mgz"])
     fields = {"params": draw.choice([params, params, params, *ODD])}
     infer = f"/infer/{name}"
     method, target, file = draw.choice([
@@ -490,20 +545,24 @@ def _annotate(draw: random.Random, name: str) -> Attempt:
         ("GET", "/session/%ff", "x"), ("DELETE", "/session/x", "x"), ("GET", "/datastore/?output=x", "x"),
         ("POST", "/auth/token", "x"),
     ])  # fmt: skip
-    body = _scan_form(file, data, fields)
+    files = {file: data, **({"label": make_scan(draw)} if draw.random() < 0.3 else {})}
+    body = _scan_form(files, fields)
     if draw.random() < 0.2:
         body = mutate_bytes(body, draw)
     return Attempt(f"{method} {target} with a scan {what}", target, body, FORM, method)
 
 
-def _scan_form(name: str, data: bytes, fields: dict[str, Any]) -> bytes:
+def _scan_form(files: dict[str, bytes], fields: dict[str, Any]) -> bytes:
     parts = [
         b"--x\r\ncontent-disposition: form-data; name=%s\r\n\r\n%s\r\n"
         % (key.encode(), value.encode(errors="replace") if isinstance(value, str) else json.dumps(value).encode())
         for key, value in fields.items()
     ]
-    head = b'--x\r\ncontent-disposition: form-data; name=%s; filename="a.nii.gz"\r\n\r\n' % name.encode()
-    return b"".join(parts) + head + data + b"\r\n--x--\r\n"
+    parts += [
+        b'--x\r\ncontent-disposition: form-data; name=%s; filename="a.nii.gz"\r\n\r\n%s\r\n' % (name.encode(), data)
+        for name, data in files.items()
+    ]
+    return b"".join(parts) + b"--x--\r\n"
 
 
 FAMILIES: dict[str, list[Callable[[random.Random, str], Attempt]]] = {

@@ -21,6 +21,7 @@ from inlay.serve.server.config import ServiceConfig
 from inlay.serve.server.refusals import UnknownScan
 from inlay.serve.server.service import Service, open_bank
 from inlay.serve.server.uploads import FILES, LIFETIME_S, Uploads
+from inlay.tasks.volumes.formats import read_volume, write_volume
 from serve.banked import SAM
 from serve.server.live import listen
 from serve.test_tasks import save_volumes, scan
@@ -83,7 +84,7 @@ def test_each_adapter_is_listed_for_the_whole_scan_for_clicks_and_for_scribbles(
 
 
 def test_the_mask_comes_as_slicer_reads_it(client, bank):
-    response = infer(client, "a", {"result_extension": ".nrrd", "client_id": None}, scan(3))
+    response = infer(client, "a", {"result_extension": ".nii.gz", "client_id": None}, scan(3))
     parts = read_parts(response)
     said = json.loads(parts["params"].get_payload(decode=True))
     mask = read_mask(parts["image"].get_payload(decode=True))
@@ -96,6 +97,41 @@ def test_the_mask_comes_as_slicer_reads_it(client, bank):
     plain = infer(client, "a", None, scan(3), output="image")
     assert read_mask(plain.content).shape == (22, 18, 12) and plain.headers["x-inlay-model"] == "a"
     assert infer(client, "a", None, scan(3), output="json").json() == said
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".seg.nrrd", ".mha", ".mgz", ".nii"])
+def test_the_mask_comes_in_the_format_that_is_asked_for(client, bank, suffix, tmp_path):
+    """Slicer asks for .nrrd."""
+    response = infer(client, "a", {"result_extension": suffix}, scan(3), output="image")
+    file = tmp_path / f"mask{suffix}"
+    assert f'{suffix}"' in response.headers["content-disposition"]
+    file.write_bytes(response.content)
+    mask, affine = read_volume(file, "label")
+    assert np.array_equal(mask, class_mask(bank, "a")) and np.allclose(affine, np.diag([-1, 1, 2, 1]))
+
+
+def test_without_simpleitk_slicer_gets_nifti(client, monkeypatch):
+    monkeypatch.setattr("inlay.tasks.volumes.annotating.find_spec", lambda name: None)
+    response = infer(client, "a", {"result_extension": ".nrrd"}, scan(3), output="image")
+    assert '.nii.gz"' in response.headers["content-disposition"] and read_mask(response.content).shape == (22, 18, 12)
+
+
+def test_a_format_that_masks_do_not_have_is_refused(client):
+    response = infer(client, "a", {"result_extension": ".stl"}, scan(3))
+    assert response.status_code == 400
+    assert "unknown result_extension '.stl'; choose one of .nii.gz, .nii, .nrrd" in response.text
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha", ".mgz"])
+def test_a_scan_in_another_format_is_held_and_clicked(client, bank, suffix, tmp_path):
+    nibabel.Nifti1Image.from_bytes(scan(3)).to_filename(tmp_path / "scan.nii")
+    write_volume(tmp_path / f"scan{suffix}", *read_volume(tmp_path / "scan.nii"))
+    sent = (tmp_path / f"scan{suffix}").read_bytes()
+    made = client.put("/session/", files=[("files", (f"mri{suffix}", sent))]).json()
+    params = {"right": [[3, 4, 5]], "roi": [-3.2, 9, 30, 4, 2, 8], "label": "left"}
+    found = infer(client, "b", params, session_id=made["session_id"], output="image")
+    expected = infer(client, "b", params, scan(3), output="image")
+    assert np.array_equal(np.asarray(read_mask(found.content).dataobj), np.asarray(read_mask(expected.content).dataobj))
 
 
 def test_clicks_are_voxels_of_the_file_that_was_sent(client, bank):

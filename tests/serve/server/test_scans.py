@@ -13,6 +13,7 @@ from inlay import load_adapter, segment
 from inlay.serve.server.app import make_app
 from inlay.serve.server.config import ServiceConfig
 from inlay.serve.server.service import Service, open_bank
+from inlay.tasks.volumes.formats import read_volume, write_volume
 from inlay.tasks.volumes.strokes import sample_scribble
 from serve.banked import SAM
 from serve.test_tasks import save_channels, save_volumes, scan
@@ -90,6 +91,28 @@ def test_a_channel_comes_as_a_file_of_its_own(client, adapters):
     )
     both.header.set_xyzt_units("mm")
     assert np.array_equal(read_answer(ask(client, "two", {"scan": both.to_bytes()})), expected)
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha", ".mgz", ".mgh"])
+def test_a_scan_and_a_mask_may_be_in_other_formats(client, suffix, tmp_path):
+    """NRRD, MetaImage and MGH give the mask that NIfTI gives, in /v1 and /v2; so do channels in two formats."""
+
+    def convert(data):
+        (tmp_path / "scan.nii").write_bytes(data)
+        write_volume(tmp_path / f"scan{suffix}", *read_volume(tmp_path / "scan.nii"))
+        return (tmp_path / f"scan{suffix}").read_bytes()
+
+    expected = read_answer(ask(client, "a", {"scan": scan(3)}))
+    assert np.array_equal(read_answer(ask(client, "a", {"scan": convert(scan(3))})), expected)
+    answer = infer(client, "a", {"scan": ("BYTES", convert(scan(3)))})
+    assert np.array_equal(np.reshape(answer.json()["outputs"][0]["data"], SHAPE) > 0, expected > 0)
+    mask = make_mask([4])
+    mended = read_answer(ask(client, "a", {"scan": scan(3), "mask": mask}, points="[[3, 4, 5]]"))
+    again = ask(client, "a", {"scan": convert(scan(3)), "mask": convert(mask)}, points="[[3, 4, 5]]")
+    assert np.array_equal(read_answer(again), mended)
+    channels = {"scan_t1": scan(4), "scan_flair": scan(3)}
+    mixed = channels | {"scan_t1": convert(scan(4))}
+    assert np.array_equal(read_answer(ask(client, "two", mixed)), read_answer(ask(client, "two", channels)))
 
 
 def read_scan(data):

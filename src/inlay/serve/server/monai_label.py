@@ -63,7 +63,7 @@ async def infer(request: Request, model: str, image: str = "", session_id: str =
     form = await read_form(request)
     label = form.get("label") or None
     if label is not None and not isinstance(label, bytes):
-        raise BadInput("label must be one file: a label map of the scan as NIfTI.")
+        raise BadInput("label must be one file: a label map of the scan.")
     params = _read_params(form)
     uploads, sent = _uploads_of(request), form.get("file")
     if session_id:
@@ -79,7 +79,7 @@ async def infer(request: Request, model: str, image: str = "", session_id: str =
     answered = await run_unless_gone(request, service.ask(name, values, tensors=annotating.outputs))
     if answered.signature.digest != file.digest:
         raise Replaced(f"adapter {name!r} was replaced; ask again.")
-    return _make_answer(annotating, answered, output)
+    return _make_answer(annotating, answered, output, values["suffix"])
 
 
 @router.put("/session/")
@@ -195,7 +195,7 @@ def _read_params(form: dict[str, Any]) -> dict[str, Any]:
 async def _read_scan(request: Request, form: dict[str, Any], field: str) -> bytes:
     service, scan = _service_of(request), form.get(field)
     if isinstance(scan, list):
-        raise BadInput(f"{len(scan)} files were sent; send one scan as NIfTI.")
+        raise BadInput(f"{len(scan)} files were sent; send one scan as one file.")
     if not isinstance(scan, bytes):
         raise BadInput(f"the form has no file {field}.")
     await service.run_on_pool(_annotating_of(service).check, scan, service.config.limits)
@@ -212,22 +212,23 @@ def _describe_session(key: str, scan: bytes) -> dict[str, Any]:
     return {"name": key, "size": len(scan), "expiry": int(LIFETIME_S)}
 
 
-def _make_answer(annotating: Annotating, answered: Answered, output: str) -> Response:
+def _make_answer(annotating: Annotating, answered: Answered, output: str, suffix: str) -> Response:
     mask, facts = annotating.reply(answered.reply.tensors)
     signature = name_signature(answered.signature)
     headers = {f"X-Inlay-{key.replace('_', '-')}": quote(value, safe=":/ ") for key, value in signature.items()}
     said = {**signature, **facts}
     if output == "json":
         return JSONResponse(said, headers=headers)
-    file = f"{secrets.token_hex(8)}.nii.gz"
+    file = f"{secrets.token_hex(8)}{suffix}"
+    media = "application/gzip" if suffix == ".nii.gz" else "application/octet-stream"
     if output == "image":
         headers["Content-Disposition"] = f'attachment; filename="{file}"'
-        return Response(mask, media_type="application/gzip", headers=headers)
+        return Response(mask, media_type=media, headers=headers)
     edge = secrets.token_hex(16)
     parts = (
         f'--{edge}\r\nContent-Disposition: form-data; name="params"\r\nContent-Type: application/json\r\n\r\n'
         f'{json.dumps(said)}\r\n--{edge}\r\nContent-Disposition: form-data; name="image"; filename="{file}"\r\n'
-        "Content-Type: application/gzip\r\n\r\n"
+        f"Content-Type: {media}\r\n\r\n"
     )
     body = parts.encode() + mask + f"\r\n--{edge}--\r\n".encode()
     return Response(body, media_type=f"multipart/form-data; boundary={edge}", headers=headers)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,11 +15,13 @@ from inlay.tasks.serving import AnnotatedModel, Annotating, Limits, ServedAdapte
 from inlay.tasks.tables import list_first
 from inlay.tasks.volumes.formats import label_dtype, read_volume
 from inlay.tasks.volumes.grid import transform_points
-from inlay.tasks.volumes.nifti import affine_of_header, inflate_nifti, read_nifti_header
+from inlay.tasks.volumes.itk import ITK
 from inlay.tasks.volumes.segment import Segmentation, class_values
+from inlay.tasks.volumes.sent import inflate_sent, read_sent_header
 from inlay.tasks.volumes.strokes import sample_paint
 
 FOREGROUND, BACKGROUND = "foreground_scribbles", "background_scribbles"  # names of what was painted
+SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".seg.nrrd", ".mha", ".mgz")  # of masks
 OTHER = 0  # the number in a mask of what belongs to no class of the adapter
 
 
@@ -27,7 +30,7 @@ class Paint:
     """A label map from a program for annotating: a mask to correct, and scribbles that were painted over it.
 
     Attributes:
-        file: NIfTI.
+        file: As it was sent.
         numbers: The number in a mask of each number in the file.
         foreground: The number in the file of scribbles inside of the class `selected`; None: there are none.
         background: The same of scribbles outside of it.
@@ -51,7 +54,7 @@ class Paint:
         Raises:
             InlayError: A file that cannot be read, or with numbers that no class has.
         """
-        painted, affine = read_volume(inflate_nifti(self.file, most_voxels), "label")
+        painted, affine = read_volume(inflate_sent(self.file, most_voxels), "label")
         numbers = {OTHER: OTHER, **self.numbers}
         if self.foreground is not None and self.selected is not None:
             numbers[self.foreground] = self.selected
@@ -64,7 +67,7 @@ class Paint:
         mask = Segmentation(
             values[places.reshape(painted.shape)], affine, list(adapter.labels), values=adapter.processor.values
         )
-        towards = np.linalg.inv(affine_of_header(read_nifti_header(scan, sys.maxsize))) @ affine
+        towards = np.linalg.inv(read_sent_header(scan, sys.maxsize).affine) @ affine
         clicks: list[tuple[float, ...]] = []
         for number, label in ((self.foreground, self.selected), (self.background, OTHER)):
             if number is not None and label is not None:
@@ -89,14 +92,14 @@ class VolumeAnnotating(Annotating):
 
     @override
     def check(self, scan: bytes, limits: Limits) -> None:
-        read_nifti_header(scan, limits.voxels)
+        read_sent_header(scan, limits.voxels)
 
     @override
     def read(
         self, scan: bytes, params: Mapping[str, Any], adapter: ServedAdapter, label: bytes | None = None
     ) -> dict[str, Any]:
         numbers = dict(zip(adapter.labels, class_values(adapter.labels, adapter.processor.values), strict=True))
-        values: dict[str, Any] = {"scan": scan}
+        values: dict[str, Any] = {"scan": scan, "suffix": _read_suffix(params)}
         points: list[list[float]] = []
         labels: list[int] = []
         for name, given in params.items():
@@ -128,6 +131,17 @@ class VolumeAnnotating(Annotating):
         volumes = dict(zip(names, map(float, tensors["volumes_ml"]), strict=True))
         (file,) = tensors["class_file"]
         return file, {"label_names": {name: k for k, name in enumerate(names, start=1)}, "volumes_ml": volumes}
+
+
+def _read_suffix(params: Mapping[str, Any]) -> str:
+    """That of the file with the mask, which a program asks for as `result_extension`; its answer names the file.
+
+    3D Slicer always asks for .nrrd. Where the library that writes it is not installed, it gets .nii.gz.
+    """
+    suffix = params.get("result_extension") or SUFFIXES[0]
+    if suffix not in SUFFIXES:
+        raise BadInput(f"unknown result_extension {str(suffix)[:20]!r}; choose one of {', '.join(SUFFIXES)}.")
+    return SUFFIXES[0] if suffix in ITK and find_spec("SimpleITK") is None else str(suffix)
 
 
 def _read_paint(label: bytes, params: Mapping[str, Any], numbers: Mapping[str, int], adapter: ServedAdapter) -> Paint:
@@ -177,7 +191,7 @@ def _read_region(given: Any, scan: bytes) -> np.ndarray:
     if ends is None or ends.shape != (6,):
         raise BadInput("roi must be six numbers: i, i, j, j, k, k.")
     corners = ends.reshape(3, 2).T
-    last = np.array(read_nifti_header(scan, most_voxels=sys.maxsize).get_data_shape()[:3]) - 1
+    last = np.array(read_sent_header(scan, most_voxels=sys.maxsize).shape[:3]) - 1
     return corners.clip(0, last).reshape(1, 6).astype(np.float32)
 
 

@@ -174,9 +174,12 @@ class Segmentation:
             fields |= {f"Segment{i}_{key}": text for key, text in own.items()}
         return fields
 
-    def to_bytes(self) -> bytes:
-        """What `save` writes into a .nii.gz file."""
-        return gzip.compress(self._make_image().to_bytes(), compresslevel=6, mtime=0)
+    def to_bytes(self, suffix: str = ".nii.gz") -> bytes:
+        """What `save` writes into a file of this suffix."""
+        if suffix == ".nii.gz":
+            return gzip.compress(self._make_image().to_bytes(), compresslevel=6, mtime=0)
+        with tempfile.TemporaryDirectory() as folder:
+            return self.save(Path(folder) / f"mask{suffix}").read_bytes()
 
     def _make_image(self) -> Any:
         """nibabel's image of the mask."""

@@ -13,12 +13,13 @@ from inlay.errors import BadInput, InlayError
 from inlay.tasks.adapter import Adapter
 from inlay.tasks.serving import Limits, Reply, Row, ServedAdapter, SingleServing, TensorSpec
 from inlay.tasks.volumes.annotating import VolumeAnnotating
-from inlay.tasks.volumes.nifti import affine_of_header, inflate_nifti, read_nifti_header
 from inlay.tasks.volumes.segment import Segmentation, segment
+from inlay.tasks.volumes.sent import SentHeader, inflate_sent, read_sent_header
 from inlay.tasks.volumes.strokes import MOST, sample_scribble
 from inlay.tasks.volumes.windows import import_monai
 
 PROMPTS = 256  # points of a request at most, those of its scribbles included; and boxes
+SENT = "NIfTI, NRRD, MetaImage or MGH"
 CHANNEL = "scan_"  # and the name of a channel: the field of that channel's own file
 
 
@@ -32,7 +33,7 @@ class VolumeServing(SingleServing):
     makes_files = True
     annotating = VolumeAnnotating()
     inputs: ClassVar = (
-        TensorSpec("scan", "BYTES", (), "A NIfTI file with all channels, compressed or not."),
+        TensorSpec("scan", "BYTES", (), f"A file with all channels: {SENT}."),
         TensorSpec("points", "FP32", (-1, 3), "Voxels x, y, z of the scan, from 0.", optional=True),
         TensorSpec(
             "point_labels", "INT32", (-1,), "The class of each: its number in the mask, 0: none.", optional=True
@@ -53,7 +54,7 @@ class VolumeServing(SingleServing):
             "mask",
             "BYTES",
             (),
-            "A NIfTI file: a mask to correct; with points, boxes or scribbles it changes only there.",
+            f"A mask to correct ({SENT}); with points, boxes or scribbles it changes only there.",
             optional=True,
         ),
         TensorSpec("largest", "BOOL", (), "Keep only the largest connected component of each class.", optional=True),
@@ -78,7 +79,7 @@ class VolumeServing(SingleServing):
             return self.inputs
         scan, *others = self.inputs
         files = [
-            TensorSpec(CHANNEL + name, "BYTES", (), f"A NIfTI file with the channel {name} alone.", optional=True)
+            TensorSpec(CHANNEL + name, "BYTES", (), f"A file with the channel {name} alone.", optional=True)
             for name in channels
         ]
         return [replace(scan, optional=True), *files, *others]
@@ -88,7 +89,8 @@ class VolumeServing(SingleServing):
         """Only headers are read here: a scan that waits is held as its files.
 
         Args:
-            values: As `list_inputs` describes them; from a program for annotating also `paint`, a Paint.
+            values: As `list_inputs` describes them; from a program for annotating also `paint`, a Paint, and `suffix`,
+                that of the file with the mask.
             adapter: That is asked.
             limits: Of the server, for all channels together.
 
@@ -97,8 +99,8 @@ class VolumeServing(SingleServing):
         """
         scan = _find_scan(values, adapter)
         header = _check_headers(scan, limits)
-        x, y, z = header.get_data_shape()[:3]
-        grid = adapter.processor.resampled_shape((x, y, z), affine_of_header(header))
+        x, y, z = header.shape[:3]
+        grid = adapter.processor.resampled_shape((x, y, z), header.affine)
         if math.prod(grid) * len(adapter.processor.channels) > limits.voxels:
             raise BadInput(
                 f"at the spacing of the adapter the scan has {' x '.join(map(str, grid))} voxels; the limit is "
@@ -116,6 +118,7 @@ class VolumeServing(SingleServing):
                 _check_mask(mask, (x, y, z), limits)
         points = _label_prompts(values, "points", "point_labels")
         inputs = {
+            "suffix": values.get("suffix", ".nii.gz"),
             "points": points + _read_scribbles(values, PROMPTS - len(points)),
             "boxes": _label_prompts(values, "boxes", "box_labels"),
             **{name: bool(values.get(name, False)) for name in ("largest", "flips", "keep_probabilities")},
@@ -126,13 +129,13 @@ class VolumeServing(SingleServing):
     @override
     def compute(self, row: Row, adapter: Adapter, limits: Limits, before_pass: Callable[[], None]) -> Mapping[str, Any]:
         asked = dict(row.inputs)
-        given, mask, paint = (asked.pop(name) for name in ("scan", "mask", "paint"))
+        given, mask, paint, _ = (asked.pop(name) for name in ("scan", "mask", "paint", "suffix"))
         if isinstance(given, bytes):
-            scan: Any = inflate_nifti(given, limits.voxels)
+            scan: Any = inflate_sent(given, limits.voxels)
         else:
-            scan = {name: _name_channel(name, inflate_nifti, file, limits.voxels) for name, file in given.items()}
+            scan = {name: _name_channel(name, inflate_sent, file, limits.voxels) for name, file in given.items()}
         if mask is not None:
-            asked["mask"] = inflate_nifti(mask, limits.voxels)
+            asked["mask"] = inflate_sent(mask, limits.voxels)
         if paint is not None:
             first = scan if isinstance(scan, bytes) else scan[adapter.processor.channels[0]]
             asked["mask"], clicks = paint.read(adapter, first, limits.voxels)
@@ -155,7 +158,7 @@ class VolumeServing(SingleServing):
             return Reply({"volumes_ml": volumes, "labels": labels, "shape": mask.mask.shape, "mask": file})
         make: dict[str, Callable[[], Any]] = {
             "mask_file": lambda: [mask.to_bytes()],
-            "class_file": lambda: [replace(mask, mask=mask.class_mask, values=None).to_bytes()],
+            "class_file": lambda: [replace(mask, mask=mask.class_mask, values=None).to_bytes(row.inputs["suffix"])],
             "mask": lambda: mask.class_mask.astype(np.uint8),
             "labels": lambda: list(mask.labels),
             "volumes_ml": lambda: np.array([volumes[name] for name in mask.labels], np.float32),
@@ -186,19 +189,20 @@ def _find_scan(values: Mapping[str, Any], adapter: ServedAdapter) -> bytes | dic
     return files
 
 
-def _check_headers(scan: bytes | Mapping[str, bytes], limits: Limits) -> Any:
-    """nibabel's header of a scan, of several files that of the first.
+def _check_headers(scan: bytes | Mapping[str, bytes], limits: Limits) -> SentHeader:
+    """The header of a scan, of several files that of the first.
 
     Raises:
-        InlayError: A file that is no NIfTI, or more voxels in all than the limit.
+        InlayError: A file that is no scan, or more voxels in all than the limit.
     """
     if isinstance(scan, bytes):
-        return read_nifti_header(scan, limits.voxels)
-    headers = [_name_channel(name, read_nifti_header, file, limits.voxels) for name, file in scan.items()]
-    count = sum(math.prod(header.get_data_shape()) for header in headers)
+        return read_sent_header(scan, limits.voxels)
+    headers = [_name_channel(name, read_sent_header, file, limits.voxels) for name, file in scan.items()]
+    count = sum(math.prod(header.shape) for header in headers)
     if count > limits.voxels:
         raise BadInput(f"the channels have {count:,} voxels together; the limit is {limits.voxels:,} in all.")
-    return headers[0]
+    first: SentHeader = headers[0]
+    return first
 
 
 def _name_channel(name: str, work: Callable[[bytes, int], Any], file: bytes, most_voxels: int) -> Any:
@@ -211,7 +215,7 @@ def _name_channel(name: str, work: Callable[[bytes, int], Any], file: bytes, mos
 
 def _check_mask(mask: bytes, shape: tuple[int, ...], limits: Limits) -> None:
     """Refuse a mask that cannot be on the scan's grid, before it is inflated; its axes may be in another order."""
-    own = read_nifti_header(mask, limits.voxels).get_data_shape()
+    own = read_sent_header(mask, limits.voxels).shape
     if math.prod(own) != math.prod(shape):
         sizes = (" x ".join(map(str, each)) for each in (own, shape))
         raise BadInput("the mask has {} voxels and the scan {}; send a mask of this scan.".format(*sizes))
