@@ -129,8 +129,9 @@ bench-forget: ## remove the results that scripts would go on from
 	rm -rf runs/benchmark_pruning runs/benchmark_tune runs/e2e runs/dog_toy runs/hippocampus_clicks runs/compare_*
 	for name in hippocampus hippocampus_clicks scan_channels mobilenet_flowers augment_flowers pruning_vit-tiny pruning_vit-small pruning_mobilenet dog_toy tune; do rm -f $(RESULTS)/$$name.json; done
 
-bench-gpu: setup ## on a machine with a GPU, under 10 minutes
-	$(BIN)/python tests/benchmarks/gpu.py
+bench-gpu: setup ## on a machine with a GPU, twice under 10 minutes
+	$(BIN)/python tests/benchmarks/gpu.py --parts training
+	$(BIN)/python tests/benchmarks/gpu.py --parts use
 
 bench-adapters: setup ## beside the library adapters, whose pins need an environment of their own
 	$(PYTHON) -m venv runs/adapters

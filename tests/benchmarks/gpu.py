@@ -1,22 +1,26 @@
-"""What a GPU makes of training, memory, volumes, a bank and images, next to other ways, in under ten minutes.
+"""What a GPU makes of training, memory, volumes, a bank and images, next to other ways, in twice under ten minutes.
 
-    python tests/benchmarks/gpu.py                   # all parts; results in tests/benchmarks/results/gpu.{json,md}
+    python tests/benchmarks/gpu.py                   # parts of training; results in results/gpu.{json,md}
+    python tests/benchmarks/gpu.py --parts use       # the other parts, into the same files
     python tests/benchmarks/gpu.py --parts memory volumes --out FOLDER
     python tests/benchmarks/gpu.py --smoke           # every part in tiny sizes on the CPU, where there is no GPU
 
+    training
     fit         steps per second of `fit`, transformers.Trainer and a bare loop: LoRA of rank 8 on a ViT-B/16 and on a
                 GPT-2, with TF32 and in bfloat16
     memory      LoRA on a random Llama of 1 billion parameters in bfloat16, in 8 and in 4 bits (NF4): the peak that
                 `plan_memory` predicts, the peak of torch's allocator, steps per second
+    syncs       how often a step waits for the GPU, by torch's sync debug mode and by the profiler
+    attention   training steps with each implementation of attention
+    shards      FSDP2 with one process, and with two on the same GPU where a backend allows that
+    compile     the part `fit` in bfloat16, each loop with its own setting for torch.compile
+
+    use
     volumes     training step and inference of the 3D adapter on SAM ViT-B, 128 voxels a side, next to the published
                 architecture
     bank        a batch whose rows have different adapters: bank, peft, separate batches
     serve       `inlay serve` under many clients, each with an adapter of its own: in batches and one by one
     images      JPEGs from disk to the GPU, images per second, and how many a training takes
-    syncs       how often a step waits for the GPU, by torch's sync debug mode and by the profiler
-    attention   training steps with each implementation of attention
-    shards      FSDP2 with one process, and with two on the same GPU where a backend allows that
-    compile     the part `fit` in bfloat16, each loop with its own setting for torch.compile
 
 Each part is a process of its own with a limit of time. Its rows are stored as they come, and the same command goes on
 with the parts that are not whole. A row that fails holds the reason. Ways take turns, round by round; times are those
@@ -781,14 +785,18 @@ def part_shards(size: Size) -> Iterator[Row]:
 PARTS: dict[str, tuple[Callable[[Size], Iterator[Row]], int]] = {  # with the most seconds that it may take
     "fit": (part_fit, 150),
     "memory": (part_memory, 90),
-    "volumes": (part_volumes, 70),
-    "bank": (part_bank, 60),
-    "serve": (part_serve, 90),
-    "images": (part_images, 60),
     "syncs": (part_syncs, 50),
     "attention": (part_attention, 40),
     "shards": (part_shards, 80),
     "compile": (part_compile, 90),
+    "volumes": (part_volumes, 70),
+    "bank": (part_bank, 60),
+    "serve": (part_serve, 90),
+    "images": (part_images, 60),
+}
+HALVES = {  # each takes at most SECONDS
+    "training": ["fit", "memory", "syncs", "attention", "shards", "compile"],
+    "use": ["volumes", "bank", "serve", "images"],
 }
 MARK = "row of results: "
 
@@ -884,13 +892,22 @@ def write_tables(parts: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="Of all parts together.")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=[*HALVES, *PARTS],
+        help="Names of parts, or of a half of them; default: training, and with --smoke all.",
+    )
+    parser.add_argument(
+        "--seconds", type=float, help=f"Of all parts together; default: {SECONDS}, and with --smoke an hour."
+    )
     parser.add_argument("--out", type=Path, help="Folder of the results; default: tests/benchmarks/results.")
     parser.add_argument("--again", action="store_true", help="Measure parts that are whole again.")
     parser.add_argument("--smoke", action="store_true", help="Tiny sizes on the CPU; results in runs/gpu_smoke.")
     parser.add_argument("--one", choices=PARTS, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    asked = given.parts or (list(HALVES) if given.smoke else ["training"])
+    names = dict.fromkeys(name for part in asked for name in HALVES.get(part, [part]))
     if given.one:
         return run_part(given.one, given.smoke)
     out = given.out or (Path("runs/gpu_smoke") if given.smoke else RESULTS)
@@ -903,8 +920,8 @@ def main() -> None:
         write_json(path, stored)
         path.with_suffix(".md").write_text(write_tables(stored["parts"]))
 
-    end = time.perf_counter() + given.seconds
-    for name in given.parts:
+    end = time.perf_counter() + (given.seconds or (3600 if given.smoke else SECONDS))
+    for name in names:
         left = end - time.perf_counter()
         if stored["parts"].get(name, {}).get("state") == "whole" and not given.again:
             print(f"{name}: there already")
