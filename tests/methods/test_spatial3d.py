@@ -445,7 +445,7 @@ def test_loss_keeps_no_probabilities_for_the_backward_pass_and_has_the_gradient_
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = dice_cross_entropy(logits, labels)
-    assert sum(kept) <= logits.nbytes + labels.nbytes  # what came in
+    assert sum(kept) <= 1.001 * (logits.nbytes + labels.nbytes)  # what came in, and sums
     (found,) = torch.autograd.grad(loss, logits)
     shares, sizes = logits.softmax(1)[:, 1:] * (labels >= 0)[:, None], torch.bincount(labels[labels >= 0])
     wanted = F.one_hot(labels.clamp(min=0), 33).movedim(-1, 1)[:, 1:]

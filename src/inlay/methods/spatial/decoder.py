@@ -169,7 +169,7 @@ class VolumeDecoder(GradientCheckpointingLayer):
         last, others, fine, coarse, volume = encoded
         previous = None
         if self.takes_prompts and prompts.previous is not None:
-            previous = _extend(prompts.previous.to(fine.dtype).softmax(1), fine.shape[2:])
+            previous = _extend(prompts.previous.softmax(1).to(fine.dtype), fine.shape[2:])
         last = self._exchange_with_prompts(last, prompts, previous, stride) if self.takes_prompts else last
         weight = self.tokens.weight.chunk(len(self.levels), dim=1)[-1]
         x = others + _map_channels(self.levels[-1](last), weight, self.tokens.bias)

@@ -24,6 +24,7 @@ from inlay.methods.spatial.prompts import (
     damage_masks,
 )
 
+PIECE = 2**21  # logits of which the loss is computed at a time
 CERTAIN = 10.0  # logit of a mask's class where the others have 0: probabilities of 0.9999 and less than 0.0001
 FIRST = ("box", "mask", "objects", "clicks")  # what a simulated user begins with,
 SHARES = (0.25, 0.1, 0.3, 0.35)  # and in how many of the steps
@@ -254,7 +255,8 @@ def dice_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
 
     In the cross-entropy a class counts, background too, by the square root of its voxels in the batch, and not by their
     number: else the background outweighs many small classes, and none of them is learned in the first 100 steps.
-    Probabilities are not kept for the backward pass, but computed again: of many classes they are the largest tensors.
+    Probabilities are the largest tensors where there are many classes: they are computed some planes at a time, and for
+    the backward pass again.
 
     Args:
         logits: (B, K + 1, D, H, W).
@@ -263,19 +265,27 @@ def dice_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
     Source: Milletari et al. 2016, arXiv:1606.04797, with squares left out of the denominator as in nnU-Net; weights of
     classes between all alike and by their inverse frequency, as compared in Cui et al. 2019, arXiv:1901.05555.
     """
-    loss: torch.Tensor = checkpoint(_dice_cross_entropy, logits, labels, use_reentrant=False, preserve_rng_state=False)
+    planes = max(1, PIECE // logits[:, :, 0].numel())
+    pieces = zip(logits.split(planes, 2), labels.split(planes, 1), strict=True)
+    sums = [checkpoint(_sum_classes, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    sizes, entropies, both, predicted = torch.stack(sums).sum(0)  # B K+1
+    total = sizes.sum(0)
+    entropy = (entropies.sum(0) * total.clamp(min=1).rsqrt()).sum() / total.sqrt().sum().clamp(min=1)
+    dice = (2 * both + 1) / (predicted + sizes + 1)
+    loss: torch.Tensor = (entropy + 1 - dice[:, 1:].mean()) / 2
     return loss
 
 
-def _dice_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _sum_classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sums over the voxels of some planes for each row and class, (4, B, K + 1).
+
+    They are the voxels of the class; the cross-entropy in them; the probability of the class in them, and everywhere.
+    """
     labels = labels.flatten(2)  # B D P
     logs = logits.float().flatten(3).log_softmax(1)  # B K+1 D P
     right = logs.gather(1, labels.clamp(min=0)[:, None])[:, 0]  # of the class that is there
-    sums = logs.new_zeros(3, *logs.shape[:3:2], logs.shape[1] + 1)  # in each plane; the first class is what is ignored
-    values = torch.stack([torch.ones_like(right), right, right.exp()])
-    sizes, certainty, both = sums.scatter_add(3, (labels + 1).expand_as(values), values)[..., 1:].sum(2)  # B K+1
-    weights = sizes.sum(0).clamp(min=1).rsqrt()
-    entropy = -(certainty.sum(0) * weights).sum() / sizes.sum(0).sqrt().sum().clamp(min=1)
+    values = torch.stack([torch.ones_like(right), -right, right.exp()])
+    sums = logs.new_zeros(*values.shape[:3], logits.shape[1] + 1)  # in each plane; the first class is what is ignored
+    sums = sums.scatter_add(3, (labels + 1).expand_as(values), values)[..., 1:].sum(2)
     predicted = torch.einsum("bkdp,bdp->bk", logs.exp(), (labels >= 0).to(logs))
-    dice = (2 * both + 1) / (predicted + sizes + 1)
-    return (entropy + 1 - dice[:, 1:].mean()) / 2
+    return torch.cat([sums, predicted[None]])
