@@ -22,6 +22,7 @@ from inlay.serve.server.refusals import UnknownScan
 from inlay.serve.server.service import Service, open_bank
 from inlay.serve.server.uploads import FILES, LIFETIME_S, Uploads
 from inlay.tasks.volumes.formats import read_volume, write_volume
+from inlay.tasks.volumes.strokes import Stroke
 from serve.banked import SAM
 from serve.server.live import listen
 from serve.test_tasks import save_volumes, scan
@@ -185,8 +186,8 @@ def test_scribbles_correct_the_mask_under_them(client, bank, turned):
     given[RIGHT] = 2
     given[LEFT] = given[INSIDE] = 1
     given[OUTSIDE] = 0
-    points = [(x, 12, 5, "left") for x in range(4, 12)] + [(3, 5, 4, 0), (4, 5, 4, 0)]
-    expected = class_mask(bank, "b", points=points, mask=given)
+    inside, outside = np.array([(x, 12, 5) for x in range(4, 12)]), np.array([(3, 5, 4), (4, 5, 4)])
+    expected = class_mask(bank, "b", strokes=[Stroke(inside, "left"), Stroke(outside, 0)], mask=given)
     assert np.array_equal(found, expected == 1)  # of the class alone, as Slicer puts it into its segment
     assert found[INSIDE].all() and not found[OUTSIDE].any()
     said = json.loads(parts["params"].get_payload(decode=True))

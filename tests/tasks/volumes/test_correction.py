@@ -12,7 +12,7 @@ from inlay import InlayError, VolumeSession, segment
 from inlay.tasks.volumes import session as session_module
 from inlay.tasks.volumes.correction import correct_mask, read_mask
 from inlay.tasks.volumes.obedience import lift_clicked
-from inlay.tasks.volumes.strokes import fill_lasso, fill_scribble, sample_lasso, sample_scribble
+from inlay.tasks.volumes.strokes import MOST, STEP, Stroke, choose_clicks, fill_lasso, fill_scribble
 from inlay.tasks.volumes.windows import Grid, ScanPrompts
 from tasks.volumes.standin import adapter, blobs
 
@@ -206,33 +206,64 @@ def test_what_was_said_of_voxels_holds_until_something_else_is_said(scan, spacin
     assert found.mask[3, 4, 5] == 1 and found.mask[12, 4, 18] == 2
 
 
-def test_a_scribble_is_points_at_equal_distances():
-    line = [(0, 0, 0), (0, 0, 6), (8, 0, 6)]
-    assert sample_scribble(line).tolist() == [[0, 0, 0], [0, 0, 2], [0, 0, 4], [0, 0, 6], [2, 0, 6], [4, 0, 6],
-                                              [6, 0, 6], [8, 0, 6]]  # fmt: skip
-    assert sample_scribble([(1, 2, 3)]).tolist() == [[1, 2, 3]]
-    long = sample_scribble(np.stack([np.linspace(0, 500, 4000)] * 3, 1))
-    assert len(long) == 32 and np.allclose(np.diff(long, axis=0), 500 / 31)
+def test_a_scribble_passes_through_voxels():
     voxels = fill_scribble([(0, 0, 0), (0, 0, 3), (2, 2, 3.4)])
     assert voxels.tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 0, 3], [1, 1, 3], [2, 2, 3]]
     assert fill_scribble([(1.2, 2, 3)]).tolist() == [[1, 2, 3]]
 
 
-def test_a_lasso_is_points_inside_its_contour():
+def test_a_lasso_encloses_voxels():
     angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     circle = np.stack([50 + 20 * np.cos(angle), 30 + 20 * np.sin(angle)], 1)
-    points = sample_lasso(circle, axis=1, index=7)
-    assert 16 <= len(points) <= 32 and (points[:, 1] == 7).all()
-    apart = np.hypot(points[:, 0] - 50, points[:, 2] - 30)
-    assert apart.max() <= 21 and apart.max() > 10, "spread over the circle"
     inside = fill_lasso(circle, axis=1, index=7.2)
-    assert {tuple(p) for p in points} <= {tuple(v) for v in inside.astype(float)} and (inside[:, 1] == 7).all()
+    assert (inside[:, 1] == 7).all()
     assert np.hypot(inside[:, 0] - 50, inside[:, 2] - 30).max() <= 20 and len(inside) > 0.97 * np.pi * 20**2
     square = fill_lasso([(2, 3), (5, 3), (5, 7), (2, 7)], axis=2, index=1)
     assert len(square) == 20 and square.min(0).tolist() == [2, 3, 1], "what the contour runs through is enclosed"
     assert len(fill_lasso([(1.5, 2.5), (4.5, 2.5), (4.5, 5.5), (1.5, 5.5)], axis=2, index=1)) == 9
     assert fill_lasso([(2.2, 3.2), (2.4, 3.2), (2.2, 3.4)], axis=0, index=4).tolist() == [[4, 2, 3]]
-    assert sample_lasso([(3, 4), (5, 4), (4, 6)], axis=0, index=2, most=1).shape == (1, 3)
+
+
+def test_of_a_stroke_the_model_hears_a_few_voxels_that_are_far_apart():
+    short = fill_scribble([(5, 5, 5), (5, 5, 20)])
+    assert choose_clicks(short).tolist() == [[5, 5, 12]], "the middle"
+    long = choose_clicks(fill_scribble([(0, 0, 0), (0, 0, 40)]))
+    assert long.tolist() == [[0, 0, 20], [0, 0, 8], [0, 0, 32]]
+    assert len(choose_clicks(fill_scribble([(0, 0, 0), (0, 0, 40)]), (1, 1, 0.5))) == 1, "as the model sees it"
+    disc = fill_lasso([(0, 0), (99, 0), (99, 99), (0, 99)], axis=2, index=3)
+    chosen = choose_clicks(disc)
+    apart = np.linalg.norm(chosen[:, None] - chosen[None], axis=-1)[~np.eye(len(chosen), dtype=bool)]
+    assert 4 <= len(chosen) <= MOST and apart.min() > STEP and (chosen[:, 2] == 3).all()
+    assert {tuple(voxel) for voxel in chosen} <= {tuple(voxel) for voxel in disc}
+
+
+def test_segment_takes_strokes(scan):
+    """All of their voxels get the class, also where a mask is corrected; the model hears some of them as points."""
+    given = adapter()
+    bright = fill_scribble([(5, 5, 5), (5, 12, 5), (10, 12, 9)])
+    nothing = fill_lasso([(8, 8), (14, 8), (14, 15), (8, 15)], 2, 3)
+    strokes = [Stroke(bright, "dark"), Stroke(nothing, 0)]
+    for mask in (None, np.zeros(SHAPE, int), np.ones(SHAPE, int)):
+        found = segment(given, scan, strokes=strokes, mask=mask).mask
+        assert (found[tuple(bright.T)] == 2).all() and not found[tuple(nothing.T)].any()
+    heard = [(*voxel, "dark") for voxel in choose_clicks(bright).tolist()]
+    told = segment(given, scan, points=heard).mask
+    told[tuple(bright.T)] = 2
+    assert np.array_equal(segment(given, scan, strokes=strokes[:1]).mask, told)
+
+
+@pytest.mark.parametrize(
+    ("stroke", "says"),
+    [
+        (Stroke(np.array([[1, 2, 90]]), 1), "lies outside the scan"),
+        (Stroke(np.zeros((0, 3), int), 1), "one or more voxels"),
+        (Stroke(np.array([[1.5, 2, 3]]), 1), "whole numbers"),
+        (Stroke(np.array([[1, 2, 3]]), "bone"), "unknown label 'bone'"),
+    ],
+)
+def test_strokes_that_segment_refuses(scan, stroke, says):
+    with pytest.raises(InlayError, match=says):
+        segment(adapter(), scan, strokes=[stroke])
 
 
 @pytest.mark.parametrize(

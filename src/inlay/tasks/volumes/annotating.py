@@ -18,7 +18,7 @@ from inlay.tasks.volumes.grid import transform_points
 from inlay.tasks.volumes.itk import ITK
 from inlay.tasks.volumes.segment import Segmentation, class_values
 from inlay.tasks.volumes.sent import inflate_sent, read_sent_header
-from inlay.tasks.volumes.strokes import sample_paint
+from inlay.tasks.volumes.strokes import Stroke
 
 FOREGROUND, BACKGROUND = "foreground_scribbles", "background_scribbles"  # names of what was painted
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".seg.nrrd", ".mha", ".mgz")  # of masks
@@ -43,12 +43,12 @@ class Paint:
     background: int | None = None
     selected: int | None = None
 
-    def read(self, adapter: Adapter, scan: bytes, most_voxels: int) -> tuple[Segmentation, list[tuple[float, ...]]]:
-        """The mask, in which what was painted is already true, and voxels of the paint as clicks in the scan.
+    def read(self, adapter: Adapter, scan: bytes, most_voxels: int) -> tuple[Segmentation, list[Stroke]]:
+        """The mask, in which what was painted is already true, and the paint as strokes in the scan.
 
         Args:
             adapter: Whose classes they are.
-            scan: Its file: clicks count its voxels.
+            scan: Its file: strokes count its voxels.
             most_voxels: Of the label map.
 
         Raises:
@@ -67,13 +67,17 @@ class Paint:
         mask = Segmentation(
             values[places.reshape(painted.shape)], affine, list(adapter.labels), values=adapter.processor.values
         )
-        towards = np.linalg.inv(read_sent_header(scan, sys.maxsize).affine) @ affine
-        clicks: list[tuple[float, ...]] = []
+        header = read_sent_header(scan, sys.maxsize)
+        towards = np.linalg.inv(header.affine) @ affine
+        strokes: list[Stroke] = []
         for number, label in ((self.foreground, self.selected), (self.background, OTHER)):
-            if number is not None and label is not None:
-                voxels = transform_points(towards, sample_paint(painted == number))
-                clicks += [(*voxel, label) for voxel in np.round(voxels, 3).tolist()]
-        return mask, clicks
+            if number is None or label is None:
+                continue
+            voxels = np.rint(transform_points(towards, np.argwhere(painted == number))).astype(np.int64)
+            voxels = voxels[((voxels >= 0) & (voxels < header.shape[:3])).all(1)]
+            if len(voxels):
+                strokes.append(Stroke(voxels, label))
+        return mask, strokes
 
 
 class VolumeAnnotating(Annotating):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,6 +15,7 @@ from inlay.tasks.volumes.data import Case, read_labels
 from inlay.tasks.volumes.formats import label_dtype, read_volume
 from inlay.tasks.volumes.grid import reorient_from_ras, reorient_to_ras
 from inlay.tasks.volumes.scan import Scan, find_strange_values, is_misplaced
+from inlay.tasks.volumes.strokes import Stroke
 from inlay.tasks.volumes.windows import class_index
 
 MaskSource: TypeAlias = "np.ndarray | str | os.PathLike[str] | bytes"
@@ -66,11 +68,13 @@ def correct_mask(
     boxes: Sequence[Sequence[Any]],
     labels: Sequence[str],
     values: Sequence[int] | None = None,
+    strokes: Sequence[Stroke] = (),
 ) -> np.ndarray:
     """A mask with those changes that a prompt asked for; a copy.
 
     A voxel changes if it becomes the class of a prompt, and is connected through such voxels (6 neighbours) to it; a
-    voxel that was clicked always changes. All others stay as they were: what was right far from a click is not lost.
+    voxel that was clicked, or is under a stroke, always changes. All others stay as they were: what was right far from
+    a click is not lost.
 
     Args:
         before: (X, Y, Z), classes.
@@ -79,6 +83,7 @@ def correct_mask(
         boxes: The same.
         labels: Names of the K classes.
         values: Their numbers in the mask; None: 1..K.
+        strokes: In own voxels.
 
     Source: after Chen et al. 2022 (FocalClick), arXiv:2204.02574, "Progressive Merge".
     """
@@ -91,8 +96,12 @@ def correct_mask(
         regions.append(tuple(slice(low, high + 1) for low, high in corners.T.tolist()))
     said = [*(point[3:] for point in points), *(box[6:] for box in boxes)]
     classes = [class_index(label[0], labels, values) if len(label) else 1 for label in said]
-    for label in sorted(set(classes)):
-        changed = (after == label) & (before != label)
+    drawn = [(voxels, class_index(label, labels, values)) for voxels, label in strokes]
+    for label in sorted({*classes, *(label for _, label in drawn)}):
+        under = np.concatenate([np.zeros((0, 3), np.int64), *(voxels for voxels, asked in drawn if asked == label)])
+        changed = after == label
+        changed[tuple(under.T)] = True
+        changed &= before != label
         box = find_box(changed)
         components, count = ndimage.label(changed[box])
         reached = np.zeros(count + 1, bool)
@@ -103,26 +112,38 @@ def correct_mask(
                     for side, part in zip(region, box, strict=True)
                 ]
                 reached[np.unique(components[tuple(inside)])] = True
+        low = np.array([part.start for part in box])
+        for step in product((-1, 0, 1), repeat=3):
+            near = under + np.array(step) - low
+            near = near[((near >= 0) & (near < components.shape)).all(1)]
+            reached[components[tuple(near.T)]] = True
         reached[0] = False  # what did not change
         merged[box][reached[components]] = label
-    write_points(merged, points, labels, values)
+    write_said(merged, points, labels, values, strokes)
     return merged
 
 
-def write_points(
-    mask: np.ndarray, points: Sequence[Sequence[Any]], labels: Sequence[str], values: Sequence[int] | None = None
+def write_said(
+    mask: np.ndarray,
+    points: Sequence[Sequence[Any]],
+    labels: Sequence[str],
+    values: Sequence[int] | None = None,
+    strokes: Sequence[Stroke] = (),
 ) -> None:
-    """Give clicked voxels their classes, in place; of two in one voxel the later one counts.
+    """Give voxels that were clicked or are under strokes their classes, in place; the last one counts, strokes last.
 
     Args:
         mask: (X, Y, Z), classes.
         points: In own voxels, as `Grid.make_prompts` takes them.
         labels: Names of the K classes.
         values: Their numbers in the mask; None: 1..K.
+        strokes: In own voxels.
     """
     for point in points:
         voxel = tuple(min(max(round(float(v)), 0), n - 1) for v, n in zip(point[:3], mask.shape, strict=True))
         mask[voxel] = class_index(point[3], labels, values) if len(point) > 3 else 1
+    for voxels, label in strokes:
+        mask[tuple(voxels.T)] = class_index(label, labels, values)
 
 
 def find_box(changed: np.ndarray) -> Region:

@@ -22,7 +22,7 @@ from inlay.files.atomic import replacing
 from inlay.files.outputs import check_output_file
 from inlay.tasks.adapter import Adapter, check_task
 from inlay.tasks.tables import list_first
-from inlay.tasks.volumes.correction import MaskSource, correct_mask, read_mask, write_points
+from inlay.tasks.volumes.correction import MaskSource, correct_mask, read_mask, write_said
 from inlay.tasks.volumes.data import Case, read_labels
 from inlay.tasks.volumes.dicom_seg import SEG, check_dicom_seg, write_dicom_seg
 from inlay.tasks.volumes.file_checks import APART, corner_distance, has_suffix
@@ -30,6 +30,7 @@ from inlay.tasks.volumes.formats import WRITTEN, label_dtype
 from inlay.tasks.volumes.itk import ITK, import_simpleitk, write_itk
 from inlay.tasks.volumes.nifti import MGH, NIFTI, find_affine_conflict, import_nibabel, open_nifti, unit_mm
 from inlay.tasks.volumes.scan import Scan, ScanSource
+from inlay.tasks.volumes.strokes import Stroke, check_stroke, choose_clicks
 from inlay.tasks.volumes.windows import Grid, ScanPrompts, Voxel, probabilities, slide
 
 logger = logging.getLogger(__name__)
@@ -255,6 +256,7 @@ def segment(
     ensemble: Sequence[Adapter] = (),
     points: Sequence[Sequence[Any]] = (),
     boxes: Sequence[Sequence[Any]] = (),
+    strokes: Sequence[Stroke] = (),
     mask: Segmentation | MaskSource | None = None,
     overlap: float = 0.5,
     flips: bool = False,
@@ -284,8 +286,10 @@ def segment(
         points: Each (x, y, z) or (x, y, z, label) in the scan's own voxels, from 0 as nibabel indexes them. The
             label is 0 for background, a class's number in the mask, or its name; default: the first class.
         boxes: Each (x0, y0, z0, x1, y1, z1), or with a label behind: two opposite corners, included.
+        strokes: Voxels with their class, as of `fill_scribble` and `fill_lasso`: all of them get it, and the model
+            hears a few of them as points.
         mask: A mask of the scan to correct: a Segmentation, a file, the bytes of a NIfTI file, or voxels (X, Y, Z) on
-            the scan's own grid. Every window gets it. With points or boxes only those voxels change that become the
+            the scan's own grid. Every window gets it. With prompts only those voxels change that become the
             class of one and are connected to it; without, the answer is the model's everywhere.
         overlap: Share of a window that the next one covers too, 0 to below 1.
         flips: Average over the versions of each window that are mirrored along the axes that training mirrored
@@ -315,23 +319,25 @@ def segment(
     elif keep_probabilities:
         kept = np.zeros(shape, np.float16)
     found = empty_mask(first, adapter.labels)
+    for stroke in strokes:
+        check_stroke(stroke, first.own_shape)
     given = None if mask is None else open_mask(adapter, first, mask)
     for member in members:
         move_model(member.model, device)
         own = opened if member is adapter else _reopen(member, adapter, opened)
         _fill_mask(
-            member, own.scan, found, kept, share=1 / len(members), points=points, boxes=boxes, given=given,
-            overlap=overlap, mirrored=member.processor.flip if flips else (), batch_size=batch_size, progress=progress,
-            before_windows=before_windows,
+            member, own.scan, found, kept, share=1 / len(members), points=points, boxes=boxes, strokes=strokes,
+            given=given, overlap=overlap, mirrored=member.processor.flip if flips else (), batch_size=batch_size,
+            progress=progress, before_windows=before_windows,
         )  # fmt: skip
     if ensemble and kept is not None:
         for x in range(0, len(found), SLAB):
             found[x : x + SLAB] = most_probable(torch.from_numpy(np.array(kept[:, x : x + SLAB]))).numpy()
-    if given is not None and (points or boxes):
-        found = correct_mask(given, found, points, boxes, adapter.labels, adapter.processor.values)
+    if given is not None and (points or boxes or strokes):
+        found = correct_mask(given, found, points, boxes, adapter.labels, adapter.processor.values, strokes)
     if largest:
         keep_largest(found, len(adapter.labels))
-    write_points(found, points, adapter.labels, adapter.processor.values)
+    write_said(found, points, adapter.labels, adapter.processor.values, strokes)
     affine, numbers = np.asarray(first.affine, np.float64), adapter.processor.values
     wanted = kept if keep_probabilities is not False else None
     return Segmentation(put_values(found, numbers), affine, list(adapter.labels), wanted, source, numbers, further)
@@ -346,6 +352,7 @@ def _fill_mask(
     share: float,
     points: Sequence[Sequence[Any]],
     boxes: Sequence[Sequence[Any]],
+    strokes: Sequence[Stroke],
     given: np.ndarray | None,
     overlap: float,
     mirrored: Sequence[int],
@@ -357,7 +364,8 @@ def _fill_mask(
     from tqdm.auto import tqdm
 
     grid = Grid(scan, adapter.processor.crop)
-    prompts = grid.make_prompts(points, boxes, adapter.labels, adapter.processor.values)
+    heard = [(*voxel, label) for voxels, label in strokes for voxel in choose_clicks(voxels, grid.voxel_sizes).tolist()]
+    prompts = grid.make_prompts([*points, *heard], boxes, adapter.labels, adapter.processor.values)
     if given is not None:
         prompts = replace(prompts, mask=grid.cut_mask(given, (0, 0, 0), grid.shape))
 

@@ -15,10 +15,10 @@ from inlay.tasks.serving import Limits, Reply, Row, ServedAdapter, SingleServing
 from inlay.tasks.volumes.annotating import VolumeAnnotating
 from inlay.tasks.volumes.segment import Segmentation, segment
 from inlay.tasks.volumes.sent import SentHeader, inflate_sent, read_sent_header
-from inlay.tasks.volumes.strokes import MOST, sample_scribble
-from inlay.tasks.volumes.windows import import_monai
+from inlay.tasks.volumes.strokes import Stroke, fill_scribble
+from inlay.tasks.volumes.windows import check_inside, import_monai
 
-PROMPTS = 256  # points of a request at most, those of its scribbles included; and boxes
+PROMPTS = 256  # points and scribbles of a request at most; and boxes
 SENT = "NIfTI, NRRD, MetaImage or MGH"
 CHANNEL = "scan_"  # and the name of a channel: the field of that channel's own file
 
@@ -119,7 +119,8 @@ class VolumeServing(SingleServing):
         points = _label_prompts(values, "points", "point_labels")
         inputs = {
             "suffix": values.get("suffix", ".nii.gz"),
-            "points": points + _read_scribbles(values, PROMPTS - len(points)),
+            "points": points,
+            "strokes": _read_scribbles(values, PROMPTS - len(points), (x, y, z), adapter.processor.values),
             "boxes": _label_prompts(values, "boxes", "box_labels"),
             **{name: bool(values.get(name, False)) for name in ("largest", "flips", "keep_probabilities")},
         }
@@ -138,8 +139,8 @@ class VolumeServing(SingleServing):
             asked["mask"] = inflate_sent(mask, limits.voxels)
         if paint is not None:
             first = scan if isinstance(scan, bytes) else scan[adapter.processor.channels[0]]
-            asked["mask"], clicks = paint.read(adapter, first, limits.voxels)
-            asked["points"] = asked["points"] + clicks
+            asked["mask"], painted = paint.read(adapter, first, limits.voxels)
+            asked["strokes"] = asked["strokes"] + painted
         return {"segmentation": segment(adapter, scan, **asked, progress=False, before_windows=before_pass)}
 
     @override
@@ -241,8 +242,10 @@ def _read_labels(values: Mapping[str, Any], labels: str, name: str, count: int) 
     return [(number,) for number in numbers.tolist()]
 
 
-def _read_scribbles(values: Mapping[str, Any], room: int) -> list[tuple[float, ...]]:
-    """Scribbles as points, of which there is room for so many; lines get fewer of them where there are many."""
+def _read_scribbles(
+    values: Mapping[str, Any], room: int, shape: tuple[int, int, int], numbers: Sequence[int] | None
+) -> list[Stroke]:
+    """Scribbles, of which there is room for so many, in a scan of this shape; those without a label are of class 1."""
     corners = values.get("scribbles", np.zeros((0, 4), np.float32))
     lines = np.unique(corners[:, 3])
     if lines.tolist() != list(range(len(lines))):
@@ -250,13 +253,14 @@ def _read_scribbles(values: Mapping[str, Any], room: int) -> list[tuple[float, .
             "the fourth number in scribbles says which line a place is of: 0 for the first, then 1 and so on."
         )
     labels = _read_labels(values, "scribble_labels", "scribbles", len(lines))
-    most = min(MOST, room // max(1, len(lines)))
-    if len(lines) and most < 2:
-        raise BadInput(
-            f"{len(lines)} scribbles are too many: a request has {PROMPTS} points at most, two for each line included."
-        )
+    if len(lines) > room:
+        raise BadInput(f"{len(lines)} scribbles are too many: a request has {PROMPTS} points and scribbles at most.")
+    for corner in corners[:, :3].tolist():
+        check_inside(corner, shape, "a scribble")
     return [
-        (*place, *label)
+        Stroke(
+            fill_scribble(corners[corners[:, 3] == line, :3]).clip(0, np.array(shape) - 1),
+            label[0] if label else (numbers or (1,))[0],
+        )
         for line, label in zip(lines, labels, strict=True)
-        for place in sample_scribble(corners[corners[:, 3] == line, :3], most).tolist()
     ]

@@ -19,7 +19,7 @@ from inlay.tasks.volumes.correction import MaskSource, Region, correct_mask, fin
 from inlay.tasks.volumes.obedience import lift_clicked
 from inlay.tasks.volumes.scan import Scan, ScanSource
 from inlay.tasks.volumes.segment import Segmentation, empty_mask, open_mask, open_scan, paint_mask, put_values
-from inlay.tasks.volumes.strokes import fill_lasso, fill_scribble, sample_lasso, sample_scribble
+from inlay.tasks.volumes.strokes import Stroke, check_stroke, choose_clicks, fill_lasso, fill_scribble, read_line
 from inlay.tasks.volumes.windows import Grid, ScanPrompts, Voxel, batch_prompts, gaussian_weights
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class VolumeSession:
     def scribble(self, points: npt.ArrayLike, positive: bool = True, label: int | str | None = None) -> np.ndarray:
         """Say that a line belongs to a class, or to none, and get the new mask.
 
-        Each voxel on the line gets the class; the model is told of it by at most 32 clicks.
+        Each voxel on the line gets the class; the model hears a few of them as clicks.
 
         Args:
             points: (N, 3), where the line begins, bends and ends: voxels x, y, z.
@@ -168,10 +168,9 @@ class VolumeSession:
         Raises:
             InlayError: A point outside of the scan, no points, or no such class.
         """
-        places = sample_scribble(points)
-        for point in np.asarray(points, np.float64):  # between two places there may be a bend
+        for point in read_line(points):
             self._grid.locate(point, "a point")
-        return self._draw(places, fill_scribble(points), positive, label)
+        return self._draw(fill_scribble(points).clip(0, np.array(self._grid.own_shape) - 1), positive, label)
 
     def lasso(
         self,
@@ -183,8 +182,8 @@ class VolumeSession:
     ) -> np.ndarray:
         """Say that what a closed contour in one slice encloses belongs to a class, or to none, and get the new mask.
 
-        Each voxel inside gets the class; the model is told of it by at most 32 clicks. Nothing is said of what lies
-        outside, which may be another class.
+        Each voxel inside gets the class; the model hears a few of them as clicks. Nothing is said of what lies outside,
+        which may be another class.
 
         Args:
             polygon: (N, 2), the corners, in voxels along the other two axes in their order.
@@ -196,7 +195,7 @@ class VolumeSession:
         Raises:
             InlayError: Fewer than three corners, a voxel outside of the scan, or no such class.
         """
-        return self._draw(sample_lasso(polygon, axis, index), fill_lasso(polygon, axis, index), positive, label)
+        return self._draw(fill_lasso(polygon, axis, index), positive, label)
 
     def undo(self) -> np.ndarray:
         """Take the last prompt back; without one nothing happens. The mask is what it was before.
@@ -231,26 +230,29 @@ class VolumeSession:
         self._windows, self._encoded = [], []
         self._mask[:] = 0 if self._given is None else self._given
 
-    def _draw(self, places: np.ndarray, voxels: np.ndarray, positive: bool, label: int | str | None) -> np.ndarray:
-        """Clicks at places x, y, z for a stroke over voxels."""
-        behind = _as_given(label) if positive else (0,)
-        inside = ((voxels >= 0) & (voxels < self._grid.own_shape)).all(1)
-        return self._add([(*place, *behind) for place in places.tolist()], [], voxels[inside])
+    def _draw(self, voxels: np.ndarray, positive: bool, label: int | str | None) -> np.ndarray:
+        """A stroke over voxels."""
+        named = (self._values or (1,))[0] if label is None else label
+        stroke = Stroke(voxels, named if positive else 0)
+        check_stroke(stroke, self._grid.own_shape)
+        heard = choose_clicks(voxels, self._grid.voxel_sizes).tolist()
+        return self._add([(*voxel, stroke.label) for voxel in heard], [], stroke)
 
-    def _add(self, points: list[Any], boxes: list[Any], voxels: np.ndarray | None = None) -> np.ndarray:
+    def _add(self, points: list[Any], boxes: list[Any], stroke: Stroke | None = None) -> np.ndarray:
         """Answer in every window that holds a point, or the middle of a box, and in new ones around those in none.
 
-        All points are of one class, which the voxels get; None: those of the points.
+        All points are of one class, which they get, or the voxels of the stroke that they stand for.
         """
         prompts = self._grid.make_prompts(points, boxes, self._adapter.labels, self._values)
         places = torch.cat([prompts.points, prompts.boxes.view(-1, 2, 3).mean(1)])
         everything = join_prompts([self._settled, *(step.prompts for step in self._steps), prompts])
         answers = [(w, self._answer(w, everything.inside(w.start, self._size))) for w in self._find_windows(places)]
-        if voxels is None:
-            clicked = np.array([point[:3] for point in points], np.float64).reshape(-1, 3)
-            voxels = np.rint(clicked).astype(np.int64).clip(0, np.array(self._grid.own_shape) - 1)
+        clicked = np.array([point[:3] for point in points], np.float64).reshape(-1, 3)
+        voxels = np.rint(clicked).astype(np.int64).clip(0, np.array(self._grid.own_shape) - 1)
+        voxels = voxels if stroke is None else stroke.voxels
         label = int(prompts.labels[0]) if points else 0
-        change = None if self._given is None else self._correct(answers, points, boxes, (voxels, label))
+        said, strokes = (voxels, label), [] if stroke is None else [stroke]
+        change = None if self._given is None else self._correct(answers, points, boxes, strokes, said)
         step = Step(prompts, voxels, label, [] if change else answers, change)
         self._steps.append(step)  # from here on nothing fails: an interrupted click leaves no trace
         self._undone = []
@@ -288,12 +290,13 @@ class VolumeSession:
         answers: list[tuple[Window, torch.Tensor]],
         points: list[Any],
         boxes: list[Any],
+        strokes: list[Stroke],
         said: tuple[np.ndarray, int],
     ) -> tuple[Region, np.ndarray, np.ndarray]:
         """Where the mask changes, and the voxels there before and after."""
         answered = self._mask.copy()
         self._paint(answers, answered)
-        merged = correct_mask(self._mask, answered, points, boxes, self._adapter.labels, self._values)
+        merged = correct_mask(self._mask, answered, points, boxes, self._adapter.labels, self._values, strokes)
         self._write_said(merged, [said])
         where = find_box(merged != self._mask)
         return where, self._mask[where].copy(), merged[where].copy()

@@ -1,42 +1,45 @@
-"""Scribbles, lassos and paint: the voxels under them, and a few of these that tell the model the same."""
+"""Scribbles, lassos and paint: the voxels under them, and a few of these that tell the model the same.
 
+A model that has learned from single clicks takes many of one class side by side for a reason to enlarge that class.
+"""
+
+from collections.abc import Sequence
 from itertools import pairwise, product
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from inlay.errors import BadInput
+from inlay.tasks.volumes.windows import check_inside
 
-MOST = 32  # clicks of a stroke
-STEP = 2.0  # voxels between two of them at least: what the model sees as one click is about as wide
+MOST = 8  # clicks of a stroke
+STEP = 12.0  # voxels of the model between two of them at least
 REACH = 4096  # voxels that a contour may span
 
 
-def sample_scribble(points: npt.ArrayLike, most: int = MOST) -> np.ndarray:
-    """Voxels at equal distances along a polyline, both of its ends included: (N, 3), N at most `most`.
+class Stroke(NamedTuple):
+    """Voxels that are all of one class.
 
-    Args:
-        points: (M, 3), where the line begins, bends and ends, in voxels x, y, z.
-        most: At least 2.
-
-    Raises:
-        InlayError: No points, or not three finite numbers each.
+    Attributes:
+        voxels: (N, 3) whole numbers x, y, z on a scan's own grid, as `fill_scribble` and `fill_lasso` give them.
+        label: 0 for background, a class's number in the mask, or its name.
     """
-    line = _read_points(points, 3, 1, "a scribble")
-    lengths = np.linalg.norm(np.diff(line, axis=0), axis=1)
-    along = np.concatenate([[0.0], np.cumsum(lengths)])
-    count = min(most, max(2, int(along[-1] / STEP) + 1)) if along[-1] else 1
-    places = np.linspace(0, along[-1], count)
-    return np.stack([np.interp(places, along, line[:, axis]) for axis in range(3)], axis=1)
+
+    voxels: npt.NDArray[np.integer]
+    label: int | str
 
 
 def fill_scribble(points: npt.ArrayLike) -> np.ndarray:
     """The voxels that a polyline passes through: (N, 3) whole numbers, each once.
 
+    Args:
+        points: (M, 3), where the line begins, bends and ends, in voxels x, y, z.
+
     Raises:
-        InlayError: As `sample_scribble`.
+        InlayError: No points, or not three finite numbers each.
     """
-    line = _read_points(points, 3, 1, "a scribble")
+    line = read_line(points)
     parts = [line[:1]]
     for first, last in pairwise(line):
         steps = max(1, int(np.ceil(2 * np.abs(last - first).max())))  # half a voxel or less at a time
@@ -44,31 +47,24 @@ def fill_scribble(points: npt.ArrayLike) -> np.ndarray:
     return np.unique(np.rint(np.concatenate(parts)).astype(np.int64), axis=0)
 
 
-def sample_lasso(polygon: npt.ArrayLike, axis: int, index: float, most: int = MOST) -> np.ndarray:
-    """Voxels inside a closed contour in one slice, evenly spread: (N, 3), N at most `most`.
+def read_line(points: npt.ArrayLike) -> np.ndarray:
+    """Where a polyline begins, bends and ends, (M, 3) floats; errors as of `fill_scribble`."""
+    return _read_points(points, 3, 1, "a scribble")
+
+
+def fill_lasso(polygon: npt.ArrayLike, axis: int, index: float) -> np.ndarray:
+    """The voxels whose middle a closed contour in one slice encloses or runs through: (N, 3) whole numbers, each once.
+
+    One that encloses none stands for the voxel nearest to it.
 
     Args:
         polygon: (M, 2), the corners, in voxels along the other two axes in their order; the last one is joined to the
             first.
         axis: That the slice is perpendicular to: 0 x, 1 y, 2 z.
         index: Of the slice along it.
-        most: At least 1.
 
     Raises:
         InlayError: Fewer than three corners, not two finite numbers each, or no such axis.
-    """
-    inside = fill_lasso(polygon, axis, index)
-    others = [each for each in range(3) if each != axis]
-    step = max(1, int(np.sqrt(len(inside) / most)))
-    while len(chosen := _take_lattice(inside[:, others], step)) > most:
-        step += 1
-    return np.insert(chosen.astype(np.float64), axis, index, axis=1)
-
-
-def fill_lasso(polygon: npt.ArrayLike, axis: int, index: float) -> np.ndarray:
-    """The voxels whose middle a closed contour in one slice encloses or runs through: (N, 3) whole numbers, each once.
-
-    One that encloses none stands for the voxel nearest to it. Args and errors are those of `sample_lasso`.
     """
     corners = _read_points(polygon, 2, 3, "a lasso")
     if axis not in (0, 1, 2):
@@ -103,16 +99,39 @@ def _fill_polygon(corners: np.ndarray, size: np.ndarray) -> np.ndarray:
     return filled
 
 
-def sample_paint(painted: np.ndarray, most: int = MOST) -> np.ndarray:
-    """Some of the voxels that are true, evenly along their order in the array: (N, 3), N at most `most`."""
-    places = np.argwhere(painted)
-    return places[np.linspace(0, len(places) - 1, min(most, len(places))).round().astype(int)]
+def check_stroke(stroke: Stroke, shape: Sequence[int]) -> None:
+    """Raise InlayError for a stroke that is none, or not within a scan of this shape (X, Y, Z)."""
+    voxels = np.asarray(stroke.voxels)
+    if voxels.ndim != 2 or voxels.shape[1:] != (3,) or not len(voxels) or voxels.dtype.kind not in "iu":
+        raise BadInput(f"a stroke has one or more voxels as whole numbers (N, 3), got {voxels.dtype} {voxels.shape}.")
+    outside = ((voxels < 0) | (voxels >= shape)).any(1)
+    if outside.any():
+        check_inside(voxels[outside.argmax()].tolist(), shape, "a stroke's voxel")
 
 
-def _take_lattice(inside: np.ndarray, step: int) -> np.ndarray:
-    """Those of the voxels (N, 2) that lie on a lattice through the one that is nearest to their middle."""
-    middle = inside[np.square(inside - inside.mean(0)).sum(1).argmin()]
-    return inside[((inside - middle) % step == 0).all(1)]
+def choose_clicks(voxels: npt.NDArray[np.integer], sizes: npt.ArrayLike = (1.0, 1.0, 1.0)) -> np.ndarray:
+    """A few of the voxels under a stroke, about as a user would click: (n, 3), n from 1 to `MOST`.
+
+    The first is the one nearest to their middle. Each further one is the nearest to the middle of those that are at
+    least `STEP` away from all before it, or more where these would be too many.
+
+    Args:
+        voxels: (N, 3), N at least 1.
+        sizes: Of a voxel along each axis, in those that the model sees.
+    """
+    voxels = np.unique(voxels, axis=0)  # whatever their order
+    places = voxels * np.asarray(sizes, np.float64)
+    order = np.linalg.norm(places - places.mean(0), axis=1).argsort(kind="stable")
+    apart = STEP
+    while True:
+        chosen: list[int] = []
+        left = order
+        while len(left) and len(chosen) <= MOST:
+            chosen.append(left[0])
+            left = left[np.linalg.norm(places[left] - places[left[0]], axis=1) >= apart]
+        if len(chosen) <= MOST:
+            return voxels[chosen]
+        apart *= 1.25
 
 
 def _read_points(points: npt.ArrayLike, numbers: int, least: int, what: str) -> np.ndarray:

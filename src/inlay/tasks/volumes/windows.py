@@ -99,16 +99,21 @@ class Grid:
             self.before[g] + zero[g] + steps[g, a] * np.arange(self.own_shape[a]) for g, a in enumerate(self.axes)
         ]
 
+    @property
+    def voxel_sizes(self) -> np.ndarray:
+        """Of an own voxel along x, y and z, in voxels of the tensor."""
+        sizes = np.ones(3)
+        for axis, along in zip(self.axes, self.along, strict=True):
+            sizes[axis] = abs(along[1] - along[0]) if len(along) > 1 else 1.0
+        return sizes
+
     def locate(self, xyz: Sequence[float], what: str) -> np.ndarray:
         """(d, h, w) in the tensor of an own voxel index.
 
         Raises:
             InlayError: The scan has no such voxel.
         """
-        if len(xyz) != 3 or not all(-0.5 <= v <= n - 0.5 for v, n in zip(xyz, self.own_shape, strict=True)):
-            size = " x ".join(map(str, self.own_shape))
-            got = ", ".join(f"{v:g}" for v in xyz)
-            raise BadInput(f"{what} ({got}) lies outside the scan of {size} voxels; x, y, z count from 0.")
+        check_inside(xyz, self.own_shape, what)
         return self.before + np.asarray(self.scan.to_grid(tuple(xyz)), np.float64)
 
     def make_prompts(
@@ -187,6 +192,14 @@ class Grid:
             for axis, (own, begin) in enumerate(zip((planes, *rows[1:]), start, strict=True)):
                 part = _interpolate(part, axis + 1, self.along[axis][own] - begin)
             yield (planes, *rows[1:]), part
+
+
+def check_inside(xyz: Sequence[float], shape: Sequence[int], what: str) -> None:
+    """Raise InlayError for an own voxel index that a scan of this shape (X, Y, Z) does not have."""
+    if len(xyz) != 3 or not all(-0.5 <= v <= n - 0.5 for v, n in zip(xyz, shape, strict=True)):
+        size = " x ".join(map(str, shape))
+        got = ", ".join(f"{v:g}" for v in xyz)
+        raise BadInput(f"{what} ({got}) lies outside the scan of {size} voxels; x, y, z count from 0.")
 
 
 def pad_to_window(image: torch.Tensor, window: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
