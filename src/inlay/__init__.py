@@ -94,6 +94,7 @@ if TYPE_CHECKING:
     from inlay.tasks.volumes.data import VolumeData, load_volumes
     from inlay.tasks.volumes.options import VolumeTask
     from inlay.tasks.volumes.scan import VolumeProcessor
+    from inlay.tasks.volumes.score_masks import score_masks
     from inlay.tasks.volumes.segment import segment
     from inlay.tasks.volumes.session import VolumeSession
     from inlay.tasks.volumes.view import VolumeView
@@ -229,6 +230,7 @@ _MODULE_OF = {
     "save_comparison": "study.report",
     "save_pruned": "compress.prune.save",
     "scan_sensitivity": "compress.prune.scan",
+    "score_masks": "tasks.volumes.score_masks",
     "segment": "tasks.volumes.segment",
     "set_precision": "adapters.precision",
     "tune": "study.tune.run",
@@ -347,6 +349,7 @@ __all__ = [
     "save_comparison",
     "save_pruned",
     "scan_sensitivity",
+    "score_masks",
     "segment",
     "set_precision",
     "tune",

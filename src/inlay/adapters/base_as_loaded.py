@@ -51,14 +51,17 @@ def _check_frozen(model: PeftModel) -> None:
     """Parameters of the base that were trained without being part of the adapter."""
     if model.active_peft_config.is_prompt_learning:
         return
-    saved = set(adapter_parameters(model).values())
-    held = {id(parameter) for name, parameter in model.named_parameters() if name in saved}
-    lost = [
-        f"{name}.{leaf}"
+    trained = {
+        f"{name}.{leaf}": parameter
         for name, module in base_modules(model)
         for leaf, parameter in module._parameters.items()
-        if parameter is not None and parameter.requires_grad and id(parameter) not in held
-    ]
+        if parameter is not None and parameter.requires_grad
+    }
+    if not trained:  # as with most methods: no need to list what the adapter holds
+        return
+    saved = set(adapter_parameters(model).values())
+    held = {id(parameter) for name, parameter in model.named_parameters() if name in saved}
+    lost = [name for name, parameter in trained.items() if id(parameter) not in held]
     if lost:
         raise BadInput(
             f"{len(lost)} parameters of the base are trained and no part of the adapter, so they would be lost "

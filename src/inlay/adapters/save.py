@@ -1,5 +1,6 @@
 """Write a trained adapter as one folder."""
 
+import functools
 import json
 import os
 import platform
@@ -162,7 +163,10 @@ def read_author() -> dict[str, str]:
 def read_versions() -> dict[str, str]:
     """The versions that decide what an adapter computes."""
     names = ("inlay", "torch", "transformers", "peft", "accelerate")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    return {"python": platform.python_version(), **{name: _read_version(name) for name in names}}
+
+
+_read_version = functools.cache(version)  # it parses the package's whole description: a tenth of saving a small adapter
 
 
 def _record(model: PeftModel, processor: Any, task: Task) -> dict[str, Any]:

@@ -132,7 +132,8 @@ def fill_injected_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) ->
     """Put the tensors of a file, checked against `adapter_shapes`, into an injected adapter.
 
     As in training, the head has the type of the base and the rest float32. The first call makes tensors of the
-    meta ones, but rounds them to the base's type; the second one puts the values in unrounded.
+    meta ones, but rounds them to the base's type; the second one puts the values in unrounded. A base in float32 needs
+    no second one.
     """
     kinds = {key: value.dtype for key, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     weights = {key: value.to(kinds[key]) for key, value in weights.items()}
@@ -140,7 +141,8 @@ def fill_injected_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) ->
     if model.active_peft_config.is_prompt_learning:
         return
     model.base_model._cast_adapter_dtype(adapter_name=model.active_adapter)
-    set_peft_model_state_dict(model, weights)
+    if any(p.dtype != torch.float32 for p in model.parameters() if p.is_floating_point()):
+        set_peft_model_state_dict(model, weights)
 
 
 def set_adapter_values(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:

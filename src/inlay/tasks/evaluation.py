@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,7 +145,7 @@ class Evaluation:
         if self.per_class:
             names = list(self.per_class[0])
             cells = [tuple(_format_cell(row.get(name)) for name in names) for row in self.per_class]
-            parts += ["", *align_columns([tuple(class_title(name) for name in names), *cells])]
+            parts += ["", *align_columns([*fold_headings([class_title(name) for name in names], cells), *cells])]
         return "\n".join([*parts, *([""] if self.notes else []), *self.notes])
 
     def _format_base(self, name: str) -> tuple[str, ...]:
@@ -153,6 +154,7 @@ class Evaluation:
         return (str(self.base[name]) if name in self.base else "",)
 
 
+WIDEST = 100  # characters of a table, as far as headings decide it
 _OF_TRAINING = ("dataset", "training", "decoding")  # keys of metrics.json
 
 
@@ -378,6 +380,19 @@ def _format_cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def fold_headings(headings: Sequence[str], cells: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The lines of a table's heading: one, or several with headings cut between words where it is wider than WIDEST."""
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+    if sum(widths) + 2 * (len(widths) - 1) <= WIDEST:
+        return [tuple(headings)]
+    columns = [
+        textwrap.wrap(heading, max(map(len, [*column, *heading.split()])), break_on_hyphens=False)
+        for heading, *column in zip(headings, *cells, strict=True)
+    ]
+    height = max(map(len, columns))
+    return [*zip(*([""] * (height - len(lines)) + lines for lines in columns), strict=True)]
 
 
 def align_columns(lines: Sequence[tuple[str, ...]]) -> list[str]:

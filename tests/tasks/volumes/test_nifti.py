@@ -255,6 +255,21 @@ def test_bytes_are_read_as_their_file(kind, tmp_path):
         assert find_affine_conflict(whole) is None
 
 
+@pytest.mark.parametrize("text", [b"a text of one line", b"<html>" * 100, b"abc"])
+def test_another_file_of_this_name_is_told_so(text, tmp_path):
+    file = tmp_path / "a.nii.gz"
+    for data, words in (
+        (text, "it is neither NIfTI nor gzip"),
+        (gzip.compress(text), "what its gzip holds is no NIfTI"),
+    ):
+        file.write_bytes(data)
+        for source in (file, data):
+            with pytest.raises(InlayError, match=f"cannot be read as a scan of three axes: {words}"):
+                read_volume(source)
+        with pytest.raises(InlayError, match=words):
+            read_nifti_header(data, 120)
+
+
 def changed(plain, offset, form, value):
     return plain[:offset] + struct.pack(form, value) + plain[offset + struct.calcsize(form) :]
 

@@ -8,10 +8,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from inlay import InlayError
+from inlay import InlayError, score_masks
 from inlay.cli.app import app
 from inlay.tasks.volumes.formats import write_volume
-from inlay.tasks.volumes.score_masks import score_masks
 from inlay.tasks.volumes.scores import score_case
 
 AFFINE = np.array([[0, 0, 2.0, 5], [-1, 0, 0, 9], [0, 1.5, 0, -7], [0, 0, 0, 1]])  # permuted, flipped, uneven
@@ -115,3 +114,18 @@ def test_what_does_not_fit_is_named(tmp_path):
     for wrong in ((tmp_path / "none", data), (masks, tmp_path / "nowhere"), (masks, tmp_path / "none")):
         with pytest.raises(InlayError, match=r"no folder|is empty"):
             score_masks(*wrong)
+
+
+def test_the_table_fits_a_terminal_of_100_columns(tmp_path):
+    label = np.zeros((9, 9, 9), np.uint8)
+    label[2:5, 2:5, 2:5], label[6:8, 6:8, 6:8] = 1, 2
+    for folder in ("masks", "labels"):
+        (tmp_path / folder).mkdir()
+        write_volume(tmp_path / folder / "a.nii.gz", label, np.eye(4))
+    lines = str(score_masks(tmp_path / "masks", tmp_path / "labels", resamples=5)).split("\n")
+    table = next(i for i, line in enumerate(lines) if line.startswith("Class "))
+    assert max(map(len, lines[table - 2 : table + 3])) <= 100
+    assert lines[table - 2].split() == ["Surface", "Volume"]  # headings end on one line
+    assert lines[table - 1].split() == ["HD95,", "Dice", "Predicted", "Reference", "Dice,", "error,"]
+    assert lines[table].split() == ["Class", "Value", "Dice", "IoU", "mm", "(NSD)", "ml", "ml", "median", "ml"]
+    assert lines[table + 1].split()[:4] == ["class", "1", "1", "1.0000"]

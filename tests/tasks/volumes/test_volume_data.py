@@ -580,3 +580,10 @@ def test_training_draws_scans_of_a_rare_class_more_often(tmp_path):
     rare = sum(case.name.startswith("r") for case in data.source.train)
     assert data.train.weights == {2: pytest.approx((0.5 * len(data.source.train) / rare) ** 0.5)}
     assert not data.validation.weights and len(data.train) == len(data.source.train)
+
+
+@pytest.mark.parametrize("inner", ["imagesTr", "images", "imagesTs"])
+def test_a_folder_above_the_scans_names_them(inner, tmp_path):
+    (tmp_path / inner).mkdir()
+    with pytest.raises(InlayError, match=rf"holds no scan \({inner}\); give '.*{inner}'"):
+        find_scans(tmp_path)

@@ -438,6 +438,9 @@ def find_scans(folder: str | os.PathLike[str], channels: Sequence[str] = ()) -> 
     if not files:
         inside = list_first(sorted(each.name for each in path.iterdir()))
         lacking = f"holds no scan ({inside})" if inside else "is empty"
+        named = next((name for name, _ in (*PAIRS, *HELD_OUT, *TEST_PAIRS) if (path / name).is_dir()), None)
+        if named is not None:
+            raise BadInput(f"'{folder}' {lacking}; give '{path / named}'.")
         raise BadInput(f"'{folder}' {lacking}; give a folder of scans: {READ}.")
     if found.unread:
         logger.warning(

@@ -25,6 +25,7 @@ from inlay.tasks.volumes.file_checks import (
 NIFTI = (".nii.gz", ".nii")
 MGH = (".mgz", ".mgh")
 GZIP = b"\x1f\x8b"  # how a gzip file begins, whatever it is called
+NIFTI1 = (348).to_bytes(4, "little"), (348).to_bytes(4, "big")  # how a NIfTI-1 header begins
 NIFTI2 = (540).to_bytes(4, "little"), (540).to_bytes(4, "big")  # how a NIfTI-2 header begins
 MM = {"meter": 1000.0, "micron": 0.001}  # length of a unit in mm; mm itself and an unknown unit count as mm
 MOST_MORE = 2**20  # bytes of a header with its extensions, and of what stands behind the voxels
@@ -49,9 +50,21 @@ def open_nifti(source: Path | bytes) -> Iterator[tuple[Any, BinaryIO]]:
     """
     nibabel = import_nibabel()
     with _inflating(source) as stream:
-        kind = nibabel.Nifti2Image if stream.read(4) in NIFTI2 else nibabel.Nifti1Image
+        first = stream.read(4)
+        kind = nibabel.Nifti2Image if first in NIFTI2 else nibabel.Nifti1Image
         stream.seek(0)
-        yield kind.from_stream(stream), stream
+        try:
+            image = kind.from_stream(stream)
+        except Exception as error:  # nibabel's own words tell of a binary block, of a code or of a dimension
+            raise _name_other_file(first, isinstance(stream, gzip.GzipFile)) or error from error
+        yield image, stream
+
+
+def _name_other_file(first: bytes, packed: bool) -> ValueError | None:
+    """What to say of a file that could not be read and does not begin as NIfTI does; None: it does so."""
+    if any(start.startswith(first) for start in (*NIFTI1, *NIFTI2)):
+        return None
+    return ValueError("what its gzip holds is no NIfTI" if packed else "it is neither NIfTI nor gzip")
 
 
 @contextmanager
@@ -169,7 +182,7 @@ def read_nifti_header(data: bytes, most_voxels: int) -> Any:
     Raises:
         InlayError: No NIfTI, or one that announces more voxels than that.
     """
-    nibabel = import_nibabel()
+    nibabel, first = import_nibabel(), b""
     try:
         stream: Any = gzip.GzipFile(fileobj=io.BytesIO(data)) if data.startswith(GZIP) else io.BytesIO(data)
         first = stream.read(540)
@@ -179,7 +192,7 @@ def read_nifti_header(data: bytes, most_voxels: int) -> Any:
         if not 0 <= header["vox_offset"] <= MOST_MORE:
             raise ValueError(f"voxels that begin at byte {float(header['vox_offset']):.0f}")
     except Exception as error:  # nibabel and zlib raise what they please for a broken file
-        raise name_unreadable(data, error) from error
+        raise name_unreadable(data, _name_other_file(first[:4], data.startswith(GZIP)) or error) from error
     if math.prod(shape) > most_voxels:
         size = " x ".join(map(str, shape[:3] if shape[3] == 1 else shape))
         raise BadInput(f"the scan has {size} voxels; the limit is {most_voxels:,} in all.")
