@@ -5,7 +5,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import Subset
 
 from host_reads import watch_steps
-from inlay import ImageTask, TextTask, TrainConfig, fit, head_modules
+from inlay import ImageTask, SpatialAdapterConfig, TextTask, TrainConfig, VolumeTask, fit, head_modules
 from inlay.tasks.text import chunked_logits
 from inlay.tasks.text import loss as text_loss
 
@@ -19,6 +19,12 @@ def adapt_images(options, data):
 
 def adapt_texts(options, data):
     return get_peft_model(options.base(data), LoraConfig(r=2, target_modules=["c_attn"]))
+
+
+def adapt_volumes(options, data):
+    model, spacing = options.base(data), data.processor.spacing_mm
+    config = SpatialAdapterConfig.fitted(model, data.source.labels, options.crop, spacing, 4, simulated="mixed")
+    return get_peft_model(model, config)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +41,7 @@ def adapt_texts(options, data):
         ),
         pytest.param(TextTask(label_smoothing=0.1), adapt_texts, {}, id="label smoothing of texts"),
         pytest.param(TextTask(), adapt_texts, {"accumulate": 2}, id="logits in chunks"),
+        pytest.param(VolumeTask(), adapt_volumes, {"batch_size": 1}, id="scans with users of several kinds"),
     ],
 )
 def test_no_step_reads_from_the_device(options, adapt, training, tmp_path, monkeypatch, request):
