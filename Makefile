@@ -41,7 +41,7 @@ peft-suite: setup ## peft's own tests on inlay's methods
 SHARED ?= ../shared/data
 RESULTS = tests/benchmarks/results
 
-bench: bench-speed bench-scores bench-adapters ## every figure of README and docs/benchmarks: about 15 hours
+bench: bench-speed bench-scores bench-adapters ## every figure of README and docs/benchmarks: about 18 hours
 
 bench-speed: setup ## of these, time and memory: 3 hours
 	$(BIN)/python tests/benchmarks/fit_speed.py --rounds 4
@@ -76,7 +76,7 @@ bench-speed: setup ## of these, time and memory: 3 hours
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bfloat16.py
 	$(BIN)/python tests/benchmarks/fuzz.py
 
-bench-scores: setup ## quality and errors: 12 hours; a run that was broken off goes on, after bench-forget all is measured again
+bench-scores: setup ## quality and errors: 15 hours; a run that was broken off goes on, after bench-forget all is measured again
 	$(BIN)/python tests/benchmarks/combine_error.py
 	$(BIN)/python tests/benchmarks/combine_rules.py
 	$(BIN)/python tests/benchmarks/merge_error.py
@@ -87,6 +87,8 @@ bench-scores: setup ## quality and errors: 12 hours; a run that was broken off g
 	$(BIN)/python tests/benchmarks/hippocampus_clicks.py
 	$(BIN)/python tests/benchmarks/mask_clicks.py
 	$(BIN)/python tests/benchmarks/scan_channels.py
+	$(BIN)/python tests/benchmarks/scan_atlas.py
+	$(BIN)/python tests/benchmarks/scan_losses.py
 	$(BIN)/python tests/benchmarks/scan_folds.py
 	$(BIN)/python tests/benchmarks/mobilenet_flowers.py
 	$(BIN)/python tests/benchmarks/augment_flowers.py --epochs 2 --seeds 0
@@ -127,7 +129,7 @@ endef
 
 bench-forget: ## remove the results that scripts would go on from
 	rm -rf runs/benchmark_pruning runs/benchmark_tune runs/e2e runs/dog_toy runs/hippocampus_clicks runs/compare_*
-	for name in hippocampus hippocampus_clicks scan_channels mobilenet_flowers augment_flowers pruning_vit-tiny pruning_vit-small pruning_mobilenet dog_toy tune; do rm -f $(RESULTS)/$$name.json; done
+	for name in hippocampus hippocampus_clicks scan_channels scan_atlas scan_losses mobilenet_flowers augment_flowers pruning_vit-tiny pruning_vit-small pruning_mobilenet dog_toy tune; do rm -f $(RESULTS)/$$name.json; done
 
 bench-gpu: setup ## on a machine with a GPU, twice under 10 minutes
 	$(BIN)/python tests/benchmarks/gpu.py --parts training
