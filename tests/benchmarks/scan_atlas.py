@@ -1,6 +1,6 @@
 """Heads with an atlas of 32 structures: what the 3D spatial adapter learns of them, and in how much memory.
 
-    python tests/benchmarks/scan_atlas.py [--steps 450] [--ways spatial unet] [--seed 0]
+    python tests/benchmarks/scan_atlas.py [--steps 300] [--ways spatial unet] [--seed 0]
 
 `builtin:atlas`: 15 heads of 165 x 198 x 168 voxels of 1 mm, 12 for training, 3 held out. 28 of the 32 structures are
 pairs that differ by their side only; 15 structures are smaller than a ten-thousandth of the scan. Training is
@@ -170,7 +170,7 @@ def table(rows):
 def main():
     """All ways, each in a process of its own; a run that is in the result file with as many steps is kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=450)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--save", type=Path, help="Keep the adapter in this folder.")

@@ -141,8 +141,11 @@ class LossSums:
 
     def loss(self) -> torch.Tensor:
         """As `dice_cross_entropy` of the logarithms of all probabilities, float32, 0-dimensional."""
-        dice = (2 * np.stack(self._both)[:, 1:] + 1) / (np.stack(self._all)[:, 1:] + 1)
-        entropy = (self._entropies / np.sqrt(np.maximum(self._sizes, 1))).sum() / max(np.sqrt(self._sizes).sum(), 1)
+        both, all_ = np.stack(self._both), np.stack(self._all)
+        learned = (2 * both.sum(0) + 1) / (all_.sum(0) + 1)
+        weights = (self._sizes.sum() / np.maximum(self._sizes, 1)) ** ((1 - learned) / 2)
+        entropy = (self._entropies * weights).sum() / max((self._sizes * weights).sum(), 1)
+        dice = (2 * both[:, 1:] + 1) / (all_[:, 1:] + 1)
         return torch.tensor((entropy + 1 - dice.mean()) / 2, dtype=torch.float32)
 
 
