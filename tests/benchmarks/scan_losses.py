@@ -3,7 +3,7 @@
     python tests/benchmarks/scan_losses.py [--data atlas hippocampus] [--losses plain weighted focal deep] [--seeds 0 1]
 
     plain      Dice and cross-entropy of all voxels alike, as in nnU-Net
-    weighted   the same, a class counting in the cross-entropy the more the rarer and the less found it is: the product's
+    weighted   that of the product: in the cross-entropy a class counts the more, the rarer and the less found it is
     focal      Dice and focal loss, gamma 2 (Lin et al. 2017, arXiv:1708.02002)
     deep       weighted, with deep supervision: half of the same loss is of a layer at half size (its own 1x1x1
                convolution, every second voxel of the labels), as in nnU-Net
