@@ -34,7 +34,7 @@ def generate_heads(count: int = 15, spacing_mm: float = 1.0, seed: int = SEED) -
     """Scans with label maps of `LABELS`, the same for the same seed; scan i does not depend on `count`.
 
     All heads share one atlas: 14 pairs of structures, left and right alike but for their place, and 4 in the middle;
-    the smallest are two hundred-thousandths of a scan. A structure is as bright as others elsewhere, and a little
+    the smallest are one hundred-thousandth of a scan. A structure is as bright as others elsewhere, and a little
     brighter or darker than the tissue around it. Each head is turned by up to 6 degrees, moved, scaled, and deformed
     smoothly by some mm; each structure is moved, scaled and changed in brightness by itself. Over it lie a smooth bias
     field, noise as in the magnitude of MR (Rician) and a scale of its own. Voxels are int16 as a scanner stores them.
