@@ -97,6 +97,7 @@ if TYPE_CHECKING:
     from inlay.tasks.volumes.score_masks import score_masks
     from inlay.tasks.volumes.segment import segment
     from inlay.tasks.volumes.session import VolumeSession
+    from inlay.tasks.volumes.strokes import Stroke
     from inlay.tasks.volumes.view import VolumeView
     from inlay.train.config import TrainConfig
     from inlay.train.loop import fit
@@ -158,6 +159,7 @@ _MODULE_OF = {
     "SqueezeNetConfig": "bases.networks.configs",
     "SsfConfig": "methods",
     "Stream": "train.stream",
+    "Stroke": "tasks.volumes.strokes",
     "TextData": "tasks.text.data",
     "TextProcessor": "tasks.text.processor",
     "TextTask": "tasks.text.options",
@@ -277,6 +279,7 @@ __all__ = [
     "SqueezeNetConfig",
     "SsfConfig",
     "Stream",
+    "Stroke",
     "TextData",
     "TextProcessor",
     "TextTask",

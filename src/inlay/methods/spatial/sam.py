@@ -255,8 +255,9 @@ def dice_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
 
     In the cross-entropy a voxel counts by (voxels of the batch / voxels of its class) ** ((1 - d) / 2), where d is the
     soft Dice of its class in the batch. So a class that is not found yet counts by the square root of its voxels, and
-    the background does not outweigh many small ones; one that is found counts as in the plain cross-entropy, and its
-    volume is not overestimated.
+    the background does not outweigh many small ones; one that is found counts as in the plain cross-entropy: a
+    weight that stayed would enlarge it.
+
     Probabilities are the largest tensors where there are many classes: they are computed some planes at a time, and for
     the backward pass again.
 

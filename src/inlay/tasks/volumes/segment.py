@@ -286,11 +286,10 @@ def segment(
         points: Each (x, y, z) or (x, y, z, label) in the scan's own voxels, from 0 as nibabel indexes them. The
             label is 0 for background, a class's number in the mask, or its name; default: the first class.
         boxes: Each (x0, y0, z0, x1, y1, z1), or with a label behind: two opposite corners, included.
-        strokes: Voxels with their class, as of `fill_scribble` and `fill_lasso`: all of them get it, and the model
-            hears a few of them as points.
+        strokes: Each a `Stroke`: voxels that all get its class, of which the model hears a few as points.
         mask: A mask of the scan to correct: a Segmentation, a file, the bytes of a NIfTI file, or voxels (X, Y, Z) on
-            the scan's own grid. Every window gets it. With prompts only those voxels change that become the
-            class of one and are connected to it; without, the answer is the model's everywhere.
+            the scan's own grid. Every window gets it. With prompts only those voxels change that become the class of
+            one and are connected to it; without, the answer is the model's everywhere.
         overlap: Share of a window that the next one covers too, 0 to below 1.
         flips: Average over the versions of each window that are mirrored along the axes that training mirrored
             (`processor.flip`): 2, 4 or 8 times the work for 1, 2 or 3 axes.

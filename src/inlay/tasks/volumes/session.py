@@ -247,9 +247,11 @@ class VolumeSession:
         places = torch.cat([prompts.points, prompts.boxes.view(-1, 2, 3).mean(1)])
         everything = join_prompts([self._settled, *(step.prompts for step in self._steps), prompts])
         answers = [(w, self._answer(w, everything.inside(w.start, self._size))) for w in self._find_windows(places)]
-        clicked = np.array([point[:3] for point in points], np.float64).reshape(-1, 3)
-        voxels = np.rint(clicked).astype(np.int64).clip(0, np.array(self._grid.own_shape) - 1)
-        voxels = voxels if stroke is None else stroke.voxels
+        if stroke is None:
+            clicked = np.array([point[:3] for point in points], np.float64).reshape(-1, 3)
+            voxels = np.rint(clicked).astype(np.int64).clip(0, np.array(self._grid.own_shape) - 1)
+        else:
+            voxels = stroke.voxels
         label = int(prompts.labels[0]) if points else 0
         said, strokes = (voxels, label), [] if stroke is None else [stroke]
         change = None if self._given is None else self._correct(answers, points, boxes, strokes, said)

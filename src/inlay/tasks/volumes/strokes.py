@@ -19,10 +19,10 @@ REACH = 4096  # voxels that a contour may span
 
 
 class Stroke(NamedTuple):
-    """Voxels that are all of one class.
+    """Voxels that are all of one class, such as those that were painted: `Stroke(np.argwhere(painted), "lesion")`.
 
     Attributes:
-        voxels: (N, 3) whole numbers x, y, z on a scan's own grid, as `fill_scribble` and `fill_lasso` give them.
+        voxels: (N, 3) whole numbers x, y, z on a scan's own grid, from 0.
         label: 0 for background, a class's number in the mask, or its name.
     """
 
